@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a virtual environment in .venv, from nothing but Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test stress check lint types imports format clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(READY) ## make the environment (torch included: some gigabytes, some minutes)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "The venv module is missing: install it (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "Installing into $(VENV) (the first time some minutes; pip's output in $(VENV)/install.log)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' > $(VENV)/install.log 2>&1 || \
+	  { tail -n 20 $(VENV)/install.log; echo "The install failed; all of it is in $(VENV)/install.log"; exit 1; }
+	@touch $(READY)
+
+demo: $(READY) ## the whole main job on a small dataset made here: extract, read, train
+	@$(BIN)/python tools/demo.py
+
+test: $(READY) ## all tests but the long ones
+	@tools/install_lmdb_utils.sh
+	$(BIN)/python -m pytest
+
+stress: $(READY) ## the long tests
+	$(BIN)/python -m pytest -m stress --timeout 3600
+
+check: lint types imports ## what CI checks beside the tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+format: $(READY) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and what the demo made
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,198 @@
+"""What identifies a cache: `CacheConfig` and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+import operator
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final
+
+from lmdbcache.errors import ConfigError
+
+__all__ = ["DEFAULT_FRONT_END", "DEFAULT_MODEL_NAME", "DTYPES", "CacheConfig"]
+
+DEFAULT_MODEL_NAME: Final = "MIT/ast-finetuned-audioset-10-10-0.4593"
+
+# How a clip becomes the model's input: decoder, resampler and quality, mix to mono, padding rule,
+# features. Whatever changes a feature's value changes this name.
+DEFAULT_FRONT_END: Final = "soundfile+soxr-hq+mono-mean+zero-pad+ast-fbank/1"
+
+DTYPES: Final = ("float32", "float16", "bfloat16")
+
+_MODEL_ALIASES: Final = {
+    "ast": DEFAULT_MODEL_NAME,
+    "ast-finetuned": DEFAULT_MODEL_NAME,
+    DEFAULT_MODEL_NAME.lower(): DEFAULT_MODEL_NAME,
+}
+_FINGERPRINT_DOMAIN: Final = b"lmdbcache config 1\n"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+/@-]{0,127}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The identity of one store: same config, same embeddings.
+
+    Values are brought to one form on construction (`5` → `5.0`, `"ast-finetuned"` → the full Hub
+    name, `torch.float16` → `"float16"`), so that equal meanings compare equal and have one
+    fingerprint on every machine, Python and process. Immutable, hashable, picklable.
+
+    Args:
+        sample_rate: Sample rate of the waveform given to the front end, in Hz.
+        duration: Length that each clip is cut or zero-padded to, in seconds.
+        model_name: Hub name or a name of your own. `"ast"` and `"ast-finetuned"` stand for
+            `MIT/ast-finetuned-audioset-10-10-0.4593`. For a local folder use
+            `lmdbcache.embedders.model_identity(folder)`.
+        output: What is stored of the model's output: `"pooler_output"`, `"last_hidden_state"`,
+            `"mean"` (over time), or a name of your own.
+        dtype: Stored dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        dataset: Namespace, so that equal sample ids of two datasets can't meet in one store.
+        front_end: Name of the decoding and feature rules.
+        compute_dtype: dtype the model computes in.
+
+    Raises:
+        ConfigError: A value can't identify a cache; the message names the field.
+    """
+
+    sample_rate: int = 16000
+    duration: float = 5.0
+    model_name: str = DEFAULT_MODEL_NAME
+    output: str = "pooler_output"
+    dtype: str = "float32"
+    dataset: str = ""
+    front_end: str = DEFAULT_FRONT_END
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, canonical in _CANONICAL_FORMS.items():
+            object.__setattr__(self, name, canonical(name, getattr(self, name)))
+        if self.sample_rate * self.duration < 1:
+            raise ConfigError(
+                f"duration: {self.duration} s at {self.sample_rate} Hz is less than one sample"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Length of the waveform given to the front end, in samples."""
+        return round(self.sample_rate * self.duration)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the canonical form of every field."""
+        encoded = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(
+            _FINGERPRINT_DOMAIN + encoded.encode("ascii"), digest_size=8
+        ).hexdigest()
+
+    @property
+    def slug(self) -> str:
+        """A readable part for the store's folder name."""
+        parts = [self.dataset, self.model_name.rsplit("/", 1)[-1], self.output]
+        parts += [f"{self.sample_rate}hz", f"{self.duration:g}s", self.dtype]
+        text = "-".join(part for part in parts if part)
+        return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.").lower()[:100]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, ready for JSON or msgpack."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CacheConfig:
+        """Build a config from a dict, as read from JSON.
+
+        Raises:
+            ConfigError: A key isn't a field, or a value is refused.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(
+                f"{', '.join(unknown)}: not a field of CacheConfig; fields are "
+                f"{', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> CacheConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def differences(self, other: CacheConfig) -> dict[str, tuple[Any, Any]]:
+        """The fields that differ, each with (own value, the other's value)."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _sample_rate(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        rate = int(value) if isinstance(value, float) and value.is_integer() else None
+        rate = operator.index(value) if rate is None else rate
+    except TypeError:
+        raise ConfigError(f"{name}: {value!r} isn't a whole number of Hz, such as 16000") from None
+    if rate <= 0:
+        raise ConfigError(f"{name}: {rate} Hz; it must be above 0, such as 16000")
+    return rate
+
+
+def _duration(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"{name}: {value!r} isn't a number of seconds, such as 5.0")
+    seconds = float(value)
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise ConfigError(f"{name}: {seconds} s; it must be finite and above 0, such as 5.0")
+    return seconds
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}: {value!r} isn't text")
+    text = unicodedata.normalize("NFC", value).strip()
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise ConfigError(f"{name}: {value!r} holds control characters or lone surrogates")
+    return text
+
+
+def _model_name(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if not text:
+        raise ConfigError(f"{name}: empty; give a Hub name such as {DEFAULT_MODEL_NAME!r}")
+    return _MODEL_ALIASES.get(text.lower(), text)
+
+
+def _identifier(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if not _NAME.fullmatch(text):
+        raise ConfigError(
+            f"{name}: {value!r}; use 1 to 128 letters, digits or any of '_.+/@-', "
+            "starting with a letter or digit"
+        )
+    return text
+
+
+def _dataset(name: str, value: Any) -> str:
+    return _identifier(name, value).lower() if value != "" else ""
+
+
+def _dtype(name: str, value: Any) -> str:
+    # torch.float16, numpy.dtype("float16") and "float16" all end in the same word.
+    text = (getattr(value, "__name__", None) or str(value)).removeprefix("torch.").strip().lower()
+    if text not in DTYPES:
+        raise ConfigError(f"{name}: {value!r}; known are {', '.join(DTYPES)}")
+    return text
+
+
+_CANONICAL_FORMS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "sample_rate": _sample_rate,
+    "duration": _duration,
+    "model_name": _model_name,
+    "output": _identifier,
+    "dtype": _dtype,
+    "dataset": _dataset,
+    "front_end": _identifier,
+    "compute_dtype": _dtype,
+}

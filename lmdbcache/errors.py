@@ -1,0 +1,129 @@
+"""Every error that lmdbcache raises on purpose.
+
+    CacheError
+    ├── ConfigError (ValueError)             a field of a CacheConfig is no good
+    ├── CacheNotFoundError (FileNotFoundError)   nothing is stored for this config
+    ├── SampleNotFoundError (KeyError)       the newest commit doesn't have this sample
+    ├── InvalidSampleIdError (ValueError)    not a usable `file_id:class`
+    ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or wrong dtype
+    ├── DuplicateSampleError                 the sample is stored already and may not be replaced
+    ├── StorageError                         LMDB or the disk refused
+    │   ├── CacheFullError                   the disk or the map is full
+    │   ├── ReadOnlyCacheError               this process may not write here
+    │   └── WriterClosedError                a writer used after close, or in another process
+    ├── IntegrityError                       what is on disk isn't what was written
+    │   ├── FormatVersionError               written by a newer lmdbcache
+    │   └── ProvenanceMismatchError          other weights or another front end filled this store
+    ├── DatasetError (ValueError)            a dataset's folder or arguments are no good
+    └── ExtractionError                      the run as a whole can't go on
+        ├── ModelLoadError                   a checkpoint or its front end can't be loaded
+        ├── AudioDecodeError                 one clip gives no usable waveform
+        └── MissingDependencyError (ImportError)  an optional package is needed here
+
+Each is built from one message (what, where, what to do next), as torch's DataLoader demands of
+errors that cross from a worker to the main process.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AudioDecodeError",
+    "CacheError",
+    "CacheFullError",
+    "CacheNotFoundError",
+    "ConfigError",
+    "DatasetError",
+    "DuplicateSampleError",
+    "ExtractionError",
+    "FormatVersionError",
+    "IntegrityError",
+    "InvalidEmbeddingError",
+    "InvalidSampleIdError",
+    "MissingDependencyError",
+    "ModelLoadError",
+    "ProvenanceMismatchError",
+    "ReadOnlyCacheError",
+    "SampleNotFoundError",
+    "StorageError",
+    "WriterClosedError",
+]
+
+
+class CacheError(Exception):
+    """Base class of every error raised by lmdbcache."""
+
+
+class ConfigError(CacheError, ValueError):
+    """A field of a `CacheConfig` has a value that can't identify a cache."""
+
+
+class CacheNotFoundError(CacheError, FileNotFoundError):
+    """Nothing is stored for this config under this root."""
+
+
+class SampleNotFoundError(CacheError, KeyError):
+    """The newest commit of the store doesn't hold this sample."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message's repr.
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidSampleIdError(CacheError, ValueError):
+    """A sample id isn't a usable `file_id:class`."""
+
+
+class InvalidEmbeddingError(CacheError, ValueError):
+    """An embedding holds NaN or Inf, or its shape or dtype doesn't fit the store."""
+
+
+class DuplicateSampleError(CacheError):
+    """The sample is stored already and the writer was told to refuse that."""
+
+
+class StorageError(CacheError):
+    """LMDB or the file system refused an operation."""
+
+
+class CacheFullError(StorageError):
+    """The disk, or the memory map of the store, has no room for this commit."""
+
+
+class ReadOnlyCacheError(StorageError):
+    """This process has no permission to write to the store."""
+
+
+class WriterClosedError(StorageError):
+    """A writer was used after `close`, or in another process than the one that made it."""
+
+
+class IntegrityError(CacheError):
+    """What is on disk isn't what was written."""
+
+
+class FormatVersionError(IntegrityError):
+    """The store was written in a format version that this release doesn't know."""
+
+
+class ProvenanceMismatchError(IntegrityError):
+    """The store was filled with other weights or another front end."""
+
+
+class DatasetError(CacheError, ValueError):
+    """A dataset's folder or arguments can't be used."""
+
+
+class ExtractionError(CacheError):
+    """An extraction as a whole can't go on."""
+
+
+class ModelLoadError(ExtractionError):
+    """A checkpoint or its feature extractor can't be loaded."""
+
+
+class AudioDecodeError(ExtractionError):
+    """One clip gives no usable waveform."""
+
+
+class MissingDependencyError(ExtractionError, ImportError):
+    """An optional package is needed for this call."""
