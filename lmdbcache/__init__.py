@@ -1,0 +1,70 @@
+"""lmdbcache: compute the embeddings of an audio model once, read them back at memory speed.
+
+    from lmdbcache import CacheConfig, EmbeddingCache
+
+    cache = EmbeddingCache("VEGAS.cache")
+    config = CacheConfig(sample_rate=16000, duration=5.0, model_name="ast-finetuned")
+    with cache.writer(config) as writer:
+        writer.put("video_00001:dog", embedding)
+    cache.reader(config)["video_00001:dog"]
+
+What needs torch is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lmdbcache.cache import Coverage, EmbeddingCache, StoreInfo
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import CacheError
+from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.writer import EmbeddingWriter
+
+if TYPE_CHECKING:
+    from lmdbcache.datasets.vegas import VEGASDataset
+    from lmdbcache.embedders.checkpoints import model_identity
+    from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
+    from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.training import EmbeddingDataset, TensorMapping, collate_embeddings
+
+__all__ = [
+    "CacheConfig",
+    "CacheError",
+    "Coverage",
+    "EmbeddingCache",
+    "EmbeddingDataset",
+    "EmbeddingReader",
+    "EmbeddingWriter",
+    "StoreInfo",
+    "TensorMapping",
+    "VEGASDataset",
+    "collate_embeddings",
+    "extract",
+    "extract_or_load_ast_embeddings",
+    "model_identity",
+]
+
+_LAZY = {
+    "EmbeddingDataset": "lmdbcache.training",
+    "TensorMapping": "lmdbcache.training",
+    "VEGASDataset": "lmdbcache.datasets.vegas",
+    "collate_embeddings": "lmdbcache.training",
+    "extract": "lmdbcache.extraction.pipeline",
+    "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
+    "model_identity": "lmdbcache.embedders.checkpoints",
+}
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("lmdbcache")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""One LMDB environment: its layout on disk, its readers, writers, compaction and checks."""

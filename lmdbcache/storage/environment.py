@@ -1,0 +1,259 @@
+"""The LMDB environments that this process has open, and the snapshots pinned in them.
+
+LMDB wants one environment per file and process; py-lmdb refuses a second one, and a forked child
+inherits that refusal. So every reader and writer here shares one `Environment` per generation.
+
+A forked child must not close what it inherited: LMDB's close clears the reader slots that carry
+the *parent's* pid, and the parent's pinned snapshots are then no longer protected from reuse of
+their pages. It drops its references instead (py-lmdb then leaves the inherited environment alone)
+and opens its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from lmdbcache.errors import (
+    CacheError,
+    CacheNotFoundError,
+    IntegrityError,
+)
+from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.metadata import StoreMetadata, checksum
+from lmdbcache.storage.opening import file_id, open_environment
+
+__all__ = [
+    "Environment",
+    "Holder",
+    "Snapshot",
+    "acquire",
+    "acquire_current",
+    "process_id",
+    "release",
+]
+
+_logger: Final = logging.getLogger(__name__)
+
+
+class Environment:
+    """One generation's LMDB environment in this process. Use `acquire` and `release`.
+
+    Read-only until somebody in this process wants to write: a read-only environment opens the
+    checksums database without waiting for the write lock of other processes.
+    """
+
+    def __init__(self, generation: Path, *, write: bool, create: bool) -> None:
+        self.generation = generation
+        self.users = 0
+        self.process_id = process_id()
+        self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self.writable = write
+        self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
+        self.checksums: Any = None
+        if not create:
+            self._open_checksums()
+        self._file = file_id(generation)
+
+    def is_live(self, generation: Path | None) -> bool:
+        """Whether this is that generation, and not one of the same name that was cleared."""
+        return generation == self.generation and file_id(self.generation) == self._file
+
+    def _open_checksums(self) -> None:
+        with contextlib.suppress(lmdb.NotFoundError, lmdb.ReadonlyError):
+            self.checksums = self.env.open_db(CHECKSUMS_NAME, create=False)
+
+    def create_databases(self, transaction: lmdb.Transaction) -> None:
+        """Create the named database in a new environment."""
+        self.checksums = self.env.open_db(CHECKSUMS_NAME, txn=transaction)
+
+    def make_writable(self) -> None:
+        """Open again for writing; readers in this process pin a new snapshot at their next read."""
+        if not self.writable:
+            self.drop_snapshots()
+            self.env.close()
+            self.env = open_environment(self.generation, write=True, create=False)
+            self.writable = True
+            self._open_checksums()
+
+    def begin_read(self) -> lmdb.Transaction:
+        """A read transaction on the newest commit, whatever others did to the map or the slots."""
+        try:
+            return self.env.begin(buffers=True)
+        except lmdb.MapResizedError:
+            with _lock:
+                self.drop_snapshots()
+                self.env.set_mapsize(0)
+        except lmdb.ReadersFullError:
+            _logger.info("%s: reader table full, clearing dead readers", self.generation)
+            gc.collect()
+            self.env.reader_check()
+        return self.env.begin(buffers=True)
+
+    def read_metadata(self, transaction: lmdb.Transaction) -> StoreMetadata:
+        """The metadata record, compared with its checksum.
+
+        Raises:
+            IntegrityError: Missing or damaged.
+        """
+        record = transaction.get(METADATA_KEY)
+        if record is None or self.checksums is None:
+            raise IntegrityError(
+                f"{self.generation} is an LMDB environment but not a store of lmdbcache "
+                "(no metadata). Move it away and extract again"
+            )
+        expected = transaction.get(METADATA_KEY, db=self.checksums)
+        if expected is None or bytes(expected) != checksum(METADATA_KEY, record):
+            raise IntegrityError(
+                f"{self.generation}: the metadata record is damaged. Clear this store and "
+                "extract again"
+            )
+        return StoreMetadata.unpack(bytes(record), self.generation)
+
+    def drop_snapshots(self) -> None:
+        """End every snapshot; their owners pin a new one at the next read."""
+        for snapshot in list(self.snapshots):
+            snapshot.end()
+
+    def close(self) -> None:
+        """Close; only ever in the process that opened it."""
+        self.drop_snapshots()
+        self.env.close()
+
+
+class Snapshot:
+    """A pinned read transaction. Reads through it hold `lock`; `transaction` is None once ended."""
+
+    __slots__ = ("__weakref__", "environment", "id", "lock", "metadata", "transaction")
+
+    def __init__(self, environment: Environment) -> None:
+        with translated_errors(environment.generation):
+            transaction = environment.begin_read()
+            self.metadata = environment.read_metadata(transaction)
+        self.environment = environment
+        self.transaction: lmdb.Transaction | None = transaction
+        self.lock = threading.Lock()
+        self.id: int = transaction.id()
+        environment.snapshots.add(self)
+
+    def is_newest(self) -> bool:
+        """Whether nothing was committed to this generation since."""
+        try:
+            return bool(self.environment.env.info()["last_txnid"] == self.id)
+        except lmdb.Error:
+            return False
+
+    def end(self) -> None:
+        """Give the reader slot back: the transaction's last reference must go, too."""
+        with self.lock:
+            if self.transaction is not None:
+                self.transaction.abort()
+                self.transaction = None
+
+
+_environments: dict[Path, Environment] = {}
+_lock = threading.RLock()
+_process_id = os.getpid()
+
+
+def process_id() -> int:
+    """This process, without a system call."""
+    return _process_id
+
+
+def acquire(generation: Path, *, write: bool = False, create: bool = False) -> Environment:
+    """This process's environment of a generation, opened if need be. Pair with `release`.
+
+    Args:
+        generation: The generation's folder.
+        write: For write transactions.
+        create: Make a new environment in this empty folder.
+
+    Raises:
+        IntegrityError: The files are truncated or not ours.
+        StorageError: LMDB can't open them.
+    """
+    with _lock, translated_errors(generation):
+        environment = _environments.get(generation)
+        if environment is None or not environment.is_live(generation):
+            environment = Environment(generation, write=write, create=create)
+            _environments[generation] = environment
+        elif write:
+            environment.make_writable()
+        environment.users += 1
+        return environment
+
+
+def acquire_current(store: Path) -> Environment:
+    """This process's environment of the live generation.
+
+    Raises:
+        CacheNotFoundError: Nothing is stored here.
+        IntegrityError, StorageError: See `acquire`.
+    """
+    generation = current_generation(store)
+    while generation is not None:
+        try:
+            return acquire(generation)
+        except (CacheError, OSError):
+            # A compaction may have removed it after we read its name.
+            newer = current_generation(store)
+            if newer == generation:
+                raise
+            generation = newer
+    raise CacheNotFoundError(f"nothing is stored in {store}")
+
+
+def release(environment: Environment) -> None:
+    """Give back what `acquire` returned; the last user closes it."""
+    with _lock:
+        if environment.process_id != process_id():
+            return  # inherited over a fork
+        environment.users -= 1
+        if environment.users == 0:
+            if _environments.get(environment.generation) is environment:
+                del _environments[environment.generation]
+            environment.close()
+
+
+class Holder:
+    """The environment that one reader or writer has acquired; given back with its owner."""
+
+    def __init__(self, owner: object) -> None:
+        self.environment: Environment | None = None
+        weakref.finalize(owner, self.drop)
+
+    def take(self, environment: Environment) -> None:
+        """Hold this one instead of another."""
+        self.drop()
+        self.environment = environment
+
+    def drop(self) -> None:
+        """Give back what is held."""
+        environment, self.environment = self.environment, None
+        if environment is not None:
+            release(environment)
+
+
+def _forget_inherited() -> None:
+    global _lock, _process_id  # noqa: PLW0603 - module state of one process
+    _process_id = os.getpid()
+    _lock = threading.RLock()
+    for environment in _environments.values():
+        for snapshot in list(environment.snapshots):
+            snapshot.transaction = None
+        del environment.env, environment.checksums
+    _environments.clear()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

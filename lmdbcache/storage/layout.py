@@ -1,0 +1,117 @@
+"""Names on disk and the form of a key: what docs/format.md specifies, in code."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Final
+
+from lmdbcache.errors import InvalidSampleIdError
+
+__all__ = [
+    "CHECKSUMS_NAME",
+    "CURRENT_NAME",
+    "FORMAT_VERSION",
+    "GENERATION_NAME",
+    "MAX_KEY_BYTES",
+    "METADATA_KEY",
+    "NUM_RESERVED_KEYS",
+    "WRITER_LOCK_NAME",
+    "canonical_sample_id",
+    "join_sample_id",
+    "sample_id_of_key",
+    "sample_key",
+    "split_sample_id",
+]
+
+FORMAT_VERSION: Final = 1
+
+CURRENT_NAME: Final = "CURRENT"
+WRITER_LOCK_NAME: Final = "writer.lock"
+GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
+
+# Both live in the main database beside the embeddings. Neither holds a colon, every embedding's
+# key does, so they can't collide.
+METADATA_KEY: Final = b"metadata"
+CHECKSUMS_NAME: Final = b"checksums"
+NUM_RESERVED_KEYS: Final = 2
+
+MAX_KEY_BYTES: Final = 511  # the limit of LMDB 0.9
+
+
+def sample_key(sample_id: str) -> bytes:
+    """The LMDB key of a sample id: UTF-8 of its canonical form.
+
+    Raises:
+        InvalidSampleIdError: Not text, no colon, an empty part, NUL, a lone surrogate, or over
+            511 bytes.
+    """
+    file_id, class_name = split_sample_id(sample_id)
+    return _encode(file_id, class_name, sample_id)
+
+
+def split_sample_id(sample_id: str) -> tuple[str, str]:
+    """(file_id, class_name) of `file_id:class`, split at the last colon, in canonical form.
+
+    The file id is brought to NFC; the class to NFC and lower case.
+
+    Raises:
+        InvalidSampleIdError: Not text, no colon, or an empty part.
+    """
+    if not isinstance(sample_id, str):
+        raise InvalidSampleIdError(
+            f"sample id {sample_id!r} isn't text of the form 'file_id:class'"
+        )
+    file_id, colon, class_name = sample_id.rpartition(":")
+    if not (colon and file_id and class_name):
+        raise InvalidSampleIdError(
+            f"sample id {sample_id!r} isn't of the form 'file_id:class', such as 'video_00001:dog'"
+        )
+    if not sample_id.isascii():
+        file_id = unicodedata.normalize("NFC", file_id)
+        class_name = unicodedata.normalize("NFC", class_name)
+    return file_id, class_name.lower()
+
+
+def join_sample_id(file_id: str, class_name: str) -> str:
+    """The canonical sample id of a file and its class.
+
+    Raises:
+        InvalidSampleIdError: The class holds a colon, a part is empty, or see `sample_key`.
+    """
+    if ":" in class_name:
+        raise InvalidSampleIdError(
+            f"class {class_name!r} of file {file_id!r} holds a colon; only the file id may"
+        )
+    return canonical_sample_id(f"{file_id}:{class_name}")
+
+
+def canonical_sample_id(sample_id: str) -> str:
+    """The one form of a sample id under which it is stored.
+
+    Raises:
+        InvalidSampleIdError: See `sample_key`.
+    """
+    return sample_key(sample_id).decode("utf-8")
+
+
+def sample_id_of_key(key: bytes) -> str:
+    """The sample id behind an LMDB key."""
+    return key.decode("utf-8")
+
+
+def _encode(file_id: str, class_name: str, sample_id: str) -> bytes:
+    try:
+        key = f"{file_id}:{class_name}".encode()
+    except UnicodeEncodeError:
+        raise InvalidSampleIdError(
+            f"sample id {sample_id!a} holds bytes that aren't UTF-8; rename the file"
+        ) from None
+    if b"\0" in key:
+        raise InvalidSampleIdError(f"sample id {sample_id!r} holds a NUL character")
+    if len(key) > MAX_KEY_BYTES:
+        raise InvalidSampleIdError(
+            f"sample id {sample_id[:40]!r}… is {len(key)} bytes long; "
+            f"{MAX_KEY_BYTES} are the limit. Use a shorter file id"
+        )
+    return key

@@ -1,0 +1,121 @@
+"""Opening one generation's data.mdb: look before LMDB does, then find a map size that fits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from pathlib import Path
+from typing import Any, Final, cast
+
+import lmdb
+
+from lmdbcache.errors import IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
+
+__all__ = ["check_file_size", "file_id", "open_environment"]
+
+_logger: Final = logging.getLogger(__name__)
+
+_MAX_READERS: Final = 2048
+_LARGE_MAP: Final = 1 << 40  # sparse: costs address space only
+_SMALL_MAP: Final = 1 << 26
+
+# Page header (16 bytes), then: magic, version, address, map size, free DB with the page size in
+# its first field, main DB, last page, transaction id. Native byte order.
+_META: Final = struct.Struct("=16x IIQQ I44x 48x QQ")
+_META_SIZE: Final = _META.size
+_MAGIC, _VERSION, _PAGE_SIZE, _LAST_PAGE, _TXNID = 0, 1, 4, 5, 6
+
+
+def check_file_size(generation: Path) -> int:
+    """Compare data.mdb with what its newer meta page says; the cheap guard against SIGBUS.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        IntegrityError: Missing, empty, truncated, or not an LMDB 0.9 file.
+    """
+    path = generation / "data.mdb"
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_META_SIZE)
+            page_size = _META.unpack(head)[_PAGE_SIZE] if len(head) == _META_SIZE else 0
+            pages = [head] if 512 <= page_size <= 65536 else []
+            if pages:
+                file.seek(page_size)
+                pages.append(file.read(_META_SIZE))
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is missing. {DAMAGE_REMEDY}") from None
+    metas = [_META.unpack(page) for page in pages if len(page) == _META_SIZE]
+    metas = [meta for meta in metas if meta[_MAGIC] == 0xBEEFC0DE and meta[_VERSION] == 1]
+    if not metas:
+        raise IntegrityError(f"{path} isn't an LMDB file ({size} bytes). {DAMAGE_REMEDY}")
+    needed = (max(metas, key=lambda meta: cast("int", meta[_TXNID]))[_LAST_PAGE] + 1) * page_size
+    if size < needed:
+        raise IntegrityError(f"{path} is truncated: {size} bytes of {needed}. {DAMAGE_REMEDY}")
+    return size
+
+
+def file_id(generation: Path) -> tuple[int, int] | None:
+    """Which file data.mdb is; a cleared and remade generation of the same name differs."""
+    try:
+        status = (generation / "data.mdb").stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def open_environment(generation: Path, *, write: bool, create: bool) -> lmdb.Environment:
+    """Open a generation's LMDB environment with the largest map that the process may have.
+
+    Raises:
+        IntegrityError: The file is missing, truncated or foreign.
+        ReadOnlyCacheError: This user may not read it.
+        StorageError: No address space is left.
+    """
+    data = generation / "data.mdb"
+    if not create and data.exists() and not os.access(data, os.R_OK):
+        raise ReadOnlyCacheError(
+            f"{data} isn't readable for this user. Ask its owner for read permission"
+        )
+    # LMDB makes an empty environment of an empty file or folder, which would hide a loss.
+    size = 0 if create else check_file_size(generation)
+    map_size = max(_LARGE_MAP, 8 * size)
+    while True:
+        try:
+            return _open_with(generation, map_size, write=write)
+        except (MemoryError, lmdb.MemoryError):
+            # Address space is limited (ulimit -v, or many stores): a smaller map will do.
+            map_size //= 2
+            if map_size < max(_SMALL_MAP, 2 * size):
+                raise StorageError(
+                    f"{generation}: no address space for a map of {2 * map_size >> 20} MiB. "
+                    "Raise `ulimit -v`, or close readers of other stores"
+                ) from None
+
+
+def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environment:
+    options: dict[str, Any] = {
+        "map_size": map_size - map_size % 65536,
+        "max_dbs": 4,
+        "max_readers": _MAX_READERS,
+        "mode": 0o666,
+    }
+    path = str(generation)
+    if write:
+        return lmdb.open(path, **options)
+    try:
+        environment = lmdb.open(path, readonly=True, create=False, **options)
+    except (MemoryError, lmdb.MemoryError):
+        raise
+    except lmdb.Error as error:
+        if os.access(generation, os.W_OK):
+            raise
+        # No right to take part in the reader table: sound only where nobody writes.
+        _logger.info("%s: read without a lock (%s)", generation, error)
+        return lmdb.open(path, readonly=True, create=False, lock=False, **options)
+    environment.reader_check()
+    return environment

@@ -1,0 +1,57 @@
+"""What a writer has collected and not committed yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+__all__ = ["CommitLimits", "PendingEmbeddings"]
+
+
+@dataclass(frozen=True)
+class CommitLimits:
+    """When enough is collected: whichever comes first."""
+
+    num_bytes: int
+    num_records: int
+    seconds: float
+
+
+@dataclass
+class PendingEmbeddings:
+    """Stored-form embeddings by key, with their size and age."""
+
+    values: dict[bytes, npt.NDArray[Any]] = field(default_factory=dict)
+    num_bytes: int = 0
+    since: float = 0.0
+
+    def put(self, key: bytes, value: npt.NDArray[Any]) -> None:
+        """Add or replace one."""
+        if not self.values:
+            self.since = time.monotonic()
+        self.drop([key])
+        self.values[key] = value
+        self.num_bytes += value.nbytes
+
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Take some out."""
+        for key in keys:
+            if (value := self.values.pop(key, None)) is not None:
+                self.num_bytes -= value.nbytes
+
+    def clear(self) -> None:
+        """Take all out."""
+        self.values.clear()
+        self.num_bytes = 0
+
+    def is_due(self, limits: CommitLimits) -> bool:
+        """Whether they should be committed now."""
+        return (
+            self.num_bytes >= limits.num_bytes
+            or len(self.values) >= limits.num_records
+            or time.monotonic() - self.since >= limits.seconds
+        )

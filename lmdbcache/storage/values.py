@@ -1,0 +1,100 @@
+"""Embeddings as the buffers that are stored, and back."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.errors import InvalidEmbeddingError
+
+__all__ = ["NUMPY_DTYPES", "as_stored", "fits"]
+
+NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("lmdbcache stores little-endian buffers and runs on little-endian machines")
+
+
+def as_stored(sample_id: str, embedding: Any, dtype: str) -> npt.NDArray[Any]:
+    """An embedding as a contiguous array of the stored dtype.
+
+    Args:
+        sample_id: Named in errors.
+        embedding: numpy array, torch tensor (any device, with or without grad), or a nested
+            sequence of numbers.
+        dtype: Name of the stored dtype.
+
+    Returns:
+        An owned, C-contiguous array of `NUMPY_DTYPES[dtype]`, same shape.
+
+    Raises:
+        InvalidEmbeddingError: Not real numbers, empty, holds NaN or Inf, or is too large for
+            the stored dtype.
+    """
+    array = _tensor_to_array(embedding, dtype) if _is_tensor(embedding) else np.asarray(embedding)
+    if array.dtype.kind not in "fiu" and array.dtype != NUMPY_DTYPES["bfloat16"]:
+        raise InvalidEmbeddingError(
+            f"{sample_id}: an embedding of dtype {array.dtype}; real numbers are needed"
+        )
+    if array.size == 0:
+        raise InvalidEmbeddingError(f"{sample_id}: an embedding of shape {array.shape} is empty")
+    if not _all_finite(array):
+        raise InvalidEmbeddingError(
+            f"{sample_id}: the embedding holds NaN or Inf; such a value is never cached"
+        )
+    with np.errstate(over="ignore"):
+        stored = np.array(array, dtype=NUMPY_DTYPES[dtype], order="C")
+    if stored.dtype != array.dtype and not _all_finite(stored):
+        raise InvalidEmbeddingError(
+            f"{sample_id}: a value beyond {dtype}'s range (largest here "
+            f"{float(np.abs(array).max()):.3g}); store float32 or bfloat16"
+        )
+    return stored
+
+
+def fits(shape: Sequence[int], stored_shape: Sequence[int | None]) -> bool:
+    """Whether an embedding of this shape belongs into a store of that shape."""
+    return len(shape) == len(stored_shape) and all(
+        there is None or here == there for here, there in zip(shape, stored_shape, strict=True)
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    # torch is never imported for this: who holds a tensor has imported it.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _tensor_to_array(tensor: Any, dtype: str) -> npt.NDArray[Any]:
+    torch = sys.modules["torch"]
+    tensor = tensor.detach()
+    # torch's own cast is many times faster than numpy's; overflow still shows as Inf below.
+    if dtype == "float16" and tensor.is_floating_point() and bool(tensor.isfinite().all()):
+        cast = tensor.to(torch.float16)
+        tensor = cast if bool(cast.isfinite().all()) else tensor
+    tensor = tensor.to("cpu").contiguous()
+    if tensor.dtype == torch.bfloat16:
+        bits: npt.NDArray[Any] = tensor.view(torch.int16).numpy()
+        return bits.view(NUMPY_DTYPES["bfloat16"])
+    array: npt.NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _all_finite(array: npt.NDArray[Any]) -> bool:
+    if array.dtype.kind in "iu":
+        return True
+    if array.dtype == NUMPY_DTYPES["bfloat16"]:
+        return not bool(((array.view(np.uint16) & 0x7F80) == 0x7F80).any())
+    # A finite sum has finite terms; only an infinite or overflowing one needs the slow look.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(np.add.reduce(array, axis=None, dtype=np.promote_types(array.dtype, "f4")))
+    return math.isfinite(total) or bool(np.isfinite(array).all())

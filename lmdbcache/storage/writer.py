@@ -1,0 +1,400 @@
+"""Writing one store: transactional batches, in turn with other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import lmdb
+import numpy as np
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import (
+    CacheFullError,
+    CacheNotFoundError,
+    ConfigError,
+    DuplicateSampleError,
+    IntegrityError,
+    InvalidEmbeddingError,
+    WriterClosedError,
+)
+from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.environment import (
+    Environment,
+    Holder,
+    acquire,
+    acquire_current,
+    process_id,
+)
+from lmdbcache.storage.generations import (
+    create_generation,
+    current_generation,
+    free_bytes,
+    publish_generation,
+    write_lock,
+)
+from lmdbcache.storage.layout import METADATA_KEY, sample_id_of_key, sample_key
+from lmdbcache.storage.metadata import StoreMetadata, checksum
+from lmdbcache.storage.pending import CommitLimits, PendingEmbeddings
+from lmdbcache.storage.values import as_stored, fits
+
+__all__ = ["EmbeddingWriter", "OnDuplicate"]
+
+OnDuplicate = Literal["skip", "overwrite", "error"]
+
+_COMMITS_PER_READER_CHECK: Final = 64
+_RESERVE_BYTES: Final = 16 << 20
+
+
+class EmbeddingWriter:
+    """Collects embeddings and commits them in transactions.
+
+    A commit happens when enough has been collected, by bytes, count or time, at `commit`, and at a
+    clean exit of the `with` block; an exception discards what wasn't committed. Committed
+    embeddings survive a killed process and a power cut. Nothing is created before the first commit.
+
+    Several processes may write to one store: each commit waits for its turn. Threads may share a
+    writer. It belongs to the process that made it and doesn't pickle.
+
+    Args:
+        store: The store's folder; made when needed.
+        config: The store's identity.
+        on_duplicate: For a sample that is stored already: `"skip"` keeps the stored one,
+            `"overwrite"` replaces it, `"error"` refuses it.
+        ragged: Let the first dimension differ between embeddings. Only looked at when the store
+            is new.
+        provenance: Kept in the metadata; other weights than the store's are refused.
+        dataset_root: Kept in the metadata of a new store.
+        commit_bytes: Commit when this much is collected.
+        commit_records: Commit when this many embeddings are collected.
+        commit_seconds: Commit at the first `put` this long after the oldest uncommitted one.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        config: CacheConfig,
+        *,
+        on_duplicate: OnDuplicate = "skip",
+        ragged: bool = False,
+        provenance: Mapping[str, str] | None = None,
+        dataset_root: str | Path = "",
+        commit_bytes: int = 64 << 20,
+        commit_records: int = 4096,
+        commit_seconds: float = 10.0,
+    ) -> None:
+        if on_duplicate not in ("skip", "overwrite", "error"):
+            raise ConfigError(
+                f"on_duplicate: {on_duplicate!r}; known are 'skip', 'overwrite', 'error'"
+            )
+        self._store = Path(store).absolute()
+        self._config = config
+        self._on_duplicate = on_duplicate
+        self._ragged = ragged
+        self._provenance = dict(provenance or {})
+        self._dataset_root = str(dataset_root)
+        self._limits = CommitLimits(commit_bytes, commit_records, commit_seconds)
+        self._pending = PendingEmbeddings()
+        self._holder = Holder(self)
+        self._metadata: StoreMetadata | None = None
+        self._shape: tuple[int | None, ...] | None = None
+        self._num_commits = 0
+        self._num_written = 0
+        self._closed = False
+        self._owner = process_id()
+        self._lock = threading.RLock()
+        with contextlib.suppress(CacheNotFoundError):
+            self._adopt(acquire_current(self._store))
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._store
+
+    @property
+    def config(self) -> CacheConfig:
+        """The store's identity."""
+        return self._config
+
+    @property
+    def num_written(self) -> int:
+        """Embeddings committed by this writer; what was skipped doesn't count."""
+        return self._num_written
+
+    @property
+    def num_pending(self) -> int:
+        """Embeddings that the next commit will write."""
+        return len(self._pending.values)
+
+    def put(self, sample_id: str, embedding: Any) -> bool:
+        """Add one embedding to the next commit.
+
+        Args:
+            sample_id: `file_id:class`.
+            embedding: numpy array or torch tensor (any device, with or without grad) of the
+                store's shape; cast to the stored dtype.
+
+        Returns:
+            False if the sample is stored already and is skipped.
+
+        Raises:
+            InvalidSampleIdError: Not a usable sample id.
+            InvalidEmbeddingError: NaN, Inf, or another shape than the store's.
+            DuplicateSampleError: Stored already, with `on_duplicate="error"`.
+        """
+        key = sample_key(sample_id)
+        with self._lock:
+            self._check_usable()
+            if self._on_duplicate != "overwrite" and self._is_known(key):
+                if self._on_duplicate == "error":
+                    raise DuplicateSampleError(
+                        f"{sample_id} is stored in {self._store} already. Leave it out, or write "
+                        "with on_duplicate='skip' or 'overwrite'"
+                    )
+                return False
+            value = as_stored(sample_id, embedding, self._config.dtype)
+            self._check_shape(sample_id, value.shape)
+            self._pending.put(key, value)
+            if self._pending.is_due(self._limits):
+                self.commit()
+            return True
+
+    def put_batch(self, sample_ids: Iterable[str], embeddings: Iterable[Any]) -> int:
+        """Add several embeddings.
+
+        Returns:
+            How many weren't stored already.
+
+        Raises:
+            InvalidEmbeddingError: Not as many embeddings as sample ids; and see `put`.
+        """
+        sample_ids = list(sample_ids)
+        rows = list(embeddings)
+        if len(rows) != len(sample_ids):
+            raise InvalidEmbeddingError(f"{len(rows)} embeddings for {len(sample_ids)} sample ids")
+        return sum([self.put(i, row) for i, row in zip(sample_ids, rows, strict=True)])
+
+    def commit(self) -> int:
+        """Write what was collected in one transaction. It is durable when this returns.
+
+        Returns:
+            The number of embeddings written.
+
+        Raises:
+            CacheFullError: No room; nothing was written, what was collected is kept, and the next
+                commit tries again.
+            DuplicateSampleError: Another process stored some of them meanwhile, with
+                `on_duplicate="error"`; the others are kept for the next commit.
+            ProvenanceMismatchError: The store was filled with other weights.
+        """
+        with self._lock:
+            self._check_usable()
+            if not self._pending.values:
+                return 0
+            with write_lock(self._store):
+                environment = self._attach()
+                self._check_space()
+                with translated_errors(self._store):
+                    written = self._write(environment)
+            self._num_commits += 1
+            self._num_written += written
+            self.discard()
+            return written
+
+    def discard(self) -> None:
+        """Drop what was collected since the last commit."""
+        with self._lock:
+            self._pending.clear()
+            if self._metadata is None or self._metadata.embedding_shape is None:
+                self._shape = None
+
+    def close(self) -> None:
+        """Commit what is left and give back the environment."""
+        with self._lock:
+            if self._closed or self._owner != process_id():
+                return
+            try:
+                self.commit()
+            finally:
+                self._closed = True
+                self._holder.drop()
+
+    def __enter__(self) -> EmbeddingWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and self._owner == process_id():
+            self.discard()
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._store)!r}, {self.num_pending} pending)"
+
+    def __del__(self) -> None:
+        pending = getattr(self, "_pending", None)
+        if pending and pending.values and not self._closed and self._owner == process_id():
+            warnings.warn(
+                f"{self!r} was dropped without commit or close: its pending embeddings are lost",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a writer doesn't pickle; open one in the process that writes")
+
+    # ---- the transaction
+
+    def _write(self, environment: Environment) -> int:
+        # One thread begins and commits: LMDB's write lock belongs to the thread.
+        transaction = environment.env.begin(write=True)
+        try:
+            stored = environment.read_metadata(transaction)
+            self._check_config(stored)
+            shape = stored.embedding_shape or self._shape
+            metadata = replace(
+                stored.with_provenance(self._provenance, self._store), embedding_shape=shape
+            )
+            self._check_pending_shapes(shape)
+            written, duplicates = self._write_pending(environment, transaction)
+            if duplicates:
+                self._pending.drop(duplicates)
+                names = ", ".join(sample_id_of_key(key) for key in duplicates[:3])
+                raise DuplicateSampleError(
+                    f"{len(duplicates)} samples ({names}, …) were stored in {self._store} by "
+                    "another process meanwhile; the rest is kept for the next commit"
+                )
+            if metadata != stored:
+                _put_record(environment, transaction, metadata)
+            transaction.commit()
+        except BaseException:
+            with contextlib.suppress(lmdb.Error):
+                transaction.abort()
+            raise
+        self._metadata, self._shape = metadata, shape
+        return written
+
+    def _write_pending(
+        self, environment: Environment, transaction: lmdb.Transaction
+    ) -> tuple[int, list[bytes]]:
+        written, duplicates = 0, []
+        overwrite = self._on_duplicate == "overwrite"
+        for key in sorted(self._pending.values):
+            value = self._pending.values[key].reshape(-1).view(np.uint8).data
+            if transaction.put(key, value, overwrite=overwrite):
+                transaction.put(key, checksum(key, value), db=environment.checksums)
+                written += 1
+            elif self._on_duplicate == "error":
+                duplicates.append(key)
+        return written, duplicates
+
+    def _attach(self) -> Environment:
+        """The live generation's environment, made if there is none. Under the writer lock."""
+        generation = current_generation(self._store)
+        environment = self._holder.environment
+        if generation is None:
+            environment = self._create()
+        elif environment is None or not environment.is_live(generation):
+            environment = self._adopt(acquire(generation, write=True))
+        else:
+            environment.make_writable()
+        if self._num_commits % _COMMITS_PER_READER_CHECK == 0:
+            # Writers don't clear the slots of readers that were killed.
+            environment.env.reader_check()
+        return environment
+
+    def _adopt(self, environment: Environment) -> Environment:
+        self._holder.take(environment)
+        with translated_errors(self._store):
+            metadata = environment.read_metadata(environment.begin_read())
+        self._check_config(metadata)
+        metadata.with_provenance(self._provenance, self._store)
+        self._shape = metadata.embedding_shape or self._shape
+        self._metadata = metadata
+        return environment
+
+    def _create(self) -> Environment:
+        self._holder.drop()
+        generation = create_generation(self._store)
+        environment = acquire(generation, write=True, create=True)
+        self._holder.take(environment)
+        self._metadata = StoreMetadata.new(self._config, self._dataset_root)
+        with translated_errors(self._store), environment.env.begin(write=True) as transaction:
+            environment.create_databases(transaction)
+            _put_record(environment, transaction, self._metadata)
+        publish_generation(self._store, generation)
+        return environment
+
+    # ---- checks
+
+    def _check_usable(self) -> None:
+        if self._owner != process_id():
+            raise WriterClosedError(
+                f"this writer of {self._store} belongs to process {self._owner}; open one in "
+                "this process"
+            )
+        if self._closed:
+            raise WriterClosedError(f"this writer of {self._store} is closed; open another")
+
+    def _check_config(self, stored: StoreMetadata) -> None:
+        if stored.config != self._config:
+            raise IntegrityError(
+                f"{self._store} holds embeddings of another config "
+                f"({self._config.differences(stored.config)}, asked and stored): was the folder "
+                "renamed by hand? Give it back its name"
+            )
+
+    def _check_shape(self, sample_id: str, shape: tuple[int, ...]) -> None:
+        if self._shape is None:
+            self._shape = (None, *shape[1:]) if self._ragged and shape else shape
+        elif not fits(shape, self._shape):
+            raise InvalidEmbeddingError(
+                f"{sample_id}: an embedding of shape {shape}, the store holds {self._shape}. "
+                "Another output or length needs a config of its own"
+            )
+
+    def _check_pending_shapes(self, shape: tuple[int | None, ...] | None) -> None:
+        # Another process may have settled the shape of a new store meanwhile.
+        for key, value in self._pending.values.items():
+            if shape is not None and not fits(value.shape, shape):
+                raise InvalidEmbeddingError(
+                    f"{sample_id_of_key(key)}: an embedding of shape {value.shape}, the store "
+                    f"holds {shape}. Another output or length needs a config of its own"
+                )
+
+    def _check_space(self) -> None:
+        needed = 2 * self._pending.num_bytes + _RESERVE_BYTES
+        free = free_bytes(self._store)
+        if free < needed:
+            raise CacheFullError(
+                f"{self._store}: {free >> 20} MiB free, this commit needs {needed >> 20} MiB. "
+                "Free space and go on; what was committed is safe"
+            )
+
+    def _is_known(self, key: bytes) -> bool:
+        if key in self._pending.values:
+            return True
+        environment = self._holder.environment
+        if environment is None:
+            return False
+        with translated_errors(self._store):
+            transaction = environment.begin_read()
+            return transaction.get(key, db=environment.checksums) is not None
+
+
+def _put_record(
+    environment: Environment, transaction: lmdb.Transaction, metadata: StoreMetadata
+) -> None:
+    record = metadata.pack()
+    transaction.put(METADATA_KEY, record)
+    transaction.put(METADATA_KEY, checksum(METADATA_KEY, record), db=environment.checksums)
