@@ -1,0 +1,265 @@
+"""The Audio Spectrogram Transformer (AST), as transformers implements it.
+
+transformers and torch are imported at first use: that takes seconds, which a run with nothing to
+compute shouldn't pay. This module stays free of both at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import numpy as np
+
+from lmdbcache.config import DTYPES
+from lmdbcache.embedders.ast_checkpoint import (
+    feature_implementation,
+    import_transformers,
+    library_versions,
+    load_feature_extractor,
+    load_model,
+    read_settings,
+)
+from lmdbcache.embedders.checkpoints import fetch_checkpoint
+from lmdbcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from numpy.typing import NDArray
+
+    from lmdbcache.embedders.checkpoints import Checkpoint
+
+__all__ = ["ASTEmbedder", "ASTFrontEnd"]
+
+_WINDOW_MILLISECONDS: Final = 25.0
+_NUM_SPECIAL_TOKENS: Final = 2  # CLS and distillation
+
+
+class ASTFrontEnd:
+    """Normalised log-mel features by transformers' `ASTFeatureExtractor`.
+
+    Pickles as checkpoint and sample rate only; each process builds its own extractor at first
+    use. It sets no thread count: in a DataLoader worker torch runs it on one thread.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it; downloaded at first use if it isn't local.
+        sample_rate: Sample rate of the waveforms to come, in Hz.
+
+    Raises:
+        ConfigError: `sample_rate` isn't the one that the checkpoint was trained with (for a
+            checkpoint that isn't on this machine yet: at first use).
+        ModelLoadError: preprocessor_config.json is missing or isn't an AST's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sample_rate: int) -> None:
+        self.checkpoint = checkpoint
+        self.sample_rate = sample_rate
+        self._extractor: Any = None
+        if checkpoint.is_local:
+            self._check_sample_rate()
+
+    @property
+    def min_samples(self) -> int:
+        """One analysis window of 25 ms, in samples: 400 at 16 kHz."""
+        return int(self.sample_rate * _WINDOW_MILLISECONDS / 1000)
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Compute the features of one clip, bit-equal to calling the extractor itself.
+
+        Args:
+            waveform: float32 array (num_samples,), mono, with at least `min_samples` samples.
+
+        Returns:
+            float32 array (num_frames, num_mel_bins), 1024 x 128 for the published checkpoints:
+            frames of a shorter clip are padded, of a longer one cut.
+
+        Raises:
+            ConfigError: The waveform isn't one-dimensional float32 or is shorter than one window.
+            ModelLoadError: The extractor can't be loaded.
+            MissingDependencyError: transformers, torch or a working torchaudio is missing.
+        """
+        if waveform.ndim != 1 or waveform.dtype != np.float32:
+            raise ConfigError(
+                f"waveform: {waveform.dtype} of shape {waveform.shape}; the front end takes one "
+                "mono float32 waveform (num_samples,), as load_waveform gives it"
+            )
+        if len(waveform) < self.min_samples:
+            raise ConfigError(
+                f"duration: {len(waveform)} samples are less than one analysis window of "
+                f"{self.min_samples} samples; use a duration of {self.min_samples} / "
+                f"{self.sample_rate} s or more"
+            )
+        if self._extractor is None:
+            self._extractor = self._build()
+        writeable = np.require(waveform, requirements=["C", "W"])
+        features = self._extractor(
+            writeable, sampling_rate=self.sample_rate, return_tensors="np"
+        ).input_values[0]
+        return np.asarray(features, dtype=np.float32)
+
+    def provenance(self) -> dict[str, str]:
+        """Which fbank is in use (key `feature_extractor`), and the versions it depends on.
+
+        transformers takes torchaudio's kaldi fbank where torchaudio is installed and its own in
+        numpy otherwise; the two differ by up to 8e-3.
+        """
+        return {
+            "feature_extractor": feature_implementation(),
+            **library_versions("transformers", "torchaudio", "soundfile", "soxr"),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_extractor": None}
+
+    def _build(self) -> Any:
+        self.checkpoint = fetch_checkpoint(self.checkpoint)
+        self._check_sample_rate()
+        return load_feature_extractor(self.checkpoint)
+
+    def _check_sample_rate(self) -> None:
+        _, preprocessor = read_settings(self.checkpoint)
+        trained = preprocessor.get("sampling_rate", 16000)
+        if trained != self.sample_rate:
+            raise ConfigError(
+                f"sample_rate: {self.sample_rate} Hz, but {self.checkpoint.identity} was trained "
+                f"at {trained} Hz; use sample_rate={trained} (clips are resampled to it)"
+            )
+
+
+class ASTEmbedder:
+    """Embeddings of a frozen `transformers.ASTModel`.
+
+    The outputs, for a model with hidden_size H and T tokens (768 and 1214 as published):
+
+    - `pooler_output`, (H,): the mean of the CLS and the distillation token, after the last norm.
+    - `last_hidden_state`, (T, H): every token, CLS and distillation first.
+    - `mean`, (H,): the mean over all tokens except CLS and distillation. Tokens of padded frames
+      count like any other.
+
+    Parameters are float32 whatever the checkpoint holds. With a lower `compute_dtype` torch's
+    autocast decides which operations run in it; with float32 a GPU's TF32 is switched off while
+    the model runs, so that machines agree to about 1e-6.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it; downloaded now if it isn't local.
+        output: One of `outputs`.
+        device: Where the model runs; None means a CUDA GPU if there is one, else the CPU.
+        compute_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ConfigError: An unknown output, device or compute dtype.
+        ModelLoadError: Not an AST checkpoint, damaged, incomplete, or not to be had.
+        MissingDependencyError: transformers, torch or a working torchaudio is missing.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ("pooler_output", "last_hidden_state", "mean")
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        output: str = "pooler_output",
+        device: str | torch.device | None = None,
+        compute_dtype: str = "float32",
+    ) -> None:
+        if output not in self.outputs:
+            raise ConfigError(f"output: {output!r}; AST gives {', '.join(self.outputs)}")
+        if compute_dtype not in DTYPES:
+            raise ConfigError(f"compute_dtype: {compute_dtype!r}; known are {', '.join(DTYPES)}")
+        import_transformers()
+        self.output = output
+        self.compute_dtype = compute_dtype
+        self.checkpoint = fetch_checkpoint(checkpoint)
+        self._model = load_model(self.checkpoint)
+        self.device = self._move(device)
+
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """`(hidden_size,)`, or `(num_tokens, hidden_size)` for `last_hidden_state`."""
+        num_tokens, hidden_size = self._model.embeddings.position_embeddings.shape[1:]
+        return (num_tokens, hidden_size) if self.output == "last_hidden_state" else (hidden_size,)
+
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Embed a batch.
+
+        Args:
+            features: float32 tensor (batch, num_frames, num_mel_bins), on any device.
+
+        Returns:
+            float32 tensor (batch, *embedding_shape) on the CPU.
+
+        Raises:
+            ConfigError: The features haven't the shape that the model takes.
+        """
+        import torch
+
+        config = self._model.config
+        expected = (config.max_length, config.num_mel_bins)
+        if tuple(features.shape[1:]) != expected:
+            raise ConfigError(
+                f"features: shape {tuple(features.shape)}, but {self.checkpoint.identity} takes "
+                f"(batch, {expected[0]}, {expected[1]}); use its own ASTFrontEnd"
+            )
+        with torch.no_grad(), _precision(self.device, self.compute_dtype):
+            result = self._model(features.to(self.device, torch.float32))
+            hidden = result.last_hidden_state
+            if self.output == "pooler_output":
+                embeddings = result.pooler_output
+            elif self.output == "mean":
+                embeddings = hidden[:, _NUM_SPECIAL_TOKENS:].float().mean(dim=1)
+            else:
+                embeddings = hidden
+        on_cpu: torch.Tensor = embeddings.to("cpu", torch.float32)
+        return on_cpu
+
+    def provenance(self) -> dict[str, str]:
+        """Weights, Hub revision where known, library versions, device type and compute dtype."""
+        known = {
+            "weights_digest": self.checkpoint.weights_digest,
+            "revision": self.checkpoint.revision,
+        }
+        return {
+            **{name: value for name, value in known.items() if value},
+            **library_versions("torch", "transformers"),
+            "device": self.device.type,
+            "compute_dtype": self.compute_dtype,
+        }
+
+    def _move(self, device: str | torch.device | None) -> torch.device:
+        import torch
+
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            chosen = torch.device(device)
+            self._model.to(chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"device: {str(device)!r} can't be used here ({str(error).splitlines()[0]}); "
+                "use 'cpu', 'cuda' or 'cuda:0'"
+            ) from error
+        return chosen
+
+
+@contextlib.contextmanager
+def _precision(device: torch.device, compute_dtype: str) -> Iterator[None]:
+    import torch
+
+    if compute_dtype != "float32":
+        with torch.autocast(device.type, dtype=getattr(torch, compute_dtype)):
+            yield
+    elif device.type != "cuda":
+        yield
+    else:
+        # cuDNN's convolutions use TF32 (10 bits of mantissa) unless they are told not to.
+        cudnn: Any = torch.backends.cudnn
+        backends: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

@@ -1,0 +1,295 @@
+"""Which checkpoint a name or a folder stands for, and where it lies.
+
+This module imports neither torch nor transformers: a run that has nothing to compute asks for an
+identity only.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import xxhash
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import MissingDependencyError, ModelLoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "Checkpoint",
+    "fetch_checkpoint",
+    "find_checkpoint",
+    "model_identity",
+    "weights_digest",
+]
+
+_CONFIG_FILES: Final = ("config.json", "preprocessor_config.json")
+_SAFETENSORS: Final = "*.safetensors"
+_TORCH_BIN: Final = "pytorch_model*.bin"
+_CHUNK_BYTES: Final = 4 << 20
+_HUB_TIMEOUT_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights and settings.
+
+    Args:
+        identity: The name for `CacheConfig.model_name`: the same on every machine.
+        location: The folder that holds the files, or the Hub name until they are on this machine.
+        revision: Commit on the Hub, where known.
+        weights_digest: 16 hex digits of `weights_digest(location)`; None until then.
+    """
+
+    identity: str
+    location: str
+    revision: str | None = None
+    weights_digest: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `location` is a folder with every file that is needed."""
+        return self.weights_digest is not None
+
+
+def weights_digest(folder: str | os.PathLike[str]) -> str:
+    """Digest of everything in a checkpoint that decides an embedding.
+
+    Taken over name, length and bytes of config.json, preprocessor_config.json and the weights
+    (*.safetensors, else pytorch_model*.bin), sorted by name; the folder's own name has no part.
+
+    Args:
+        folder: A checkpoint as `save_pretrained` writes it.
+
+    Returns:
+        16 hex digits (xxh3-64).
+
+    Raises:
+        ModelLoadError: The folder holds no weights, or a file can't be read.
+    """
+    folder = Path(folder)
+    weights = _weight_files(folder)
+    if not weights:
+        raise ModelLoadError(
+            f"{_shown(folder)}: no weights in this folder; expected model.safetensors "
+            "(or pytorch_model.bin), as save_pretrained writes it"
+        )
+    configs = [folder / name for name in _CONFIG_FILES if (folder / name).is_file()]
+    digest = xxhash.xxh3_64()
+    for path in sorted([*configs, *weights], key=lambda path: path.name):
+        _update(digest, path)
+    return str(digest.hexdigest())
+
+
+def model_identity(name_or_folder: str | os.PathLike[str]) -> str:
+    """The name by which caches know a model: the value for `CacheConfig.model_name`.
+
+    A Hub name or alias comes back in its canonical form. A checkpoint folder becomes
+    `<folder name>@<first 12 digits of its digest>`: the same on every machine, another one as soon
+    as the weights change. The network is never asked.
+
+    Args:
+        name_or_folder: `"ast"`, a Hub name, or a folder.
+
+    Raises:
+        ModelLoadError: A path that isn't a checkpoint folder.
+        ConfigError: A name that can't be a model's.
+    """
+    folder = _local_folder(name_or_folder)
+    if folder is None:
+        return _canonical(os.fspath(name_or_folder))
+    return _folder_identity(folder, weights_digest(folder))
+
+
+def find_checkpoint(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
+    """Look a checkpoint up on this machine: a folder, or the Hub's local cache.
+
+    The network is never asked; `fetch_checkpoint` downloads what this doesn't find. A model that
+    is in the Hub's cache is used at the cached revision.
+
+    Args:
+        name_or_folder: `"ast"`, a Hub name, or a folder.
+
+    Returns:
+        The checkpoint; for a Hub name that isn't on this machine `location` is that name.
+
+    Raises:
+        ModelLoadError: A path that isn't a checkpoint folder, or a name that can't be on the Hub.
+        ConfigError: A name that can't be a model's.
+        MissingDependencyError: A Hub name, and huggingface_hub isn't installed.
+    """
+    folder = _local_folder(name_or_folder)
+    if folder is not None:
+        digest = weights_digest(folder)
+        return Checkpoint(_folder_identity(folder, digest), str(folder), weights_digest=digest)
+    name = _canonical(os.fspath(name_or_folder))
+    return _complete(Checkpoint(name, name))
+
+
+def fetch_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with its files on this machine, downloaded from the Hub if need be.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it.
+
+    Returns:
+        A checkpoint whose `location` is a folder.
+
+    Raises:
+        ModelLoadError: It isn't on this machine and can't be downloaded; says what to do.
+        MissingDependencyError: huggingface_hub isn't installed.
+    """
+    if checkpoint.is_local:
+        return checkpoint
+    found = _complete(checkpoint)
+    if found.is_local:
+        return found
+    _download(checkpoint.location)
+    found = _complete(checkpoint)
+    if not found.is_local:
+        raise ModelLoadError(
+            f"{checkpoint.location}: this repository on the Hub isn't a usable checkpoint: "
+            f"expected {', '.join(_CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
+        )
+    return found
+
+
+def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
+    """The folder meant, or None for a Hub name or alias."""
+    text = os.fspath(name_or_folder)
+    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    is_path = (
+        isinstance(name_or_folder, os.PathLike)
+        or text.startswith((".", os.sep, "~"))
+        or (os.sep in text and path.exists())
+    )
+    if not is_path:
+        # A bare word: an alias means the same model in every working directory.
+        is_alias = _canonical(text) != unicodedata.normalize("NFC", text).strip()
+        is_path = not is_alias and os.sep not in text and (path / "config.json").is_file()
+    if not is_path:
+        return None
+    if not (path / "config.json").is_file():
+        found = "no such folder" if not path.exists() else "no config.json in it"
+        raise ModelLoadError(
+            f"{_shown(path)}: {found if path.is_dir() or not path.exists() else 'not a folder'}; "
+            "expected a checkpoint folder as save_pretrained writes it (config.json, "
+            "preprocessor_config.json, model.safetensors), or a Hub name such as 'ast-finetuned'"
+        )
+    return Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps the name it was given under
+
+
+def _canonical(name: str) -> str:
+    return CacheConfig(model_name=name).model_name
+
+
+def _folder_identity(folder: Path, digest: str) -> str:
+    return _canonical(f"{folder.name or 'root'}@{digest[:12]}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return list(folder.glob(_SAFETENSORS)) or list(folder.glob(_TORCH_BIN))
+
+
+def _update(digest: Any, path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            # The length frames the bytes, so that no two lists of files look the same.
+            size = os.fstat(file.fileno()).st_size
+            digest.update(os.fsencode(path.name) + b"\0" + str(size).encode() + b"\0")
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise ModelLoadError(
+            f"{_shown(path)}: can't be read: {error.strerror or error}; check its permissions"
+        ) from error
+
+
+def _complete(checkpoint: Checkpoint) -> Checkpoint:
+    """Fill in folder, revision and digest if the Hub's local cache has every file needed."""
+    hub = _hub()
+    name = checkpoint.location
+    if "@" in name:
+        raise ModelLoadError(
+            f"{name}: the identity of a local checkpoint folder, which can't be looked up by name; "
+            "give the folder itself (--model FOLDER)"
+        )
+    try:
+        folder = Path(
+            hub.snapshot_download(name, allow_patterns=list(_CONFIG_FILES), local_files_only=True)
+        )
+    except hub.errors.HFValidationError as error:
+        raise ModelLoadError(
+            f"{name}: no such folder here, and not a name that the Hub can have "
+            "('owner/model'); give a checkpoint folder, a Hub name, or 'ast-finetuned'"
+        ) from error
+    except hub.errors.LocalEntryNotFoundError:
+        return checkpoint
+    if not all((folder / file).is_file() for file in _CONFIG_FILES) or not _weight_files(folder):
+        return checkpoint
+    return replace(
+        checkpoint,
+        location=str(folder),
+        revision=folder.name,
+        weights_digest=weights_digest(folder),
+    )
+
+
+def _download(name: str) -> None:
+    """Bring a repository into the Hub's local cache.
+
+    One request without retries goes first: huggingface_hub's own downloads retry for 23 s where
+    there is no network.
+    """
+    hub = _hub()
+    try:
+        info = hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        hub.snapshot_download(name, allow_patterns=_wanted(files))
+    except hub.errors.RepositoryNotFoundError as error:
+        raise ModelLoadError(
+            f"{name}: the Hub has no such model, or it is private or gated; check the spelling, "
+            "or log in with `hf auth login`"
+        ) from error
+    except Exception as error:
+        raise ModelLoadError(_unreachable(name, error)) from error
+
+
+def _wanted(files: Sequence[str]) -> list[str]:
+    has_safetensors = any(file.endswith(".safetensors") for file in files)
+    return [*_CONFIG_FILES, _SAFETENSORS if has_safetensors else _TORCH_BIN]
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    hub = _hub()
+    if isinstance(error, hub.errors.OfflineModeIsEnabled):
+        reason, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+    else:
+        reason = f"can't be downloaded ({type(error).__name__}: {error})"
+        remedy = "try again when the network is back"
+    return (
+        f"{name}: not on this machine, and {reason}. Give a local checkpoint folder (--model "
+        f"FOLDER); or run `hf download {name}` on a machine with network and set HF_HOME to a "
+        f"copy of its cache; or {remedy}."
+    )
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"looking up a model by its Hub name needs huggingface_hub ({error}); "
+            'install it with: pip install "lmdbcache[audio]"'
+        ) from error
+    return huggingface_hub
+
+
+def _shown(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,122 @@
+"""Identity and digest of a checkpoint: the same everywhere, another one for other weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.embedders.checkpoints import find_checkpoint, model_identity, weights_digest
+from lmdbcache.errors import ModelLoadError
+
+
+def test_golden_digest(tmp_path):
+    """The digest is fixed for ever: stores carry it in their provenance."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "preprocessor_config.json").write_bytes(b"{}\n")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    assert weights_digest(folder) == "b6980eb2d3ef69ba"
+    assert model_identity(folder) == "model@b6980eb2d3ef"
+
+
+def test_identity_is_the_same_on_every_machine(own_ast_folder, tmp_path, monkeypatch):
+    """Place, way of writing the path and unrelated files don't matter."""
+    identity = model_identity(own_ast_folder)
+    assert identity == f"small-ast@{weights_digest(own_ast_folder)[:12]}"
+    copy = shutil.copytree(own_ast_folder, tmp_path / "elsewhere" / "small-ast")
+    (copy / "README.md").write_text("notes")
+    monkeypatch.chdir(copy.parent)
+    for written in (copy, f"{copy}{os.sep}", "./small-ast", "small-ast", Path("small-ast")):
+        assert model_identity(written) == identity
+    monkeypatch.chdir(copy)
+    assert model_identity(".") == identity
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert model_identity("~/small-ast") == identity
+
+
+def test_a_cache_config_takes_an_identity_as_it_is(ast_folder):
+    """CacheConfig leaves the identity unchanged, so stores and checkpoints meet."""
+    identity = model_identity(ast_folder)
+    assert CacheConfig(model_name=identity).model_name == identity
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_identity_changes_with_weights_and_settings(own_ast_folder, name):
+    """One byte in any file that decides an embedding is another model."""
+    before = model_identity(own_ast_folder)
+    content = bytearray((own_ast_folder / name).read_bytes())
+    content[-1] ^= 1
+    (own_ast_folder / name).write_bytes(content)
+    assert model_identity(own_ast_folder) != before
+
+
+def test_bytes_moved_between_files_change_the_digest(tmp_path):
+    """Names and lengths are part of it."""
+    digests = set()
+    for number, (one, two) in enumerate([(b"ab", b"c"), (b"a", b"bc"), (b"abc", b"")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model-1.safetensors").write_bytes(one)
+        (folder / "model-2.safetensors").write_bytes(two)
+        digests.add(weights_digest(folder))
+    assert len(digests) == 3
+
+
+def test_pytorch_bin_counts_only_without_safetensors(own_ast_folder):
+    """transformers prefers safetensors too."""
+    before = weights_digest(own_ast_folder)
+    (own_ast_folder / "pytorch_model.bin").write_bytes(b"old")
+    assert weights_digest(own_ast_folder) == before
+    (own_ast_folder / "model.safetensors").unlink()
+    assert weights_digest(own_ast_folder) != before
+
+
+@pytest.mark.parametrize("name", ["ast", "AST-finetuned", DEFAULT_MODEL_NAME])
+def test_aliases_have_one_identity(name, tmp_path, monkeypatch):
+    """An alias means the Hub's model also where a folder of that name lies about."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ast").mkdir()
+    (tmp_path / "ast" / "config.json").write_text("{}")
+    assert model_identity(name) == DEFAULT_MODEL_NAME
+
+
+def test_hub_names_are_no_paths(tmp_path, monkeypatch):
+    """A Hub name has one slash; it is a folder only if that folder exists."""
+    monkeypatch.chdir(tmp_path)
+    assert model_identity("owner/model") == "owner/model"
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    with pytest.raises(ModelLoadError, match=r"no config\.json"):
+        model_identity("owner/model")
+
+
+@pytest.mark.parametrize("path", ["./absent", "/absent/model", "~/absent-model", Path("absent")])
+def test_a_path_that_is_no_checkpoint(path):
+    """It isn't taken for a Hub name; the message says what was expected."""
+    with pytest.raises(ModelLoadError, match=r"no such folder.*expected a checkpoint folder"):
+        find_checkpoint(path)
+
+
+def test_a_file_or_a_folder_without_weights(own_ast_folder):
+    """Each is named for what it is."""
+    with pytest.raises(ModelLoadError, match="not a folder"):
+        model_identity(own_ast_folder / "model.safetensors")
+    (own_ast_folder / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="no weights"):
+        model_identity(own_ast_folder)
+
+
+def test_find_a_folder(own_ast_folder):
+    """A folder needs no lookup; the result crosses processes."""
+    found = find_checkpoint(own_ast_folder)
+    assert found.identity == model_identity(own_ast_folder)
+    assert found.location == str(own_ast_folder)
+    assert found.weights_digest == weights_digest(own_ast_folder)
+    assert found.is_local
+    assert found.revision is None
+    assert pickle.loads(pickle.dumps(found)) == found

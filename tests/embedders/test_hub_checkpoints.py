@@ -1,0 +1,165 @@
+"""Models by Hub name: downloaded once, found again offline, and refused in seconds without either.
+
+A small server on this machine stands in for the Hub; the real huggingface_hub talks to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lmdbcache.embedders import model_identity, weights_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_NAME = "owner/small-ast"
+_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+_LOAD = """
+import json, sys
+from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
+from lmdbcache.errors import CacheError
+try:
+    checkpoint = find_checkpoint(sys.argv[1])
+    embedder = ASTEmbedder(checkpoint)
+    ASTFrontEnd(checkpoint, 16000)._build()
+    print(json.dumps({"before": checkpoint.is_local, **embedder.provenance()}))
+except CacheError as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as a download of one repository takes."""
+
+    folder: Path
+
+    def do_GET(self) -> None:
+        files = {path.name: path.read_bytes() for path in sorted(self.folder.iterdir())}
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        if self.path.startswith(f"/{_NAME}/resolve/") and name in files:
+            self.reply(files[name], "application/octet-stream")
+        elif self.path.startswith(f"/api/models/{_NAME}/tree/"):
+            entries = [
+                {"type": "file", "path": file, "size": len(data), "oid": git_id(data)}
+                for file, data in files.items()
+            ]
+            self.reply(json.dumps(entries).encode(), "application/json")
+        elif self.path.startswith(f"/api/models/{_NAME}"):
+            siblings = [{"rfilename": file} for file in files]
+            info = {"id": _NAME, "sha": _COMMIT, "siblings": siblings}
+            self.reply(json.dumps(info).encode(), "application/json")
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def reply(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", _COMMIT)
+        self.send_header("ETag", f'"{git_id(body)}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@pytest.fixture
+def hub_url(ast_folder: Path) -> Iterator[str]:
+    handler = type("OneModelHub", (Hub,), {"folder": ast_folder})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def load(name: str, home: Path, **environment: str) -> dict[str, str]:
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("HF_") and not key.lower().endswith("_proxy")
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", _LOAD, name],
+        env={**kept, "HF_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_downloaded_once_and_found_again_offline(hub_url, ast_folder, tmp_path):
+    """Revision and digest are known from the first load; the second asks no network."""
+    first = load(_NAME, tmp_path, HF_ENDPOINT=hub_url)
+    assert first["before"] is False
+    assert first["revision"] == _COMMIT
+    assert first["weights_digest"] == weights_digest(ast_folder)
+    second = load(_NAME, tmp_path, HF_HUB_OFFLINE="1")
+    assert second == {**first, "before": True}
+    # Half a snapshot is no model: the rest is asked for, here in vain.
+    (weights,) = tmp_path.glob("hub/**/snapshots/*/model.safetensors")
+    weights.unlink()
+    assert "not on this machine" in load(_NAME, tmp_path, HF_HUB_OFFLINE="1")["error"]
+
+
+def test_an_unknown_name(hub_url, tmp_path):
+    """The Hub's own answer is passed on."""
+    error = load("owner/no-such-model", tmp_path, HF_ENDPOINT=hub_url)["error"]
+    assert error.startswith("ModelLoadError: owner/no-such-model: the Hub has no such model")
+
+
+@pytest.mark.parametrize(
+    ("environment", "remedy"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "when the network is back"),
+        ({"HF_ENDPOINT": "http://hub.invalid"}, "when the network is back"),
+    ],
+)
+def test_without_network_the_refusal_comes_within_seconds(tmp_path, environment, remedy):
+    """No retries, and a message that says what to do."""
+    started = time.monotonic()
+    error = load("ast", tmp_path, **environment)["error"]
+    assert time.monotonic() - started < 20  # most of it is importing torch and transformers
+    assert error.startswith("ModelLoadError: MIT/ast-finetuned-audioset-10-10-0.4593: not on this")
+    for advice in ("--model FOLDER", "hf download MIT/ast-finetuned", "HF_HOME", remedy):
+        assert advice in error
+
+
+@pytest.mark.parametrize("name", ["models/ast/v1", "two words"])
+def test_a_name_that_can_be_neither(tmp_path, name):
+    """Most likely a path that doesn't exist."""
+    assert "no such folder here" in load(name, tmp_path)["error"]
+
+
+def test_an_identity_is_not_a_name_to_load(tmp_path, ast_folder):
+    """The identity of a folder, taken from a cache's config, can't be looked up."""
+    assert "give the folder itself" in load(model_identity(ast_folder), tmp_path)["error"]
