@@ -1,0 +1,43 @@
+"""What extraction and training ask of a data set. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from lmdbcache.storage.layout import join_sample_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["AudioDataset", "Sample", "sample_id_of"]
+
+Sample: TypeAlias = dict[str, Any]
+
+
+@runtime_checkable
+class AudioDataset(Protocol):
+    """A list of labelled clips.
+
+    Attributes:
+        namespace: Goes to `CacheConfig.dataset`, so that equal sample ids of two data sets can't
+            meet in one store.
+        samples: One dict per clip, holding at least `file_id` (str), `class_name` (str),
+            `class_label` (int) and `audio_path` (str).
+    """
+
+    namespace: str
+    samples: list[Sample]
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """`file_id:class` of every sample, in the order of `samples`."""
+        ...
+
+
+def sample_id_of(sample: Mapping[str, Any]) -> str:
+    """The canonical `file_id:class` of one sample.
+
+    Raises:
+        InvalidSampleIdError: The file id or the class can't be part of a sample id.
+    """
+    return join_sample_id(sample["file_id"], sample["class_name"])

@@ -1,0 +1,238 @@
+"""Items and batches: a hit decodes nothing, a miss says so, and DataLoaders get both."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from lmdbcache.datasets import VEGASDataset, create_vegas_dataloader, vegas_collate_fn
+from lmdbcache.errors import AudioDecodeError, DatasetError
+
+OPTIONS = {"split": "all", "audio_duration": 0.5, "selected_classes": ["dog", "drum"]}
+
+
+def cached(root, *, every=1, **options):
+    """A data set whose every n-th sample is cached, in one value that names the sample."""
+    dataset = VEGASDataset(root, **{**OPTIONS, **options})
+    values = {
+        name: torch.full((4,), float(index))
+        for index, name in enumerate(dataset.sample_ids)
+        if index % every == 0
+    }
+    assert dataset.save_ast_embeddings_to_cache(values)
+    assert dataset.load_ast_embeddings_from_cache()
+    return dataset
+
+
+def remove_audio(dataset):
+    for sample in dataset.samples:
+        Path(sample["audio_path"]).unlink()
+
+
+def half_level(waveform):
+    return waveform / 2
+
+
+def test_waveform_is_what_was_asked_for(root):
+    """float32, mono, at the rate and of the length asked for; a short clip ends in zeros."""
+    dataset = VEGASDataset(root, **{**OPTIONS, "audio_duration": 2.0})
+    for item in dataset:
+        assert item["audio"].dtype == torch.float32
+        assert item["audio"].shape == (32000,)
+        assert item["audio"][:16000].abs().max() > 0.05
+        assert item["audio"][16000:].abs().max() == 0
+
+
+def test_transform_sees_a_channel(root):
+    """transform_audio gets (1, num_samples), as it always did."""
+    seen = []
+
+    def transform(waveform):
+        seen.append(waveform.shape)
+        return torch.stack([waveform, waveform], dim=1)
+
+    item = VEGASDataset(root, transform_audio=transform, **OPTIONS)[0]
+    assert seen == [(1, 8000)]
+    assert item["audio"].shape == (2, 8000)
+
+
+def test_a_broken_file_raises_instead_of_giving_silence(root):
+    """A file that isn't audio is an error that names it, for items and for _load_audio."""
+    dataset = VEGASDataset(root, **OPTIONS)
+    path = Path(dataset.samples[0]["audio_path"])
+    path.write_text("no audio", encoding="utf-8")
+    with pytest.raises(AudioDecodeError, match=path.name):
+        dataset[0]
+    with pytest.raises(AudioDecodeError, match=path.name):
+        dataset._load_audio(str(path))
+
+
+def test_a_hit_decodes_nothing_until_the_waveform_is_asked_for(root):
+    """With the audio files gone, hits still work; only reading 'audio' fails."""
+    dataset = cached(root)
+    remove_audio(dataset)
+    item = dataset[3]
+    assert torch.equal(item["audio_emb"], torch.full((4,), 3.0))
+    assert "audio" in item
+    assert next(iter(item)) == "audio"
+    assert len(item) == len(item.keys()) == 14
+    assert item["label"] == 2
+    with pytest.raises(AudioDecodeError):
+        item["audio"]
+    with pytest.raises(AudioDecodeError):
+        dict(item)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda item: item["audio"],
+        lambda item: item.get("audio"),
+        lambda item: dict(item.items())["audio"],
+        lambda item: next(iter(item.values())),
+        lambda item: dict(item)["audio"],
+        lambda item: {**item}["audio"],
+        lambda item: (item | {"more": 1})["audio"],
+        lambda item: ({"more": 1} | item)["audio"],
+        lambda item: copy.copy(item)["audio"],
+        lambda item: copy.deepcopy(item)["audio"],
+        lambda item: item.copy()["audio"],
+        lambda item: pickle.loads(pickle.dumps(item))["audio"],
+        lambda item: pickle.loads(pickle.dumps(item, protocol=2)).get("audio"),
+        lambda item: item.pop("audio"),
+        lambda item: item.setdefault("audio", None),
+        lambda item: [item.popitem() for _ in range(len(item))][-1][1],
+        lambda item: default_collate([item, item])["audio"][1],
+        lambda item: vegas_collate_fn([item, item])["audio"][1],
+        lambda item: dict(vegas_collate_fn([item]))["audio"][0],
+        lambda item: pickle.loads(pickle.dumps(vegas_collate_fn([item])))["audio"][0],
+    ],
+)
+@pytest.mark.parametrize("transform", [None, half_level, lambda waveform: waveform / 2])
+def test_every_way_of_reading_gives_the_waveform(root, read, transform):
+    """Whoever reads the 'audio' of a hit gets the tensor that a miss would have had."""
+    expected = VEGASDataset(root, transform_audio=transform, **OPTIONS)[0]["audio"]
+    assert torch.equal(read(cached(root, transform_audio=transform)[0]), expected)
+
+
+def test_missing_keys_of_an_item(root):
+    """An item is a dict: KeyError, defaults, assignment and comparison work as usual."""
+    item = cached(root)[0]
+    assert item.get("image") is None
+    assert item.get("image", 5) == 5
+    assert item.pop("image", 6) == 6
+    with pytest.raises(KeyError):
+        item["image"]
+    item["audio"] = 1
+    assert item["audio"] == 1
+    assert item != {"a": 1}
+
+
+def test_batch_of_a_partly_cached_data_set(root):
+    """audio_emb holds the hits, the mask says which they are; nothing else is lost."""
+    dataset = cached(root, every=3)
+    batch = vegas_collate_fn([dataset[i] for i in (1, 3, 2, 0)])
+    assert batch["audio_emb_mask"].tolist() == [False, True, False, True]
+    assert batch["audio_emb"].tolist() == [[3.0] * 4, [0.0] * 4]
+    assert batch["audio"].shape == (4, 8000)
+    assert torch.equal(batch["audio"][1], dataset[3]["audio"])
+    assert batch["labels"].tolist() == [2, 2, 2, 2]
+    assert batch["file_id"] == batch["metadata"]["file_ids"]
+    assert batch["audio_filename"][0] == "video_00001.wav"
+    assert batch["metadata"]["sample_indices"] == [1, 3, 2, 0]
+    assert set(batch["metadata"]) == {
+        *("class_names", "video_ids", "file_ids", "sample_indices"),
+        *("ytids", "start_seconds", "end_seconds", "captions"),
+    }
+
+
+def test_batches_without_any_hit_and_with_hits_only(root):
+    """No hit: no audio_emb. All hits: (batch, *shape), and the batch decodes nothing."""
+    miss = VEGASDataset(root, **OPTIONS)
+    batch = vegas_collate_fn([miss[0], miss[1]])
+    assert "audio_emb" not in batch
+    assert "audio_emb_mask" not in batch
+    hit = cached(root)
+    remove_audio(hit)
+    batch = vegas_collate_fn([hit[i] for i in range(5)])
+    assert batch["audio_emb"].shape == (5, 4)
+    assert batch["audio_emb_mask"].all()
+    with pytest.raises(AudioDecodeError):
+        batch["audio"]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("collate", [vegas_collate_fn, default_collate])
+def test_worker_processes(root, context, collate):
+    """Two workers, forked or spawned, bring every sample with embedding and waveform."""
+    dataset = cached(root)
+    assert dataset[0]["audio_emb"][0] == 0  # the parent has read before it forks
+    loader = DataLoader(
+        dataset, 4, num_workers=2, collate_fn=collate, multiprocessing_context=context
+    )
+    seen = []
+    for batch in loader:
+        seen += batch["audio_emb"][:, 0].tolist()
+        assert batch["audio"].shape == (4, 8000)
+        assert torch.equal(batch["audio"][0], dataset[int(batch["audio_emb"][0, 0])]["audio"])
+    assert seen == list(range(12))
+
+
+def test_workers_decode_no_hits(root):
+    """Batches of hits pass through workers with the audio files gone."""
+    dataset = cached(root)
+    remove_audio(dataset)
+    loader = create_vegas_dataloader(dataset, 4, shuffle=False, num_workers=2)
+    assert [batch["audio_emb"][0, 0].item() for batch in loader] == [0, 4, 8]
+
+
+def test_a_broken_file_is_named_across_processes(root):
+    """The error of a worker arrives as itself."""
+    dataset = VEGASDataset(root, **OPTIONS)
+    Path(dataset.samples[5]["audio_path"]).write_text("no audio", encoding="utf-8")
+    loader = create_vegas_dataloader(dataset, 4, shuffle=False, num_workers=1)
+    with pytest.raises(AudioDecodeError, match=r"video_00005\.wav"):
+        list(loader)
+
+
+def test_data_set_pickles(root):
+    """With splits, loaded and narrowed embeddings, a copy in another process is the same."""
+    dataset = VEGASDataset(root, **{**OPTIONS, "split": None})
+    dataset.save_ast_embeddings_to_cache(dict.fromkeys(dataset.sample_ids, torch.ones(4)))
+    dataset.load_ast_embeddings_from_cache()
+    dataset.filter_audio_embeddings_from_file()
+    found = pickle.loads(pickle.dumps(dataset))
+    assert found.samples == dataset.samples
+    assert found.train.sample_ids == dataset.train.sample_ids
+    for item, same in zip(found.train, dataset.train, strict=True):
+        assert item.keys() == same.keys()
+        assert torch.equal(item["audio"], same["audio"])
+        assert torch.equal(item["audio_emb"], same["audio_emb"])
+    assert len(found.audio_embs) == 12
+
+
+def test_text_embeddings(root, tmp_path):
+    """Given a file, items and batches have text_emb of their own class; without, they don't."""
+    torch.save({"Dog": {"sd": torch.ones(3)}, "drum": {"sd": torch.zeros(3)}}, tmp_path / "text.pt")
+    dataset = VEGASDataset(root, embedding_file=tmp_path / "text.pt", **OPTIONS)
+    assert dataset.get_text_embeddings("DOG")["sd"].sum() == 3
+    assert dataset.get_text_embeddings("printer") is None
+    batch = dataset.get_collate_fn()([dataset[0], dataset[11]])
+    assert batch["text_emb"]["sd"].tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert "text_emb" not in VEGASDataset(root, **OPTIONS)[0]
+    with pytest.raises(DatasetError, match="embedding_file"):
+        VEGASDataset(root, embedding_file=tmp_path / "none.pt")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs a CUDA device")
+def test_pinning_decodes_no_hits(root):
+    """A DataLoader that pins its batches leaves the waveforms of hits alone."""
+    dataset = cached(root)
+    remove_audio(dataset)
+    [batch] = create_vegas_dataloader(dataset, 12, num_workers=0, pin_memory=True)
+    assert batch["audio_emb"].is_pinned()
