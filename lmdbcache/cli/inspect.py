@@ -1,0 +1,172 @@
+"""`lmdbcache ls`, `info` and `coverage`: look, change nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache, StoreInfo
+from lmdbcache.cli.console import print_json, print_table, say, sizes
+from lmdbcache.cli.options import (
+    DataDir,
+    Dtype,
+    Duration,
+    ExcludedClasses,
+    Json,
+    Model,
+    ModelName,
+    NodeSplitId,
+    NumNodes,
+    Output,
+    Root,
+    SampleRate,
+    SamplesPerClass,
+    SamplesPerNode,
+    SelectedClasses,
+    Split,
+    Store,
+    build_config,
+    find_store,
+)
+from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.extraction.samples import clips_of
+from lmdbcache.extraction.summary import read_failures
+from lmdbcache.storage.layout import split_sample_id
+
+__all__ = ["coverage_command", "info_command", "ls_command"]
+
+_FEW: int = 10
+
+
+def ls_command(*, root: Root = None, as_json: Json = False) -> None:
+    """List the stores under the root with their sizes."""
+    cache = EmbeddingCache(root)
+    stores = cache.stores()
+    if as_json:
+        print_json([store.to_dict() for store in stores])
+        return
+    if not stores:
+        say(f"nothing is stored under {cache.root}")
+        return
+    print_table(
+        ("fingerprint", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
+        map(_row, stores),
+    )
+    total = sum(store.size_bytes for store in stores)
+    say(f"{len(stores)} stores, {sizes(total)} under {cache.root}")
+
+
+def _row(store: StoreInfo) -> tuple[object, ...]:
+    if store.config is None:
+        name = store.path.name.rpartition("-")[2]
+        return name, "DAMAGED, see info", "", "", "", "", "", sizes(store.size_bytes)
+    config = store.config
+    return (
+        config.fingerprint,
+        config.model_name,
+        config.output,
+        config.sample_rate,
+        f"{config.duration:g}",
+        config.dtype,
+        store.num_embeddings,
+        sizes(store.size_bytes),
+    )
+
+
+def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> None:
+    """Show one store: config, shape, provenance, samples per class, clips that failed."""
+    cache = EmbeddingCache(root)
+    info = find_store(cache, store)
+    failures = read_failures(info.path)
+    classes: Counter[str] = Counter()
+    if info.config is not None:
+        with cache.reader(info.config) as reader:
+            classes.update(split_sample_id(sample_id)[1] for sample_id in reader)
+    if as_json:
+        found = [vars(failure) for failure in failures]
+        print_json({**info.to_dict(), "classes": dict(classes), "failures": found})
+        return
+    say(str(info.path))
+    if info.damage:
+        say(f"damaged: {info.damage}")
+        return
+    facts = {
+        **(info.config.to_dict() if info.config else {}),
+        "embedding_shape": info.embedding_shape,
+        "embeddings": info.num_embeddings,
+        "size": sizes(info.size_bytes),
+        "created": info.creation_time,
+        "dataset_root": info.dataset_root,
+        **info.provenance,
+    }
+    print_table(("field", "value"), [(name, value) for name, value in facts.items() if value != ""])
+    print_table(("class", "embeddings"), sorted(classes.items()))
+    for failure in failures[:_FEW]:
+        say(f"failed: {failure.sample_id}: {failure.reason}")
+    if len(failures) > _FEW:
+        say(f"… and {len(failures) - _FEW} more failed clips; see --json")
+
+
+def coverage_command(
+    data_dir: DataDir,
+    *,
+    root: Root = None,
+    model: Model = "ast",
+    model_name: ModelName = None,
+    output: Output = "pooler_output",
+    sample_rate: SampleRate = 16000,
+    duration: Duration = 5.0,
+    dtype: Dtype = "float32",
+    classes: SelectedClasses = None,
+    exclude: ExcludedClasses = None,
+    split: Split = "all",
+    samples_per_class: SamplesPerClass = None,
+    node_split_id: NodeSplitId = None,
+    num_nodes: NumNodes = None,
+    samples_per_node: SamplesPerNode = None,
+    list_missing: Annotated[bool, typer.Option("--missing", help="List what is missing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how much of a dataset is stored, by class. Exit code 1 if something is missing."""
+    samples = VEGASSelection(
+        data_dir,
+        selected_classes=classes,
+        excluded_classes=exclude,
+        split=split,
+        num_samples_per_class=samples_per_class,
+        node_split_id=node_split_id,
+        num_nodes=num_nodes,
+        samples_per_node=samples_per_node,
+    )
+    cache = EmbeddingCache(root)
+    config = build_config(
+        sample_rate, duration, model, model_name, output, dtype, VEGASSelection.namespace
+    )
+    found = cache.coverage(config, [sample_id for sample_id, _ in clips_of(samples.samples)])
+    if as_json:
+        print_json(
+            {
+                "fingerprint": config.fingerprint,
+                "num_asked": found.num_asked,
+                "num_present": found.num_present,
+                "fraction": found.fraction,
+                "by_class": {name: list(counts) for name, counts in found.by_class.items()},
+                "missing": list(found.missing),
+            }
+        )
+    else:
+        if config not in cache:
+            say(cache.explain_absence(config))
+        print_table(
+            ("class", "stored", "of", "%"),
+            [
+                (name, stored, asked, f"{100 * stored / asked:.1f}")
+                for name, (stored, asked) in found.by_class.items()
+            ],
+        )
+        say(f"{found.num_present} of {found.num_asked} stored ({100 * found.fraction:.1f} %)")
+        if list_missing:
+            say("\n".join(found.missing))
+    raise typer.Exit(1 if found.missing else 0)

@@ -1,0 +1,131 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache, StoreInfo
+from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.embedders.checkpoints import model_identity
+from lmdbcache.errors import CacheNotFoundError
+
+__all__ = [
+    "DataDir",
+    "Dtype",
+    "Duration",
+    "ExcludedClasses",
+    "Json",
+    "Model",
+    "ModelName",
+    "NodeSplitId",
+    "NumNodes",
+    "Output",
+    "Root",
+    "SampleRate",
+    "SamplesPerClass",
+    "SamplesPerNode",
+    "SelectedClasses",
+    "Split",
+    "Store",
+    "Yes",
+    "build_config",
+    "find_store",
+]
+
+# typer reads these at run time, on Python 3.10, too.
+Root = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--root",
+        envvar=ROOT_VARIABLE,
+        help="Cache directory; default: the user's cache directory.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
+Store = Annotated[
+    str, typer.Argument(help="Fingerprint (its first digits do), or a store's folder name.")
+]
+SampleRate = Annotated[int, typer.Option(help="Sample rate of the waveform, in Hz.")]
+Duration = Annotated[float, typer.Option(help="Clips are cut or padded to this, in seconds.")]
+Model = Annotated[str, typer.Option(help="Alias (ast), Hub name, or a folder with a checkpoint.")]
+ModelName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Name of the model in the cache; default: --model, or for a folder its name and "
+        "digest.",
+        show_default=False,
+    ),
+]
+Output = Annotated[str, typer.Option(help="pooler_output, last_hidden_state, or mean (over time).")]
+Dtype = Annotated[str, typer.Option(help="Stored as float32, float16 or bfloat16.")]
+DataDir = Annotated[Path, typer.Argument(help="Folder with <class>/audios/*.wav.")]
+SelectedClasses = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--class", help="Only this class; may be given several times."),
+]
+ExcludedClasses = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--exclude-class", help="Not this class; may be given several times."),
+]
+Split = Annotated[str, typer.Option(help="all, train, val or test.")]
+SamplesPerClass = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Only the first so many of each class."),
+]
+NodeSplitId = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Only this node's samples, from 0."),
+]
+NumNodes = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Number of nodes that share the samples."),
+]
+SamplesPerNode = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Samples of each class that a node has."),
+]
+
+
+def build_config(
+    sample_rate: int,
+    duration: float,
+    model: str,
+    model_name: str | None,
+    output: str,
+    dtype: str,
+    dataset: str,
+) -> CacheConfig:
+    """The config that the options stand for."""
+    return CacheConfig(
+        sample_rate=sample_rate,
+        duration=duration,
+        model_name=model_name or model_identity(model or DEFAULT_MODEL_NAME),
+        output=output,
+        dtype=dtype,
+        dataset=dataset,
+    )
+
+
+def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:
+    """The one store that a fingerprint, its beginning, or a folder's name or path stands for.
+
+    Raises:
+        CacheNotFoundError: None, or more than one.
+    """
+    name = Path(text).name
+    found = [
+        store
+        for store in cache.stores()
+        if store.path.name == name or store.path.name.rpartition("-")[2].startswith(text.lower())
+    ]
+    if len(found) == 1:
+        return found[0]
+    choices = ", ".join(store.path.name for store in found or cache.stores()) or "nothing"
+    raise CacheNotFoundError(
+        f"{text!r} stands for {len(found)} stores under {cache.root}; there: {choices}"
+    )

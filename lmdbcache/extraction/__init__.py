@@ -1,0 +1,1 @@
+"""From audio files to stored embeddings: decode, embed, write; resumable at any point."""

@@ -1,0 +1,60 @@
+"""Progress of long work, for a terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+__all__ = ["ProgressBar"]
+
+
+class ProgressBar:
+    """A bar with rate and time left, by tqdm.
+
+    Args:
+        total: Units of work.
+        initial: Units done before.
+        shown: None shows it if standard error is a terminal.
+        description: What is being done.
+    """
+
+    def __init__(
+        self, total: int, *, initial: int = 0, shown: bool | None = None, description: str = ""
+    ) -> None:
+        self._bar: Any = None
+        if shown or (shown is None and sys.stderr.isatty()):
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=description,
+                unit="clip",
+                dynamic_ncols=True,
+                smoothing=0.1,
+                mininterval=0.1 if sys.stderr.isatty() else 5.0,
+            )
+
+    def advance(self, steps: int) -> None:
+        """Some more units are done."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def note(self, **figures: int) -> None:
+        """Show figures behind the bar; those that are 0 are left out."""
+        if self._bar is not None:
+            shown = {name: value for name, value in figures.items() if value}
+            self._bar.set_postfix(shown, refresh=False)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
