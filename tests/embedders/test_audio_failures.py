@@ -77,7 +77,9 @@ def test_no_samples(tmp_path, suffix):
     """A well-formed file of zero frames is refused, not padded to silence."""
     path = tmp_path / f"clip.{suffix}"
     soundfile.write(path, np.zeros(0, dtype=np.float32), 16000)
-    refusal(path)
+    message = refusal(path)
+    # libsndfile writes no header either for a flac without samples.
+    assert ("0 bytes" if suffix == "flac" else "0 frames") in message
 
 
 def test_too_short_for_one_sample(tmp_path):
