@@ -56,6 +56,7 @@ _LAZY = {
     "model_identity": "lmdbcache.embedders.checkpoints",
 }
 
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("lmdbcache")

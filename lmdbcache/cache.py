@@ -20,6 +20,7 @@ from lmdbcache.errors import (
     CacheNotFoundError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
+    StorageError,
 )
 from lmdbcache.storage.compaction import CompactionResult, compact
 from lmdbcache.storage.generations import current_generation, remove_store, write_lock
@@ -184,9 +185,10 @@ class EmbeddingCache:
     def coverage(self, config: CacheConfig, sample_ids: Iterable[str]) -> Coverage:
         """How much of these samples is stored, by class. Nothing stored is no error."""
         asked = list(dict.fromkeys(sample_ids))
-        missing = (
-            EmbeddingReader(self.path(config), config).missing(asked) if config in self else asked
-        )
+        missing = asked
+        if config in self:
+            with EmbeddingReader(self.path(config), config) as reader:
+                missing = reader.missing(asked)
         absent = Counter(map(_class_of, missing))
         return Coverage(
             num_asked=len(asked),
@@ -305,6 +307,11 @@ class EmbeddingCache:
             children = sorted(self.root.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise StorageError(
+                f"{self.root} can't be listed ({error.strerror}). Check its permissions, or choose "
+                "another cache root"
+            ) from None
         for child in children:
             if _is_store(child):
                 yield child

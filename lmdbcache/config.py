@@ -127,6 +127,7 @@ class CacheConfig:
 
 
 def _sample_rate(name: str, value: Any) -> int:
+    value = _plain_number(value)
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -134,15 +135,24 @@ def _sample_rate(name: str, value: Any) -> int:
         rate = operator.index(value) if rate is None else rate
     except TypeError:
         raise ConfigError(f"{name}: {value!r} isn't a whole number of Hz, such as 16000") from None
-    if rate <= 0:
-        raise ConfigError(f"{name}: {rate} Hz; it must be above 0, such as 16000")
+    if not 0 < rate < 1 << 32:
+        raise ConfigError(f"{name}: {rate} Hz; it must be above 0 and below 2^32, such as 16000")
     return rate
 
 
+def _plain_number(value: Any) -> Any:
+    """The Python number of a numpy scalar or of an array or tensor without dimensions."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def _duration(name: str, value: Any) -> float:
+    value = _plain_number(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigError(f"{name}: {value!r} isn't a number of seconds, such as 5.0")
-    seconds = float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
     if not math.isfinite(seconds) or seconds <= 0:
         raise ConfigError(f"{name}: {seconds} s; it must be finite and above 0, such as 5.0")
     return seconds

@@ -9,7 +9,7 @@ from typing import Final
 
 from lmdbcache.errors import CacheFullError, CacheNotFoundError, IntegrityError
 from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import Environment, acquire, release
+from lmdbcache.storage.environment import Environment, acquire, no_fork, release
 from lmdbcache.storage.generations import (
     create_generation,
     current_generation,
@@ -49,7 +49,7 @@ def compact(store: str | Path) -> CompactionResult:
     store = Path(store).absolute()
     if current_generation(store) is None:
         raise CacheNotFoundError(f"nothing is stored in {store}")
-    with write_lock(store):
+    with write_lock(store), no_fork:
         old = current_generation(store)
         if old is None:
             raise CacheNotFoundError(f"nothing is stored in {store}")

@@ -7,7 +7,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import lmdb
 
@@ -18,7 +18,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 
-__all__ = ["DAMAGE_REMEDY", "translated_errors"]
+__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors"]
 
 DAMAGE_REMEDY: Final = "Clear this store and extract again, or restore the file from a copy"
 
@@ -58,9 +58,19 @@ def translated_errors(where: Path) -> Iterator[None]:
                 f"{where}: the disk is full ({free >> 20} MiB free). Free space and go on; what "
                 "was committed is safe"
             ) from None
-        if isinstance(error, OSError):
-            raise
+        if isinstance(error, PermissionError):
+            raise ReadOnlyCacheError(
+                f"{error.filename or where} can't be used by this user ({error.strerror}). "
+                "Check the permissions"
+            ) from None
         raise StorageError(f"{where}: {error}") from error
+
+
+def raise_translated(error: BaseException, where: Path) -> NoReturn:
+    """Raise an error as ours; for hot paths, where `translated_errors` costs too much."""
+    with translated_errors(where):
+        raise error
+    raise error  # the context manager never swallows one
 
 
 def _disk_is_full(error: Exception, where: Path) -> bool:

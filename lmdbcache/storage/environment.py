@@ -5,8 +5,9 @@ inherits that refusal. So every reader and writer here shares one `Environment` 
 
 A forked child must not close what it inherited: LMDB's close clears the reader slots that carry
 the *parent's* pid, and the parent's pinned snapshots are then no longer protected from reuse of
-their pages. It drops its references instead (py-lmdb then leaves the inherited environment alone)
-and opens its own.
+their pages. It drops its references instead (py-lmdb then leaves the inherited transactions alone)
+and opens its own. The references of other threads would outlive them in the child, so a fork waits
+until no thread is inside LMDB.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ import logging
 import os
 import threading
 import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any, Final
 
 import lmdb
 
-from lmdbcache.errors import (
-    CacheError,
-    CacheNotFoundError,
-    IntegrityError,
-)
+from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
@@ -39,6 +37,7 @@ __all__ = [
     "Snapshot",
     "acquire",
     "acquire_current",
+    "no_fork",
     "process_id",
     "release",
 ]
@@ -56,18 +55,21 @@ class Environment:
     def __init__(self, generation: Path, *, write: bool, create: bool) -> None:
         self.generation = generation
         self.users = 0
-        self.process_id = process_id()
+        self.process_id = _process_id
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
         if not create:
             self._open_checksums()
-        self._file = file_id(generation)
+        self.file = file_id(generation)
+        if self.file is None:
+            self.env.close()
+            raise IntegrityError(f"{generation / 'data.mdb'} was removed while it was opened")
 
     def is_live(self, generation: Path | None) -> bool:
         """Whether this is that generation, and not one of the same name that was cleared."""
-        return generation == self.generation and file_id(self.generation) == self._file
+        return generation is not None and file_id(generation) == self.file
 
     def _open_checksums(self) -> None:
         with contextlib.suppress(lmdb.NotFoundError, lmdb.ReadonlyError):
@@ -79,21 +81,26 @@ class Environment:
 
     def make_writable(self) -> None:
         """Open again for writing; readers in this process pin a new snapshot at their next read."""
-        if not self.writable:
+        with no_fork, _lock, translated_errors(self.generation):
+            if self.writable:
+                return
             self.drop_snapshots()
             self.env.close()
-            self.env = open_environment(self.generation, write=True, create=False)
-            self.writable = True
-            self._open_checksums()
+            try:
+                self.env = open_environment(self.generation, write=True, create=False)
+                self.writable = True
+            finally:
+                if not self.writable:  # its readers go on
+                    self.env = open_environment(self.generation, write=False, create=False)
+                self._open_checksums()
 
     def begin_read(self) -> lmdb.Transaction:
-        """A read transaction on the newest commit, whatever others did to the map or the slots."""
+        """A read transaction on the newest commit, whatever others did to map or slots."""
         try:
             return self.env.begin(buffers=True)
         except lmdb.MapResizedError:
-            with _lock:
-                self.drop_snapshots()
-                self.env.set_mapsize(0)
+            self.drop_snapshots()
+            self.env.set_mapsize(0)
         except lmdb.ReadersFullError:
             _logger.info("%s: reader table full, clearing dead readers", self.generation)
             gc.collect()
@@ -120,6 +127,11 @@ class Environment:
             )
         return StoreMetadata.unpack(bytes(record), self.generation)
 
+    def holds(self, key: bytes) -> bool:
+        """Whether the newest commit has this key."""
+        with no_fork, _lock, translated_errors(self.generation):
+            return self.begin_read().get(key, db=self.checksums) is not None
+
     def drop_snapshots(self) -> None:
         """End every snapshot; their owners pin a new one at the next read."""
         for snapshot in list(self.snapshots):
@@ -134,24 +146,36 @@ class Environment:
 class Snapshot:
     """A pinned read transaction. Reads through it hold `lock`; `transaction` is None once ended."""
 
-    __slots__ = ("__weakref__", "environment", "id", "lock", "metadata", "transaction")
-
     def __init__(self, environment: Environment) -> None:
-        with translated_errors(environment.generation):
+        self.environment = environment
+        self.lock = threading.Lock()
+        self.transaction: lmdb.Transaction | None = None
+        # Where its values lie, once somebody has found out (`located.locate`).
+        self.located: Any = None
+        self.is_unlocatable = False
+        with _lock, translated_errors(environment.generation):
             transaction = environment.begin_read()
             self.metadata = environment.read_metadata(transaction)
-        self.environment = environment
-        self.transaction: lmdb.Transaction | None = transaction
-        self.lock = threading.Lock()
-        self.id: int = transaction.id()
-        environment.snapshots.add(self)
+            self.id: int = transaction.id()
+            self.is_protected = bool(environment.env.flags()["lock"])
+            self.transaction = transaction
+            environment.snapshots.add(self)
 
-    def is_newest(self) -> bool:
-        """Whether nothing was committed to this generation since."""
+    def num_newer_commits(self) -> int:
+        """How many commits this generation has seen since."""
         try:
-            return bool(self.environment.env.info()["last_txnid"] == self.id)
+            with no_fork:
+                return int(self.environment.env.info()["last_txnid"]) - self.id
         except lmdb.Error:
-            return False
+            return 1
+
+    def may_be_overwritten(self) -> bool:
+        """Whether writers may have reused pages of this snapshot.
+
+        Without the lock file nothing holds them back, and they reuse what the last commit but one
+        has freed.
+        """
+        return not self.is_protected and self.num_newer_commits() > 1
 
     def end(self) -> None:
         """Give the reader slot back: the transaction's last reference must go, too."""
@@ -159,11 +183,82 @@ class Snapshot:
             if self.transaction is not None:
                 self.transaction.abort()
                 self.transaction = None
+                self.located = None
 
 
-_environments: dict[Path, Environment] = {}
+class _ForkGate:
+    """Held by a thread that is inside LMDB; a fork waits until none is. Reentrant, shared."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As new, in a child where no other thread is left."""
+        self._condition = threading.Condition()
+        self._thread = threading.local()
+        self._num_inside = 0
+        self._is_forking = False
+
+    def __enter__(self) -> None:
+        self.enter(wait=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+        _release_abandoned()
+
+    def enter(self, *, wait: bool) -> bool:
+        """Enter, if need be after a fork; or return False in place of waiting."""
+        self._thread.depth = self.depth + 1
+        if self.depth == 1:
+            with self._condition:
+                if self._is_forking and not wait:
+                    self._thread.depth -= 1
+                    return False
+                self._condition.wait_for(lambda: not self._is_forking)
+                self._num_inside += 1
+        return True
+
+    def leave(self) -> None:
+        """Leave; a waiting fork may go on."""
+        if self.depth == 1:
+            with self._condition:
+                self._num_inside -= 1
+                self._condition.notify_all()
+        self._thread.depth -= 1
+
+    @property
+    def depth(self) -> int:
+        """How often this thread has entered."""
+        return getattr(self._thread, "depth", 0)
+
+    def wait_for_fork(self) -> None:
+        """Let a waiting fork go first."""
+        if self._is_forking and self.depth == 0:
+            with self:
+                pass
+
+    def close(self) -> None:
+        """Wait until no other thread is inside, and let none in."""
+        self._thread.depth = self.depth + 1
+        own = 1 if self.depth > 1 else 0
+        with self._condition:
+            self._condition.wait_for(lambda: not self._is_forking)
+            self._is_forking = True
+            self._condition.wait_for(lambda: self._num_inside == own)
+
+    def open(self) -> None:
+        with self._condition:
+            self._is_forking = False
+            self._condition.notify_all()
+        self._thread.depth -= 1
+
+
+no_fork = _ForkGate()
+_environments: dict[tuple[int, int] | None, Environment] = {}
+_abandoned: deque[Environment] = deque()
 _lock = threading.RLock()
 _process_id = os.getpid()
+_locked_for_fork: list[Snapshot] = []
 
 
 def process_id() -> int:
@@ -183,11 +278,13 @@ def acquire(generation: Path, *, write: bool = False, create: bool = False) -> E
         IntegrityError: The files are truncated or not ours.
         StorageError: LMDB can't open them.
     """
-    with _lock, translated_errors(generation):
-        environment = _environments.get(generation)
-        if environment is None or not environment.is_live(generation):
+    with no_fork, _lock, translated_errors(generation):
+        # By file, not by path: a cleared and remade generation has the same name, and one
+        # generation has several through links.
+        environment = None if create else _environments.get(file_id(generation))
+        if environment is None:
             environment = Environment(generation, write=write, create=create)
-            _environments[generation] = environment
+            _environments[environment.file] = environment
         elif write:
             environment.make_writable()
         environment.users += 1
@@ -216,13 +313,13 @@ def acquire_current(store: Path) -> Environment:
 
 def release(environment: Environment) -> None:
     """Give back what `acquire` returned; the last user closes it."""
-    with _lock:
-        if environment.process_id != process_id():
-            return  # inherited over a fork
+    if environment.process_id != process_id():
+        return  # inherited over a fork
+    with no_fork, _lock:
         environment.users -= 1
         if environment.users == 0:
-            if _environments.get(environment.generation) is environment:
-                del _environments[environment.generation]
+            if _environments.get(environment.file) is environment:
+                del _environments[environment.file]
             environment.close()
 
 
@@ -231,7 +328,7 @@ class Holder:
 
     def __init__(self, owner: object) -> None:
         self.environment: Environment | None = None
-        weakref.finalize(owner, self.drop)
+        weakref.finalize(owner, self._abandon)
 
     def take(self, environment: Environment) -> None:
         """Hold this one instead of another."""
@@ -244,16 +341,57 @@ class Holder:
         if environment is not None:
             release(environment)
 
+    def _abandon(self) -> None:
+        # The garbage collector calls this anywhere, in the middle of `acquire`, too: never wait.
+        environment, self.environment = self.environment, None
+        if environment is not None:
+            _abandoned.append(environment)
+        _release_abandoned()
 
-def _forget_inherited() -> None:
+
+def _release_abandoned() -> None:
+    if _abandoned and no_fork.depth == 0 and no_fork.enter(wait=False):
+        try:
+            if _lock.acquire(blocking=False):
+                try:
+                    while _abandoned:
+                        release(_abandoned.popleft())
+                finally:
+                    _lock.release()
+        finally:
+            no_fork.leave()
+
+
+def _before_fork() -> None:
+    no_fork.close()
+    for environment in list(_environments.values()):
+        for snapshot in list(environment.snapshots):
+            snapshot.lock.acquire()
+            _locked_for_fork.append(snapshot)
+
+
+def _after_fork_in_parent() -> None:
+    while _locked_for_fork:
+        _locked_for_fork.pop().lock.release()
+    no_fork.open()
+
+
+def _after_fork_in_child() -> None:
     global _lock, _process_id  # noqa: PLW0603 - module state of one process
     _process_id = os.getpid()
     _lock = threading.RLock()
+    no_fork.reset()
+    _locked_for_fork.clear()
+    _abandoned.clear()
     for environment in _environments.values():
         for snapshot in list(environment.snapshots):
-            snapshot.transaction = None
+            snapshot.transaction = snapshot.located = None
         del environment.env, environment.checksums
     _environments.clear()
 
 
-os.register_at_fork(after_in_child=_forget_inherited)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

@@ -9,6 +9,7 @@ newest transaction in there, and the wrong one shows an empty store.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.errors import IntegrityError, ReadOnlyCacheError
+from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.layout import CURRENT_NAME, GENERATION_NAME, WRITER_LOCK_NAME
 
 __all__ = [
@@ -45,6 +46,10 @@ def current_generation(store: Path) -> Path | None:
         name = (store / CURRENT_NAME).read_text("ascii", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise StorageError(
+            f"{store / CURRENT_NAME} can't be read ({error.strerror}). Check its permissions"
+        ) from None
     if not GENERATION_NAME.fullmatch(name):
         raise IntegrityError(
             f"{store / CURRENT_NAME} holds {name[:40]!r} instead of a generation's name such as "
@@ -153,6 +158,8 @@ def _open_lock(store: Path) -> int:
                 "Choose another cache root"
             ) from None
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise CacheFullError(f"{store}: the disk is full. Free space and go on") from None
             raise ReadOnlyCacheError(
                 f"{store} can't be written ({error.strerror}). Check the permissions of this "
                 "folder, or choose another cache root"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,16 @@ from lmdb.verify import verify as verify_structure
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
 from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import Environment, acquire, release
+from lmdbcache.storage.environment import Environment, acquire, no_fork, release
 from lmdbcache.storage.generations import current_generation, write_lock
-from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key
+from lmdbcache.storage.layout import (
+    CHECKSUMS_NAME,
+    METADATA_KEY,
+    NUM_RESERVED_KEYS,
+    sample_id_of_key,
+)
 from lmdbcache.storage.metadata import checksum
+from lmdbcache.storage.opening import check_file_size
 
 __all__ = ["IntegrityReport", "verify"]
 
@@ -55,29 +62,27 @@ def verify(store: str | Path) -> IntegrityReport:
         IntegrityError: The file is truncated or the metadata record damaged.
     """
     store = Path(store).absolute()
-    generation = current_generation(store)
-    if generation is None:
+    if current_generation(store) is None:
         raise CacheNotFoundError(f"nothing is stored in {store}")
-    if findings := _structure_findings(store, generation):
-        return IntegrityReport(store, 0, structure=findings)
-    environment = acquire(generation)
+    # A commit or a compaction in the middle of the walk would look like damage.
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ReadOnlyCacheError):
+            stack.enter_context(write_lock(store))
+        generation = current_generation(store)
+        if generation is None:
+            raise CacheNotFoundError(f"nothing is stored in {store}")
+        if findings := _structure_findings(generation):
+            return IntegrityReport(store, 0, structure=findings)
+        environment = acquire(generation)
     try:
-        with translated_errors(store):
+        with no_fork, translated_errors(store):
             return _check_values(environment, store)
     finally:
         release(environment)
 
 
-def _structure_findings(store: Path, generation: Path) -> tuple[str, ...]:
-    # A commit in the middle of the walk would look like damage.
-    try:
-        with write_lock(store):
-            return _walk(generation)
-    except ReadOnlyCacheError:
-        return _walk(generation)
-
-
-def _walk(generation: Path) -> tuple[str, ...]:
+def _structure_findings(generation: Path) -> tuple[str, ...]:
+    check_file_size(generation)
     try:
         findings = verify_structure(str(generation))  # type: ignore[no-untyped-call]
     except (VerifyError, OSError) as error:
@@ -107,7 +112,7 @@ def _damaged_keys(
     with transaction.cursor() as cursor:
         for key, value in cursor.iternext():
             key_bytes = bytes(key)
-            if b":" not in key_bytes:
+            if key_bytes in (METADATA_KEY, CHECKSUMS_NAME):
                 continue
             expected = transaction.get(key_bytes, db=environment.checksums)
             if expected is None:

@@ -69,6 +69,8 @@ def split_sample_id(sample_id: str) -> tuple[str, str]:
         )
     if not sample_id.isascii():
         file_id = unicodedata.normalize("NFC", file_id)
+        # Lower case can leave NFC; its own NFC doesn't leave lower case.
+        class_name = unicodedata.normalize("NFC", class_name).lower()
         class_name = unicodedata.normalize("NFC", class_name)
     return file_id, class_name.lower()
 
@@ -96,8 +98,8 @@ def canonical_sample_id(sample_id: str) -> str:
 
 
 def sample_id_of_key(key: bytes) -> str:
-    """The sample id behind an LMDB key."""
-    return key.decode("utf-8")
+    """The sample id behind an LMDB key; bytes of a damaged one that aren't UTF-8 as escapes."""
+    return key.decode("utf-8", errors="backslashreplace")
 
 
 def _encode(file_id: str, class_name: str, sample_id: str) -> bytes:

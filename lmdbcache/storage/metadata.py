@@ -73,6 +73,19 @@ class StoreMetadata:
         now = datetime.now(timezone.utc)
         return cls(config, None, now.isoformat(timespec="seconds"), dataset_root)
 
+    def check_config(self, config: CacheConfig | None, store: object) -> None:
+        """Refuse a store that was written for another config; None takes any.
+
+        Raises:
+            IntegrityError: The two configs differ.
+        """
+        if config is not None and self.config != config:
+            raise IntegrityError(
+                f"{store} holds embeddings of another config "
+                f"({config.differences(self.config)}, asked and stored): was the folder renamed "
+                "by hand? Give it back its name"
+            )
+
     def with_provenance(self, provenance: Mapping[str, str], store: object) -> StoreMetadata:
         """A copy that holds both provenances.
 
@@ -91,7 +104,11 @@ class StoreMetadata:
         return replace(self, provenance={**provenance, **self.provenance})
 
     def pack(self) -> bytes:
-        """The msgpack record."""
+        """The msgpack record.
+
+        Raises:
+            ConfigError: Too large to be read back.
+        """
         record = {
             "format_version": self.format_version,
             **self.config.to_dict(),
@@ -100,7 +117,15 @@ class StoreMetadata:
             "dataset_root": self.dataset_root,
             "provenance": dict(self.provenance),
         }
-        packed: bytes = msgpack.packb(record, use_bin_type=True)
+        # Folder names and versions may hold bytes that aren't UTF-8: readable, not exact.
+        packed: bytes = msgpack.packb(
+            record, use_bin_type=True, unicode_errors="backslashreplace", default=str
+        )
+        if len(packed) > _MAX_RECORD_BYTES or len(self.provenance) > _LIMITS["max_map_len"]:
+            raise ConfigError(
+                f"provenance: {len(self.provenance)} entries, {len(packed)} bytes of metadata; "
+                f"{_LIMITS['max_map_len']} entries and {_MAX_RECORD_BYTES} bytes are the limit"
+            )
         return packed
 
     @classmethod

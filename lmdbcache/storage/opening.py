@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any, Final, cast
 
 import lmdb
 
-from lmdbcache.errors import IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 
 __all__ = ["check_file_size", "file_id", "open_environment"]
@@ -20,6 +21,7 @@ _logger: Final = logging.getLogger(__name__)
 _MAX_READERS: Final = 2048
 _LARGE_MAP: Final = 1 << 40  # sparse: costs address space only
 _SMALL_MAP: Final = 1 << 26
+_LOCK_FILE_BYTES: Final = 1 << 20
 
 # Page header (16 bytes), then: magic, version, address, map size, free DB with the page size in
 # its first field, main DB, last page, transaction id. Native byte order.
@@ -40,13 +42,14 @@ def check_file_size(generation: Path) -> int:
     path = generation / "data.mdb"
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             head = file.read(_META_SIZE)
             page_size = _META.unpack(head)[_PAGE_SIZE] if len(head) == _META_SIZE else 0
             pages = [head] if 512 <= page_size <= 65536 else []
             if pages:
                 file.seek(page_size)
                 pages.append(file.read(_META_SIZE))
+            # Last: a commit in between makes the file larger than the pages read here say.
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing. {DAMAGE_REMEDY}") from None
     metas = [_META.unpack(page) for page in pages if len(page) == _META_SIZE]
@@ -81,6 +84,7 @@ def open_environment(generation: Path, *, write: bool, create: bool) -> lmdb.Env
         raise ReadOnlyCacheError(
             f"{data} isn't readable for this user. Ask its owner for read permission"
         )
+    _check_room_for_lock_file(generation)
     # LMDB makes an empty environment of an empty file or folder, which would hide a loss.
     size = 0 if create else check_file_size(generation)
     map_size = max(_LARGE_MAP, 8 * size)
@@ -95,6 +99,16 @@ def open_environment(generation: Path, *, write: bool, create: bool) -> lmdb.Env
                     f"{generation}: no address space for a map of {2 * map_size >> 20} MiB. "
                     "Raise `ulimit -v`, or close readers of other stores"
                 ) from None
+
+
+def _check_room_for_lock_file(generation: Path) -> None:
+    # LMDB would map a lock file that the disk can't hold, and die of SIGBUS.
+    if (
+        not (generation / "lock.mdb").exists()
+        and os.access(generation, os.W_OK)
+        and shutil.disk_usage(generation).free < _LOCK_FILE_BYTES
+    ):
+        raise CacheFullError(f"{generation}: no room for LMDB's lock file. Free space on the disk")
 
 
 def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environment:
@@ -115,7 +129,7 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
         if os.access(generation, os.W_OK):
             raise
         # No right to take part in the reader table: sound only where nobody writes.
-        _logger.info("%s: read without a lock (%s)", generation, error)
+        _logger.info("%s: read without a lock, values follow its writer (%s)", generation, error)
         return lmdb.open(path, readonly=True, create=False, lock=False, **options)
     environment.reader_check()
     return environment

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.errors import InvalidEmbeddingError
+from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
 
-__all__ = ["NUMPY_DTYPES", "as_stored", "fits"]
+__all__ = ["NUMPY_DTYPES", "as_stored", "batch_array", "fits", "from_stored"]
 
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
@@ -40,7 +40,11 @@ def as_stored(sample_id: str, embedding: Any, dtype: str) -> npt.NDArray[Any]:
         InvalidEmbeddingError: Not real numbers, empty, holds NaN or Inf, or is too large for
             the stored dtype.
     """
-    array = _tensor_to_array(embedding, dtype) if _is_tensor(embedding) else np.asarray(embedding)
+    try:
+        is_tensor = _is_tensor(embedding)
+        array = _tensor_to_array(embedding, dtype) if is_tensor else np.asarray(embedding)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidEmbeddingError(f"{sample_id}: not an array of numbers ({error})") from None
     if array.dtype.kind not in "fiu" and array.dtype != NUMPY_DTYPES["bfloat16"]:
         raise InvalidEmbeddingError(
             f"{sample_id}: an embedding of dtype {array.dtype}; real numbers are needed"
@@ -56,9 +60,49 @@ def as_stored(sample_id: str, embedding: Any, dtype: str) -> npt.NDArray[Any]:
     if stored.dtype != array.dtype and not _all_finite(stored):
         raise InvalidEmbeddingError(
             f"{sample_id}: a value beyond {dtype}'s range (largest here "
-            f"{float(np.abs(array).max()):.3g}); store float32 or bfloat16"
+            f"{float(np.abs(array).max()):.3g})"
+            + ("; store float32 or bfloat16" if dtype == "float16" else "")
         )
     return stored
+
+
+def from_stored(
+    sample_id: str, value: Any, dtype: str, stored_shape: Sequence[int | None] | None
+) -> npt.NDArray[Any]:
+    """An owned, writable copy of a stored buffer, in its shape.
+
+    Raises:
+        IntegrityError: The buffer's length isn't that of an embedding of this store.
+    """
+    shape = [-1 if size is None else size for size in stored_shape or ()]
+    try:
+        flat = np.frombuffer(value, dtype=NUMPY_DTYPES[dtype])
+        embedding: npt.NDArray[Any] = flat.reshape(shape).copy()
+    except ValueError:
+        raise IntegrityError(
+            f"{sample_id}: {len(value)} bytes are stored, which isn't an embedding of shape "
+            f"{stored_shape} in {dtype}. Run `lmdbcache verify` and extract again"
+        ) from None
+    return embedding
+
+
+def batch_array(
+    shape: tuple[int, ...], dtype: str, out: npt.NDArray[Any] | None
+) -> npt.NDArray[Any]:
+    """A new array for a batch, or `out` if it fits.
+
+    Raises:
+        InvalidEmbeddingError: `out` has another shape, dtype or layout.
+    """
+    wanted = NUMPY_DTYPES[dtype]
+    if out is None:
+        return np.empty(shape, wanted)
+    if out.shape != shape or out.dtype != wanted or not out.flags.c_contiguous:
+        raise InvalidEmbeddingError(
+            f"out has shape {out.shape} and dtype {out.dtype}; a C-contiguous array of shape "
+            f"{shape} and dtype {wanted} is needed"
+        )
+    return out
 
 
 def fits(shape: Sequence[int], stored_shape: Sequence[int | None]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,6 @@ from lmdbcache.errors import (
     CacheNotFoundError,
     ConfigError,
     DuplicateSampleError,
-    IntegrityError,
     InvalidEmbeddingError,
     WriterClosedError,
 )
@@ -30,6 +29,7 @@ from lmdbcache.storage.environment import (
     Holder,
     acquire,
     acquire_current,
+    no_fork,
     process_id,
 )
 from lmdbcache.storage.generations import (
@@ -97,8 +97,9 @@ class EmbeddingWriter:
         self._config = config
         self._on_duplicate = on_duplicate
         self._ragged = ragged
-        self._provenance = dict(provenance or {})
+        self._provenance = {str(name): str(value) for name, value in (provenance or {}).items()}
         self._dataset_root = str(dataset_root)
+        StoreMetadata.new(config, self._dataset_root).with_provenance(self._provenance, "").pack()
         self._limits = CommitLimits(commit_bytes, commit_records, commit_seconds)
         self._pending = PendingEmbeddings()
         self._holder = Holder(self)
@@ -109,7 +110,7 @@ class EmbeddingWriter:
         self._closed = False
         self._owner = process_id()
         self._lock = threading.RLock()
-        with contextlib.suppress(CacheNotFoundError):
+        with contextlib.suppress(CacheNotFoundError), no_fork:
             self._adopt(acquire_current(self._store))
 
     @property
@@ -149,8 +150,7 @@ class EmbeddingWriter:
             DuplicateSampleError: Stored already, with `on_duplicate="error"`.
         """
         key = sample_key(sample_id)
-        with self._lock:
-            self._check_usable()
+        with self._usable():
             if self._on_duplicate != "overwrite" and self._is_known(key):
                 if self._on_duplicate == "error":
                     raise DuplicateSampleError(
@@ -193,13 +193,13 @@ class EmbeddingWriter:
                 `on_duplicate="error"`; the others are kept for the next commit.
             ProvenanceMismatchError: The store was filled with other weights.
         """
-        with self._lock:
-            self._check_usable()
+        with self._usable():
             if not self._pending.values:
                 return 0
-            with write_lock(self._store):
-                environment = self._attach()
+            with write_lock(self._store), no_fork:
+                # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
                 self._check_space()
+                environment = self._attach()
                 with translated_errors(self._store):
                     written = self._write(environment)
             self._num_commits += 1
@@ -216,8 +216,10 @@ class EmbeddingWriter:
 
     def close(self) -> None:
         """Commit what is left and give back the environment."""
+        if self._owner != process_id():
+            return  # the lock is the parent's, too
         with self._lock:
-            if self._closed or self._owner != process_id():
+            if self._closed:
                 return
             try:
                 self.commit()
@@ -260,8 +262,8 @@ class EmbeddingWriter:
         transaction = environment.env.begin(write=True)
         try:
             stored = environment.read_metadata(transaction)
-            self._check_config(stored)
-            shape = stored.embedding_shape or self._shape
+            stored.check_config(self._config, self._store)
+            shape = self._shape if stored.embedding_shape is None else stored.embedding_shape
             metadata = replace(
                 stored.with_provenance(self._provenance, self._store), embedding_shape=shape
             )
@@ -317,9 +319,10 @@ class EmbeddingWriter:
         self._holder.take(environment)
         with translated_errors(self._store):
             metadata = environment.read_metadata(environment.begin_read())
-        self._check_config(metadata)
+        metadata.check_config(self._config, self._store)
         metadata.with_provenance(self._provenance, self._store)
-        self._shape = metadata.embedding_shape or self._shape
+        if metadata.embedding_shape is not None:
+            self._shape = metadata.embedding_shape
         self._metadata = metadata
         return environment
 
@@ -337,22 +340,17 @@ class EmbeddingWriter:
 
     # ---- checks
 
-    def _check_usable(self) -> None:
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
         if self._owner != process_id():
             raise WriterClosedError(
                 f"this writer of {self._store} belongs to process {self._owner}; open one in "
                 "this process"
             )
-        if self._closed:
-            raise WriterClosedError(f"this writer of {self._store} is closed; open another")
-
-    def _check_config(self, stored: StoreMetadata) -> None:
-        if stored.config != self._config:
-            raise IntegrityError(
-                f"{self._store} holds embeddings of another config "
-                f"({self._config.differences(stored.config)}, asked and stored): was the folder "
-                "renamed by hand? Give it back its name"
-            )
+        with self._lock:
+            if self._closed:
+                raise WriterClosedError(f"this writer of {self._store} is closed; open another")
+            yield
 
     def _check_shape(self, sample_id: str, shape: tuple[int, ...]) -> None:
         if self._shape is None:
@@ -385,11 +383,7 @@ class EmbeddingWriter:
         if key in self._pending.values:
             return True
         environment = self._holder.environment
-        if environment is None:
-            return False
-        with translated_errors(self._store):
-            transaction = environment.begin_read()
-            return transaction.get(key, db=environment.checksums) is not None
+        return environment is not None and environment.holds(key)
 
 
 def _put_record(

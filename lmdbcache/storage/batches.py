@@ -1,0 +1,95 @@
+"""Several embeddings in one array: found by row, gathered from the file, or stacked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
+from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.gather import BatchBuffers
+from lmdbcache.storage.layout import sample_key
+from lmdbcache.storage.located import LocatedValues
+from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
+
+__all__ = ["gather", "key_or_empty", "rows_of", "stack"]
+
+_REMEMBERED_ROWS: Final = 1 << 16
+_buffers: Final = BatchBuffers()
+
+
+def key_or_empty(sample_id: str) -> bytes:
+    """The key to look a sample up by; the empty one, which is never stored, for a bad id."""
+    try:
+        return sample_key(sample_id)
+    except InvalidSampleIdError:
+        return b""
+
+
+def rows_of(located: LocatedValues, sample_ids: Sequence[str]) -> list[int] | None:
+    """Row of each sample in the table, or None if one isn't there."""
+    known = located.rows
+    try:
+        return [known[sample_id] for sample_id in sample_ids]
+    except KeyError:
+        pass
+    if len(known) > _REMEMBERED_ROWS:
+        known.clear()
+    rows: list[int] = located.table.find([key_or_empty(i) for i in sample_ids]).tolist()
+    if min(rows, default=0) < 0:
+        return None
+    known.update(zip(sample_ids, rows, strict=True))
+    return rows
+
+
+def gather(
+    located: LocatedValues,
+    offsets: npt.NDArray[np.int64],
+    length: int,
+    snapshot: Snapshot,
+    out: npt.NDArray[Any] | None,
+) -> npt.NDArray[Any]:
+    """Copy the values at these places of the file into one array."""
+    config, stored_shape = snapshot.metadata.config, snapshot.metadata.embedding_shape or ()
+    dtype = NUMPY_DTYPES[config.dtype]
+    if None in stored_shape:
+        row_bytes = dtype.itemsize * int(np.prod([n for n in stored_shape if n], dtype=np.int64))
+        stored_shape = (length // row_bytes, *stored_shape[1:])
+    shape = (len(offsets), *(n or 0 for n in stored_shape))
+    filled = None
+    if out is not None:
+        filled = batch_array(shape, config.dtype, out).reshape(len(offsets), -1).view(np.uint8)
+    raw = located.file.gather(offsets, length, _buffers, filled)
+    return out if out is not None else raw.view(dtype).reshape(shape)
+
+
+def stack(
+    values: Sequence[Any],
+    sample_ids: Sequence[str],
+    metadata: StoreMetadata,
+    out: npt.NDArray[Any] | None,
+) -> npt.NDArray[Any]:
+    """Stack values that LMDB gave, one by one.
+
+    Raises:
+        InvalidEmbeddingError: Their shapes differ, or `out` doesn't fit.
+        IntegrityError: A value isn't an embedding of this store.
+    """
+    dtype, stored_shape = metadata.config.dtype, metadata.embedding_shape
+    shape = tuple(size or 0 for size in stored_shape or ())
+    if values and None in (stored_shape or ()):
+        shape = from_stored(sample_ids[0], values[0], dtype, stored_shape).shape
+    batch = batch_array((len(values), *shape), dtype, out)
+    for index, (value, sample_id) in enumerate(zip(values, sample_ids, strict=True)):
+        embedding = from_stored(sample_id, value, dtype, stored_shape)
+        if embedding.shape != shape:
+            raise InvalidEmbeddingError(
+                f"{sample_id} has shape {embedding.shape}, {sample_ids[0]} has {shape}: embeddings "
+                "of different lengths can't be stacked. Read them one by one"
+            )
+        batch[index, ...] = embedding
+    return batch

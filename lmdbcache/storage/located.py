@@ -1,0 +1,189 @@
+"""The values of one snapshot, each with its place in the mapped file.
+
+The table of a store up to some size is read when a first batch asks for it (7 ms for 28,000
+samples). That of a larger store is kept beside the data file as `offsets-<transaction>`, derived
+and removable at any time, so that opening 2 million samples takes milliseconds and all processes
+share one copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import struct
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+import numpy as np
+import xxhash
+
+from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.layout import NUM_RESERVED_KEYS
+from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.pages import UnreadablePagesError, ValueTable, read_value_table
+from lmdbcache.storage.values import NUMPY_DTYPES
+
+__all__ = ["LocatedValues", "keep_table", "locate"]
+
+_logger: Final = logging.getLogger(__name__)
+
+_READ_AT_ONCE: Final = 100_000  # samples; beyond, reading the table takes longer than a batch may
+_PAYS_AFTER: Final = 16  # a share of the store this large has been read one by one: read the table
+_MAGIC: Final = b"lmdbcache offsets 1\n"
+_HEADER: Final = struct.Struct("<20s4xQQQQ8s")  # magic, transaction, inode, width, count, checksum
+_PREFIX: Final = "offsets-"
+_KEPT_TABLES: Final = 4
+
+_Identity = tuple[Any, int]
+_tables: OrderedDict[_Identity, ValueTable] = OrderedDict()
+_tables_lock = threading.Lock()
+
+
+@dataclass
+class LocatedValues:
+    """One snapshot's values. Valid while the snapshot is pinned; read with its lock held."""
+
+    identity: _Identity
+    file: MappedFile
+    table: ValueTable
+    # Bytes of each value if all are alike and as the metadata says; else they are read one by one.
+    common_length: int | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def locate(
+    snapshot: Snapshot, transaction: lmdb.Transaction, num_read: int
+) -> LocatedValues | None:
+    """The places of a snapshot's values, or None where LMDB has to be asked.
+
+    Args:
+        snapshot: Pinned, its lock held.
+        transaction: The snapshot's.
+        num_read: Samples that were read one by one from it so far.
+    """
+    known: LocatedValues | None = snapshot.located
+    if known is not None or snapshot.is_unlocatable:
+        return known
+    count = int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
+    identity = (snapshot.environment.file, snapshot.id)
+    generation = snapshot.environment.generation
+    try:
+        table = _known_table(identity, generation)
+        if table is None and count > max(_READ_AT_ONCE, _PAYS_AFTER * num_read):
+            return None
+        file = MappedFile(generation / "data.mdb")
+        if table is None:
+            table = read_value_table(file.data, snapshot.id)
+            if count > _READ_AT_ONCE:
+                _write_table(table, identity, generation)
+        _check(table, file, count, transaction)
+    except (UnreadablePagesError, OSError, ValueError) as error:
+        _logger.info("%s: values are read through LMDB (%s)", generation, error)
+        snapshot.is_unlocatable = True
+        return None
+    _remember(identity, table)
+    located = LocatedValues(identity, file, table, _common_length(table, snapshot.metadata))
+    snapshot.located = located
+    return located
+
+
+def keep_table(snapshot: Snapshot, transaction: lmdb.Transaction) -> None:
+    """Write the table of a large store beside it, for the readers to come."""
+    if int(transaction.stat()["entries"]) > _READ_AT_ONCE:
+        locate(snapshot, transaction, num_read=1 << 62)
+
+
+def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Transaction) -> None:
+    """Compare with what LMDB itself says, for a few values."""
+    if len(table.keys) != count:
+        raise UnreadablePagesError(f"{len(table.keys)} values found of {count}")
+    for row in {0, count // 3, count // 2, count - 1} if count else ():
+        offset, length = int(table.offsets[row]), int(table.lengths[row])
+        value = transaction.get(bytes(table.keys[row]))
+        if offset < 0 or value is None or len(value) != length:
+            raise UnreadablePagesError("a value of another length than LMDB's")
+        head = min(length, 256)
+        if file.value(offset, head).tobytes() != bytes(value[:head]):
+            raise UnreadablePagesError("a value at another place than LMDB's")
+
+
+def _common_length(table: ValueTable, metadata: StoreMetadata) -> int | None:
+    if not len(table.lengths) or not (table.lengths == table.lengths[0]).all():
+        return None
+    length = int(table.lengths[0])
+    shape = metadata.embedding_shape or ()
+    expected = NUMPY_DTYPES[metadata.config.dtype].itemsize * math.prod(n for n in shape if n)
+    fits = length % expected == 0 if None in shape else length == expected
+    return length if fits and length else None
+
+
+def _known_table(identity: _Identity, generation: Path) -> ValueTable | None:
+    with _tables_lock:
+        table = _tables.get(identity)
+    return table or _read_table(identity, generation)
+
+
+def _remember(identity: _Identity, table: ValueTable) -> None:
+    with _tables_lock:
+        _tables[identity] = table
+        while len(_tables) > _KEPT_TABLES:
+            _tables.popitem(last=False)
+
+
+def _row_type(width: int) -> np.dtype[Any]:
+    return np.dtype([("key", f"S{width}"), ("offset", "<i8"), ("length", "<u4")])
+
+
+def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
+    """The kept table of exactly this snapshot, mapped; None if there is none or it is damaged."""
+    path = generation / f"{_PREFIX}{identity[1]}"
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+        magic, transaction, inode, width, count, digest = _HEADER.unpack(head)
+        if (magic, transaction, inode) != (_MAGIC, identity[1], identity[0][1]):
+            return None
+        rows = np.memmap(path, _row_type(width), "r", _HEADER.size, (count,))
+    except (OSError, struct.error, ValueError, OverflowError):
+        return None
+    if xxhash.xxh3_64_digest(rows.view(np.uint8).data) != digest:
+        _logger.warning("%s is damaged and is not used; it will be made again", path)
+        return None
+    return ValueTable(rows["key"], rows["offset"], rows["length"])
+
+
+def _write_table(table: ValueTable, identity: _Identity, generation: Path) -> None:
+    """Keep a table if this process may; replaces those of older snapshots."""
+    if not os.access(generation, os.W_OK):
+        return
+    rows = np.empty(len(table.keys), _row_type(table.keys.dtype.itemsize))
+    rows["key"], rows["offset"], rows["length"] = table.keys, table.offsets, table.lengths
+    content = rows.view(np.uint8).data
+    head = _HEADER.pack(
+        _MAGIC,
+        identity[1],
+        identity[0][1],
+        table.keys.dtype.itemsize,
+        len(rows),
+        xxhash.xxh3_64_digest(content),
+    )
+    path = generation / f"{_PREFIX}{identity[1]}"
+    temporary = generation / f".{_PREFIX}{identity[1]}.{os.getpid()}"
+    # A cache of a cache: a full disk or a compaction meanwhile is no reason to fail.
+    with contextlib.suppress(OSError):
+        temporary.write_bytes(head + content)
+        temporary.replace(path)
+        for other in generation.glob(f"{_PREFIX}*"):
+            if (
+                other.name[len(_PREFIX) :].isdigit()
+                and int(other.name[len(_PREFIX) :]) < identity[1]
+            ):
+                other.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)

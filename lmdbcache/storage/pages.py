@@ -1,0 +1,203 @@
+"""Where each value of a snapshot lies in data.mdb, read from LMDB's own pages.
+
+A reader that knows a value's place copies it straight from the mapped file, a whole batch in one
+call. py-lmdb can't tell the place without touching every page of the value, so the index is read
+from the B+tree itself: branch and leaf pages only, never a value. The layout is that of LMDB 0.9
+(`mdb.c`: MDB_page, MDB_node, MDB_meta), which is frozen. Whatever doesn't look as expected gives
+`UnreadablePagesError`, and the caller reads through LMDB instead.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.storage.layout import METADATA_KEY
+
+__all__ = ["UnreadablePagesError", "ValueTable", "read_value_table"]
+
+_META: Final = struct.Struct("=16x IIQQ I44x 4xHHQQQQQ QQ")
+_PAGE_HEADER_BYTES: Final = 16
+_NODE_HEADER_BYTES: Final = 8
+_BRANCH, _LEAF = 0x01, 0x02
+_BIG_VALUE, _SUB_DATABASE, _DUPLICATES = 0x01, 0x02, 0x04
+_PAGES_PER_STEP: Final = 1024
+_MAX_DEPTH: Final = 32
+
+
+class UnreadablePagesError(Exception):
+    """The pages aren't as expected, or the snapshot's root is no longer known."""
+
+
+@dataclass(frozen=True)
+class ValueTable:
+    """Keys in order, with the place and length of each value in data.mdb.
+
+    Args:
+        keys: (n,) fixed-width bytes, sorted; no key of ours ends in NUL, so padding is harmless.
+        offsets: (n,) int64, bytes from the start of the file.
+        lengths: (n,) int64, bytes.
+    """
+
+    keys: npt.NDArray[np.bytes_]
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+    def find(self, keys: list[bytes]) -> npt.NDArray[np.int64]:
+        """Row of each key, -1 where there is none."""
+        asked = np.array(keys, dtype=np.bytes_)
+        if not len(self.keys) or not len(asked):
+            return np.full(len(asked), -1, np.int64)
+        rows = np.searchsorted(self.keys, asked)
+        rows[rows == len(self.keys)] = 0
+        rows[self.keys[rows] != asked] = -1
+        return rows.astype(np.int64, copy=False)
+
+
+def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueTable:
+    """Read the table of a pinned snapshot.
+
+    Args:
+        data: data.mdb, mapped, (file size,) uint8.
+        transaction_id: The snapshot's. It must be pinned, or its pages may change meanwhile.
+
+    Raises:
+        UnreadablePagesError: Two newer commits have taken the snapshot's meta page, or a page
+            isn't as expected.
+    """
+    page_size, depth, root, num_pages = _find_root(data, transaction_id)
+    if depth == 0:
+        empty = np.empty(0, np.int64)
+        return ValueTable(np.empty(0, "S1"), empty, empty)
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    level = np.array([root], np.int64)
+    try:
+        for _ in range(depth - 1):
+            level = np.concatenate([_children(part) for part in _steps(pages, level)])
+        parts = [_values(part, numbers) for part, numbers in _numbered_steps(pages, level)]
+    except (IndexError, ValueError) as error:
+        raise UnreadablePagesError(str(error)) from error
+    width = max(part[0].dtype.itemsize for part in parts)
+    table = ValueTable(
+        np.concatenate([part[0].astype(f"S{width}", copy=False) for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+        np.concatenate([part[2] for part in parts]),
+    )
+    _check(table, num_pages * page_size)
+    return table
+
+
+def _find_root(data: npt.NDArray[np.uint8], transaction_id: int) -> tuple[int, int, int, int]:
+    """(page size, depth, root page, pages in use) from the snapshot's own meta page."""
+    page_size = int(_META.unpack_from(data[: _META.size].tobytes())[4])
+    if not 512 <= page_size <= 65536 or len(data) < 2 * page_size:
+        raise UnreadablePagesError(f"page size {page_size}")
+    start = (transaction_id & 1) * page_size
+    meta = _META.unpack_from(data[start : start + _META.size].tobytes())
+    magic, version, _, _, _, _, depth, _, _, _, _, root, last_page, written = meta
+    if magic != 0xBEEFC0DE or version != 1 or written != transaction_id or depth > _MAX_DEPTH:
+        raise UnreadablePagesError(f"meta page of transaction {written}, not {transaction_id}")
+    if (last_page + 1) * page_size > len(data):
+        raise UnreadablePagesError("the file is shorter than its last page")
+    return page_size, depth, root, last_page + 1
+
+
+def _steps(pages: npt.NDArray[np.uint8], numbers: npt.NDArray[np.int64]) -> Any:
+    return (part for part, _ in _numbered_steps(pages, numbers))
+
+
+def _numbered_steps(pages: npt.NDArray[np.uint8], numbers: npt.NDArray[np.int64]) -> Any:
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(pages):
+        raise UnreadablePagesError("a page number beyond the file")
+    for start in range(0, len(numbers), _PAGES_PER_STEP):
+        some = numbers[start : start + _PAGES_PER_STEP]
+        yield pages[some], some
+
+
+def _nodes(
+    pages: npt.NDArray[np.uint8], kind: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(index of the page, position in the page) of every node, in order."""
+    header = pages[:, :_PAGE_HEADER_BYTES].view("<u2")
+    if not (header[:, 5] == kind).all():
+        raise UnreadablePagesError("a page of another kind")
+    counts = (header[:, 6].astype(np.int64) - _PAGE_HEADER_BYTES) // 2
+    page_size = pages.shape[1]
+    if counts.min() < 1 or counts.max() > page_size // 2 - _PAGE_HEADER_BYTES // 2:
+        raise UnreadablePagesError("a page with an impossible number of nodes")
+    index = np.repeat(np.arange(len(pages)), counts)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    pointers = pages.view("<u2")[index, _PAGE_HEADER_BYTES // 2 + within].astype(np.int64)
+    if pointers.max() > page_size - _NODE_HEADER_BYTES:
+        raise UnreadablePagesError("a node beyond its page")
+    return index, pointers
+
+
+def _fields(
+    pages: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], at: npt.NDArray[np.int64], n: int
+) -> npt.NDArray[np.uint8]:
+    """(nodes, n) bytes at a position of each node's page."""
+    flat = pages.reshape(-1)
+    taken: npt.NDArray[np.uint8] = flat[(index * pages.shape[1] + at)[:, None] + np.arange(n)]
+    return taken
+
+
+def _children(pages: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    index, at = _nodes(pages, _BRANCH)
+    words = _fields(pages, index, at, 6).view("<u2").astype(np.int64)
+    numbers: npt.NDArray[np.int64] = words[:, 0] | words[:, 1] << 16 | words[:, 2] << 32
+    return numbers
+
+
+def _values(
+    pages: npt.NDArray[np.uint8], numbers: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Keys, offsets and lengths of the embeddings on some leaf pages."""
+    page_size = pages.shape[1]
+    index, at = _nodes(pages, _LEAF)
+    words = _fields(pages, index, at, _NODE_HEADER_BYTES).view("<u2").astype(np.int64)
+    lengths, flags, key_lengths = words[:, 0] | words[:, 1] << 16, words[:, 2], words[:, 3]
+    if (flags & _DUPLICATES).any():
+        raise UnreadablePagesError("a database with duplicates")
+    width = int(key_lengths.max())
+    after = at + _NODE_HEADER_BYTES + key_lengths
+    if after.max() > page_size:
+        raise UnreadablePagesError("a key beyond its page")
+    keys = _keys(pages, index, at + _NODE_HEADER_BYTES, key_lengths, width)
+    offsets = numbers[index] * page_size + after
+    big = (flags & _BIG_VALUE) != 0
+    if big.any():
+        # Such a value lies on pages of its own, behind their header.
+        first = _fields(pages, index[big], after[big], 8).view("<u8")[:, 0].astype(np.int64)
+        offsets[big] = first * page_size + _PAGE_HEADER_BYTES
+    ours = (flags & _SUB_DATABASE) == 0
+    ours &= keys != METADATA_KEY
+    return keys[ours], offsets[ours], lengths[ours]
+
+
+def _keys(
+    pages: npt.NDArray[np.uint8],
+    index: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    width: int,
+) -> npt.NDArray[np.bytes_]:
+    columns = np.arange(width)
+    positions = np.minimum(at[:, None] + columns, pages.shape[1] - 1)
+    characters = pages.reshape(-1)[index[:, None] * pages.shape[1] + positions]
+    characters[columns >= lengths[:, None]] = 0
+    keys: npt.NDArray[np.bytes_] = np.ascontiguousarray(characters).view(f"S{width}")[:, 0]
+    return keys
+
+
+def _check(table: ValueTable, size: int) -> None:
+    if not len(table.keys):
+        return
+    if table.offsets.min() < 0 or (table.offsets + table.lengths).max() > size:
+        raise UnreadablePagesError("a value beyond the file")
+    if not (table.keys[:-1] < table.keys[1:]).all():
+        raise UnreadablePagesError("keys out of order")

@@ -1,0 +1,107 @@
+"""Batches as tensors: gathered from the mapped file into whatever memory they are needed in."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmdbcache.storage.gather import BatchBuffers, MappedFile
+from lmdbcache.storage.reader import Selection
+from lmdbcache.training.tensors import as_tensor
+
+__all__ = ["DTYPES", "fetch_batch", "shared_memory"]
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+# Below, one index_select is faster than a loop of copies; both let other threads run.
+_LARGE_VALUE_BYTES: Final = 64 << 10
+_no_buffers: Final = BatchBuffers()
+_views: WeakKeyDictionary[MappedFile, dict[int, torch.Tensor]] = WeakKeyDictionary()
+
+
+def fetch_batch(
+    selection: Selection,
+    positions: Sequence[int] | npt.NDArray[np.int64],
+    *,
+    in_background: bool = False,
+    pin_memory: bool = False,
+) -> torch.Tensor:
+    """One batch as a CPU tensor of its own memory.
+
+    In a DataLoader's worker process it lies in shared memory, so that it isn't copied again on
+    its way to the main process.
+
+    Args:
+        selection: Where to read.
+        positions: Positions in the selection, `(n,)`.
+        in_background: Copy so that the main thread's Python can run meanwhile.
+        pin_memory: Put it into page-locked memory, for an asynchronous copy to a GPU.
+
+    Returns:
+        `(n, *embedding_shape)`, stored dtype.
+    """
+    is_worker = torch.utils.data.get_worker_info() is not None
+    if in_background or pin_memory or is_worker:
+
+        def copy(file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> torch.Tensor:
+            raw = _memory(len(offsets) * length, shared=is_worker, pinned=pin_memory)
+            _fill(raw.view(len(offsets), length), file, offsets, length)
+            return raw
+
+        raw = selection.copy_with(positions, copy)
+        if raw is not None:
+            metadata = selection.reader.metadata
+            shape = [-1 if n is None else n for n in metadata.embedding_shape or ()]
+            if -1 in shape:
+                row_bytes = math.prod(n for n in shape if n > 0)
+                itemsize = DTYPES[metadata.config.dtype].itemsize
+                shape[0] = raw.numel() // max(1, len(positions)) // (row_bytes * itemsize)
+            return raw.view(DTYPES[metadata.config.dtype]).view(len(positions), *shape)
+    batch = as_tensor(selection.get_batch(positions))
+    return batch.pin_memory() if pin_memory else batch
+
+
+def _memory(num_bytes: int, *, shared: bool, pinned: bool) -> torch.Tensor:
+    return shared_memory(num_bytes) if shared else _plain_memory(num_bytes, pinned=pinned)
+
+
+def shared_memory(num_bytes: int) -> torch.Tensor:
+    """(num_bytes,) uint8 that other processes can be handed without a copy."""
+    new_shared: Any = getattr(torch.UntypedStorage, "_new_shared", None)
+    if new_shared is None:  # not public; torch's default_collate uses it, too
+        plain: torch.Tensor = torch.empty(num_bytes, dtype=torch.uint8)
+        return plain.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+    storage = new_shared(num_bytes, device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))
+
+
+def _plain_memory(num_bytes: int, *, pinned: bool) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _fill(out: torch.Tensor, file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> None:
+    if length >= _LARGE_VALUE_BYTES:
+        file.gather(offsets, length, _no_buffers, out.numpy())
+    else:
+        torch.index_select(_view(file, length), 0, torch.from_numpy(offsets), out=out)
+
+
+def _view(file: MappedFile, length: int) -> torch.Tensor:
+    """Every position of the file as the start of a row. It never leaves this module."""
+    views = _views.setdefault(file, {})
+    if length not in views:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # not writable: it is only read
+            data = torch.from_numpy(file.data)
+        views[length] = data.as_strided((len(data) - length + 1, length), (1, 1))
+    return views[length]

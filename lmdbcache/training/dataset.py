@@ -1,0 +1,167 @@
+"""Cached embeddings as a map-style Dataset, and its collate function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.reader import EmbeddingReader, Selection
+from lmdbcache.training.batches import fetch_batch
+from lmdbcache.training.tensors import as_tensor
+
+__all__ = ["CollatedBatch", "EmbeddingDataset", "EmbeddingSource", "collate_embeddings"]
+
+
+class EmbeddingSource(Protocol):
+    """Where a Dataset reads: an `EmbeddingReader`, or embeddings held in RAM (`preload`)."""
+
+    def select(self, sample_ids: Sequence[str] | None = None) -> Any:
+        """The samples by position."""
+
+
+class EmbeddingDataset(torch.utils.data.Dataset[Any]):
+    """Cached embeddings as a map-style Dataset, for torch's DataLoader.
+
+    An item is `embedding`, or `(embedding, label)` with labels. A batch is fetched with one call,
+    whether the DataLoader collates with torch's default or with `collate_embeddings`, which saves
+    a copy. Works with any `num_workers`, start method, and `persistent_workers`.
+
+    Args:
+        source: Where the embeddings are, such as `cache.reader(config)`.
+        sample_ids: The samples, in order; None takes all that are stored.
+        labels: One label for each sample: a sequence of ints, or a Mapping of class name to label.
+
+    Raises:
+        ValueError: Not as many labels as samples.
+        KeyError: A class has no label.
+    """
+
+    def __init__(
+        self,
+        source: EmbeddingReader | EmbeddingSource,
+        sample_ids: Sequence[str] | None = None,
+        labels: Sequence[int] | Mapping[str, int] | None = None,
+    ) -> None:
+        self._source = source
+        self.selection = source.select(sample_ids)
+        self.labels = None if labels is None else self._label_tensor(labels)
+        self.lists_samples = True
+
+    @property
+    def reader(self) -> EmbeddingReader | EmbeddingSource:
+        """Where the embeddings are."""
+        return self._source
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """The samples, in order."""
+        sample_ids: list[str] = self.selection.sample_ids
+        return sample_ids
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether embeddings differ in their first dimension."""
+        if not isinstance(self.selection, Selection):
+            return False
+        return None in (self.selection.reader.embedding_shape or ())
+
+    def _label_tensor(self, labels: Sequence[int] | Mapping[str, int]) -> torch.Tensor:
+        if isinstance(labels, Mapping):
+            labels = [labels[split_sample_id(sample_id)[1]] for sample_id in self.sample_ids]
+        if len(labels) != len(self.sample_ids):
+            raise ValueError(f"{len(labels)} labels for {len(self.sample_ids)} samples")
+        return torch.as_tensor(labels, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    def __getitem__(self, index: int) -> Any:
+        embedding = self._one(range(len(self))[index])
+        return embedding if self.labels is None else (embedding, self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
+        if self.is_ragged:
+            return [self[index] for index in indices]  # for a collate_fn that pads
+        return CollatedBatch(self.fetch(indices), self)
+
+    def fetch(
+        self,
+        indices: Sequence[int] | npt.NDArray[np.int64],
+        *,
+        in_background: bool = False,
+        pin_memory: bool = False,
+    ) -> Any:
+        """A collated batch: `embeddings`, or `(embeddings, labels)`. See `fetch_batch`."""
+        if isinstance(self.selection, Selection):
+            embeddings = fetch_batch(
+                self.selection, indices, in_background=in_background, pin_memory=pin_memory
+            )
+        else:
+            embeddings = self.selection.get_batch(indices)
+            embeddings = embeddings.pin_memory() if pin_memory else embeddings
+        if self.labels is None:
+            return embeddings
+        return embeddings, self.labels[torch.as_tensor(indices)]
+
+    def will_need(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """Ask the kernel to read these embeddings from disk, in the background."""
+        self.selection.will_need(indices)
+
+    def _one(self, index: int) -> torch.Tensor:
+        if isinstance(self.selection, Selection):
+            return as_tensor(self.selection.reader[self.selection.sample_ids[index]])
+        one: torch.Tensor = self.selection.get_batch([index])[0]
+        return one
+
+
+class CollatedBatch(list[Any]):
+    """A batch that is collated already, and still a list of samples for any collate function.
+
+    Making the list takes as long as copying small embeddings does: it is left out once
+    `collate_embeddings` has shown that it isn't wanted, and made when it is looked at after all.
+    """
+
+    def __init__(self, collated: Any, dataset: EmbeddingDataset) -> None:
+        self.collated = collated
+        self.dataset = dataset
+        super().__init__(self._samples() if dataset.lists_samples else ())
+
+    def _samples(self) -> Any:
+        if isinstance(self.collated, tuple):
+            return zip(*(part.unbind(0) for part in self.collated), strict=True)
+        return self.collated.unbind(0)
+
+    def _listed(self) -> list[Any]:
+        if not super().__len__():
+            self.extend(self._samples())
+        return self
+
+    def __len__(self) -> int:
+        self._listed()
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._listed()
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._listed()
+        return super().__getitem__(index)
+
+
+def collate_embeddings(batch: Any) -> Any:
+    """The `collate_fn` of `EmbeddingDataset`: takes the collated batch as it is.
+
+    Returns:
+        `embeddings` of shape `(batch, *embedding_shape)`, or `(embeddings, labels)` with labels
+        of shape `(batch,)` int64.
+    """
+    if isinstance(batch, CollatedBatch):
+        batch.dataset.lists_samples = False
+        return batch.collated
+    return torch.utils.data.default_collate(batch)

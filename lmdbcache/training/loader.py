@@ -1,0 +1,251 @@
+"""A loader for training: batches copied ahead by a thread, resumable, split by rank."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmdbcache.errors import ConfigError
+from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.training.dataset import EmbeddingDataset, EmbeddingSource
+
+__all__ = ["EmbeddingLoader", "make_dataloader"]
+
+_STEP_BYTES: Final = 4 << 20  # small batches are fetched several at a time
+
+
+def make_dataloader(
+    source: EmbeddingDataset | EmbeddingReader | EmbeddingSource,
+    batch_size: int,
+    *,
+    sample_ids: Sequence[str] | None = None,
+    labels: Sequence[int] | Mapping[str, int] | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    prefetch: int = 2,
+    pin_memory: bool | None = None,
+) -> EmbeddingLoader:
+    """The fastest loader for cached embeddings on this machine.
+
+    Embeddings come from mapped memory, so a thread of this process copies the next batches while
+    the model works; worker processes would only add their transport.
+
+    Args:
+        source: A reader, preloaded embeddings, or an `EmbeddingDataset`.
+        batch_size: Samples per batch and rank.
+        sample_ids: The samples; not with an `EmbeddingDataset`.
+        labels: See `EmbeddingDataset`; not with one.
+        shuffle: A new order in every epoch, from `seed` and the epoch's number.
+        seed: For `shuffle`.
+        drop_last: Leave out the last, smaller batch (and samples that don't divide by ranks).
+        rank: This process's part, with `world_size`; None asks torch.distributed, if it is
+            initialised.
+        world_size: Number of parts.
+        prefetch: Batches that may wait; 0 copies in the calling thread.
+        pin_memory: Page-locked memory; None does if there is a CUDA device.
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+    if not isinstance(source, EmbeddingDataset):
+        source = EmbeddingDataset(source, sample_ids, labels)
+    elif sample_ids is not None or labels is not None:
+        raise ConfigError("sample_ids, labels: give them to the EmbeddingDataset")
+    return EmbeddingLoader(
+        source,
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=drop_last,
+        rank=rank,
+        world_size=world_size,
+        prefetch=prefetch,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+    )
+
+
+class EmbeddingLoader:
+    """Iterates over a Dataset in batches, epoch after epoch. Made by `make_dataloader`.
+
+    Each `iter` begins the next epoch. `state_dict` tells how far the current one is; after
+    `load_state_dict` the next `iter` goes on there.
+    """
+
+    def __init__(
+        self,
+        dataset: EmbeddingDataset,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        rank: int | None,
+        world_size: int | None,
+        prefetch: int,
+        pin_memory: bool,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: {batch_size}; it must be 1 or more")
+        if prefetch < 0:
+            raise ConfigError(f"prefetch: {prefetch}; it must be 0 or more")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.rank, self.world_size = _rank_and_world_size(rank, world_size)
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+        self.epoch = -1
+        self._num_done = 0
+        self._resume: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return len(self._bounds(self._num_samples()))
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch, self._num_done = self._resume or (self.epoch + 1, 0)
+        self._resume = None
+        order = self._order(self.epoch)
+        steps = self._steps(order, self._bounds(len(order))[self._num_done :])
+        batches = self._prefetched(steps) if self.prefetch else map(self._fetch, steps)
+        for several in batches:
+            for batch in several:
+                # Counted before it is handed out: a state taken in the loop's body holds it.
+                self._num_done += 1
+                yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next `iter` this epoch."""
+        self._resume = (epoch, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches handed out in it, with what they depend on."""
+        epoch, done = self._resume or (max(self.epoch, 0), self._num_done)
+        return {"epoch": epoch, "batches": done, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after the batches that `state_dict` counted.
+
+        Raises:
+            ConfigError: The state is of a loader with another order of samples.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ConfigError(
+                    f"{name}: {value} here, {state.get(name)} in the state; its batches were others"
+                )
+        self._resume = (state["epoch"], state["batches"])
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self.seed if self.shuffle else -1,
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "num_samples": len(self.dataset),
+        }
+
+    # ---- which samples
+
+    def _num_samples(self) -> int:
+        total = len(self.dataset)
+        return total // self.world_size if self.drop_last else -(-total // self.world_size)
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """This rank's positions; all ranks have as many, by dropping or by repeating a few."""
+        total = len(self.dataset)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(total, generator=generator).numpy()
+        else:
+            order = np.arange(total)
+        even = self._num_samples() * self.world_size
+        return np.resize(order, even)[self.rank :: self.world_size] if total else order
+
+    def _bounds(self, num_samples: int) -> list[tuple[int, int]]:
+        starts = range(0, num_samples, self.batch_size)
+        bounds = [(start, min(start + self.batch_size, num_samples)) for start in starts]
+        if self.drop_last and bounds and bounds[-1][1] - bounds[-1][0] < self.batch_size:
+            bounds.pop()
+        return bounds
+
+    def _steps(
+        self, order: npt.NDArray[np.int64], bounds: list[tuple[int, int]]
+    ) -> Iterator[list[npt.NDArray[np.int64]]]:
+        """The positions of some batches at a time."""
+        if not bounds:
+            return
+        first = self.dataset[int(order[0])]
+        embedding = first[0] if isinstance(first, tuple) else first
+        batch_bytes = embedding.numel() * embedding.element_size() * self.batch_size
+        together = max(1, min(_STEP_BYTES // max(1, batch_bytes), max(1, self.prefetch * 4)))
+        for start in range(0, len(bounds), together):
+            yield [order[a:b] for a, b in bounds[start : start + together]]
+
+    # ---- their embeddings
+
+    def _fetch(
+        self, step: list[npt.NDArray[np.int64]], *, in_background: bool = False
+    ) -> list[Any]:
+        fetched = self.dataset.fetch(
+            np.concatenate(step), in_background=in_background, pin_memory=self.pin_memory
+        )
+        sizes = [len(positions) for positions in step]
+        if isinstance(fetched, tuple):
+            return list(zip(*(part.split(sizes) for part in fetched), strict=True))
+        return list(fetched.split(sizes))
+
+    def _prefetched(self, steps: Iterator[list[npt.NDArray[np.int64]]]) -> Iterator[list[Any]]:
+        ready: queue.Queue[list[Any] | BaseException | None] = queue.Queue(self.prefetch)
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                for step in steps:
+                    if not _put(ready, self._fetch(step, in_background=True), stop):
+                        return
+                _put(ready, None, stop)
+            except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
+                _put(ready, error, stop)
+
+        thread = threading.Thread(target=work, name="lmdbcache-prefetch", daemon=True)
+        thread.start()
+        try:
+            while (batches := ready.get()) is not None:
+                if isinstance(batches, BaseException):
+                    raise batches
+                yield batches
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False
+
+
+def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    distributed = torch.distributed
+    asked = rank is not None or world_size is not None
+    if not asked and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = rank or 0, world_size or 1
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank: {rank} with world_size {world_size}; ranks go from 0")
+    return rank, world_size

@@ -1,0 +1,80 @@
+"""Stored arrays as torch tensors, one by one: a lazy Mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmdbcache.errors import InvalidSampleIdError
+from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.values import NUMPY_DTYPES
+
+__all__ = ["TensorMapping", "as_tensor"]
+
+_BFLOAT16: Final = NUMPY_DTYPES["bfloat16"]
+
+
+def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """A CPU tensor over the memory of an owned, writable array; bfloat16 included."""
+    if array.dtype == _BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class TensorMapping(Mapping[str, torch.Tensor]):
+    """A Mapping of arrays seen as one of CPU tensors; each is read when it is asked for.
+
+    Picklable if the arrays' Mapping is; works in forked and spawned workers as that does.
+
+    Args:
+        arrays: Sample id → array, such as an `EmbeddingReader`.
+        classes: Narrow it to sample ids of these classes.
+    """
+
+    def __init__(
+        self, arrays: Mapping[str, npt.NDArray[Any]], classes: Collection[str] | None = None
+    ) -> None:
+        self._arrays = arrays
+        self._classes = None if classes is None else frozenset(name.lower() for name in classes)
+        self._counted: tuple[int, int] | None = None
+
+    @property
+    def arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The Mapping underneath, not narrowed."""
+        return self._arrays
+
+    def __getitem__(self, sample_id: str) -> torch.Tensor:
+        if not self._admits(sample_id):
+            raise KeyError(sample_id)
+        return as_tensor(self._arrays[sample_id])
+
+    def __contains__(self, sample_id: object) -> bool:
+        return self._admits(sample_id) and sample_id in self._arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return (sample_id for sample_id in self._arrays if self._admits(sample_id))
+
+    def __len__(self) -> int:
+        total = len(self._arrays)
+        if self._classes is None:
+            return total
+        # Counting walks over all keys; once is enough while nothing is added.
+        if self._counted is None or self._counted[0] != total:
+            self._counted = (total, sum(1 for _ in self))
+        return self._counted[1]
+
+    def __repr__(self) -> str:
+        narrowed = "" if self._classes is None else f", classes={sorted(self._classes)}"
+        return f"{type(self).__name__}({self._arrays!r}{narrowed})"
+
+    def _admits(self, sample_id: object) -> bool:
+        if self._classes is None:
+            return True
+        try:
+            return split_sample_id(sample_id)[1] in self._classes  # type: ignore[arg-type]
+        except InvalidSampleIdError:
+            return False

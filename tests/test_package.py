@@ -1,0 +1,127 @@
+"""The package as a whole: its names, its errors, and what importing it costs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import lmdbcache
+from lmdbcache import errors
+
+HEAVY = ("torch", "transformers", "torchaudio", "soundfile", "soxr", "tqdm", "cv2", "PIL")
+ERROR_CLASSES = [
+    value
+    for value in vars(errors).values()
+    if isinstance(value, type) and issubclass(value, Exception)
+]
+
+
+def modules_after(code):
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return set(printed.split("\n")[-2].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import lmdbcache",
+        "import lmdbcache.storage.writer, lmdbcache.storage.reader, lmdbcache.cache",
+        "from lmdbcache import CacheConfig, EmbeddingCache, EmbeddingReader, EmbeddingWriter",
+    ],
+)
+def test_core_loads_nothing_heavy(code):
+    """Listing and reading a cache needs neither torch nor what decodes audio."""
+    assert not modules_after(code) & set(HEAVY)
+
+
+def test_writing_and_reading_load_nothing_heavy(tmp_path):
+    """Nor does using it."""
+    code = f"""
+from lmdbcache import CacheConfig, EmbeddingCache
+cache, config = EmbeddingCache({str(tmp_path)!r}), CacheConfig()
+with cache.writer(config) as writer:
+    writer.put("a:x", [1.0, 2.0])
+cache.reader(config)["a:x"], cache.stores(), cache.verify(config), cache.compact(config)
+"""
+    assert not modules_after(code) & set(HEAVY)
+
+
+@pytest.mark.parametrize("name", lmdbcache.__all__)
+def test_every_public_name_resolves(name):
+    """What `__all__` promises exists and has a docstring."""
+    assert getattr(lmdbcache, name).__doc__
+
+
+def test_dir_lists_the_public_names():
+    """`dir` shows lazy names before they are loaded, and the list has no double."""
+    assert sorted(set(lmdbcache.__all__)) == sorted(lmdbcache.__all__)
+    assert set(lmdbcache.__all__) <= set(dir(lmdbcache))
+    assert lmdbcache.__version__
+
+
+def test_unknown_name_is_an_attribute_error():
+    """A misspelt name doesn't end in an import error."""
+    with pytest.raises(AttributeError, match="EmbedingCache"):
+        lmdbcache.EmbedingCache  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["errors", "config", "cache", "training"]
+    + [
+        f"storage.{name}"
+        for name in (
+            "compaction engine_errors environment generations integrity layout metadata "
+            "opening pending reader values writer"
+        ).split()
+    ],
+)
+def test_every_module_lists_what_it_offers(module):
+    """`__all__` is there and every name in it exists."""
+    loaded = importlib.import_module(f"lmdbcache.{module}")
+    assert loaded.__all__
+    assert all(hasattr(loaded, name) for name in loaded.__all__)
+
+
+def test_errors_lists_every_error_class():
+    """`errors.__all__` is complete, and every error is a CacheError."""
+    assert sorted(errors.__all__) == sorted(error.__name__ for error in ERROR_CLASSES)
+    assert all(issubclass(error, errors.CacheError) for error in ERROR_CLASSES)
+
+
+@pytest.mark.parametrize("kind", ERROR_CLASSES)
+def test_error_crosses_processes(kind):
+    """Each survives pickle, copy and torch's way of raising it again, message intact."""
+    error = kind("what, where: what to do\nnext")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), kind(str(error))):
+        assert type(again) is kind
+        assert str(again) == str(error) == "what, where: what to do\nnext"
+        assert again.args == error.args
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (errors.ConfigError, ValueError),
+        (errors.CacheNotFoundError, FileNotFoundError),
+        (errors.SampleNotFoundError, KeyError),
+        (errors.InvalidSampleIdError, ValueError),
+        (errors.InvalidEmbeddingError, ValueError),
+        (errors.DatasetError, ValueError),
+        (errors.MissingDependencyError, ImportError),
+    ],
+)
+def test_errors_are_the_builtin_ones_people_catch(kind, builtin):
+    """Code that catches the builtin exception catches ours."""
+    with pytest.raises(builtin):
+        raise kind("message")
