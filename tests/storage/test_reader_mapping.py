@@ -130,7 +130,6 @@ def test_arrays_are_owned_and_writable(reader, filled, config, embeddings):
     """A caller may change what it got; neither the store nor another read notices."""
     first = next(iter(embeddings))
     for array in (reader[first], reader.get_batch([first])):
-            assert array.flags.writeable
         assert array.flags.writeable
         array[:] = 0
     np.testing.assert_array_equal(reader[first], embeddings[first])
