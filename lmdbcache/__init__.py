@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import model_identity
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
-    from lmdbcache.training import EmbeddingDataset, TensorMapping, collate_embeddings
+    from lmdbcache.training import (
+        EmbeddingDataset,
+        TensorMapping,
+        collate_embeddings,
+        make_dataloader,
+        preload,
+    )
 
 __all__ = [
     "CacheConfig",
@@ -43,7 +49,9 @@ __all__ = [
     "collate_embeddings",
     "extract",
     "extract_or_load_ast_embeddings",
+    "make_dataloader",
     "model_identity",
+    "preload",
 ]
 
 _LAZY = {
@@ -53,7 +61,9 @@ _LAZY = {
     "collate_embeddings": "lmdbcache.training",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
+    "make_dataloader": "lmdbcache.training",
     "model_identity": "lmdbcache.embedders.checkpoints",
+    "preload": "lmdbcache.training",
 }
 
 

@@ -176,7 +176,7 @@ def test_get_or_compute_refuses_a_wrong_number(cache, config):
     """A compute function that loses a sample stores nothing."""
     with pytest.raises(InvalidEmbeddingError, match="2 embeddings for 3 samples"):
         cache.get_or_compute(config, ["a:x", "b:x", "c:x"], lambda _: np.ones((2, 4)))
-    with pytest.raises(InvalidEmbeddingError, match="b:x.*NaN"):
+    with pytest.raises(InvalidEmbeddingError, match=r"b:x.*NaN"):
         cache.get_or_compute(config, ["a:x", "b:x"], lambda _: [np.ones(2), [1, np.nan]])
     with pytest.raises(InvalidSampleIdError):
         cache.get_or_compute(config, ["a:x", "bad"], pytest.fail)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_error", "print_json", "print_table", "say", "sizes"]
+__all__ = ["counted", "print_error", "print_json", "print_table", "say", "sizes"]
+
+_FINGERPRINT_WIDTH: Final = 16
 
 
 def say(text: str) -> None:
@@ -20,8 +22,8 @@ def say(text: str) -> None:
 
 
 def print_error(error: object) -> None:
-    """One error, on standard error."""
-    text = f"lmdbcache: {error}"
+    """One error, on standard error, in one line."""
+    text = f"lmdbcache: {' '.join(str(error).splitlines())}"
     encoding = sys.stderr.encoding or "utf-8"
     sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
@@ -31,13 +33,24 @@ def print_json(value: Any) -> None:
     say(json.dumps(value, indent=2))
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table as wide as the terminal; in a pipe as wide as it needs."""
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, num_text_columns: int = 1
+) -> None:
+    """A table as wide as the terminal; in a pipe as wide as it needs. Numbers go to the right."""
+    cells = [[_printable(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(_printable(cell) for cell in row))
+        justify: Literal["left", "right"] = "left" if number < num_text_columns else "right"
+        widest = max([len(heading), *(len(row[number]) for row in cells)])
+        table.add_column(
+            heading,
+            overflow="fold",
+            justify=justify,
+            # A narrow terminal folds other columns first: a fingerprint is there to be copied.
+            min_width=min(widest, _FINGERPRINT_WIDTH) if number == 0 else None,
+        )
+    for row in cells:
+        table.add_row(*row)
     width = None if sys.stdout.isatty() else 240
     Console(width=width, highlight=False, markup=False, soft_wrap=False).print(table)
 
@@ -51,5 +64,11 @@ def sizes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 store`, `2 stores`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _printable(cell: object) -> str:
-    return str(cell).encode("utf-8", "backslashreplace").decode("utf-8")
+    encoding = sys.stdout.encoding or "utf-8"
+    return str(cell).encode(encoding, "backslashreplace").decode(encoding)

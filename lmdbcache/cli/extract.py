@@ -60,6 +60,17 @@ def extract_command(
         Optional[str],  # noqa: UP045
         typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
     ] = None,
+    commit_seconds: Annotated[
+        float, typer.Option(help="Commit at least this often; a kill loses no more.")
+    ] = 10.0,
+    progress: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--progress/--no-progress",
+            help="A bar on standard error; default: if that is a terminal.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Extract and store the embeddings of a dataset; only what is missing is computed.
@@ -87,7 +98,9 @@ def extract_command(
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,
-        dataset_root=data_dir,
+        progress=progress,
+        dataset_root=data_dir.absolute(),
+        commit_seconds=commit_seconds,
     )
     if as_json:
         print_json({**summary.to_dict(), "fingerprint": config.fingerprint})

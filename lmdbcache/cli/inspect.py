@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmdbcache.cache import EmbeddingCache, StoreInfo
-from lmdbcache.cli.console import print_json, print_table, say, sizes
+from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
 from lmdbcache.cli.options import (
     DataDir,
     Dtype,
@@ -32,7 +32,7 @@ from lmdbcache.cli.options import (
 )
 from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.extraction.samples import clips_of
-from lmdbcache.extraction.summary import read_failures
+from lmdbcache.extraction.summary import ClipFailure, read_failures
 from lmdbcache.storage.layout import split_sample_id
 
 __all__ = ["coverage_command", "info_command", "ls_command"]
@@ -53,9 +53,10 @@ def ls_command(*, root: Root = None, as_json: Json = False) -> None:
     print_table(
         ("fingerprint", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
         map(_row, stores),
+        num_text_columns=3,
     )
     total = sum(store.size_bytes for store in stores)
-    say(f"{len(stores)} stores, {sizes(total)} under {cache.root}")
+    say(f"{counted(len(stores), 'store')}, {sizes(total)} under {cache.root}")
 
 
 def _row(store: StoreInfo) -> tuple[object, ...]:
@@ -76,7 +77,10 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
 
 
 def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> None:
-    """Show one store: config, shape, provenance, samples per class, clips that failed."""
+    """Show one store: config, shape, provenance, samples per class, clips that failed.
+
+    Exit code 1 if it is damaged.
+    """
     cache = EmbeddingCache(root)
     info = find_store(cache, store)
     failures = read_failures(info.path)
@@ -87,7 +91,12 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
     if as_json:
         found = [vars(failure) for failure in failures]
         print_json({**info.to_dict(), "classes": dict(classes), "failures": found})
-        return
+    else:
+        _print_info(info, classes, failures)
+    raise typer.Exit(1 if info.damage else 0)
+
+
+def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailure]) -> None:
     say(str(info.path))
     if info.damage:
         say(f"damaged: {info.damage}")
@@ -101,7 +110,9 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
         "dataset_root": info.dataset_root,
         **info.provenance,
     }
-    print_table(("field", "value"), [(name, value) for name, value in facts.items() if value != ""])
+    rows = [(name, value) for name, value in facts.items() if value != ""]
+    print_table(("field", "value"), rows, num_text_columns=2)
+    say("")
     print_table(("class", "embeddings"), sorted(classes.items()))
     for failure in failures[:_FEW]:
         say(f"failed: {failure.sample_id}: {failure.reason}")

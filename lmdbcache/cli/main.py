@@ -13,6 +13,8 @@ from lmdbcache.errors import CacheError
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="lmdbcache",
     help="Compute the embeddings of an audio model once, read them back at memory speed.",
@@ -46,7 +48,7 @@ def _common(
 ) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
+        format="%(levelname)s %(name)s: %(message)s" if verbose else "lmdbcache: %(message)s",
         stream=sys.stderr,
     )
     if not verbose:
@@ -58,14 +60,14 @@ def main() -> None:
     """Run the command line; errors of ours are one line and exit code 1 (2 for wrong usage)."""
     try:
         app()
-    except CacheError as error:
+    except (CacheError, OSError) as error:
+        # An OSError names its file and reason: no permission, a disk that fails.
         print_error(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print_error(
-            KeyboardInterrupt("interrupted; what was committed is kept, run again to go on")
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer's answer to Ctrl-C, without a word
+            print_error("interrupted; what was committed is kept, run again to go on")
+        raise
 
 
 if __name__ == "__main__":

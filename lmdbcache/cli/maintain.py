@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache, StoreInfo
-from lmdbcache.cli.console import print_json, print_table, say, sizes
+from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
 from lmdbcache.cli.options import Json, Root, Yes, find_store
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.compaction import compact
@@ -30,19 +30,23 @@ def clear_command(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Remove stores."""
+    """Remove stores, after asking."""
     cache = EmbeddingCache(root)
     chosen = _chosen(cache, stores, everything=everything)
+    if as_json and not yes:
+        raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
     if chosen and not yes:
         for store in chosen:
-            say(f"{store.path.name}: {store.num_embeddings} embeddings, {sizes(store.size_bytes)}")
-        typer.confirm(f"Remove {len(chosen)} from {cache.root}?", abort=True)
+            held = "damaged" if store.damage else f"{store.num_embeddings} embeddings"
+            say(f"{store.path.name}: {held}, {sizes(store.size_bytes)}")
+        question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
+        typer.confirm(question, abort=True)
     removed = [cache.remove(store.path) for store in chosen]
     if as_json:
         print_json([store.to_dict() for store in removed])
     else:
         freed = sum(store.size_bytes for store in removed)
-        say(f"removed {len(removed)} stores, {sizes(freed)}")
+        say(f"removed {counted(len(removed), 'store')}, {sizes(freed)}")
 
 
 def compact_command(
@@ -114,4 +118,5 @@ def _chosen(
         return cache.stores()
     if not stores or everything:
         raise ConfigError("name the stores (see `lmdbcache ls`), or give --all")
-    return [find_store(cache, store) for store in stores]
+    found = [find_store(cache, store) for store in stores]
+    return list({store.path: store for store in found}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -117,15 +118,22 @@ def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:
     Raises:
         CacheNotFoundError: None, or more than one.
     """
-    name = Path(text).name
-    found = [
-        store
-        for store in cache.stores()
-        if store.path.name == name or store.path.name.rpartition("-")[2].startswith(text.lower())
-    ]
+    stores = cache.stores()
+    found = [store for store in stores if _means(text, store.path)]
     if len(found) == 1:
         return found[0]
-    choices = ", ".join(store.path.name for store in found or cache.stores()) or "nothing"
-    raise CacheNotFoundError(
-        f"{text!r} stands for {len(found)} stores under {cache.root}; there: {choices}"
-    )
+    names = ", ".join(store.path.name for store in found or stores)
+    if found:
+        raise CacheNotFoundError(
+            f"{text!r} stands for {len(found)} stores under {cache.root}: {names}. Give more digits"
+        )
+    there = f"there: {names}" if stores else "there is none; is --root right?"
+    raise CacheNotFoundError(f"{text!r} isn't a store under {cache.root}; {there}")
+
+
+def _means(text: str, store: Path) -> bool:
+    if os.sep in text:
+        # A path is that folder alone: a store of another root may have the same name.
+        return Path(text).expanduser().resolve() == store.resolve()
+    digits = store.name.rpartition("-")[2]
+    return text == store.name or (text != "" and digits.startswith(text.lower()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -90,7 +91,7 @@ def _extract_to_memory(
 ) -> tuple[dict[str, torch.Tensor], ExtractionSummary]:
     with tempfile.TemporaryDirectory(prefix="lmdbcache-") as folder:
         cache = EmbeddingCache(folder)
-        summary = extract(cache, config, clips, **options)
+        summary = replace(extract(cache, config, clips, **options), store=None)
         if config not in cache:
             return {}, summary
         with cache.reader(config) as reader:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -13,10 +17,10 @@ import torch
 
 from lmdbcache.embedders.audio import decode, fit, is_digital_silence
 from lmdbcache.embedders.base import FrontEnd
-from lmdbcache.errors import AudioDecodeError, ExtractionError
+from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.extraction.summary import ClipFailure
 
-__all__ = ["Clip", "FeatureBatch", "feature_batches"]
+__all__ = ["Clip", "FeatureBatch", "feature_batches", "worker_errors"]
 
 _WAIT_SECONDS: Final = 600.0  # a worker that gives nothing for so long is stuck
 
@@ -38,12 +42,14 @@ class FeatureBatch:
         features: Their features, `(len(sample_ids), ...)` float32, or None if none did.
         failures: The clips that didn't.
         silent: The sample ids of digital silence among `sample_ids`.
+        error: What ends the whole run, such as a front end that can't be loaded.
     """
 
     sample_ids: list[str] = field(default_factory=list)
     features: torch.Tensor | None = None
     failures: list[ClipFailure] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    error: CacheError | None = None
 
     @property
     def num_clips(self) -> int:
@@ -78,6 +84,9 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
                 features.append(self._features(clip, batch))
             except AudioDecodeError as error:
                 batch.failures.append(ClipFailure(clip.sample_id, clip.path, str(error)))
+            except CacheError as error:
+                # As a value: raised here it would reach the user inside a worker's traceback.
+                return FeatureBatch(error=error)
             else:
                 batch.sample_ids.append(clip.sample_id)
         if features:
@@ -88,12 +97,12 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         waveform = decode(clip.path, self.sample_rate, self.duration)
         if len(waveform) < self.front_end.min_samples:
             raise AudioDecodeError(
-                f"{clip.path!a} has {len(waveform)} samples at {self.sample_rate} Hz; the front "
-                f"end needs {self.front_end.min_samples}"
+                f"{_shown(clip.path)}: too short: {len(waveform)} samples at {self.sample_rate} "
+                f"Hz; the front end needs {self.front_end.min_samples}"
             )
         features = self.front_end(fit(waveform, round(self.sample_rate * self.duration)))
         if not np.isfinite(features).all():
-            raise AudioDecodeError(f"{clip.path!a}: its features hold NaN or Inf")
+            raise AudioDecodeError(f"{_shown(clip.path)}: its features hold NaN or Inf")
         if is_digital_silence(waveform):
             batch.silent.append(clip.sample_id)
         return features
@@ -107,11 +116,14 @@ def feature_batches(
     num_workers: int,
     sample_rate: int,
     duration: float,
-) -> Iterator[FeatureBatch]:
+) -> Generator[FeatureBatch, None, None]:
     """Decode clips, in worker processes if any are asked for, in the order given.
 
+    Close it to end the worker processes early.
+
     Raises:
-        ExtractionError: A worker process was killed or is stuck.
+        CacheError: The front end can't be loaded in a worker.
+        ExtractionError: A worker ended while it handed over its features.
     """
     units = _Units(clips, front_end, batch_size, sample_rate, duration)
     num_workers = min(num_workers, len(units))
@@ -120,26 +132,82 @@ def feature_batches(
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=_begin_worker,
+        multiprocessing_context=_start_method() if num_workers else None,
         timeout=_WAIT_SECONDS if num_workers else 0,
     )
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith(("DataLoader worker (", "DataLoader timed out")):
-                raise
-            raise ExtractionError(
-                f"a decoding process ended or got stuck ({str(error).splitlines()[0]}). What was "
-                "computed is kept; run again to go on, with num_workers=0 to see which clip it is"
-            ) from error
-        yield batch
+    with _no_interrupt():
+        batches = iter(loader)
+    try:
+        while (batch := next(batches, None)) is not None:
+            if batch.error is not None:
+                raise batch.error
+            yield batch
+    except (EOFError, OSError) as error:
+        if not num_workers or isinstance(error, CacheError):
+            raise
+        raise _worker_failure(error) from error
+    finally:
+        del batches  # ends the workers now, whoever keeps the exception and with it this frame
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Around everything that runs while there are worker processes.
+
+    torch notices a dead one in a signal handler: its RuntimeError comes out of whatever the main
+    process is doing at that moment.
+
+    Raises:
+        ExtractionError: A worker process was killed or is stuck.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(("DataLoader worker (", "DataLoader timed out")):
+            raise
+        raise _worker_failure(error) from error
+
+
+def _worker_failure(error: BaseException) -> ExtractionError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ExtractionError(
+        f"a decoding process ended or got stuck ({reason}). What was computed is kept; run again "
+        "to go on, with num_workers=0 if it happens again: memory or shared memory may be short, "
+        "or a clip may crash its decoder"
+    )
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C is the main process's to handle; workers inherit the mask from their first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_method() -> str | None:
+    """Forked workers have everything imported already; a program's own choice is kept."""
+    unset = multiprocessing.get_start_method(allow_none=True) is None
+    return "fork" if unset and sys.platform == "linux" else None
 
 
 def _begin_worker(_: int) -> None:
-    # Features are fastest on one thread per clip; Ctrl-C is the main process's to handle.
+    # Features are fastest on one thread per clip.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _show_unless_hung_up
+
+
+def _show_unless_hung_up(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # A thread that hands tensors over reports here that the main process was interrupted or is
+    # gone, which isn't this process's news. A clip's errors never come this way.
+    if not isinstance(error, (EOFError, OSError)):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _shown(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +15,13 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder, ASTFrontEnd
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import fetch_checkpoint, find_checkpoint
-from lmdbcache.errors import ConfigError, InvalidEmbeddingError, InvalidSampleIdError
+from lmdbcache.errors import (
+    ConfigError,
+    DatasetError,
+    ExtractionError,
+    InvalidEmbeddingError,
+    InvalidSampleIdError,
+)
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.summary import (
     FAILURES_NAME,
@@ -75,12 +81,18 @@ def extract(
 
     Raises:
         ConfigError: The config doesn't fit the model.
+        DatasetError: Two files for one sample id.
+        ExtractionError: A decoding process died, or the device has too little memory.
         ModelLoadError: The model can't be loaded.
         ProvenanceMismatchError: The store was filled with other weights or features.
         CacheFullError: The disk is full; what was committed is kept.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size}; it must be 1 or more")
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"num_workers: {num_workers}; it must be 0 or more")
+    if not commit_seconds >= 0:
+        raise ConfigError(f"commit_seconds: {commit_seconds}; it must be 0 or more")
     started = time.perf_counter()
     run = _Run(cache, config, progress=progress, dataset_root=dataset_root)
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
@@ -145,6 +157,7 @@ class _Run:
         self.config = config
         self.progress = progress
         self.dataset_root = dataset_root
+        self.paths: dict[str, str] = {}
         self.asked: set[str] = set()
         self.settled: set[str] = set()
         self.failures: list[ClipFailure] = []
@@ -156,12 +169,19 @@ class _Run:
 
     def plan(self, clips: Iterable[tuple[str, str | os.PathLike[str]]]) -> dict[str, str]:
         """The missing clips by sample id, sorted."""
-        paths: dict[str, str] = {}
-        for sample_id, path in clips:
+        paths = self.paths
+        for sample_id, given in clips:
+            path = os.fspath(given)
             try:
-                paths[canonical_sample_id(sample_id)] = os.fspath(path)
+                known = paths.setdefault(canonical_sample_id(sample_id), path)
             except InvalidSampleIdError as error:
-                self.failures.append(ClipFailure(str(sample_id), os.fspath(path), str(error)))
+                self.failures.append(ClipFailure(str(sample_id), path, str(error)))
+                continue
+            if known != path:
+                raise DatasetError(
+                    f"{known!a} and {path!a} have the same sample id {sample_id!r}; rename or "
+                    "leave out one of them"
+                )
         self.asked = {*paths, *(failure.sample_id for failure in self.failures)}
         missing = sorted(self.cache.coverage(self.config, paths).missing)
         self.num_cached = len(paths) - len(missing)
@@ -179,10 +199,12 @@ class _Run:
         commit_seconds: float,
     ) -> None:
         # torch is needed from here on, not for a run that has nothing to do.
-        from lmdbcache.extraction.decoding import Clip, feature_batches
+        from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
 
         todo = [Clip(sample_id, path) for sample_id, path in missing.items()]
         _logger.info("%d clips to extract, %d cached", len(todo), self.num_cached)
+        # Before the workers are forked, so that what it imports is there for all of them.
+        features = front_end.provenance()
         batches = feature_batches(
             todo,
             front_end,
@@ -201,13 +223,15 @@ class _Run:
         writer: EmbeddingWriter | None = None
         with ExitStack() as stack:
             stack.enter_context(bar)
+            stack.callback(batches.close)
+            stack.enter_context(worker_errors())
             try:
                 for batch in batches:
                     if batch.features is not None:
                         if embedder is None or writer is None:
                             embedder = make_embedder()
                             writer = stack.enter_context(
-                                self._writer(front_end, embedder, commit_seconds)
+                                self._writer(features, embedder, commit_seconds)
                             )
                             self.built_model = True
                         self._embed(batch, embedder, writer)
@@ -221,24 +245,25 @@ class _Run:
                 self.record_failures()
 
     def _writer(
-        self, front_end: FrontEnd, embedder: Embedder, commit_seconds: float
+        self, features: Mapping[str, str], embedder: Embedder, commit_seconds: float
     ) -> EmbeddingWriter:
         return self.cache.writer(
             self.config,
-            provenance={**front_end.provenance(), **embedder.provenance()},
+            provenance={**features, **embedder.provenance()},
             dataset_root=self.dataset_root,
             commit_seconds=commit_seconds,
         )
 
     def _embed(self, batch: FeatureBatch, embedder: Embedder, writer: EmbeddingWriter) -> None:
         started = time.perf_counter()
-        embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
+        with _memory_errors(batch.num_clips):
+            embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
         self.compute_seconds += time.perf_counter() - started
         for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
             try:
                 self.num_extracted += writer.put(sample_id, embedding)
             except InvalidEmbeddingError as error:
-                self.failures.append(ClipFailure(sample_id, "", str(error)))
+                self.failures.append(ClipFailure(sample_id, self.paths[sample_id], str(error)))
             else:
                 self.num_silent += sample_id in batch.silent
 
@@ -254,12 +279,16 @@ class _Run:
         """Keep the list of failed clips beside the store, and say so."""
         if self.failures:
             _logger.warning(
-                "%d clips gave no embedding and aren't cached, the first: %s. All are in %s",
+                "%d clips gave no embedding and aren't cached, the first: %s. All are in the "
+                "summary's failures",
                 len(self.failures),
                 self.failures[0].reason,
-                self.cache.path(self.config) / FAILURES_NAME,
             )
-        update_failures(self.cache.path(self.config), self.settled, self.failures)
+        try:
+            update_failures(self.cache.path(self.config), self.settled, self.failures)
+        except OSError as error:
+            # A full disk, say. The list is a convenience, and must not hide what went wrong.
+            _logger.error("%s can't be written: %s", FAILURES_NAME, error)
 
     def summary(self, seconds: float) -> ExtractionSummary:
         return ExtractionSummary(
@@ -273,3 +302,17 @@ class _Run:
             compute_seconds=self.compute_seconds,
             built_model=self.built_model,
         )
+
+
+@contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ExtractionError(
+            f"the device has too little memory for a batch of {batch_size} clips "
+            f"({str(error).splitlines()[0]}). What was computed is kept; run again with a smaller "
+            "batch_size"
+        ) from error

@@ -34,7 +34,7 @@ class ExtractionSummary:
     """What one run did.
 
     Args:
-        store: The store's folder.
+        store: The store's folder; None if nothing is stored.
         num_samples: Distinct samples asked for.
         num_cached: Of these, stored before the run.
         num_extracted: Embeddings added by the run.
@@ -45,7 +45,7 @@ class ExtractionSummary:
         built_model: Whether the model had to be loaded.
     """
 
-    store: Path
+    store: Path | None
     num_samples: int
     num_cached: int
     num_extracted: int = 0
@@ -62,7 +62,7 @@ class ExtractionSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "store": os.fspath(self.store)}
+        return {**asdict(self), "store": None if self.store is None else os.fspath(self.store)}
 
     def __str__(self) -> str:
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
@@ -76,7 +76,8 @@ class ExtractionSummary:
             f"failed: {failure.sample_id}: {failure.reason}" for failure in self.failures[:shown]
         ]
         if len(self.failures) > shown:
-            lines.append(f"… and {len(self.failures) - shown} more in {self.store / FAILURES_NAME}")
+            where = "`failures`" if self.store is None else self.store / FAILURES_NAME
+            lines.append(f"… and {len(self.failures) - shown} more in {where}")
         return "\n".join(lines)
 
 
@@ -104,5 +105,8 @@ def update_failures(store: Path, tried: Iterable[str], failures: Sequence[ClipFa
     # ASCII: a file name that isn't UTF-8 holds lone surrogates.
     text = json.dumps({"failures": [asdict(entry) for entry in entries]}, indent=1)
     temporary = store / f"{FAILURES_NAME}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="ascii")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="ascii")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import math
 import os
 import struct
 import threading
-from collections import OrderedDict
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ import lmdb
 import numpy as np
 import xxhash
 
-from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.environment import Environment, Snapshot
 from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.metadata import StoreMetadata
@@ -39,10 +39,12 @@ _PAYS_AFTER: Final = 16  # a share of the store this large has been read one by 
 _MAGIC: Final = b"lmdbcache offsets 1\n"
 _HEADER: Final = struct.Struct("<20s4xQQQQ8s")  # magic, transaction, inode, width, count, checksum
 _PREFIX: Final = "offsets-"
-_KEPT_TABLES: Final = 4
 
 _Identity = tuple[Any, int]
-_tables: OrderedDict[_Identity, ValueTable] = OrderedDict()
+# By environment, not by file: inode and transaction numbers of a cleared store come again.
+_tables: weakref.WeakKeyDictionary[Environment, tuple[int, ValueTable]] = (
+    weakref.WeakKeyDictionary()
+)
 _tables_lock = threading.Lock()
 
 
@@ -50,10 +52,9 @@ _tables_lock = threading.Lock()
 class LocatedValues:
     """One snapshot's values. Valid while the snapshot is pinned; read with its lock held."""
 
-    identity: _Identity
     file: MappedFile
     table: ValueTable
-    # Bytes of each value if all are alike and as the metadata says; else they are read one by one.
+    # Bytes of each value if all are alike and as the metadata says; else each is read by itself.
     common_length: int | None = None
     rows: dict[str, int] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ def locate(
     identity = (snapshot.environment.file, snapshot.id)
     generation = snapshot.environment.generation
     try:
-        table = _known_table(identity, generation)
+        table = _known_table(snapshot) or _read_table(identity, generation)
         if table is None and count > max(_READ_AT_ONCE, _PAYS_AFTER * num_read):
             return None
         file = MappedFile(generation / "data.mdb")
@@ -88,8 +89,9 @@ def locate(
         _logger.info("%s: values are read through LMDB (%s)", generation, error)
         snapshot.is_unlocatable = True
         return None
-    _remember(identity, table)
-    located = LocatedValues(identity, file, table, _common_length(table, snapshot.metadata))
+    with _tables_lock:
+        _tables[snapshot.environment] = (snapshot.id, table)
+    located = LocatedValues(file, table, _common_length(table, snapshot.metadata))
     snapshot.located = located
     return located
 
@@ -124,17 +126,10 @@ def _common_length(table: ValueTable, metadata: StoreMetadata) -> int | None:
     return length if fits and length else None
 
 
-def _known_table(identity: _Identity, generation: Path) -> ValueTable | None:
+def _known_table(snapshot: Snapshot) -> ValueTable | None:
     with _tables_lock:
-        table = _tables.get(identity)
-    return table or _read_table(identity, generation)
-
-
-def _remember(identity: _Identity, table: ValueTable) -> None:
-    with _tables_lock:
-        _tables[identity] = table
-        while len(_tables) > _KEPT_TABLES:
-            _tables.popitem(last=False)
+        snapshot_id, table = _tables.get(snapshot.environment, (None, None))
+    return table if snapshot_id == snapshot.id else None
 
 
 def _row_type(width: int) -> np.dtype[Any]:

@@ -319,10 +319,10 @@ class Selection:
 
     def _offsets(self, located: LocatedValues) -> npt.NDArray[np.int64]:
         """Place of each sample in the file, -1 for those that aren't stored."""
-        if self._found is None or self._found[0] != located.identity:
+        if self._found is None or self._found[0] is not located.table:
             rows = located.table.find([key_or_empty(i) for i in self.sample_ids])
             offsets = np.where(rows < 0, -1, located.table.offsets[rows])
-            self._found = (located.identity, offsets)
+            self._found = (located.table, offsets)
         return self._found[1]
 
 

@@ -108,7 +108,7 @@ def open_database_files() -> list[str]:
     found = []
     for link in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(link)
+            target = str(link.readlink())
         except OSError:
             continue
         if ".mdb" in target:

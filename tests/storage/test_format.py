@@ -169,7 +169,7 @@ def record_with(**changes):
 
 def test_newer_format_version_asks_for_an_upgrade():
     """A store of a later release is refused as such, not as damaged."""
-    with pytest.raises(FormatVersionError, match="version 2.*Upgrade"):
+    with pytest.raises(FormatVersionError, match=r"version 2.*Upgrade"):
         StoreMetadata.unpack(record_with(format_version=2), "store")
 
 

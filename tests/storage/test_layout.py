@@ -79,8 +79,10 @@ def test_class_is_lower_case_and_file_id_is_not():
 
 @pytest.mark.parametrize(
     "sample_id",
-    ["", "no colon", ":dog", "a:", ":", "a\0b:dog", "a:d\0g", "\udcff:dog", "x" * 508 + ":dog"]
-    + ["é" * 254 + ":dog", 5, None, b"a:dog", ("a", "dog")],
+    [
+        *("", "no colon", ":dog", "a:", ":", "a\0b:dog", "a:d\0g", "\udcff:dog"),
+        *("x" * 508 + ":dog", "é" * 254 + ":dog", 5, None, b"a:dog", ("a", "dog")),
+    ],
 )
 def test_unusable_sample_ids_are_refused(sample_id):
     """No colon, an empty part, NUL, lone surrogates, over 511 bytes, not text."""

@@ -205,7 +205,7 @@ def test_unreadable_store_says_so(public, config):
             lambda: public.info(config),
             lambda: public.coverage(config, ["a:x"]),
         ):
-            with pytest.raises(CacheError, match="(?i)permission"):
+            with pytest.raises(CacheError, match=r"(?i)permission"):
                 use()
 
     for path in (data, data.parent, data.parent.parent / "CURRENT"):
@@ -253,6 +253,6 @@ def test_no_address_space_is_an_error(filled, config):
         return len(filled.reader(config))
 
     assert in_fork(lambda: read_with(1 << 30)) == 20
-    with pytest.raises(AssertionError, match="StorageError.*ulimit -v"):
+    with pytest.raises(AssertionError, match=r"StorageError.*ulimit -v"):
         in_fork(lambda: read_with(16 << 20))
     assert issubclass(ReadOnlyCacheError, StorageError)

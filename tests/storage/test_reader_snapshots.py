@@ -213,6 +213,22 @@ def test_store_cleared_and_remade_under_a_reader(reader, cache, config, peer):
     assert list(reader) == ["new:x"]
 
 
+def test_nothing_known_of_a_cleared_store_is_used_for_its_successor(cache, config):
+    """A new store on the old one's inode, with equal keys and commits, has its values elsewhere."""
+    values = np.random.default_rng(0).normal(size=(300, 768)).astype(np.float32)
+    selection = None
+    for n in range(30):
+        for moved in (SAMPLE_IDS, [SAMPLE_IDS[5 + n % 7], SAMPLE_IDS[20 + n % 11]]):
+            with cache.writer(config, on_duplicate="overwrite") as writer:
+                writer.put_batch(moved, [values[SAMPLE_IDS.index(name)] for name in moved])
+        with cache.reader(config) as reader:
+            np.testing.assert_array_equal(reader.get_batch(SAMPLE_IDS), values)
+        selection = selection or cache.reader(config).select(SAMPLE_IDS)
+        np.testing.assert_array_equal(selection.get_batch(range(300)), values)
+        selection.reader.close()
+        cache.clear(config)
+
+
 def test_fork_with_a_reader_of_a_cleared_store(reader, cache, config):
     """A child never reads through an environment that its parent no longer has a name for."""
     cache.clear(config)

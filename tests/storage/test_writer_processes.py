@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -181,7 +182,7 @@ def test_user_without_permission_is_told_so(public_root, config):
         for each in (config, config.replace(duration=9)):
             writer = cache.writer(each)
             writer.put("b:x", np.ones(64))
-            with pytest.raises(ReadOnlyCacheError, match="can't be written.*permission"):
+            with pytest.raises(ReadOnlyCacheError, match=r"can't be written.*permission"):
                 writer.commit()
             writer.discard()
             writer.close()
@@ -261,7 +262,7 @@ def test_full_disk_without_a_lock_file_is_no_crash(small_disk, config):
     write(cache.root, config, numbered(0, 50))
     next(cache.path(config).rglob("lock.mdb")).unlink()
     ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
 

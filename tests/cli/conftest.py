@@ -1,0 +1,90 @@
+"""The command line as users start it, and a root with a few stores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from extraction.clips import write_tones
+from small_ast import save_small_ast
+
+from lmdbcache import CacheConfig, EmbeddingCache
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Run `lmdbcache …` in a new process; the root is this test's, if none is given."""
+
+    def cli(*arguments, root=tmp_path / "cache", stdin="", **environment):
+        clean = {name: value for name, value in os.environ.items() if name != "LMDBCACHE_ROOT"}
+        if root is not None:
+            clean["LMDBCACHE_ROOT"] = str(root)
+        result = subprocess.run(
+            [sys.executable, "-m", "lmdbcache.cli.main", *map(str, arguments)],
+            check=False,
+            capture_output=True,
+            input=stdin.encode(),
+            env={**clean, "HF_HUB_OFFLINE": "1", **environment},
+            cwd=tmp_path,
+            timeout=120,
+        )
+        result.stdout = result.stdout.decode("utf-8")
+        result.stderr = result.stderr.decode("utf-8")
+        return result
+
+    return cli
+
+
+@pytest.fixture
+def refused(cli):
+    """Run a command that must fail with one line on standard error; gives that line."""
+
+    def refused(*arguments, code=1, **options):
+        result = cli(*arguments, **options)
+        assert result.returncode == code, result.stdout + result.stderr
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("lmdbcache: ")
+        assert result.stdout == ""
+        return line
+
+    return refused
+
+
+@pytest.fixture
+def configs():
+    """Three configs of the dataset `vegas`."""
+    one = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
+    return [one, one.replace(output="last_hidden_state"), one.replace(dtype="float16")]
+
+
+@pytest.fixture
+def cache(tmp_path, configs):
+    """Three stores of six embeddings each."""
+    cache = EmbeddingCache(tmp_path / "cache")
+    generator = np.random.default_rng(0)
+    for config in configs:
+        shape = (3, 8) if config.output == "last_hidden_state" else (8,)
+        with cache.writer(
+            config, provenance={"weights_digest": "abc"}, dataset_root="/data/Gerätusche"
+        ) as writer:
+            for number in range(6):
+                name = "dog" if number % 2 else "drum"
+                writer.put(f"video_{number:05d}:{name}", generator.normal(size=shape))
+    return cache
+
+
+@pytest.fixture(scope="session")
+def ast_folder(tmp_path_factory):
+    """A checkpoint of 128 frames; not to be changed."""
+    return save_small_ast(tmp_path_factory.mktemp("ast") / "small-ast", max_length=128)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A dataset of three dogs and three drums."""
+    write_tones(tmp_path / "VEGAS", 3, "dog")
+    write_tones(tmp_path / "VEGAS", 3, "drum")
+    return tmp_path / "VEGAS"

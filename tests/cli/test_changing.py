@@ -1,0 +1,101 @@
+"""`clear` and `compact`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lmdbcache import EmbeddingCache
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y\n", 2), ("n\n", 3), ("", 3)])
+def test_clear_asks(cli, cache, configs, answer, left):
+    """Only a yes removes; no and no answer leave everything, with exit code 1."""
+    result = cli("clear", configs[0].fingerprint, stdin=answer)
+    assert result.returncode == (0 if left == 2 else 1)
+    assert "Remove 1 store from" in result.stdout
+    assert "6 embeddings" in result.stdout
+    assert len(cache.stores()) == left
+    if left == 2:
+        assert "removed 1 store, " in result.stdout
+
+
+def test_clear_yes(cli, cache, configs):
+    """--yes doesn't ask; what was removed is told; a store named twice is removed once."""
+    name = configs[0].fingerprint
+    result = cli("clear", name, name[:8], cache.path(configs[0]), "--yes")
+    assert result.returncode == 0, result.stderr
+    assert "?" not in result.stdout
+    assert configs[0] not in cache
+    (removed,) = json.loads(cli("clear", configs[1].fingerprint, "--yes", "--json").stdout)
+    assert removed["fingerprint"] == configs[1].fingerprint
+    assert cli("clear", "--all", "--yes").stdout.startswith("removed 1 store, ")
+    assert cache.stores() == []
+
+
+def test_clear_wants_to_know_what(refused, cache):
+    """Without a name or --all nothing happens, nor with both."""
+    assert "--all" in refused("clear", "--yes")
+    assert "--all" in refused("clear", "zz", "--all", "--yes")
+    assert len(cache.stores()) == 3
+
+
+def test_clear_with_one_wrong_name_removes_nothing(refused, cache, configs):
+    """All names are looked up before anything is removed."""
+    refused("clear", configs[0].fingerprint, "zzzz", "--yes")
+    assert len(cache.stores()) == 3
+
+
+def test_clear_takes_no_store_of_another_root(refused, cache, configs, tmp_path):
+    """A path outside the root isn't taken for the store of the same name inside."""
+    elsewhere = EmbeddingCache(tmp_path / "elsewhere")
+    with elsewhere.writer(configs[0]) as writer:
+        writer.put("a:dog", [1.0])
+    assert "isn't a store under" in refused("clear", elsewhere.path(configs[0]), "--yes")
+    assert configs[0] in cache
+    assert configs[0] in elsewhere
+
+
+def test_clear_json_needs_yes(refused, cache):
+    """A question would spoil the JSON."""
+    assert "--yes" in refused("clear", "--all", "--json")
+    assert len(cache.stores()) == 3
+
+
+def test_clear_damaged(cli, cache, configs):
+    """A damaged store can be removed, and the question says that it is damaged."""
+    (database,) = cache.path(configs[0]).glob("gen-*/data.mdb")
+    database.write_bytes(b"")
+    result = cli("clear", configs[0].fingerprint, stdin="y\n")
+    assert result.returncode == 0
+    assert "damaged" in result.stdout
+    assert len(cache.stores()) == 2
+
+
+def test_compact(cli, cache, configs):
+    """Sizes before and after; the content stays."""
+    with cache.writer(configs[0], on_duplicate="overwrite", commit_records=1) as writer:
+        for _ in range(3):
+            for number in range(6):
+                name = "dog" if number % 2 else "drum"
+                writer.put(f"video_{number:05d}:{name}", [float(number)] * 8)
+    result = cli("compact", configs[0].fingerprint)
+    assert result.returncode == 0
+    assert cache.path(configs[0]).name in result.stdout
+    results = json.loads(cli("compact", "--all", "--json").stdout)
+    assert len(results) == 3
+    for entry in results:
+        assert entry.keys() == {"path", "bytes_before", "bytes_after", "num_embeddings"}
+        assert entry["num_embeddings"] == 6
+        assert entry["bytes_after"] <= entry["bytes_before"]
+    with cache.reader(configs[0]) as reader:
+        assert reader["video_00005:dog"].tolist() == [5.0] * 8
+
+
+def test_nothing_to_compact_or_clear(cli):
+    """--all of nothing is no error."""
+    for command in ("compact", "verify", "clear"):
+        arguments = [command, "--all", *(["--yes"] if command == "clear" else [])]
+        assert cli(*arguments).returncode == 0
+        assert json.loads(cli(*arguments, "--json").stdout) == []

@@ -1,0 +1,137 @@
+"""`lmdbcache extract`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lmdbcache import CacheConfig, EmbeddingCache
+from lmdbcache.extraction.pipeline import extract
+
+
+@pytest.fixture
+def options(ast_folder):
+    return ("--model", ast_folder, "--duration", "0.5", "--class", "dog", "--class", "drum")
+
+
+@pytest.fixture
+def filled(tmp_path, data, ast_folder):
+    """The root with the embeddings of the dataset's sound clips."""
+    from lmdbcache import model_identity
+
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    clips = {f"{path.stem}:{path.parts[-3]}": path for path in sorted(data.glob("*/audios/*.wav"))}
+    cache = EmbeddingCache(tmp_path / "cache")
+    extract(cache, config, clips, model=ast_folder, num_workers=0)
+    return cache, config
+
+
+def test_first_run(cli, data, options, tmp_path):
+    """All sound clips are stored, the broken one is told; exit code 1 as one failed."""
+    broken = data / "dog" / "audios" / "bröken.wav"
+    broken.write_bytes(b"not audio")
+    result = cli("extract", data.name, *options, "--progress")
+    assert result.returncode == 1, result.stderr
+    first, second, store = result.stdout.splitlines()
+    assert first.startswith("7 samples: 0 were cached, 6 extracted, 1 failed")
+    assert second.startswith("failed: bröken:dog: ")
+    assert "not readable as audio" in second
+    assert store.startswith(str(tmp_path / "cache"))
+    assert "7/7" in result.stderr
+    (info,) = EmbeddingCache(tmp_path / "cache").stores()
+    assert info.num_embeddings == 6
+    assert info.dataset_root == str(data)
+
+
+def test_cached_run(cli, filled, data, options):
+    """A run that finds everything says so, in JSON completely, and exits with 0."""
+    cache, config = filled
+    result = cli("extract", data, *options)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("6 samples: 6 were cached, 0 extracted, 0 failed")
+    summary = json.loads(cli("extract", data, *options, "--json").stdout)
+    assert summary.pop("seconds") >= 0
+    assert summary == {
+        "store": str(cache.path(config)),
+        "fingerprint": config.fingerprint,
+        "num_samples": 6,
+        "num_cached": 6,
+        "num_extracted": 0,
+        "num_silent": 0,
+        "failures": [],
+        "compute_seconds": 0.0,
+        "built_model": False,
+    }
+
+
+def test_cached_run_imports_no_model_library(filled, data, options):
+    """A fully cached run imports neither torch nor transformers."""
+    arguments = ["extract", str(data), "--root", str(filled[0].root), *map(str, options)]
+    code = (
+        "import sys\nfrom lmdbcache.cli.main import main\n"
+        f"sys.argv = ['lmdbcache', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'torchaudio', 'soundfile'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_coverage_takes_the_same_options(cli, filled, data, options):
+    """What `extract` has stored, `coverage` with its options finds."""
+    result = cli("coverage", data, *options)
+    assert result.returncode == 0
+    assert "6 of 6 stored (100.0 %)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--sample-rate", "0"], ["sample_rate: 0", "16000"]),
+        (["--sample-rate", "8000"], ["sample_rate: 8000", "16000"]),
+        (["--duration", "nan"], ["duration: nan", "5.0"]),
+        (["--duration", "-1"], ["duration: -1"]),
+        (["--duration", "0.01"], ["duration: 0.01", "400"]),
+        (["--dtype", "foo"], ["dtype: 'foo'", "bfloat16"]),
+        (["--output", "logits"], ["output: 'logits'", "pooler_output"]),
+        (["--batch-size", "-1"], ["batch_size: -1"]),
+        (["--num-workers", "-1"], ["num_workers: -1"]),
+        (["--commit-seconds", "nan"], ["commit_seconds: nan"]),
+        (["--class", "cow"], ["'cow'", "baby_cry"]),
+        (["--split", "holdout"], ["split: 'holdout'", "train"]),
+        (["--model", "./nowhere"], ["nowhere: no such folder", "save_pretrained"]),
+    ],
+)
+def test_wrong_values(refused, data, options, tmp_path, wrong, words):
+    """A value that can't be used is one line that names the field and what it may be."""
+    line = refused("extract", data, *options, *wrong)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "cache").exists()
+
+
+def test_not_a_number(cli, data, options):
+    """Text where a number belongs is wrong usage: exit code 2, naming the option."""
+    for option in ("--sample-rate", "--duration", "--batch-size"):
+        result = cli("extract", data, *options, option, "abc")
+        assert result.returncode == 2
+        assert option in result.stderr
+
+
+def test_no_such_dataset(refused, options, tmp_path):
+    """A folder that isn't there, or isn't a dataset, is named with the expected layout."""
+    for folder in (tmp_path / "nowhere", tmp_path):
+        line = refused("extract", folder, *options)
+        assert str(folder) in line
+        assert "audios" in line
+
+
+def test_root_that_is_a_file(refused, filled, data, options, tmp_path):
+    """A root that can't hold anything is one line."""
+    (tmp_path / "file").write_text("")
+    line = refused("extract", data, *options, root=tmp_path / "file")
+    assert str(tmp_path / "file") in line

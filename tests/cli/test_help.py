@@ -1,0 +1,62 @@
+"""Help, and what the command line imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ["extract", "ls", "info", "coverage", "clear", "compact", "verify"]
+
+
+def test_help_lists_every_command(cli):
+    """`lmdbcache --help` names all commands; `--version` the version."""
+    text = cli("--help").stdout
+    assert all(f" {command} " in text for command in COMMANDS)
+    assert cli("--version").stdout.startswith("lmdbcache ")
+
+
+def test_without_arguments_help_is_shown(cli):
+    """A bare `lmdbcache` shows the help and says that something was missing."""
+    result = cli()
+    assert result.returncode == 2
+    assert "extract" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(cli, command):
+    """Every command has a help text, with --json and --root in it."""
+    result = cli(command, "--help", COLUMNS="200")
+    assert result.returncode == 0
+    assert "--json" in result.stdout
+    assert "LMDBCACHE_ROOT" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["ls"], ["coverage", "VEGAS"], ["verify", "--all"]]
+)
+def test_no_heavy_imports(arguments, tmp_path):
+    """Looking needs neither torch nor an audio library."""
+    (tmp_path / "VEGAS" / "dog" / "audios").mkdir(parents=True)
+    code = (
+        "import sys\nfrom lmdbcache.cli.main import main\n"
+        f"sys.argv = ['lmdbcache', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'torchaudio', 'soundfile', 'soxr', 'tqdm'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_command_and_missing_argument(cli):
+    """Wrong usage: exit code 2, what is wrong, where help is; no traceback."""
+    for arguments, word in ((["frobnicate"], "frobnicate"), (["info"], "store")):
+        result = cli(*arguments)
+        assert result.returncode == 2
+        assert word in result.stderr
+        assert "--help" in result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,107 @@
+"""The command line in processes that tests start, interrupt and kill.
+
+They are forked from a server that has transformers imported, which saves each of them seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "lmdbcache.cli.main",
+        "lmdbcache.extraction.decoding",
+        "torchaudio.compliance.kaldi",
+        "transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer",
+        "transformers.models.audio_spectrogram_transformer.feature_extraction_audio_spectrogram_transformer",
+    ]
+)
+PATIENCE = 120.0
+
+
+class Command:
+    """One run of `lmdbcache …` in a session of its own."""
+
+    def __init__(self, folder: Path, arguments: Iterable[object]) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.process = _context.Process(target=_main, args=(folder, list(map(str, arguments))))
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text("utf-8")
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text("utf-8")
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; negative if a signal ended it."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"still running: {self.err}"
+        return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait for something that it does while it runs."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.is_alive(), f"ended early: {self.out} {self.err}"
+            assert time.monotonic() < deadline, f"still waiting: {self.err}"
+            time.sleep(0.005)
+
+    def members(self) -> list[int]:
+        """The living processes of its session: itself and its workers."""
+        return session_members(self.process.pid)
+
+    def end(self) -> None:
+        for pid in self.members():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.join(PATIENCE)
+
+
+def session_members(session: int) -> list[int]:
+    """Living processes of a session, zombies left out."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] != "Z":
+                    found.append(int(folder.name))
+    return found
+
+
+def _main(folder: Path, arguments: list[str]) -> None:
+    os.setsid()
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    # As in a process that a shell started; here it would be the server's own method.
+    multiprocessing.set_start_method(None, force=True)
+    import torch
+
+    from lmdbcache.cli.main import main
+
+    torch.set_num_threads(1)  # two runs at once would spend their time waiting for each other
+
+    sys.argv = ["lmdbcache", *arguments]
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

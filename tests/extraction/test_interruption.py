@@ -1,0 +1,156 @@
+"""Extractions that are interrupted, killed, robbed of a worker, or run twice at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from extraction.clips import write_tones
+
+from lmdbcache import CacheConfig, EmbeddingCache, model_identity
+
+NUM_CLIPS = 300
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory):
+    """A dataset large enough to be interrupted; not to be changed."""
+    folder = tmp_path_factory.mktemp("VEGAS")
+    write_tones(folder, NUM_CLIPS)
+    return folder
+
+
+@pytest.fixture
+def config(ast_folder):
+    return CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+
+
+@pytest.fixture
+def begin(start, dataset_folder, ast_folder):
+    """Start `lmdbcache extract` with a commit after every clip."""
+
+    def begin(root, *options):
+        fixed = ("--root", root, "--model", ast_folder, "--duration", 0.5, "--class", "dog")
+        often = ("--batch-size", 1, "--commit-seconds", 0, "--num-workers", 1)
+        return start("extract", dataset_folder, *fixed, *often, "--json", *options)
+
+    return begin
+
+
+@pytest.fixture
+def num_stored(cache, config):
+    def num_stored():
+        if config not in cache:
+            return 0
+        with cache.reader(config) as reader:
+            return len(reader)
+
+    return num_stored
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, dataset_folder, ast_folder):
+    """The same embeddings from one run."""
+    from lmdbcache.extraction.pipeline import extract
+
+    cache = EmbeddingCache(tmp_path_factory.mktemp("uninterrupted"))
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    paths = sorted(dataset_folder.rglob("*.wav"))
+    clips = {f"{path.stem}:dog": str(path) for path in paths}
+    extract(cache, config, clips, model=ast_folder, batch_size=1, num_workers=0)
+    with cache.reader(config) as reader:
+        return dict(reader)
+
+
+def check_equal(stored, expected):
+    assert stored.keys() == expected.keys()
+    for sample_id, value in expected.items():
+        np.testing.assert_allclose(stored[sample_id], value, rtol=0, atol=1e-6)
+
+
+def test_killed_again_and_again(begin, cache, config, num_stored, stored, uninterrupted):
+    """After kill -9 the store is sound, nothing committed is lost, and the next run goes on."""
+    chance = random.Random(0)
+    before = num_kills = 0
+    for _ in range(6):
+        command = begin(cache.root)
+        while command.process.is_alive() and num_stored() <= before:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.15))
+        if command.process.is_alive():
+            command.signal(signal.SIGKILL)
+        num_kills += command.wait() == -signal.SIGKILL
+        assert cache.verify(config).is_sound
+        after = num_stored()
+        assert after > before or after == NUM_CLIPS
+        before = after
+    assert num_kills >= 2
+    last = begin(cache.root)
+    assert last.wait() == 0, last.err
+    assert json.loads(last.out)["num_extracted"] == NUM_CLIPS - before
+    check_equal(stored(), uninterrupted)
+
+
+def test_orphans_of_a_killed_run_end(begin, cache, num_stored):
+    """The decoding processes of a run that was killed notice it and end."""
+    command = begin(cache.root)
+    command.wait_until(num_stored)
+    session = command.members()
+    assert len(session) >= 2
+    command.signal(signal.SIGKILL)
+    command.wait()
+    deadline = time.monotonic() + 60
+    while command.members():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c(begin, cache, config, num_stored, whole_group):
+    """Ctrl-C commits what was computed, says one line, exits with 130, leaves no process behind."""
+    command = begin(cache.root, "--commit-seconds", "0.05", "--num-workers", "2")
+    command.wait_until(lambda: num_stored() > 0)
+    if whole_group:  # as a terminal does
+        os.killpg(command.process.pid, signal.SIGINT)
+    else:
+        command.signal(signal.SIGINT)
+    assert command.wait() == 130
+    assert command.err.splitlines() == [
+        "lmdbcache: interrupted; what was committed is kept, run again to go on"
+    ]
+    assert command.members() == []
+    assert 0 < num_stored() < NUM_CLIPS
+    assert cache.verify(config).is_sound
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_worker(begin, cache, config, num_stored, seed):
+    """A decoding process that dies ends the run with one line; what was computed is stored."""
+    command = begin(cache.root, "--num-workers", 2)
+    command.wait_until(lambda: num_stored() > 0)
+    time.sleep(random.Random(seed).uniform(0, 0.1))
+    workers = [pid for pid in command.members() if pid != command.process.pid]
+    os.kill(workers[0], signal.SIGKILL)
+    assert command.wait() == 1, command.out
+    (line,) = command.err.splitlines()
+    assert line.startswith("lmdbcache: a decoding process ended")
+    assert "run again" in line
+    assert command.members() == []
+    assert 0 < num_stored() < NUM_CLIPS
+    assert cache.verify(config).is_sound
+
+
+def test_two_at_once(begin, cache, config, stored, uninterrupted):
+    """Two runs that fill one store at the same time both end well and lose nothing."""
+    both = [begin(cache.root), begin(cache.root, "--batch-size", 4)]
+    for command in both:
+        assert command.wait() == 0, command.err
+        assert command.err == ""
+        assert json.loads(command.out)["failures"] == []
+    assert cache.verify(config).is_sound
+    check_equal(stored(), uninterrupted)
