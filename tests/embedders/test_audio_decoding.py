@@ -122,7 +122,7 @@ def test_only_the_head_is_read(tmp_path, file_rate):
 def test_file_names(tmp_path, name):
     """Any name that the file system takes is read, non-UTF-8 bytes included."""
     soundfile.write(tmp_path / "plain.wav", sine(16000, 0.5), 16000)
-    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))  # noqa: PTH118
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
     try:
         path.write_bytes((tmp_path / "plain.wav").read_bytes())
     except OSError:

@@ -131,7 +131,7 @@ def test_child_inherits_no_environment(reader):
     """After the fork the child has let go of what it inherited: no file, no map."""
 
     def inherited():
-        with open("/proc/self/maps") as maps:  # noqa: PTH123
+        with open("/proc/self/maps") as maps:
             mapped = [line for line in maps if ".mdb" in line]
         return mapped, open_database_files(), len(environment._environments)
 
