@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test stress check lint types imports format clean
+.PHONY: help install demo test stress bench check lint types imports format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test: $(READY) ## all tests but the long ones
 
 stress: $(READY) ## the long tests
 	$(BIN)/python -m pytest -m stress --timeout 3600
+
+bench: $(READY) ## measure, and write the tables of docs/benchmarks.md
+	$(BIN)/python tools/bench.py
 
 check: lint types imports ## what CI checks beside the tests
 

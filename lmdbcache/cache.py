@@ -20,6 +20,7 @@ from lmdbcache.errors import (
     CacheNotFoundError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
+    ReadOnlyCacheError,
     StorageError,
 )
 from lmdbcache.storage.compaction import CompactionResult, compact
@@ -157,6 +158,21 @@ class EmbeddingCache:
             dataset_root=dataset_root,
             **commit_limits,
         )
+
+    def check_writable(self, config: CacheConfig) -> None:
+        """Tell before any work is done whether this user may store something.
+
+        Raises:
+            ReadOnlyCacheError: The folder can't be written.
+        """
+        folder = self.path(config)
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ReadOnlyCacheError(
+                f"{folder} can't be written by this user. Check its permissions, or choose another "
+                f"cache root (--root, ${ROOT_VARIABLE})"
+            )
 
     def info(self, config: CacheConfig) -> StoreInfo:
         """What the store of this config holds.

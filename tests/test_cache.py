@@ -15,6 +15,7 @@ from lmdbcache.errors import (
     CacheNotFoundError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
+    ReadOnlyCacheError,
     StorageError,
 )
 
@@ -218,3 +219,13 @@ def test_root_that_cannot_be_listed_is_an_error(tmp_path):
             cache.stores()
 
     in_fork(look, user=NOBODY)
+
+
+def test_unwritable_root_is_told_before_any_work(tmp_path, config):
+    """A root that is a file, or below one, is refused by name."""
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(ReadOnlyCacheError, match="file"):
+        EmbeddingCache(blocked).check_writable(config)
+    EmbeddingCache(tmp_path / "new" / "root").check_writable(config)
+    assert not (tmp_path / "new").exists()

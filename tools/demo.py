@@ -6,6 +6,7 @@ python tools/demo.py [--folder .demo] [--clips-per-class 24]
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--clips-per-class", type=int, default=24)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    # The summaries printed here say what these log records would.
+    logging.getLogger("lmdbcache.extraction").setLevel(logging.ERROR)
     demo = Demo(arguments.folder, arguments.clips_per_class)
     demo.make_data()
     first = demo.extract("First run: every clip is decoded, embedded and stored")

@@ -46,6 +46,7 @@ def save_small_ast(
     """
     import torch
     from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+    from transformers.utils import logging
 
     config = ASTConfig(
         hidden_size=hidden_size,
@@ -62,6 +63,7 @@ def save_small_ast(
         tokens = model.embeddings
         for parameter in (tokens.cls_token, tokens.distillation_token, tokens.position_embeddings):
             parameter.normal_(std=_INITIALIZER_RANGE)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     ASTFeatureExtractor(sampling_rate=sample_rate, max_length=max_length).save_pretrained(folder)
     return Path(folder)

@@ -129,7 +129,7 @@ class ASTCacheMixin:
             config = self.stored_config(sample_rate, duration, model_name, output)
             reader = self._open_reader(config)
         except (CacheError, OSError) as error:
-            _logger.error("AST embeddings can't be loaded: %s", error)
+            _logger.error("AST embeddings can't be loaded: %s", str(error))
             return False
         if reader is None:
             return False
@@ -175,7 +175,7 @@ class ASTCacheMixin:
             config = self.cache_config(sample_rate, duration, model_name, output)
             refused = self._put_all(config, embeddings, embedding_shape)
         except (CacheError, OSError) as error:
-            _logger.error("AST embeddings can't be saved: %s", error)
+            _logger.error("AST embeddings can't be saved: %s", str(error))
             return False
         _logger.info(
             "%d of %d AST embeddings are saved (%s)",
@@ -199,7 +199,7 @@ class ASTCacheMixin:
                 try:
                     writer.put(sample_id, checked(sample_id, value, embedding_shape))
                 except (InvalidEmbeddingError, InvalidSampleIdError) as error:
-                    _logger.error("not saved: %s", error)
+                    _logger.error("not saved: %s", str(error))
                     refused += 1
         return refused
 
@@ -296,7 +296,7 @@ class ASTCacheMixin:
         except CacheNotFoundError:
             return False
         except (CacheError, OSError) as error:
-            _logger.error("%s can't be verified: %s", cache_file, error)
+            _logger.error("%s can't be verified: %s", cache_file, str(error))
             return False
         if differences := expected.differences(stored):
             _logger.info("%s: %s", cache_file, _told(differences))
@@ -342,7 +342,7 @@ class ASTCacheMixin:
         try:
             reader = self._cache().reader(config)
         except CacheNotFoundError as error:
-            _logger.info("%s", error)  # it names the nearest config that is stored
+            _logger.info("%s", str(error))  # it names the nearest config that is stored
             return None
         return reader if len(reader) else None
 

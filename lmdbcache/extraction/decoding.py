@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,6 +24,7 @@ from lmdbcache.extraction.summary import ClipFailure
 __all__ = ["Clip", "FeatureBatch", "feature_batches", "worker_errors"]
 
 _WAIT_SECONDS: Final = 600.0  # a worker that gives nothing for so long is stuck
+_NEWS_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,9 @@ def feature_batches(
     except (EOFError, OSError) as error:
         if not num_workers or isinstance(error, CacheError):
             raise
+        # A dead worker's connection ends before torch's signal handler hears of it. Its
+        # RuntimeError comes out of here, and not out of the cleaning up.
+        time.sleep(_NEWS_SECONDS)
         raise _worker_failure(error) from error
     finally:
         del batches  # ends the workers now, whoever keeps the exception and with it this frame

@@ -97,6 +97,7 @@ def extract(
     run = _Run(cache, config, progress=progress, dataset_root=dataset_root)
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
     if missing:
+        cache.check_writable(config)
         name = os.fspath(model) if model is not None else config.model_name
         if front_end is None or make_embedder is None:
             front_end, make_embedder = _ast(config, name, device, front_end, make_embedder)
@@ -279,16 +280,17 @@ class _Run:
         """Keep the list of failed clips beside the store, and say so."""
         if self.failures:
             _logger.warning(
-                "%d clips gave no embedding and aren't cached, the first: %s. All are in the "
-                "summary's failures",
+                "%d %s no embedding and will be tried again by the next run (%s%s)",
                 len(self.failures),
+                "clip has" if len(self.failures) == 1 else "clips have",
                 self.failures[0].reason,
+                "" if len(self.failures) == 1 else "; all are in the summary's failures",
             )
         try:
             update_failures(self.cache.path(self.config), self.settled, self.failures)
         except OSError as error:
             # A full disk, say. The list is a convenience, and must not hide what went wrong.
-            _logger.error("%s can't be written: %s", FAILURES_NAME, error)
+            _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
 
     def summary(self, seconds: float) -> ExtractionSummary:
         return ExtractionSummary(

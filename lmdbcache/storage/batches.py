@@ -16,9 +16,9 @@ from lmdbcache.storage.located import LocatedValues
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 
-__all__ = ["gather", "key_or_empty", "rows_of", "stack"]
+__all__ = ["gather", "key_or_empty", "offsets_of", "stack"]
 
-_REMEMBERED_ROWS: Final = 1 << 16
+_REMEMBERED_OFFSETS: Final = 1 << 16
 _buffers: Final = BatchBuffers()
 
 
@@ -30,20 +30,21 @@ def key_or_empty(sample_id: str) -> bytes:
         return b""
 
 
-def rows_of(located: LocatedValues, sample_ids: Sequence[str]) -> list[int] | None:
-    """Row of each sample in the table, or None if one isn't there."""
-    known = located.rows
+def offsets_of(located: LocatedValues, sample_ids: Sequence[str]) -> npt.NDArray[np.int64] | None:
+    """Place of each sample in the file, or None if one isn't stored."""
+    known = located.known_offsets
     try:
-        return [known[sample_id] for sample_id in sample_ids]
+        return np.fromiter(map(known.__getitem__, sample_ids), np.int64, len(sample_ids))
     except KeyError:
         pass
-    if len(known) > _REMEMBERED_ROWS:
+    if len(known) > _REMEMBERED_OFFSETS:
         known.clear()
-    rows: list[int] = located.table.find([key_or_empty(i) for i in sample_ids]).tolist()
-    if min(rows, default=0) < 0:
+    rows = located.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
+    if rows.size and rows.min() < 0:
         return None
-    known.update(zip(sample_ids, rows, strict=True))
-    return rows
+    offsets = located.table.offsets[rows]
+    known.update(zip(sample_ids, offsets.tolist(), strict=True))
+    return offsets
 
 
 def gather(

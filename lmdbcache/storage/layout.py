@@ -46,6 +46,14 @@ def sample_key(sample_id: str) -> bytes:
         InvalidSampleIdError: Not text, no colon, an empty part, NUL, a lone surrogate, or over
             511 bytes.
     """
+    # Most ids are ASCII and canonical already: one look is enough for those.
+    if isinstance(sample_id, str) and sample_id.isascii():
+        key = sample_id.encode()
+        colon = key.rfind(b":")
+        tail = key[colon + 1 :]
+        usable = 0 < colon < len(key) - 1 and len(key) <= MAX_KEY_BYTES and b"\0" not in key
+        if usable and tail == tail.lower():
+            return key
     file_id, class_name = split_sample_id(sample_id)
     return _encode(file_id, class_name, sample_id)
 

@@ -35,6 +35,7 @@ __all__ = ["LocatedValues", "keep_table", "locate"]
 _logger: Final = logging.getLogger(__name__)
 
 _READ_AT_ONCE: Final = 100_000  # samples; beyond, reading the table takes longer than a batch may
+_FIRST_READS: Final = 4096
 _PAYS_AFTER: Final = 16  # a share of the store this large has been read one by one: read the table
 _MAGIC: Final = b"lmdbcache offsets 1\n"
 _HEADER: Final = struct.Struct("<20s4xQQQQ8s")  # magic, transaction, inode, width, count, checksum
@@ -56,7 +57,7 @@ class LocatedValues:
     table: ValueTable
     # Bytes of each value if all are alike and as the metadata says; else each is read by itself.
     common_length: int | None = None
-    rows: dict[str, int] = field(default_factory=dict)
+    known_offsets: dict[str, int] = field(default_factory=dict)
 
 
 def locate(
@@ -76,9 +77,13 @@ def locate(
     identity = (snapshot.environment.file, snapshot.id)
     generation = snapshot.environment.generation
     try:
-        table = _known_table(snapshot) or _read_table(identity, generation)
-        if table is None and count > max(_READ_AT_ONCE, _PAYS_AFTER * num_read):
-            return None
+        table = _known_table(snapshot)
+        if table is None and count > _READ_AT_ONCE:
+            if num_read < _FIRST_READS:
+                return None  # even a kept table takes longer than the first batch may
+            table = _read_table(identity, generation)
+            if table is None and count > _PAYS_AFTER * num_read:
+                return None
         file = MappedFile(generation / "data.mdb")
         if table is None:
             table = read_value_table(file.data, snapshot.id)
@@ -86,7 +91,7 @@ def locate(
                 _write_table(table, identity, generation)
         _check(table, file, count, transaction)
     except (UnreadablePagesError, OSError, ValueError) as error:
-        _logger.info("%s: values are read through LMDB (%s)", generation, error)
+        _logger.info("%s: values are read through LMDB (%s)", generation, str(error))
         snapshot.is_unlocatable = True
         return None
     with _tables_lock:
@@ -145,7 +150,7 @@ def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
         magic, transaction, inode, width, count, digest = _HEADER.unpack(head)
         if (magic, transaction, inode) != (_MAGIC, identity[1], identity[0][1]):
             return None
-        rows = np.memmap(path, _row_type(width), "r", _HEADER.size, (count,))
+        rows = np.memmap(path, _row_type(width), "r", _HEADER.size, (count,)).view(np.ndarray)
     except (OSError, struct.error, ValueError, OverflowError):
         return None
     if xxhash.xxh3_64_digest(rows.view(np.uint8).data) != digest:

@@ -129,7 +129,9 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
         if os.access(generation, os.W_OK):
             raise
         # No right to take part in the reader table: sound only where nobody writes.
-        _logger.info("%s: read without a lock, values follow its writer (%s)", generation, error)
+        _logger.info(
+            "%s: read without a lock, values follow its writer (%s)", generation, str(error)
+        )
         return lmdb.open(path, readonly=True, create=False, lock=False, **options)
     environment.reader_check()
     return environment

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import InvalidSampleIdError, SampleNotFoundError
-from lmdbcache.storage.batches import gather, key_or_empty, rows_of, stack
+from lmdbcache.storage.batches import gather, key_or_empty, offsets_of, stack
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.layout import (
@@ -167,9 +167,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
             located = locate(snapshot, transaction, self.num_read)
             if located is not None and (length := located.common_length):
-                rows = rows_of(located, sample_ids)
-                if rows is not None:
-                    return gather(located, located.table.offsets[rows], length, snapshot, out)
+                offsets = offsets_of(located, sample_ids)
+                if offsets is not None:
+                    return gather(located, offsets, length, snapshot, out)
             if not keys:
                 keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
             self.num_read += len(keys)

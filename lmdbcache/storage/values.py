@@ -74,16 +74,24 @@ def from_stored(
     Raises:
         IntegrityError: The buffer's length isn't that of an embedding of this store.
     """
-    shape = [-1 if size is None else size for size in stored_shape or ()]
+    wanted = NUMPY_DTYPES[dtype]
+    shape = stored_shape or ()
     try:
-        flat = np.frombuffer(value, dtype=NUMPY_DTYPES[dtype])
-        embedding: npt.NDArray[Any] = flat.reshape(shape).copy()
-    except ValueError:
-        raise IntegrityError(
-            f"{sample_id}: {len(value)} bytes are stored, which isn't an embedding of shape "
-            f"{stored_shape} in {dtype}. Run `lmdbcache verify` and extract again"
-        ) from None
-    return embedding
+        view: npt.NDArray[Any]
+        if None in shape:
+            flat = np.frombuffer(value, dtype=wanted)
+            view = flat.reshape([-1 if size is None else size for size in shape])
+        else:
+            view = np.ndarray(shape, wanted, value)  # type: ignore[arg-type]
+        if view.nbytes == len(value):
+            copied: npt.NDArray[Any] = view.copy()
+            return copied
+    except (ValueError, TypeError):
+        pass
+    raise IntegrityError(
+        f"{sample_id}: {len(value)} bytes are stored, which isn't an embedding of shape "
+        f"{stored_shape} in {dtype}. Run `lmdbcache verify` and extract again"
+    )
 
 
 def batch_array(

@@ -291,10 +291,13 @@ class EmbeddingWriter:
     ) -> tuple[int, list[bytes]]:
         written, duplicates = 0, []
         overwrite = self._on_duplicate == "overwrite"
+        last = _last_key(transaction)
         for key in sorted(self._pending.values):
             value = self._pending.values[key].reshape(-1).view(np.uint8).data
-            if transaction.put(key, value, overwrite=overwrite):
-                transaction.put(key, checksum(key, value), db=environment.checksums)
+            # Appended keys fill their pages; inserted ones leave them half empty.
+            if transaction.put(key, value, overwrite=overwrite, append=key > last):
+                digest = checksum(key, value)
+                transaction.put(key, digest, db=environment.checksums, append=key > last)
                 written += 1
             elif self._on_duplicate == "error":
                 duplicates.append(key)
@@ -384,6 +387,11 @@ class EmbeddingWriter:
             return True
         environment = self._holder.environment
         return environment is not None and environment.holds(key)
+
+
+def _last_key(transaction: lmdb.Transaction) -> bytes:
+    with transaction.cursor() as cursor:
+        return bytes(cursor.key()) if cursor.last() else b""
 
 
 def _put_record(

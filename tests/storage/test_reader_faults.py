@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -172,25 +173,35 @@ def test_other_user_reads_without_write_permission(public, config):
 def test_reader_without_a_lock_never_gives_wrong_values(public, config):
     """Nothing keeps a writer from the pages of a reader that may not lock: it has to move on."""
     names = [f"{n:03d}:x" for n in range(200)]
-    write(public.root, config.replace(duration=3), {n: np.zeros(768, np.float32) for n in names})
-    with peer_process() as peer:
-        peer.start(rewrite, public.root, config.replace(duration=3), names, 60)
+    config = config.replace(duration=3)
+    write(public.root, config, {n: np.zeros(768, np.float32) for n in names})
+    from_child, to_parent = os.pipe()
+    from_parent, to_child = os.pipe()
 
-        def read():
-            last, distinct = 0, set()
-            with public.reader(config.replace(duration=3)) as reader:
-                while last < 60:
-                    values = np.unique(reader.get_batch(names))
-                    assert len(values) == 1, f"a mix of commits {values}"
-                    assert values[0] >= last
-                    last = values[0]
-                    distinct.add(last)
-                    if "none:x" in reader:
-                        return None
-            return len(distinct)
+    def rewrite_when_asked():
+        with peer_process() as peer:
+            while os.read(from_child, 1) == b"?":
+                peer.call(rewrite, public.root, config, names, 7)
+                os.write(to_child, b"!")
 
-        assert in_fork(read, user=NOBODY) > 0
-        peer.answer()
+    def read():
+        with public.reader(config) as reader:
+            for ask in (reader.get_batch, lambda many: np.stack([reader[name] for name in many])):
+                assert len(np.unique(ask(names))) == 1
+                os.write(to_parent, b"?")
+                os.read(from_parent, 1)
+                assert np.unique(ask(names)).tolist() == [7]
+                assert len(list(reader)) == 200
+
+    thread = threading.Thread(target=rewrite_when_asked)
+    thread.start()
+    try:
+        in_fork(read, user=NOBODY)
+    finally:
+        os.write(to_parent, b".")
+        thread.join()
+        for descriptor in (from_child, to_parent, from_parent, to_child):
+            os.close(descriptor)
 
 
 @as_root

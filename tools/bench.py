@@ -1,0 +1,73 @@
+"""Measure reading, writing and extraction, and write the tables of docs/benchmarks.md.
+
+python tools/bench.py            # some minutes
+python tools/bench.py --quick    # tiny sizes, to see that it runs; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import bench_extraction
+import bench_reading
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+PACKAGES = ("lmdb", "numpy", "torch", "transformers", "torchaudio", "soundfile", "soxr")
+TITLES = {
+    "P": "P: 28,109 × (768,) float32, batches of 256",
+    "H": "H: 300 × (1214, 768) float32, batches of 8",
+}
+
+
+def tables(*, quick: bool) -> str:
+    """All tables as Markdown."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    system = f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}"
+    python = f"Python {platform.python_version()}, {versions}"
+    lines = [f"`make bench` on {system}, {python}. Medians; reading with torch on one thread."]
+    for name, figures in bench_reading.measure(quick=quick).items():
+        lines += ["", f"### {TITLES[name]}", "", "| what | ours | others | ratio |"]
+        lines.append("|---|---|---|---|")
+        lines += [_row(what, ways) for what, ways in figures.items()]
+    for what, ways in bench_extraction.measure(quick=quick).items():
+        lines += ["", f"### {what}", "", "| way | figure |", "|---|---|"]
+        lines += [f"| {way} | {_number(figure)} |" for way, figure in ways.items()]
+    return "\n".join(lines)
+
+
+def _row(what: str, ways: dict[str, float]) -> str:
+    others = [name for name in ways if name in ("RAM", "memmap", "npy")]
+    ours = [name for name in ways if name not in others]
+    own = ", ".join(
+        _number(ways[name]) + (f" ({name.removeprefix('ours, ')})" if name != "ours" else "")
+        for name in ours
+    )
+    theirs = ", ".join(f"{name} {_number(ways[name])}" for name in others)
+    ratios = ", ".join(f"{ways[ours[0]] / ways[name]:.2f} × {name}" for name in others)
+    return f"| {what} | {own} | {theirs} | {ratios} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing")
+    arguments = parser.parse_args()
+    text = tables(quick=arguments.quick)
+    print(text)
+    if not arguments.quick:
+        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        print(f"\nwritten to {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""How much of the model's own speed an extraction keeps, and what the front end costs.
+
+    python tools/bench_extraction.py [--quick] [--json FILE]
+
+The model is a full-size AST with random weights; the clips are 5 s of noise at 44.1 kHz stereo.
+Ways are measured in turn and the median over the rounds is kept: only ratios of one run count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from small_ast import save_small_ast
+
+from lmdbcache import CacheConfig, EmbeddingCache, extract
+from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_waveform
+
+FULL_SIZE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+
+def measure(*, quick: bool = False) -> dict[str, dict[str, float]]:
+    """Clips per second of each way, by table row."""
+    with tempfile.TemporaryDirectory(prefix="lmdbcache-bench-") as scratch:
+        return _Bench(Path(scratch), quick=quick).run()
+
+
+class _Bench:
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        self.folder = folder
+        self.num_clips, self.rounds = (4, 1) if quick else (16, 3)
+        sizes = {"max_length": 128} if quick else FULL_SIZE
+        self.model = save_small_ast(folder / "ast", **sizes)
+        self.duration = 1.28 if quick else 5.0
+        self.checkpoint = find_checkpoint(self.model)
+        self.front_end = ASTFrontEnd(self.checkpoint, 16000)
+        self.clips = {
+            f"clip_{i:03d}:noise": str(self._write_clip(i)) for i in range(self.num_clips)
+        }
+        self.num_stores = 0
+
+    def _write_clip(self, number: int) -> Path:
+        path = self.folder / f"clip_{number:03d}.wav"
+        noise = np.random.default_rng(number).normal(scale=0.1, size=(5 * 44100, 2))
+        soundfile.write(path, noise, 44100)
+        return path
+
+    def run(self) -> dict[str, dict[str, float]]:
+        return {
+            "end to end, clips/s": self.end_to_end(),
+            "front end on one core, clips/s": self.front_end_stages(),
+            "everything cached, s with start-up": self.resumed(),
+        }
+
+    def end_to_end(self) -> dict[str, float]:
+        embedder = ASTEmbedder(self.checkpoint)
+        half = ASTEmbedder(self.checkpoint, compute_dtype="bfloat16")
+        features = torch.stack([torch.from_numpy(self._features(p)) for p in self.clips.values()])
+
+        def bare_model() -> None:
+            for start in range(0, self.num_clips, 8):
+                embedder.embed(features[start : start + 8])
+
+        def one_by_one() -> None:
+            found = {}
+            for sample_id, path in self.clips.items():
+                clip = torch.from_numpy(self._features(path))[None]
+                found[sample_id] = embedder.embed(clip)[0]
+            torch.save(found, self.folder / "embeddings.pt")
+
+        return self.compare(
+            {
+                "bare model on ready features": bare_model,
+                "one clip at a time": one_by_one,
+                "extract": lambda: self.extract(embedder),
+                "extract, bfloat16": lambda: self.extract(half),
+            }
+        )
+
+    def extract(self, embedder: ASTEmbedder) -> None:
+        # The model is loaded once for all rounds: what is timed is the work per clip.
+        self.num_stores += 1
+        summary = extract(
+            EmbeddingCache(self.folder / f"cache-{self.num_stores}"),
+            CacheConfig(duration=self.duration, compute_dtype=embedder.compute_dtype),
+            self.clips,
+            front_end=self.front_end,
+            make_embedder=lambda: embedder,
+            progress=False,
+        )
+        assert summary.num_extracted == self.num_clips, summary
+
+    def front_end_stages(self) -> dict[str, float]:
+        paths = list(self.clips.values())
+        waveforms = [load_waveform(path, 16000, self.duration) for path in paths]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        figures = self.compare(
+            {
+                "decode and resample": lambda: [
+                    load_waveform(path, 16000, self.duration) for path in paths
+                ],
+                "log-mel": lambda: [self.front_end(waveform) for waveform in waveforms],
+                "both": lambda: [self._features(path) for path in paths],
+            }
+        )
+        torch.set_num_threads(threads)
+        return figures
+
+    def _features(self, path: str) -> Any:
+        return self.front_end(load_waveform(path, 16000, self.duration))
+
+    def resumed(self) -> dict[str, float]:
+        code = (
+            "import sys; from lmdbcache import CacheConfig, EmbeddingCache, extract\n"
+            "import json; clips = json.loads(sys.stdin.read())\n"
+            f"config = CacheConfig(duration={self.duration})\n"
+            "summary = extract(EmbeddingCache(sys.argv[1]), config, clips)\n"
+            "assert summary.num_extracted == 0 and 'transformers' not in sys.modules\n"
+        )
+        num_samples = 28_109 if self.rounds > 1 else 100
+        ids = [f"video_{i:05d}:dog" for i in range(num_samples)]
+        root = self.folder / "resumed"
+        with EmbeddingCache(root).writer(CacheConfig(duration=self.duration)) as writer:
+            writer.put_batch(ids, np.ones((num_samples, 768), np.float32))
+        clips = json.dumps(dict.fromkeys(ids, "clip.wav"))
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", code, str(root)], input=clips, text=True, check=True
+            )
+            times.append(time.perf_counter() - started)
+        return {f"{num_samples} samples": statistics.median(times)}
+
+    def compare(self, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(self.rounds):
+            for name, run in ways.items():
+                started = time.perf_counter()
+                run()
+                rates[name].append(self.num_clips / (time.perf_counter() - started))
+        return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    text = json.dumps(measure(quick=arguments.quick), indent=1, ensure_ascii=False)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
