@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
-from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.gather import BatchBuffers
 from lmdbcache.storage.layout import sample_key
 from lmdbcache.storage.located import LocatedValues
 from lmdbcache.storage.metadata import StoreMetadata
@@ -19,7 +17,6 @@ from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 __all__ = ["gather", "key_or_empty", "offsets_of", "stack"]
 
 _REMEMBERED_OFFSETS: Final = 1 << 16
-_buffers: Final = BatchBuffers()
 
 
 def key_or_empty(sample_id: str) -> bytes:
@@ -48,24 +45,15 @@ def offsets_of(located: LocatedValues, sample_ids: Sequence[str]) -> npt.NDArray
 
 
 def gather(
-    located: LocatedValues,
-    offsets: npt.NDArray[np.int64],
-    length: int,
-    snapshot: Snapshot,
-    out: npt.NDArray[Any] | None,
+    located: LocatedValues, offsets: npt.NDArray[np.int64], out: npt.NDArray[Any] | None
 ) -> npt.NDArray[Any]:
     """Copy the values at these places of the file into one array."""
-    config, stored_shape = snapshot.metadata.config, snapshot.metadata.embedding_shape or ()
-    dtype = NUMPY_DTYPES[config.dtype]
-    if None in stored_shape:
-        row_bytes = dtype.itemsize * int(np.prod([n for n in stored_shape if n], dtype=np.int64))
-        stored_shape = (length // row_bytes, *stored_shape[1:])
-    shape = (len(offsets), *(n or 0 for n in stored_shape))
-    filled = None
-    if out is not None:
-        filled = batch_array(shape, config.dtype, out).reshape(len(offsets), -1).view(np.uint8)
-    raw = located.file.gather(offsets, length, _buffers, filled)
-    return out if out is not None else raw.view(dtype).reshape(shape)
+    shape, length = (len(offsets), *located.shape), located.common_length or 0
+    if out is None:
+        return located.file.gather(offsets, length).view(located.dtype).reshape(shape)
+    filled = batch_array(shape, located.dtype, out).reshape(len(offsets), -1).view(np.uint8)
+    located.file.gather(offsets, length, filled)
+    return out
 
 
 def stack(
@@ -84,7 +72,7 @@ def stack(
     shape = tuple(size or 0 for size in stored_shape or ())
     if values and None in (stored_shape or ()):
         shape = from_stored(sample_ids[0], values[0], dtype, stored_shape).shape
-    batch = batch_array((len(values), *shape), dtype, out)
+    batch = batch_array((len(values), *shape), NUMPY_DTYPES[dtype], out)
     for index, (value, sample_id) in enumerate(zip(values, sample_ids, strict=True)):
         embedding = from_stored(sample_id, value, dtype, stored_shape)
         if embedding.shape != shape:

@@ -19,6 +19,7 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,10 +128,11 @@ class Environment:
             )
         return StoreMetadata.unpack(bytes(record), self.generation)
 
-    def holds(self, key: bytes) -> bool:
-        """Whether the newest commit has this key."""
+    def stored(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Those of the keys that the newest commit has."""
         with no_fork, _lock, translated_errors(self.generation):
-            return self.begin_read().get(key, db=self.checksums) is not None
+            get, checksums = self.begin_read().get, self.checksums
+            return {key for key in keys if get(key, db=checksums) is not None}
 
     def drop_snapshots(self) -> None:
         """End every snapshot; their owners pin a new one at the next read."""

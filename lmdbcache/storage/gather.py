@@ -13,15 +13,15 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BatchBuffers", "MappedFile"]
+__all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile"]
 
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
-_LARGE_VALUE_BYTES: Final = 64 << 10
+LARGE_VALUE_BYTES: Final = 64 << 10
 _REUSED_FROM_BYTES: Final = 1 << 20
 _KEPT_BUFFERS: Final = 3
 
@@ -58,6 +58,9 @@ class BatchBuffers:
             self._buffers.clear()
 
 
+_buffers: Final = BatchBuffers()
+
+
 class MappedFile:
     """data.mdb of one generation, mapped as far as it reached when this was made."""
 
@@ -72,15 +75,15 @@ class MappedFile:
         self.data: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self._views: dict[int, npt.NDArray[np.void]] = {}
 
-    def value(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
+    def value(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A view of one value; read-only, for as long as the snapshot is pinned."""
-        return self.data[offset : offset + length]
+        view: npt.NDArray[Any] = np.ndarray(shape, dtype, self._map, offset)
+        return view
 
     def gather(
         self,
         offsets: npt.NDArray[np.int64],
         length: int,
-        buffers: BatchBuffers,
         out: npt.NDArray[np.uint8] | None = None,
     ) -> npt.NDArray[np.uint8]:
         """Copy values of equal length.
@@ -88,15 +91,14 @@ class MappedFile:
         Args:
             offsets: (n,) places in the file.
             length: Bytes of each value.
-            buffers: Where memory of large batches comes from.
             out: (n, length) C-contiguous uint8 to fill, instead of a new one.
 
         Returns:
             (n, length) uint8, owned.
         """
-        if length >= _LARGE_VALUE_BYTES or out is not None:
+        if length >= LARGE_VALUE_BYTES or out is not None:
             if out is None:
-                out = buffers.take(len(offsets) * length).reshape(len(offsets), length)
+                out = _buffers.take(len(offsets) * length).reshape(len(offsets), length)
             for row, offset in zip(out, offsets.tolist(), strict=True):
                 row[:] = self.data[offset : offset + length]
             return out

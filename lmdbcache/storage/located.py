@@ -21,12 +21,14 @@ from typing import Any, Final
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from lmdbcache.storage.environment import Environment, Snapshot
-from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages import UnreadablePagesError, ValueTable, read_value_table
 from lmdbcache.storage.values import NUMPY_DTYPES
 
@@ -55,9 +57,21 @@ class LocatedValues:
 
     file: MappedFile
     table: ValueTable
+    dtype: np.dtype[Any]
     # Bytes of each value if all are alike and as the metadata says; else each is read by itself.
-    common_length: int | None = None
+    common_length: int | None
+    # Shape of one embedding, if all are alike.
+    shape: tuple[int, ...]
     known_offsets: dict[str, int] = field(default_factory=dict)
+
+    def copy(self, offset: int) -> npt.NDArray[Any]:
+        """An owned copy of the embedding at this place of the file."""
+        length = self.common_length or 0
+        if length >= LARGE_VALUE_BYTES:
+            rows = self.file.gather(np.array([offset]), length)
+            return rows.view(self.dtype).reshape(self.shape)
+        copied: npt.NDArray[Any] = self.file.value(offset, self.dtype, self.shape).copy()
+        return copied
 
 
 def locate(
@@ -96,7 +110,7 @@ def locate(
         return None
     with _tables_lock:
         _tables[snapshot.environment] = (snapshot.id, table)
-    located = LocatedValues(file, table, _common_length(table, snapshot.metadata))
+    located = _located(file, table, snapshot.metadata)
     snapshot.located = located
     return located
 
@@ -117,18 +131,21 @@ def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Tr
         if offset < 0 or value is None or len(value) != length:
             raise UnreadablePagesError("a value of another length than LMDB's")
         head = min(length, 256)
-        if file.value(offset, head).tobytes() != bytes(value[:head]):
+        if file.data[offset : offset + head].tobytes() != bytes(value[:head]):
             raise UnreadablePagesError("a value at another place than LMDB's")
 
 
-def _common_length(table: ValueTable, metadata: StoreMetadata) -> int | None:
-    if not len(table.lengths) or not (table.lengths == table.lengths[0]).all():
-        return None
-    length = int(table.lengths[0])
-    shape = metadata.embedding_shape or ()
-    expected = NUMPY_DTYPES[metadata.config.dtype].itemsize * math.prod(n for n in shape if n)
-    fits = length % expected == 0 if None in shape else length == expected
-    return length if fits and length else None
+def _located(file: MappedFile, table: ValueTable, metadata: StoreMetadata) -> LocatedValues:
+    dtype = NUMPY_DTYPES[metadata.config.dtype]
+    stored_shape = metadata.embedding_shape or ()
+    length = int(table.lengths[0]) if len(table.lengths) else 0
+    expected = dtype.itemsize * math.prod(n for n in stored_shape if n)
+    if None in stored_shape and length % expected == 0:
+        stored_shape = (length // expected, *stored_shape[1:])
+        expected = length
+    alike = length > 0 and length == expected and bool((table.lengths == length).all())
+    shape = tuple(n or 0 for n in stored_shape)
+    return LocatedValues(file, table, dtype, length if alike else None, shape)
 
 
 def _known_table(snapshot: Snapshot) -> ValueTable | None:
@@ -161,7 +178,7 @@ def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
 
 def _write_table(table: ValueTable, identity: _Identity, generation: Path) -> None:
     """Keep a table if this process may; replaces those of older snapshots."""
-    if not os.access(generation, os.W_OK):
+    if not os.access(generation, os.W_OK) or file_id(generation) != identity[0]:
         return
     rows = np.empty(len(table.keys), _row_type(table.keys.dtype.itemsize))
     rows["key"], rows["offset"], rows["length"] = table.keys, table.offsets, table.lengths

@@ -27,15 +27,21 @@ class PendingEmbeddings:
 
     values: dict[bytes, npt.NDArray[Any]] = field(default_factory=dict)
     num_bytes: int = 0
+    num_put: int = 0
     since: float = 0.0
 
-    def put(self, key: bytes, value: npt.NDArray[Any]) -> None:
-        """Add or replace one."""
-        if not self.values:
+    def put(self, key: bytes, value: npt.NDArray[Any], *, replace: bool = True) -> None:
+        """Add one, or replace the one of this key if that is asked for."""
+        values = self.values
+        if not values:
             self.since = time.monotonic()
-        self.drop([key])
-        self.values[key] = value
+        if key in values:
+            if not replace:
+                return
+            self.drop([key])
+        values[key] = value
         self.num_bytes += value.nbytes
+        self.num_put += 1
 
     def drop(self, keys: Iterable[bytes]) -> None:
         """Take some out."""

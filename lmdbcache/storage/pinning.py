@@ -63,7 +63,7 @@ class PinnedStore:
         Raises:
             CacheNotFoundError: The store was cleared meanwhile.
         """
-        snapshot = self._pinned()
+        snapshot = self.pinned()
         live = snapshot.environment.is_live(current_generation(self._store))
         if live and snapshot.num_newer_commits() == 0:
             return False
@@ -94,7 +94,8 @@ class PinnedStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         PinnedStore.__init__(self, state["store"], state["config"])
 
-    def _pinned(self) -> Snapshot:
+    def pinned(self) -> Snapshot:
+        """The snapshot to read, pinned now if there is none."""
         no_fork.wait_for_fork()
         snapshot = self._snapshot
         if snapshot is not None and snapshot.transaction and not snapshot.may_be_overwritten():
@@ -128,7 +129,7 @@ class PinnedStore:
     ) -> _T:
         """Call `read` under a pinned snapshot; after a miss, again under the newest."""
         while True:
-            snapshot = self._pinned()
+            snapshot = self.pinned()
             with snapshot.lock:
                 transaction = snapshot.transaction
                 if transaction is None:  # ended between the two lines, by another thread
@@ -153,7 +154,7 @@ class PinnedStore:
         # A store that was cleared is no reason to fail here: its samples are missing.
         with contextlib.suppress(CacheNotFoundError):
             if self.refresh():
-                newest = self._pinned()
+                newest = self.pinned()
                 # The commits of a cleared and remade store count from one again.
                 return (newest.environment, newest.id) != (snapshot.environment, snapshot.id)
         return False

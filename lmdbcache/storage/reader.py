@@ -21,13 +21,17 @@ from lmdbcache.storage.layout import (
 )
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.pages import ValueTable
 from lmdbcache.storage.pinning import PinnedStore
 from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
 
 __all__ = ["EmbeddingReader", "Selection"]
 
 _KEYS_PER_STEP: Final = 4096
+_SINGLES_BEFORE_LOOKUP: Final = 256  # from here on it pays to know where the values are
 _T = TypeVar("_T")
+Positions = Sequence[int] | npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
 
 
 class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
@@ -56,7 +60,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
     @property
     def metadata(self) -> StoreMetadata:
         """The store's metadata as of the snapshot."""
-        return self._pinned().metadata
+        return self.pinned().metadata
 
     @property
     def config(self) -> CacheConfig:
@@ -82,9 +86,22 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             SampleNotFoundError: The newest commit doesn't hold it (a KeyError).
             IntegrityError: The stored value doesn't have the store's shape.
         """
+        snapshot = self.pinned()
+        with snapshot.lock:
+            located: LocatedValues | None = snapshot.located
+            if located is not None and snapshot.is_protected:
+                offset = located.known_offsets.get(sample_id)
+                if offset is not None:
+                    return located.copy(offset)
         key = self._lookup_key(sample_id)
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:
+            self.num_read += 1
+            if self.num_read > _SINGLES_BEFORE_LOOKUP:
+                located = locate(snapshot, transaction, self.num_read)
+                if located is not None and located.common_length:
+                    offsets = offsets_of(located, [sample_id])
+                    return None if offsets is None else located.copy(int(offsets[0]))
             value = transaction.get(key)
             if value is None:
                 return None
@@ -166,10 +183,10 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
             located = locate(snapshot, transaction, self.num_read)
-            if located is not None and (length := located.common_length):
+            if located is not None and located.common_length:
                 offsets = offsets_of(located, sample_ids)
                 if offsets is not None:
-                    return gather(located, offsets, length, snapshot, out)
+                    return gather(located, offsets, out)
             if not keys:
                 keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
             self.num_read += len(keys)
@@ -238,16 +255,21 @@ class Selection:
     def __init__(self, reader: EmbeddingReader, sample_ids: Iterable[str] | None = None) -> None:
         self.reader = reader
         self.sample_ids: list[str] = list(reader if sample_ids is None else sample_ids)
-        self._found: tuple[object, npt.NDArray[np.int64]] | None = None
+        self._table: ValueTable | None = None
+        self._offsets: Offsets = np.empty(0, np.int64)
+        self._is_complete = False
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reader": self.reader, "sample_ids": self.sample_ids, "_found": None}
+        return {"reader": self.reader, "sample_ids": self.sample_ids}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Selection.__init__(self, state["reader"], state["sample_ids"])
 
     def get_batch(
-        self, positions: Sequence[int] | npt.NDArray[np.int64], out: npt.NDArray[Any] | None = None
+        self, positions: Positions, out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
         """The embeddings at these positions, all from one snapshot.
 
@@ -261,25 +283,24 @@ class Selection:
         Raises:
             SampleNotFoundError, InvalidEmbeddingError: See `EmbeddingReader.get_batch`.
         """
-        wanted = np.asarray(positions, np.int64)
+        snapshot = self.reader.pinned()
+        with snapshot.lock:
+            located: LocatedValues | None = snapshot.located
+            if located is not None and snapshot.is_protected and self._knows_all(located):
+                return gather(located, self._offsets[_indices(positions)], out)
 
-        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:
-            located = locate(snapshot, transaction, self.reader.num_read)
-            if located is None or not (length := located.common_length):
-                return None
-            offsets = self._offsets(located)[wanted]
-            if offsets.size and offsets.min() < 0:
-                return None
-            return gather(located, offsets, length, snapshot, out)
+        def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
+            return gather(located, wanted, out)
 
-        batch = self.reader.read_pinned(read)
+        batch = self._look_up(positions, gather_with_lookup)
         if batch is None:
-            return self.reader.get_batch([self.sample_ids[i] for i in wanted.tolist()], out)
+            wanted = [self.sample_ids[i] for i in positions]
+            return self.reader.get_batch(wanted, out)
         return batch
 
     def copy_with(
         self,
-        positions: Sequence[int] | npt.NDArray[np.int64],
+        positions: Positions,
         copy: Callable[[MappedFile, npt.NDArray[np.int64], int], _T],
     ) -> _T | None:
         """Have another routine copy these embeddings from the mapped file.
@@ -292,38 +313,49 @@ class Selection:
         Returns:
             What `copy` returned; None where the values can't be copied in one go.
         """
-        wanted = np.asarray(positions, np.int64)
 
-        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
-            located = locate(snapshot, transaction, self.reader.num_read)
-            if located is None or not (length := located.common_length):
-                return None
-            offsets = self._offsets(located)[wanted]
-            if offsets.size and offsets.min() < 0:
-                return None
-            return copy(located.file, offsets, length)
+        def read(located: LocatedValues, wanted: Offsets) -> _T:
+            return copy(located.file, wanted, located.common_length or 0)
 
-        return self.reader.read_pinned(read)
+        return self._look_up(positions, read)
 
-    def will_need(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> None:
+    def will_need(self, positions: Positions) -> None:
         """Ask the kernel to read these embeddings from disk, in the background."""
-        wanted = np.asarray(positions, np.int64)
 
-        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> None:
+        def read(located: LocatedValues, wanted: Offsets) -> None:
+            located.file.will_need(wanted, located.common_length or 0)
+
+        self._look_up(positions, read)
+
+    def _look_up(
+        self, positions: Positions, read: Callable[[LocatedValues, Offsets], _T]
+    ) -> _T | None:
+        """Call `read` with the places of these samples; None if one isn't known."""
+
+        def find(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
             located = locate(snapshot, transaction, self.reader.num_read)
-            if located is not None and (length := located.common_length):
-                offsets = self._offsets(located)[wanted]
-                located.file.will_need(offsets[offsets >= 0], length)
+            if located is None or located.common_length is None:
+                return None
+            if not self._knows_all(located) and self._table is not located.table:
+                rows = located.table.find([key_or_empty(i) for i in self.sample_ids])
+                self._offsets = np.where(rows < 0, -1, located.table.offsets[rows])
+                self._is_complete = bool((rows >= 0).all())
+                self._table = located.table
+            wanted = self._offsets[_indices(positions)]
+            if not self._is_complete and wanted.size and wanted.min() < 0:
+                return None
+            return read(located, wanted)
 
-        self.reader.read_pinned(read)
+        return self.reader.read_pinned(find)
 
-    def _offsets(self, located: LocatedValues) -> npt.NDArray[np.int64]:
-        """Place of each sample in the file, -1 for those that aren't stored."""
-        if self._found is None or self._found[0] is not located.table:
-            rows = located.table.find([key_or_empty(i) for i in self.sample_ids])
-            offsets = np.where(rows < 0, -1, located.table.offsets[rows])
-            self._found = (located.table, offsets)
-        return self._found[1]
+    def _knows_all(self, located: LocatedValues) -> bool:
+        return self._table is located.table and self._is_complete
+
+
+def _indices(positions: Positions) -> Any:
+    return (
+        positions if isinstance(positions, (list, np.ndarray)) else np.asarray(positions, np.int64)
+    )
 
 
 def _has(snapshot: Snapshot, transaction: lmdb.Transaction, key: bytes) -> bool:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
 
-__all__ = ["NUMPY_DTYPES", "as_stored", "batch_array", "fits", "from_stored"]
+__all__ = ["NUMPY_DTYPES", "as_stored", "batch_array", "check_shape", "from_stored"]
 
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
@@ -95,29 +95,41 @@ def from_stored(
 
 
 def batch_array(
-    shape: tuple[int, ...], dtype: str, out: npt.NDArray[Any] | None
+    shape: tuple[int, ...], dtype: np.dtype[Any], out: npt.NDArray[Any] | None
 ) -> npt.NDArray[Any]:
     """A new array for a batch, or `out` if it fits.
 
     Raises:
         InvalidEmbeddingError: `out` has another shape, dtype or layout.
     """
-    wanted = NUMPY_DTYPES[dtype]
     if out is None:
-        return np.empty(shape, wanted)
-    if out.shape != shape or out.dtype != wanted or not out.flags.c_contiguous:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
         raise InvalidEmbeddingError(
             f"out has shape {out.shape} and dtype {out.dtype}; a C-contiguous array of shape "
-            f"{shape} and dtype {wanted} is needed"
+            f"{shape} and dtype {dtype} is needed"
         )
     return out
 
 
-def fits(shape: Sequence[int], stored_shape: Sequence[int | None]) -> bool:
-    """Whether an embedding of this shape belongs into a store of that shape."""
-    return len(shape) == len(stored_shape) and all(
+def check_shape(
+    sample_id: str, shape: tuple[int, ...], stored_shape: Sequence[int | None] | None
+) -> None:
+    """Refuse an embedding that doesn't belong into a store of that shape.
+
+    Raises:
+        InvalidEmbeddingError: Another number of dimensions, or another size.
+    """
+    if stored_shape is None:
+        return
+    alike = len(shape) == len(stored_shape) and all(
         there is None or here == there for here, there in zip(shape, stored_shape, strict=True)
     )
+    if not alike:
+        raise InvalidEmbeddingError(
+            f"{sample_id}: an embedding of shape {shape}, the store holds {tuple(stored_shape)}. "
+            "Another output or length needs a config of its own"
+        )
 
 
 def _is_tensor(value: Any) -> bool:

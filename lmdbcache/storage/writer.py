@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,6 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 import lmdb
-import numpy as np
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
@@ -23,6 +23,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     WriterClosedError,
 )
+from lmdbcache.storage.committing import put_embeddings, put_metadata
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import (
     Environment,
@@ -39,10 +40,10 @@ from lmdbcache.storage.generations import (
     publish_generation,
     write_lock,
 )
-from lmdbcache.storage.layout import METADATA_KEY, sample_id_of_key, sample_key
-from lmdbcache.storage.metadata import StoreMetadata, checksum
+from lmdbcache.storage.layout import sample_id_of_key, sample_key
+from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pending import CommitLimits, PendingEmbeddings
-from lmdbcache.storage.values import as_stored, fits
+from lmdbcache.storage.values import as_stored, check_shape
 
 __all__ = ["EmbeddingWriter", "OnDuplicate"]
 
@@ -50,6 +51,7 @@ OnDuplicate = Literal["skip", "overwrite", "error"]
 
 _COMMITS_PER_READER_CHECK: Final = 64
 _RESERVE_BYTES: Final = 16 << 20
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 
 
 class EmbeddingWriter:
@@ -151,7 +153,7 @@ class EmbeddingWriter:
         """
         key = sample_key(sample_id)
         with self._usable():
-            if self._on_duplicate != "overwrite" and self._is_known(key):
+            if self._on_duplicate != "overwrite" and self._known([key]):
                 if self._on_duplicate == "error":
                     raise DuplicateSampleError(
                         f"{sample_id} is stored in {self._store} already. Leave it out, or write "
@@ -168,6 +170,11 @@ class EmbeddingWriter:
     def put_batch(self, sample_ids: Iterable[str], embeddings: Iterable[Any]) -> int:
         """Add several embeddings.
 
+        Args:
+            sample_ids: `(n,)` sample ids.
+            embeddings: One for each. An array or tensor `(n, *embedding_shape)` is checked and
+                cast as a whole, which is several times faster than one by one.
+
         Returns:
             How many weren't stored already.
 
@@ -175,10 +182,41 @@ class EmbeddingWriter:
             InvalidEmbeddingError: Not as many embeddings as sample ids; and see `put`.
         """
         sample_ids = list(sample_ids)
-        rows = list(embeddings)
-        if len(rows) != len(sample_ids):
-            raise InvalidEmbeddingError(f"{len(rows)} embeddings for {len(sample_ids)} sample ids")
-        return sum([self.put(i, row) for i, row in zip(sample_ids, rows, strict=True)])
+        if not hasattr(embeddings, "shape"):
+            embeddings = list(embeddings)
+        if len(embeddings) != len(sample_ids):  # type: ignore[arg-type]
+            raise InvalidEmbeddingError(
+                f"{len(embeddings)} embeddings for {len(sample_ids)} sample ids"  # type: ignore[arg-type]
+            )
+        if isinstance(embeddings, list):
+            return sum([self.put(i, row) for i, row in zip(sample_ids, embeddings, strict=True)])
+        row_bytes = 4 * math.prod(embeddings.shape[1:])
+        step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, row_bytes)))
+        added = 0
+        for start in range(0, len(sample_ids), step):
+            part = slice(start, start + step)
+            added += self._put_rows(sample_ids[part], embeddings[part])  # type: ignore[index]
+        return added
+
+    def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
+        keys = [sample_key(sample_id) for sample_id in sample_ids]
+        with self._usable():
+            known = self._known(keys) if self._on_duplicate != "overwrite" else set()
+            try:
+                if known and self._on_duplicate == "error":
+                    raise InvalidEmbeddingError
+                values = as_stored(f"{sample_ids[0]} …", rows, self._config.dtype)
+            except InvalidEmbeddingError:  # one by one, the culprit is named
+                return sum([self.put(i, row) for i, row in zip(sample_ids, rows, strict=True)])
+            self._check_shape(sample_ids[0], values.shape[1:])
+            before = self._pending.num_put
+            for key, value in zip(keys, values, strict=True):
+                if key not in known:
+                    self._pending.put(key, value, replace=self._on_duplicate == "overwrite")
+            added = self._pending.num_put - before
+            if self._pending.is_due(self._limits):
+                self.commit()
+            return added
 
     def commit(self) -> int:
         """Write what was collected in one transaction. It is durable when this returns.
@@ -267,9 +305,16 @@ class EmbeddingWriter:
             metadata = replace(
                 stored.with_provenance(self._provenance, self._store), embedding_shape=shape
             )
-            self._check_pending_shapes(shape)
-            written, duplicates = self._write_pending(environment, transaction)
-            if duplicates:
+            # Another process may have settled the shape of a new store meanwhile.
+            for key, value in self._pending.values.items():
+                check_shape(sample_id_of_key(key), value.shape, shape)
+            written, duplicates = put_embeddings(
+                environment,
+                transaction,
+                self._pending.values,
+                overwrite=self._on_duplicate == "overwrite",
+            )
+            if duplicates and self._on_duplicate == "error":
                 self._pending.drop(duplicates)
                 names = ", ".join(sample_id_of_key(key) for key in duplicates[:3])
                 raise DuplicateSampleError(
@@ -277,7 +322,7 @@ class EmbeddingWriter:
                     "another process meanwhile; the rest is kept for the next commit"
                 )
             if metadata != stored:
-                _put_record(environment, transaction, metadata)
+                put_metadata(environment, transaction, metadata)
             transaction.commit()
         except BaseException:
             with contextlib.suppress(lmdb.Error):
@@ -285,23 +330,6 @@ class EmbeddingWriter:
             raise
         self._metadata, self._shape = metadata, shape
         return written
-
-    def _write_pending(
-        self, environment: Environment, transaction: lmdb.Transaction
-    ) -> tuple[int, list[bytes]]:
-        written, duplicates = 0, []
-        overwrite = self._on_duplicate == "overwrite"
-        last = _last_key(transaction)
-        for key in sorted(self._pending.values):
-            value = self._pending.values[key].reshape(-1).view(np.uint8).data
-            # Appended keys fill their pages; inserted ones leave them half empty.
-            if transaction.put(key, value, overwrite=overwrite, append=key > last):
-                digest = checksum(key, value)
-                transaction.put(key, digest, db=environment.checksums, append=key > last)
-                written += 1
-            elif self._on_duplicate == "error":
-                duplicates.append(key)
-        return written, duplicates
 
     def _attach(self) -> Environment:
         """The live generation's environment, made if there is none. Under the writer lock."""
@@ -337,7 +365,7 @@ class EmbeddingWriter:
         self._metadata = StoreMetadata.new(self._config, self._dataset_root)
         with translated_errors(self._store), environment.env.begin(write=True) as transaction:
             environment.create_databases(transaction)
-            _put_record(environment, transaction, self._metadata)
+            put_metadata(environment, transaction, self._metadata)
         publish_generation(self._store, generation)
         return environment
 
@@ -358,20 +386,7 @@ class EmbeddingWriter:
     def _check_shape(self, sample_id: str, shape: tuple[int, ...]) -> None:
         if self._shape is None:
             self._shape = (None, *shape[1:]) if self._ragged and shape else shape
-        elif not fits(shape, self._shape):
-            raise InvalidEmbeddingError(
-                f"{sample_id}: an embedding of shape {shape}, the store holds {self._shape}. "
-                "Another output or length needs a config of its own"
-            )
-
-    def _check_pending_shapes(self, shape: tuple[int | None, ...] | None) -> None:
-        # Another process may have settled the shape of a new store meanwhile.
-        for key, value in self._pending.values.items():
-            if shape is not None and not fits(value.shape, shape):
-                raise InvalidEmbeddingError(
-                    f"{sample_id_of_key(key)}: an embedding of shape {value.shape}, the store "
-                    f"holds {shape}. Another output or length needs a config of its own"
-                )
+        check_shape(sample_id, shape, self._shape)
 
     def _check_space(self) -> None:
         needed = 2 * self._pending.num_bytes + _RESERVE_BYTES
@@ -382,21 +397,9 @@ class EmbeddingWriter:
                 "Free space and go on; what was committed is safe"
             )
 
-    def _is_known(self, key: bytes) -> bool:
-        if key in self._pending.values:
-            return True
+    def _known(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Those of the keys that are stored or will be by the next commit."""
+        pending = self._pending.values
+        known = {key for key in keys if key in pending}
         environment = self._holder.environment
-        return environment is not None and environment.holds(key)
-
-
-def _last_key(transaction: lmdb.Transaction) -> bytes:
-    with transaction.cursor() as cursor:
-        return bytes(cursor.key()) if cursor.last() else b""
-
-
-def _put_record(
-    environment: Environment, transaction: lmdb.Transaction, metadata: StoreMetadata
-) -> None:
-    record = metadata.pack()
-    transaction.put(METADATA_KEY, record)
-    transaction.put(METADATA_KEY, checksum(METADATA_KEY, record), db=environment.checksums)
+        return known if environment is None else known | environment.stored(keys)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.storage.gather import BatchBuffers, MappedFile
+from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
 from lmdbcache.storage.reader import Selection
 from lmdbcache.training.tensors import as_tensor
 
@@ -23,9 +23,6 @@ DTYPES: Final = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-# Below, one index_select is faster than a loop of copies; both let other threads run.
-_LARGE_VALUE_BYTES: Final = 64 << 10
-_no_buffers: Final = BatchBuffers()
 _views: WeakKeyDictionary[MappedFile, dict[int, torch.Tensor]] = WeakKeyDictionary()
 
 
@@ -90,8 +87,9 @@ def _plain_memory(num_bytes: int, *, pinned: bool) -> torch.Tensor:
 
 
 def _fill(out: torch.Tensor, file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> None:
-    if length >= _LARGE_VALUE_BYTES:
-        file.gather(offsets, length, _no_buffers, out.numpy())
+    # For small values one index_select is faster than a loop of copies; both release the GIL.
+    if length >= LARGE_VALUE_BYTES:
+        file.gather(offsets, length, out.numpy())
     else:
         torch.index_select(_view(file, length), 0, torch.from_numpy(offsets), out=out)
 

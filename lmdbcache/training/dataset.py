@@ -51,6 +51,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         self.selection = source.select(sample_ids)
         self.labels = None if labels is None else self._label_tensor(labels)
         self.lists_samples = True
+        self._is_ragged: bool | None = None
 
     @property
     def reader(self) -> EmbeddingReader | EmbeddingSource:
@@ -66,9 +67,10 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     @property
     def is_ragged(self) -> bool:
         """Whether embeddings differ in their first dimension."""
-        if not isinstance(self.selection, Selection):
-            return False
-        return None in (self.selection.reader.embedding_shape or ())
+        if self._is_ragged is None:
+            shape = getattr(self._source, "embedding_shape", None)
+            self._is_ragged = None in (shape or ())
+        return self._is_ragged
 
     def _label_tensor(self, labels: Sequence[int] | Mapping[str, int]) -> torch.Tensor:
         if isinstance(labels, Mapping):
