@@ -30,16 +30,16 @@ from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_
 FULL_SIZE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 
-def measure(*, quick: bool = False) -> dict[str, dict[str, float]]:
+def measure(*, quick: bool = False, num_clips: int = 8) -> dict[str, dict[str, float]]:
     """Clips per second of each way, by table row."""
     with tempfile.TemporaryDirectory(prefix="lmdbcache-bench-") as scratch:
-        return _Bench(Path(scratch), quick=quick).run()
+        return _Bench(Path(scratch), quick=quick, num_clips=num_clips).run()
 
 
 class _Bench:
-    def __init__(self, folder: Path, *, quick: bool) -> None:
+    def __init__(self, folder: Path, *, quick: bool, num_clips: int) -> None:
         self.folder = folder
-        self.num_clips, self.rounds = (4, 1) if quick else (16, 3)
+        self.num_clips, self.rounds = (4, 1) if quick else (num_clips, 3)
         sizes = {"max_length": 128} if quick else FULL_SIZE
         self.model = save_small_ast(folder / "ast", **sizes)
         self.duration = 1.28 if quick else 5.0
@@ -157,9 +157,12 @@ class _Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--clips", type=int, default=8, help="clips of each way and round")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    text = json.dumps(measure(quick=arguments.quick), indent=1, ensure_ascii=False)
+    text = json.dumps(
+        measure(quick=arguments.quick, num_clips=arguments.clips), indent=1, ensure_ascii=False
+    )
     if arguments.json:
         arguments.json.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -18,12 +18,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile"]
+__all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
 LARGE_VALUE_BYTES: Final = 64 << 10
 _REUSED_FROM_BYTES: Final = 1 << 20
-_KEPT_BUFFERS: Final = 3
+_KEPT_BUFFERS: Final = 4
 
 
 class BatchBuffers:
@@ -58,7 +58,7 @@ class BatchBuffers:
             self._buffers.clear()
 
 
-_buffers: Final = BatchBuffers()
+batch_buffers: Final = BatchBuffers()
 
 
 class MappedFile:
@@ -98,7 +98,7 @@ class MappedFile:
         """
         if length >= LARGE_VALUE_BYTES or out is not None:
             if out is None:
-                out = _buffers.take(len(offsets) * length).reshape(len(offsets), length)
+                out = batch_buffers.take(len(offsets) * length).reshape(len(offsets), length)
             for row, offset in zip(out, offsets.tolist(), strict=True):
                 row[:] = self.data[offset : offset + length]
             return out

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
+from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
 from lmdbcache.storage.reader import Selection
 from lmdbcache.training.tensors import as_tensor
 
@@ -83,7 +83,9 @@ def shared_memory(num_bytes: int) -> torch.Tensor:
 
 
 def _plain_memory(num_bytes: int, *, pinned: bool) -> torch.Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+    if pinned:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(batch_buffers.take(num_bytes))
 
 
 def _fill(out: torch.Tensor, file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> None:

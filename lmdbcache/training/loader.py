@@ -17,6 +17,7 @@ from lmdbcache.training.dataset import EmbeddingDataset, EmbeddingSource
 
 __all__ = ["EmbeddingLoader", "make_dataloader"]
 
+_PREFETCH_FROM_BYTES: Final = 1 << 20
 _STEP_BYTES: Final = 4 << 20  # small batches are fetched several at a time
 
 
@@ -31,7 +32,7 @@ def make_dataloader(
     drop_last: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     pin_memory: bool | None = None,
 ) -> EmbeddingLoader:
     """The fastest loader for cached embeddings on this machine.
@@ -50,7 +51,8 @@ def make_dataloader(
         rank: This process's part, with `world_size`; None asks torch.distributed, if it is
             initialised.
         world_size: Number of parts.
-        prefetch: Batches that may wait; 0 copies in the calling thread.
+        prefetch: Fetches that may wait; 0 copies in the calling thread; None takes 2 for batches
+            of 1 MiB and more: a smaller one is copied faster than it is handed over.
         pin_memory: Page-locked memory; None does if there is a CUDA device.
 
     Raises:
@@ -90,12 +92,12 @@ class EmbeddingLoader:
         drop_last: bool,
         rank: int | None,
         world_size: int | None,
-        prefetch: int,
+        prefetch: int | None,
         pin_memory: bool,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size}; it must be 1 or more")
-        if prefetch < 0:
+        if prefetch is not None and prefetch < 0:
             raise ConfigError(f"prefetch: {prefetch}; it must be 0 or more")
         self.dataset = dataset
         self.batch_size = batch_size
@@ -105,6 +107,7 @@ class EmbeddingLoader:
         self.rank, self.world_size = _rank_and_world_size(rank, world_size)
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self._known_batch_bytes: int | None = None
         self.epoch = -1
         self._num_done = 0
         self._resume: tuple[int, int] | None = None
@@ -118,7 +121,7 @@ class EmbeddingLoader:
         self._resume = None
         order = self._order(self.epoch)
         steps = self._steps(order, self._bounds(len(order))[self._num_done :])
-        batches = self._prefetched(steps) if self.prefetch else map(self._fetch, steps)
+        batches = self._prefetched(steps) if self._waiting() else map(self._fetch, steps)
         for several in batches:
             for batch in several:
                 # Counted before it is handed out: a state taken in the loop's body holds it.
@@ -185,14 +188,25 @@ class EmbeddingLoader:
         """The positions of some batches at a time."""
         if not bounds:
             return
-        first = self.dataset[int(order[0])]
-        embedding = first[0] if isinstance(first, tuple) else first
-        batch_bytes = embedding.numel() * embedding.element_size() * self.batch_size
-        together = max(1, min(_STEP_BYTES // max(1, batch_bytes), max(1, self.prefetch * 4)))
+        together = max(1, min(_STEP_BYTES // self._batch_bytes(), 8)) if self._waiting() else 1
         for start in range(0, len(bounds), together):
             yield [order[a:b] for a, b in bounds[start : start + together]]
 
     # ---- their embeddings
+
+    def _batch_bytes(self) -> int:
+        if self._known_batch_bytes is None:
+            first = self.dataset[0]
+            embedding = first[0] if isinstance(first, tuple) else first
+            row_bytes = embedding.numel() * embedding.element_size()
+            self._known_batch_bytes = max(1, row_bytes * self.batch_size)
+        return self._known_batch_bytes
+
+    def _waiting(self) -> int:
+        """Fetches that may wait for the training loop."""
+        if self.prefetch is not None:
+            return self.prefetch
+        return 2 if len(self.dataset) and self._batch_bytes() >= _PREFETCH_FROM_BYTES else 0
 
     def _fetch(
         self, step: list[npt.NDArray[np.int64]], *, in_background: bool = False
@@ -206,7 +220,7 @@ class EmbeddingLoader:
         return list(fetched.split(sizes))
 
     def _prefetched(self, steps: Iterator[list[npt.NDArray[np.int64]]]) -> Iterator[list[Any]]:
-        ready: queue.Queue[list[Any] | BaseException | None] = queue.Queue(self.prefetch)
+        ready: queue.Queue[list[Any] | BaseException | None] = queue.Queue(self._waiting())
         stop = threading.Event()
 
         def work() -> None:
