@@ -165,7 +165,7 @@ class Bench:
 
     def read_through_loaders(self) -> None:
         reader = self.cache.reader(self.work.config)
-        ours = EmbeddingDataset(reader, self.work.keys)
+        ours = EmbeddingDataset(reader, self.work.keys, collated=True)
         ram = RamDataset(torch.from_numpy(self.embeddings))
         memmap = MemmapDataset(self.npy)
         for workers in (0, 2):

@@ -52,7 +52,7 @@ class Adapter:
 
     def open(self) -> None:
         self.reader = self.cache.reader(self.config)
-        self.dataset = EmbeddingDataset(self.reader, self.keys)
+        self.dataset = EmbeddingDataset(self.reader, self.keys, collated=True)
         self.selection = self.dataset.selection
 
     def get(self, index: int) -> torch.Tensor:

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
-from lmdbcache.storage.layout import sample_key
+from lmdbcache.storage.layout import sample_id_of_key, sample_key
 from lmdbcache.storage.located import LocatedValues
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 
-__all__ = ["gather", "key_or_empty", "offsets_of", "stack"]
+__all__ = ["gather", "key_or_empty", "offsets_of", "remember_all", "stack"]
 
 _REMEMBERED_OFFSETS: Final = 1 << 16
 
@@ -36,12 +36,25 @@ def offsets_of(located: LocatedValues, sample_ids: Sequence[str]) -> npt.NDArray
         pass
     if len(known) > _REMEMBERED_OFFSETS:
         known.clear()
+        located.knows_all = False
     rows = located.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
     if rows.size and rows.min() < 0:
         return None
     offsets = located.table.offsets[rows]
     known.update(zip(sample_ids, offsets.tolist(), strict=True))
     return offsets
+
+
+def remember_all(located: LocatedValues) -> bool:
+    """Remember the place of every sample by its id, if the store is small enough for that."""
+    known, table = located.known_offsets, located.table
+    if located.common_length is None or len(table.keys) > _REMEMBERED_OFFSETS:
+        return False
+    if not located.knows_all:
+        sample_ids = map(sample_id_of_key, table.keys.tolist())
+        known.update(zip(sample_ids, table.offsets.tolist(), strict=True))
+        located.knows_all = True
+    return True
 
 
 def gather(

@@ -67,11 +67,12 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            size = os.fstat(descriptor).st_size
-            self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            status = os.fstat(descriptor)
+            self._map = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
         self.path = path
+        self.file_id = (status.st_dev, status.st_ino)
         self.data: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self._views: dict[int, npt.NDArray[np.void]] = {}
 

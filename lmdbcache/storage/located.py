@@ -63,6 +63,8 @@ class LocatedValues:
     # Shape of one embedding, if all are alike.
     shape: tuple[int, ...]
     known_offsets: dict[str, int] = field(default_factory=dict)
+    # Whether that has every sample; its length doesn't tell: ids have several spellings.
+    knows_all: bool = False
 
     def copy(self, offset: int) -> npt.NDArray[Any]:
         """An owned copy of the embedding at this place of the file."""
@@ -99,6 +101,9 @@ def locate(
             if table is None and count > _PAYS_AFTER * num_read:
                 return None
         file = MappedFile(generation / "data.mdb")
+        if file.file_id != identity[0]:
+            # Nothing protects the pages of the new file from reuse.
+            raise UnreadablePagesError("the store was cleared and made again")
         if table is None:
             table = read_value_table(file.data, snapshot.id)
             if count > _READ_AT_ONCE:
@@ -154,8 +159,16 @@ def _known_table(snapshot: Snapshot) -> ValueTable | None:
     return table if snapshot_id == snapshot.id else None
 
 
-def _row_type(width: int) -> np.dtype[Any]:
-    return np.dtype([("key", f"S{width}"), ("offset", "<i8"), ("length", "<u4")])
+def _columns(content: npt.NDArray[np.uint8], width: int, count: int) -> ValueTable:
+    """A table over its file's bytes: all offsets, all lengths, all keys."""
+    offsets, lengths = content[: 16 * count].view("<i8").reshape(2, count)
+    return ValueTable(content[16 * count :].view(f"S{width}"), offsets, lengths)
+
+
+def _digest(identity: _Identity, width: int, count: int, content: bytes | memoryview) -> bytes:
+    digest = xxhash.xxh3_64(repr((identity[1], identity[0][1], width, count)))
+    digest.update(content)
+    return digest.digest()
 
 
 def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
@@ -167,29 +180,29 @@ def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
         magic, transaction, inode, width, count, digest = _HEADER.unpack(head)
         if (magic, transaction, inode) != (_MAGIC, identity[1], identity[0][1]):
             return None
-        rows = np.memmap(path, _row_type(width), "r", _HEADER.size, (count,)).view(np.ndarray)
-    except (OSError, struct.error, ValueError, OverflowError):
+        size = count * (16 + width)
+        content = np.memmap(path, np.uint8, "r", _HEADER.size, (size,)).view(np.ndarray)
+    except (OSError, struct.error, TypeError, ValueError, OverflowError):
         return None
-    if xxhash.xxh3_64_digest(rows.view(np.uint8).data) != digest:
+    if _digest(identity, width, count, content.data) != digest:
         _logger.warning("%s is damaged and is not used; it will be made again", path)
         return None
-    return ValueTable(rows["key"], rows["offset"], rows["length"])
+    return _columns(content, width, count)
 
 
 def _write_table(table: ValueTable, identity: _Identity, generation: Path) -> None:
     """Keep a table if this process may; replaces those of older snapshots."""
     if not os.access(generation, os.W_OK) or file_id(generation) != identity[0]:
         return
-    rows = np.empty(len(table.keys), _row_type(table.keys.dtype.itemsize))
-    rows["key"], rows["offset"], rows["length"] = table.keys, table.offsets, table.lengths
-    content = rows.view(np.uint8).data
+    columns = (table.offsets, table.lengths, table.keys)
+    content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
     head = _HEADER.pack(
         _MAGIC,
         identity[1],
         identity[0][1],
         table.keys.dtype.itemsize,
-        len(rows),
-        xxhash.xxh3_64_digest(content),
+        len(table.keys),
+        _digest(identity, table.keys.dtype.itemsize, len(table.keys), content),
     )
     path = generation / f"{_PREFIX}{identity[1]}"
     temporary = generation / f".{_PREFIX}{identity[1]}.{os.getpid()}"

@@ -78,6 +78,8 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
     try:
         for _ in range(depth - 1):
             level = np.concatenate([_children(part) for part in _steps(pages, level)])
+            if len(level) > num_pages:  # a loop; each step would multiply them
+                raise UnreadablePagesError("more children than pages")
         parts = [_values(part, numbers) for part, numbers in _numbered_steps(pages, level)]
     except (IndexError, ValueError) as error:
         raise UnreadablePagesError(str(error)) from error
@@ -93,6 +95,8 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
 
 def _find_root(data: npt.NDArray[np.uint8], transaction_id: int) -> tuple[int, int, int, int]:
     """(page size, depth, root page, pages in use) from the snapshot's own meta page."""
+    if len(data) < _META.size:
+        raise UnreadablePagesError(f"a file of {len(data)} bytes")
     page_size = int(_META.unpack_from(data[: _META.size].tobytes())[4])
     if not 512 <= page_size <= 65536 or len(data) < 2 * page_size:
         raise UnreadablePagesError(f"page size {page_size}")
@@ -103,6 +107,8 @@ def _find_root(data: npt.NDArray[np.uint8], transaction_id: int) -> tuple[int, i
         raise UnreadablePagesError(f"meta page of transaction {written}, not {transaction_id}")
     if (last_page + 1) * page_size > len(data):
         raise UnreadablePagesError("the file is shorter than its last page")
+    if depth and root > last_page:
+        raise UnreadablePagesError("a root beyond the last page")
     return page_size, depth, root, last_page + 1
 
 
@@ -197,7 +203,7 @@ def _keys(
 def _check(table: ValueTable, size: int) -> None:
     if not len(table.keys):
         return
-    if table.offsets.min() < 0 or (table.offsets + table.lengths).max() > size:
+    if table.offsets.min() < 0 or (table.lengths > size - table.offsets).any():
         raise UnreadablePagesError("a value beyond the file")
     if not (table.keys[:-1] < table.keys[1:]).all():
         raise UnreadablePagesError("keys out of order")

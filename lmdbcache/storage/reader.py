@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import InvalidSampleIdError, SampleNotFoundError
-from lmdbcache.storage.batches import gather, key_or_empty, offsets_of, stack
+from lmdbcache.storage.batches import gather, key_or_empty, offsets_of, remember_all, stack
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.layout import (
@@ -28,7 +28,7 @@ from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
 __all__ = ["EmbeddingReader", "Selection"]
 
 _KEYS_PER_STEP: Final = 4096
-_SINGLES_BEFORE_LOOKUP: Final = 256  # from here on it pays to know where the values are
+_SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 _T = TypeVar("_T")
 Positions = Sequence[int] | npt.NDArray[np.int64]
 Offsets = npt.NDArray[np.int64]
@@ -99,9 +99,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             self.num_read += 1
             if self.num_read > _SINGLES_BEFORE_LOOKUP:
                 located = locate(snapshot, transaction, self.num_read)
-                if located is not None and located.common_length:
-                    offsets = offsets_of(located, [sample_id])
-                    return None if offsets is None else located.copy(int(offsets[0]))
+                if located is not None and remember_all(located):
+                    offset = located.known_offsets.get(sample_id_of_key(key))
+                    return None if offset is None else located.copy(offset)
             value = transaction.get(key)
             if value is None:
                 return None

@@ -259,7 +259,9 @@ def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int,
     asked = rank is not None or world_size is not None
     if not asked and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
-    rank, world_size = rank or 0, world_size or 1
+    if (rank is None) != (world_size is None):
+        raise ConfigError(f"rank: {rank}, world_size: {world_size}; give both or neither")
+    rank, world_size = rank or 0, 1 if world_size is None else world_size
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank: {rank} with world_size {world_size}; ranks go from 0")
     return rank, world_size

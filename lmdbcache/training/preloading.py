@@ -104,7 +104,9 @@ class PreloadedEmbeddings:
             rows = [self._rows[canonical_sample_id(sample_id)] for sample_id in sample_ids]
         except KeyError as error:
             raise SampleNotFoundError(f"{error.args[0]!r} wasn't preloaded") from None
-        return PreloadedSelection(self.embeddings, list(sample_ids), torch.tensor(rows))
+        return PreloadedSelection(
+            self.embeddings, list(sample_ids), torch.tensor(rows, dtype=torch.long)
+        )
 
 
 class PreloadedSelection:
