@@ -166,9 +166,9 @@ def _columns(content: npt.NDArray[np.uint8], width: int, count: int) -> ValueTab
 
 
 def _digest(identity: _Identity, width: int, count: int, content: bytes | memoryview) -> bytes:
-    digest = xxhash.xxh3_64(repr((identity[1], identity[0][1], width, count)))
+    digest = xxhash.xxh3_64(struct.pack("<4Q", identity[1], identity[0][1], width, count))
     digest.update(content)
-    return digest.digest()
+    return bytes(digest.digest())
 
 
 def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
