@@ -50,10 +50,11 @@ class ASTCacheMixin:
     _audio_embs: Mapping[str, Any]
     _audio_embs_from_file: Mapping[str, Any] | None
 
-    @property
-    def sample_ids(self) -> list[str]:
-        """`file_id:class` of every sample."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        @property
+        def sample_ids(self) -> list[str]:
+            """`file_id:class` of every sample."""
 
     def _parts(self) -> list[ASTCacheMixin]:
         """The data sets that share what is loaded here (train, val and test of this one)."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.errors import CacheFullError, CacheNotFoundError, IntegrityError
+from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, acquire, no_fork, release
 from lmdbcache.storage.generations import (
+    check_room,
     create_generation,
     current_generation,
-    free_bytes,
     publish_generation,
     remove_other_generations,
     sync_file,
@@ -74,11 +74,7 @@ def _copy(environment: Environment, store: Path) -> tuple[Path, int]:
         entries = _count(environment, snapshot)
         info = environment.env.info()
         needed = (info["last_pgno"] + 1) * environment.env.stat()["psize"]
-        if (free := free_bytes(store)) < needed:
-            raise CacheFullError(
-                f"{store}: compaction needs up to {needed >> 20} MiB beside the store, "
-                f"{free >> 20} MiB are free. Free space and compact again"
-            )
+        check_room(store, needed, "compaction")
         new = create_generation(store)
         environment.env.copy(str(new), compact=True, txn=snapshot)
     sync_file(new / "data.mdb")

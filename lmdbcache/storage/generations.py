@@ -22,6 +22,7 @@ from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError,
 from lmdbcache.storage.layout import CURRENT_NAME, GENERATION_NAME, WRITER_LOCK_NAME
 
 __all__ = [
+    "check_room",
     "create_generation",
     "current_generation",
     "free_bytes",
@@ -125,6 +126,20 @@ def remove_other_generations(store: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write on the folder's file system."""
     return shutil.disk_usage(folder).free
+
+
+def check_room(store: Path, needed: int, purpose: str) -> None:
+    """Refuse what the disk can't hold.
+
+    Raises:
+        CacheFullError: Fewer than `needed` bytes are free.
+    """
+    free = free_bytes(store)
+    if free < needed:
+        raise CacheFullError(
+            f"{store}: {free >> 20} MiB free, {purpose} needs {needed >> 20} MiB. Free space and "
+            "go on; what was committed is safe"
+        )
 
 
 def remove_store(store: Path) -> None:

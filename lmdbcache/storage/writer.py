@@ -16,7 +16,6 @@ import lmdb
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
-    CacheFullError,
     CacheNotFoundError,
     ConfigError,
     DuplicateSampleError,
@@ -34,9 +33,9 @@ from lmdbcache.storage.environment import (
     process_id,
 )
 from lmdbcache.storage.generations import (
+    check_room,
     create_generation,
     current_generation,
-    free_bytes,
     publish_generation,
     write_lock,
 )
@@ -236,7 +235,8 @@ class EmbeddingWriter:
                 return 0
             with write_lock(self._store), no_fork:
                 # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
-                self._check_space()
+                needed = 2 * self._pending.num_bytes + _RESERVE_BYTES
+                check_room(self._store, needed, "this commit")
                 environment = self._attach()
                 with translated_errors(self._store):
                     written = self._write(environment)
@@ -387,15 +387,6 @@ class EmbeddingWriter:
         if self._shape is None:
             self._shape = (None, *shape[1:]) if self._ragged and shape else shape
         check_shape(sample_id, shape, self._shape)
-
-    def _check_space(self) -> None:
-        needed = 2 * self._pending.num_bytes + _RESERVE_BYTES
-        free = free_bytes(self._store)
-        if free < needed:
-            raise CacheFullError(
-                f"{self._store}: {free >> 20} MiB free, this commit needs {needed >> 20} MiB. "
-                "Free space and go on; what was committed is safe"
-            )
 
     def _known(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of the keys that are stored or will be by the next commit."""

@@ -40,6 +40,9 @@ def make_dataloader(
     Embeddings come from mapped memory, so a thread of this process copies the next batches while
     the model works; worker processes would only add their transport.
 
+    Make it after the process group, whose rank it asks for. It isn't a torch DataLoader: Lightning
+    and accelerate iterate over it, but don't divide it or move its batches to a device.
+
     Args:
         source: A reader, preloaded embeddings, or an `EmbeddingDataset`.
         batch_size: Samples per batch and rank.
@@ -152,7 +155,9 @@ class EmbeddingLoader:
 
     def _identity(self) -> dict[str, int]:
         return {
-            "seed": self.seed if self.shuffle else -1,
+            "shuffle": int(self.shuffle),
+            "seed": self.seed if self.shuffle else 0,
+            "drop_last": int(self.drop_last),
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "num_samples": len(self.dataset),

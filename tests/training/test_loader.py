@@ -161,7 +161,8 @@ def test_a_state_is_plain_numbers(reader, tmp_path):
     ("name", "change"),
     [
         ("seed", {"seed": 4}),
-        ("seed", {"shuffle": False}),
+        ("shuffle", {"shuffle": False}),
+        ("drop_last", {"drop_last": True}),
         ("batch_size", {"batch_size": 11}),
         ("world_size", {"rank": 0, "world_size": 2}),
         ("num_samples", {"sample_ids": list(SAMPLES)[1:]}),
