@@ -1,0 +1,56 @@
+"""The benchmark code runs; what it measures is not asserted."""
+
+from __future__ import annotations
+
+import sys
+
+import bench
+import numpy as np
+import peer_adapter
+import pytest
+import torch
+
+
+@pytest.fixture
+def _restores_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_restores_threads")
+def test_tables_of_a_quick_run_are_complete(monkeypatch, capsys):
+    """Every table has its rows, and a quick run writes no document."""
+    before = bench.DOCUMENT.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick"])
+    bench.main()
+    text = capsys.readouterr().out
+    for words in (
+        "### P:",
+        "### H:",
+        "| write, s |",
+        "| epoch, µs/sample |",
+        "| DataLoader, 2 workers, µs/sample |",
+        "| cold page cache, open + epoch, s |",
+        "| bare model on ready features |",
+        "| log-mel |",
+    ):
+        assert words in text
+    assert bench.DOCUMENT.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["Adapter", "PrefetchAdapter"])
+def test_peer_adapter_gives_back_what_it_was_given(tmp_path, name):
+    """Singles, batches and both loaders of the adapter agree with what was written."""
+    keys = [f"video_{i:05d}:{i % 10}" for i in range(40)]
+    written = np.random.default_rng(0).random((40, 8), dtype=np.float32)
+    adapter = getattr(peer_adapter, name)(tmp_path, keys, (8,))
+    adapter.write(zip(keys, written, strict=True))
+    adapter.open()
+    assert np.array_equal(adapter.get(7), written[7])
+    assert np.array_equal(adapter.get_batch([3, 1]), written[[3, 1]])
+    for workers in (0, 2):
+        batches = list(adapter.loader(16, workers, 0))
+        rows = torch.cat(batches).numpy()
+        assert sorted(map(bytes, rows)) == sorted(map(bytes, written))
+    adapter.reader.close()
