@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdbcache.cache import Coverage, EmbeddingCache, StoreInfo
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError
+from lmdbcache.errors import CacheError, MissingDependencyError
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter
 
@@ -72,7 +72,13 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("importlib.metadata").version("lmdbcache")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        extra = "audio" if "extraction" in _LAZY[name] else "torch"
+        raise MissingDependencyError(
+            f'{name} needs the package {error.name}: pip install "lmdbcache[{extra}]"'
+        ) from error
     globals()[name] = value
     return value
 

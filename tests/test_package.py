@@ -126,3 +126,29 @@ def test_errors_are_the_builtin_ones_people_catch(kind, builtin):
     """Code that catches the builtin exception catches ours."""
     with pytest.raises(builtin):
         raise kind("message")
+
+
+def test_without_torch_the_core_works_and_the_rest_names_its_extra(tmp_path):
+    """Where torch isn't installed, storing works, and what needs it says what to install."""
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"  # as if it weren't installed
+        "import numpy as np, lmdbcache\n"
+        "cache, config = lmdbcache.EmbeddingCache(sys.argv[1]), lmdbcache.CacheConfig()\n"
+        "with cache.writer(config) as writer:\n"
+        "    writer.put('a:dog', np.ones(3))\n"
+        "assert cache.reader(config)['a:dog'].sum() == 3\n"
+        "for call in (lambda: lmdbcache.EmbeddingDataset,\n"
+        "             lambda: lmdbcache.extract(cache, config, {'b:dog': 'b.wav'},\n"
+        "                 front_end=1, make_embedder=1)):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"lmdbcache[torch]"' in done.stdout
+    assert '"lmdbcache[audio]"' in done.stdout

@@ -21,6 +21,7 @@ from lmdbcache.errors import (
     ExtractionError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
+    MissingDependencyError,
 )
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.summary import (
@@ -200,7 +201,12 @@ class _Run:
         commit_seconds: float,
     ) -> None:
         # torch is needed from here on, not for a run that has nothing to do.
-        from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
+        try:
+            from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
+            ) from error
 
         todo = [Clip(sample_id, path) for sample_id, path in missing.items()]
         _logger.info("%d clips to extract, %d cached", len(todo), self.num_cached)
