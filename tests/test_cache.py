@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -207,6 +208,7 @@ def test_cache_pickles_and_shows_its_root(filled, config):
     assert repr(filled) == f"EmbeddingCache({str(filled.root)!r})"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_root_that_cannot_be_listed_is_an_error(tmp_path):
     """A root without permission isn't taken for an empty one."""
     from storage.child_processes import NOBODY, in_fork
