@@ -26,10 +26,10 @@ from lmdbcache.cli.options import (
     SelectedClasses,
     Split,
     build_config,
+    select_clips,
 )
 from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.extraction.pipeline import extract
-from lmdbcache.extraction.samples import clips_of
 
 __all__ = ["extract_command"]
 
@@ -77,15 +77,15 @@ def extract_command(
 
     Stopped at any moment, it goes on where it was when run again. Exit code 1 if a clip failed.
     """
-    samples = VEGASSelection(
+    clips = select_clips(
         data_dir,
-        selected_classes=classes,
-        excluded_classes=exclude,
-        split=split,
-        num_samples_per_class=samples_per_class,
-        node_split_id=node_split_id,
-        num_nodes=num_nodes,
-        samples_per_node=samples_per_node,
+        classes,
+        exclude,
+        split,
+        samples_per_class,
+        node_split_id,
+        num_nodes,
+        samples_per_node,
     )
     config = build_config(
         sample_rate, duration, model, model_name, output, dtype, VEGASSelection.namespace
@@ -93,7 +93,7 @@ def extract_command(
     summary = extract(
         EmbeddingCache(root),
         config,
-        clips_of(samples.samples),
+        clips,
         model=model,
         batch_size=batch_size,
         num_workers=num_workers,

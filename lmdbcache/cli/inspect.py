@@ -29,9 +29,9 @@ from lmdbcache.cli.options import (
     Store,
     build_config,
     find_store,
+    select_clips,
 )
 from lmdbcache.datasets.vegas_selection import VEGASSelection
-from lmdbcache.extraction.samples import clips_of
 from lmdbcache.extraction.summary import ClipFailure, read_failures
 from lmdbcache.storage.layout import split_sample_id
 
@@ -141,21 +141,21 @@ def coverage_command(
     as_json: Json = False,
 ) -> None:
     """Show how much of a dataset is stored, by class. Exit code 1 if something is missing."""
-    samples = VEGASSelection(
+    clips = select_clips(
         data_dir,
-        selected_classes=classes,
-        excluded_classes=exclude,
-        split=split,
-        num_samples_per_class=samples_per_class,
-        node_split_id=node_split_id,
-        num_nodes=num_nodes,
-        samples_per_node=samples_per_node,
+        classes,
+        exclude,
+        split,
+        samples_per_class,
+        node_split_id,
+        num_nodes,
+        samples_per_node,
     )
     cache = EmbeddingCache(root)
     config = build_config(
         sample_rate, duration, model, model_name, output, dtype, VEGASSelection.namespace
     )
-    found = cache.coverage(config, [sample_id for sample_id, _ in clips_of(samples.samples)])
+    found = cache.coverage(config, [sample_id for sample_id, _ in clips])
     if as_json:
         print_json(
             {

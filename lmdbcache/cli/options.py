@@ -10,8 +10,10 @@ import typer
 
 from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache, StoreInfo
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.embedders.checkpoints import model_identity
 from lmdbcache.errors import CacheNotFoundError
+from lmdbcache.extraction.samples import clips_of
 
 __all__ = [
     "DataDir",
@@ -34,6 +36,7 @@ __all__ = [
     "Yes",
     "build_config",
     "find_store",
+    "select_clips",
 ]
 
 # typer reads these at run time, on Python 3.10, too.
@@ -90,6 +93,30 @@ SamplesPerNode = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Samples of each class that a node has."),
 ]
+
+
+def select_clips(
+    data_dir: Path,
+    classes: list[str] | None,
+    exclude: list[str] | None,
+    split: str,
+    samples_per_class: int | None,
+    node_split_id: int | None,
+    num_nodes: int | None,
+    samples_per_node: int | None,
+) -> list[tuple[str, str]]:
+    """(sample id, audio file) of the clips that the options stand for."""
+    selection = VEGASSelection(
+        data_dir,
+        selected_classes=classes,
+        excluded_classes=exclude,
+        split=split,
+        num_samples_per_class=samples_per_class,
+        node_split_id=node_split_id,
+        num_nodes=num_nodes,
+        samples_per_node=samples_per_node,
+    )
+    return clips_of(selection.samples)
 
 
 def build_config(

@@ -32,7 +32,7 @@ from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages import UnreadablePagesError, ValueTable, read_value_table
 from lmdbcache.storage.values import NUMPY_DTYPES
 
-__all__ = ["LocatedValues", "keep_table", "locate"]
+__all__ = ["LocatedValues", "locate"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -118,12 +118,6 @@ def locate(
     located = _located(file, table, snapshot.metadata)
     snapshot.located = located
     return located
-
-
-def keep_table(snapshot: Snapshot, transaction: lmdb.Transaction) -> None:
-    """Write the table of a large store beside it, for the readers to come."""
-    if int(transaction.stat()["entries"]) > _READ_AT_ONCE:
-        locate(snapshot, transaction, num_read=1 << 62)
 
 
 def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Transaction) -> None:
