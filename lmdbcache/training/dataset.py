@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,7 +55,6 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         self.collated = collated
         self.selection = source.select(sample_ids)
         self.labels = None if labels is None else self._label_tensor(labels)
-        self.lists_samples = True
         self._is_ragged: bool | None = None
 
     @property
@@ -96,7 +95,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             return [self[index] for index in indices]  # for a collate_fn that pads
         if self.collated:
             return self.fetch(indices)
-        return CollatedBatch(self.fetch(indices), self)
+        return CollatedBatch(self.fetch(indices))
 
     def fetch(
         self,
@@ -131,38 +130,14 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
 class CollatedBatch(list[Any]):
     """A batch that is collated already, and still a list of samples for any collate function.
 
-    Making the list takes as long as copying small embeddings does: a worker process, whose dataset
-    serves one collate function only, leaves it out once that has been `collate_embeddings`. In
-    the main process another DataLoader may share the dataset, and C code such as `torch.stack` or
-    `sorted` would find an empty list without asking.
+    Making the list takes as long as copying small embeddings does; `collated=True` leaves it out.
     """
 
-    def __init__(self, collated: Any, dataset: EmbeddingDataset) -> None:
+    def __init__(self, collated: Any) -> None:
         self.collated = collated
-        self.dataset = dataset
-        super().__init__(self._samples() if dataset.lists_samples else ())
-
-    def _samples(self) -> Any:
-        if isinstance(self.collated, tuple):
-            return zip(*(part.unbind(0) for part in self.collated), strict=True)
-        return self.collated.unbind(0)
-
-    def _listed(self) -> list[Any]:
-        if not super().__len__():
-            self.extend(self._samples())
-        return self
-
-    def __len__(self) -> int:
-        self._listed()
-        return super().__len__()
-
-    def __iter__(self) -> Iterator[Any]:
-        self._listed()
-        return super().__iter__()
-
-    def __getitem__(self, index: Any) -> Any:
-        self._listed()
-        return super().__getitem__(index)
+        parts = collated if isinstance(collated, tuple) else (collated,)
+        rows = [part.unbind(0) for part in parts]
+        super().__init__(zip(*rows, strict=True) if isinstance(collated, tuple) else rows[0])
 
 
 def collate_embeddings(batch: Any) -> Any:
@@ -173,8 +148,6 @@ def collate_embeddings(batch: Any) -> Any:
         of shape `(batch,)` int64.
     """
     if isinstance(batch, CollatedBatch):
-        if torch.utils.data.get_worker_info() is not None:
-            batch.dataset.lists_samples = False
         return batch.collated
     if isinstance(batch, (torch.Tensor, tuple)):
         return batch  # of a Dataset with collated=True
