@@ -16,11 +16,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lmdbcache.cache import Coverage, EmbeddingCache, StoreInfo
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
+from lmdbcache.coverage import Coverage
 from lmdbcache.errors import CacheError, MissingDependencyError
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter
+from lmdbcache.store_info import StoreInfo
 
 if TYPE_CHECKING:
     from lmdbcache.datasets.vegas import VEGASDataset

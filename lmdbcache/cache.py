@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,91 +12,30 @@ import numpy.typing as npt
 import platformdirs
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.coverage import Coverage, coverage_of
 from lmdbcache.errors import (
-    CacheError,
     CacheNotFoundError,
     InvalidEmbeddingError,
-    InvalidSampleIdError,
     ReadOnlyCacheError,
     StorageError,
 )
 from lmdbcache.storage.compaction import CompactionResult, compact
 from lmdbcache.storage.generations import current_generation, remove_store, write_lock
 from lmdbcache.storage.integrity import IntegrityReport, verify
-from lmdbcache.storage.layout import canonical_sample_id, split_sample_id
+from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter, OnDuplicate
+from lmdbcache.store_info import (
+    StoreInfo,
+    allocated_bytes,
+    info_or_damage,
+    is_store,
+    read_store_info,
+)
 
-__all__ = ["ROOT_VARIABLE", "Coverage", "EmbeddingCache", "StoreInfo", "read_store_info"]
+__all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
 
 ROOT_VARIABLE: Final = "LMDBCACHE_ROOT"
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What one store holds.
-
-    Args:
-        path: The store's folder.
-        config: Its identity; None if the store is too damaged to tell.
-        num_embeddings: Embeddings of the newest commit.
-        size_bytes: Allocated on disk.
-        embedding_shape: Shape of one embedding, None in front if the first dimension is free.
-        creation_time: ISO 8601, UTC.
-        dataset_root: Folder that the first writer read from.
-        provenance: Weights digest, versions and the like.
-        damage: Why the store can't be read, or None.
-    """
-
-    path: Path
-    config: CacheConfig | None
-    num_embeddings: int = 0
-    size_bytes: int = 0
-    embedding_shape: tuple[int | None, ...] | None = None
-    creation_time: str = ""
-    dataset_root: str = ""
-    provenance: Mapping[str, str] = field(default_factory=dict)
-    damage: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "path": os.fspath(self.path),
-            "fingerprint": self.config.fingerprint if self.config else None,
-            "config": self.config.to_dict() if self.config else None,
-            "num_embeddings": self.num_embeddings,
-            "size_bytes": self.size_bytes,
-            "embedding_shape": self.embedding_shape,
-            "creation_time": self.creation_time,
-            "dataset_root": self.dataset_root,
-            "provenance": dict(self.provenance),
-            "damage": self.damage,
-        }
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a list of samples a store holds.
-
-    Args:
-        num_asked: Distinct samples asked for.
-        missing: The sample ids that aren't stored, in the order asked.
-        by_class: Class → (stored, asked).
-    """
-
-    num_asked: int
-    missing: tuple[str, ...]
-    by_class: Mapping[str, tuple[int, int]]
-
-    @property
-    def num_present(self) -> int:
-        """Samples that are stored."""
-        return self.num_asked - len(self.missing)
-
-    @property
-    def fraction(self) -> float:
-        """Share that is stored, 0 to 1; 1.0 if nothing was asked."""
-        return self.num_present / self.num_asked if self.num_asked else 1.0
 
 
 class EmbeddingCache:
@@ -188,7 +124,7 @@ class EmbeddingCache:
     def size(self, config: CacheConfig | None = None) -> int:
         """Bytes allocated on disk by one store, or by all."""
         folders = [self.path(config)] if config else self._store_folders()
-        return sum(_allocated_bytes(folder) for folder in folders)
+        return sum(allocated_bytes(folder) for folder in folders)
 
     def compact(self, config: CacheConfig) -> CompactionResult:
         """Rewrite the store without unused pages. See `lmdbcache.storage.compaction.compact`."""
@@ -200,20 +136,10 @@ class EmbeddingCache:
 
     def coverage(self, config: CacheConfig, sample_ids: Iterable[str]) -> Coverage:
         """How much of these samples is stored, by class. Nothing stored is no error."""
-        asked = list(dict.fromkeys(sample_ids))
-        missing = asked
-        if config in self:
-            with EmbeddingReader(self.path(config), config) as reader:
-                missing = reader.missing(asked)
-        absent = Counter(map(_class_of, missing))
-        return Coverage(
-            num_asked=len(asked),
-            missing=tuple(missing),
-            by_class={
-                name: (total - absent[name], total)
-                for name, total in Counter(map(_class_of, asked)).items()
-            },
-        )
+        if config not in self:
+            return coverage_of(sample_ids, None)
+        with EmbeddingReader(self.path(config), config) as reader:
+            return coverage_of(sample_ids, reader)
 
     def get_or_compute(
         self,
@@ -256,7 +182,7 @@ class EmbeddingCache:
 
     def stores(self) -> list[StoreInfo]:
         """What is stored under this root, damaged stores included, by folder name."""
-        return list(map(_info_or_damage, self._store_folders()))
+        return list(map(info_or_damage, self._store_folders()))
 
     def __iter__(self) -> Iterator[CacheConfig]:
         """The configs that something is stored for."""
@@ -272,7 +198,7 @@ class EmbeddingCache:
             ReadOnlyCacheError: No permission to remove it.
         """
         folders = [self.path(config)] if config else list(self._store_folders())
-        return [self.remove(folder) for folder in folders if _is_store(folder)]
+        return [self.remove(folder) for folder in folders if is_store(folder)]
 
     def remove(self, store: str | Path) -> StoreInfo:
         """Remove the store in this folder, sound or damaged.
@@ -285,9 +211,9 @@ class EmbeddingCache:
             ReadOnlyCacheError: No permission to remove it.
         """
         folder = Path(store).absolute()
-        if folder.parent != self.root or not _is_store(folder):
+        if folder.parent != self.root or not is_store(folder):
             raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
-        removed = _info_or_damage(folder)
+        removed = info_or_damage(folder)
         with write_lock(folder):
             remove_store(folder)
         return removed
@@ -329,59 +255,5 @@ class EmbeddingCache:
                 "another cache root"
             ) from None
         for child in children:
-            if _is_store(child):
+            if is_store(child):
                 yield child
-
-
-def read_store_info(store: str | Path) -> StoreInfo:
-    """What the store in this folder holds.
-
-    Raises:
-        CacheNotFoundError: There is no store.
-        IntegrityError: The store is damaged.
-    """
-    store = Path(store).absolute()
-    with EmbeddingReader(store) as reader:
-        metadata, num_embeddings = reader.metadata, len(reader)
-    return StoreInfo(
-        path=store,
-        config=metadata.config,
-        num_embeddings=num_embeddings,
-        size_bytes=_allocated_bytes(store),
-        embedding_shape=metadata.embedding_shape,
-        creation_time=metadata.creation_time,
-        dataset_root=metadata.dataset_root,
-        provenance=metadata.provenance,
-    )
-
-
-def _is_store(folder: Path) -> bool:
-    """Whether the folder is a store, sound or not."""
-    try:
-        return current_generation(folder) is not None
-    except CacheError:
-        return True
-
-
-def _info_or_damage(folder: Path) -> StoreInfo:
-    try:
-        return read_store_info(folder)
-    except (CacheError, OSError) as error:
-        return StoreInfo(folder, None, size_bytes=_allocated_bytes(folder), damage=str(error))
-
-
-def _allocated_bytes(folder: Path) -> int:
-    total = 0
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            # A compaction may remove a file meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                total += Path(directory, name).lstat().st_blocks * 512
-    return total
-
-
-def _class_of(sample_id: str) -> str:
-    try:
-        return split_sample_id(sample_id)[1]
-    except InvalidSampleIdError:
-        return "(no class)"

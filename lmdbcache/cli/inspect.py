@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache, StoreInfo
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
 from lmdbcache.cli.options import (
     DataDir,
@@ -34,6 +34,7 @@ from lmdbcache.cli.options import (
 from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.extraction.summary import ClipFailure, read_failures
 from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.store_info import StoreInfo
 
 __all__ = ["coverage_command", "info_command", "ls_command"]
 

@@ -6,12 +6,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache, StoreInfo
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
 from lmdbcache.cli.options import Json, Root, Yes, find_store
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.compaction import compact
 from lmdbcache.storage.integrity import verify
+from lmdbcache.store_info import StoreInfo
 
 __all__ = ["clear_command", "compact_command", "verify_command"]
 

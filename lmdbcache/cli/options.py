@@ -8,12 +8,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache, StoreInfo
+from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.embedders.checkpoints import model_identity
 from lmdbcache.errors import CacheNotFoundError
 from lmdbcache.extraction.samples import clips_of
+from lmdbcache.store_info import StoreInfo
 
 __all__ = [
     "DataDir",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.cache import EmbeddingCache, read_store_info
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.embedding_forms import HIDDEN, MEAN, POOLED, checked, class_of, output_of
 from lmdbcache.embedders.checkpoints import model_identity
@@ -16,6 +16,7 @@ from lmdbcache.errors import (
     InvalidSampleIdError,
 )
 from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.store_info import read_store_info
 from lmdbcache.training import TensorMapping
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Final
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import Environment, acquire, no_fork, release
+from lmdbcache.storage.environment import Environment, acquire, release
+from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import (
     check_room,
     create_generation,

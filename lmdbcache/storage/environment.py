@@ -27,6 +27,7 @@ import lmdb
 
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
 from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
@@ -38,8 +39,6 @@ __all__ = [
     "Snapshot",
     "acquire",
     "acquire_current",
-    "no_fork",
-    "process_id",
     "release",
 ]
 
@@ -56,7 +55,7 @@ class Environment:
     def __init__(self, generation: Path, *, write: bool, create: bool) -> None:
         self.generation = generation
         self.users = 0
-        self.process_id = _process_id
+        self.process_id = process_id()
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
@@ -188,84 +187,10 @@ class Snapshot:
                 self.located = None
 
 
-class _ForkGate:
-    """Held by a thread that is inside LMDB; a fork waits until none is. Reentrant, shared."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """As new, in a child where no other thread is left."""
-        self._condition = threading.Condition()
-        self._thread = threading.local()
-        self._num_inside = 0
-        self._is_forking = False
-
-    def __enter__(self) -> None:
-        self.enter(wait=True)
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-        _release_abandoned()
-
-    def enter(self, *, wait: bool) -> bool:
-        """Enter, if need be after a fork; or return False in place of waiting."""
-        self._thread.depth = self.depth + 1
-        if self.depth == 1:
-            with self._condition:
-                if self._is_forking and not wait:
-                    self._thread.depth -= 1
-                    return False
-                self._condition.wait_for(lambda: not self._is_forking)
-                self._num_inside += 1
-        return True
-
-    def leave(self) -> None:
-        """Leave; a waiting fork may go on."""
-        if self.depth == 1:
-            with self._condition:
-                self._num_inside -= 1
-                self._condition.notify_all()
-        self._thread.depth -= 1
-
-    @property
-    def depth(self) -> int:
-        """How often this thread has entered."""
-        return getattr(self._thread, "depth", 0)
-
-    def wait_for_fork(self) -> None:
-        """Let a waiting fork go first."""
-        if self._is_forking and self.depth == 0:
-            with self:
-                pass
-
-    def close(self) -> None:
-        """Wait until no other thread is inside, and let none in."""
-        self._thread.depth = self.depth + 1
-        own = 1 if self.depth > 1 else 0
-        with self._condition:
-            self._condition.wait_for(lambda: not self._is_forking)
-            self._is_forking = True
-            self._condition.wait_for(lambda: self._num_inside == own)
-
-    def open(self) -> None:
-        with self._condition:
-            self._is_forking = False
-            self._condition.notify_all()
-        self._thread.depth -= 1
-
-
-no_fork = _ForkGate()
 _environments: dict[tuple[int, int] | None, Environment] = {}
 _abandoned: deque[Environment] = deque()
 _lock = threading.RLock()
-_process_id = os.getpid()
 _locked_for_fork: list[Snapshot] = []
-
-
-def process_id() -> int:
-    """This process, without a system call."""
-    return _process_id
 
 
 def acquire(generation: Path, *, write: bool = False, create: bool = False) -> Environment:
@@ -364,6 +289,9 @@ def _release_abandoned() -> None:
             no_fork.leave()
 
 
+no_fork.on_leave = _release_abandoned
+
+
 def _before_fork() -> None:
     no_fork.close()
     for environment in list(_environments.values()):
@@ -379,10 +307,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lock, _process_id  # noqa: PLW0603 - module state of one process
-    _process_id = os.getpid()
+    global _lock  # noqa: PLW0603 - module state of one process
     _lock = threading.RLock()
-    no_fork.reset()
     _locked_for_fork.clear()
     _abandoned.clear()
     for environment in _environments.values():

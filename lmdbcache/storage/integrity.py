@@ -14,7 +14,8 @@ from lmdb.verify import verify as verify_structure
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
 from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import Environment, acquire, no_fork, release
+from lmdbcache.storage.environment import Environment, acquire, release
+from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import current_generation, write_lock
 from lmdbcache.storage.layout import (
     CHECKSUMS_NAME,

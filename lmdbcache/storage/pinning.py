@@ -18,10 +18,9 @@ from lmdbcache.storage.environment import (
     Holder,
     Snapshot,
     acquire_current,
-    no_fork,
-    process_id,
     release,
 )
+from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 
 __all__ = ["PinnedStore"]

@@ -29,9 +29,8 @@ from lmdbcache.storage.environment import (
     Holder,
     acquire,
     acquire_current,
-    no_fork,
-    process_id,
 )
+from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import (
     check_room,
     create_generation,

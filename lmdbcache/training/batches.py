@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
-from lmdbcache.storage.reader import Selection
+from lmdbcache.storage.selection import Selection
 from lmdbcache.training.tensors import as_tensor
 
 __all__ = ["DTYPES", "fetch_batch", "shared_memory"]

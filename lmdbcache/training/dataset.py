@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.storage.layout import split_sample_id
-from lmdbcache.storage.reader import EmbeddingReader, Selection
+from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.selection import Selection
 from lmdbcache.training.batches import fetch_batch
 from lmdbcache.training.tensors import as_tensor
 

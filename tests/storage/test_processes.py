@@ -12,7 +12,7 @@ import torch
 from storage.child_processes import in_fork, open_database_files, peer_process, read, write
 
 from lmdbcache import EmbeddingDataset, EmbeddingReader, collate_embeddings
-from lmdbcache.storage import environment
+from lmdbcache.storage import environment, forking
 
 SAMPLE_IDS = [f"{n:03d}:{'dog' if n % 2 else 'drum'}" for n in range(64)]
 VALUES = np.arange(64, dtype=np.float32)[:, None] * np.ones(16, np.float32)
@@ -123,9 +123,9 @@ def test_fork_goes_on_after_a_refused_fork(reader, monkeypatch):
     """The gate that a fork closes opens again in parent and child."""
     for _ in range(3):
         assert in_fork(lambda: in_fork(lambda: len(reader))) == 64
-    assert not environment.no_fork._is_forking
-    assert environment.no_fork.depth == 0
-    assert environment.no_fork._num_inside == 0
+    assert not forking.no_fork._is_forking
+    assert forking.no_fork.depth == 0
+    assert forking.no_fork._num_inside == 0
 
 
 def test_child_inherits_no_environment(reader):
@@ -162,7 +162,7 @@ def test_garbage_collected_readers_give_their_environment_back_later(reader):
     len(cyclic)
     held = cyclic._holder.environment
     cyclic.itself = cyclic
-    with environment.no_fork:
+    with forking.no_fork:
         del cyclic
         gc.collect()
         assert held.users == 1

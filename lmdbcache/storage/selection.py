@@ -1,0 +1,143 @@
+"""Some samples of a reader by position: what a training loop reads batches with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.storage.batches import gather, key_or_empty
+from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.located import LocatedValues, locate
+from lmdbcache.storage.pages import ValueTable
+
+if TYPE_CHECKING:
+    from lmdbcache.storage.reader import EmbeddingReader
+
+__all__ = ["Positions", "Selection"]
+
+_T = TypeVar("_T")
+Positions = Sequence[int] | npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
+
+
+class Selection:
+    """Some samples of a reader in an order of their own, read by position.
+
+    What is looked up is remembered for as long as the store doesn't change: a batch is one copy
+    from the mapped file, without any sample id. Picklable; follows its reader through forks,
+    refreshes and compactions.
+
+    Args:
+        reader: Where to read.
+        sample_ids: Sample ids; None takes all that are stored now, sorted.
+    """
+
+    def __init__(self, reader: EmbeddingReader, sample_ids: Iterable[str] | None = None) -> None:
+        self.reader = reader
+        self.sample_ids: list[str] = list(reader if sample_ids is None else sample_ids)
+        self._table: ValueTable | None = None
+        self._offsets: Offsets = np.empty(0, np.int64)
+        self._is_complete = False
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reader": self.reader, "sample_ids": self.sample_ids}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Selection.__init__(self, state["reader"], state["sample_ids"])
+
+    def get_batch(
+        self, positions: Positions, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """The embeddings at these positions, all from one snapshot.
+
+        Args:
+            positions: Positions in `sample_ids`, `(n,)`.
+            out: See `EmbeddingReader.get_batch`.
+
+        Returns:
+            `(n, *embedding_shape)`, stored dtype.
+
+        Raises:
+            SampleNotFoundError, InvalidEmbeddingError: See `EmbeddingReader.get_batch`.
+        """
+        snapshot = self.reader.pinned()
+        with snapshot.lock:
+            located: LocatedValues | None = snapshot.located
+            if located is not None and snapshot.is_protected and self._knows_all(located):
+                return gather(located, self._offsets[_indices(positions)], out)
+
+        def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
+            return gather(located, wanted, out)
+
+        batch = self._look_up(positions, gather_with_lookup)
+        if batch is None:
+            wanted = [self.sample_ids[i] for i in positions]
+            return self.reader.get_batch(wanted, out)
+        return batch
+
+    def copy_with(
+        self,
+        positions: Positions,
+        copy: Callable[[MappedFile, npt.NDArray[np.int64], int], _T],
+    ) -> _T | None:
+        """Have another routine copy these embeddings from the mapped file.
+
+        Args:
+            positions: Positions in `sample_ids`, `(n,)`.
+            copy: Called with the file, the places of the values and their common length, while
+                they are pinned; nothing of the file may outlive the call.
+
+        Returns:
+            What `copy` returned; None where the values can't be copied in one go.
+        """
+
+        def read(located: LocatedValues, wanted: Offsets) -> _T:
+            return copy(located.file, wanted, located.common_length or 0)
+
+        return self._look_up(positions, read)
+
+    def will_need(self, positions: Positions) -> None:
+        """Ask the kernel to read these embeddings from disk, in the background."""
+
+        def read(located: LocatedValues, wanted: Offsets) -> None:
+            located.file.will_need(wanted, located.common_length or 0)
+
+        self._look_up(positions, read)
+
+    def _look_up(
+        self, positions: Positions, read: Callable[[LocatedValues, Offsets], _T]
+    ) -> _T | None:
+        """Call `read` with the places of these samples; None if one isn't known."""
+
+        def find(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
+            located = locate(snapshot, transaction, self.reader.num_read)
+            if located is None or located.common_length is None:
+                return None
+            if not self._knows_all(located) and self._table is not located.table:
+                rows = located.table.find([key_or_empty(i) for i in self.sample_ids])
+                self._offsets = np.where(rows < 0, -1, located.table.offsets[rows])
+                self._is_complete = bool((rows >= 0).all())
+                self._table = located.table
+            wanted = self._offsets[_indices(positions)]
+            if not self._is_complete and wanted.size and wanted.min() < 0:
+                return None
+            return read(located, wanted)
+
+        return self.reader.read_pinned(find)
+
+    def _knows_all(self, located: LocatedValues) -> bool:
+        return self._table is located.table and self._is_complete
+
+
+def _indices(positions: Positions) -> Any:
+    return (
+        positions if isinstance(positions, (list, np.ndarray)) else np.asarray(positions, np.int64)
+    )

@@ -1,0 +1,108 @@
+"""What one store holds: its metadata, its size, or its damage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import CacheError
+from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.reader import EmbeddingReader
+
+__all__ = ["StoreInfo", "allocated_bytes", "info_or_damage", "is_store", "read_store_info"]
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What one store holds.
+
+    Args:
+        path: The store's folder.
+        config: Its identity; None if the store is too damaged to tell.
+        num_embeddings: Embeddings of the newest commit.
+        size_bytes: Allocated on disk.
+        embedding_shape: Shape of one embedding, None in front if the first dimension is free.
+        creation_time: ISO 8601, UTC.
+        dataset_root: Folder that the first writer read from.
+        provenance: Weights digest, versions and the like.
+        damage: Why the store can't be read, or None.
+    """
+
+    path: Path
+    config: CacheConfig | None
+    num_embeddings: int = 0
+    size_bytes: int = 0
+    embedding_shape: tuple[int | None, ...] | None = None
+    creation_time: str = ""
+    dataset_root: str = ""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    damage: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": os.fspath(self.path),
+            "fingerprint": self.config.fingerprint if self.config else None,
+            "config": self.config.to_dict() if self.config else None,
+            "num_embeddings": self.num_embeddings,
+            "size_bytes": self.size_bytes,
+            "embedding_shape": self.embedding_shape,
+            "creation_time": self.creation_time,
+            "dataset_root": self.dataset_root,
+            "provenance": dict(self.provenance),
+            "damage": self.damage,
+        }
+
+
+def read_store_info(store: str | Path) -> StoreInfo:
+    """What the store in this folder holds.
+
+    Raises:
+        CacheNotFoundError: There is no store.
+        IntegrityError: The store is damaged.
+    """
+    store = Path(store).absolute()
+    with EmbeddingReader(store) as reader:
+        metadata, num_embeddings = reader.metadata, len(reader)
+    return StoreInfo(
+        path=store,
+        config=metadata.config,
+        num_embeddings=num_embeddings,
+        size_bytes=allocated_bytes(store),
+        embedding_shape=metadata.embedding_shape,
+        creation_time=metadata.creation_time,
+        dataset_root=metadata.dataset_root,
+        provenance=metadata.provenance,
+    )
+
+
+def is_store(folder: Path) -> bool:
+    """Whether the folder is a store, sound or not."""
+    try:
+        return current_generation(folder) is not None
+    except CacheError:
+        return True
+
+
+def info_or_damage(folder: Path) -> StoreInfo:
+    """What the store in this folder holds, or why it can't be read."""
+    try:
+        return read_store_info(folder)
+    except (CacheError, OSError) as error:
+        return StoreInfo(folder, None, size_bytes=allocated_bytes(folder), damage=str(error))
+
+
+def allocated_bytes(folder: Path) -> int:
+    """Bytes that the files under a folder take on disk."""
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            # A compaction may remove a file meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(directory, name).lstat().st_blocks * 512
+    return total
