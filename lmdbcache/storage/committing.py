@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lmdb
@@ -13,7 +13,20 @@ from lmdbcache.storage.environment import Environment
 from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
 
-__all__ = ["put_embeddings", "put_metadata"]
+__all__ = ["put_embeddings", "put_metadata", "with_room"]
+
+
+def with_room(environment: Environment, write: Callable[[Environment], int]) -> int:
+    """Call `write`, again with a larger map each time that this one is full.
+
+    Raises:
+        StorageError: There is no address space for a larger one.
+    """
+    while True:
+        try:
+            return write(environment)
+        except lmdb.MapFullError:
+            environment.grow()
 
 
 def put_embeddings(

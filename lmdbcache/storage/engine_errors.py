@@ -18,9 +18,14 @@ from lmdbcache.errors import (
     StorageError,
 )
 
-__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors"]
+__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors", "truncated"]
 
 DAMAGE_REMEDY: Final = "Clear this store and extract again, or restore the file from a copy"
+
+
+def truncated(path: Path, size: int, needed: int) -> str:
+    """The message for a data file that is shorter than its last page."""
+    return f"{path} is truncated: {size} bytes of {needed}. {DAMAGE_REMEDY}"
 
 
 @contextlib.contextmanager
@@ -51,6 +56,10 @@ def translated_errors(where: Path) -> Iterator[None]:
         lmdb.PanicError,
     ) as error:
         raise IntegrityError(f"{where} is damaged ({error}). {DAMAGE_REMEDY}") from None
+    except lmdb.MemoryError as error:
+        raise StorageError(
+            f"{where}: no memory ({error}). Raise `ulimit -v`, or commit and read less at a time"
+        ) from None
     except (lmdb.Error, OSError) as error:
         if _disk_is_full(error, where):
             free = shutil.disk_usage(where).free

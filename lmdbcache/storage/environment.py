@@ -25,13 +25,14 @@ from typing import Any, Final
 
 import lmdb
 
-from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
+from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError, StorageError
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
-from lmdbcache.storage.opening import file_id, open_environment
+from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
+from lmdbcache.storage.reader_slots import readers_full
 
 __all__ = [
     "Environment",
@@ -58,6 +59,7 @@ class Environment:
         self.process_id = process_id()
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
+        self.is_open = True
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
         if not create:
@@ -84,28 +86,74 @@ class Environment:
         with no_fork, _lock, translated_errors(self.generation):
             if self.writable:
                 return
-            self.drop_snapshots()
-            self.env.close()
             try:
-                self.env = open_environment(self.generation, write=True, create=False)
-                self.writable = True
+                self._reopen(write=True)
             finally:
                 if not self.writable:  # its readers go on
-                    self.env = open_environment(self.generation, write=False, create=False)
-                self._open_checksums()
+                    self._reopen(write=False)
+
+    def grow(self) -> None:
+        """Open again with twice the map; readers in this process pin a new snapshot.
+
+        Not `set_mapsize`: that turns the addresses of living snapshots into SIGBUS, and leaves an
+        environment without a map behind where the address space is used up.
+        """
+        with no_fork, _lock, translated_errors(self.generation):
+            before = int(self.env.info()["map_size"])
+            self._reopen(write=self.writable, min_map_size=2 * before)
+            after = int(self.env.info()["map_size"])
+            _logger.debug("%s: a map of %d bytes instead of %d", self.generation, after, before)
+            if after <= before:
+                raise StorageError(
+                    f"{self.generation}: no address space for a map above {before >> 20} MiB. "
+                    "Raise `ulimit -v`, or close readers of other stores, and commit again"
+                )
+
+    def _reopen(self, *, write: bool, min_map_size: int = 0) -> None:
+        self.drop_snapshots()
+        self.is_open = False
+        self.env.close()
+        self.env = open_environment(
+            self.generation, write=write, create=False, min_map_size=min_map_size
+        )
+        self.is_open, self.writable = True, write
+        self._open_checksums()
 
     def begin_read(self) -> lmdb.Transaction:
-        """A read transaction on the newest commit, whatever others did to map or slots."""
+        """A read transaction on the newest commit, whatever others did to map or slots.
+
+        Raises:
+            StorageError: Living processes hold all reader slots; names some.
+        """
+        if not self.is_open:  # there was no address space the last time
+            self._reopen(write=self.writable)
         try:
             return self.env.begin(buffers=True)
         except lmdb.MapResizedError:
-            self.drop_snapshots()
-            self.env.set_mapsize(0)
+            # Another process has made the file larger than our map.
+            self._reopen(write=self.writable)
         except lmdb.ReadersFullError:
             _logger.info("%s: reader table full, clearing dead readers", self.generation)
             gc.collect()
             self.env.reader_check()
-        return self.env.begin(buffers=True)
+        try:
+            return self.env.begin(buffers=True)
+        except lmdb.ReadersFullError:
+            raise StorageError(readers_full(self.generation, self.env)) from None
+
+    def begin_write(self) -> lmdb.Transaction:
+        """A write transaction, whatever others did to the map. Hold the store's writer lock."""
+        with _lock:
+            try:
+                return self.env.begin(write=True)
+            except lmdb.MapResizedError:
+                self._reopen(write=True)
+                return self.env.begin(write=True)
+
+    def newest_metadata(self) -> StoreMetadata:
+        """The metadata record of the newest commit."""
+        with no_fork, _lock, translated_errors(self.generation):
+            return self.read_metadata(self.begin_read())
 
     def read_metadata(self, transaction: lmdb.Transaction) -> StoreMetadata:
         """The metadata record, compared with its checksum.
@@ -156,6 +204,7 @@ class Snapshot:
         self.is_unlocatable = False
         with _lock, translated_errors(environment.generation):
             transaction = environment.begin_read()
+            check_still_whole(environment.env, environment.generation, environment.file)
             self.metadata = environment.read_metadata(transaction)
             self.id: int = transaction.id()
             self.is_protected = bool(environment.env.flags()["lock"])

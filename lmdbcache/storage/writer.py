@@ -22,7 +22,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     WriterClosedError,
 )
-from lmdbcache.storage.committing import put_embeddings, put_metadata
+from lmdbcache.storage.committing import put_embeddings, put_metadata, with_room
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import (
     Environment,
@@ -238,7 +238,7 @@ class EmbeddingWriter:
                 check_room(self._store, needed, "this commit")
                 environment = self._attach()
                 with translated_errors(self._store):
-                    written = self._write(environment)
+                    written = with_room(environment, self._write)
             self._num_commits += 1
             self._num_written += written
             self.discard()
@@ -296,7 +296,7 @@ class EmbeddingWriter:
 
     def _write(self, environment: Environment) -> int:
         # One thread begins and commits: LMDB's write lock belongs to the thread.
-        transaction = environment.env.begin(write=True)
+        transaction = environment.begin_write()
         try:
             stored = environment.read_metadata(transaction)
             stored.check_config(self._config, self._store)
@@ -347,8 +347,7 @@ class EmbeddingWriter:
 
     def _adopt(self, environment: Environment) -> Environment:
         self._holder.take(environment)
-        with translated_errors(self._store):
-            metadata = environment.read_metadata(environment.begin_read())
+        metadata = environment.newest_metadata()
         metadata.check_config(self._config, self._store)
         metadata.with_provenance(self._provenance, self._store)
         if metadata.embedding_shape is not None:
