@@ -18,6 +18,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.errors import IntegrityError
+from lmdbcache.storage.engine_errors import truncated
+
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
@@ -96,7 +99,11 @@ class MappedFile:
 
         Returns:
             (n, length) uint8, owned.
+
+        Raises:
+            IntegrityError: The file was truncated meanwhile.
         """
+        self.check_whole()
         if length >= LARGE_VALUE_BYTES or out is not None:
             if out is None:
                 out = batch_buffers.take(len(offsets) * length).reshape(len(offsets), length)
@@ -105,6 +112,16 @@ class MappedFile:
             return out
         taken = self._view(length)[offsets]
         return taken.view(np.uint8).reshape(len(offsets), length)
+
+    def check_whole(self) -> None:
+        """Notice that something has truncated the file: reading beyond its end is SIGBUS.
+
+        Raises:
+            IntegrityError: It has become shorter.
+        """
+        size = self._map.size()  # an fstat, 0.2 us
+        if size < len(self.data):
+            raise IntegrityError(truncated(self.path, size, len(self.data)))
 
     def will_need(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
         """Tell the kernel to read these values ahead; returns at once."""

@@ -16,6 +16,7 @@ import lmdb
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, truncated
+from lmdbcache.storage.filesystems import check_local_for_reading, check_local_for_writing
 
 __all__ = ["check_file_size", "check_still_whole", "file_id", "open_environment"]
 
@@ -113,8 +114,10 @@ def open_environment(
     Raises:
         IntegrityError: The file is missing, truncated or foreign.
         ReadOnlyCacheError: This user may not read it.
-        StorageError: No address space is left.
+        StorageError: No address space is left, or it lies on a network file system.
     """
+    if write:
+        check_local_for_writing(generation)
     data = generation / "data.mdb"
     if not create and data.exists() and not os.access(data, os.R_OK):
         raise ReadOnlyCacheError(
@@ -168,6 +171,8 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
     path = str(generation)
     if write:
         return lmdb.open(path, **options)
+    if not check_local_for_reading(generation):
+        return lmdb.open(path, readonly=True, create=False, lock=False, **options)
     try:
         environment = lmdb.open(path, readonly=True, create=False, **options)
     except (MemoryError, lmdb.MemoryError):

@@ -30,6 +30,7 @@ from lmdbcache.storage.environment import (
     acquire,
     acquire_current,
 )
+from lmdbcache.storage.filesystems import check_local_for_writing
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import (
     check_room,
@@ -94,6 +95,7 @@ class EmbeddingWriter:
                 f"on_duplicate: {on_duplicate!r}; known are 'skip', 'overwrite', 'error'"
             )
         self._store = Path(store).absolute()
+        check_local_for_writing(self._store)
         self._config = config
         self._on_duplicate = on_duplicate
         self._ragged = ragged
