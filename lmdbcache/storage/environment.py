@@ -19,9 +19,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import lmdb
 
@@ -32,7 +32,6 @@ from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
 from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
-from lmdbcache.storage.reader_slots import readers_full
 
 __all__ = [
     "Environment",
@@ -44,6 +43,7 @@ __all__ = [
 ]
 
 _logger: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class Environment:
@@ -62,12 +62,15 @@ class Environment:
         self.is_open = True
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
-        if not create:
-            self._open_checksums()
-        self.file = file_id(generation)
-        if self.file is None:
+        try:
+            if not create:
+                self._open_checksums()
+            self.file = file_id(generation)
+            if self.file is None:
+                raise IntegrityError(f"{generation / 'data.mdb'} was removed while it was opened")
+        except BaseException:
             self.env.close()
-            raise IntegrityError(f"{generation / 'data.mdb'} was removed while it was opened")
+            raise
 
     def is_live(self, generation: Path | None) -> bool:
         """Whether this is that generation, and not one of the same name that was cleared."""
@@ -75,7 +78,9 @@ class Environment:
 
     def _open_checksums(self) -> None:
         with contextlib.suppress(lmdb.NotFoundError, lmdb.ReadonlyError):
-            self.checksums = self.env.open_db(CHECKSUMS_NAME, create=False)
+            self.checksums = self._with_slot(
+                lambda: self.env.open_db(CHECKSUMS_NAME, create=False)
+            )
 
     def create_databases(self, transaction: lmdb.Transaction) -> None:
         """Create the named database in a new environment."""
@@ -116,30 +121,29 @@ class Environment:
         self.env = open_environment(
             self.generation, write=write, create=False, min_map_size=min_map_size
         )
-        self.is_open, self.writable = True, write
         self._open_checksums()
+        self.is_open, self.writable = True, write
 
     def begin_read(self) -> lmdb.Transaction:
-        """A read transaction on the newest commit, whatever others did to map or slots.
-
-        Raises:
-            StorageError: Living processes hold all reader slots; names some.
-        """
+        """A read transaction on the newest commit, whatever others did to map or slots."""
         if not self.is_open:  # there was no address space the last time
             self._reopen(write=self.writable)
         try:
-            return self.env.begin(buffers=True)
+            return self._with_slot(lambda: self.env.begin(buffers=True))
         except lmdb.MapResizedError:
             # Another process has made the file larger than our map.
             self._reopen(write=self.writable)
+        return self._with_slot(lambda: self.env.begin(buffers=True))
+
+    def _with_slot(self, begin: Callable[[], _T]) -> _T:
+        """Call what takes a reader slot; again without the dead readers if there is none."""
+        try:
+            return begin()
         except lmdb.ReadersFullError:
             _logger.info("%s: reader table full, clearing dead readers", self.generation)
             gc.collect()
             self.env.reader_check()
-        try:
-            return self.env.begin(buffers=True)
-        except lmdb.ReadersFullError:
-            raise StorageError(readers_full(self.generation, self.env)) from None
+        return begin()
 
     def begin_write(self) -> lmdb.Transaction:
         """A write transaction, whatever others did to the map. Hold the store's writer lock."""

@@ -175,7 +175,7 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
         return lmdb.open(path, readonly=True, create=False, lock=False, **options)
     try:
         environment = lmdb.open(path, readonly=True, create=False, **options)
-    except (MemoryError, lmdb.MemoryError):
+    except (MemoryError, lmdb.MemoryError, lmdb.ReadersFullError):
         raise
     except lmdb.Error as error:
         if os.access(generation, os.W_OK):

@@ -1,4 +1,4 @@
-"""LMDB's reader table: which processes hold which snapshots."""
+"""LMDB's reader table: which processes hold which snapshots, and which have it open at all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 
 import lmdb
 
-__all__ = ["readers_full", "slots"]
-
-_NAMED: int = 3
+__all__ = ["holders", "slots"]
 
 
 def slots(environment: lmdb.Environment) -> list[tuple[int, int]]:
@@ -23,23 +21,25 @@ def slots(environment: lmdb.Environment) -> list[tuple[int, int]]:
     return held
 
 
-def readers_full(generation: Path, environment: lmdb.Environment) -> str:
-    """The message for a reader table without a free slot; names who holds most of them."""
-    held: dict[int, int] = {}
-    for line in environment.readers().splitlines():
-        first = line.split()[:1]
-        if first and first[0].isdigit():
-            held[int(first[0])] = held.get(int(first[0]), 0) + 1
-    most = sorted(held, key=lambda pid: -held[pid])
-    named = ", ".join(f"{pid}{_command(pid)} ({held[pid]})" for pid in most[:_NAMED])
-    more = f" and {len(most) - _NAMED} more" if len(most) > _NAMED else ""
-    return (
-        f"{generation}: all {sum(held.values())} reader slots are taken by living processes: "
-        f"{named}{more}. Close readers there, or end those processes, and read again"
-    )
+def holders(folder: Path) -> list[str]:
+    """`4711 python` of every living process that has this generation or store open.
 
-
-def _command(pid: int) -> str:
+    From the locks that LMDB keeps on its lock file, as a full reader table can't even be opened to
+    be listed. Empty where the system doesn't show locks.
+    """
+    files = [folder / "lock.mdb", *folder.glob("gen-*/lock.mdb")]
+    processes: dict[str, None] = {}
     with contextlib.suppress(OSError):
-        return " " + Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        inodes = {str(file.stat().st_ino) for file in files if file.exists()}
+        for line in Path("/proc/locks").read_text().splitlines():
+            # 1: POSIX  ADVISORY  READ 4711 08:01:393304 4711 4711
+            fields = line.split()
+            if len(fields) == 8 and fields[5].rpartition(":")[2] in inodes:
+                processes[fields[4]] = None
+    return [f"{process}{_command(process)}" for process in processes]
+
+
+def _command(process: str) -> str:
+    with contextlib.suppress(OSError):
+        return " " + Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
     return ""

@@ -11,7 +11,7 @@ from storage.child_processes import Peer, in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import StorageError
-from lmdbcache.storage import environment, opening
+from lmdbcache.storage import environment, opening, pinning
 
 SMALL_MAP = 1 << 16
 
@@ -77,13 +77,16 @@ def test_limited_address_space_reads_and_writes(cache, config, mebibytes):
             each = config.replace(duration=duration)
             with cache.writer(each, commit_records=10) as writer:
                 for n in range(40):
-                    writer.put(f"{n:02d}:x", np.full(100_000, n, np.float32))
-            with cache.reader(each) as reader:
-                batch = reader.get_batch(["07:x", "31:x"])
-                assert batch[:, -1].tolist() == [7, 31]
-        return np.ones(32 << 20, np.uint8).nbytes
+                    writer.put(f"{n:02d}:x", np.full(50_000, n, np.float32))
+        readers = [cache.reader(config.replace(duration=duration)) for duration in (1, 2, 3)]
+        for reader in readers:
+            assert reader.get_batch(["07:x", "31:x"])[:, -1].tolist() == [7, 31]
+        left = np.ones(mebibytes << 18, np.uint8).nbytes
+        for reader in readers:
+            reader.close()
+        return left
 
-    assert in_fork(work) == 32 << 20
+    assert in_fork(work) == mebibytes << 18
 
 
 def test_no_address_space_is_an_error(cache, config):
@@ -185,18 +188,24 @@ def test_growing_writers_beside_readers_of_other_processes(cache, config):
     assert cache.verify(config).is_sound
 
 
-def test_file_that_another_process_compacts_after_growing(cache, config, small_maps):
-    """A reader whose map is too small for a generation that is gone finds the new one."""
+def test_file_that_is_compacted_after_it_has_grown(cache, config, small_maps, monkeypatch):
+    """A generation too large for our map is removed while we look at it: the new one is read."""
     write_in_turns(cache.root, config, 0, 4, 4)
-    with cache.reader(config) as reader, peer_process() as peer:
-        assert len(reader) == 4
-        peer.call(write_in_turns, cache.root, config, 4, 3000, 500)
-        held = reader._holder.environment
-        peer.call(compact, cache.root, config)
-        with pytest.raises(Exception):  # noqa: B017, PT011 - the old generation is gone
-            held._reopen(write=False)
-        assert len(reader) == 3000
+    reader = cache.reader(config)
+    with peer_process() as peer, cache.reader(config) as holder:
+        assert len(holder) == 4
+
+        def acquire_then_lose(store):
+            monkeypatch.undo()
+            held = environment.acquire_current(store)
+            peer.call(write_in_turns, cache.root, config, 4, 3000, 500)
+            peer.call(compact, cache.root, config)
+            return held
+
+        monkeypatch.setattr(pinning, "acquire_current", acquire_then_lose)
+        assert len(reader) == len(holder) == 3000
         assert reader["clip_002999:x"][0] == 2999
+    reader.close()
 
 
 def compact(root, config):
