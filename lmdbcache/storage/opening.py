@@ -17,6 +17,7 @@ import lmdb
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, truncated
 from lmdbcache.storage.filesystems import check_local_for_reading, check_local_for_writing
+from lmdbcache.storage.reader_slots import holders
 
 __all__ = ["check_file_size", "check_still_whole", "file_id", "open_environment"]
 
@@ -132,6 +133,10 @@ def open_environment(
     while True:
         try:
             return _open_with(generation, map_size, write=write)
+        except (lmdb.InvalidError, lmdb.InvalidParameterError):
+            if not create:
+                _blame_lock_file(generation)
+            raise
         except (MemoryError, lmdb.MemoryError):
             if map_size <= least:
                 raise StorageError(
@@ -149,6 +154,18 @@ def _address_space_left() -> int:
         used = int(Path("/proc/self/statm").read_bytes().split()[0]) * mmap.PAGESIZE
     space = _ADDRESS_SPACE if limit == resource.RLIM_INFINITY else min(limit, _ADDRESS_SPACE)
     return max(0, space - used)
+
+
+def _blame_lock_file(generation: Path) -> None:
+    """Nobody loses a sound store to the advice for a damaged one."""
+    with contextlib.suppress(lmdb.Error):
+        lmdb.open(str(generation), readonly=True, create=False, lock=False).close()
+        found = ", ".join(holders(generation)) or "unknown"
+        raise StorageError(
+            f"{generation / 'lock.mdb'} was overwritten or cut while a process has the store open "
+            f"({found}). The data is sound: end that process, and the next one makes the lock file "
+            "anew; removing it before would destroy the store"
+        ) from None
 
 
 def _check_room_for_lock_file(generation: Path) -> None:
