@@ -31,7 +31,7 @@ from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
-from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
+from lmdbcache.storage.opening import check_file_size, check_still_whole, file_id, open_environment
 
 __all__ = [
     "Environment",
@@ -60,6 +60,7 @@ class Environment:
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
         self.is_open = True
+        self._size = 0 if create else check_file_size(generation)
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
         try:
@@ -76,11 +77,19 @@ class Environment:
         """Whether this is that generation, and not one of the same name that was cleared."""
         return generation is not None and file_id(generation) == self.file
 
+    def check_whole(self) -> None:
+        """Notice that something has truncated the file: LMDB would die of SIGBUS.
+
+        Raises:
+            IntegrityError: It has become shorter.
+        """
+        with no_fork, _lock:
+            if self.is_open:
+                self._size = check_still_whole(self.env, self.generation, self.file, self._size)
+
     def _open_checksums(self) -> None:
         with contextlib.suppress(lmdb.NotFoundError, lmdb.ReadonlyError):
-            self.checksums = self._with_slot(
-                lambda: self.env.open_db(CHECKSUMS_NAME, create=False)
-            )
+            self.checksums = self._with_slot(lambda: self.env.open_db(CHECKSUMS_NAME, create=False))
 
     def create_databases(self, transaction: lmdb.Transaction) -> None:
         """Create the named database in a new environment."""
@@ -207,8 +216,8 @@ class Snapshot:
         self.located: Any = None
         self.is_unlocatable = False
         with _lock, translated_errors(environment.generation):
+            environment.check_whole()
             transaction = environment.begin_read()
-            check_still_whole(environment.env, environment.generation, environment.file)
             self.metadata = environment.read_metadata(transaction)
             self.id: int = transaction.id()
             self.is_protected = bool(environment.env.flags()["lock"])

@@ -82,21 +82,39 @@ def file_id(generation: Path) -> tuple[int, int] | None:
 
 
 def check_still_whole(
-    environment: lmdb.Environment, generation: Path, opened: tuple[int, int] | None
-) -> None:
+    environment: lmdb.Environment, generation: Path, opened: tuple[int, int] | None, known: int
+) -> int:
     """Notice that something has truncated data.mdb under an open environment.
 
+    Args:
+        environment: Open.
+        generation: Its folder.
+        opened: Which file is open, as of `file_id`.
+        known: Bytes that the file has had before; LMDB never makes it shorter.
+
+    Returns:
+        Bytes that it has now.
+
     Raises:
-        IntegrityError: It is shorter than its last page.
+        IntegrityError: It is shorter than before, or than its last page.
     """
-    # In this order: a commit in between makes the file larger.
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    try:
-        status = (generation / "data.mdb").stat()
-    except OSError:
-        return  # unlinked: what is mapped stays as it is
-    if (status.st_dev, status.st_ino) == opened and status.st_size < needed:
-        raise IntegrityError(truncated(generation / "data.mdb", status.st_size, needed))
+    path = generation / "data.mdb"
+    for is_first in (True, False):
+        # Before the file's size: a commit in between makes the file larger.
+        least = known if is_first else _used_bytes(environment)
+        try:
+            status = path.stat()
+        except OSError:
+            return known  # unlinked: what is mapped stays as it is
+        if (status.st_dev, status.st_ino) != opened:
+            return known
+        if status.st_size < least:
+            raise IntegrityError(truncated(path, status.st_size, least))
+    return status.st_size
+
+
+def _used_bytes(environment: lmdb.Environment) -> int:
+    return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
 
 
 def open_environment(

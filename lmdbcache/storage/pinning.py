@@ -63,6 +63,7 @@ class PinnedStore:
             CacheNotFoundError: The store was cleared meanwhile.
         """
         snapshot = self.pinned()
+        snapshot.environment.check_whole()
         live = snapshot.environment.is_live(current_generation(self._store))
         if live and snapshot.num_newer_commits() == 0:
             return False

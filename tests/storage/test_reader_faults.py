@@ -17,8 +17,6 @@ from lmdbcache.errors import (
     CacheError,
     CacheNotFoundError,
     IntegrityError,
-    ReadOnlyCacheError,
-    StorageError,
 )
 from lmdbcache.storage.opening import check_file_size
 

@@ -187,4 +187,3 @@ def test_dead_readers_are_cleared_by_a_living_one(filled, config, embeddings):
         assert keeper.refresh()
         assert "new:x" in keeper
         assert in_fork(lambda: len(filled.reader(config))) == len(embeddings) + 1
-
