@@ -98,7 +98,7 @@ class Environment:
     def make_writable(self) -> None:
         """Open again for writing; readers in this process pin a new snapshot at their next read."""
         with no_fork, _lock, translated_errors(self.generation):
-            if self.writable:
+            if self.writable and self.is_open:
                 return
             try:
                 self._reopen(write=True)
@@ -157,6 +157,8 @@ class Environment:
     def begin_write(self) -> lmdb.Transaction:
         """A write transaction, whatever others did to the map. Hold the store's writer lock."""
         with _lock:
+            if not self.is_open:
+                self._reopen(write=True)
             try:
                 return self.env.begin(write=True)
             except lmdb.MapResizedError:

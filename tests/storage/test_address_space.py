@@ -210,3 +210,28 @@ def test_file_that_is_compacted_after_it_has_grown(cache, config, small_maps, mo
 
 def compact(root, config):
     EmbeddingCache(root).compact(config)
+
+
+def test_environment_that_could_not_be_opened_again_is_tried_later(cache, config, monkeypatch):
+    """A reopening that fails for want of memory leaves readers and writers that work afterwards."""
+    write_in_turns(cache.root, config, 0, 1, 1)
+    with cache.writer(config) as writer, cache.reader(config) as reader:
+        writer.put("a:x", np.ones(64, np.float32))
+        writer.commit()
+        assert len(reader) == 2
+        writer.put("b:x", np.ones(64, np.float32))
+        held = writer._holder.environment
+
+        def no_memory(*_, **__):
+            raise StorageError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(environment, "open_environment", no_memory)
+            with pytest.raises(StorageError):
+                held.grow()
+            with pytest.raises(StorageError):
+                len(reader)
+            with pytest.raises(StorageError):
+                writer.commit()
+        assert writer.commit() == 1
+        assert len(reader) == 3

@@ -19,6 +19,7 @@ from lmdbcache.errors import ReadOnlyCacheError, StorageError
 
 ALICE, BOB, TEAM = 12001, 12002, 12100
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+NOISE = np.random.default_rng(0).bytes(1 << 17)
 _held = []
 
 
@@ -168,7 +169,7 @@ def test_read_only_file_system(filled, config, embeddings, tmp_path, with_lock_f
         subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage", os.urandom(4096), bytes(1 << 20)])
+@pytest.mark.parametrize("content", [None, b"", b"garbage", NOISE[:4096], bytes(1 << 20)])
 def test_lock_file_that_nobody_holds_is_made_anew(filled, config, embeddings, content):
     """Missing, empty or garbage: the store reads and writes as ever."""
     lock = next(filled.root.rglob("lock.mdb"))
@@ -191,7 +192,7 @@ def hold(root, config):
     return len(reader)
 
 
-@pytest.mark.parametrize("content", [os.urandom(1 << 17), b"xyz" * 50, b""])
+@pytest.mark.parametrize("content", [NOISE, b"xyz" * 50, b""])
 def test_lock_file_that_is_overwritten_under_a_holder(filled, config, embeddings, content):
     """The error names the lock file and who holds it, and doesn't call a sound store damaged."""
     lock = next(filled.root.rglob("lock.mdb"))
