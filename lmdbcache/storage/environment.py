@@ -31,7 +31,7 @@ from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
-from lmdbcache.storage.opening import check_file_size, check_still_whole, file_id, open_environment
+from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
 
 __all__ = [
     "Environment",
@@ -60,7 +60,7 @@ class Environment:
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
         self.is_open = True
-        self._size = 0 if create else check_file_size(generation)
+        self._size = 0  # of the file, when last looked at
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
         try:
