@@ -20,6 +20,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.storage.compaction import CompactionResult, compact
+from lmdbcache.storage.filesystems import check_local_for_writing
 from lmdbcache.storage.generations import current_generation, remove_store, write_lock
 from lmdbcache.storage.integrity import IntegrityReport, verify
 from lmdbcache.storage.layout import canonical_sample_id
@@ -99,9 +100,10 @@ class EmbeddingCache:
         """Tell before any work is done whether this user may store something.
 
         Raises:
-            ReadOnlyCacheError: The folder can't be written.
+            ReadOnlyCacheError: The folder can't be written, or lies on a network file system.
         """
         folder = self.path(config)
+        check_local_for_writing(folder)
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):

@@ -13,6 +13,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.space import space_use
 
 __all__ = ["StoreInfo", "allocated_bytes", "info_or_damage", "is_store", "read_store_info"]
 
@@ -30,6 +31,11 @@ class StoreInfo:
         creation_time: ISO 8601, UTC.
         dataset_root: Folder that the first writer read from.
         provenance: Weights digest, versions and the like.
+        free_bytes: Unused in the file; a compaction gives them back.
+        pinned_bytes: Those of them that writers can't reuse, because somebody reads an old
+            snapshot.
+        readers: Process id → how many commits its oldest snapshot is behind; of what this user
+            may see, this process included.
         damage: Why the store can't be read, or None.
     """
 
@@ -41,6 +47,9 @@ class StoreInfo:
     creation_time: str = ""
     dataset_root: str = ""
     provenance: Mapping[str, str] = field(default_factory=dict)
+    free_bytes: int = 0
+    pinned_bytes: int = 0
+    readers: Mapping[int, int] = field(default_factory=dict)
     damage: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +64,9 @@ class StoreInfo:
             "creation_time": self.creation_time,
             "dataset_root": self.dataset_root,
             "provenance": dict(self.provenance),
+            "free_bytes": self.free_bytes,
+            "pinned_bytes": self.pinned_bytes,
+            "readers": {str(process): behind for process, behind in self.readers.items()},
             "damage": self.damage,
         }
 
@@ -69,6 +81,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
     store = Path(store).absolute()
     with EmbeddingReader(store) as reader:
         metadata, num_embeddings = reader.metadata, len(reader)
+        space = reader.read_pinned(space_use)
     return StoreInfo(
         path=store,
         config=metadata.config,
@@ -78,6 +91,9 @@ def read_store_info(store: str | Path) -> StoreInfo:
         creation_time=metadata.creation_time,
         dataset_root=metadata.dataset_root,
         provenance=metadata.provenance,
+        free_bytes=space.free_bytes,
+        pinned_bytes=space.pinned_bytes,
+        readers=space.readers,
     )
 
 

@@ -107,6 +107,7 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         "embedding_shape": info.embedding_shape,
         "embeddings": info.num_embeddings,
         "size": sizes(info.size_bytes),
+        "free": _free(info),
         "created": info.creation_time,
         "dataset_root": info.dataset_root,
         **info.provenance,
@@ -119,6 +120,21 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         say(f"failed: {failure.sample_id}: {failure.reason}")
     if len(failures) > _FEW:
         say(f"… and {len(failures) - _FEW} more failed clips; see --json")
+
+
+def _free(info: StoreInfo) -> str:
+    """What compaction would give back, and who keeps writers from using it until then."""
+    if not info.free_bytes:
+        return ""
+    text = f"{sizes(info.free_bytes)}, given back by compact"
+    behind = {process: commits for process, commits in info.readers.items() if commits}
+    if info.pinned_bytes:
+        oldest = sorted(behind, key=lambda process: -behind[process])[:3]
+        held = ", ".join(
+            f"process {process} ({counted(behind[process], 'commit')} behind)" for process in oldest
+        )
+        text += f"; {sizes(info.pinned_bytes)} of it kept from reuse by readers in {held}"
+    return text
 
 
 def coverage_command(

@@ -87,6 +87,8 @@ def list_samples(
 ) -> list[Sample]:
     """Every clip of these classes, by class and then by file id.
 
+    A file whose name can't be an id, such as one that isn't UTF-8, is left out with a warning.
+
     Args:
         root: Folder that holds one folder per class.
         classes: Class name → label.
@@ -94,8 +96,7 @@ def list_samples(
         captions: As of `read_captions`.
 
     Raises:
-        DatasetError: The root or all class folders are missing, two files have one file id, or a
-            file's name can't be an id.
+        DatasetError: The root or all class folders are missing, or two files have one file id.
     """
     if not root.is_dir():
         raise DatasetError(f"root_dir: {str(root)!r} isn't a folder; expected is {_LAYOUT}")
@@ -145,7 +146,8 @@ def _class_samples(
         try:
             sample_id = sample_id_of(sample)
         except InvalidSampleIdError as error:
-            raise DatasetError(f"{str(path)!a}: the file name can't be an id: {error}") from None
+            _logger.warning("%a is left out; its name can't be a file id: %s", str(path), error)
+            continue
         sample["caption"] = _caption(captions, sample_id, file_id)
         samples.append(sample)
     return samples

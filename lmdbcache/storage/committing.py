@@ -18,6 +18,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheNotFoundError, DuplicateSampleError
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, Holder, acquire, acquire_current
+from lmdbcache.storage.filesystems import check_local_for_writing
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import (
     check_room,
@@ -60,6 +61,7 @@ class Committer:
         provenance: Mapping[str, str],
         dataset_root: str,
     ) -> None:
+        check_local_for_writing(store)
         self.store = store
         self._config = config
         self._on_duplicate = on_duplicate
@@ -101,7 +103,7 @@ class Committer:
             with self._environment_lock:
                 environment = self._attach()
             with translated_errors(self.store):
-                written = self._write(environment, pending, shape)
+                written = self._write_with_room(environment, pending, shape)
         self._num_commits += 1
         return written
 
@@ -112,11 +114,20 @@ class Committer:
 
     # ---- the transaction
 
+    def _write_with_room(
+        self, environment: Environment, pending: PendingEmbeddings, shape: Shape | None
+    ) -> int:
+        while True:
+            try:
+                return self._write(environment, pending, shape)
+            except lmdb.MapFullError:
+                environment.grow()
+
     def _write(
         self, environment: Environment, pending: PendingEmbeddings, shape: Shape | None
     ) -> int:
         # One thread begins and commits: LMDB's write lock belongs to the thread.
-        transaction = environment.env.begin(write=True)
+        transaction = environment.begin_write()
         try:
             stored = environment.read_metadata(transaction)
             stored.check_config(self._config, self.store)
@@ -169,8 +180,7 @@ class Committer:
 
     def _adopt(self, environment: Environment) -> Environment:
         self._holder.take(environment)
-        with translated_errors(self.store):
-            metadata = environment.read_metadata(environment.begin_read())
+        metadata = environment.newest_metadata()
         metadata.check_config(self._config, self.store)
         metadata.with_provenance(self._provenance, self.store)
         self.embedding_shape = metadata.embedding_shape

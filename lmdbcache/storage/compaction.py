@@ -70,7 +70,7 @@ def _copy(environment: Environment, store: Path) -> tuple[Path, int]:
     with translated_errors(store):
         # A writer killed between its meta page and the lock file leaves the two in disagreement;
         # an empty write transaction mends that.
-        environment.env.begin(write=True).abort()
+        environment.begin_write().abort()
         snapshot = environment.begin_read()
         entries = _count(environment, snapshot)
         info = environment.env.info()

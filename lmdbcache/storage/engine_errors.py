@@ -17,10 +17,17 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
+from lmdbcache.storage.reader_slots import holders
 
-__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors"]
+__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors", "truncated"]
 
+_NAMED: Final = 4  # processes, in a message
 DAMAGE_REMEDY: Final = "Clear this store and extract again, or restore the file from a copy"
+
+
+def truncated(path: Path, size: int, needed: int) -> str:
+    """The message for a data file that is shorter than its last page."""
+    return f"{path} is truncated: {size} bytes of {needed}. {DAMAGE_REMEDY}"
 
 
 @contextlib.contextmanager
@@ -34,10 +41,7 @@ def translated_errors(where: Path) -> Iterator[None]:
             "and open it again, so that a larger map is taken"
         ) from None
     except lmdb.ReadersFullError:
-        raise StorageError(
-            f"{where}: all reader slots are taken by living processes. "
-            "Close readers, or end processes that keep one open"
-        ) from None
+        raise StorageError(_readers_full(where)) from None
     except lmdb.ReadonlyError:
         raise ReadOnlyCacheError(
             f"{where} can't be written by this process. Check the permissions of the folder and "
@@ -51,6 +55,10 @@ def translated_errors(where: Path) -> Iterator[None]:
         lmdb.PanicError,
     ) as error:
         raise IntegrityError(f"{where} is damaged ({error}). {DAMAGE_REMEDY}") from None
+    except lmdb.MemoryError as error:
+        raise StorageError(
+            f"{where}: no memory ({error}). Raise `ulimit -v`, or commit and read less at a time"
+        ) from None
     except (lmdb.Error, OSError) as error:
         if _disk_is_full(error, where):
             free = shutil.disk_usage(where).free
@@ -63,7 +71,22 @@ def translated_errors(where: Path) -> Iterator[None]:
                 f"{error.filename or where} can't be used by this user ({error.strerror}). "
                 "Check the permissions"
             ) from None
+        if "already open in this process" in str(error):
+            raise StorageError(
+                f"{where} is open in this process through lmdb itself, which allows one "
+                "environment for a file. Close that lmdb.Environment first"
+            ) from None
         raise StorageError(f"{where}: {error}") from error
+
+
+def _readers_full(where: Path) -> str:
+    found = holders(where)
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    named = f" (open in process {', '.join(found[:_NAMED])}{more})" if found else ""
+    return (
+        f"{where}: all slots of LMDB's reader table are taken{named}. Close readers there, or end "
+        "such a process, and try again; the table is made anew once nobody has the store open"
+    )
 
 
 def raise_translated(error: BaseException, where: Path) -> NoReturn:

@@ -19,19 +19,19 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import lmdb
 
-from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
+from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError, StorageError
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
-from lmdbcache.storage.opening import file_id, open_environment
+from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
 
 __all__ = [
     "Environment",
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _logger: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class Environment:
@@ -58,22 +59,37 @@ class Environment:
         self.process_id = process_id()
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
+        self.is_open = True
+        self._size = 0  # of the file, when last looked at
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
-        if not create:
-            self._open_checksums()
-        self.file = file_id(generation)
-        if self.file is None:
+        try:
+            if not create:
+                self._open_checksums()
+            self.file = file_id(generation)
+            if self.file is None:
+                raise IntegrityError(f"{generation / 'data.mdb'} was removed while it was opened")
+        except BaseException:
             self.env.close()
-            raise IntegrityError(f"{generation / 'data.mdb'} was removed while it was opened")
+            raise
 
     def is_live(self, generation: Path | None) -> bool:
         """Whether this is that generation, and not one of the same name that was cleared."""
         return generation is not None and file_id(generation) == self.file
 
+    def check_whole(self) -> None:
+        """Notice that something has truncated the file: LMDB would die of SIGBUS.
+
+        Raises:
+            IntegrityError: It has become shorter.
+        """
+        with no_fork, _lock:
+            if self.is_open:
+                self._size = check_still_whole(self.env, self.generation, self.file, self._size)
+
     def _open_checksums(self) -> None:
         with contextlib.suppress(lmdb.NotFoundError, lmdb.ReadonlyError):
-            self.checksums = self.env.open_db(CHECKSUMS_NAME, create=False)
+            self.checksums = self._with_slot(lambda: self.env.open_db(CHECKSUMS_NAME, create=False))
 
     def create_databases(self, transaction: lmdb.Transaction) -> None:
         """Create the named database in a new environment."""
@@ -82,30 +98,77 @@ class Environment:
     def make_writable(self) -> None:
         """Open again for writing; readers in this process pin a new snapshot at their next read."""
         with no_fork, _lock, translated_errors(self.generation):
-            if self.writable:
+            if self.writable and self.is_open:
                 return
-            self.drop_snapshots()
-            self.env.close()
             try:
-                self.env = open_environment(self.generation, write=True, create=False)
-                self.writable = True
+                self._reopen(write=True)
             finally:
                 if not self.writable:  # its readers go on
-                    self.env = open_environment(self.generation, write=False, create=False)
-                self._open_checksums()
+                    self._reopen(write=False)
+
+    def grow(self) -> None:
+        """Open again with twice the map; readers in this process pin a new snapshot.
+
+        Not `set_mapsize`: that turns the addresses of living snapshots into SIGBUS, and leaves an
+        environment without a map behind where the address space is used up.
+        """
+        with no_fork, _lock, translated_errors(self.generation):
+            before = int(self.env.info()["map_size"])
+            self._reopen(write=self.writable, min_map_size=2 * before)
+            after = int(self.env.info()["map_size"])
+            _logger.debug("%s: a map of %d bytes instead of %d", self.generation, after, before)
+            if after <= before:
+                raise StorageError(
+                    f"{self.generation}: no address space for a map above {before >> 20} MiB. "
+                    "Raise `ulimit -v`, or close readers of other stores, and commit again"
+                )
+
+    def _reopen(self, *, write: bool, min_map_size: int = 0) -> None:
+        self.drop_snapshots()
+        self.is_open = False
+        self.env.close()
+        self.env = open_environment(
+            self.generation, write=write, create=False, min_map_size=min_map_size
+        )
+        self._open_checksums()
+        self.is_open, self.writable = True, write
 
     def begin_read(self) -> lmdb.Transaction:
         """A read transaction on the newest commit, whatever others did to map or slots."""
+        if not self.is_open and self.users:  # there was no address space the last time
+            self._reopen(write=self.writable)
         try:
-            return self.env.begin(buffers=True)
+            return self._with_slot(lambda: self.env.begin(buffers=True))
         except lmdb.MapResizedError:
-            self.drop_snapshots()
-            self.env.set_mapsize(0)
+            # Another process has made the file larger than our map.
+            self._reopen(write=self.writable)
+        return self._with_slot(lambda: self.env.begin(buffers=True))
+
+    def _with_slot(self, begin: Callable[[], _T]) -> _T:
+        """Call what takes a reader slot; again without the dead readers if there is none."""
+        try:
+            return begin()
         except lmdb.ReadersFullError:
             _logger.info("%s: reader table full, clearing dead readers", self.generation)
             gc.collect()
             self.env.reader_check()
-        return self.env.begin(buffers=True)
+        return begin()
+
+    def begin_write(self) -> lmdb.Transaction:
+        """A write transaction, whatever others did to the map. Hold the store's writer lock."""
+        with _lock:
+            if not self.is_open and self.users:
+                self._reopen(write=True)
+            try:
+                return self.env.begin(write=True)
+            except lmdb.MapResizedError:
+                self._reopen(write=True)
+                return self.env.begin(write=True)
+
+    def newest_metadata(self) -> StoreMetadata:
+        """The metadata record of the newest commit."""
+        with no_fork, _lock, translated_errors(self.generation):
+            return self.read_metadata(self.begin_read())
 
     def read_metadata(self, transaction: lmdb.Transaction) -> StoreMetadata:
         """The metadata record, compared with its checksum.
@@ -141,6 +204,7 @@ class Environment:
     def close(self) -> None:
         """Close; only ever in the process that opened it."""
         self.drop_snapshots()
+        self.is_open = False
         self.env.close()
 
 
@@ -155,6 +219,7 @@ class Snapshot:
         self.located: Any = None
         self.is_unlocatable = False
         with _lock, translated_errors(environment.generation):
+            environment.check_whole()
             transaction = environment.begin_read()
             self.metadata = environment.read_metadata(transaction)
             self.id: int = transaction.id()

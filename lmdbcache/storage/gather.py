@@ -18,6 +18,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.errors import IntegrityError
+from lmdbcache.storage.engine_errors import truncated
+
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
@@ -114,7 +117,11 @@ class MappedFile:
 
         Returns:
             The n values, one after the other, owned; `out` if it was given.
+
+        Raises:
+            IntegrityError: The file was truncated meanwhile.
         """
+        self.check_whole()
         if length < LARGE_VALUE_BYTES and out is None:
             return self._view(length)[offsets]
         if out is None:
@@ -122,6 +129,16 @@ class MappedFile:
         for row, offset in zip(out, offsets.tolist(), strict=True):
             row[:] = self.data[offset : offset + length]
         return out
+
+    def check_whole(self) -> None:
+        """Notice that something has truncated the file: reading beyond its end is SIGBUS.
+
+        Raises:
+            IntegrityError: It has become shorter.
+        """
+        size = self._map.size()  # an fstat, 0.2 us
+        if size < len(self.data):
+            raise IntegrityError(truncated(self.path, size, len(self.data)))
 
     def will_need(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
         """Tell the kernel to read these values ahead; returns at once."""

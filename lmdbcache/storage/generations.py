@@ -120,7 +120,10 @@ def remove_other_generations(store: Path) -> None:
     current = current_generation(store)
     for folder in store.iterdir():
         if GENERATION_NAME.fullmatch(folder.name) and folder != current:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_symlink():
+                folder.unlink(missing_ok=True)  # never what it leads to
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_bytes(folder: Path) -> int:

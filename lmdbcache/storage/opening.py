@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import mmap
 import os
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -12,15 +15,22 @@ from typing import Any, Final, cast
 import lmdb
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
-from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, truncated
+from lmdbcache.storage.filesystems import check_local_for_reading, check_local_for_writing
+from lmdbcache.storage.reader_slots import holders
 
-__all__ = ["check_file_size", "file_id", "open_environment"]
+__all__ = ["check_file_size", "check_still_whole", "file_id", "open_environment"]
 
 _logger: Final = logging.getLogger(__name__)
 
 _MAX_READERS: Final = 2048
-_LARGE_MAP: Final = 1 << 40  # sparse: costs address space only
-_SMALL_MAP: Final = 1 << 26
+# Maps are sparse and cost address space only, of which a process has 128 TiB or what `ulimit -v`
+# leaves: a share of the rest each, so that hundreds of stores fit and the process has some left.
+_WRITER_MAP = 1 << 40
+_READER_MAP = 1 << 36
+_LEAST_GROWTH = 1 << 20
+_ADDRESS_SPACE: Final = 1 << 47
+_SHARE_OF_THE_REST: Final = 16
 _LOCK_FILE_BYTES: Final = 1 << 20
 
 # Page header (16 bytes), then: magic, version, address, map size, free DB with the page size in
@@ -58,7 +68,7 @@ def check_file_size(generation: Path) -> int:
         raise IntegrityError(f"{path} isn't an LMDB file ({size} bytes). {DAMAGE_REMEDY}")
     needed = (max(metas, key=lambda meta: cast("int", meta[_TXNID]))[_LAST_PAGE] + 1) * page_size
     if size < needed:
-        raise IntegrityError(f"{path} is truncated: {size} bytes of {needed}. {DAMAGE_REMEDY}")
+        raise IntegrityError(truncated(path, size, needed))
     return size
 
 
@@ -71,14 +81,62 @@ def file_id(generation: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def open_environment(generation: Path, *, write: bool, create: bool) -> lmdb.Environment:
-    """Open a generation's LMDB environment with the largest map that the process may have.
+def check_still_whole(
+    environment: lmdb.Environment, generation: Path, opened: tuple[int, int] | None, known: int
+) -> int:
+    """Notice that something has truncated data.mdb under an open environment.
+
+    Args:
+        environment: Open.
+        generation: Its folder.
+        opened: Which file is open, as of `file_id`.
+        known: Bytes that the file has had before; LMDB never makes it shorter.
+
+    Returns:
+        Bytes that it has now.
+
+    Raises:
+        IntegrityError: It is shorter than before, or than its last page.
+    """
+    path = generation / "data.mdb"
+    for is_first in (True, False):
+        # Before the file's size: a commit in between makes the file larger.
+        least = known if is_first else _used_bytes(environment)
+        try:
+            status = path.stat()
+        except OSError:
+            return known  # unlinked: what is mapped stays as it is
+        if (status.st_dev, status.st_ino) != opened:
+            return known
+        if status.st_size < least:
+            raise IntegrityError(truncated(path, status.st_size, least))
+    return status.st_size
+
+
+def _used_bytes(environment: lmdb.Environment) -> int:
+    return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
+
+
+def open_environment(
+    generation: Path, *, write: bool, create: bool, min_map_size: int = 0
+) -> lmdb.Environment:
+    """Open a generation's LMDB environment with the largest map that suits the process.
+
+    A commit that doesn't fit, of this or another process, has it opened again with a larger one.
+
+    Args:
+        generation: The generation's folder.
+        write: For write transactions.
+        create: Make a new environment in this empty folder.
+        min_map_size: Bytes that the map should have, if there is address space for them.
 
     Raises:
         IntegrityError: The file is missing, truncated or foreign.
         ReadOnlyCacheError: This user may not read it.
-        StorageError: No address space is left.
+        StorageError: No address space is left, or it lies on a network file system.
     """
+    if write:
+        check_local_for_writing(generation)
     data = generation / "data.mdb"
     if not create and data.exists() and not os.access(data, os.R_OK):
         raise ReadOnlyCacheError(
@@ -87,18 +145,45 @@ def open_environment(generation: Path, *, write: bool, create: bool) -> lmdb.Env
     _check_room_for_lock_file(generation)
     # LMDB makes an empty environment of an empty file or folder, which would hide a loss.
     size = 0 if create else check_file_size(generation)
-    map_size = max(_LARGE_MAP, 8 * size)
+    least = size + _LEAST_GROWTH if write else size
+    wanted = max(_WRITER_MAP if write else _READER_MAP, 8 * size)
+    map_size = max(least, min_map_size, min(wanted, _address_space_left() // _SHARE_OF_THE_REST))
     while True:
         try:
             return _open_with(generation, map_size, write=write)
+        except (lmdb.InvalidError, lmdb.InvalidParameterError):
+            if not create:
+                _blame_lock_file(generation)
+            raise
         except (MemoryError, lmdb.MemoryError):
-            # Address space is limited (ulimit -v, or many stores): a smaller map will do.
-            map_size //= 2
-            if map_size < max(_SMALL_MAP, 2 * size):
+            if map_size <= least:
                 raise StorageError(
-                    f"{generation}: no address space for a map of {2 * map_size >> 20} MiB. "
+                    f"{generation}: no address space for a map of {max(1, map_size >> 20)} MiB. "
                     "Raise `ulimit -v`, or close readers of other stores"
                 ) from None
+            map_size = max(least, map_size // 2)
+
+
+def _address_space_left() -> int:
+    """Bytes that this process may still map, roughly."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = 0
+    with contextlib.suppress(OSError, ValueError):  # no /proc: halving finds a size
+        used = int(Path("/proc/self/statm").read_bytes().split()[0]) * mmap.PAGESIZE
+    space = _ADDRESS_SPACE if limit == resource.RLIM_INFINITY else min(limit, _ADDRESS_SPACE)
+    return max(0, space - used)
+
+
+def _blame_lock_file(generation: Path) -> None:
+    """Nobody loses a sound store to the advice for a damaged one."""
+    with contextlib.suppress(lmdb.Error):
+        lmdb.open(str(generation), readonly=True, create=False, lock=False).close()
+        found = ", ".join(holders(generation)) or "unknown"
+        raise StorageError(
+            f"{generation / 'lock.mdb'} was overwritten or cut while a process has the store open "
+            f"({found}). The data is sound: end that process, and the next one makes the lock file "
+            "anew; removing it before would destroy the store"
+        ) from None
 
 
 def _check_room_for_lock_file(generation: Path) -> None:
@@ -113,7 +198,7 @@ def _check_room_for_lock_file(generation: Path) -> None:
 
 def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environment:
     options: dict[str, Any] = {
-        "map_size": map_size - map_size % 65536,
+        "map_size": -(-map_size // 65536) * 65536,
         "max_dbs": 4,
         "max_readers": _MAX_READERS,
         "mode": 0o666,
@@ -121,9 +206,11 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
     path = str(generation)
     if write:
         return lmdb.open(path, **options)
+    if not check_local_for_reading(generation):
+        return lmdb.open(path, readonly=True, create=False, lock=False, **options)
     try:
         environment = lmdb.open(path, readonly=True, create=False, **options)
-    except (MemoryError, lmdb.MemoryError):
+    except (MemoryError, lmdb.MemoryError, lmdb.ReadersFullError):
         raise
     except lmdb.Error as error:
         if os.access(generation, os.W_OK):

@@ -18,9 +18,11 @@ import numpy.typing as npt
 
 from lmdbcache.storage.layout import METADATA_KEY
 
-__all__ = ["UnreadablePagesError", "ValueTable", "read_value_table"]
+__all__ = ["UnreadablePagesError", "ValueTable", "read_free_pages", "read_value_table"]
 
-_META: Final = struct.Struct("=16x IIQQ I44x 4xHHQQQQQ QQ")
+# Magic, version, address, map size; the free database, whose first field is the page size, and the
+# main one, each with flags, depth, three counts of pages, entries and root; last page, transaction.
+_META: Final = struct.Struct("=16x IIQQ IHHQQQQQ 4xHHQQQQQ QQ")
 _PAGE_HEADER_BYTES: Final = 16
 _NODE_HEADER_BYTES: Final = 8
 _BRANCH, _LEAF = 0x01, 0x02
@@ -69,17 +71,13 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
         UnreadablePagesError: Two newer commits have taken the snapshot's meta page, or a page
             isn't as expected.
     """
-    page_size, depth, root, num_pages = _find_root(data, transaction_id)
+    page_size, num_pages, _, (depth, root) = _find_roots(data, transaction_id)
     if depth == 0:
         empty = np.empty(0, np.int64)
         return ValueTable(np.empty(0, "S1"), empty, empty)
     pages = data[: num_pages * page_size].reshape(num_pages, page_size)
-    level = np.array([root], np.int64)
     try:
-        for _ in range(depth - 1):
-            level = np.concatenate([_children(part) for part in _steps(pages, level)])
-            if len(level) > num_pages:  # a loop; each step would multiply them
-                raise UnreadablePagesError("more children than pages")
+        level = _leaves(pages, depth, root)
         parts = [_values(part, numbers) for part, numbers in _numbered_steps(pages, level)]
     except (IndexError, ValueError) as error:
         raise UnreadablePagesError(str(error)) from error
@@ -93,8 +91,73 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
     return table
 
 
-def _find_root(data: npt.NDArray[np.uint8], transaction_id: int) -> tuple[int, int, int, int]:
-    """(page size, depth, root page, pages in use) from the snapshot's own meta page."""
+def read_free_pages(
+    data: npt.NDArray[np.uint8], transaction_id: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pages that each transaction has freed and that weren't used again.
+
+    Args:
+        data: See `read_value_table`.
+        transaction_id: See `read_value_table`.
+
+    Returns:
+        Transaction ids, and how many pages each has freed; both (n,) int64.
+
+    Raises:
+        UnreadablePagesError: See `read_value_table`.
+    """
+    page_size, num_pages, (depth, root), _ = _find_roots(data, transaction_id)
+    if depth == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    try:
+        parts = [_free_counts(part) for part in _steps(pages, _leaves(pages, depth, root))]
+        transactions, starts = (np.concatenate(column) for column in zip(*parts, strict=True))
+        # A list on pages of its own is given by their first page, one within its leaf is counted.
+        lists = starts < 0
+        counts = starts.copy()
+        at = -starts[lists]
+        if at.size and at.max() >= num_pages:
+            raise UnreadablePagesError("a page number beyond the file")
+        header = slice(_PAGE_HEADER_BYTES, _PAGE_HEADER_BYTES + 8)
+        counts[lists] = np.ascontiguousarray(pages[at, header]).view("<i8")[:, 0]
+    except (IndexError, ValueError) as error:
+        raise UnreadablePagesError(str(error)) from error
+    if counts.size and (counts.min() < 0 or int(counts.sum()) > num_pages):
+        raise UnreadablePagesError("more free pages than pages")
+    return transactions, counts
+
+
+def _free_counts(
+    pages: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(transaction, number of pages or minus the page that has it) of the lists on some leaves."""
+    index, at = _nodes(pages, _LEAF)
+    # Its header, a key of 8 bytes, and the list: its length and then the pages.
+    words = _fields(pages, index, at, _NODE_HEADER_BYTES + 16)
+    flags = words[:, 4:6].view("<u2")[:, 0]
+    numbers = np.ascontiguousarray(words[:, _NODE_HEADER_BYTES:]).view("<i8")
+    if (numbers < 0).any():
+        raise UnreadablePagesError("a negative number of pages")
+    return numbers[:, 0], np.where(flags & _BIG_VALUE, -numbers[:, 1], numbers[:, 1])
+
+
+def _leaves(pages: npt.NDArray[np.uint8], depth: int, root: int) -> npt.NDArray[np.int64]:
+    level = np.array([root], np.int64)
+    for _ in range(depth - 1):
+        level = np.concatenate([_children(part) for part in _steps(pages, level)])
+        if len(level) > len(pages):  # a loop; each step would multiply them
+            raise UnreadablePagesError("more children than pages")
+    return level
+
+
+def _find_roots(
+    data: npt.NDArray[np.uint8], transaction_id: int
+) -> tuple[int, int, tuple[int, int], tuple[int, int]]:
+    """Page size, pages in use, and (depth, root page) of the free and of the main database.
+
+    From the snapshot's own meta page.
+    """
     if len(data) < _META.size:
         raise UnreadablePagesError(f"a file of {len(data)} bytes")
     page_size = int(_META.unpack_from(data[: _META.size].tobytes())[4])
@@ -102,14 +165,17 @@ def _find_root(data: npt.NDArray[np.uint8], transaction_id: int) -> tuple[int, i
         raise UnreadablePagesError(f"page size {page_size}")
     start = (transaction_id & 1) * page_size
     meta = _META.unpack_from(data[start : start + _META.size].tobytes())
-    magic, version, _, _, _, _, depth, _, _, _, _, root, last_page, written = meta
+    magic, version = meta[:2]
+    free, main = (meta[6], meta[11]), (meta[13], meta[18])
+    last_page, written = meta[19:]
+    depth = max(free[0], main[0])
     if magic != 0xBEEFC0DE or version != 1 or written != transaction_id or depth > _MAX_DEPTH:
         raise UnreadablePagesError(f"meta page of transaction {written}, not {transaction_id}")
     if (last_page + 1) * page_size > len(data):
         raise UnreadablePagesError("the file is shorter than its last page")
-    if depth and root > last_page:
+    if any(depth and root > last_page for depth, root in (free, main)):
         raise UnreadablePagesError("a root beyond the last page")
-    return page_size, depth, root, last_page + 1
+    return page_size, last_page + 1, free, main
 
 
 def _steps(pages: npt.NDArray[np.uint8], numbers: npt.NDArray[np.int64]) -> Any:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import lmdb
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheNotFoundError
+from lmdbcache.errors import CacheError, CacheNotFoundError
 from lmdbcache.storage.engine_errors import raise_translated
 from lmdbcache.storage.environment import (
+    Environment,
     Holder,
     Snapshot,
     acquire_current,
@@ -62,6 +63,7 @@ class PinnedStore:
             CacheNotFoundError: The store was cleared meanwhile.
         """
         snapshot = self.pinned()
+        snapshot.environment.check_whole()
         live = snapshot.environment.is_live(current_generation(self._store))
         if live and snapshot.num_newer_commits() == 0:
             return False
@@ -102,18 +104,27 @@ class PinnedStore:
         with self._pin_lock, no_fork:
             if self._snapshot is not None and self._snapshot is not instead_of:
                 return self._snapshot  # another thread was faster
-            environment = acquire_current(self._store)
-            try:
-                snapshot = Snapshot(environment)
-                snapshot.metadata.check_config(self._expected_config, self._store)
-            except BaseException:
-                release(environment)
-                raise
+            environment, snapshot = self._newest()
             if self._snapshot is not None:
                 self._snapshot.end()
             self._snapshot = snapshot
             self._holder.take(environment)
             return snapshot
+
+    def _newest(self) -> tuple[Environment, Snapshot]:
+        while True:
+            environment = acquire_current(self._store)
+            try:
+                snapshot = Snapshot(environment)
+                snapshot.metadata.check_config(self._expected_config, self._store)
+            except BaseException as error:
+                release(environment)
+                # A compaction may have removed it meanwhile.
+                moved = not environment.is_live(current_generation(self._store))
+                if not (moved and isinstance(error, CacheError)):
+                    raise
+            else:
+                return environment, snapshot
 
     def read_pinned(
         self,

@@ -100,6 +100,7 @@ class Selection:
         """
 
         def read(located: LocatedValues, wanted: Offsets) -> _T:
+            located.file.check_whole()
             return copy(located.file, wanted, located.common_length or 0)
 
         return self._look_up(positions, read)

@@ -181,15 +181,19 @@ def test_two_files_with_one_id_are_refused(root, write_clip):
         VEGASDataset(root, selected_classes=["drum"])
 
 
-def test_names_that_are_not_text_are_refused(root):
-    """A name in no known encoding raises instead of failing later, in the cache."""
+def test_names_that_are_not_text_are_left_out(root, caplog):
+    """One name in no known encoding is named in a warning; the rest of the folder is used."""
+    before = VEGASDataset(root).sample_ids
     path = Path(os.fsdecode(os.fsencode(root / "dog" / "audios") + b"/\xff.wav"))
     try:
         path.touch()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(DatasetError, match="rename the file"):
-        VEGASDataset(root)
+    caplog.clear()
+    assert VEGASDataset(root).sample_ids == before
+    (message,) = [m for m in caplog.messages if "left out" in m]
+    assert r"\udcff.wav" in message
+    assert "rename the file" in message
 
 
 def test_missing_folders(root, tmp_path, caplog):

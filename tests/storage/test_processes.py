@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from storage.child_processes import in_fork, open_database_files, peer_process, read, write
+from storage.worker_churn import assert_nothing_piles_up, fill, run_epochs
 
 from lmdbcache import EmbeddingDataset, EmbeddingReader, collate_embeddings
 from lmdbcache.storage import environment, forking
@@ -169,3 +171,62 @@ def test_garbage_collected_readers_give_their_environment_back_later(reader):
         assert list(environment._environments.values()) == [held]
     assert held.users == 0
     assert not environment._environments
+
+
+def test_epochs_pile_up_neither_slots_nor_descriptors(cache, config):
+    """A slice of the long run: new workers in each epoch leave nothing behind."""
+    fill(cache, config)
+    with cache.reader(config) as own:
+        assert_nothing_piles_up(run_epochs(own, "fork", False, 8, 2), 2)
+
+
+def error_of_killed_epoch(loader):
+    epoch = iter(loader)
+    next(epoch)
+    os.kill(epoch._workers[0].pid, 9)
+    try:
+        list(epoch)
+    except (RuntimeError, EOFError, OSError) as error:  # whichever torch notices first
+        return repr(error)
+    finally:
+        # Its signal handler may raise at any moment until the worker is off its list.
+        with contextlib.suppress(RuntimeError):
+            epoch._shutdown_workers()
+    return ""
+
+
+def test_killed_loader_worker_is_torchs_error_and_no_more(cache, config, request):
+    """A worker killed with SIGKILL ends its epoch; the next ones, and writers, go on."""
+    fill(cache, config)
+    own = cache.reader(config)
+    request.addfinalizer(own.close)
+    dataset = EmbeddingDataset(own, labels=list(range(64)))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, num_workers=2, collate_fn=collate_embeddings
+    )
+    assert len(own) == 64
+    for _ in range(3):
+        assert error_of_killed_epoch(loader)
+        seen = torch.cat([labels for _, labels in loader]).tolist()
+        assert seen == list(range(64))
+    with peer_process() as peer:
+        assert peer.call(write, cache.root, config, {"new:x": np.zeros(16)}) == 1
+    assert "new:x" in own
+
+
+def test_forks_while_a_writer_is_open(cache, config):
+    """Children forked with a writer open read what is committed, don't disturb it, and may write
+    with one of their own."""
+    fill(cache, config)
+    with cache.writer(config) as writer, cache.reader(config) as own:
+        for n in range(6):
+            writer.put(f"pending{n}:x", np.full(16, n, np.float32))
+            child = in_fork(lambda: own.get_batch(["005:x"])[0, 0])
+            assert child == 5
+            assert in_fork(lambda n=n: write(cache.root, config, {f"child{n}:x": np.ones(16)})) == 1
+            if n % 2:
+                assert writer.commit() == 2
+                assert in_fork(lambda n=n: own.get_batch([f"pending{n}:x"])[0, 0]) == n
+        own.refresh()
+        assert len(own) == 64 + 6 + 6
+    assert cache.verify(config).is_sound

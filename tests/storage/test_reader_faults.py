@@ -17,8 +17,6 @@ from lmdbcache.errors import (
     CacheError,
     CacheNotFoundError,
     IntegrityError,
-    ReadOnlyCacheError,
-    StorageError,
 )
 from lmdbcache.storage.opening import check_file_size
 
@@ -252,18 +250,3 @@ def test_reader_of_nothing_says_so(cache, config):
     for use in (cache.verify, cache.compact):
         with pytest.raises(CacheNotFoundError, match="nothing is stored"):
             use(config)
-
-
-def test_no_address_space_is_an_error(filled, config):
-    """Under `ulimit -v` a smaller map is taken; with none at all the error says what to do."""
-    import resource
-
-    def read_with(limit):
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-        resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
-        return len(filled.reader(config))
-
-    assert in_fork(lambda: read_with(1 << 30)) == 20
-    with pytest.raises(AssertionError, match=r"StorageError.*ulimit -v"):
-        in_fork(lambda: read_with(16 << 20))
-    assert issubclass(ReadOnlyCacheError, StorageError)

@@ -1,0 +1,212 @@
+"""Network file systems: LMDB's locks and its shared map don't work across machines there.
+
+Known from /proc/self/mountinfo; where that doesn't exist, nothing is recognised.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from lmdbcache.errors import ReadOnlyCacheError, StorageError
+
+__all__ = [
+    "NETWORK_VARIABLE",
+    "Mount",
+    "check_local_for_reading",
+    "check_local_for_writing",
+    "find_mount",
+    "is_network",
+    "parse_mounts",
+]
+
+NETWORK_VARIABLE: Final = "LMDBCACHE_ALLOW_NETWORK"
+
+_logger: Final = logging.getLogger(__name__)
+
+_NETWORK_TYPES: Final = frozenset(
+    [
+        "9p",
+        "acfs",
+        "afs",
+        "afpfs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "coda",
+        "davfs",
+        "fhgfs",
+        "fuse",
+        "gfs",
+        "gfs2",
+        "glusterfs",
+        "gpfs",
+        "juicefs",
+        "lustre",
+        "mfs",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "orangefs",
+        "panfs",
+        "prl_fs",
+        "pvfs2",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "vboxsf",
+        "virtiofs",
+        "wekafs",
+    ]
+)
+# A folder of this machine by way of a process: no other machine writes there.
+_LOCAL_FUSE_TYPES: Final = frozenset(
+    [
+        "fuse.bindfs",
+        "fuse.encfs",
+        "fuse.ext2",
+        "fuse.ext4",
+        "fuse.gocryptfs",
+        "fuse.mergerfs",
+        "fuse.ntfs-3g",
+        "fuse.fuse-overlayfs",
+        "fuse.lxcfs",
+        "fuse.ntfs",
+        "fuse.squashfuse",
+        "fuse.zfs",
+        "fuse.cryfs",
+    ]
+)
+# Shared by a virtual machine's host. As the root they are the machine's own disk.
+_HOST_TYPES: Final = frozenset(("9p", "virtiofs"))
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One mounted file system."""
+
+    point: str
+    kind: str
+    source: str
+
+
+def check_local_for_writing(folder: Path) -> None:
+    """Refuse to write where other machines may, unless `$LMDBCACHE_ALLOW_NETWORK` is 1.
+
+    Args:
+        folder: Where something will be written; need not exist yet.
+
+    Raises:
+        ReadOnlyCacheError: It lies on a network file system.
+    """
+    mount = _network_mount(folder)
+    if mount is None:
+        return
+    if not _is_allowed():
+        raise ReadOnlyCacheError(
+            f"{folder} lies on {mount.point}, a network file system ({mount.kind}), where LMDB's "
+            "locks don't hold and a store can be destroyed. Put the cache root on a local disk "
+            f"and copy the finished store over; or set {NETWORK_VARIABLE}=1 if only one machine "
+            "ever uses it"
+        )
+    _warn(mount, "written")
+
+
+def check_local_for_reading(folder: Path) -> bool:
+    """Whether to read with locks; without on a network file system, and only when asked.
+
+    Raises:
+        StorageError: It lies on a network file system and `$LMDBCACHE_ALLOW_NETWORK` isn't 1.
+    """
+    mount = _network_mount(folder)
+    if mount is None:
+        return True
+    if not _is_allowed():
+        raise StorageError(
+            f"{folder} lies on {mount.point}, a network file system ({mount.kind}), where LMDB's "
+            "locks don't hold. Copy the store to a local disk; or, if nobody writes to it, set "
+            f"{NETWORK_VARIABLE}=1 to read it there without locks"
+        )
+    _warn(mount, "read without locks")
+    return False
+
+
+def is_network(mount: Mount) -> bool:
+    """Whether other machines may reach what lies there."""
+    if mount.kind in _HOST_TYPES and mount.point == "/":
+        return False
+    if mount.kind.startswith("fuse."):
+        return mount.kind not in _LOCAL_FUSE_TYPES
+    return mount.kind in _NETWORK_TYPES
+
+
+def parse_mounts(text: bytes) -> list[Mount]:
+    """The mounts that /proc/self/mountinfo lists, in its order; other lines are left out."""
+    mounts = []
+    for line in text.splitlines():
+        before, dash, after = line.partition(b" - ")
+        fields, types = before.split(b" "), after.split(b" ")
+        if dash and len(fields) >= 6 and len(types) >= 2:
+            point, source = _unescaped(fields[4]), _unescaped(types[1])
+            mounts.append(Mount(point, types[0].decode("ascii", "replace"), source))
+    return mounts
+
+
+def find_mount(mounts: list[Mount], path: str) -> Mount | None:
+    """The mount of an absolute path without links: the longest, of equal ones the last."""
+    found = None
+    for mount in mounts:
+        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
+        if inside and (found is None or len(mount.point) >= len(found.point)):
+            found = mount
+    return found
+
+
+def _unescaped(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
+
+
+def _network_mount(folder: Path) -> Mount | None:
+    while True:
+        try:
+            device = folder.stat().st_dev
+            break
+        except OSError:  # not made yet, or not ours to look at
+            if folder == folder.parent:
+                return None
+            folder = folder.parent
+    return _network_mount_of(device, os.fspath(folder))
+
+
+@lru_cache(maxsize=256)
+def _network_mount_of(device: int, folder: str) -> Mount | None:
+    """By device, too: what was mounted over the folder since is another one."""
+    try:
+        text = Path("/proc/self/mountinfo").read_bytes()
+    except OSError:
+        return None
+    mount = find_mount(parse_mounts(text), os.path.realpath(folder))
+    _logger.debug("%s (device %d) lies on %s", folder, device, mount)
+    return mount if mount is not None and is_network(mount) else None
+
+
+def _is_allowed() -> bool:
+    return os.environ.get(NETWORK_VARIABLE, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+@lru_cache(maxsize=256)
+def _warn(mount: Mount, use: str) -> None:
+    _logger.warning(
+        "%s is a network file system (%s); stores there are %s, which is sound only while no "
+        "other machine writes to them",
+        mount.point,
+        mount.kind,
+        use,
+    )
