@@ -18,9 +18,13 @@ from lmdbcache.errors import (
     StorageError,
 )
 
-__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors"]
+__all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors"]
 
-DAMAGE_REMEDY: Final = "Clear this store and extract again, or restore the file from a copy"
+DAMAGE_REMEDY: Final = (
+    "Run `lmdbcache repair` to keep what is sound and extract what isn't, or restore the file "
+    "from a copy"
+)
+LOSS_REMEDY: Final = "Restore the file from a copy, or clear this store and extract again"
 
 
 @contextlib.contextmanager

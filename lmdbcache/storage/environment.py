@@ -27,6 +27,7 @@ import lmdb
 
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
 from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.first_opening import check_first_opening
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
@@ -58,6 +59,8 @@ class Environment:
         self.process_id = process_id()
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
+        if not create:
+            check_first_opening(generation)
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
         if not create:
@@ -122,8 +125,8 @@ class Environment:
         expected = transaction.get(METADATA_KEY, db=self.checksums)
         if expected is None or bytes(expected) != checksum(METADATA_KEY, record):
             raise IntegrityError(
-                f"{self.generation}: the metadata record is damaged. Clear this store and "
-                "extract again"
+                f"{self.generation}: the metadata record is damaged. Run `lmdbcache repair`, which "
+                "looks for another copy of it, or clear this store and extract again"
             )
         return StoreMetadata.unpack(bytes(record), self.generation)
 

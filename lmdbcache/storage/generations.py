@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.storage.checked_marker import mark_known
+from lmdbcache.storage.commit_record import record_commit
 from lmdbcache.storage.layout import CURRENT_NAME, GENERATION_NAME, WRITER_LOCK_NAME
 
 __all__ = [
@@ -99,7 +101,12 @@ def create_generation(store: Path) -> Path:
 
 
 def publish_generation(store: Path, generation: Path) -> None:
-    """Make a generation the live one, durably and at once. The caller holds the writer lock."""
+    """Make a generation the live one, durably and at once. The caller holds the writer lock.
+
+    It was made on this machine, from what is known to be sound.
+    """
+    record_commit(generation)
+    mark_known(generation)
     sync_file(generation)
     temporary = store / f"{CURRENT_NAME}.tmp"
     with temporary.open("w", encoding="ascii") as file:

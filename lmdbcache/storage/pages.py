@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.storage.layout import METADATA_KEY
+from lmdbcache.storage.meta_pages import Tree
 
-__all__ = ["UnreadablePagesError", "ValueTable", "read_value_table"]
+__all__ = ["UnreadablePagesError", "ValueTable", "read_named_table", "read_value_table"]
 
 _META: Final = struct.Struct("=16x IIQQ I44x 4xHHQQQQQ QQ")
 _PAGE_HEADER_BYTES: Final = 16
@@ -70,15 +71,39 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
             isn't as expected.
     """
     page_size, depth, root, num_pages = _find_root(data, transaction_id)
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    return _read_tree(pages, depth, root)
+
+
+def read_named_table(
+    data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree
+) -> ValueTable:
+    """Read the table of a named database of a pinned snapshot.
+
+    Args:
+        data: See `read_value_table`.
+        transaction_id: The snapshot's.
+        tree: The named database, as the snapshot's main database has it.
+
+    Raises:
+        UnreadablePagesError: See `read_value_table`.
+    """
+    page_size, _, _, num_pages = _find_root(data, transaction_id)
+    if tree.depth and tree.root >= num_pages:
+        raise UnreadablePagesError("a root beyond the last page")
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    return _read_tree(pages, tree.depth, tree.root)
+
+
+def _read_tree(pages: npt.NDArray[np.uint8], depth: int, root: int) -> ValueTable:
     if depth == 0:
         empty = np.empty(0, np.int64)
         return ValueTable(np.empty(0, "S1"), empty, empty)
-    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
     level = np.array([root], np.int64)
     try:
         for _ in range(depth - 1):
             level = np.concatenate([_children(part) for part in _steps(pages, level)])
-            if len(level) > num_pages:  # a loop; each step would multiply them
+            if len(level) > len(pages):  # a loop; each step would multiply them
                 raise UnreadablePagesError("more children than pages")
         parts = [_values(part, numbers) for part, numbers in _numbered_steps(pages, level)]
     except (IndexError, ValueError) as error:
@@ -89,7 +114,7 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
         np.concatenate([part[1] for part in parts]),
         np.concatenate([part[2] for part in parts]),
     )
-    _check(table, num_pages * page_size)
+    _check(table, pages.size)
     return table
 
 

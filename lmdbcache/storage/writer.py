@@ -22,6 +22,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     WriterClosedError,
 )
+from lmdbcache.storage.commit_record import record_commit
 from lmdbcache.storage.committing import put_embeddings, put_metadata
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import (
@@ -327,6 +328,7 @@ class EmbeddingWriter:
             with contextlib.suppress(lmdb.Error):
                 transaction.abort()
             raise
+        record_commit(environment.generation)
         self._metadata, self._shape = metadata, shape
         return written
 

@@ -101,7 +101,12 @@ def test_folder_holds_what_the_format_says(store):
         "writer.lock",
     ]
     assert (folder / "CURRENT").read_bytes() == b"gen-000001\n"
-    assert sorted(child.name for child in generation.iterdir()) == ["data.mdb", "lock.mdb"]
+    assert sorted(child.name for child in generation.iterdir()) == [
+        "checked",
+        "committed",
+        "data.mdb",
+        "lock.mdb",
+    ]
 
 
 def test_a_plain_client_reads_a_value(filled, config, embeddings):
