@@ -36,6 +36,7 @@ __all__ = [
     "Findings",
     "check_generation",
     "check_values",
+    "metadata_findings",
     "placed_values",
     "structure_findings",
 ]
@@ -115,11 +116,12 @@ def structure_findings(generation: Path) -> tuple[str, ...]:
     except (VerifyError, OSError, ValueError, IndexError, MemoryError) as error:
         findings.append(str(error))
     with PageFile(path) as file:
-        findings += _metadata_findings(file)
+        findings += metadata_findings(file)
     return tuple(str(finding) for finding in findings[:_MAX_FINDINGS])
 
 
-def _metadata_findings(file: PageFile) -> list[str]:
+def metadata_findings(file: PageFile) -> list[str]:
+    """What is wrong with the newest commit's metadata record."""
     checksums = file.find_named(CHECKSUMS_NAME)
     entry = file.find(file.meta.main, METADATA_KEY) if file.meta else None
     if entry is None or checksums is None:

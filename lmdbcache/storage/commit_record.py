@@ -18,7 +18,7 @@ import xxhash
 
 from lmdbcache.storage.meta_pages import MetaPage, newest, read_meta_pages
 
-__all__ = ["CommitRecord", "contradiction", "read_commit_record", "record_commit"]
+__all__ = ["CommitRecord", "contradiction", "read_commit_record", "record_commit", "trusted_meta"]
 
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
@@ -106,6 +106,15 @@ def contradiction(record: CommitRecord | None, metas: _Metas) -> str | None:
             )
             return None if same else f"has a damaged meta page, that of commit {meta.transaction}"
     return None
+
+
+def trusted_meta(record: CommitRecord | None, metas: _Metas) -> MetaPage | None:
+    """The newest meta page that isn't known to be damaged."""
+    latest = newest(metas)
+    if latest and record and latest.transaction == record.transaction:
+        if _digest(latest) != record.meta_digest:
+            return next((meta for meta in metas if meta is not latest), None)
+    return latest
 
 
 def _digest(meta: MetaPage) -> bytes:

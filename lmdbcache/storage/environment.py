@@ -157,6 +157,8 @@ class Snapshot:
         # Where its values lie, once somebody has found out (`located.locate`).
         self.located: Any = None
         self.is_unlocatable = False
+        # The same with their checksums (`verified_reads.prepare`).
+        self.verified: Any = None
         with _lock, translated_errors(environment.generation):
             transaction = environment.begin_read()
             self.metadata = environment.read_metadata(transaction)
@@ -187,7 +189,7 @@ class Snapshot:
             if self.transaction is not None:
                 self.transaction.abort()
                 self.transaction = None
-                self.located = None
+                self.located = self.verified = None
 
 
 _environments: dict[tuple[int, int] | None, Environment] = {}
@@ -316,7 +318,7 @@ def _after_fork_in_child() -> None:
     _abandoned.clear()
     for environment in _environments.values():
         for snapshot in list(environment.snapshots):
-            snapshot.transaction = snapshot.located = None
+            snapshot.transaction = snapshot.located = snapshot.verified = None
         del environment.env, environment.checksums
     _environments.clear()
 

@@ -28,6 +28,7 @@ __all__ = [
     "create_generation",
     "current_generation",
     "free_bytes",
+    "point_at",
     "publish_generation",
     "remove_other_generations",
     "remove_store",
@@ -108,6 +109,11 @@ def publish_generation(store: Path, generation: Path) -> None:
     record_commit(generation)
     mark_known(generation)
     sync_file(generation)
+    point_at(store, generation)
+
+
+def point_at(store: Path, generation: Path) -> None:
+    """Write `CURRENT`, durably and at once. The caller holds the writer lock."""
     temporary = store / f"{CURRENT_NAME}.tmp"
     with temporary.open("w", encoding="ascii") as file:
         file.write(f"{generation.name}\n")

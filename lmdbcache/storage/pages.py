@@ -179,7 +179,11 @@ def _fields(
 
 def _children(pages: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     index, at = _nodes(pages, _BRANCH)
-    words = _fields(pages, index, at, 6).view("<u2").astype(np.int64)
+    words = _fields(pages, index, at, _NODE_HEADER_BYTES).view("<u2").astype(np.int64)
+    if (at + _NODE_HEADER_BYTES + words[:, 3]).max() > pages.shape[1]:
+        raise UnreadablePagesError("a key beyond its page")
+    if len(index) < 2 * len(pages) and np.bincount(index).min() < 2:
+        raise UnreadablePagesError("a branch page with one child")
     numbers: npt.NDArray[np.int64] = words[:, 0] | words[:, 1] << 16 | words[:, 2] << 32
     return numbers
 
