@@ -111,10 +111,10 @@ def contradiction(record: CommitRecord | None, metas: _Metas) -> str | None:
 def trusted_meta(record: CommitRecord | None, metas: _Metas) -> MetaPage | None:
     """The newest meta page that isn't known to be damaged."""
     latest = newest(metas)
-    if latest and record and latest.transaction == record.transaction:
-        if _digest(latest) != record.meta_digest:
-            return next((meta for meta in metas if meta is not latest), None)
-    return latest
+    if latest is None or record is None or latest.transaction != record.transaction:
+        return latest
+    other = next((meta for meta in metas if meta is not latest), None)
+    return latest if _digest(latest) == record.meta_digest else other
 
 
 def _digest(meta: MetaPage) -> bytes:

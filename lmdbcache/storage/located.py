@@ -134,9 +134,7 @@ def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Tr
             raise UnreadablePagesError("a value at another place than LMDB's")
 
 
-def located_values(
-    file: MappedFile, table: ValueTable, metadata: StoreMetadata
-) -> LocatedValues:
+def located_values(file: MappedFile, table: ValueTable, metadata: StoreMetadata) -> LocatedValues:
     """Values at the places of a table, with what they have in common."""
     dtype = NUMPY_DTYPES[metadata.config.dtype]
     stored_shape = metadata.embedding_shape or ()

@@ -177,9 +177,7 @@ class PageFile:
             yield after + key_length, low | high << 16, node_flags, key_length
 
     def _children(self, page: bytes, number: int) -> list[int]:
-        return [
-            low | flags << 32 for _, low, flags, _ in self._nodes(page, number, _BRANCH)
-        ]
+        return [low | flags << 32 for _, low, flags, _ in self._nodes(page, number, _BRANCH)]
 
     def _entries(self, page: bytes, number: int) -> Iterator[Entry]:
         for after, length, flags, key_length in self._nodes(page, number, _LEAF):

@@ -75,9 +75,7 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
     return _read_tree(pages, depth, root)
 
 
-def read_named_table(
-    data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree
-) -> ValueTable:
+def read_named_table(data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree) -> ValueTable:
     """Read the table of a named database of a pinned snapshot.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Final
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.checking import Findings, check_generation
-from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.engine_errors import LOSS_REMEDY, translated_errors
 from lmdbcache.storage.environment import Environment, acquire, release
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import (
@@ -130,7 +130,7 @@ def _damaged_generation(store: Path) -> tuple[Path, Findings]:
     """The generation to repair, and what is wrong with it."""
     generation = _current_or_none(store)
     if generation is not None:
-        return generation, check_generation(generation)
+        return generation, _findings(generation)
     folders = [child for child in store.iterdir() if GENERATION_NAME.fullmatch(child.name)]
     if len(folders) != 1:
         raise IntegrityError(
@@ -138,7 +138,16 @@ def _damaged_generation(store: Path) -> tuple[Path, Findings]:
             "the name of the right one there (the one with the lower number, if in doubt), and "
             "repair again"
         )
-    return folders[0], check_generation(folders[0])
+    return folders[0], _findings(folders[0])
+
+
+def _findings(generation: Path) -> Findings:
+    if not (generation / "data.mdb").exists():
+        raise IntegrityError(f"{generation / 'data.mdb'} is missing. {LOSS_REMEDY}")
+    try:
+        return check_generation(generation)
+    except IntegrityError as error:  # neither meta page can be read
+        return Findings(0, structure=(str(error),))
 
 
 def _rebuilt(store: Path, saved: Salvage, file: PageFile, progress: Progress | None) -> Path:
@@ -190,5 +199,3 @@ def _put(environment: Environment, items: Iterable[tuple[bytes, bytes, bytes]]) 
         for key, value, expected in items:
             transaction.put(key, value)
             transaction.put(key, expected, db=environment.checksums)
-
-

@@ -196,9 +196,7 @@ def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str]
     else:
         metadata = snapshot.metadata
         view = located.file.data[offset : offset + length]
-        embedding = from_stored(
-            sample_id, view, metadata.config.dtype, metadata.embedding_shape
-        )
+        embedding = from_stored(sample_id, view, metadata.config.dtype, metadata.embedding_shape)
     return Mismatch([sample_id]) if verified.mismatches(rows, embedding) else embedding
 
 
