@@ -1,4 +1,4 @@
-"""The newest commit of a generation, written down outside of LMDB's file.
+"""The newest commit of a generation, written down outside of LMDB's file: a copy of its meta page.
 
 LMDB falls back to the commit before without a word when the newer meta page is damaged. The record
 is written after LMDB has synchronised the commit and is itself never synchronised: a kill or a
@@ -9,38 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import xxhash
 
-from lmdbcache.storage.meta_pages import MetaPage, newest, read_meta_pages
+from lmdbcache.storage.meta_pages import META_BYTES, MetaPage, newest, parse_meta, read_meta_pages
 
-__all__ = ["CommitRecord", "contradiction", "read_commit_record", "record_commit", "trusted_meta"]
+__all__ = ["contradiction", "read_commit_record", "record_commit", "trusted_meta"]
 
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
-_RECORD: Final = struct.Struct("<16sQQ8s")  # magic, transaction, entries, digest of the meta page
-_CHECKSUM_BYTES: Final = 8
 
 _Metas = tuple[MetaPage | None, MetaPage | None]
-
-
-@dataclass(frozen=True)
-class CommitRecord:
-    """One commit.
-
-    Args:
-        transaction: Its number.
-        num_entries: Entries of the main database.
-        meta_digest: Of its meta page.
-    """
-
-    transaction: int
-    num_entries: int
-    meta_digest: bytes
 
 
 def record_commit(generation: Path) -> None:
@@ -54,30 +35,30 @@ def record_commit(generation: Path) -> None:
             os.close(data)
         if meta is None:
             return
-        record = _RECORD.pack(_MAGIC, meta.transaction, meta.main.num_entries, _digest(meta))
-        record += xxhash.xxh3_64_digest(record)
+        record = _MAGIC + meta.raw
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(generation / _NAME, flags, 0o666)
         try:
-            os.pwrite(descriptor, record, 0)
+            os.pwrite(descriptor, record + xxhash.xxh3_64_digest(record), 0)
         finally:
             os.close(descriptor)
 
 
-def read_commit_record(generation: Path) -> CommitRecord | None:
-    """The record; None if there is none or it is damaged."""
+def read_commit_record(generation: Path) -> MetaPage | None:
+    """The meta page of the recorded commit; None if there is no record or it is damaged."""
     try:
         content = (generation / _NAME).read_bytes()
     except OSError:
         return None
-    record = content[: _RECORD.size]
-    if content[_RECORD.size :] != xxhash.xxh3_64_digest(record) or record[:16] != _MAGIC:
+    end = len(_MAGIC) + META_BYTES
+    record, digest = content[:end], content[end:]
+    if not record.startswith(_MAGIC) or digest != xxhash.xxh3_64_digest(record):
         return None
-    _, transaction, num_entries, digest = _RECORD.unpack(record)
-    return CommitRecord(transaction, num_entries, digest)
+    raw = record[len(_MAGIC) :]
+    return parse_meta(raw, raw[0])
 
 
-def contradiction(record: CommitRecord | None, metas: _Metas) -> str | None:
+def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:
     """What is wrong with the meta pages, or None.
 
     Args:
@@ -98,24 +79,17 @@ def contradiction(record: CommitRecord | None, metas: _Metas) -> str | None:
             f"has a damaged meta page: commits {first.transaction} and {second.transaction} "
             "can't be neighbours"
         )
-    for meta in metas if record else ():
-        if meta and record and meta.transaction == record.transaction:
-            same = (meta.main.num_entries, _digest(meta)) == (
-                record.num_entries,
-                record.meta_digest,
-            )
-            return None if same else f"has a damaged meta page, that of commit {meta.transaction}"
+    for meta in (first, second) if record else ():
+        if record and meta.transaction == record.transaction and meta.raw != record.raw:
+            return f"has a damaged meta page, that of commit {meta.transaction}"
     return None
 
 
-def trusted_meta(record: CommitRecord | None, metas: _Metas) -> MetaPage | None:
-    """The newest meta page that isn't known to be damaged."""
+def trusted_meta(record: MetaPage | None, metas: _Metas) -> MetaPage | None:
+    """The newest meta page that isn't known to be damaged; the record's if data.mdb's is."""
     latest = newest(metas)
-    if latest is None or record is None or latest.transaction != record.transaction:
+    if record is None or (latest and contradiction(record, metas) is None):
         return latest
-    other = next((meta for meta in metas if meta is not latest), None)
-    return latest if _digest(latest) == record.meta_digest else other
-
-
-def _digest(meta: MetaPage) -> bytes:
-    return xxhash.xxh3_64_digest(meta.raw)
+    if latest and record.transaction + 1 == latest.transaction:
+        return latest  # killed between its commit and the record
+    return record

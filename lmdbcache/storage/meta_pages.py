@@ -11,7 +11,15 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["META_BYTES", "MetaPage", "Tree", "newest", "parse_tree", "read_meta_pages"]
+__all__ = [
+    "META_BYTES",
+    "MetaPage",
+    "Tree",
+    "newest",
+    "parse_meta",
+    "parse_tree",
+    "read_meta_pages",
+]
 
 _HEADER: Final = struct.Struct("=QHHHHIIQQ")  # page, pad, flags, bounds, magic, version, map
 _TREE: Final = struct.Struct("=IHHQQQQQ")  # pad, flags, depth, 3 counts of pages, entries, root
@@ -62,9 +70,9 @@ class MetaPage:
 def read_meta_pages(descriptor: int) -> tuple[MetaPage | None, MetaPage | None]:
     """Both meta pages; None for one that isn't sound."""
     raw = os.pread(descriptor, META_BYTES, 0)
-    first = _parse(raw, 0)
+    first = parse_meta(raw, 0)
     for page_size in (first.page_size,) if first else _PAGE_SIZES:
-        second = _parse(os.pread(descriptor, META_BYTES, page_size), 1)
+        second = parse_meta(os.pread(descriptor, META_BYTES, page_size), 1)
         if second is not None and second.page_size == page_size:
             return first, second
     return first, None
@@ -85,7 +93,8 @@ def parse_tree(record: bytes) -> Tree | None:
     return Tree(depth, num_entries, root)
 
 
-def _parse(raw: bytes, number: int) -> MetaPage | None:
+def parse_meta(raw: bytes, number: int) -> MetaPage | None:
+    """A meta page of this number; None if it isn't sound."""
     if len(raw) != META_BYTES:
         return None
     page, _, flags, _, _, magic, version, _, _ = _HEADER.unpack_from(raw)

@@ -6,6 +6,7 @@ is believed before its checksum is.
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
 
-from lmdbcache.storage.meta_pages import MetaPage, Tree, newest, parse_tree, read_meta_pages
+from lmdbcache.storage.commit_record import contradiction, read_commit_record, trusted_meta
+from lmdbcache.storage.meta_pages import MetaPage, Tree, parse_tree, read_meta_pages
 
 __all__ = ["Entry", "PageFile"]
 
@@ -47,10 +49,13 @@ class PageFile:
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.path = path
+        record = read_commit_record(path.parent)
         self.metas = read_meta_pages(self.descriptor)
         self.size = os.fstat(self.descriptor).st_size
-        self.meta: MetaPage | None = newest(self.metas)
-        self.page_size = self.meta.page_size if self.meta else 4096
+        self.meta: MetaPage | None = trusted_meta(record, self.metas)
+        # Whether that is known to be the newest commit's.
+        self.is_newest = self.meta is record or contradiction(record, self.metas) is None
+        self.page_size = self.meta.page_size if self.meta else mmap.PAGESIZE
         self.num_pages = self.size // self.page_size
         self.visited: set[int] = set()
         self.problems: list[str] = []
@@ -130,7 +135,7 @@ class PageFile:
 
     def free_pages(self) -> set[int] | None:
         """Pages that may be used again, as of the newest commit; None if that can't be told."""
-        if self.meta is None or self.meta.transaction != self._newest_known():
+        if self.meta is None or not self.is_newest:
             return None
         num_problems, free = len(self.problems), set[int]()
         for entry in self.walk(self.meta.free):
@@ -142,11 +147,6 @@ class PageFile:
                 return None
             free.update(numbers[:count])
         return free if len(self.problems) == num_problems else None
-
-    def _newest_known(self) -> int:
-        # One sound meta page may be that of the commit before.
-        both_sound = None not in self.metas
-        return self.meta.transaction if self.meta and both_sound else -1
 
     def _tree_page(self, number: int) -> bytes | None:
         if not 1 < number < self.num_pages or number in self.visited:

@@ -15,11 +15,6 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidSampleIdError
-from lmdbcache.storage.commit_record import (
-    contradiction,
-    read_commit_record,
-    trusted_meta,
-)
 from lmdbcache.storage.engine_errors import LOSS_REMEDY
 from lmdbcache.storage.layout import (
     CHECKSUMS_NAME,
@@ -76,9 +71,6 @@ def salvage(file: PageFile, store: Path) -> Salvage:
         IntegrityError: There is no sound metadata record.
     """
     found = _Found()
-    record = read_commit_record(file.path.parent)
-    is_newest = contradiction(record, file.metas) is None
-    file.meta = trusted_meta(record, file.metas)
     _collect_reachable(file, found)
     sound = {
         key: (entry, expected)
@@ -87,10 +79,15 @@ def salvage(file: PageFile, store: Path) -> Salvage:
     }
     wanted = (found.values.keys() | found.checksums.keys()) - sound.keys()
     num_reached = len(sound)
-    if wanted or file.problems or not is_newest:
-        # A commit that can't be read has used pages that the one before had given up.
-        given_up = file.free_pages() if is_newest else None
-        _collect_others(file, found, given_up or set())
+    if wanted or file.problems or not file.is_newest:
+        _collect_others(file, found, file.free_pages() or set())
+        if not file.is_newest:
+            # A commit that can't be read may have overwritten any of these.
+            for key in found.other_checksums.keys() & sound.keys():
+                wanted.add(key)
+                found.checksums.pop(key)
+                found.other_values.setdefault(key, []).append(found.values.pop(key))
+                found.other_checksums[key].append(sound.pop(key)[1])
         for key in (found.other_values.keys() | found.other_checksums.keys()) - sound.keys():
             if (match := _matched_outside(file, found, key)) is not None:
                 sound[key] = match
@@ -102,7 +99,7 @@ def salvage(file: PageFile, store: Path) -> Salvage:
         {key: entry for key, (entry, _) in sound.items()},
         {key: expected for key, (_, expected) in sound.items()},
         tuple(sorted(dropped - sound.keys() - {METADATA_KEY})),
-        len(sound) + (reached is not None) - num_reached,
+        max(0, len(sound) + (reached is not None) - num_reached),
     )
 
 
