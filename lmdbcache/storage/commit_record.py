@@ -16,7 +16,7 @@ import xxhash
 
 from lmdbcache.storage.meta_pages import META_BYTES, MetaPage, newest, parse_meta, read_meta_pages
 
-__all__ = ["contradiction", "read_commit_record", "record_commit", "trusted_meta"]
+__all__ = ["contradiction", "has_old_values", "read_commit_record", "record_commit", "trusted_meta"]
 
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
@@ -24,10 +24,17 @@ _MAGIC: Final = b"lmdbcache last 1"
 _Metas = tuple[MetaPage | None, MetaPage | None]
 
 
-def record_commit(generation: Path) -> None:
-    """Write down the newest commit. The caller holds the writer lock and has just committed."""
+def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = True) -> None:
+    """Write down the newest commit. The caller holds the writer lock and has just committed.
+
+    Args:
+        generation: Its folder.
+        is_new: The generation was just made: no sample in it has an older value.
+        overwrites: Whether the commit may have replaced values.
+    """
     # A full disk or a read-only folder costs the guard, not the commit.
     with contextlib.suppress(OSError):
+        before, was_overwritten = _read(generation)
         data = os.open(generation / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
         try:
             meta = newest(read_meta_pages(data))
@@ -35,7 +42,10 @@ def record_commit(generation: Path) -> None:
             os.close(data)
         if meta is None:
             return
-        record = _MAGIC + meta.raw
+        # Of a commit in between, by a killed writer or another program, nothing is known.
+        is_next = before is not None and before.transaction + 1 == meta.transaction
+        has_old = not is_new and (overwrites or was_overwritten or not is_next)
+        record = _MAGIC + meta.raw + bytes([has_old])
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(generation / _NAME, flags, 0o666)
         try:
@@ -46,16 +56,26 @@ def record_commit(generation: Path) -> None:
 
 def read_commit_record(generation: Path) -> MetaPage | None:
     """The meta page of the recorded commit; None if there is no record or it is damaged."""
+    return _read(generation)[0]
+
+
+def has_old_values(generation: Path, transaction: int) -> bool:
+    """Whether values may have been replaced in this generation up to this commit."""
+    record, was_overwritten = _read(generation)
+    return record is None or record.transaction != transaction or was_overwritten
+
+
+def _read(generation: Path) -> tuple[MetaPage | None, bool]:
     try:
         content = (generation / _NAME).read_bytes()
     except OSError:
-        return None
-    end = len(_MAGIC) + META_BYTES
+        return None, True
+    end = len(_MAGIC) + META_BYTES + 1
     record, digest = content[:end], content[end:]
     if not record.startswith(_MAGIC) or digest != xxhash.xxh3_64_digest(record):
-        return None
-    raw = record[len(_MAGIC) :]
-    return parse_meta(raw, raw[0])
+        return None, True
+    raw = record[len(_MAGIC) : -1]
+    return parse_meta(raw, raw[0]), bool(record[-1])
 
 
 def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:

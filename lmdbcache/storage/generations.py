@@ -106,7 +106,7 @@ def publish_generation(store: Path, generation: Path) -> None:
 
     It was made on this machine, from what is known to be sound.
     """
-    record_commit(generation)
+    record_commit(generation, is_new=True)
     mark_known(generation)
     sync_file(generation)
     point_at(store, generation)

@@ -3,8 +3,10 @@
 What can be reached from the newest commit comes first. If pages are broken, the others are searched
 for entries that no longer hang on anything. A sound pair of value and checksum can be an old
 one: of a sample that was overwritten since. So pages that the newest commit has given up are left
-out where its list of those can be read; a value is only taken that matches the checksum which the
-newest commit has for it; and of several that match other checksums none is taken.
+out. Where its list of those can't be read, a pair is only taken if the newest commit reaches its
+value or its checksum, or if nothing was ever overwritten in this generation, by its record. A
+value is only taken that matches the checksum which the newest commit has for it; and of several
+that match other checksums none is taken.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidSampleIdError
+from lmdbcache.storage.commit_record import has_old_values
 from lmdbcache.storage.engine_errors import LOSS_REMEDY
 from lmdbcache.storage.layout import (
     CHECKSUMS_NAME,
@@ -80,15 +83,21 @@ def salvage(file: PageFile, store: Path) -> Salvage:
     wanted = (found.values.keys() | found.checksums.keys()) - sound.keys()
     num_reached = len(sound)
     if wanted or file.problems or not file.is_newest:
-        _collect_others(file, found, file.free_pages() or set())
+        given_up = file.free_pages()
+        _collect_others(file, found, given_up or set())
+        generation, meta = file.path.parent, file.meta
+        # A pair of which neither half is reached may be of a value that was replaced since.
+        all_are_new = meta is not None and not has_old_values(generation, meta.transaction)
+        trusts_pairs = given_up is not None or all_are_new
         if not file.is_newest:
-            # A commit that can't be read may have overwritten any of these.
-            for key in found.other_checksums.keys() & sound.keys():
+            # A commit that can't be read may have replaced any of these.
+            for key in (found.other_checksums.keys() & sound.keys()) - {METADATA_KEY}:
                 wanted.add(key)
-                found.checksums.pop(key)
-                found.other_values.setdefault(key, []).append(found.values.pop(key))
-                found.other_checksums[key].append(sound.pop(key)[1])
+                del sound[key], found.values[key], found.checksums[key]
+        reached_keys = found.values.keys() | found.checksums.keys()
         for key in (found.other_values.keys() | found.other_checksums.keys()) - sound.keys():
+            if not trusts_pairs and key not in reached_keys:
+                continue
             if (match := _matched_outside(file, found, key)) is not None:
                 sound[key] = match
     reached = sound.pop(METADATA_KEY, None)

@@ -328,7 +328,8 @@ class EmbeddingWriter:
             with contextlib.suppress(lmdb.Error):
                 transaction.abort()
             raise
-        record_commit(environment.generation)
+        overwrites = self._on_duplicate == "overwrite"
+        record_commit(environment.generation, overwrites=overwrites)
         self._metadata, self._shape = metadata, shape
         return written
 
