@@ -36,6 +36,7 @@ def checks(monkeypatch):
 
     def counted(*args, **options):
         calls.append(args)
+        time.sleep(0.2)  # so that others come meanwhile
         return real(*args, **options)
 
     monkeypatch.setattr(first_opening, "check_generation", counted)

@@ -213,3 +213,19 @@ def test_record_goes_to_json(filled, config):
     info = filled.info(config)
     assert json.loads(json.dumps(info.to_dict()))["num_embeddings"] == 20
     assert info.to_dict()["fingerprint"] == config.fingerprint
+
+
+def test_mutated_records_end_in_our_error_or_in_metadata():
+    """Whatever a few changed bytes make of a record, nothing else escapes."""
+    record = StoreMetadata.new(CacheConfig(), "/data").pack()
+    generator = np.random.default_rng(5)
+    refused = 0
+    for _ in range(3000):
+        mutated = np.frombuffer(record, np.uint8).copy()
+        places = generator.integers(0, len(record), int(generator.integers(1, 4)))
+        mutated[places] = generator.integers(0, 256, len(places))
+        try:
+            assert isinstance(StoreMetadata.unpack(mutated.tobytes(), "store"), StoreMetadata)
+        except IntegrityError:
+            refused += 1
+    assert 500 < refused < 3000
