@@ -78,11 +78,8 @@ def test_truncated_file_is_an_error_not_a_crash(filled, config, generation, keep
             with pytest.raises(IntegrityError, match=r"data\.mdb (is truncated|isn't an LMDB)"):
                 use()
         assert "data.mdb" in filled.stores()[0].damage
-        if data.stat().st_size < 4096:  # nothing can be found in such a stump
-            with pytest.raises(IntegrityError, match="isn't an LMDB"):
-                filled.verify(config)
-        else:
-            assert "is truncated" in filled.verify(config).structure[0]
+        finding = filled.verify(config).structure[0]
+        assert "is truncated" in finding or "isn't an LMDB" in finding
 
     in_fork(look)
 
