@@ -25,6 +25,9 @@ from lmdbcache.storage.generations import current_generation, remove_store, writ
 from lmdbcache.storage.integrity import IntegrityReport, verify
 from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.repair import RepairReport, repair
+from lmdbcache.storage.value_checks import Progress
+from lmdbcache.storage.verified_reads import Verify
 from lmdbcache.storage.writer import EmbeddingWriter, OnDuplicate
 from lmdbcache.store_info import (
     StoreInfo,
@@ -65,15 +68,19 @@ class EmbeddingCache:
     def __contains__(self, config: CacheConfig) -> bool:
         return current_generation(self.path(config)) is not None
 
-    def reader(self, config: CacheConfig) -> EmbeddingReader:
+    def reader(self, config: CacheConfig, *, verify: Verify = "never") -> EmbeddingReader:
         """A Mapping of the stored embeddings.
+
+        Args:
+            config: Identity of the store.
+            verify: Whether values are compared with their checksums: see `EmbeddingReader`.
 
         Raises:
             CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
         """
         if config not in self:
             raise CacheNotFoundError(self.explain_absence(config))
-        return EmbeddingReader(self.path(config), config)
+        return EmbeddingReader(self.path(config), config, verify)
 
     def writer(
         self,
@@ -125,16 +132,22 @@ class EmbeddingCache:
 
     def size(self, config: CacheConfig | None = None) -> int:
         """Bytes allocated on disk by one store, or by all."""
-        folders = [self.path(config)] if config else self._store_folders()
+        folders = [self.path(config)] if config else self.folders()
         return sum(allocated_bytes(folder) for folder in folders)
 
     def compact(self, config: CacheConfig) -> CompactionResult:
         """Rewrite the store without unused pages. See `lmdbcache.storage.compaction.compact`."""
         return compact(self.path(config))
 
-    def verify(self, config: CacheConfig) -> IntegrityReport:
+    def verify(self, config: CacheConfig, progress: Progress | None = None) -> IntegrityReport:
         """Check every value. See `lmdbcache.storage.integrity.verify`."""
-        return verify(self.path(config))
+        return verify(self.path(config), progress)
+
+    def repair(
+        self, config: CacheConfig, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> RepairReport:
+        """Keep what is sound of a damaged store. See `lmdbcache.storage.repair.repair`."""
+        return repair(self.path(config), dry_run=dry_run, progress=progress)
 
     def coverage(self, config: CacheConfig, sample_ids: Iterable[str]) -> Coverage:
         """How much of these samples is stored, by class. Nothing stored is no error."""
@@ -184,7 +197,7 @@ class EmbeddingCache:
 
     def stores(self) -> list[StoreInfo]:
         """What is stored under this root, damaged stores included, by folder name."""
-        return list(map(info_or_damage, self._store_folders()))
+        return list(map(info_or_damage, self.folders()))
 
     def __iter__(self) -> Iterator[CacheConfig]:
         """The configs that something is stored for."""
@@ -199,7 +212,7 @@ class EmbeddingCache:
         Raises:
             ReadOnlyCacheError: No permission to remove it.
         """
-        folders = [self.path(config)] if config else list(self._store_folders())
+        folders = [self.path(config)] if config else self.folders()
         return [self.remove(folder) for folder in folders if is_store(folder)]
 
     def remove(self, store: str | Path) -> StoreInfo:
@@ -245,6 +258,10 @@ class EmbeddingCache:
             f"nothing is stored under {self.root} for this config. Nearest is "
             f"{nearest.path.name} with {nearest.num_embeddings} embeddings; {differences}"
         )
+
+    def folders(self) -> list[Path]:
+        """The folders of all stores under this root, by name; nothing in them is opened."""
+        return list(self._store_folders())
 
     def _store_folders(self) -> Iterator[Path]:
         try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["counted", "print_error", "print_json", "print_table", "say", "sizes"]
+__all__ = ["counted", "print_error", "print_json", "print_table", "progress_bar", "say", "sizes"]
 
 _FINGERPRINT_WIDTH: Final = 16
 
@@ -53,6 +54,19 @@ def print_table(
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 240
     Console(width=width, highlight=False, markup=False, soft_wrap=False).print(table)
+
+
+@contextlib.contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error for (done, in all); None where nobody would see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(_printable(description), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def sizes(num_bytes: float) -> str:

@@ -28,6 +28,7 @@ app.command("coverage")(inspect.coverage_command)
 app.command("clear")(maintain.clear_command)
 app.command("compact")(maintain.compact_command)
 app.command("verify")(maintain.verify_command)
+app.command("repair")(maintain.repair_command)
 
 
 def _show_version(wanted: bool) -> None:

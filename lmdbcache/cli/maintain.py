@@ -1,25 +1,35 @@
-"""`lmdbcache clear`, `compact` and `verify`."""
+"""`lmdbcache clear`, `compact`, `verify` and `repair`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
-from lmdbcache.cli.options import Json, Root, Yes, find_store
-from lmdbcache.errors import ConfigError
+from lmdbcache.cli.console import (
+    counted,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    sizes,
+)
+from lmdbcache.cli.options import Json, Root, Yes, find_folder
+from lmdbcache.errors import ConfigError, IntegrityError
 from lmdbcache.storage.compaction import compact
-from lmdbcache.storage.integrity import verify
-from lmdbcache.store_info import StoreInfo
+from lmdbcache.storage.integrity import IntegrityReport, verify
+from lmdbcache.storage.repair import RepairReport, repair
+from lmdbcache.store_info import info_or_damage
 
-__all__ = ["clear_command", "compact_command", "verify_command"]
+__all__ = ["clear_command", "compact_command", "repair_command", "verify_command"]
 
 Stores = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(help="Fingerprints (their first digits do) or folder names."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be kept.")]
 All = Annotated[bool, typer.Option("--all", help="All stores under the root.")]
 
 
@@ -33,7 +43,7 @@ def clear_command(
 ) -> None:
     """Remove stores, after asking."""
     cache = EmbeddingCache(root)
-    chosen = _chosen(cache, stores, everything=everything)
+    chosen = [info_or_damage(folder) for folder in _chosen(cache, stores, everything=everything)]
     if as_json and not yes:
         raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
     if chosen and not yes:
@@ -55,7 +65,7 @@ def compact_command(
 ) -> None:
     """Rewrite stores without their unused pages."""
     chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
-    results = [compact(store.path) for store in chosen]
+    results = [compact(store) for store in chosen]
     if as_json:
         print_json(
             [
@@ -83,7 +93,7 @@ def verify_command(
 ) -> None:
     """Check every stored value against its checksum. Exit code 1 if something is wrong."""
     chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
-    reports = [verify(store.path) for store in chosen]
+    reports = [_verified(store) for store in chosen]
     if as_json:
         print_json(
             [
@@ -93,6 +103,7 @@ def verify_command(
                     "num_embeddings": report.num_embeddings,
                     "structure": list(report.structure),
                     "damaged": list(report.damaged),
+                    "missing": list(report.missing),
                     "lost": report.lost,
                 }
                 for report in reports
@@ -103,21 +114,82 @@ def verify_command(
             f"{report.path.name}: {'sound' if report.is_sound else 'DAMAGED'}, "
             f"{report.num_embeddings} embeddings"
         )
-        for finding in report.structure:
-            say(f"  structure: {finding}")
-        for sample_id in report.damaged:
-            say(f"  damaged: {sample_id}")
-        if report.lost:
-            say(f"  {report.lost} checksums without an embedding")
-    raise typer.Exit(0 if all(report.is_sound for report in reports) else 1)
+        _say_findings(structure=report.structure, damaged=report.damaged, missing=report.missing)
+    is_sound = all(report.is_sound for report in reports)
+    if not (is_sound or as_json):
+        say("`lmdbcache repair` keeps what is sound; extracting again computes the rest")
+    raise typer.Exit(0 if is_sound else 1)
 
 
-def _chosen(
-    cache: EmbeddingCache, stores: list[str] | None, *, everything: bool
-) -> list[StoreInfo]:
+def repair_command(
+    stores: Stores = None,
+    *,
+    root: Root = None,
+    everything: All = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Keep what is sound of damaged stores, after asking; the next extraction computes the rest."""
+    chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
+    if as_json and not (yes or dry_run):
+        raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
+    reports = []
+    for store in chosen:
+        report = repair(store, dry_run=True)
+        if not as_json:
+            _say_repair(report)
+        if not report.was_sound and not dry_run:
+            if not yes:
+                typer.confirm(f"Repair {store.name}?", abort=True)
+            with progress_bar(f"repairing {store.name}") as progress:
+                report = repair(store, progress=progress)
+            if not as_json:
+                say(f"repaired {store.name}, {counted(report.num_kept, 'embedding')}")
+        reports.append(report)
+    if as_json:
+        print_json(
+            [
+                {
+                    "path": str(report.path),
+                    "was_sound": report.was_sound,
+                    "is_repaired": report.is_repaired,
+                    "num_kept": report.num_kept,
+                    "num_outside": report.num_outside,
+                    "dropped": list(report.dropped),
+                    "structure": list(report.structure),
+                }
+                for report in reports
+            ]
+        )
+
+
+def _verified(store: Path) -> IntegrityReport:
+    with progress_bar(f"verifying {store.name}") as progress:
+        try:
+            return verify(store, progress)
+        except IntegrityError as error:  # the other stores are looked at nevertheless
+            return IntegrityReport(store, 0, structure=(str(error),))
+
+
+def _say_repair(report: RepairReport) -> None:
+    kept = counted(report.num_kept, "embedding")
+    if report.was_sound:
+        say(f"{report.path.name}: sound, {kept}")
+        return
+    say(f"{report.path.name}: DAMAGED, {kept} can be kept, {len(report.dropped)} can't")
+    _say_findings(structure=report.structure, dropped=report.dropped)
+
+
+def _say_findings(**findings: tuple[str, ...]) -> None:
+    for kind, found in findings.items():
+        for finding in found:
+            say(f"  {kind}: {finding}")
+
+
+def _chosen(cache: EmbeddingCache, stores: list[str] | None, *, everything: bool) -> list[Path]:
     if everything and not stores:
-        return cache.stores()
+        return cache.folders()
     if not stores or everything:
         raise ConfigError("name the stores (see `lmdbcache ls`), or give --all")
-    found = [find_store(cache, store) for store in stores]
-    return list({store.path: store for store in found}.values())
+    return list(dict.fromkeys(find_folder(cache, store) for store in stores))

@@ -14,7 +14,7 @@ from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.embedders.checkpoints import model_identity
 from lmdbcache.errors import CacheNotFoundError
 from lmdbcache.extraction.samples import clips_of
-from lmdbcache.store_info import StoreInfo
+from lmdbcache.store_info import StoreInfo, info_or_damage
 
 __all__ = [
     "DataDir",
@@ -36,6 +36,7 @@ __all__ = [
     "Store",
     "Yes",
     "build_config",
+    "find_folder",
     "find_store",
     "select_clips",
 ]
@@ -141,16 +142,23 @@ def build_config(
 
 
 def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:
+    """What the store holds that `find_folder` finds."""
+    return info_or_damage(find_folder(cache, text))
+
+
+def find_folder(cache: EmbeddingCache, text: str) -> Path:
     """The one store that a fingerprint, its beginning, or a folder's name or path stands for.
+
+    Nothing is opened: the store, or one beside it, may be damaged.
 
     Raises:
         CacheNotFoundError: None, or more than one.
     """
-    stores = cache.stores()
-    found = [store for store in stores if _means(text, store.path)]
+    stores = cache.folders()
+    found = [store for store in stores if _means(text, store)]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(store.path.name for store in found or stores)
+    names = ", ".join(store.name for store in found or stores)
     if found:
         raise CacheNotFoundError(
             f"{text!r} stands for {len(found)} stores under {cache.root}: {names}. Give more digits"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheNotFoundError, DuplicateSampleError
+from lmdbcache.storage.commit_record import record_commit
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, Holder, acquire, acquire_current
 from lmdbcache.storage.filesystems import check_local_for_writing
@@ -160,6 +161,7 @@ class Committer:
             with contextlib.suppress(lmdb.Error):
                 transaction.abort()
             raise
+        record_commit(environment.generation, overwrites=self._on_duplicate == "overwrite")
         self.embedding_shape = shape
         return written
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
+from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, acquire, release
 from lmdbcache.storage.forking import no_fork
@@ -79,6 +80,7 @@ def _copy(environment: Environment, store: Path) -> tuple[Path, int]:
         new = create_generation(store)
         environment.env.copy(str(new), compact=True, txn=snapshot)
     sync_file(new / "data.mdb")
+    mark_known(new)
     copy = acquire(new)
     try:
         with translated_errors(store):

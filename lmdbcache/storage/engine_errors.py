@@ -19,10 +19,14 @@ from lmdbcache.errors import (
 )
 from lmdbcache.storage.reader_slots import holders
 
-__all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors", "truncated"]
+__all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors", "truncated"]
 
 _NAMED: Final = 4  # processes, in a message
-DAMAGE_REMEDY: Final = "Clear this store and extract again, or restore the file from a copy"
+DAMAGE_REMEDY: Final = (
+    "Run `lmdbcache repair` to keep what is sound and extract what isn't, or restore the file "
+    "from a copy"
+)
+LOSS_REMEDY: Final = "Restore the file from a copy, or clear this store and extract again"
 
 
 def truncated(path: Path, size: int, needed: int) -> str:

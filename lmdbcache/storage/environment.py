@@ -27,6 +27,7 @@ import lmdb
 
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError, StorageError
 from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.first_opening import check_first_opening
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
@@ -61,6 +62,8 @@ class Environment:
         self.writable = write
         self.is_open = True
         self._size = 0  # of the file, when last looked at
+        if not create:
+            check_first_opening(generation)
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
         self.checksums: Any = None
         try:
@@ -185,8 +188,8 @@ class Environment:
         expected = transaction.get(METADATA_KEY, db=self.checksums)
         if expected is None or bytes(expected) != checksum(METADATA_KEY, record):
             raise IntegrityError(
-                f"{self.generation}: the metadata record is damaged. Clear this store and "
-                "extract again"
+                f"{self.generation}: the metadata record is damaged. Run `lmdbcache repair`, which "
+                "looks for another copy of it, or clear this store and extract again"
             )
         return StoreMetadata.unpack(bytes(record), self.generation)
 
@@ -218,6 +221,8 @@ class Snapshot:
         # Where its values lie, once somebody has found out (`located.locate`).
         self.located: Any = None
         self.is_unlocatable = False
+        # The same with their checksums (`verified_reads.prepare`).
+        self.verified: Any = None
         with _lock, translated_errors(environment.generation):
             environment.check_whole()
             transaction = environment.begin_read()
@@ -249,7 +254,7 @@ class Snapshot:
             if self.transaction is not None:
                 self.transaction.abort()
                 self.transaction = None
-                self.located = None
+                self.located = self.verified = None
 
 
 _environments: dict[tuple[int, int] | None, Environment] = {}
@@ -378,7 +383,7 @@ def _after_fork_in_child() -> None:
     _abandoned.clear()
     for environment in _environments.values():
         for snapshot in list(environment.snapshots):
-            snapshot.transaction = snapshot.located = None
+            snapshot.transaction = snapshot.located = snapshot.verified = None
         del environment.env, environment.checksums
     _environments.clear()
 

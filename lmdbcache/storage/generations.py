@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.storage.checked_marker import mark_known
+from lmdbcache.storage.commit_record import record_commit
 from lmdbcache.storage.layout import CURRENT_NAME, GENERATION_NAME, WRITER_LOCK_NAME
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "create_generation",
     "current_generation",
     "free_bytes",
+    "point_at",
     "publish_generation",
     "remove_other_generations",
     "remove_store",
@@ -99,8 +102,18 @@ def create_generation(store: Path) -> Path:
 
 
 def publish_generation(store: Path, generation: Path) -> None:
-    """Make a generation the live one, durably and at once. The caller holds the writer lock."""
+    """Make a generation the live one, durably and at once. The caller holds the writer lock.
+
+    It was made on this machine, from what is known to be sound.
+    """
+    record_commit(generation, is_new=True)
+    mark_known(generation)
     sync_file(generation)
+    point_at(store, generation)
+
+
+def point_at(store: Path, generation: Path) -> None:
+    """Write `CURRENT`, durably and at once. The caller holds the writer lock."""
     temporary = store / f"{CURRENT_NAME}.tmp"
     with temporary.open("w", encoding="ascii") as file:
         file.write(f"{generation.name}\n")

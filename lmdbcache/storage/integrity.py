@@ -1,34 +1,28 @@
-"""Checking a store: LMDB's structure first, then every value against its checksum."""
+"""`verify`: all that is wrong with a store."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import lmdb
-from lmdb.verify import VerifyError
-from lmdb.verify import verify as verify_structure
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
-from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import Environment, acquire, release
+from lmdbcache.storage.checked_marker import is_known, mark_known
+from lmdbcache.storage.checking import (
+    Findings,
+    check_generation,
+    check_values,
+    placed_values,
+    structure_findings,
+)
+from lmdbcache.storage.environment import Snapshot, acquire, release
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import current_generation, write_lock
-from lmdbcache.storage.layout import (
-    CHECKSUMS_NAME,
-    METADATA_KEY,
-    NUM_RESERVED_KEYS,
-    sample_id_of_key,
-)
-from lmdbcache.storage.metadata import checksum
-from lmdbcache.storage.opening import check_file_size
+from lmdbcache.storage.layout import sample_id_of_key
+from lmdbcache.storage.page_file import PageFile
+from lmdbcache.storage.value_checks import Progress
 
 __all__ = ["IntegrityReport", "verify"]
-
-_MAX_FINDINGS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -38,85 +32,89 @@ class IntegrityReport:
     Args:
         path: The store's folder.
         num_embeddings: Embeddings that were looked at.
-        structure: LMDB's own complaints about the file; if there are any, no value was read.
+        structure: What is wrong with the file and with LMDB's pages. What can still be found on
+            them was looked at nevertheless; more may be gone.
         damaged: Sample ids whose value doesn't match its checksum, or has none.
-        lost: How many checksums have no value.
+        missing: Sample ids of which only the checksum is left.
     """
 
     path: Path
     num_embeddings: int
     structure: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
-    lost: int = 0
+    missing: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> int:
+        """How many checksums have no value."""
+        return len(self.missing)
 
     @property
     def is_sound(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.structure or self.damaged or self.lost)
+        return not (self.structure or self.damaged or self.missing)
 
 
-def verify(store: str | Path) -> IntegrityReport:
+def verify(store: str | Path, progress: Progress | None = None) -> IntegrityReport:
     """Check a store without trusting it: a damaged file can't take the process down.
+
+    LMDB gets to see the file only when its structure is found sound; writers wait until then.
+
+    Args:
+        store: The store's folder.
+        progress: Called with (values done, values in all).
 
     Raises:
         CacheNotFoundError: Nothing is stored here.
-        IntegrityError: The file is truncated or the metadata record damaged.
+        IntegrityError: data.mdb is missing, or nothing of it can be read.
+        StorageError: It is written to faster than it can be checked, and this user can't make
+            its writers wait.
     """
     store = Path(store).absolute()
-    if current_generation(store) is None:
-        raise CacheNotFoundError(f"nothing is stored in {store}")
-    # A commit or a compaction in the middle of the walk would look like damage.
+    _generation(store)
+    while True:
+        findings = _checked(store, progress)
+        if findings is not None:
+            return IntegrityReport(
+                store,
+                findings.num_embeddings,
+                findings.structure,
+                tuple(map(sample_id_of_key, findings.damaged)),
+                tuple(map(sample_id_of_key, findings.missing)),
+            )
+
+
+def _checked(store: Path, progress: Progress | None) -> Findings | None:
+    """What is wrong; None if a writer of this process came in between."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ReadOnlyCacheError):
-            stack.enter_context(write_lock(store))
-        generation = current_generation(store)
-        if generation is None:
-            raise CacheNotFoundError(f"nothing is stored in {store}")
-        if findings := _structure_findings(generation):
-            return IntegrityReport(store, 0, structure=findings)
+        lock = stack.enter_context(contextlib.ExitStack())
+        try:
+            lock.enter_context(write_lock(store))
+        except ReadOnlyCacheError:
+            return check_generation(_generation(store), progress=progress)
+        generation = _generation(store)
+        structure = structure_findings(generation)
+        file = stack.enter_context(PageFile(generation / "data.mdb"))
+        values = placed_values(file, is_sound=not structure)
+        if structure or not is_known(generation):
+            findings = check_values(file, values, structure, progress)
+            if findings.is_sound:
+                mark_known(generation)
+            return findings
         environment = acquire(generation)
-    try:
-        with no_fork, translated_errors(store):
-            return _check_values(environment, store)
-    finally:
-        release(environment)
+        stack.callback(release, environment)
+        with no_fork:
+            snapshot = Snapshot(environment)
+        stack.callback(snapshot.end)
+        # The snapshot keeps its pages from being used again: writers needn't wait any longer.
+        lock.close()
+        findings = check_values(file, values, progress=progress)
+        is_pinned = snapshot.transaction is not None
+        return findings if findings.is_sound or is_pinned else None
 
 
-def _structure_findings(generation: Path) -> tuple[str, ...]:
-    check_file_size(generation)
-    try:
-        findings = verify_structure(str(generation))  # type: ignore[no-untyped-call]
-    except (VerifyError, OSError) as error:
-        return (str(error),)
-    return tuple(str(finding) for finding in findings[:_MAX_FINDINGS])
-
-
-def _check_values(environment: Environment, store: Path) -> IntegrityReport:
-    transaction = environment.begin_read()
-    environment.read_metadata(transaction)
-    damaged = list(_damaged_keys(environment, transaction))
-    entries = int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
-    checksums = int(transaction.stat(environment.checksums)["entries"]) - 1
-    missing_checksums = sum(1 for _, lacks in damaged if lacks)
-    return IntegrityReport(
-        store,
-        entries,
-        damaged=tuple(sample_id_of_key(key) for key, _ in damaged),
-        lost=checksums - (entries - missing_checksums),
-    )
-
-
-def _damaged_keys(
-    environment: Environment, transaction: lmdb.Transaction
-) -> Iterator[tuple[bytes, bool]]:
-    """(key, whether it lacks a checksum) of every embedding that fails."""
-    with transaction.cursor() as cursor:
-        for key, value in cursor.iternext():
-            key_bytes = bytes(key)
-            if key_bytes in (METADATA_KEY, CHECKSUMS_NAME):
-                continue
-            expected = transaction.get(key_bytes, db=environment.checksums)
-            if expected is None:
-                yield key_bytes, True
-            elif bytes(expected) != checksum(key_bytes, value):
-                yield key_bytes, False
+def _generation(store: Path) -> Path:
+    generation = current_generation(store)
+    if generation is None:
+        raise CacheNotFoundError(f"nothing is stored in {store}")
+    return generation

@@ -32,7 +32,7 @@ from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages import UnreadablePagesError, ValueTable, read_value_table
 from lmdbcache.storage.values import NUMPY_DTYPES
 
-__all__ = ["LocatedValues", "locate"]
+__all__ = ["LocatedValues", "locate", "located_values"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def locate(
         return None
     with _tables_lock:
         _tables[snapshot.environment] = (snapshot.id, table)
-    located = _located(file, table, snapshot.metadata)
+    located = located_values(file, table, snapshot.metadata)
     snapshot.located = located
     return located
 
@@ -134,7 +134,8 @@ def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Tr
             raise UnreadablePagesError("a value at another place than LMDB's")
 
 
-def _located(file: MappedFile, table: ValueTable, metadata: StoreMetadata) -> LocatedValues:
+def located_values(file: MappedFile, table: ValueTable, metadata: StoreMetadata) -> LocatedValues:
+    """Values at the places of a table, with what they have in common."""
     dtype = NUMPY_DTYPES[metadata.config.dtype]
     stored_shape = metadata.embedding_shape or ()
     length = int(table.lengths[0]) if len(table.lengths) else 0

@@ -19,7 +19,7 @@ from lmdbcache.errors import (
 )
 from lmdbcache.storage.layout import FORMAT_VERSION
 
-__all__ = ["StoreMetadata", "checksum"]
+__all__ = ["StoreMetadata", "checksum", "new_checksum"]
 
 _MAX_RECORD_BYTES: Final = 64 * 1024
 _LIMITS: Final[dict[str, Any]] = {
@@ -44,6 +44,11 @@ def checksum(key: bytes, value: bytes | memoryview) -> bytes:
     The seed makes a sound value under the wrong key fail too.
     """
     return xxhash.xxh3_64_digest(value, seed=xxhash.xxh3_64_intdigest(key))
+
+
+def new_checksum(key: bytes) -> Any:
+    """An empty digest that gives `checksum` once the value has been fed to it in pieces."""
+    return xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(key))
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,10 @@ class StoreMetadata:
             ) from None
 
 
-_REMEDY: Final = "Clear this store and extract again"
+_REMEDY: Final = (
+    "Run `lmdbcache repair`, which looks for another copy of it, or clear this store and extract "
+    "again"
+)
 
 
 def _unpack_map(record: bytes, store: object) -> dict[str, Any]:

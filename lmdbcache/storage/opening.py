@@ -8,18 +8,26 @@ import mmap
 import os
 import resource
 import shutil
-import struct
+import time
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import lmdb
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
-from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, truncated
+from lmdbcache.storage.commit_record import contradiction, read_commit_record
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
 from lmdbcache.storage.filesystems import check_local_for_reading, check_local_for_writing
+from lmdbcache.storage.meta_pages import newest, read_meta_pages
 from lmdbcache.storage.reader_slots import holders
 
-__all__ = ["check_file_size", "check_still_whole", "file_id", "open_environment"]
+__all__ = [
+    "check_file_size",
+    "check_still_whole",
+    "file_id",
+    "file_problem",
+    "open_environment",
+]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -33,43 +41,58 @@ _ADDRESS_SPACE: Final = 1 << 47
 _SHARE_OF_THE_REST: Final = 16
 _LOCK_FILE_BYTES: Final = 1 << 20
 
-# Page header (16 bytes), then: magic, version, address, map size, free DB with the page size in
-# its first field, main DB, last page, transaction id. Native byte order.
-_META: Final = struct.Struct("=16x IIQQ I44x 48x QQ")
-_META_SIZE: Final = _META.size
-_MAGIC, _VERSION, _PAGE_SIZE, _LAST_PAGE, _TXNID = 0, 1, 4, 5, 6
+_LOOKS: Final = 5
+_SECONDS_BETWEEN_LOOKS: Final = 0.002
 
 
 def check_file_size(generation: Path) -> int:
-    """Compare data.mdb with what its newer meta page says; the cheap guard against SIGBUS.
+    """Compare data.mdb with what its meta pages and the record of the newest commit say.
+
+    The cheap guard against SIGBUS, and against a commit that is gone without a word.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        IntegrityError: Missing, empty, truncated, or not an LMDB 0.9 file.
+        IntegrityError: Missing, empty, truncated, not an LMDB 0.9 file, or its newest commit
+            can't be read.
     """
-    path = generation / "data.mdb"
-    try:
-        with path.open("rb") as file:
-            head = file.read(_META_SIZE)
-            page_size = _META.unpack(head)[_PAGE_SIZE] if len(head) == _META_SIZE else 0
-            pages = [head] if 512 <= page_size <= 65536 else []
-            if pages:
-                file.seek(page_size)
-                pages.append(file.read(_META_SIZE))
-            # Last: a commit in between makes the file larger than the pages read here say.
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is missing. {DAMAGE_REMEDY}") from None
-    metas = [_META.unpack(page) for page in pages if len(page) == _META_SIZE]
-    metas = [meta for meta in metas if meta[_MAGIC] == 0xBEEFC0DE and meta[_VERSION] == 1]
-    if not metas:
-        raise IntegrityError(f"{path} isn't an LMDB file ({size} bytes). {DAMAGE_REMEDY}")
-    needed = (max(metas, key=lambda meta: cast("int", meta[_TXNID]))[_LAST_PAGE] + 1) * page_size
-    if size < needed:
-        raise IntegrityError(truncated(path, size, needed))
+    problem, size = file_problem(generation)
+    if problem is not None:
+        raise IntegrityError(f"{generation / 'data.mdb'} {problem}. {DAMAGE_REMEDY}")
     return size
+
+
+def file_problem(generation: Path) -> tuple[str | None, int]:
+    """What is wrong with data.mdb as a whole, or None; and its size in bytes.
+
+    Raises:
+        IntegrityError: It is missing.
+    """
+    before: object = None
+    for _ in range(_LOOKS):
+        # First: a commit in between makes the meta pages newer than this, which is fine.
+        record = read_commit_record(generation)
+        try:
+            with (generation / "data.mdb").open("rb", buffering=0) as file:
+                metas = read_meta_pages(file.fileno())
+                # Last: a commit in between makes the file larger than the pages read here say.
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            raise IntegrityError(f"{generation / 'data.mdb'} is missing. {LOSS_REMEDY}") from None
+        meta = newest(metas)
+        if meta is None:
+            problem: str | None = f"isn't an LMDB file ({size} bytes)"
+        elif size < meta.needed_bytes:
+            problem = f"is truncated: {size} bytes of {meta.needed_bytes}"
+        else:
+            problem = contradiction(record, metas)
+        # A commit in the middle of a look can give any answer; the next look tells.
+        if problem is None or (record, metas, size) == before:
+            break
+        before = (record, metas, size)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return problem, size
 
 
 def file_id(generation: Path) -> tuple[int, int] | None:

@@ -17,8 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.storage.layout import METADATA_KEY
+from lmdbcache.storage.meta_pages import Tree
 
-__all__ = ["UnreadablePagesError", "ValueTable", "read_free_pages", "read_value_table"]
+__all__ = [
+    "UnreadablePagesError",
+    "ValueTable",
+    "read_free_pages",
+    "read_named_table",
+    "read_value_table",
+]
 
 # Magic, version, address, map size; the free database, whose first field is the page size, and the
 # main one, each with flags, depth, three counts of pages, entries and root; last page, transaction.
@@ -72,10 +79,32 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
             isn't as expected.
     """
     page_size, num_pages, _, (depth, root) = _find_roots(data, transaction_id)
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    return _read_tree(pages, depth, root)
+
+
+def read_named_table(data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree) -> ValueTable:
+    """Read the table of a named database of a pinned snapshot.
+
+    Args:
+        data: See `read_value_table`.
+        transaction_id: The snapshot's.
+        tree: The named database, as the snapshot's main database has it.
+
+    Raises:
+        UnreadablePagesError: See `read_value_table`.
+    """
+    page_size, num_pages, _, _ = _find_roots(data, transaction_id)
+    if tree.depth and tree.root >= num_pages:
+        raise UnreadablePagesError("a root beyond the last page")
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    return _read_tree(pages, tree.depth, tree.root)
+
+
+def _read_tree(pages: npt.NDArray[np.uint8], depth: int, root: int) -> ValueTable:
     if depth == 0:
         empty = np.empty(0, np.int64)
         return ValueTable(np.empty(0, "S1"), empty, empty)
-    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
     try:
         level = _leaves(pages, depth, root)
         parts = [_values(part, numbers) for part, numbers in _numbered_steps(pages, level)]
@@ -87,7 +116,7 @@ def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueT
         np.concatenate([part[1] for part in parts]),
         np.concatenate([part[2] for part in parts]),
     )
-    _check(table, num_pages * page_size)
+    _check(table, pages.size)
     return table
 
 
@@ -220,7 +249,11 @@ def _fields(
 
 def _children(pages: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     index, at = _nodes(pages, _BRANCH)
-    words = _fields(pages, index, at, 6).view("<u2").astype(np.int64)
+    words = _fields(pages, index, at, _NODE_HEADER_BYTES).view("<u2").astype(np.int64)
+    if (at + _NODE_HEADER_BYTES + words[:, 3]).max() > pages.shape[1]:
+        raise UnreadablePagesError("a key beyond its page")
+    if len(index) < 2 * len(pages) and np.bincount(index).min() < 2:
+        raise UnreadablePagesError("a branch page with one child")
     numbers: npt.NDArray[np.int64] = words[:, 0] | words[:, 1] << 16 | words[:, 2] << 32
     return numbers
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import lmdb
@@ -23,6 +24,15 @@ from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pinning import PinnedStore
 from lmdbcache.storage.selection import Selection
 from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
+from lmdbcache.storage.verified_reads import (
+    Mismatch,
+    Verify,
+    check_mode,
+    check_pages,
+    prepare,
+    read_batch,
+    read_one,
+)
 
 __all__ = ["EmbeddingReader"]
 
@@ -44,9 +54,37 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
     Args:
         store: The store's folder.
         config: Refuse the store if it was written for another config; None takes what is there.
+        verify: Compare each embedding with its checksum after it was copied: `"never"`,
+            `"first_read"` (once per snapshot) or `"always"`. A damaged value is an IntegrityError
+            that names the sample; without verification it is read as it is. LMDB's pages are
+            looked at, too, whenever a snapshot is pinned.
     """
 
     num_read = 0
+
+    def __init__(
+        self, store: str | Path, config: CacheConfig | None = None, verify: Verify = "never"
+    ) -> None:
+        check_mode(verify)
+        self.verify: Final[Verify] = verify
+        super().__init__(store, config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "verify": self.verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        EmbeddingReader.__init__(self, state["store"], state["config"], state["verify"])
+
+    def _pin(self, instead_of: Snapshot | None) -> Snapshot:
+        if self.verify == "never":
+            return super()._pin(instead_of)
+        check_pages(self._store)
+        while True:
+            snapshot = super()._pin(instead_of)
+            with snapshot.lock:
+                if snapshot.verified is not None or prepare(snapshot, self.verify):
+                    return snapshot
+            instead_of = snapshot
 
     def __enter__(self) -> EmbeddingReader:
         return self
@@ -80,8 +118,10 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
 
         Raises:
             SampleNotFoundError: The newest commit doesn't hold it (a KeyError).
-            IntegrityError: The stored value doesn't have the store's shape.
+            IntegrityError: The stored value doesn't have the store's shape; or see `verify`.
         """
+        if self.verify != "never":
+            return self._verified(lambda snapshot, _: read_one(snapshot, sample_id))
         snapshot = self.pinned()
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
@@ -174,7 +214,10 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         Raises:
             SampleNotFoundError: Names what the newest commit lacks.
             InvalidEmbeddingError: `out` doesn't fit, or the shapes of a ragged store differ.
+            IntegrityError: See `verify`.
         """
+        if self.verify != "never":
+            return self._verified(lambda snapshot, _: read_batch(snapshot, sample_ids, out))
         keys: list[bytes] = []
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
@@ -220,6 +263,17 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             return absent
 
         return self.read_pinned(read)
+
+    def _verified(
+        self,
+        read: Callable[[Snapshot, lmdb.Transaction], npt.NDArray[Any] | list[str] | Mismatch],
+    ) -> npt.NDArray[Any]:
+        found = self.read_pinned(read, _is_list)
+        if isinstance(found, list):
+            raise self._not_found(found)
+        if isinstance(found, Mismatch):
+            raise found.error(self._store)
+        return found
 
     def _lookup_key(self, sample_id: str) -> bytes:
         try:

@@ -99,3 +99,38 @@ def test_nothing_to_compact_or_clear(cli):
         arguments = [command, "--all", *(["--yes"] if command == "clear" else [])]
         assert cli(*arguments).returncode == 0
         assert json.loads(cli(*arguments, "--json").stdout) == []
+
+
+def test_repair(cli, cache, configs):
+    """It shows what would be dropped, asks, and leaves a sound store; exit code 0."""
+    with cache.reader(configs[0]) as reader:
+        value = reader["video_00003:dog"].tobytes()
+    (database,) = cache.path(configs[0]).glob("gen-*/data.mdb")
+    content = bytearray(database.read_bytes())
+    content[content.rindex(value)] ^= 1
+    database.write_bytes(content)
+    name = configs[0].fingerprint
+    planned = cli("repair", name, "--dry-run")
+    assert "5 embeddings can be kept, 1 can't" in planned.stdout
+    assert "dropped: video_00003:dog" in planned.stdout
+    assert cli("repair", name, stdin="n\n").returncode != 0
+    assert cli("verify", name).returncode == 1
+    assert "--yes" in cli("repair", name, "--json").stderr
+    (report,) = json.loads(cli("repair", name, "--json", "--yes").stdout)
+    assert (report["is_repaired"], report["dropped"]) == (True, ["video_00003:dog"])
+    assert cli("verify", "--all").returncode == 0
+    again = cli("repair", "--all")
+    assert again.returncode == 0
+    assert again.stdout.count("sound, ") == 3
+
+
+def test_one_hopeless_store_doesn_t_hide_the_others(cli, cache, configs):
+    """`verify --all` goes on behind a stump."""
+    store = cache.path(configs[0])
+    for path in store.glob("gen-*/*"):
+        path.write_bytes(b"") if path.name != "lock.mdb" else None
+    result = cli("verify", "--all")
+    assert result.returncode == 1
+    assert result.stdout.count("DAMAGED") == 1
+    assert result.stdout.count("sound, 6 embeddings") == 2
+    assert "Traceback" not in result.stderr

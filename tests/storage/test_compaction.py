@@ -67,6 +67,8 @@ def test_generations_follow_each_other(loose, config):
         len(loose.reader(config))
         assert files(loose, config) == [
             "CURRENT",
+            "gen-000002/checked",
+            "gen-000002/committed",
             "gen-000002/data.mdb",
             "gen-000002/lock.mdb",
             "writer.lock",

@@ -101,7 +101,12 @@ def test_folder_holds_what_the_format_says(store):
         "writer.lock",
     ]
     assert (folder / "CURRENT").read_bytes() == b"gen-000001\n"
-    assert sorted(child.name for child in generation.iterdir()) == ["data.mdb", "lock.mdb"]
+    assert sorted(child.name for child in generation.iterdir()) == [
+        "checked",
+        "committed",
+        "data.mdb",
+        "lock.mdb",
+    ]
 
 
 def test_a_plain_client_reads_a_value(filled, config, embeddings):
@@ -208,3 +213,19 @@ def test_record_goes_to_json(filled, config):
     info = filled.info(config)
     assert json.loads(json.dumps(info.to_dict()))["num_embeddings"] == 20
     assert info.to_dict()["fingerprint"] == config.fingerprint
+
+
+def test_mutated_records_end_in_our_error_or_in_metadata():
+    """Whatever a few changed bytes make of a record, nothing else escapes."""
+    record = StoreMetadata.new(CacheConfig(), "/data").pack()
+    generator = np.random.default_rng(5)
+    refused = 0
+    for _ in range(3000):
+        mutated = np.frombuffer(record, np.uint8).copy()
+        places = generator.integers(0, len(record), int(generator.integers(1, 4)))
+        mutated[places] = generator.integers(0, 256, len(places))
+        try:
+            assert isinstance(StoreMetadata.unpack(mutated.tobytes(), "store"), StoreMetadata)
+        except IntegrityError:
+            refused += 1
+    assert 500 < refused < 3000

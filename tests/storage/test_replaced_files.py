@@ -54,7 +54,7 @@ def test_truncation_under_a_live_reader_is_an_error(cache, config, share, use):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "Clear this store" in in_fork(read)
+    assert "lmdbcache repair" in in_fork(read)
 
 
 def test_file_replaced_by_a_rename_is_found_at_refresh(store, config, data):

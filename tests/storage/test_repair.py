@@ -1,0 +1,162 @@
+"""repair keeps what is sound, lists what it drops, and never loses a sound store."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from storage.damage import data_file
+
+from lmdbcache.errors import CacheNotFoundError, IntegrityError
+from lmdbcache.storage import repair as repair_module
+from lmdbcache.storage.page_file import PageFile
+
+NUM_SAMPLES = 300
+
+
+@pytest.fixture
+def values():
+    generator = np.random.default_rng(0)
+    return {f"clip_{n:03d}:x": generator.normal(size=600).astype("f4") for n in range(NUM_SAMPLES)}
+
+
+@pytest.fixture
+def data(cache, config, values):
+    """data.mdb of a store with several leaf pages."""
+    with cache.writer(config, commit_records=50) as writer:
+        writer.put_batch(values, values.values())
+    return data_file(cache, config)
+
+
+def overwrite(path, at, content):
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+def main_root(path):
+    with PageFile(path) as file:
+        return file.meta.main.root
+
+
+def test_damaged_value_is_dropped_and_recomputed(cache, config, data, values):
+    """Only that sample is gone; the next `get_or_compute` computes it alone."""
+    overwrite(data, data.read_bytes().rindex(values["clip_007:x"].tobytes()) + 9, b"\x55")
+    plan = cache.repair(config, dry_run=True)
+    assert (plan.is_repaired, plan.dropped) == (False, ("clip_007:x",))
+    assert data.exists()
+    report = cache.repair(config)
+    assert (report.num_kept, report.dropped, report.structure) == (299, ("clip_007:x",), ())
+    assert not data.exists()
+    assert cache.verify(config).is_sound
+    asked = []
+
+    def compute(sample_ids):
+        asked.extend(sample_ids)
+        return [values[sample_id] for sample_id in sample_ids]
+
+    batch = cache.get_or_compute(config, list(values), compute)
+    assert asked == ["clip_007:x"]
+    np.testing.assert_array_equal(batch, np.stack(list(values.values())))
+
+
+def test_broken_root_loses_nothing(cache, config, data, values):
+    """The leaf pages are found without the branch page that led to them."""
+    overwrite(data, main_root(data) * 4096 + 16, os.urandom(64))
+    report = cache.verify(config)
+    assert report.structure
+    assert cache.repair(config).num_outside > 100
+    assert cache.reader(config) == values
+
+
+def test_lost_meta_pages_lose_nothing(cache, config, data, values):
+    """The newest, and even both: the record beside data.mdb has a copy."""
+    overwrite(data, 0, bytes(8192))
+    with pytest.raises(IntegrityError, match="repair"):
+        cache.reader(config)["clip_007:x"]
+    report = cache.repair(config)
+    assert (report.num_kept, report.dropped) == (NUM_SAMPLES, ())
+    assert cache.reader(config) == values
+
+
+def test_overwritten_values_never_come_back(cache, config, data, values):
+    """Old pairs of value and checksum verify, too, and are left where they are."""
+    with cache.writer(config, on_duplicate="overwrite", commit_records=50) as writer:
+        for sample_id in values:
+            writer.put(sample_id, values[sample_id] + 1)
+    overwrite(data, main_root(data) * 4096 + 16, os.urandom(64))
+    (data.parent / "committed").unlink()
+    cache.repair(config)
+    with cache.reader(config) as reader:
+        assert len(reader) > 200
+        for sample_id, value in reader.items():
+            np.testing.assert_array_equal(value, values[sample_id] + 1)
+
+
+def test_truncated_store_keeps_what_is_left(cache, config, data, values):
+    """What lies before the cut."""
+    os.truncate(data, data.stat().st_size * 3 // 4)
+    report = cache.verify(config)
+    assert "is truncated" in report.structure[0]
+    assert set(report.damaged) | set(report.missing)
+    repaired = cache.repair(config)
+    assert 50 < repaired.num_kept < NUM_SAMPLES
+    with cache.reader(config) as reader:
+        for sample_id, value in reader.items():
+            np.testing.assert_array_equal(value, values[sample_id])
+        assert not set(reader) & set(repaired.dropped)
+
+
+def test_sound_store_is_left_alone(cache, config, data):
+    """Nothing is rewritten where nothing is wrong."""
+    before = data.stat()
+    report = cache.repair(config)
+    assert report.was_sound
+    assert (report.num_kept, report.is_repaired) == (NUM_SAMPLES, False)
+    assert data.stat().st_ino == before.st_ino
+    with pytest.raises(CacheNotFoundError):
+        cache.repair(config.replace(duration=1))
+
+
+def test_garbage_in_current_is_repaired(cache, config, data, values):
+    """The one generation that there is becomes the live one again."""
+    (cache.path(config) / "CURRENT").write_bytes(b"\xff")
+    report = cache.repair(config)
+    assert report.is_repaired
+    assert report.dropped == ()
+    assert cache.reader(config) == values
+
+
+def test_lost_metadata_is_refused(cache, config, data):
+    """Without its metadata nothing can be read: the store stays as it is, and the error says so."""
+    content = data.read_bytes().replace(b"format_version", b"format_versiom")
+    data.write_bytes(content)
+    with pytest.raises(IntegrityError, match="metadata record is lost"):
+        cache.repair(config)
+    assert data.read_bytes() == content
+
+
+def test_interrupted_repair_changes_nothing(cache, config, data, values, monkeypatch):
+    """The old generation stays live until the new one is checked."""
+    overwrite(data, data.read_bytes().rindex(values["clip_007:x"].tobytes()) + 9, b"\x55")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repair_module, "publish_generation", interrupted)
+        cache.repair(config)
+    assert cache.verify(config).damaged == ("clip_007:x",)
+    assert cache.repair(config).num_kept == 299
+
+
+def test_open_readers_go_on(cache, config, data, values):
+    """A reader keeps its snapshot, and moves to the repaired store when it looks."""
+    with cache.reader(config) as reader:
+        np.testing.assert_array_equal(reader["clip_001:x"], values["clip_001:x"])
+        overwrite(data, data.read_bytes().rindex(values["clip_007:x"].tobytes()) + 9, b"\x55")
+        cache.repair(config)
+        np.testing.assert_array_equal(reader["clip_002:x"], values["clip_002:x"])
+        assert reader.refresh()
+        assert "clip_007:x" not in reader
