@@ -10,8 +10,11 @@ from typing import Any, Final, Literal
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["counted", "print_error", "print_json", "print_table", "say", "sizes"]
+from lmdbcache.extraction.space import readable_size as sizes
 
+__all__ = ["DISK_FULL", "counted", "print_error", "print_json", "print_table", "say", "sizes"]
+
+DISK_FULL: Final = 3  # exit code
 _FINGERPRINT_WIDTH: Final = 16
 
 
@@ -53,15 +56,6 @@ def print_table(
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 240
     Console(width=width, highlight=False, markup=False, soft_wrap=False).print(table)
-
-
-def sizes(num_bytes: float) -> str:
-    """A size with a unit of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def counted(number: int, noun: str) -> str:

@@ -36,7 +36,7 @@ class ExtractionSummary:
     Args:
         store: The store's folder; None if nothing is stored.
         num_samples: Distinct samples asked for.
-        num_cached: Of these, stored before the run.
+        num_cached: Of these, stored before the run, or by another process meanwhile.
         num_extracted: Embeddings added by the run.
         num_silent: Of these, clips of digital silence.
         failures: Clips without an embedding, with reasons.

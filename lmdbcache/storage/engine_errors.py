@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Final, NoReturn
 import lmdb
 
 from lmdbcache.errors import (
+    CacheError,
     CacheFullError,
     IntegrityError,
     ReadOnlyCacheError,
@@ -20,12 +22,18 @@ from lmdbcache.errors import (
 
 __all__ = ["DAMAGE_REMEDY", "raise_translated", "translated_errors"]
 
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 DAMAGE_REMEDY: Final = "Clear this store and extract again, or restore the file from a copy"
 
 
 @contextlib.contextmanager
-def translated_errors(where: Path) -> Iterator[None]:
-    """Turn LMDB's and the system's errors into ours, with a remedy."""
+def translated_errors(where: Path, needed: int = 0) -> Iterator[None]:
+    """Turn LMDB's and the system's errors into ours, with a remedy.
+
+    Args:
+        where: For the message.
+        needed: Bytes that have to be free for what is done inside, where known.
+    """
     try:
         yield
     except lmdb.MapFullError:
@@ -51,12 +59,15 @@ def translated_errors(where: Path) -> Iterator[None]:
         lmdb.PanicError,
     ) as error:
         raise IntegrityError(f"{where} is damaged ({error}). {DAMAGE_REMEDY}") from None
+    except CacheError:  # some are OSErrors, too
+        raise
     except (lmdb.Error, OSError) as error:
         if _disk_is_full(error, where):
             free = shutil.disk_usage(where).free
+            wanted = f", {-(-needed >> 20)} MiB needed" if needed else ""
             raise CacheFullError(
-                f"{where}: the disk is full ({free >> 20} MiB free). Free space and go on; what "
-                "was committed is safe"
+                f"{where}: the disk or this user's quota is full ({free >> 20} MiB free{wanted}). "
+                "Free space and go on; what was committed is safe"
             ) from None
         if isinstance(error, PermissionError):
             raise ReadOnlyCacheError(
@@ -74,7 +85,9 @@ def raise_translated(error: BaseException, where: Path) -> NoReturn:
 
 
 def _disk_is_full(error: Exception, where: Path) -> bool:
-    if isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) == errno.ENOSPC:
+    if isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) in _FULL:
+        return True
+    if os.strerror(errno.EDQUOT) in str(error):
         return True
     # A short write shows as EIO.
     if "Input/output error" in str(error):

@@ -32,6 +32,7 @@ from lmdbcache.storage.environment import (
 )
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import (
+    RESERVE_BYTES,
     check_room,
     create_generation,
     current_generation,
@@ -48,7 +49,6 @@ __all__ = ["EmbeddingWriter", "OnDuplicate"]
 OnDuplicate = Literal["skip", "overwrite", "error"]
 
 _COMMITS_PER_READER_CHECK: Final = 64
-_RESERVE_BYTES: Final = 16 << 20
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 
 
@@ -234,11 +234,10 @@ class EmbeddingWriter:
                 return 0
             with write_lock(self._store), no_fork:
                 # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
-                needed = 2 * self._pending.num_bytes + _RESERVE_BYTES
+                needed = 2 * self._pending.num_bytes + RESERVE_BYTES
                 check_room(self._store, needed, "this commit")
-                environment = self._attach()
-                with translated_errors(self._store):
-                    written = self._write(environment)
+                with translated_errors(self._store, needed):
+                    written = self._write(self._attach())
             self._num_commits += 1
             self._num_written += written
             self.discard()
