@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lmdbcache.extraction.space import readable_size as sizes
 
-__all__ = ["DISK_FULL", "counted", "print_error", "print_json", "print_table", "say", "sizes"]
+__all__ = [
+    "DISK_FULL",
+    "byte_progress",
+    "counted",
+    "print_error",
+    "print_json",
+    "print_table",
+    "say",
+    "sizes",
+]
 
 DISK_FULL: Final = 3  # exit code
 _FINGERPRINT_WIDTH: Final = 16
@@ -56,6 +67,27 @@ def print_table(
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 240
     Console(width=width, highlight=False, markup=False, soft_wrap=False).print(table)
+
+
+@contextlib.contextmanager
+def byte_progress(label: str, *, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error for work counted in bytes; None shows it on a terminal.
+
+    Yields:
+        To be called with the bytes done and the bytes in all; None if no bar is shown.
+    """
+    if not (sys.stderr.isatty() if shown is None else shown):
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def counted(number: int, noun: str) -> str:

@@ -20,6 +20,7 @@ from lmdbcache.cli.options import (
     NodeSplitId,
     NumNodes,
     Output,
+    Progress,
     Root,
     SampleRate,
     SamplesPerClass,
@@ -69,14 +70,7 @@ def extract_command(
     commit_seconds: Annotated[
         float, typer.Option(help="Commit at least this often; a kill loses no more.")
     ] = 10.0,
-    progress: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--progress/--no-progress",
-            help="A bar on standard error; default: if that is a terminal.",
-            show_default=False,
-        ),
-    ] = None,
+    progress: Progress = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only tell what is missing and the space that it needs."),

@@ -7,10 +7,10 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
-from lmdbcache.cli.options import Json, Root, Yes, find_store
+from lmdbcache.cli.console import byte_progress, counted, print_json, print_table, say, sizes
+from lmdbcache.cli.options import Json, Progress, Root, Yes, find_store
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.compaction import compact
+from lmdbcache.storage.compaction import compact, plan_compaction
 from lmdbcache.storage.integrity import verify
 from lmdbcache.store_info import StoreInfo
 
@@ -51,11 +51,28 @@ def clear_command(
 
 
 def compact_command(
-    stores: Stores = None, *, root: Root = None, everything: All = False, as_json: Json = False
+    stores: Stores = None,
+    *,
+    root: Root = None,
+    everything: All = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell the sizes before and after.")
+    ] = False,
+    progress: Progress = None,
+    as_json: Json = False,
 ) -> None:
-    """Rewrite stores without their unused pages."""
+    """Rewrite stores without their unused pages; readers and writers may go on meanwhile.
+
+    Interrupted at any moment, a store is as before. Exit code 3 if the disk can't hold the copy.
+    """
     chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
-    results = [compact(store.path) for store in chosen]
+    if dry_run:
+        results = [plan_compaction(store.path) for store in chosen]
+    else:
+        results = []
+        for store in chosen:
+            with byte_progress(store.path.name, shown=progress) as report:
+                results.append(compact(store.path, progress=report))
     if as_json:
         print_json(
             [

@@ -28,6 +28,7 @@ __all__ = [
     "NodeSplitId",
     "NumNodes",
     "Output",
+    "Progress",
     "Root",
     "SampleRate",
     "SamplesPerClass",
@@ -74,6 +75,14 @@ ComputeDtype = Annotated[
     typer.Option(
         help="The model computes in float32, bfloat16 or float16. bfloat16 is faster on recent "
         "GPUs and differs by about 1 %; each has a store of its own."
+    ),
+]
+Progress = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--progress/--no-progress",
+        help="A bar on standard error; default: if that is a terminal.",
+        show_default=False,
     ),
 ]
 DataDir = Annotated[Path, typer.Argument(help="Folder with <class>/audios/*.wav.")]

@@ -16,16 +16,22 @@ __all__ = ["Stopped", "StopSignals"]
 # `timeout` and many wrappers signal the process and its group: the same news twice.
 _SAME_NEWS_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 0.05
-# KeyboardInterrupt is lost in the middle of an import or a finalizer, or garbled by a C module.
+# KeyboardInterrupt is lost in a finalizer or at a fork, and C modules garble it in an import.
 _NOT_INSIDE_FILES: Final = (
     "<frozen importlib._bootstrap>",
     "<frozen importlib._bootstrap_external>",
 )
-_NOT_INSIDE_FUNCTIONS: Final = ("__del__", "_shutdown_workers")
+_NOT_INSIDE_FUNCTIONS: Final = ("__del__", "_start_workers", "_shutdown_workers", "_launch")
 
 
 class Stopped(Exception):  # noqa: N818 - an answer to a signal, not an error
     """A command was stopped by a signal; the message says what is kept."""
+
+
+class _StopRequested(KeyboardInterrupt):
+    # Python ends by SIGINT, whatever is asked of sys.exit, once a plain KeyboardInterrupt has
+    # come out of an exec.
+    pass
 
 
 class StopSignals:
@@ -67,7 +73,7 @@ class StopSignals:
         if _is_inside_what_loses_it(frame):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
         else:
-            raise KeyboardInterrupt
+            raise _StopRequested
 
 
 def _is_inside_what_loses_it(frame: FrameType | None) -> bool:

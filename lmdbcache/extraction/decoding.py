@@ -141,9 +141,7 @@ class FeatureBatches(Iterator[FeatureBatch]):
         """
         try:
             if self._batches is None:
-                with _no_signals():
-                    self._batches = iter(self._loader)
-                self._workers = list(getattr(self._batches, "_workers", ()))
+                self._start_workers()
             batch: FeatureBatch = next(self._batches)
         except (EOFError, OSError) as error:
             if not self._loader.num_workers or isinstance(error, CacheError):
@@ -155,6 +153,11 @@ class FeatureBatches(Iterator[FeatureBatch]):
         if batch.error is not None:
             raise batch.error
         return batch
+
+    def _start_workers(self) -> None:  # the command line lets no signal interrupt it
+        with _no_signals():
+            self._batches = iter(self._loader)
+        self._workers = list(getattr(self._batches, "_workers", ()))
 
     def close(self) -> None:
         """End the worker processes now, whoever keeps an exception and with it torch's iterator."""
