@@ -26,7 +26,8 @@ __all__ = [
 _PAGE_HEADER, _NODE_HEADER, _POINTER = 16, 8, 2
 _PAGE_NUMBER: Final = 8
 _CHECKSUM_BYTES: Final = 8
-# Leaf pages that are filled in random order are two thirds full.
+# Pages that each commit replaces, and leaf pages that aren't full. In key order, as a run stores
+# its clips, this is enough; many small values in random order can take twice as much.
 _LEAF_SLACK: Final = 1.5
 _LARGEST_COMMIT: Final = 64 << 20
 
