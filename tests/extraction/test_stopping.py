@@ -104,6 +104,7 @@ def test_second_ctrl_c_ends_at_once(start, arguments, cache, config, num_stored)
     command.wait_until(num_stored)
     with write_lock(cache.path(config)):
         kept = num_stored()
+        time.sleep(0.5)  # by now it has something to commit
         os.killpg(command.process.pid, signal.SIGINT)
         time.sleep(0.2)
         os.killpg(command.process.pid, signal.SIGINT)  # the same key press, forwarded
