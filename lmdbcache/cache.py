@@ -135,9 +135,11 @@ class EmbeddingCache:
         folders = [self.path(config)] if config else self.folders()
         return sum(allocated_bytes(folder) for folder in folders)
 
-    def compact(self, config: CacheConfig) -> CompactionResult:
+    def compact(
+        self, config: CacheConfig, *, progress: Callable[[int, int], None] | None = None
+    ) -> CompactionResult:
         """Rewrite the store without unused pages. See `lmdbcache.storage.compaction.compact`."""
-        return compact(self.path(config))
+        return compact(self.path(config), progress=progress)
 
     def verify(self, config: CacheConfig, progress: Progress | None = None) -> IntegrityReport:
         """Check every value. See `lmdbcache.storage.integrity.verify`."""

@@ -101,3 +101,10 @@ def test_vegas_document_names_real_methods():
     text = (ROOT / "docs" / "vegas.md").read_text("utf-8")
     for name in re.findall(r"dataset\.(\w+)\(", text):
         assert hasattr(VEGASDataset, name), name
+
+
+def test_exit_codes_are_documented():
+    """The table has every exit code that the help names."""
+    text = (ROOT / "docs" / "command_line.md").read_text("utf-8")
+    codes = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert codes == re.findall(r"(?:: |; )(\d+) ", app.info.epilog)

@@ -11,8 +11,20 @@ from typing import Any, Final, Literal
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["counted", "print_error", "print_json", "print_table", "progress_bar", "say", "sizes"]
+from lmdbcache.extraction.space import readable_size as sizes
 
+__all__ = [
+    "DISK_FULL",
+    "counted",
+    "print_error",
+    "print_json",
+    "print_table",
+    "progress_bar",
+    "say",
+    "sizes",
+]
+
+DISK_FULL: Final = 3  # exit code
 _FINGERPRINT_WIDTH: Final = 16
 
 
@@ -57,25 +69,35 @@ def print_table(
 
 
 @contextlib.contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error for (done, in all); None where nobody would see it."""
-    if not sys.stderr.isatty():
+def progress_bar(
+    label: str, *, shown: bool | None = None, in_bytes: bool = False
+) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error for (done, in all); shown on a terminal if that isn't decided.
+
+    Yields:
+        To be called with what is done and what there is in all; None if no bar is shown.
+    """
+    if not (sys.stderr.isatty() if shown is None else shown):
         yield None
         return
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(_printable(description), total=None)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=shown is None) as bar:
+        task = bar.add_task(_printable(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def sizes(num_bytes: float) -> str:
-    """A size with a unit of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def counted(number: int, noun: str) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import print_json, say
+from lmdbcache.cli.console import DISK_FULL, print_json, say
 from lmdbcache.cli.options import (
+    ComputeDtype,
     DataDir,
     Dtype,
     Duration,
@@ -19,6 +20,7 @@ from lmdbcache.cli.options import (
     NodeSplitId,
     NumNodes,
     Output,
+    Progress,
     Root,
     SampleRate,
     SamplesPerClass,
@@ -28,8 +30,12 @@ from lmdbcache.cli.options import (
     build_config,
     select_clips,
 )
+from lmdbcache.cli.stopping import Stopped
+from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.vegas_selection import VEGASSelection
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.errors import CacheFullError
+from lmdbcache.extraction.pipeline import extract, plan_extraction
+from lmdbcache.extraction.space import ExtractionPlan
 
 __all__ = ["extract_command"]
 
@@ -44,6 +50,7 @@ def extract_command(
     sample_rate: SampleRate = 16000,
     duration: Duration = 5.0,
     dtype: Dtype = "float32",
+    compute_dtype: ComputeDtype = "float32",
     classes: SelectedClasses = None,
     exclude: ExcludedClasses = None,
     split: Split = "all",
@@ -63,19 +70,17 @@ def extract_command(
     commit_seconds: Annotated[
         float, typer.Option(help="Commit at least this often; a kill loses no more.")
     ] = 10.0,
-    progress: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--progress/--no-progress",
-            help="A bar on standard error; default: if that is a terminal.",
-            show_default=False,
-        ),
-    ] = None,
+    progress: Progress = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only tell what is missing and the space that it needs."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Extract and store the embeddings of a dataset; only what is missing is computed.
 
-    Stopped at any moment, it goes on where it was when run again. Exit code 1 if a clip failed.
+    Stopped at any moment, by Ctrl-C or by a batch system's SIGTERM too, it goes on where it was
+    when run again. Exit code 1 if a clip failed, 3 if the disk is full.
     """
     clips = select_clips(
         data_dir,
@@ -88,22 +93,56 @@ def extract_command(
         samples_per_node,
     )
     config = build_config(
-        sample_rate, duration, model, model_name, output, dtype, VEGASSelection.namespace
+        sample_rate,
+        duration,
+        model,
+        model_name,
+        output,
+        dtype,
+        compute_dtype,
+        VEGASSelection.namespace,
     )
-    summary = extract(
-        EmbeddingCache(root),
-        config,
-        clips,
-        model=model,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        progress=progress,
-        dataset_root=data_dir.absolute(),
-        commit_seconds=commit_seconds,
-    )
+    cache = EmbeddingCache(root)
+    if dry_run:
+        _show_plan(plan_extraction(cache, config, clips, model=model), as_json=as_json)
+        return
+    try:
+        summary = extract(
+            cache,
+            config,
+            clips,
+            model=model,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            progress=progress,
+            dataset_root=data_dir.absolute(),
+            commit_seconds=commit_seconds,
+        )
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"{_kept(cache, config, clips)}; run the same command again to go on"
+        ) from None
+    except CacheFullError as error:
+        raise CacheFullError(
+            f"{error}; {_kept(cache, config, clips)}; run the same command again after that"
+        ) from error
     if as_json:
         print_json({**summary.to_dict(), "fingerprint": config.fingerprint})
     else:
         say(f"{summary}\n{summary.store}")
     raise typer.Exit(summary.exit_code)
+
+
+def _kept(cache: EmbeddingCache, config: CacheConfig, clips: list[tuple[str, str]]) -> str:
+    """What is on the disk now, whoever has stored it."""
+    found = cache.coverage(config, [sample_id for sample_id, _ in clips])
+    return f"{found.num_present} of {found.num_asked} are stored"
+
+
+def _show_plan(plan: ExtractionPlan, *, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        say(f"{plan}\n{plan.store}")
+    raise typer.Exit(0 if plan.fits else DISK_FULL)

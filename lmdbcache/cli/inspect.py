@@ -10,6 +10,7 @@ import typer
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
 from lmdbcache.cli.options import (
+    ComputeDtype,
     DataDir,
     Dtype,
     Duration,
@@ -147,6 +148,7 @@ def coverage_command(
     sample_rate: SampleRate = 16000,
     duration: Duration = 5.0,
     dtype: Dtype = "float32",
+    compute_dtype: ComputeDtype = "float32",
     classes: SelectedClasses = None,
     exclude: ExcludedClasses = None,
     split: Split = "all",
@@ -170,7 +172,14 @@ def coverage_command(
     )
     cache = EmbeddingCache(root)
     config = build_config(
-        sample_rate, duration, model, model_name, output, dtype, VEGASSelection.namespace
+        sample_rate,
+        duration,
+        model,
+        model_name,
+        output,
+        dtype,
+        compute_dtype,
+        VEGASSelection.namespace,
     )
     found = cache.coverage(config, [sample_id for sample_id, _ in clips])
     if as_json:

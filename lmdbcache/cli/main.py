@@ -8,16 +8,17 @@ import sys
 import typer
 
 from lmdbcache.cli import extract, inspect, maintain
-from lmdbcache.cli.console import print_error, say
-from lmdbcache.errors import CacheError
+from lmdbcache.cli.console import DISK_FULL, print_error, say
+from lmdbcache.cli.stopping import Stopped, StopSignals
+from lmdbcache.errors import CacheError, CacheFullError
 
 __all__ = ["app", "main"]
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="lmdbcache",
     help="Compute the embeddings of an audio model once, read them back at memory speed.",
+    epilog="Exit codes: 0 done; 1 a clip failed, something is missing or damaged, or an error; "
+    "2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -58,17 +59,34 @@ def _common(
 
 
 def main() -> None:
-    """Run the command line; errors of ours are one line and exit code 1 (2 for wrong usage)."""
+    """Run the command line and end the process; docs/command_line.md lists the exit codes."""
+    stop = StopSignals()
+    stop.install()
+    code = _run(stop)
+    stop.end()
+    sys.exit(code)
+
+
+def _run(stop: StopSignals) -> int | str | None:
     try:
         app()
-    except (CacheError, OSError) as error:
-        # An OSError names its file and reason: no permission, a disk that fails.
-        print_error(error)
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # typer's answer to Ctrl-C, without a word
-            print_error("interrupted; what was committed is kept, run again to go on")
-        raise
+    except Stopped as stopped:
+        print_error(f"interrupted; {stopped}")
+    except BaseException as error:  # noqa: BLE001 - what a stop leaves behind is no news
+        if stop.number is None:
+            return _code_of(error)
+        print_error("interrupted; what was committed is kept, run the same command again to go on")
+    return stop.exit_code
+
+
+def _code_of(error: BaseException) -> int | str | None:
+    if isinstance(error, SystemExit):
+        return error.code
+    if not isinstance(error, (CacheError, OSError)):
+        raise error
+    # An OSError names its file and reason: no permission, a disk that fails.
+    print_error(error)
+    return DISK_FULL if isinstance(error, CacheFullError) else 1
 
 
 if __name__ == "__main__":

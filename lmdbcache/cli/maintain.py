@@ -16,9 +16,9 @@ from lmdbcache.cli.console import (
     say,
     sizes,
 )
-from lmdbcache.cli.options import Json, Root, Yes, find_folder
+from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
 from lmdbcache.errors import ConfigError, IntegrityError
-from lmdbcache.storage.compaction import compact
+from lmdbcache.storage.compaction import compact, plan_compaction
 from lmdbcache.storage.integrity import IntegrityReport, verify
 from lmdbcache.storage.repair import RepairReport, repair
 from lmdbcache.store_info import info_or_damage
@@ -61,11 +61,28 @@ def clear_command(
 
 
 def compact_command(
-    stores: Stores = None, *, root: Root = None, everything: All = False, as_json: Json = False
+    stores: Stores = None,
+    *,
+    root: Root = None,
+    everything: All = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell the sizes before and after.")
+    ] = False,
+    progress: Progress = None,
+    as_json: Json = False,
 ) -> None:
-    """Rewrite stores without their unused pages."""
+    """Rewrite stores without their unused pages; readers and writers may go on meanwhile.
+
+    Interrupted at any moment, a store is as before. Exit code 3 if the disk can't hold the copy.
+    """
     chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
-    results = [compact(store) for store in chosen]
+    if dry_run:
+        results = [plan_compaction(store) for store in chosen]
+    else:
+        results = []
+        for store in chosen:
+            with progress_bar(store.name, shown=progress, in_bytes=True) as report:
+                results.append(compact(store, progress=report))
     if as_json:
         print_json(
             [

@@ -19,16 +19,28 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import Checkpoint
 
 __all__ = [
+    "NUM_SPECIAL_TOKENS",
     "feature_implementation",
     "import_transformers",
     "library_versions",
     "load_feature_extractor",
     "load_model",
     "read_settings",
+    "stored_shape",
 ]
 
 _MODEL_TYPE: Final = "audio-spectrogram-transformer"
 _EXTRACTOR_TYPE: Final = "ASTFeatureExtractor"
+NUM_SPECIAL_TOKENS: Final = 2  # CLS and distillation
+# What decides the number of tokens, with ASTConfig's defaults.
+_SIZES: Final = {
+    "hidden_size": 768,
+    "patch_size": 16,
+    "frequency_stride": 10,
+    "time_stride": 10,
+    "num_mel_bins": 128,
+    "max_length": 1024,
+}
 
 
 def load_feature_extractor(checkpoint: Checkpoint) -> Any:
@@ -125,6 +137,25 @@ def read_settings(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any
                 "preprocessor_config.json; take both from the same model"
             )
     return config, preprocessor
+
+
+def stored_shape(checkpoint: Checkpoint, output: str) -> tuple[int, ...] | None:
+    """Shape of one embedding by config.json alone; None if that isn't on this machine.
+
+    Raises:
+        ModelLoadError: See `read_settings`.
+    """
+    if not checkpoint.is_local:
+        return None
+    config, _ = read_settings(checkpoint)
+    sizes = [config.get(name, default) for name, default in _SIZES.items()]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return None  # loading the model will say what is wrong
+    hidden_size, patch, bin_step, frame_step, num_bins, num_frames = sizes
+    if output != "last_hidden_state":
+        return (hidden_size,)
+    patches = ((num_bins - patch) // bin_step + 1) * ((num_frames - patch) // frame_step + 1)
+    return (patches + NUM_SPECIAL_TOKENS, hidden_size)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

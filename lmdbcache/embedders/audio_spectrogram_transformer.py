@@ -13,6 +13,7 @@ import numpy as np
 
 from lmdbcache.config import DTYPES
 from lmdbcache.embedders.ast_checkpoint import (
+    NUM_SPECIAL_TOKENS,
     feature_implementation,
     import_transformers,
     library_versions,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["ASTEmbedder", "ASTFrontEnd"]
 
 _WINDOW_MILLISECONDS: Final = 25.0
-_NUM_SPECIAL_TOKENS: Final = 2  # CLS and distillation
 
 
 class ASTFrontEnd:
@@ -210,7 +210,7 @@ class ASTEmbedder:
             if self.output == "pooler_output":
                 embeddings = result.pooler_output
             elif self.output == "mean":
-                embeddings = hidden[:, _NUM_SPECIAL_TOKENS:].float().mean(dim=1)
+                embeddings = hidden[:, NUM_SPECIAL_TOKENS:].float().mean(dim=1)
             else:
                 embeddings = hidden
         on_cpu: torch.Tensor = embeddings.to("cpu", torch.float32)

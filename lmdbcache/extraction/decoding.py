@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
@@ -21,10 +22,12 @@ from lmdbcache.embedders.base import FrontEnd
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.extraction.summary import ClipFailure
 
-__all__ = ["Clip", "FeatureBatch", "feature_batches", "worker_errors"]
+__all__ = ["Clip", "FeatureBatch", "FeatureBatches", "feature_batches", "worker_errors"]
 
 _WAIT_SECONDS: Final = 600.0  # a worker that gives nothing for so long is stuck
 _NEWS_SECONDS: Final = 1.0
+_CLOSE_SECONDS: Final = 5.0
+_FOR_THE_MAIN_PROCESS: Final = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ class FeatureBatch:
     def num_clips(self) -> int:
         """Clips of this unit, failed ones included."""
         return len(self.sample_ids) + len(self.failures)
+
+    def keep(self, wanted: set[str]) -> None:
+        """Drop the features of all other samples."""
+        rows = [row for row, sample_id in enumerate(self.sample_ids) if sample_id in wanted]
+        if self.features is not None and len(rows) < len(self.sample_ids):
+            self.sample_ids = [self.sample_ids[row] for row in rows]
+            self.features = self.features[rows] if rows else None
 
 
 class _Units(torch.utils.data.Dataset[FeatureBatch]):
@@ -110,6 +120,67 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         return features
 
 
+class FeatureBatches(Iterator[FeatureBatch]):
+    """The units' features in the order asked for. Close it to end the worker processes.
+
+    An exception inside, Ctrl-C included, leaves the workers alone until then: what is computed
+    can be committed first.
+    """
+
+    def __init__(self, loader: torch.utils.data.DataLoader[FeatureBatch]) -> None:
+        self._loader = loader
+        self._batches: Any = None
+        self._workers: list[Any] = []
+
+    def __next__(self) -> FeatureBatch:
+        """The next unit.
+
+        Raises:
+            CacheError: The front end can't be loaded in a worker.
+            ExtractionError: A worker ended while it handed over its features.
+        """
+        try:
+            if self._batches is None:
+                self._start_workers()
+            batch: FeatureBatch = next(self._batches)
+        except (EOFError, OSError) as error:
+            if not self._loader.num_workers or isinstance(error, CacheError):
+                raise
+            # A dead worker's connection ends before torch's signal handler hears of it. Its
+            # RuntimeError comes out of here, and not out of the cleaning up.
+            time.sleep(_NEWS_SECONDS)
+            raise _worker_failure(error) from error
+        if batch.error is not None:
+            raise batch.error
+        return batch
+
+    def _start_workers(self) -> None:  # the command line lets no signal interrupt it
+        with _no_signals():
+            self._batches = iter(self._loader)
+        self._workers = list(getattr(self._batches, "_workers", ()))
+
+    def close(self) -> None:
+        """End the worker processes now, whoever keeps an exception and with it torch's iterator."""
+        batches, self._batches, workers = self._batches, None, self._workers
+        # A worker that hangs in a file would let torch wait for each in turn.
+        patience = threading.Timer(_CLOSE_SECONDS, _kill, [workers])
+        patience.daemon = True
+        patience.start()
+        try:
+            # Killed ones are news that torch raises as a RuntimeError.
+            with contextlib.suppress(RuntimeError):
+                getattr(batches, "_shutdown_workers", lambda: None)()
+        finally:
+            patience.cancel()
+            _kill(workers)
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()  # SIGTERM they leave to the main process
+
+
 def feature_batches(
     clips: Sequence[Clip],
     front_end: FrontEnd,
@@ -118,41 +189,54 @@ def feature_batches(
     num_workers: int,
     sample_rate: int,
     duration: float,
-) -> Generator[FeatureBatch, None, None]:
-    """Decode clips, in worker processes if any are asked for, in the order given.
+    order: Callable[[int], Iterable[int]] = range,
+    is_wanted: Callable[[list[str]], bool] = lambda _: True,
+) -> FeatureBatches:
+    """Decode clips, in worker processes if any are asked for.
 
-    Close it to end the worker processes early.
-
-    Raises:
-        CacheError: The front end can't be loaded in a worker.
-        ExtractionError: A worker ended while it handed over its features.
+    Args:
+        clips: Cut into units of `batch_size`, in this order.
+        front_end: Waveform → features.
+        batch_size: Clips of a unit.
+        num_workers: Worker processes; 0 decodes in this process.
+        sample_rate: In Hz.
+        duration: In seconds.
+        order: Number of units → the order to take them in.
+        is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
     """
     units = _Units(clips, front_end, batch_size, sample_rate, duration)
     num_workers = min(num_workers, len(units))
-    loader = torch.utils.data.DataLoader(
-        units,
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=_begin_worker,
-        multiprocessing_context=_start_method() if num_workers else None,
-        timeout=_WAIT_SECONDS if num_workers else 0,
+    return FeatureBatches(
+        torch.utils.data.DataLoader(
+            units,
+            batch_size=None,
+            sampler=_Wanted(units.units, order, is_wanted),
+            num_workers=num_workers,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_start_method() if num_workers else None,
+            timeout=_WAIT_SECONDS if num_workers else 0,
+        )
     )
-    with _no_interrupt():
-        batches = iter(loader)
-    try:
-        while (batch := next(batches, None)) is not None:
-            if batch.error is not None:
-                raise batch.error
-            yield batch
-    except (EOFError, OSError) as error:
-        if not num_workers or isinstance(error, CacheError):
-            raise
-        # A dead worker's connection ends before torch's signal handler hears of it. Its
-        # RuntimeError comes out of here, and not out of the cleaning up.
-        time.sleep(_NEWS_SECONDS)
-        raise _worker_failure(error) from error
-    finally:
-        del batches  # ends the workers now, whoever keeps the exception and with it this frame
+
+
+class _Wanted(torch.utils.data.Sampler[int]):
+    """Numbers of the units that are still wanted when a worker has time for them."""
+
+    def __init__(
+        self,
+        units: list[Sequence[Clip]],
+        order: Callable[[int], Iterable[int]],
+        is_wanted: Callable[[list[str]], bool],
+    ) -> None:
+        self._units, self._order, self._is_wanted = units, order, is_wanted
+
+    def __iter__(self) -> Iterator[int]:
+        for number in self._order(len(self._units)):
+            if self._is_wanted([clip.sample_id for clip in self._units[number]]):
+                yield number
+
+    def __len__(self) -> int:
+        return len(self._units)
 
 
 @contextlib.contextmanager
@@ -183,9 +267,12 @@ def _worker_failure(error: BaseException) -> ExtractionError:
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C is the main process's to handle; workers inherit the mask from their first moment."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _no_signals() -> Iterator[None]:
+    """A terminal and SLURM signal every process of a group; only the main process acts on it.
+
+    Workers inherit the mask from their first moment.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAIN_PROCESS)
     try:
         yield
     finally:
@@ -199,6 +286,8 @@ def _start_method() -> str | None:
 
 
 def _begin_worker(_: int) -> None:
+    # A forkserver's children have its mask and not ours.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAIN_PROCESS)
     # Features are fastest on one thread per clip.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lmdbcache.storage.layout import CURRENT_NAME
+
 __all__ = [
     "FAILURES_NAME",
     "ClipFailure",
@@ -36,7 +38,7 @@ class ExtractionSummary:
     Args:
         store: The store's folder; None if nothing is stored.
         num_samples: Distinct samples asked for.
-        num_cached: Of these, stored before the run.
+        num_cached: Of these, stored before the run, or by another process meanwhile.
         num_extracted: Embeddings added by the run.
         num_silent: Of these, clips of digital silence.
         failures: Clips without an embedding, with reasons.
@@ -76,7 +78,8 @@ class ExtractionSummary:
             f"failed: {failure.sample_id}: {failure.reason}" for failure in self.failures[:shown]
         ]
         if len(self.failures) > shown:
-            where = "`failures`" if self.store is None else self.store / FAILURES_NAME
+            has_list = self.store and (self.num_cached or self.num_extracted)
+            where = self.store / FAILURES_NAME if self.store and has_list else "`failures` (--json)"
             lines.append(f"… and {len(self.failures) - shown} more in {where}")
         return "\n".join(lines)
 
@@ -91,7 +94,13 @@ def read_failures(store: Path) -> list[ClipFailure]:
 
 
 def update_failures(store: Path, tried: Iterable[str], failures: Sequence[ClipFailure]) -> None:
-    """Replace what the list says of the tried samples; written at once or not at all."""
+    """Replace what the list says of the tried samples; written at once or not at all.
+
+    Where nothing is stored there is no list: a folder with nothing else in it would look like a
+    store. The run's summary has the failures.
+    """
+    if not (store / CURRENT_NAME).exists():
+        return
     tried = set(tried)
     kept = [failure for failure in read_failures(store) if failure.sample_id not in tried]
     entries = sorted([*kept, *failures], key=lambda failure: failure.sample_id)
@@ -101,7 +110,6 @@ def update_failures(store: Path, tried: Iterable[str], failures: Sequence[ClipFa
     if not entries:
         path.unlink(missing_ok=True)
         return
-    store.mkdir(parents=True, exist_ok=True)
     # ASCII: a file name that isn't UTF-8 holds lone surrogates.
     text = json.dumps({"failures": [asdict(entry) for entry in entries]}, indent=1)
     temporary = store / f"{FAILURES_NAME}.{os.getpid()}.tmp"

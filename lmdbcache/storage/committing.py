@@ -22,6 +22,7 @@ from lmdbcache.storage.environment import Environment, Holder, acquire, acquire_
 from lmdbcache.storage.filesystems import check_local_for_writing
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import (
+    RESERVE_BYTES,
     check_room,
     create_generation,
     current_generation,
@@ -36,7 +37,6 @@ from lmdbcache.storage.values import check_shape
 __all__ = ["Committer"]
 
 _COMMITS_PER_READER_CHECK: Final = 64
-_RESERVE_BYTES: Final = 16 << 20
 Shape = tuple[int | None, ...]
 
 
@@ -100,10 +100,11 @@ class Committer:
         """
         with write_lock(self.store), no_fork:
             # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
-            check_room(self.store, 2 * pending.num_bytes + _RESERVE_BYTES, "this commit")
-            with self._environment_lock:
-                environment = self._attach()
-            with translated_errors(self.store):
+            needed = 2 * pending.num_bytes + RESERVE_BYTES
+            check_room(self.store, needed, "this commit")
+            with translated_errors(self.store, needed):
+                with self._environment_lock:
+                    environment = self._attach()
                 written = self._write_with_room(environment, pending, shape)
         self._num_commits += 1
         return written

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import lmdb
+
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import Environment, acquire, release
+from lmdbcache.storage.environment import Environment, acquire, acquire_current, release
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import (
     check_room,
@@ -22,9 +27,12 @@ from lmdbcache.storage.generations import (
     write_lock,
 )
 
-__all__ = ["CompactionResult", "compact"]
+__all__ = ["CompactionResult", "compact", "plan_compaction"]
 
 _logger: Final = logging.getLogger(__name__)
+
+_LOCK_FILE_BYTES: Final = 1 << 20
+_PROGRESS_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,18 @@ class CompactionResult:
     num_embeddings: int
 
 
-def compact(store: str | Path) -> CompactionResult:
+def compact(
+    store: str | Path, *, progress: Callable[[int, int], None] | None = None
+) -> CompactionResult:
     """Rewrite a store without its unused pages.
 
     Writers wait meanwhile. Readers go on with the old generation until they refresh; its space is
-    given back when the last of them has. Interrupted at any point, the store is as before.
+    given back when the last of them has. Interrupted at any point, by Ctrl-C too, the store is as
+    before.
+
+    Args:
+        store: The store's folder.
+        progress: Called now and then with the bytes copied and the bytes to copy.
 
     Raises:
         CacheNotFoundError: Nothing is stored here.
@@ -51,40 +66,72 @@ def compact(store: str | Path) -> CompactionResult:
     store = Path(store).absolute()
     if current_generation(store) is None:
         raise CacheNotFoundError(f"nothing is stored in {store}")
-    with write_lock(store), no_fork:
+    with write_lock(store), no_fork, translated_errors(store):
         old = current_generation(store)
         if old is None:
             raise CacheNotFoundError(f"nothing is stored in {store}")
-        environment = acquire(old, write=True)
         try:
-            new, num_embeddings = _copy(environment, store)
-            publish_generation(store, new)
+            environment = acquire(old, write=True)
+            try:
+                new, num_embeddings = _copy(environment, store, progress)
+                publish_generation(store, new)
+                before, after = _allocated_bytes(old), _allocated_bytes(new)
+            finally:
+                release(environment)
         finally:
-            release(environment)
-        before, after = _allocated_bytes(old), _allocated_bytes(new)
-        remove_other_generations(store)
+            _remove_the_rest(store)  # the old one, or half a copy
     _logger.info("compacted %s: %d → %d bytes", store, before, after)
     return CompactionResult(store, before, after, num_embeddings)
 
 
-def _copy(environment: Environment, store: Path) -> tuple[Path, int]:
-    with translated_errors(store):
-        # A writer killed between its meta page and the lock file leaves the two in disagreement;
-        # an empty write transaction mends that.
-        environment.begin_write().abort()
-        snapshot = environment.begin_read()
-        entries = _count(environment, snapshot)
-        info = environment.env.info()
-        needed = (info["last_pgno"] + 1) * environment.env.stat()["psize"]
-        check_room(store, needed, "compaction")
-        new = create_generation(store)
-        environment.env.copy(str(new), compact=True, txn=snapshot)
+def _remove_the_rest(store: Path) -> None:
+    try:
+        remove_other_generations(store)
+    except BaseException:  # Ctrl-C in the middle of it
+        remove_other_generations(store)
+        raise
+
+
+def plan_compaction(store: str | Path) -> CompactionResult:
+    """What `compact` would do, without doing it.
+
+    Raises:
+        CacheNotFoundError: Nothing is stored here.
+        IntegrityError: The store is damaged.
+    """
+    store = Path(store).absolute()
+    environment = acquire_current(store)
+    try:
+        with no_fork, translated_errors(store):
+            snapshot = environment.begin_read()
+            live = _live_bytes(environment, snapshot)
+            num_embeddings = _count(environment, snapshot)[1] - 1
+            del snapshot
+        before = _allocated_bytes(environment.generation)
+        data_bytes = (environment.generation / "data.mdb").stat().st_blocks * 512
+        after = before - data_bytes + min(data_bytes, live)
+        return CompactionResult(store, before, after, num_embeddings)
+    finally:
+        release(environment)
+
+
+def _copy(
+    environment: Environment, store: Path, progress: Callable[[int, int], None] | None
+) -> tuple[Path, int]:
+    # A writer killed between its meta page and the lock file leaves the two in disagreement;
+    # an empty write transaction mends that.
+    environment.begin_write().abort()
+    snapshot = environment.begin_read()
+    entries = _count(environment, snapshot)
+    size = _live_bytes(environment, snapshot)
+    check_room(store, size + _LOCK_FILE_BYTES, "compaction")
+    new = create_generation(store)
+    _copy_pages(environment, snapshot, new / "data.mdb", progress or (lambda *_: None), size)
     sync_file(new / "data.mdb")
     mark_known(new)
     copy = acquire(new)
     try:
-        with translated_errors(store):
-            copied = _count(copy, copy.begin_read())
+        copied = _count(copy, copy.begin_read())
     finally:
         release(copy)
     if copied != entries:
@@ -93,6 +140,59 @@ def _copy(environment: Environment, store: Path) -> tuple[Path, int]:
             "as it is; run `lmdbcache verify`"
         )
     return new, entries[1] - 1
+
+
+def _copy_pages(
+    environment: Environment,
+    snapshot: lmdb.Transaction,
+    path: Path,
+    progress: Callable[[int, int], None],
+    size: int,
+) -> None:
+    """Let LMDB copy in a thread: its one long call tells nothing and can't be interrupted."""
+    failures: list[Exception] = []
+
+    def copy() -> None:
+        try:
+            environment.env.copyfd(target, compact=True, txn=snapshot)
+        except (lmdb.Error, OSError) as error:
+            failures.append(error)
+
+    target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    thread = threading.Thread(target=copy, name="lmdbcache-compaction")
+    try:
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(_PROGRESS_SECONDS)
+                progress(min(os.fstat(target).st_size, size), size)
+        except BaseException:
+            _refuse_writes(target)
+            raise
+        finally:
+            thread.join()
+    finally:
+        os.close(target)
+    if failures:
+        raise failures[0]
+
+
+def _refuse_writes(descriptor: int) -> None:
+    """Let the next write through this descriptor fail; closing it could hit another's number."""
+    unwritable = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(unwritable, descriptor, inheritable=False)
+    finally:
+        os.close(unwritable)
+
+
+def _live_bytes(environment: Environment, transaction: lmdb.Transaction) -> int:
+    """Size of a data.mdb that holds just the live pages: two meta pages and both trees."""
+    pages = 2
+    for database in (None, environment.checksums):
+        stat = transaction.stat(database) if database else transaction.stat()
+        pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+    return int(pages * stat["psize"])
 
 
 def _count(environment: Environment, transaction: object) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Final, NoReturn
 import lmdb
 
 from lmdbcache.errors import (
+    CacheError,
     CacheFullError,
     IntegrityError,
     ReadOnlyCacheError,
@@ -22,6 +24,7 @@ from lmdbcache.storage.reader_slots import holders
 __all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors", "truncated"]
 
 _NAMED: Final = 4  # processes, in a message
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 DAMAGE_REMEDY: Final = (
     "Run `lmdbcache repair` to keep what is sound and extract what isn't, or restore the file "
     "from a copy"
@@ -35,8 +38,13 @@ def truncated(path: Path, size: int, needed: int) -> str:
 
 
 @contextlib.contextmanager
-def translated_errors(where: Path) -> Iterator[None]:
-    """Turn LMDB's and the system's errors into ours, with a remedy."""
+def translated_errors(where: Path, needed: int = 0) -> Iterator[None]:
+    """Turn LMDB's and the system's errors into ours, with a remedy.
+
+    Args:
+        where: For the message.
+        needed: Bytes that have to be free for what is done inside, where known.
+    """
     try:
         yield
     except lmdb.MapFullError:
@@ -59,28 +67,36 @@ def translated_errors(where: Path) -> Iterator[None]:
         lmdb.PanicError,
     ) as error:
         raise IntegrityError(f"{where} is damaged ({error}). {DAMAGE_REMEDY}") from None
-    except lmdb.MemoryError as error:
-        raise StorageError(
-            f"{where}: no memory ({error}). Raise `ulimit -v`, or commit and read less at a time"
-        ) from None
+    except CacheError:  # some are OSErrors, too
+        raise
     except (lmdb.Error, OSError) as error:
-        if _disk_is_full(error, where):
-            free = shutil.disk_usage(where).free
-            raise CacheFullError(
-                f"{where}: the disk is full ({free >> 20} MiB free). Free space and go on; what "
-                "was committed is safe"
-            ) from None
-        if isinstance(error, PermissionError):
-            raise ReadOnlyCacheError(
-                f"{error.filename or where} can't be used by this user ({error.strerror}). "
-                "Check the permissions"
-            ) from None
-        if "already open in this process" in str(error):
-            raise StorageError(
-                f"{where} is open in this process through lmdb itself, which allows one "
-                "environment for a file. Close that lmdb.Environment first"
-            ) from None
-        raise StorageError(f"{where}: {error}") from error
+        translated = _translated(error, where, needed)
+        raise translated from (error if type(translated) is StorageError else None)
+
+
+def _translated(error: Exception, where: Path, needed: int) -> CacheError:
+    if _disk_is_full(error, where):
+        free = shutil.disk_usage(where).free
+        wanted = f", {-(-needed >> 20)} MiB needed" if needed else ""
+        return CacheFullError(
+            f"{where}: the disk or this user's quota is full ({free >> 20} MiB free{wanted}). "
+            "Free space and go on; what was committed is safe"
+        )
+    if isinstance(error, PermissionError):
+        return ReadOnlyCacheError(
+            f"{error.filename or where} can't be used by this user ({error.strerror}). "
+            "Check the permissions"
+        )
+    if isinstance(error, lmdb.MemoryError):
+        return StorageError(
+            f"{where}: no memory ({error}). Raise `ulimit -v`, or commit and read less at a time"
+        )
+    if "already open in this process" in str(error):
+        return StorageError(
+            f"{where} is open in this process through lmdb itself, which allows one "
+            "environment for a file. Close that lmdb.Environment first"
+        )
+    return StorageError(f"{where}: {error}")
 
 
 def _readers_full(where: Path) -> str:
@@ -101,7 +117,9 @@ def raise_translated(error: BaseException, where: Path) -> NoReturn:
 
 
 def _disk_is_full(error: Exception, where: Path) -> bool:
-    if isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) == errno.ENOSPC:
+    if isinstance(error, lmdb.DiskError) or getattr(error, "errno", None) in _FULL:
+        return True
+    if os.strerror(errno.EDQUOT) in str(error):
         return True
     # A short write shows as EIO.
     if "Input/output error" in str(error):

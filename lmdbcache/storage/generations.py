@@ -24,6 +24,7 @@ from lmdbcache.storage.commit_record import record_commit
 from lmdbcache.storage.layout import CURRENT_NAME, GENERATION_NAME, WRITER_LOCK_NAME
 
 __all__ = [
+    "RESERVE_BYTES",
     "check_room",
     "create_generation",
     "current_generation",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 _logger: Final = logging.getLogger(__name__)
+# What a commit leaves free beyond what it writes.
+RESERVE_BYTES: Final = 16 << 20
 _held_locks: Final[set[int]] = set()
 
 
@@ -115,11 +118,15 @@ def publish_generation(store: Path, generation: Path) -> None:
 def point_at(store: Path, generation: Path) -> None:
     """Write `CURRENT`, durably and at once. The caller holds the writer lock."""
     temporary = store / f"{CURRENT_NAME}.tmp"
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(f"{generation.name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(store / CURRENT_NAME)
+    try:
+        with temporary.open("w", encoding="ascii") as file:
+            file.write(f"{generation.name}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(store / CURRENT_NAME)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_file(store)
     sync_file(store.parent)
 
@@ -153,8 +160,8 @@ def check_room(store: Path, needed: int, purpose: str) -> None:
     free = free_bytes(store)
     if free < needed:
         raise CacheFullError(
-            f"{store}: {free >> 20} MiB free, {purpose} needs {needed >> 20} MiB. Free space and "
-            "go on; what was committed is safe"
+            f"{store}: {free >> 20} MiB free, {purpose} needs {-(-needed >> 20)} MiB. Free space "
+            "and go on; what was committed is safe"
         )
 
 
@@ -189,7 +196,7 @@ def _open_lock(store: Path) -> int:
                 "Choose another cache root"
             ) from None
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheFullError(f"{store}: the disk is full. Free space and go on") from None
             raise ReadOnlyCacheError(
                 f"{store} can't be written ({error.strerror}). Check the permissions of this "

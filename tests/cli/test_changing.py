@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from small_disks import empty, fill, small_disk
 
 from lmdbcache import EmbeddingCache
 
@@ -91,6 +93,38 @@ def test_compact(cli, cache, configs):
         assert entry["bytes_after"] <= entry["bytes_before"]
     with cache.reader(configs[0]) as reader:
         assert reader["video_00005:dog"].tolist() == [5.0] * 8
+
+
+def test_compact_dry_run_and_bar(cli, cache, configs):
+    """--dry-run tells what a compaction then does and changes nothing; --progress shows a bar."""
+    name = configs[0].fingerprint
+    with cache.writer(configs[0], on_duplicate="overwrite", commit_records=1) as writer:
+        for n in range(60):
+            writer.put(f"video_{n % 6:05d}:dog", np.full(8, n))
+    before = {path: path.stat().st_mtime_ns for path in cache.root.rglob("data.mdb")}
+    (plan,) = json.loads(cli("compact", name, "--dry-run", "--json").stdout)
+    assert {path: path.stat().st_mtime_ns for path in cache.root.rglob("data.mdb")} == before
+    result = cli("compact", name, "--progress", "--json")
+    (done,) = json.loads(result.stdout)
+    assert done == plan
+    assert cache.path(configs[0]).name[:20] in result.stderr
+    assert cli("compact", name).stderr == ""
+
+
+def test_compact_on_a_full_disk(cli, configs, tmp_path):
+    """Exit code 3, both figures, and the store is as before."""
+    with small_disk(tmp_path / "disk", 32) as disk:
+        cache = EmbeddingCache(disk / "cache")
+        with cache.writer(configs[0]) as writer:
+            writer.put("a:x", np.ones(1 << 20, np.float32))
+        fill(disk, 1 << 20)
+        result = cli("compact", "--all", root=cache.root)
+        assert result.returncode == 3
+        (line,) = result.stderr.splitlines()
+        assert "1 MiB free, compaction needs 6 MiB" in line
+        assert cache.verify(configs[0]).is_sound
+        empty(disk)
+        assert cli("compact", "--all", root=cache.root).returncode == 0
 
 
 def test_nothing_to_compact_or_clear(cli):

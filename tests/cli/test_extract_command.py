@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from small_disks import empty, fill, small_disk
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.extraction.pipeline import extract
@@ -89,6 +90,48 @@ def test_coverage_takes_the_same_options(cli, filled, data, options):
     assert "6 of 6 stored (100.0 %)" in result.stdout
 
 
+def test_compute_dtype(cli, filled, data, options):
+    """What the model computes in is part of the store's identity, for every command."""
+    bfloat16 = (*options, "--compute-dtype", "bfloat16")
+    assert cli("coverage", data, *bfloat16).returncode == 1
+    result = json.loads(cli("extract", data, *bfloat16, "--json").stdout)
+    assert (result["num_cached"], result["num_extracted"]) == (0, 6)
+    assert cli("coverage", data, *bfloat16).returncode == 0
+    assert json.loads(cli("info", result["fingerprint"], "--json").stdout)["config"][
+        "compute_dtype"
+    ] == ("bfloat16")
+    _, config = filled
+    assert result["fingerprint"] == config.replace(compute_dtype="bfloat16").fingerprint
+
+
+def test_dry_run(cli, data, options, tmp_path):
+    """It tells what is missing and the space for it, and changes nothing."""
+    result = cli("extract", data, *options, "--dry-run")
+    assert result.returncode == 0
+    counts, space, _ = result.stdout.splitlines()
+    assert counts == "6 samples: 0 are cached, 6 to extract"
+    assert "needed" in space
+    assert "free" in space
+    plan = json.loads(cli("extract", data, *options, "--dry-run", "--json").stdout)
+    assert (plan["num_missing"], plan["embedding_shape"], plan["fits"]) == (6, [64], True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_full_disk(cli, data, options, tmp_path):
+    """Exit code 3, one line with the bytes and what is stored; again once there is room."""
+    with small_disk(tmp_path / "disk", 32) as disk:
+        root = disk / "cache"
+        fill(disk, 8 << 20)
+        result = cli("extract", data, *options, root=root)
+        assert result.returncode == 3
+        (line,) = result.stderr.splitlines()
+        assert "8.0 MiB are free" in line
+        assert "0 of 6 are stored; run the same command again after that" in line
+        assert cli("extract", data, *options, "--dry-run", root=root).returncode == 3
+        empty(disk)
+        assert cli("extract", data, *options, root=root).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -98,6 +141,7 @@ def test_coverage_takes_the_same_options(cli, filled, data, options):
         (["--duration", "-1"], ["duration: -1"]),
         (["--duration", "0.01"], ["duration: 0.01", "400"]),
         (["--dtype", "foo"], ["dtype: 'foo'", "bfloat16"]),
+        (["--compute-dtype", "foo"], ["compute_dtype: 'foo'", "bfloat16"]),
         (["--output", "logits"], ["output: 'logits'", "pooler_output"]),
         (["--batch-size", "-1"], ["batch_size: -1"]),
         (["--num-workers", "-1"], ["num_workers: -1"]),

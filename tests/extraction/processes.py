@@ -45,7 +45,8 @@ class Command:
 
     @property
     def err(self) -> str:
-        return (self.folder / "err").read_text("utf-8")
+        path = self.folder / "err"
+        return path.read_text("utf-8") if path.exists() else ""
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -85,6 +86,13 @@ def session_members(session: int) -> list[int]:
                 if int(fields[3]) == session and fields[0] != "Z":
                     found.append(int(folder.name))
     return found
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def _main(folder: Path, arguments: list[str]) -> None:

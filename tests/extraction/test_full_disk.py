@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-
 import pytest
+from small_disks import empty, fill, small_disk
 
 from lmdbcache import EmbeddingCache
+from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
+from lmdbcache.embedders.checkpoints import find_checkpoint
 from lmdbcache.errors import CacheFullError
+from lmdbcache.extraction.summary import read_failures
 
 _RESERVE = 16 << 20  # a commit wants this much free beyond what it writes
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A file system of 48 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
-    if (
-        not shutil.which("mount")
-        or subprocess.run(command, check=False, capture_output=True).returncode
-    ):
-        pytest.skip("a small file system can't be mounted here: that needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder, leave):
-    """A file that leaves so many bytes free."""
-    free = shutil.disk_usage(folder).free
-    with (folder / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leave)
+    with small_disk(tmp_path / "disk", 48) as folder:
+        yield folder
 
 
 @pytest.fixture
-def cache(small_disk):
-    return EmbeddingCache(small_disk / "cache")
+def cache(disk):
+    return EmbeddingCache(disk / "cache")
 
 
-def test_disk_that_fills_up(run, stored, cache, config, clips, small_disk):
+def test_disk_that_fills_up(run, stored, cache, config, clips, disk, ast_folder):
     """The run ends in one line, what was committed is readable, and the next run goes on."""
     config = config.replace(output="last_hidden_state")
-    fill(small_disk, _RESERVE + (256 << 10))
+
+    class Filling(ASTEmbedder):
+        """Another program takes the space while this one computes."""
+
+        num_calls = 0
+
+        def embed(self, features):
+            self.num_calls += 1
+            if self.num_calls == 4:
+                fill(disk, _RESERVE + (32 << 10))
+            return super().embed(features)
+
     with pytest.raises(CacheFullError) as caught:
-        run(clips, config, batch_size=1, commit_seconds=0)
+        run(
+            clips,
+            config,
+            batch_size=1,
+            commit_seconds=0,
+            make_embedder=lambda: Filling(find_checkpoint(ast_folder), "last_hidden_state"),
+        )
     assert "\n" not in str(caught.value)
     assert "ree space" in str(caught.value)
     kept = len(stored(config))
     assert 0 < kept < len(clips)
     assert cache.verify(config).is_sound
-    (small_disk / "ballast").unlink()
+    empty(disk)
     summary = run(clips, config)
     assert (summary.num_cached, summary.num_extracted) == (kept, len(clips) - kept)
 
 
 @pytest.mark.parametrize("leave", [0, 4096, 65536, 1 << 20])
-def test_disk_that_is_full_already(run, stored, cache, config, clips, small_disk, leave):
+def test_disk_that_is_full_already(run, stored, cache, config, clips, disk, leave):
     """Nothing can be written at all, the list of failures neither: still the error that says so."""
-    fill(small_disk, leave)
+    fill(disk, leave)
     with pytest.raises(CacheFullError) as caught:
         run({**clips, "vanished:dog": "vanished.wav"})
     assert "\n" not in str(caught.value)
-    (small_disk / "ballast").unlink()
+    empty(disk)
     assert run(clips).num_extracted == len(clips)
     assert stored().keys() == clips.keys()
+
+
+def test_no_room_for_the_list_of_failures(run, stored, cache, clips, disk, config, caplog):
+    """The list of failed clips is a convenience: a full disk for it ends nothing."""
+    run(clips)
+    stored_in = cache.path(config)
+
+    class Filling:
+        """A front end that takes the last byte when it is asked what it is."""
+
+        min_samples = 1
+
+        def provenance(self):
+            fill(disk, 0)
+            return {}
+
+    vanished = {**clips, "vanished:dog": "vanished.wav"}
+    summary = run(vanished, front_end=Filling(), make_embedder=lambda: None)
+    assert [failure.sample_id for failure in summary.failures] == ["vanished:dog"]
+    assert "failures.json can't be written" in caplog.text
+    assert stored().keys() == clips.keys()
+    empty(disk)
+    assert len(run(vanished).failures) == 1
+    assert len(read_failures(stored_in)) == 1

@@ -79,6 +79,8 @@ def test_failed_clips_are_tried_again_until_they_are_repaired(run, stored, cache
 
 def test_a_run_over_other_clips_keeps_the_list(run, cache, config, good, bad):
     """What another selection of clips couldn't use stays in the list."""
+    some = dict(list(good.items())[:2])
+    run(some)
     run(paths_of(bad))
     run(good)
     assert {failure.sample_id for failure in read_failures(cache.path(config))} == bad.keys()
@@ -144,11 +146,19 @@ def test_no_torch_for_the_list_of_failures():
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"failures": [1]}', '{"failures": [{"a": 1}]}']
 )
-def test_damaged_list_is_made_anew(run, cache, config, bad, content):
+def test_damaged_list_is_made_anew(run, cache, config, clips, bad, content):
     """Whatever stands in failures.json, the next run writes it anew."""
     store = cache.path(config)
-    store.mkdir(parents=True)
+    run(dict(list(clips.items())[:1]))
     (store / FAILURES_NAME).write_text(content)
     assert read_failures(store) == []
     run(paths_of(bad))
     assert len(read_failures(store)) == len(bad)
+
+
+def test_nothing_stored_leaves_no_folder(run, cache, config, bad):
+    """If every clip fails there is no store, nor a folder that looks like one."""
+    summary = run({f"{n}{i}": path for n in range(3) for i, path in paths_of(bad).items()})
+    assert len(summary.failures) == 3 * len(bad)
+    assert not cache.root.exists()
+    assert "more in `failures` (--json)" in str(summary)

@@ -110,24 +110,6 @@ def test_orphans_of_a_killed_run_end(begin, cache, num_stored):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("whole_group", [True, False])
-def test_ctrl_c(begin, cache, config, num_stored, whole_group):
-    """Ctrl-C commits what was computed, says one line, exits with 130, leaves no process behind."""
-    command = begin(cache.root, "--commit-seconds", "0.05", "--num-workers", "2")
-    command.wait_until(lambda: num_stored() > 0)
-    if whole_group:  # as a terminal does
-        os.killpg(command.process.pid, signal.SIGINT)
-    else:
-        command.signal(signal.SIGINT)
-    assert command.wait() == 130
-    assert command.err.splitlines() == [
-        "lmdbcache: interrupted; what was committed is kept, run again to go on"
-    ]
-    assert command.members() == []
-    assert 0 < num_stored() < NUM_CLIPS
-    assert cache.verify(config).is_sound
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_worker(begin, cache, config, num_stored, seed):
     """A decoding process that dies ends the run with one line; what was computed is stored."""

@@ -1,0 +1,293 @@
+"""One extraction: what is missing, the loop over its batches, counts and failures."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.base import Embedder, FrontEnd
+from lmdbcache.errors import (
+    CacheError,
+    DatasetError,
+    ExtractionError,
+    InvalidEmbeddingError,
+    InvalidSampleIdError,
+    MissingDependencyError,
+)
+from lmdbcache.extraction.progress import ProgressBar
+from lmdbcache.extraction.space import check_space
+from lmdbcache.extraction.summary import (
+    FAILURES_NAME,
+    ClipFailure,
+    ExtractionSummary,
+    update_failures,
+)
+from lmdbcache.extraction.turns import order_of_units
+from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.writer import EmbeddingWriter
+
+if TYPE_CHECKING:
+    from lmdbcache.extraction.decoding import FeatureBatch
+
+__all__ = ["Run"]
+
+_logger: Final = logging.getLogger(__name__)
+
+
+class Run:
+    """One extraction: its plan, its counts, its failures."""
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        config: CacheConfig,
+        *,
+        progress: bool | None = None,
+        dataset_root: str | Path = "",
+    ) -> None:
+        self.cache = cache
+        self.config = config
+        self.progress = progress
+        self.dataset_root = dataset_root
+        self.paths: dict[str, str] = {}
+        self.asked: set[str] = set()
+        self.settled: set[str] = set()
+        self.failures: list[ClipFailure] = []
+        self.num_cached = 0
+        self.writer: EmbeddingWriter | None = None
+        self.num_silent = 0
+        self.compute_seconds = 0.0
+        self.built_model = False
+
+    def plan(self, clips: Iterable[tuple[str, str | os.PathLike[str]]]) -> dict[str, str]:
+        """The missing clips by sample id, sorted."""
+        paths = self.paths
+        for sample_id, given in clips:
+            path = os.fspath(given)
+            try:
+                known = paths.setdefault(canonical_sample_id(sample_id), path)
+            except InvalidSampleIdError as error:
+                self.failures.append(ClipFailure(str(sample_id), path, str(error)))
+                continue
+            if known != path:
+                raise DatasetError(
+                    f"{known!a} and {path!a} have the same sample id {sample_id!r}; rename or "
+                    "leave out one of them"
+                )
+        self.asked = {*paths, *(failure.sample_id for failure in self.failures)}
+        missing = sorted(self.cache.coverage(self.config, paths).missing)
+        self.num_cached = len(paths) - len(missing)
+        self.settled = self.asked - set(missing)
+        return {sample_id: paths[sample_id] for sample_id in missing}
+
+    def known_shape(self) -> tuple[int, ...] | None:
+        """Shape of the store's embeddings; None if there are none yet."""
+        if self.config not in self.cache:
+            return None
+        with self.cache.reader(self.config) as reader:
+            shape = reader.embedding_shape
+        return None if shape is None or None in shape else tuple(size or 0 for size in shape)
+
+    def check_space(self, missing: Collection[str], shape: tuple[int, ...] | None) -> None:
+        """Refuse what the disk can't hold; without a shape nothing is known.
+
+        Raises:
+            CacheFullError: See `lmdbcache.extraction.space.check_space`.
+        """
+        shape = shape or self.known_shape()
+        if shape is not None:
+            check_space(self.cache.path(self.config), missing, shape, self.config.dtype)
+
+    def still_missing(self, sample_ids: Iterable[str]) -> tuple[str, ...]:
+        """Those that no other process has stored meanwhile."""
+        return self.cache.coverage(self.config, sample_ids).missing
+
+    def work(
+        self,
+        missing: Mapping[str, str],
+        front_end: FrontEnd,
+        make_embedder: Callable[[], Embedder],
+        *,
+        batch_size: int,
+        num_workers: int,
+        commit_seconds: float,
+        place: int,
+    ) -> None:
+        """Decode, embed and store what is missing.
+
+        Args:
+            missing: Sample id → audio file, sorted.
+            front_end: Waveform → features.
+            make_embedder: Called when the first features are there.
+            batch_size: Clips per forward pass.
+            num_workers: Decoding processes.
+            commit_seconds: Commit at least this often.
+            place: Which of the runs that fill this store; decides where to begin.
+
+        Raises:
+            CacheError: See `lmdbcache.extraction.pipeline.extract`.
+        """
+        # torch is needed from here on, not for a run that has nothing to do.
+        try:
+            from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
+            ) from error
+
+        todo = [Clip(sample_id, path) for sample_id, path in missing.items()]
+        _logger.info("%d clips to extract, %d cached", len(todo), self.num_cached)
+        # Before the workers are forked, so that what it imports is there for all of them.
+        features = front_end.provenance()
+        bar = ProgressBar(
+            self.num_cached + len(todo),
+            initial=self.num_cached,
+            shown=self.progress,
+            description=self.config.model_name.rsplit("/", 1)[-1],
+        )
+
+        def is_wanted(sample_ids: list[str]) -> bool:
+            if self.still_missing(sample_ids):
+                return True
+            self._leave_out(sample_ids, bar)
+            return False
+
+        batches = feature_batches(
+            todo,
+            front_end,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            sample_rate=self.config.sample_rate,
+            duration=self.config.duration,
+            order=partial(order_of_units, place=place),
+            is_wanted=is_wanted,
+        )
+        embedder: Embedder | None = None
+        with ExitStack() as stack:
+            stack.enter_context(bar)
+            stack.callback(batches.close)
+            stack.enter_context(worker_errors())
+            try:
+                for batch in batches:
+                    wanted = set(self.still_missing(batch.sample_ids))
+                    self._leave_out([i for i in batch.sample_ids if i not in wanted], bar)
+                    batch.keep(wanted)
+                    if batch.features is not None:
+                        if embedder is None or self.writer is None:
+                            embedder = make_embedder()
+                            self.check_space(missing, embedder.embedding_shape)
+                            self.writer = stack.enter_context(
+                                self._writer(features, embedder, commit_seconds)
+                            )
+                            self.built_model = True
+                        self._embed(batch, embedder, self.writer)
+                    self._count(batch, bar)
+                if self.writer is not None:
+                    self.writer.commit()
+            except BaseException as error:
+                # Each embedding stands for itself: what was computed is worth keeping.
+                self._commit_in_spite_of(error)
+                raise
+            finally:
+                self.record_failures()
+
+    def _commit_in_spite_of(self, error: BaseException) -> None:
+        if self.writer is None or not self.writer.num_pending:
+            return
+        try:
+            self.writer.commit()
+        except CacheError as another:
+            if not isinstance(error, CacheError):
+                _logger.error(
+                    "%d embeddings couldn't be committed: %s", self.writer.num_pending, another
+                )
+
+    def _leave_out(self, sample_ids: Collection[str], bar: ProgressBar) -> None:
+        """Another process has stored these since the run began."""
+        self.settled.update(sample_ids)
+        bar.advance(len(sample_ids))
+
+    def _writer(
+        self, features: Mapping[str, str], embedder: Embedder, commit_seconds: float
+    ) -> EmbeddingWriter:
+        return self.cache.writer(
+            self.config,
+            provenance={**features, **embedder.provenance()},
+            dataset_root=self.dataset_root,
+            commit_seconds=commit_seconds,
+        )
+
+    def _embed(self, batch: FeatureBatch, embedder: Embedder, writer: EmbeddingWriter) -> None:
+        started = time.perf_counter()
+        with _memory_errors(batch.num_clips):
+            embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
+        self.compute_seconds += time.perf_counter() - started
+        for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
+            try:
+                writer.put(sample_id, embedding)
+            except InvalidEmbeddingError as error:
+                self.failures.append(ClipFailure(sample_id, self.paths[sample_id], str(error)))
+            else:
+                self.num_silent += sample_id in batch.silent
+
+    def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
+        self.failures += batch.failures
+        self.settled.update(batch.sample_ids, [failure.sample_id for failure in batch.failures])
+        for failure in batch.failures:
+            _logger.info("%s: %s", failure.sample_id, failure.reason)
+        bar.note(failed=len(self.failures), silent=self.num_silent)
+        bar.advance(batch.num_clips)
+
+    def record_failures(self) -> None:
+        """Keep the list of failed clips beside the store, and say so."""
+        if self.failures:
+            _logger.warning(
+                "%d %s no embedding and will be tried again by the next run (%s%s)",
+                len(self.failures),
+                "clip has" if len(self.failures) == 1 else "clips have",
+                self.failures[0].reason,
+                "" if len(self.failures) == 1 else "; all are in the summary's failures",
+            )
+        try:
+            update_failures(self.cache.path(self.config), self.settled, self.failures)
+        except OSError as error:
+            # A full disk, say. The list is a convenience, and must not hide what went wrong.
+            _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
+
+    def summary(self, seconds: float) -> ExtractionSummary:
+        """What was done."""
+        num_extracted = self.writer.num_written if self.writer else 0
+        num_failed = len({failure.sample_id for failure in self.failures})
+        return ExtractionSummary(
+            store=self.cache.path(self.config),
+            num_samples=len(self.asked),
+            num_cached=len(self.asked) - num_extracted - num_failed,
+            num_extracted=num_extracted,
+            num_silent=self.num_silent,
+            failures=tuple(sorted(self.failures, key=lambda failure: failure.sample_id)),
+            seconds=seconds,
+            compute_seconds=self.compute_seconds,
+            built_model=self.built_model,
+        )
+
+
+@contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ExtractionError(
+            f"the device has too little memory for a batch of {batch_size} clips "
+            f"({str(error).splitlines()[0]}). What was computed is kept; run again with a smaller "
+            "batch_size"
+        ) from error

@@ -1,0 +1,142 @@
+"""How many bytes an extraction will store, and whether the disk has them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lmdbcache.errors import CacheFullError
+from lmdbcache.storage.generations import RESERVE_BYTES, free_bytes
+from lmdbcache.storage.values import NUMPY_DTYPES
+
+__all__ = [
+    "ExtractionPlan",
+    "check_space",
+    "estimated_bytes",
+    "existing_parent",
+    "needed_bytes",
+    "readable_size",
+]
+
+# LMDB 0.9: a value goes to pages of its own if its node would take more than half a page.
+_PAGE_HEADER, _NODE_HEADER, _POINTER = 16, 8, 2
+_PAGE_NUMBER: Final = 8
+_CHECKSUM_BYTES: Final = 8
+# Pages that each commit replaces, and leaf pages that aren't full. In key order, as a run stores
+# its clips, this is enough; many small values in random order can take twice as much.
+_LEAF_SLACK: Final = 1.5
+_LARGEST_COMMIT: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What an extraction would do; sizes in bytes.
+
+    Args:
+        store: The store's folder.
+        num_samples: Distinct samples asked for.
+        num_cached: Of these, stored already.
+        num_missing: Clips that would be decoded and embedded.
+        num_refused: Sample ids that can't be stored.
+        embedding_shape: Shape of one embedding; None while the model isn't on this machine.
+        bytes_needed: What has to be free, a reserve included; None if the shape isn't known.
+        bytes_free: What this user may still write there.
+    """
+
+    store: Path
+    num_samples: int
+    num_cached: int
+    num_missing: int
+    num_refused: int
+    embedding_shape: tuple[int, ...] | None
+    bytes_needed: int | None
+    bytes_free: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room, as far as that is known."""
+        return self.bytes_needed is None or self.bytes_needed <= self.bytes_free
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "store": str(self.store), "fits": self.fits}
+
+    def __str__(self) -> str:
+        needed = "bytes not known before the model is on this machine"
+        if self.bytes_needed is not None:
+            needed = f"{readable_size(self.bytes_needed)} needed"
+        counts = f"{self.num_cached} are cached, {self.num_missing} to extract"
+        if self.num_refused:
+            counts += f", {self.num_refused} have sample ids that can't be stored"
+        return (
+            f"{self.num_samples} samples: {counts}\n{needed}, {readable_size(self.bytes_free)} free"
+        )
+
+
+def estimated_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: str) -> int:
+    """What embeddings of this shape will take in data.mdb; rather too much than too little."""
+    if not sample_ids:
+        return 0
+    page = mmap.PAGESIZE
+    size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    utf8 = (sample_id.encode("utf-8", "surrogatepass") for sample_id in sample_ids)
+    key = sum(map(len, utf8)) / len(sample_ids)
+    node = _NODE_HEADER + key + _POINTER
+    leaf = node + _CHECKSUM_BYTES
+    own = 0
+    if _NODE_HEADER + key + size > (page - _PAGE_HEADER) // 2 - _POINTER:
+        own = math.ceil((_PAGE_HEADER + size) / page) * page
+        leaf += node + _PAGE_NUMBER
+    else:
+        per_page = (page - _PAGE_HEADER) // math.ceil(node + size)
+        leaf += page / per_page
+    return 8 * page + math.ceil(len(sample_ids) * (own + _LEAF_SLACK * leaf))
+
+
+def needed_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: str) -> int:
+    """What has to be free so that every commit finds its reserve."""
+    values = len(sample_ids) * math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    return estimated_bytes(sample_ids, shape, dtype) + min(values, _LARGEST_COMMIT) + RESERVE_BYTES
+
+
+def check_space(
+    store: Path, sample_ids: Collection[str], shape: tuple[int, ...], dtype: str
+) -> None:
+    """Refuse an extraction that the disk can't hold.
+
+    Raises:
+        CacheFullError: Names the bytes needed, those free, and ways to need fewer.
+    """
+    needed = needed_bytes(sample_ids, shape, dtype)
+    free = free_bytes(existing_parent(store))
+    if needed <= free:
+        return
+    remedies = ["free space", "choose another cache root (--root)"]
+    if len(shape) > 1:
+        remedies.append("store less with output 'pooler_output' (--output)")
+    if dtype == "float32":
+        remedies.append("store half with dtype 'float16' (--dtype)")
+    raise CacheFullError(
+        f"{store}: {len(sample_ids)} embeddings of shape {shape} need {readable_size(needed)}, "
+        f"{readable_size(free)} are free. Nothing was computed: {', or '.join(remedies)}"
+    )
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def readable_size(num_bytes: float) -> str:
+    """A size with a unit of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

@@ -1,0 +1,127 @@
+"""The space that an extraction needs, known before it begins."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from small_ast import save_small_ast
+
+from lmdbcache import CacheConfig, model_identity
+from lmdbcache.embedders.ast_checkpoint import stored_shape
+from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
+from lmdbcache.embedders.checkpoints import find_checkpoint
+from lmdbcache.errors import CacheFullError
+from lmdbcache.extraction import space
+from lmdbcache.extraction.pipeline import plan_extraction
+
+
+def never(*_):
+    raise AssertionError("the model was built")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [(8,), (300,), (768,), (50, 64), (1214, 768)])
+@pytest.mark.parametrize("order", ["sorted", "reversed", "random"])
+def test_estimate_holds(cache, shape, dtype, order):
+    """What is estimated is what data.mdb then has, or somewhat more."""
+    if len(shape) > 1 and order != "sorted":
+        pytest.skip("large values have pages of their own, in whatever order")
+    config = CacheConfig(dtype=dtype)
+    sample_ids = [f"video_{n:05d}:dog" for n in range(20 if len(shape) > 1 else 3000)]
+    estimate = space.estimated_bytes(sample_ids, shape, dtype)
+    if order != "sorted":
+        sample_ids.sort(reverse=True)
+    if order == "random":
+        np.random.default_rng(0).shuffle(sample_ids)
+    with cache.writer(config, commit_records=300) as writer:
+        for sample_id in sample_ids:
+            writer.put(sample_id, np.zeros(shape, np.float32))
+    used = next(cache.path(config).glob("gen-*/data.mdb")).stat().st_size
+    if order == "sorted":  # as an extraction stores them
+        assert used <= estimate + (64 << 10)
+        assert estimate <= 1.6 * used
+    assert used <= 2.5 * estimate + (1 << 20)
+    if len(shape) > 1:
+        assert estimate <= 1.3 * used
+
+
+@pytest.mark.parametrize("output", ASTEmbedder.outputs)
+@pytest.mark.parametrize("max_length", [128, 200])
+def test_shape_from_settings(tmp_path, output, max_length):
+    """config.json alone tells the shape that the model then gives."""
+    folder = save_small_ast(tmp_path / "ast", max_length=max_length)
+    checkpoint = find_checkpoint(folder)
+    assert stored_shape(checkpoint, output) == ASTEmbedder(checkpoint, output).embedding_shape
+
+
+def test_published_shape(tmp_path):
+    """The published model has 1214 tokens of 768."""
+    folder = save_small_ast(tmp_path / "ast")
+    (folder / "config.json").write_text('{"model_type": "audio-spectrogram-transformer"}')
+    (folder / "preprocessor_config.json").write_text("{}")
+    checkpoint = find_checkpoint(folder)
+    assert stored_shape(checkpoint, "last_hidden_state") == (1214, 768)
+    assert stored_shape(checkpoint, "mean") == (768,)
+
+
+def test_too_little_space_is_told_before_the_model_loads(run, cache, config, clips, monkeypatch):
+    """The message names what is needed, what is free, and the ways out; nothing is created."""
+    monkeypatch.setattr(space, "free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr("lmdbcache.embedders.audio_spectrogram_transformer.load_model", never)
+    with pytest.raises(CacheFullError) as caught:
+        run(clips, config.replace(output="last_hidden_state"))
+    message = str(caught.value)
+    assert "10 embeddings of shape (146, 64) need " in message
+    assert "1.0 MiB are free" in message
+    for remedy in ("free space", "--root", "pooler_output", "float16", "Nothing was computed"):
+        assert remedy in message
+    assert "\n" not in message
+    assert not cache.root.exists()
+
+
+def test_shape_of_an_embedder_of_ones_own(run, clips, config, monkeypatch):
+    """Where no config.json tells it, the embedder does; from then on the store."""
+    monkeypatch.setattr(space, "free_bytes", lambda _: 20 << 20)
+
+    class Large:
+        outputs = ("pooler_output",)
+        embedding_shape = (1 << 20,)
+
+        embed = never
+
+        def provenance(self):
+            return {}
+
+    with pytest.raises(CacheFullError, match="shape"):
+        run(clips, config.replace(model_name="mine"), make_embedder=Large)
+
+
+def test_plan(cache, config, clips, run, ast_folder):
+    """A plan counts like the run that follows, and changes nothing."""
+    plan = plan_extraction(cache, config, {**clips, "no-class": "x.wav"}, model=ast_folder)
+    assert (plan.num_samples, plan.num_cached, plan.num_missing, plan.num_refused) == (11, 0, 10, 1)
+    assert plan.embedding_shape == (64,)
+    assert plan.fits
+    assert plan.bytes_free <= shutil.disk_usage(cache.root.parent).free + (64 << 20)
+    assert not cache.root.exists()
+    run(clips)
+    plan = plan_extraction(cache, config, clips, model=ast_folder)
+    assert (plan.num_cached, plan.num_missing, plan.bytes_needed) == (10, 0, 0)
+
+
+def test_plan_of_a_model_that_is_not_here(cache, clips, monkeypatch, tmp_path):
+    """Nothing is downloaded for a plan: what isn't known is said to be so."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = CacheConfig(model_name="nobody/nothing")
+    plan = plan_extraction(cache, config, clips)
+    assert plan.bytes_needed is None
+    assert plan.fits
+    assert "not known before the model is on this machine" in str(plan)
+
+
+def test_identity_and_plan_agree(ast_folder, cache, clips):
+    """Without a model argument the config's model name is looked up."""
+    assert plan_extraction(cache, CacheConfig(), clips, model=ast_folder).embedding_shape == (64,)
+    assert model_identity(ast_folder).startswith("small-ast@")

@@ -1,0 +1,104 @@
+"""Two runs that fill one store at the same time share the work."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from lmdbcache import EmbeddingCache
+from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction.turns import order_of_units, place_among_runs
+
+NUM_CLIPS = 240
+_context = multiprocessing.get_context("fork")
+
+
+class SlowEmbedder:
+    """Writes down every sample that it computes; slow enough for two runs to meet."""
+
+    outputs = ("pooler_output",)
+    embedding_shape = (4,)
+
+    def __init__(self, log, barrier):
+        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        barrier.wait()
+
+    def embed(self, features):
+        import time
+
+        time.sleep(0.02 * len(features))
+        os.write(self.log, b"x" * len(features))
+        return features[:, :4, 0].clone()
+
+    def provenance(self):
+        return {}
+
+
+class Steps:
+    """Features that cost nothing."""
+
+    min_samples = 1
+
+    def __call__(self, waveform):
+        return waveform[:400].reshape(4, 100)
+
+    def provenance(self):
+        return {}
+
+
+def _extract(root, config, clips, folder, barrier, commit_seconds):
+    summary = extract(
+        EmbeddingCache(root),
+        config,
+        clips,
+        front_end=Steps(),
+        make_embedder=lambda: SlowEmbedder(folder / "log", barrier),
+        batch_size=2,
+        num_workers=1,
+        commit_seconds=commit_seconds,
+    )
+    (folder / f"summary-{os.getpid()}").write_text(json.dumps(summary.to_dict()))
+
+
+@pytest.mark.parametrize("num_runs", [2, 3])
+def test_simultaneous_runs_share_the_clips(num_runs, cache, config, clips, tmp_path):
+    """Together they compute each clip once, but for what was in flight where they met."""
+    paths = list(clips.values())
+    many = {f"{n:04d}:dog": paths[n % len(paths)] for n in range(NUM_CLIPS)}
+    barrier = _context.Barrier(num_runs)
+    args = (cache.root, config, many, tmp_path, barrier, 0.1)
+    runs = [_context.Process(target=_extract, args=args) for _ in range(num_runs)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+        assert run.exitcode == 0
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("summary-*")]
+    assert sum(summary["num_extracted"] for summary in summaries) == NUM_CLIPS
+    for summary in summaries:
+        assert summary["num_cached"] + summary["num_extracted"] == NUM_CLIPS
+        assert summary["num_extracted"] > NUM_CLIPS / (3 * num_runs)
+    computed = (tmp_path / "log").stat().st_size
+    # 0.1 s between commits is at most five clips, and a unit may be under way. A third run begins
+    # between the two and meets both.
+    assert computed <= NUM_CLIPS + (16 if num_runs == 2 else NUM_CLIPS // 3), computed
+    assert cache.verify(config).is_sound
+
+
+def test_places(tmp_path):
+    """Each run of a store has a place of its own, which is free again after it."""
+    with place_among_runs(tmp_path) as first, place_among_runs(tmp_path) as second:
+        with place_among_runs(tmp_path / "other") as other, place_among_runs(tmp_path) as third:
+            assert (first, second, third, other) == (0, 1, 2, 0)
+    with place_among_runs(tmp_path) as again:
+        assert again == 0
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("num_units", [0, 1, 2, 17])
+def test_every_order_has_every_unit(num_units, place):
+    """No unit is left out, wherever a run begins."""
+    assert sorted(order_of_units(num_units, place)) == list(range(num_units))
