@@ -62,7 +62,7 @@ def main() -> None:
     stop = StopSignals()
     stop.install()
     code = _run(stop)
-    stop.is_over = True
+    stop.finish()
     sys.exit(code)
 
 

@@ -43,7 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.is_over = False  # set when nothing is left to be stopped
+        self._is_over = False
         self._since = 0.0
 
     @property
@@ -60,6 +60,15 @@ class StopSignals:
                 signal.signal(number, self._receive)
         signal.signal(signal.SIGALRM, self._raise)
 
+    def finish(self) -> None:
+        """Nothing is left to be stopped; the process is about to end."""
+        self._is_over = True
+        # Python takes its handlers away before it ends: a signal then would change the exit code.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            if signal.getsignal(number) in (self._receive, self._raise):
+                signal.signal(number, signal.SIG_IGN)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number, self._since = number, time.monotonic()
@@ -68,7 +77,7 @@ class StopSignals:
             _end_at_once(self.exit_code)
 
     def _raise(self, _: int, frame: FrameType | None) -> None:
-        if self.is_over:
+        if self._is_over:
             return
         if _is_inside_what_loses_it(frame):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)

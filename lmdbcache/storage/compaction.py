@@ -78,9 +78,18 @@ def compact(
             finally:
                 release(environment)
         finally:
-            remove_other_generations(store)  # the old one, or half a copy
+            _sweep(store)
     _logger.info("compacted %s: %d → %d bytes", store, before, after)
     return CompactionResult(store, before, after, num_embeddings)
+
+
+def _sweep(store: Path) -> None:
+    """Remove the old generation, or half a copy; Ctrl-C comes here as well as anywhere."""
+    try:
+        remove_other_generations(store)
+    except BaseException:
+        remove_other_generations(store)
+        raise
 
 
 def plan_compaction(store: str | Path) -> CompactionResult:
