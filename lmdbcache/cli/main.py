@@ -63,7 +63,7 @@ def main() -> None:
     stop = StopSignals()
     stop.install()
     code = _run(stop)
-    stop.end()
+    stop.finish()
     sys.exit(code)
 
 

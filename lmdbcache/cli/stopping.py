@@ -60,13 +60,13 @@ class StopSignals:
                 signal.signal(number, self._receive)
         signal.signal(signal.SIGALRM, self._raise)
 
-    def end(self) -> None:
-        """Nothing is left to be stopped."""
+    def finish(self) -> None:
+        """Nothing is left to be stopped; the process is about to end."""
         self._is_over = True
-        # The interpreter's own end takes a while, and no handler is left in it.
+        # Python takes its handlers away before it ends: a signal then would change the exit code.
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            if signal.getsignal(number) in (self._receive, self._raise):
                 signal.signal(number, signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -79,15 +79,16 @@ def compact(
             finally:
                 release(environment)
         finally:
-            _remove_the_rest(store)  # the old one, or half a copy
+            _sweep(store)
     _logger.info("compacted %s: %d → %d bytes", store, before, after)
     return CompactionResult(store, before, after, num_embeddings)
 
 
-def _remove_the_rest(store: Path) -> None:
+def _sweep(store: Path) -> None:
+    """Remove the old generation, or half a copy; Ctrl-C comes here as well as anywhere."""
     try:
         remove_other_generations(store)
-    except BaseException:  # Ctrl-C in the middle of it
+    except BaseException:
         remove_other_generations(store)
         raise
 
