@@ -27,7 +27,9 @@ def kill_compactions(seed: int, folder: str, num_kills: int) -> Figures:
     num_stores = 0
     while figures.counts["kills of compactions"] < num_kills:
         num_stores += 1
-        plan = Plan(f"{folder}/{num_stores}", seed + num_stores, [(64,), (900,)][num_stores % 2], True)
+        plan = Plan(
+            f"{folder}/{num_stores}", seed + num_stores, [(64,), (900,)][num_stores % 2], True
+        )
         limit = min(num_kills, figures.counts["kills of compactions"] + KILLS_PER_STORE)
         _kill_compactions_of(plan, figures, dice, limit)
     return figures
