@@ -24,7 +24,8 @@ class Figures:
     """Counts of one fault test, with a word on each thing that went wrong."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    largest: dict[str, float] = field(default_factory=dict)
+    longest: dict[str, float] = field(default_factory=dict)  # seconds
+    most: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def add(self, name: str, number: int = 1) -> None:
@@ -38,17 +39,24 @@ class Figures:
 
     def at_most(self, name: str, seconds: float) -> None:
         """Keep the longest time."""
-        self.largest[name] = max(seconds, self.largest.get(name, 0.0))
+        self.longest[name] = max(seconds, self.longest.get(name, 0.0))
+
+    def at_most_count(self, name: str, number: int) -> None:
+        """Keep the largest number."""
+        self.most[name] = max(number, self.most.get(name, 0))
 
     def merge(self, other: Figures) -> None:
         self.counts.update(other.counts)
         self.problems += other.problems
-        for name, seconds in other.largest.items():
+        for name, seconds in other.longest.items():
             self.at_most(name, seconds)
+        for name, number in other.most.items():
+            self.at_most_count(name, number)
 
     def __str__(self) -> str:
         parts = [f"{n:,} {name}" for name, n in self.counts.items() if name not in FAILURES]
-        parts += [f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.largest.items()]
+        parts += [f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.longest.items()]
+        parts += [f"{number} {name}" for name, number in self.most.items()]
         failures = ("lost", "wrong", "crashed")
         failures += tuple(name for name in FAILURES[3:] if self.counts[name])
         return "; ".join([*parts, ", ".join(f"{name} {self.counts[name]}" for name in failures)])
