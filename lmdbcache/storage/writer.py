@@ -387,9 +387,14 @@ class EmbeddingWriter:
             self._shape = (None, *shape[1:]) if self._ragged and shape else shape
         check_shape(sample_id, shape, self._shape)
 
-    def _known(self, keys: Iterable[bytes]) -> set[bytes]:
+    def _known(self, keys: list[bytes]) -> set[bytes]:
         """Those of the keys that are stored or will be by the next commit."""
-        pending = self._pending.values
-        known = {key for key in keys if key in pending}
         environment = self._holder.environment
-        return known if environment is None else known | environment.stored(keys)
+        stored = set() if environment is None else environment.stored(keys)
+        if environment and stored and not environment.is_live(current_generation(self._store)):
+            # Cleared or compacted since: only the live generation tells.
+            self._holder.drop()
+            with contextlib.suppress(CacheNotFoundError), no_fork:
+                self._adopt(acquire_current(self._store))
+            return self._known(keys)
+        return stored.union(key for key in keys if key in self._pending.values)
