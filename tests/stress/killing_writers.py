@@ -13,7 +13,7 @@ from stress.children import Child, checked
 from stress.figures import Figures
 
 KILLS_PER_STORE = 25
-LONGEST_LIFE = 0.06  # seconds; opening takes 5 ms, a commit 2 ms
+LONGEST_LIFE = 0.06  # seconds at first; opening takes 5 ms, a commit 2 ms
 OPEN_LIMIT = 1.0
 
 
@@ -33,7 +33,7 @@ def kill_writers(seed: int, folder: str, num_kills: int) -> Figures:
 def _kill_writers_of(
     plan: Plan, figures: Figures, dice: random.Random, num_kills: int, *, is_watched: bool
 ) -> None:
-    written, reader = Written(plan), None
+    written, reader, life = Written(plan), None, LONGEST_LIFE
     limit = min(num_kills, figures.counts["kills"] + KILLS_PER_STORE)
     while figures.counts["kills"] < limit:
         writers = [0, 1] if dice.random() < 0.4 else [0]
@@ -42,8 +42,9 @@ def _kill_writers_of(
             for writer in writers
         }
         for writer in dice.sample(writers, len(writers)):
-            time.sleep(dice.uniform(0, LONGEST_LIFE))
+            time.sleep(dice.uniform(0, life))
             acknowledged = children[writer].kill()
+            life *= 0.97 if acknowledged else 1.2  # some commits each, on a busy machine, too
             children[writer].report_end(figures, "a writer")
             figures.add("kills")
             figures.add("acknowledged batches", len(acknowledged))
@@ -90,17 +91,7 @@ def check_store(figures: Figures, written: Written, verifies: bool) -> list[int]
             if plan.first_sample(writer, number) in reader:
                 ahead.append(writer)
                 written.acknowledge(writer, number)
-        names = list(written.rows)
-        if missing := reader.missing(names):
-            figures.problem("lost", f"{missing[:3]} of {len(names)}", len(missing))
-        elif names:
-            found = written.is_bit_equal(names, reader.get_batch(names))
-            if found:
-                figures.problem("wrong", f"{found[:3]} of {len(names)}", len(found))
-        figures.add("values compared", len(names))
-        if length != len(names):
-            # Whatever else is there belongs to a batch that is only half there.
-            figures.problem("wrong", f"{length} samples, {len(names)} expected")
+        _check_values(figures, written, reader)
         _check_slots(figures, reader)
     if verifies:
         figures.add("verifications")
@@ -108,6 +99,18 @@ def check_store(figures: Figures, written: Written, verifies: bool) -> list[int]
         if not report.is_sound or report.num_embeddings != length:
             figures.problem("unsound", str(report))
     return ahead
+
+
+def _check_values(figures: Figures, written: Written, reader: Any) -> None:
+    names = list(written.rows)
+    if missing := reader.missing(names):
+        figures.problem("lost", f"{missing[:3]} of {len(names)}", len(missing))
+    elif found := names and written.is_bit_equal(names, reader.get_batch(names)):
+        figures.problem("wrong", f"{found[:3]} of {len(names)}", len(found))
+    figures.add("values compared", len(names))
+    if len(reader) != len(names):
+        # Whatever else is there belongs to a batch that is only half there.
+        figures.problem("wrong", f"{len(reader)} samples, {len(names)} expected")
 
 
 def _check_slots(figures: Figures, reader: Any) -> None:

@@ -11,5 +11,5 @@ def test_forked_readers_half_of_them_killed(count_faults, tmp_path, number):
     """The others read right, slots stay bounded, the parent and the next writer go on."""
     figures = count_faults(fork_readers, str(tmp_path), number)
     assert figures.counts["forked readers"] >= number
-    assert figures.counts["killed in a read"] > number // 3
+    assert figures.counts["killed in a read"] >= number // 2
     assert figures.counts["values compared"] > 64 * number
