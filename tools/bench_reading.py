@@ -31,6 +31,7 @@ from lmdbcache import (
     EmbeddingDataset,
     collate_embeddings,
     make_dataloader,
+    preload,
 )
 
 
@@ -105,6 +106,7 @@ class Bench:
         self.read_epochs()
         self.read_through_loaders()
         self.read_singles()
+        self.read_preloaded()
         self.open_fresh()
         self.read_cold()
         return self.figures
@@ -221,6 +223,24 @@ class Bench:
         )
         reader.close()
 
+    def read_preloaded(self) -> None:
+        work = self.work
+        reader = self.cache.reader(work.config)
+        self.compare("preload, s", {"ours": lambda: preload(reader, work.keys)}, rounds=3)
+        preloaded = preload(reader, work.keys).select()
+        selection = reader.select(work.keys)
+        order = np.random.default_rng(4).permutation(work.num_samples)
+        batches = [order[i : i + work.batch_size] for i in range(0, len(order), work.batch_size)]
+        self.compare(
+            "epoch after preload, µs/sample",
+            {
+                "ours": lambda: [preloaded.get_batch(batch) is None for batch in batches],
+                "ours, from the store": lambda: [selection.get_batch(b) is None for b in batches],
+            },
+            scale=1e6 / work.num_samples,
+        )
+        reader.close()
+
     def open_fresh(self) -> None:
         results = [
             json.loads(
@@ -318,10 +338,11 @@ def child(root: str, name: str, num_samples: int, batch_size: int) -> None:
     reader.get_batch(keys[:batch_size])
     batch = time.perf_counter()
     selection = reader.select(keys)
-    held = None
+    batch_mib = 0.0
     for start in range(0, num_samples, batch_size):
         held = selection.get_batch(range(start, min(start + batch_size, num_samples)))
-    batch_mib = 0 if held is None else held.nbytes / 2**20
+        batch_mib = max(batch_mib, held.nbytes / 2**20)
+        del held
     figures = {
         "open → first sample, ms": (first - started) * 1e3,
         "then the first batch, ms": (batch - first) * 1e3,

@@ -46,9 +46,10 @@ class Adapter:
     def write(self, items: Iterable[tuple[str, np.ndarray]]) -> None:
         pairs = iter(items)
         with self.cache.writer(self.config) as writer:
-            while batch := list(itertools.islice(pairs, 1024 if len(self.shape) == 1 else 8)):
+            is_small = len(self.shape) == 1
+            while batch := list(itertools.islice(pairs, 1024 if is_small else 8)):
                 keys, embeddings = zip(*batch, strict=True)
-                writer.put_batch(keys, np.stack(embeddings))
+                writer.put_batch(keys, np.stack(embeddings) if is_small else embeddings)
 
     def open(self) -> None:
         self.reader = self.cache.reader(self.config)

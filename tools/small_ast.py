@@ -26,6 +26,8 @@ def save_small_ast(
     hidden_size: int = 64,
     num_hidden_layers: int = 2,
     num_attention_heads: int = 4,
+    intermediate_size: int | None = None,
+    initializer_range: float = _INITIALIZER_RANGE,
     max_length: int = 1024,
     sample_rate: int = 16000,
 ) -> Path:
@@ -37,6 +39,8 @@ def save_small_ast(
         hidden_size: Length of the pooled embedding; a multiple of `num_attention_heads`.
         num_hidden_layers: Transformer layers.
         num_attention_heads: Heads per layer.
+        intermediate_size: Width of each layer's feed-forward part; None takes twice `hidden_size`.
+        initializer_range: Standard deviation of the weights.
         max_length: Frames that the model takes, at 10 ms each: 1024 as published, 128 for quick
             tests, which then see only the first 1.28 s of a clip.
         sample_rate: Sample rate of the waveforms it takes, in Hz.
@@ -52,9 +56,9 @@ def save_small_ast(
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=intermediate_size or 2 * hidden_size,
         max_length=max_length,
-        initializer_range=_INITIALIZER_RANGE,
+        initializer_range=initializer_range,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -62,7 +66,7 @@ def save_small_ast(
         # transformers starts these at zero, which makes every token's query the same.
         tokens = model.embeddings
         for parameter in (tokens.cls_token, tokens.distillation_token, tokens.position_embeddings):
-            parameter.normal_(std=_INITIALIZER_RANGE)
+            parameter.normal_(std=initializer_range)
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     ASTFeatureExtractor(sampling_rate=sample_rate, max_length=max_length).save_pretrained(folder)

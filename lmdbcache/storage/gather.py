@@ -7,10 +7,10 @@ read-only, beside LMDB's own map of it: same page cache, and it stays valid when
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-import sys
-import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,39 +23,57 @@ __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
 LARGE_VALUE_BYTES: Final = 64 << 10
 _REUSED_FROM_BYTES: Final = 1 << 20
-_KEPT_BUFFERS: Final = 4
+_KEPT_BUFFERS: Final = 1
 
 
 class BatchBuffers:
     """Memory of large batches that are no longer used, kept for the next ones.
 
-    A fresh buffer of some 30 MB costs up to four times its copy in page faults. A buffer is free
-    again when nobody but this pool refers to it: arrays, their slices, and tensors made of them
-    all hold on to it.
+    A fresh buffer of some 30 MB costs up to four times its copy in page faults. A buffer comes
+    back when the last array or tensor that is made of it has gone, whichever thread lets it go.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[npt.NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
+        # Only whole operations of a deque: a buffer may come back in the middle of one.
+        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=_KEPT_BUFFERS)
 
     def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """(num_bytes,) uint8, uninitialised, not shared with anything alive."""
         if num_bytes < _REUSED_FROM_BYTES:
             return np.empty(num_bytes, np.uint8)
-        with self._lock:
-            for index in range(len(self._buffers)):
-                # The list's reference and getrefcount's own.
-                is_free = sys.getrefcount(self._buffers[index]) == 2
-                if is_free and num_bytes <= self._buffers[index].nbytes <= 2 * num_bytes:
-                    return self._buffers[index][:num_bytes]
+        buffer = self._fitting(num_bytes)
+        if buffer is None:
             buffer = np.empty(num_bytes, np.uint8)
-            self._buffers = [*self._buffers[-(_KEPT_BUFFERS - 1) :], buffer]
-            return buffer[:]
+        return np.asarray(_Lease(self, buffer))[:num_bytes]
+
+    def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
+        """Keep this memory; nobody else may refer to it."""
+        self._free.append(buffer)
 
     def clear(self) -> None:
         """Forget what is kept."""
-        with self._lock:
-            self._buffers.clear()
+        self._free.clear()
+
+    def _fitting(self, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+        with contextlib.suppress(IndexError):
+            while True:  # one of another size is let go: batches have changed
+                buffer = self._free.pop()
+                if num_bytes <= buffer.nbytes <= 2 * num_bytes:
+                    return buffer
+        return None
+
+
+class _Lease:
+    """What arrays over a lent buffer hold on to: its end gives the buffer back."""
+
+    __slots__ = ("__array_interface__", "_buffer", "_owner")
+
+    def __init__(self, owner: BatchBuffers, buffer: npt.NDArray[np.uint8]) -> None:
+        self._owner, self._buffer = owner, buffer
+        self.__array_interface__ = buffer.__array_interface__
+
+    def __del__(self) -> None:
+        self._owner.give_back(self._buffer)
 
 
 batch_buffers: Final = BatchBuffers()
@@ -86,7 +104,7 @@ class MappedFile:
         offsets: npt.NDArray[np.int64],
         length: int,
         out: npt.NDArray[np.uint8] | None = None,
-    ) -> npt.NDArray[np.uint8]:
+    ) -> npt.NDArray[Any]:
         """Copy values of equal length.
 
         Args:
@@ -95,16 +113,15 @@ class MappedFile:
             out: (n, length) C-contiguous uint8 to fill, instead of a new one.
 
         Returns:
-            (n, length) uint8, owned.
+            The n values, one after the other, owned; `out` if it was given.
         """
-        if length >= LARGE_VALUE_BYTES or out is not None:
-            if out is None:
-                out = batch_buffers.take(len(offsets) * length).reshape(len(offsets), length)
-            for row, offset in zip(out, offsets.tolist(), strict=True):
-                row[:] = self.data[offset : offset + length]
-            return out
-        taken = self._view(length)[offsets]
-        return taken.view(np.uint8).reshape(len(offsets), length)
+        if length < LARGE_VALUE_BYTES and out is None:
+            return self._view(length)[offsets]
+        if out is None:
+            out = batch_buffers.take(len(offsets) * length).reshape(len(offsets), length)
+        for row, offset in zip(out, offsets.tolist(), strict=True):
+            row[:] = self.data[offset : offset + length]
+        return out
 
     def will_need(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
         """Tell the kernel to read these values ahead; returns at once."""

@@ -49,6 +49,18 @@ class PendingEmbeddings:
             if (value := self.values.pop(key, None)) is not None:
                 self.num_bytes -= value.nbytes
 
+    def own(self) -> None:
+        """Copy what lies in somebody else's memory."""
+        self.values = {key: value.copy() for key, value in self.values.items()}
+
+    def put_back(self, earlier: PendingEmbeddings) -> None:
+        """Add what couldn't be written, but for what was collected anew meanwhile."""
+        for key, value in earlier.values.items():
+            if key not in self.values:
+                self.values[key] = value
+                self.num_bytes += value.nbytes
+        self.since = earlier.since
+
     def clear(self) -> None:
         """Take all out."""
         self.values.clear()

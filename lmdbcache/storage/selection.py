@@ -138,6 +138,8 @@ class Selection:
 
 
 def _indices(positions: Positions) -> Any:
-    return (
-        positions if isinstance(positions, (list, np.ndarray)) else np.asarray(positions, np.int64)
-    )
+    if isinstance(positions, np.ndarray):
+        return positions
+    if isinstance(positions, list):  # of ints, from a sampler: faster than numpy's own look at it
+        return np.fromiter(positions, np.int64, len(positions))
+    return np.asarray(positions, np.int64)

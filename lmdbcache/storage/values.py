@@ -24,7 +24,7 @@ if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("lmdbcache stores little-endian buffers and runs on little-endian machines")
 
 
-def as_stored(sample_id: str, embedding: Any, dtype: str) -> npt.NDArray[Any]:
+def as_stored(sample_id: str, embedding: Any, dtype: str, *, copy: bool = True) -> npt.NDArray[Any]:
     """An embedding as a contiguous array of the stored dtype.
 
     Args:
@@ -32,6 +32,7 @@ def as_stored(sample_id: str, embedding: Any, dtype: str) -> npt.NDArray[Any]:
         embedding: numpy array, torch tensor (any device, with or without grad), or a nested
             sequence of numbers.
         dtype: Name of the stored dtype.
+        copy: False may return the embedding's own memory, where nothing has to be cast.
 
     Returns:
         An owned, C-contiguous array of `NUMPY_DTYPES[dtype]`, same shape.
@@ -56,7 +57,8 @@ def as_stored(sample_id: str, embedding: Any, dtype: str) -> npt.NDArray[Any]:
             f"{sample_id}: the embedding holds NaN or Inf; such a value is never cached"
         )
     with np.errstate(over="ignore"):
-        stored = np.array(array, dtype=NUMPY_DTYPES[dtype], order="C")
+        convert = np.array if copy else np.asarray
+        stored: npt.NDArray[Any] = convert(array, dtype=NUMPY_DTYPES[dtype], order="C")
     if stored.dtype != array.dtype and not _all_finite(stored):
         raise InvalidEmbeddingError(
             f"{sample_id}: a value beyond {dtype}'s range (largest here "

@@ -6,40 +6,23 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
-import lmdb
-
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
-    CacheNotFoundError,
+    CacheError,
     ConfigError,
     DuplicateSampleError,
     InvalidEmbeddingError,
     WriterClosedError,
 )
-from lmdbcache.storage.committing import put_embeddings, put_metadata
-from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.environment import (
-    Environment,
-    Holder,
-    acquire,
-    acquire_current,
-)
-from lmdbcache.storage.forking import no_fork, process_id
-from lmdbcache.storage.generations import (
-    check_room,
-    create_generation,
-    current_generation,
-    publish_generation,
-    write_lock,
-)
-from lmdbcache.storage.layout import sample_id_of_key, sample_key
-from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.background import BackgroundCommit
+from lmdbcache.storage.committing import Committer
+from lmdbcache.storage.forking import process_id
+from lmdbcache.storage.layout import sample_key
 from lmdbcache.storage.pending import CommitLimits, PendingEmbeddings
 from lmdbcache.storage.values import as_stored, check_shape
 
@@ -47,8 +30,8 @@ __all__ = ["EmbeddingWriter", "OnDuplicate"]
 
 OnDuplicate = Literal["skip", "overwrite", "error"]
 
-_COMMITS_PER_READER_CHECK: Final = 64
-_RESERVE_BYTES: Final = 16 << 20
+_BACKGROUND_FROM_BYTES: Final = 32 << 20  # below, handing over costs what it gains
+_COMMITTED_AT_ONCE_BYTES: Final = 8 << 20
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 
 
@@ -58,6 +41,9 @@ class EmbeddingWriter:
     A commit happens when enough has been collected, by bytes, count or time, at `commit`, and at a
     clean exit of the `with` block; an exception discards what wasn't committed. Committed
     embeddings survive a killed process and a power cut. Nothing is created before the first commit.
+
+    A commit of much data that `put` starts goes on in a thread while more is collected; the next
+    one, `commit` and `close` wait for it, and raise what went wrong with it.
 
     Several processes may write to one store: each commit waits for its turn. Threads may share a
     writer. It belongs to the process that made it and doesn't pickle.
@@ -86,7 +72,7 @@ class EmbeddingWriter:
         provenance: Mapping[str, str] | None = None,
         dataset_root: str | Path = "",
         commit_bytes: int = 64 << 20,
-        commit_records: int = 4096,
+        commit_records: int = 2048,
         commit_seconds: float = 10.0,
     ) -> None:
         if on_duplicate not in ("skip", "overwrite", "error"):
@@ -97,21 +83,22 @@ class EmbeddingWriter:
         self._config = config
         self._on_duplicate = on_duplicate
         self._ragged = ragged
-        self._provenance = {str(name): str(value) for name, value in (provenance or {}).items()}
-        self._dataset_root = str(dataset_root)
-        StoreMetadata.new(config, self._dataset_root).with_provenance(self._provenance, "").pack()
+        self._committer = Committer(
+            self._store,
+            config,
+            on_duplicate=on_duplicate,
+            provenance={str(name): str(value) for name, value in (provenance or {}).items()},
+            dataset_root=str(dataset_root),
+        )
         self._limits = CommitLimits(commit_bytes, commit_records, commit_seconds)
         self._pending = PendingEmbeddings()
-        self._holder = Holder(self)
-        self._metadata: StoreMetadata | None = None
-        self._shape: tuple[int | None, ...] | None = None
-        self._num_commits = 0
+        self._borrows = False
+        self._in_background: BackgroundCommit | None = None
+        self._shape = self._committer.embedding_shape
         self._num_written = 0
         self._closed = False
         self._owner = process_id()
         self._lock = threading.RLock()
-        with contextlib.suppress(CacheNotFoundError), no_fork:
-            self._adopt(acquire_current(self._store))
 
     @property
     def path(self) -> Path:
@@ -130,8 +117,9 @@ class EmbeddingWriter:
 
     @property
     def num_pending(self) -> int:
-        """Embeddings that the next commit will write."""
-        return len(self._pending.values)
+        """Embeddings that aren't committed yet."""
+        in_background = self._in_background
+        return len(self._pending.values) + (len(in_background) if in_background else 0)
 
     def put(self, sample_id: str, embedding: Any) -> bool:
         """Add one embedding to the next commit.
@@ -158,20 +146,19 @@ class EmbeddingWriter:
                         "with on_duplicate='skip' or 'overwrite'"
                     )
                 return False
-            value = as_stored(sample_id, embedding, self._config.dtype)
+            value = as_stored(sample_id, embedding, self._config.dtype, copy=not self._borrows)
             self._check_shape(sample_id, value.shape)
             self._pending.put(key, value)
-            if self._pending.is_due(self._limits):
-                self.commit()
+            self._commit_if_due()
             return True
 
     def put_batch(self, sample_ids: Iterable[str], embeddings: Iterable[Any]) -> int:
-        """Add several embeddings.
+        """Add several embeddings. From 8 MiB on they are committed before this returns.
 
         Args:
             sample_ids: `(n,)` sample ids.
             embeddings: One for each. An array or tensor `(n, *embedding_shape)` is checked and
-                cast as a whole, which is several times faster than one by one.
+                cast as a whole; for small embeddings that is several times faster than one by one.
 
         Returns:
             How many weren't stored already.
@@ -186,41 +173,62 @@ class EmbeddingWriter:
             raise InvalidEmbeddingError(
                 f"{len(embeddings)} embeddings for {len(sample_ids)} sample ids"  # type: ignore[arg-type]
             )
-        if isinstance(embeddings, list):
-            return sum([self.put(i, row) for i, row in zip(sample_ids, embeddings, strict=True)])
-        row_bytes = 4 * math.prod(embeddings.shape[1:])
-        step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, row_bytes)))
-        added = 0
-        for start in range(0, len(sample_ids), step):
-            part = slice(start, start + step)
-            added += self._put_rows(sample_ids[part], embeddings[part])  # type: ignore[index]
-        return added
+        with self._usable(), self._borrowing(embeddings):
+            if isinstance(embeddings, list):
+                pairs = zip(sample_ids, embeddings, strict=True)
+                return sum([self.put(sample_id, row) for sample_id, row in pairs])
+            row_bytes = 4 * math.prod(embeddings.shape[1:])
+            step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, row_bytes)))
+            added = 0
+            for start in range(0, len(sample_ids), step):
+                part = slice(start, start + step)
+                added += self._put_rows(sample_ids[part], embeddings[part])  # type: ignore[index]
+            return added
 
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
         keys = [sample_key(sample_id) for sample_id in sample_ids]
-        with self._usable():
-            known = self._known(keys) if self._on_duplicate != "overwrite" else set()
-            try:
-                if known and self._on_duplicate == "error":
-                    raise InvalidEmbeddingError
-                values = as_stored(f"{sample_ids[0]} …", rows, self._config.dtype)
-            except InvalidEmbeddingError:  # one by one, the culprit is named
-                return sum([self.put(i, row) for i, row in zip(sample_ids, rows, strict=True)])
-            self._check_shape(sample_ids[0], values.shape[1:])
-            before = self._pending.num_put
-            for key, value in zip(keys, values, strict=True):
-                if key not in known:
-                    self._pending.put(key, value, replace=self._on_duplicate == "overwrite")
-            added = self._pending.num_put - before
-            if self._pending.is_due(self._limits):
-                self.commit()
-            return added
+        known = self._known(keys) if self._on_duplicate != "overwrite" else set()
+        try:
+            if known and self._on_duplicate == "error":
+                raise InvalidEmbeddingError
+            first, copy = f"{sample_ids[0]} …", not self._borrows
+            values = as_stored(first, rows, self._config.dtype, copy=copy)
+        except InvalidEmbeddingError:  # one by one, the culprit is named
+            return sum([self.put(i, row) for i, row in zip(sample_ids, rows, strict=True)])
+        self._check_shape(sample_ids[0], values.shape[1:])
+        before = self._pending.num_put
+        for key, value in zip(keys, values, strict=True):
+            if key not in known:
+                self._pending.put(key, value, replace=self._on_duplicate == "overwrite")
+        added = self._pending.num_put - before
+        self._commit_if_due()
+        return added
+
+    @contextlib.contextmanager
+    def _borrowing(self, embeddings: Any) -> Iterator[None]:
+        """Collect large embeddings without a copy, and commit them while they are the caller's."""
+        if isinstance(embeddings, list):
+            num_bytes = sum([getattr(row, "nbytes", 0) for row in embeddings])
+        else:
+            num_bytes = embeddings.nbytes
+        if num_bytes < _COMMITTED_AT_ONCE_BYTES or self._borrows:
+            yield
+            return
+        self._borrows = True
+        try:
+            yield
+            self.commit()
+        except BaseException:
+            self._pending.own()
+            raise
+        finally:
+            self._borrows = False
 
     def commit(self) -> int:
         """Write what was collected in one transaction. It is durable when this returns.
 
         Returns:
-            The number of embeddings written.
+            The number of embeddings written, with those that a thread was writing.
 
         Raises:
             CacheFullError: No room; nothing was written, what was collected is kept, and the next
@@ -230,26 +238,24 @@ class EmbeddingWriter:
             ProvenanceMismatchError: The store was filled with other weights.
         """
         with self._usable():
-            if not self._pending.values:
-                return 0
-            with write_lock(self._store), no_fork:
-                # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
-                needed = 2 * self._pending.num_bytes + _RESERVE_BYTES
-                check_room(self._store, needed, "this commit")
-                environment = self._attach()
-                with translated_errors(self._store):
-                    written = self._write(environment)
-            self._num_commits += 1
-            self._num_written += written
-            self.discard()
+            written = self._settle()
+            if self._pending.values:
+                committed = self._committer.commit(self._pending, self._shape)
+                self._count(committed)
+                written += committed
+                self._forget_pending()
             return written
 
     def discard(self) -> None:
         """Drop what was collected since the last commit."""
         with self._lock:
-            self._pending.clear()
-            if self._metadata is None or self._metadata.embedding_shape is None:
-                self._shape = None
+            with contextlib.suppress(CacheError):
+                self._settle()
+            self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        self._pending.clear()
+        self._shape = self._committer.embedding_shape
 
     def close(self) -> None:
         """Commit what is left and give back the environment."""
@@ -262,7 +268,7 @@ class EmbeddingWriter:
                 self.commit()
             finally:
                 self._closed = True
-                self._holder.drop()
+                self._committer.close()
 
     def __enter__(self) -> EmbeddingWriter:
         return self
@@ -292,81 +298,35 @@ class EmbeddingWriter:
     def __reduce__(self) -> Any:
         raise TypeError("a writer doesn't pickle; open one in the process that writes")
 
-    # ---- the transaction
+    # ---- commits
 
-    def _write(self, environment: Environment) -> int:
-        # One thread begins and commits: LMDB's write lock belongs to the thread.
-        transaction = environment.env.begin(write=True)
-        try:
-            stored = environment.read_metadata(transaction)
-            stored.check_config(self._config, self._store)
-            shape = self._shape if stored.embedding_shape is None else stored.embedding_shape
-            metadata = replace(
-                stored.with_provenance(self._provenance, self._store), embedding_shape=shape
-            )
-            # Another process may have settled the shape of a new store meanwhile.
-            for key, value in self._pending.values.items():
-                check_shape(sample_id_of_key(key), value.shape, shape)
-            written, duplicates = put_embeddings(
-                environment,
-                transaction,
-                self._pending.values,
-                overwrite=self._on_duplicate == "overwrite",
-            )
-            if duplicates and self._on_duplicate == "error":
-                self._pending.drop(duplicates)
-                names = ", ".join(sample_id_of_key(key) for key in duplicates[:3])
-                raise DuplicateSampleError(
-                    f"{len(duplicates)} samples ({names}, …) were stored in {self._store} by "
-                    "another process meanwhile; the rest is kept for the next commit"
-                )
-            if metadata != stored:
-                put_metadata(environment, transaction, metadata)
-            transaction.commit()
-        except BaseException:
-            with contextlib.suppress(lmdb.Error):
-                transaction.abort()
-            raise
-        self._metadata, self._shape = metadata, shape
-        return written
+    def _commit_if_due(self) -> None:
+        if self._in_background is not None and self._in_background.is_done:
+            self._settle()
+        if not self._pending.is_due(self._limits):
+            return
+        if self._borrows or self._pending.num_bytes < _BACKGROUND_FROM_BYTES:
+            self.commit()
+            return
+        self._settle()
+        self._in_background = BackgroundCommit(self._committer, self._pending, self._shape)
+        self._pending = PendingEmbeddings()
 
-    def _attach(self) -> Environment:
-        """The live generation's environment, made if there is none. Under the writer lock."""
-        generation = current_generation(self._store)
-        environment = self._holder.environment
-        if generation is None:
-            environment = self._create()
-        elif environment is None or not environment.is_live(generation):
-            environment = self._adopt(acquire(generation, write=True))
-        else:
-            environment.make_writable()
-        if self._num_commits % _COMMITS_PER_READER_CHECK == 0:
-            # Writers don't clear the slots of readers that were killed.
-            environment.env.reader_check()
-        return environment
+    def _settle(self) -> int:
+        """Wait for the commit in the background; if it failed, take its embeddings back."""
+        if self._in_background is None:
+            return 0
+        self._in_background.wait()
+        commit, self._in_background = self._in_background, None
+        if commit.error is not None:
+            self._pending.put_back(commit.pending)
+            raise commit.error
+        self._count(commit.written)
+        return commit.written
 
-    def _adopt(self, environment: Environment) -> Environment:
-        self._holder.take(environment)
-        with translated_errors(self._store):
-            metadata = environment.read_metadata(environment.begin_read())
-        metadata.check_config(self._config, self._store)
-        metadata.with_provenance(self._provenance, self._store)
-        if metadata.embedding_shape is not None:
-            self._shape = metadata.embedding_shape
-        self._metadata = metadata
-        return environment
-
-    def _create(self) -> Environment:
-        self._holder.drop()
-        generation = create_generation(self._store)
-        environment = acquire(generation, write=True, create=True)
-        self._holder.take(environment)
-        self._metadata = StoreMetadata.new(self._config, self._dataset_root)
-        with translated_errors(self._store), environment.env.begin(write=True) as transaction:
-            environment.create_databases(transaction)
-            put_metadata(environment, transaction, self._metadata)
-        publish_generation(self._store, generation)
-        return environment
+    def _count(self, written: int) -> None:
+        self._num_written += written
+        self._shape = self._committer.embedding_shape
 
     # ---- checks
 
@@ -387,14 +347,10 @@ class EmbeddingWriter:
             self._shape = (None, *shape[1:]) if self._ragged and shape else shape
         check_shape(sample_id, shape, self._shape)
 
-    def _known(self, keys: list[bytes]) -> set[bytes]:
+    def _known(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of the keys that are stored or will be by the next commit."""
-        environment = self._holder.environment
-        stored = set() if environment is None else environment.stored(keys)
-        if environment and stored and not environment.is_live(current_generation(self._store)):
-            # Cleared or compacted since: only the live generation tells.
-            self._holder.drop()
-            with contextlib.suppress(CacheNotFoundError), no_fork:
-                self._adopt(acquire_current(self._store))
-            return self._known(keys)
-        return stored.union(key for key in keys if key in self._pending.values)
+        pending, in_background = self._pending.values, self._in_background
+        known = {key for key in keys if key in pending}
+        if in_background is not None:
+            known |= {key for key in keys if key in in_background.pending.values}
+        return known | self._committer.stored(keys)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -16,13 +17,43 @@ from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffer
 from lmdbcache.storage.selection import Selection
 from lmdbcache.training.tensors import as_tensor
 
-__all__ = ["DTYPES", "fetch_batch", "shared_memory"]
+__all__ = ["DTYPES", "CopyThreads", "fetch_batch", "shared_memory"]
 
 DTYPES: Final = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+class CopyThreads:
+    """Threads that copy parts of a batch; one core alone doesn't use all of the memory's speed.
+
+    Args:
+        num_threads: With the calling one.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="lmdbcache-copy")
+
+    def share(self, num_rows: int, copy: Callable[[slice], object]) -> None:
+        """Have `copy` called for all rows, part by part, and wait."""
+        step = max(1, -(-num_rows // self.num_threads))
+        parts = [slice(start, start + step) for start in range(0, num_rows, step)]
+        others = [self._pool.submit(copy, part) for part in parts[1:]]
+        try:
+            copy(parts[0])
+        finally:  # nothing may be written to the batch after this
+            wait(others)
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False)
+
+
 _views: WeakKeyDictionary[MappedFile, dict[int, torch.Tensor]] = WeakKeyDictionary()
 
 
@@ -32,6 +63,7 @@ def fetch_batch(
     *,
     in_background: bool = False,
     pin_memory: bool = False,
+    threads: CopyThreads | None = None,
 ) -> torch.Tensor:
     """One batch as a CPU tensor of its own memory.
 
@@ -43,16 +75,17 @@ def fetch_batch(
         positions: Positions in the selection, `(n,)`.
         in_background: Copy so that the main thread's Python can run meanwhile.
         pin_memory: Put it into page-locked memory, for an asynchronous copy to a GPU.
+        threads: Share the copying of large embeddings with these.
 
     Returns:
         `(n, *embedding_shape)`, stored dtype.
     """
     is_worker = torch.utils.data.get_worker_info() is not None
-    if in_background or pin_memory or is_worker:
+    if in_background or pin_memory or is_worker or threads:
 
         def copy(file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> torch.Tensor:
             raw = _memory(len(offsets) * length, shared=is_worker, pinned=pin_memory)
-            _fill(raw.view(len(offsets), length), file, offsets, length)
+            _fill(raw.view(len(offsets), length), file, offsets, length, threads)
             return raw
 
         raw = selection.copy_with(positions, copy)
@@ -88,10 +121,20 @@ def _plain_memory(num_bytes: int, *, pinned: bool) -> torch.Tensor:
     return torch.from_numpy(batch_buffers.take(num_bytes))
 
 
-def _fill(out: torch.Tensor, file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> None:
+def _fill(
+    out: torch.Tensor,
+    file: MappedFile,
+    offsets: npt.NDArray[np.int64],
+    length: int,
+    threads: CopyThreads | None,
+) -> None:
     # For small values one index_select is faster than a loop of copies; both release the GIL.
     if length >= LARGE_VALUE_BYTES:
-        file.gather(offsets, length, out.numpy())
+        rows = out.numpy()
+        if threads is None:
+            file.gather(offsets, length, rows)
+        else:
+            threads.share(len(rows), lambda part: file.gather(offsets[part], length, rows[part]))
     else:
         torch.index_select(_view(file, length), 0, torch.from_numpy(offsets), out=out)
 

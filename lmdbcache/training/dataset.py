@@ -12,7 +12,7 @@ import torch
 from lmdbcache.storage.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.selection import Selection
-from lmdbcache.training.batches import fetch_batch
+from lmdbcache.training.batches import CopyThreads, fetch_batch
 from lmdbcache.training.tensors import as_tensor
 
 __all__ = ["CollatedBatch", "EmbeddingDataset", "EmbeddingSource", "collate_embeddings"]
@@ -104,11 +104,16 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         *,
         in_background: bool = False,
         pin_memory: bool = False,
+        threads: CopyThreads | None = None,
     ) -> Any:
         """A collated batch: `embeddings`, or `(embeddings, labels)`. See `fetch_batch`."""
         if isinstance(self.selection, Selection):
             embeddings = fetch_batch(
-                self.selection, indices, in_background=in_background, pin_memory=pin_memory
+                self.selection,
+                indices,
+                in_background=in_background,
+                pin_memory=pin_memory,
+                threads=threads,
             )
         else:
             embeddings = self.selection.get_batch(indices)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.training.batches import CopyThreads
 from lmdbcache.training.dataset import EmbeddingDataset, EmbeddingSource
 
 __all__ = ["EmbeddingLoader", "make_dataloader"]
 
-_PREFETCH_FROM_BYTES: Final = 1 << 20
+_LARGE_BATCH_BYTES: Final = 1 << 20
+_MAX_THREADS: Final = 4
 _STEP_BYTES: Final = 4 << 20  # small batches are fetched several at a time
 
 
@@ -34,6 +37,7 @@ def make_dataloader(
     world_size: int | None = None,
     prefetch: int | None = None,
     pin_memory: bool | None = None,
+    num_threads: int | None = None,
 ) -> EmbeddingLoader:
     """The fastest loader for cached embeddings on this machine.
 
@@ -57,6 +61,8 @@ def make_dataloader(
         prefetch: Fetches that may wait; 0 copies in the calling thread; None takes 2 for batches
             of 1 MiB and more: a smaller one is copied faster than it is handed over.
         pin_memory: Page-locked memory; None does if there is a CUDA device.
+        num_threads: Threads that copy a batch of large embeddings; None takes one for each core
+            that this process may use, up to 4. One alone reaches half of the memory's speed.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -75,6 +81,7 @@ def make_dataloader(
         world_size=world_size,
         prefetch=prefetch,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        num_threads=min(_MAX_THREADS, _num_cores()) if num_threads is None else num_threads,
     )
 
 
@@ -97,11 +104,14 @@ class EmbeddingLoader:
         world_size: int | None,
         prefetch: int | None,
         pin_memory: bool,
+        num_threads: int,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size}; it must be 1 or more")
         if prefetch is not None and prefetch < 0:
             raise ConfigError(f"prefetch: {prefetch}; it must be 0 or more")
+        if num_threads < 1:
+            raise ConfigError(f"num_threads: {num_threads}; it must be 1 or more")
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -110,6 +120,7 @@ class EmbeddingLoader:
         self.rank, self.world_size = _rank_and_world_size(rank, world_size)
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self.num_threads = num_threads
         self._known_batch_bytes: int | None = None
         self.epoch = -1
         self._num_done = 0
@@ -124,12 +135,19 @@ class EmbeddingLoader:
         self._resume = None
         order = self._order(self.epoch)
         steps = self._steps(order, self._bounds(len(order))[self._num_done :])
-        batches = self._prefetched(steps) if self._waiting() else map(self._fetch, steps)
-        for several in batches:
-            for batch in several:
-                # Counted before it is handed out: a state taken in the loop's body holds it.
-                self._num_done += 1
-                yield batch
+        threads = CopyThreads(self.num_threads) if self._shares_copies() else None
+        fetched = (self._fetch(step, threads) for step in steps)
+        batches = _ahead(fetched, self._waiting()) if self._waiting() else fetched
+        try:
+            for several in batches:
+                for batch in several:
+                    # Counted before it is handed out: a state taken in the loop's body holds it.
+                    self._num_done += 1
+                    yield batch
+        finally:
+            batches.close()
+            if threads is not None:
+                threads.close()
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next `iter` this epoch."""
@@ -211,42 +229,51 @@ class EmbeddingLoader:
         """Fetches that may wait for the training loop."""
         if self.prefetch is not None:
             return self.prefetch
-        return 2 if len(self.dataset) and self._batch_bytes() >= _PREFETCH_FROM_BYTES else 0
+        return 2 if self._has_large_batches() else 0
 
-    def _fetch(
-        self, step: list[npt.NDArray[np.int64]], *, in_background: bool = False
-    ) -> list[Any]:
+    def _shares_copies(self) -> bool:
+        return self.num_threads > 1 and self._has_large_batches()
+
+    def _has_large_batches(self) -> bool:
+        return bool(len(self.dataset)) and self._batch_bytes() >= _LARGE_BATCH_BYTES
+
+    def _fetch(self, step: list[npt.NDArray[np.int64]], threads: CopyThreads | None) -> list[Any]:
         fetched = self.dataset.fetch(
-            np.concatenate(step), in_background=in_background, pin_memory=self.pin_memory
+            np.concatenate(step),
+            in_background=self._waiting() > 0,
+            pin_memory=self.pin_memory,
+            threads=threads,
         )
         sizes = [len(positions) for positions in step]
         if isinstance(fetched, tuple):
             return list(zip(*(part.split(sizes) for part in fetched), strict=True))
         return list(fetched.split(sizes))
 
-    def _prefetched(self, steps: Iterator[list[npt.NDArray[np.int64]]]) -> Iterator[list[Any]]:
-        ready: queue.Queue[list[Any] | BaseException | None] = queue.Queue(self._waiting())
-        stop = threading.Event()
 
-        def work() -> None:
-            try:
-                for step in steps:
-                    if not _put(ready, self._fetch(step, in_background=True), stop):
-                        return
-                _put(ready, None, stop)
-            except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
-                _put(ready, error, stop)
+def _ahead(fetched: Iterator[list[Any]], waiting: int) -> Generator[list[Any], None, None]:
+    """The same, fetched by a thread; so many wait."""
+    ready: queue.Queue[list[Any] | BaseException | None] = queue.Queue(waiting)
+    stop = threading.Event()
 
-        thread = threading.Thread(target=work, name="lmdbcache-prefetch", daemon=True)
-        thread.start()
+    def work() -> None:
         try:
-            while (batches := ready.get()) is not None:
-                if isinstance(batches, BaseException):
-                    raise batches
-                yield batches
-        finally:
-            stop.set()
-            thread.join()
+            for batches in fetched:
+                if not _put(ready, batches, stop):
+                    return
+            _put(ready, None, stop)
+        except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
+            _put(ready, error, stop)
+
+    thread = threading.Thread(target=work, name="lmdbcache-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (batches := ready.get()) is not None:
+            if isinstance(batches, BaseException):
+                raise batches
+            yield batches
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
@@ -257,6 +284,11 @@ def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
             continue
         return True
     return False
+
+
+def _num_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:

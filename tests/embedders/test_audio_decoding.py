@@ -51,6 +51,19 @@ def test_formats(tmp_path, suffix, subtype, tolerance):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 6])
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_16_bit_samples_are_scaled_as_libsndfile_does(tmp_path, suffix, channels):
+    """The way over integers gives the same bits, at both ends of the range, too."""
+    integers = np.random.default_rng(0).integers(-(2**15), 2**15, (8000, channels), np.int16)
+    integers[0], integers[1] = -(2**15), 2**15 - 1
+    path = tmp_path / f"clip.{suffix}"
+    soundfile.write(path, integers, 16000, subtype="PCM_16")
+    scaled, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    expected = scaled.mean(axis=1) if channels != 2 else (scaled[:, 0] + scaled[:, 1]) / 2
+    assert np.array_equal(decode(path, 16000, 5.0), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
 def test_mono_is_the_plain_mean_of_the_channels(tmp_path, channels):
     """Channels are averaged with equal weight."""
     frames = noise(8000, channels)

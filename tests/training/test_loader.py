@@ -256,6 +256,7 @@ def test_batches_are_the_callers_own(reader):
     [
         ("batch_size", {"batch_size": 0}),
         ("prefetch", {"prefetch": -1}),
+        ("num_threads", {"num_threads": 0}),
         ("rank", {"rank": 2, "world_size": 2}),
         ("rank", {"rank": -1, "world_size": 2}),
         ("world_size", {"world_size": 2}),
@@ -331,3 +332,36 @@ def test_ragged_embeddings_of_one_length_make_batches(cache, config):
         with cache.reader(config) as reader:
             (batch,) = make_dataloader(reader, 4, prefetch=prefetch)
         assert batch.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+def test_threads_copy_every_part_of_a_large_batch(cache, config, prefetch, num_threads):
+    """Any number of threads gives the same batches, the last and smaller one included."""
+    samples = numbered(0, 11, size=1 << 17)
+    with cache.writer(config) as writer:
+        writer.put_batch(list(samples), list(samples.values()))
+    with cache.reader(config) as reader:
+        loader = make_dataloader(reader, 4, prefetch=prefetch, num_threads=num_threads)
+        assert numbers(loader) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_copying_threads_are_bounded_and_end(cache, config):
+    """num_threads is a bound that counts the calling thread; all have ended after the epoch."""
+    samples = numbered(0, 8, size=1 << 18)
+    with cache.writer(config) as writer:
+        writer.put_batch(list(samples), list(samples.values()))
+
+    def copying():
+        return [t for t in threading.enumerate() if t.name.startswith("lmdbcache-copy")]
+
+    with cache.reader(config) as reader:
+        for num_threads in (1, 3):
+            batches = iter(make_dataloader(reader, 4, num_threads=num_threads))
+            next(batches)
+            assert min(1, num_threads - 1) <= len(copying()) <= num_threads - 1
+            batches.close()
+            deadline = time.monotonic() + 10
+            while copying() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not copying()
