@@ -120,8 +120,16 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         )
 
     def __len__(self) -> int:
-        def count(_: Snapshot, transaction: lmdb.Transaction) -> int:
-            return int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
+        def count(snapshot: Snapshot, transaction: lmdb.Transaction) -> int:
+            num_values = int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
+            num_checksums = int(transaction.stat(snapshot.environment.checksums)["entries"]) - 1
+            # A damaged meta page may count to the stars; list() makes room for as many.
+            if num_values != num_checksums and snapshot.is_protected:
+                raise IntegrityError(
+                    f"{self._store} is damaged ({num_values} embeddings, {num_checksums} "
+                    f"checksums). {DAMAGE_REMEDY}"
+                )
+            return num_values
 
         return self.read_pinned(count)
 

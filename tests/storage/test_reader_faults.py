@@ -71,6 +71,18 @@ def test_keys_out_of_order_end_an_iteration(cache, config):
     assert names[-1] in report.damaged, "verify must name what can't be found any more"
 
 
+def test_a_wrong_count_in_the_meta_page_is_an_error(filled, config, generation):
+    """Nobody makes room for a list of 2^60 samples."""
+    content = bytearray((generation / "data.mdb").read_bytes())
+    for page in (0, 4096):
+        content[page + 88 + 32 + 7] ^= 0x10  # the main database's number of entries
+    (generation / "data.mdb").write_bytes(content)
+    with filled.reader(config) as reader:
+        for count in (len, list):
+            with pytest.raises(IntegrityError, match="damaged"):
+                count(reader)
+
+
 def test_missing_lock_file_is_made_again(filled, config, generation, embeddings):
     """A store copied without its lock file reads and writes as ever."""
     (generation / "lock.mdb").unlink()
