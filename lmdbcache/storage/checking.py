@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from lmdbcache.storage.page_file import Entry, PageFile
 from lmdbcache.storage.pages import (
     UnreadablePagesError,
     ValueTable,
+    find_hidden_keys,
     read_named_table,
     read_value_table,
 )
@@ -52,7 +54,7 @@ class Findings:
     Args:
         num_embeddings: Embeddings that were found.
         structure: What is wrong with LMDB's pages and with the metadata record.
-        damaged: Keys whose value doesn't match its checksum, or has none.
+        damaged: Keys whose value doesn't match its checksum, or has none; or that no look-up finds.
         missing: Keys that have a checksum and no value.
     """
 
@@ -142,11 +144,14 @@ def placed_values(file: PageFile, *, is_sound: bool) -> CheckedValues:
     """
     if is_sound and file.meta is not None:
         try:
-            data = MappedFile(file.path).data
-            values = read_value_table(data, file.meta.transaction)
+            data, transaction = MappedFile(file.path).data, file.meta.transaction
+            values = read_value_table(data, transaction)
             tree = file.find_named(CHECKSUMS_NAME)
             if tree is not None:
-                return paired(values, read_named_table(data, file.meta.transaction, tree), data)
+                sums = read_named_table(data, transaction, tree)
+                hidden = (find_hidden_keys(data, transaction, t) for t in (None, tree))
+                found = frozenset(itertools.chain.from_iterable(hidden))
+                return replace(paired(values, sums, data), hidden=found)
         except (UnreadablePagesError, OSError, ValueError):
             pass  # another program's database, or a commit meanwhile
     return _reachable_values(file)
@@ -168,10 +173,11 @@ def check_values(
     """
     rows = damaged_rows(file.descriptor, values, progress)
     keys = values.table.keys
+    damaged = {bytes(keys[row]) for row in rows} | values.hidden
     return Findings(
         num_embeddings=len(keys),
         structure=structure,
-        damaged=tuple(bytes(keys[row]) for row in rows),
+        damaged=tuple(sorted(damaged)),
         missing=values.without_value,
     )
 

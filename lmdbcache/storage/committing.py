@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -72,16 +72,32 @@ class Committer:
         # Shape of the embeddings that are stored; None while there are none.
         self.embedding_shape: Shape | None = None
         self._environment_lock = threading.Lock()
+        self._is_writing = False
         self._holder = Holder(self)
         StoreMetadata.new(config, dataset_root).with_provenance(self._provenance, "").pack()
         with contextlib.suppress(CacheNotFoundError), no_fork:
             self._adopt(acquire_current(store))
 
-    def stored(self, keys: Iterable[bytes]) -> set[bytes]:
+    def stored(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of the keys that the newest commit has; from any thread."""
-        with self._environment_lock:
-            environment = self._holder.environment
-            return set() if environment is None else environment.stored(keys)
+        # In the order of `commit`, or a fork by a third thread would stop all three.
+        with no_fork, self._environment_lock:
+            found = self._stored(keys)
+            if found and not self._is_writing and not self._is_live():
+                # Cleared or compacted since: only the live generation tells.
+                self._holder.drop()
+                with contextlib.suppress(CacheNotFoundError):
+                    self._adopt(acquire_current(self.store))
+                found = self._stored(keys)
+            return found
+
+    def _stored(self, keys: Sequence[bytes]) -> set[bytes]:
+        environment = self._holder.environment
+        return set() if environment is None else environment.stored(keys)
+
+    def _is_live(self) -> bool:
+        environment = self._holder.environment
+        return environment is not None and environment.is_live(current_generation(self.store))
 
     def commit(self, pending: PendingEmbeddings, shape: Shape | None) -> int:
         """Write all of them in one transaction; durable when this returns.
@@ -102,16 +118,20 @@ class Committer:
             # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
             needed = 2 * pending.num_bytes + RESERVE_BYTES
             check_room(self.store, needed, "this commit")
-            with translated_errors(self.store, needed):
-                with self._environment_lock:
-                    environment = self._attach()
-                written = self._write_with_room(environment, pending, shape)
+            try:
+                with translated_errors(self.store, needed):
+                    with self._environment_lock:
+                        environment = self._attach()
+                        self._is_writing = True
+                    written = self._write_with_room(environment, pending, shape)
+            finally:
+                self._is_writing = False
         self._num_commits += 1
         return written
 
     def close(self) -> None:
         """Give back the environment."""
-        with self._environment_lock:
+        with no_fork, self._environment_lock:
             self._holder.drop()
 
     # ---- the transaction

@@ -22,6 +22,7 @@ from lmdbcache.storage.meta_pages import Tree
 __all__ = [
     "UnreadablePagesError",
     "ValueTable",
+    "find_hidden_keys",
     "read_free_pages",
     "read_named_table",
     "read_value_table",
@@ -99,6 +100,67 @@ def read_named_table(data: npt.NDArray[np.uint8], transaction_id: int, tree: Tre
         raise UnreadablePagesError("a root beyond the last page")
     pages = data[: num_pages * page_size].reshape(num_pages, page_size)
     return _read_tree(pages, tree.depth, tree.root)
+
+
+def find_hidden_keys(
+    data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree | None = None
+) -> list[bytes]:
+    """Keys that a walk meets and no look-up finds: a branch page leads elsewhere for them.
+
+    Args:
+        data: See `read_value_table`.
+        transaction_id: The snapshot's.
+        tree: A named database; None means the main one.
+
+    Raises:
+        UnreadablePagesError: See `read_value_table`.
+    """
+    page_size, num_pages, _, (depth, root) = _find_roots(data, transaction_id)
+    if tree is not None:
+        depth, root = tree.depth, tree.root
+    if depth == 0:
+        return []
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    # Of each page of a level: the separator to its left, which every key of it has to reach.
+    level, lower = np.array([root], np.int64), np.array([b""], np.bytes_)
+    for _ in range(depth - 1):
+        starts = np.cumsum([0] + [len(part) for part in _steps(pages, level)])
+        parts = [
+            (_children(part), _separators(part, lower[start : start + len(part)]))
+            for part, start in zip(_steps(pages, level), starts, strict=False)
+        ]
+        level, lower = (np.concatenate(column) for column in zip(*parts, strict=True))
+    hidden, start = [], 0
+    for part in _steps(pages, level):
+        index, keys = _node_keys(part, _LEAF)
+        at = start + index
+        is_last = at == len(level) - 1
+        is_found = (keys >= lower[at]) & (
+            is_last | (keys < lower[np.minimum(at + 1, len(level) - 1)])
+        )
+        hidden += keys[~is_found].tolist()
+        start += len(part)
+    return hidden
+
+
+def _separators(
+    pages: npt.NDArray[np.uint8], inherited: npt.NDArray[np.bytes_]
+) -> npt.NDArray[np.bytes_]:
+    """The separator to the left of each child; the first child of a page has its parent's."""
+    index, keys = _node_keys(pages, _BRANCH)
+    is_first = np.append([True], index[1:] != index[:-1])
+    return np.where(is_first, inherited[index], keys)
+
+
+def _node_keys(
+    pages: npt.NDArray[np.uint8], kind: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_]]:
+    """(index of the page, key) of every node, in order."""
+    index, at = _nodes(pages, kind)
+    words = _fields(pages, index, at, _NODE_HEADER_BYTES).view("<u2").astype(np.int64)
+    lengths = words[:, 3]
+    width = max(1, int(lengths.max()))
+    return index, _keys(pages, index, at + _NODE_HEADER_BYTES, lengths, width)
 
 
 def _read_tree(pages: npt.NDArray[np.uint8], depth: int, root: int) -> ValueTable:

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import InvalidSampleIdError, SampleNotFoundError
+from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
 from lmdbcache.storage.batches import gather, offsets_of, remember_all, stack
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.layout import (
     NUM_RESERVED_KEYS,
@@ -159,15 +160,31 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         )
 
     def __len__(self) -> int:
-        def count(_: Snapshot, transaction: lmdb.Transaction) -> int:
-            return int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
+        def count(snapshot: Snapshot, transaction: lmdb.Transaction) -> int:
+            num_values = int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
+            num_checksums = int(transaction.stat(snapshot.environment.checksums)["entries"]) - 1
+            # A damaged meta page may count to the stars; list() makes room for as many.
+            if num_values != num_checksums and snapshot.is_protected:
+                raise IntegrityError(
+                    f"{self._store} is damaged ({num_values} embeddings, {num_checksums} "
+                    f"checksums). {DAMAGE_REMEDY}"
+                )
+            return num_values
 
         return self.read_pinned(count)
 
     def __iter__(self) -> Iterator[str]:
-        """Sample ids in the order of their UTF-8 bytes."""
+        """Sample ids in the order of their UTF-8 bytes.
+
+        Raises:
+            IntegrityError: The pages give them in another order.
+        """
         after = b""
         while keys := self._keys_after(after):
+            if not after < keys[0] <= keys[-1]:  # or damaged pages lead round in a circle
+                raise IntegrityError(
+                    f"{self._store} is damaged (keys out of order). {DAMAGE_REMEDY}"
+                )
             for key in keys:
                 if b":" in key:
                     yield sample_id_of_key(key)

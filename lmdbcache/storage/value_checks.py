@@ -33,12 +33,14 @@ class CheckedValues:
         checksums: (n, 8) uint8, those of the values.
         has_checksum: (n,) bool.
         without_value: Keys that have a checksum alone.
+        hidden: Keys that no look-up finds.
     """
 
     table: ValueTable
     checksums: npt.NDArray[np.uint8]
     has_checksum: npt.NDArray[np.bool_]
     without_value: tuple[bytes, ...] = ()
+    hidden: frozenset[bytes] = frozenset()
 
 
 def paired(values: ValueTable, sums: ValueTable, data: npt.NDArray[np.uint8]) -> CheckedValues:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from storage.child_processes import NOBODY, in_fork, numbered, peer_process, rewrite, write
+from stress.page_kinds import byte_ranges
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import (
@@ -47,6 +48,37 @@ def every_use(cache, config):
     cache.writer(config).close()
     cache.info(config)
     cache.coverage(config, ["a:x"])
+
+
+def test_keys_out_of_order_end_an_iteration(cache, config):
+    """A damaged branch page that leads back to the same leaf is an error, not an endless list."""
+    names = [f"video_{n:05d}:x" for n in range(6000)]
+    write(cache.root, config, dict.fromkeys(names, np.ones(4)))
+    data = cache.path(config) / "gen-000001" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    (_, pointers_end), (_, _) = byte_ranges(bytes(content))["branch"]
+    page = pointers_end // 4096 * 4096
+    last_node = page + int.from_bytes(content[pointers_end - 2 : pointers_end], "little")
+    content[last_node + 8] = ord("z")  # the last leaf begins there, says its parent
+    data.write_bytes(content)
+    with cache.reader(config) as reader:
+        for look in (lambda: list(reader), reader.select):
+            with pytest.raises(IntegrityError, match="keys out of order"):
+                look()
+    report = cache.verify(config)
+    assert names[-1] in report.damaged, "verify must name what can't be found any more"
+
+
+def test_a_wrong_count_in_the_meta_page_is_an_error(filled, config, generation):
+    """Nobody makes room for a list of 2^60 samples."""
+    content = bytearray((generation / "data.mdb").read_bytes())
+    for page in (0, 4096):
+        content[page + 88 + 32 + 7] ^= 0x10  # the main database's number of entries
+    (generation / "data.mdb").write_bytes(content)
+    with filled.reader(config) as reader:
+        for count in (len, list):
+            with pytest.raises(IntegrityError, match="damaged"):
+                count(reader)
 
 
 def test_missing_lock_file_is_made_again(filled, config, generation, embeddings):

@@ -97,6 +97,22 @@ def test_writer_killed_before_its_first_commit_leaves_room_for_another(cache, co
     assert_holds_numbers(cache, config, 3)
 
 
+def test_writer_does_not_skip_what_was_cleared_meanwhile(cache, config):
+    """Stored once and cleared by another process is not stored: it is written again."""
+    items = numbered(0, 5, size=4)
+    with cache.writer(config) as writer:
+        writer.put_batch(items, items.values())
+        writer.commit()
+        in_fork(lambda: cache.clear(config) and None)
+        assert writer.put("clip_000001:x", ONES)
+        assert writer.put_batch(items, np.stack(list(items.values()))) == 4
+        writer.commit()
+        # The store was made again and compacted elsewhere: the writer follows.
+        in_fork(lambda: cache.compact(config) and None)
+        assert not writer.put("clip_000002:x", ONES)
+    assert len(cache.reader(config)) == 5
+
+
 def test_forked_child_may_not_use_the_writer(cache, config):
     """A writer belongs to its process; the parent's pending embeddings are untouched."""
 
