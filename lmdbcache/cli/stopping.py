@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["Stopped", "StopSignals"]
 
@@ -17,10 +18,7 @@ __all__ = ["Stopped", "StopSignals"]
 _SAME_NEWS_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 0.05
 # KeyboardInterrupt is lost in a finalizer or at a fork, and C modules garble it in an import.
-_NOT_INSIDE_FILES: Final = (
-    "<frozen importlib._bootstrap>",
-    "<frozen importlib._bootstrap_external>",
-)
+_NOT_INSIDE_FILES: Final = ("<frozen importlib._bootstrap", weakref.__file__)
 _NOT_INSIDE_FUNCTIONS: Final = ("__del__", "_start_workers", "_shutdown_workers", "_launch")
 
 
@@ -45,6 +43,7 @@ class StopSignals:
         self.number: int | None = None
         self._is_over = False
         self._since = 0.0
+        self._report = sys.unraisablehook
 
     @property
     def exit_code(self) -> int:
@@ -59,6 +58,8 @@ class StopSignals:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
         signal.signal(signal.SIGALRM, self._raise)
+        self._report = sys.unraisablehook
+        sys.unraisablehook = self._try_again
 
     def finish(self) -> None:
         """Nothing is left to be stopped; the process is about to end."""
@@ -68,6 +69,13 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             if signal.getsignal(number) in (self._receive, self._raise):
                 signal.signal(number, signal.SIG_IGN)
+
+    def _try_again(self, unraisable: Any) -> None:
+        # Python drops what is raised in a finalizer; the frames don't always show one.
+        if unraisable.exc_type is _StopRequested:
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+        else:
+            self._report(unraisable)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
