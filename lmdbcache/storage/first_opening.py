@@ -27,6 +27,7 @@ _logger: Final = logging.getLogger(__name__)
 # "1": open as it is; "values": check LMDB's structure alone.
 SKIP_VARIABLE: Final = "LMDBCACHE_SKIP_FIRST_CHECK"
 _LONG_BYTES: Final = 1 << 30
+_refused: Final[dict[tuple[int, ...], str]] = {}  # by this process
 
 
 def check_first_opening(generation: Path) -> None:
@@ -44,9 +45,17 @@ def check_first_opening(generation: Path) -> None:
     if skipped not in ("", "0", "values"):
         _logger.warning("%s is opened unchecked (%s=%s)", generation, SKIP_VARIABLE, skipped)
         return
+    status = (generation / "data.mdb").stat()
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if version in _refused:  # so that asking sample by sample costs one check
+        raise IntegrityError(_refused[version])
     with _one_at_a_time(generation):
         if not is_known(generation):
-            _check(generation, with_values=skipped != "values")
+            try:
+                _check(generation, with_values=skipped != "values")
+            except IntegrityError as error:
+                _refused[version] = str(error)
+                raise
 
 
 def _check(generation: Path, *, with_values: bool) -> None:

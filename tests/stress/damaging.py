@@ -198,7 +198,9 @@ def _read(
     if damaged is not None:
         wrong = [name for name in wrong if name not in damaged]
         missing = set(victim.names) - set(found) - damaged
-        if missing and not rolled_back:
+        # A copy is refused as a whole while anything of it is damaged.
+        is_refused = bool(damaged) and not found
+        if missing and not rolled_back and not is_refused:
             figures.problem("lost", f"{sorted(missing)[:3]} of a sound store, {case}")
     if wrong and mode == "never":
         figures.add("values wrong where nothing is checked", len(wrong))
