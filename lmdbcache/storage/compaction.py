@@ -123,6 +123,7 @@ def _copy(
     # an empty write transaction mends that.
     environment.begin_write().abort()
     snapshot = environment.begin_read()
+    environment.read_metadata(snapshot)  # what isn't a sound store is never copied over one
     entries = _count(environment, snapshot)
     size = _live_bytes(environment, snapshot)
     check_room(store, size + _LOCK_FILE_BYTES, "compaction")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import mmap
 import os
+import random
 import resource
 import shutil
 import time
@@ -18,7 +19,7 @@ from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError,
 from lmdbcache.storage.commit_record import contradiction, read_commit_record
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
 from lmdbcache.storage.filesystems import check_local_for_reading, check_local_for_writing
-from lmdbcache.storage.meta_pages import newest, read_meta_pages
+from lmdbcache.storage.meta_pages import MetaPage, newest, read_meta_pages
 from lmdbcache.storage.reader_slots import holders
 
 __all__ = [
@@ -42,6 +43,7 @@ _SHARE_OF_THE_REST: Final = 16
 _LOCK_FILE_BYTES: Final = 1 << 20
 
 _LOOKS: Final = 5
+_SECONDS_FOR_LOCK_FILE: Final = 2.0
 _SECONDS_BETWEEN_LOOKS: Final = 0.002
 
 
@@ -173,7 +175,7 @@ def open_environment(
     map_size = max(least, min_map_size, min(wanted, _address_space_left() // _SHARE_OF_THE_REST))
     while True:
         try:
-            return _open_with(generation, map_size, write=write)
+            return _open_in_step(generation, map_size, write=write, create=create)
         except (lmdb.InvalidError, lmdb.InvalidParameterError):
             if not create:
                 _blame_lock_file(generation)
@@ -217,6 +219,50 @@ def _check_room_for_lock_file(generation: Path) -> None:
         and shutil.disk_usage(generation).free < _LOCK_FILE_BYTES
     ):
         raise CacheFullError(f"{generation}: no room for LMDB's lock file. Free space on the disk")
+
+
+def _open_in_step(
+    generation: Path, map_size: int, *, write: bool, create: bool
+) -> lmdb.Environment:
+    """Open it with a lock file that knows the newest commit.
+
+    A process that is killed while it opens a store as the first one leaves a lock file that says
+    "no commit yet" to those who open it at the same moment. A writer would take the store for an
+    empty one and destroy it. It is set right by the next who opens it while nobody else has.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_LOCK_FILE
+    while True:
+        before = None if create else _newest_meta(generation)
+        environment = _open_with(generation, map_size, write=write)
+        if before is None or _is_in_step(environment, before.transaction):
+            return environment
+        environment.close()
+        if time.monotonic() > deadline:
+            found = ", ".join(holders(generation)) or "unknown"
+            raise StorageError(
+                f"{generation / 'lock.mdb'} doesn't know the newest commit: a process was killed "
+                f"while it opened the store. The data is sound; end those who have it open "
+                f"({found}), and the next one sets the lock file right"
+            )
+        _logger.info("%s: the lock file is out of step, opening again", generation)
+        time.sleep(random.uniform(0.001, 0.02))
+
+
+def _newest_meta(generation: Path) -> MetaPage | None:
+    try:
+        with (generation / "data.mdb").open("rb", buffering=0) as file:
+            return newest(read_meta_pages(file.fileno()))
+    except OSError:
+        return None
+
+
+def _is_in_step(environment: lmdb.Environment, transaction: int) -> bool:
+    try:
+        seen = int(environment.begin().id())
+    except lmdb.Error:
+        return True  # a full reader table or a map that is outgrown; who reads sees to it
+    # One behind: a writer is between its meta page and the lock file, or was killed there.
+    return seen >= transaction or 0 < seen == transaction - 1
 
 
 def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environment:
