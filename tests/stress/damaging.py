@@ -22,6 +22,7 @@ from lmdbcache.storage.reader import EmbeddingReader
 
 CASES_PER_CHILD = 25
 CASE_SECONDS = 10
+REFUSALS = 3
 SHAPES = [(300,), (600,), (4,), (2, 900)]
 VERIFYING = "verify" in inspect.signature(EmbeddingReader).parameters
 MODES = ("never", "first_read", "always") if VERIFYING else ("never",)
@@ -176,7 +177,9 @@ def _verify(figures: Figures, victim: Victim, case: Damage) -> set[str] | None:
         if VERIFYING:
             figures.problem("lost", f"an older commit is taken for the newest, {case}")
         figures.add("rolled back in silence")
-    return None if report.structure or report.lost else set(report.damaged)
+    if report.structure or getattr(report, "lost", 0):
+        return None
+    return set(report.damaged) | set(getattr(report, "missing", ()))
 
 
 def _read(
@@ -218,12 +221,14 @@ def _found(reader: Any, names: list[str]) -> dict[str, list[Any]]:
         for name, row in zip(sample_ids, rows, strict=True):
             found.setdefault(name, []).append(np.asarray(row))
 
-    for name in names:
+    for number, name in enumerate(names):
+        if number == REFUSALS and not found:
+            break  # the store as a whole is refused, after a look at its structure each time
         try:
             take([name], [reader[name]])
         except (CacheError, SampleNotFoundError):
             continue
-    for sample_ids in (names, list(found)):
+    for sample_ids in (names, list(found)) if found else (names,):
         for ways in _batches(reader, sample_ids):
             take(sample_ids, ways)
     _walk(reader)
