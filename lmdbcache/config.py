@@ -31,6 +31,7 @@ _MODEL_ALIASES: Final = {
     DEFAULT_MODEL_NAME.lower(): DEFAULT_MODEL_NAME,
 }
 _FINGERPRINT_DOMAIN: Final = b"lmdbcache config 1\n"
+_NOT_IN_SLUG: Final = re.compile(r"[^A-Za-z0-9.]+")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+/@-]{0,127}")
 
 
@@ -95,7 +96,7 @@ class CacheConfig:
         parts = [self.dataset, self.model_name.rsplit("/", 1)[-1], self.output]
         parts += [f"{self.sample_rate}hz", f"{self.duration:g}s", self.dtype]
         text = "-".join(part for part in parts if part)
-        return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.").lower()[:100]
+        return _NOT_IN_SLUG.sub("-", text).strip("-.").lower()[:100]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON or msgpack."""

@@ -50,7 +50,7 @@ def current_generation(store: Path) -> Path | None:
         IntegrityError: `CURRENT` doesn't name a generation.
     """
     try:
-        name = (store / CURRENT_NAME).read_text("ascii", errors="replace").strip()
+        name = (store / CURRENT_NAME).read_bytes().decode("ascii", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

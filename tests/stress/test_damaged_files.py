@@ -6,7 +6,7 @@ import pytest
 from stress.damaging import cut_files, flip_bytes
 
 
-@pytest.mark.parametrize("number", [120, pytest.param(5200, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [60, pytest.param(5200, marks=pytest.mark.stress)])
 def test_flipped_bytes_in_copies(count_faults, tmp_path, number):
     """A damaged store from elsewhere ends no process, and no wrong value passes a check."""
     figures = count_faults(flip_bytes, str(tmp_path), number, False)
@@ -14,7 +14,7 @@ def test_flipped_bytes_in_copies(count_faults, tmp_path, number):
     assert figures.counts["found by verify"] > number // 4
 
 
-@pytest.mark.parametrize("number", [80, pytest.param(2400, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [40, pytest.param(2400, marks=pytest.mark.stress)])
 def test_flipped_bytes_in_place(count_faults, tmp_path, number):
     """The same under a store that this machine has written."""
     figures = count_faults(flip_bytes, str(tmp_path), number, True)
@@ -23,7 +23,7 @@ def test_flipped_bytes_in_place(count_faults, tmp_path, number):
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in place"])
 @pytest.mark.parametrize(
-    ("boundaries", "odd"), [(12, 12), pytest.param(10_000, 200, marks=pytest.mark.stress)]
+    ("boundaries", "odd"), [(6, 6), pytest.param(10_000, 200, marks=pytest.mark.stress)]
 )
 def test_cut_files(count_faults, tmp_path, boundaries, odd, in_place):
     """Cut at any page or anywhere, a store is refused or reads right."""
