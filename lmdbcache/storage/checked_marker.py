@@ -80,7 +80,9 @@ def _own_marker(generation: Path) -> Path:
 def _machine() -> str:
     """A digest: the machine's id isn't for others to read."""
     identity = b""
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+    # Containers often have no id of their own; the kernel's is the host's, until the next boot.
+    kernel = "/proc/sys/kernel/random/boot_id"
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id", kernel):
         with contextlib.suppress(OSError):
             identity = identity or Path(path).read_bytes().strip()
     identity = identity or platform.node().encode("utf-8", "replace")

@@ -16,7 +16,14 @@ import xxhash
 
 from lmdbcache.storage.meta_pages import META_BYTES, MetaPage, newest, parse_meta, read_meta_pages
 
-__all__ = ["contradiction", "has_old_values", "read_commit_record", "record_commit", "trusted_meta"]
+__all__ = [
+    "contradiction",
+    "has_old_values",
+    "is_older_copy",
+    "read_commit_record",
+    "record_commit",
+    "trusted_meta",
+]
 
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
@@ -87,6 +94,11 @@ def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:
     """
     first, second = metas
     latest = newest(metas)
+    if latest is not None and record is not None and is_older_copy(record, metas):
+        return (
+            f"is older than what was written here: commit {latest.transaction} is its last one, "
+            f"{record.transaction} was written. An older copy was put in its place"
+        )
     if latest is not None and record is not None and latest.transaction < record.transaction:
         return (
             f"has lost its newest commit: {record.transaction} was written, "
@@ -105,11 +117,34 @@ def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:
     return None
 
 
+def is_older_copy(record: MetaPage | None, metas: _Metas) -> bool:
+    """Whether data.mdb is sound and of an earlier commit than the record: a copy put in place.
+
+    One damaged meta page looks different: it can't be read, or isn't the other one's neighbour; or
+    its number alone is wrong and the rest is the record's.
+    """
+    first, second = metas
+    if record is None or first is None or second is None:
+        return False
+    same_page = metas[record.transaction & 1]
+    num_flips = (same_page.transaction ^ record.transaction).bit_count() if same_page else 0
+    # Overwriting in rounds uses pages again: an older meta page can differ by its number alone.
+    is_renumbered = same_page and num_flips == 1 and same_page.raw[:-8] == record.raw[:-8]
+    neighbours = abs(first.transaction - second.transaction) == 1
+    return (
+        neighbours
+        and not is_renumbered
+        and max(first.transaction, second.transaction) < record.transaction
+    )
+
+
 def trusted_meta(record: MetaPage | None, metas: _Metas) -> MetaPage | None:
     """The newest meta page that isn't known to be damaged; the record's if data.mdb's is."""
     latest = newest(metas)
     if record is None or (latest and contradiction(record, metas) is None):
         return latest
+    if is_older_copy(record, metas):
+        return latest  # the record's pages were used for something else then
     if latest and record.transaction + 1 == latest.transaction:
         return latest  # killed between its commit and the record
     return record

@@ -117,9 +117,9 @@ class Committer:
         with write_lock(self.store), no_fork:
             # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
             needed = 2 * pending.num_bytes + RESERVE_BYTES
-            check_room(self.store, needed, "this commit")
             try:
                 with translated_errors(self.store, needed):
+                    check_room(self.store, needed, "this commit")
                     with self._environment_lock:
                         environment = self._attach()
                         self._is_writing = True

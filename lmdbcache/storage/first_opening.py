@@ -45,8 +45,7 @@ def check_first_opening(generation: Path) -> None:
     if skipped not in ("", "0", "values"):
         _logger.warning("%s is opened unchecked (%s=%s)", generation, SKIP_VARIABLE, skipped)
         return
-    status = (generation / "data.mdb").stat()
-    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    version = _version(generation)
     if version in _refused:  # so that asking sample by sample costs one check
         raise IntegrityError(_refused[version])
     with _one_at_a_time(generation):
@@ -56,6 +55,16 @@ def check_first_opening(generation: Path) -> None:
             except IntegrityError as error:
                 _refused[version] = str(error)
                 raise
+
+
+def _version(generation: Path) -> tuple[int, ...]:
+    """Changes with what the check looks at."""
+    version: tuple[int, ...] = ()
+    for name in ("data.mdb", "committed"):
+        with contextlib.suppress(FileNotFoundError):
+            status = (generation / name).stat()
+            version += (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return version
 
 
 def _check(generation: Path, *, with_values: bool) -> None:

@@ -14,7 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
 
-from lmdbcache.storage.commit_record import contradiction, read_commit_record, trusted_meta
+from lmdbcache.storage.commit_record import (
+    contradiction,
+    is_older_copy,
+    read_commit_record,
+    trusted_meta,
+)
 from lmdbcache.storage.meta_pages import MetaPage, Tree, parse_tree, read_meta_pages
 
 __all__ = ["Entry", "PageFile"]
@@ -54,7 +59,11 @@ class PageFile:
         self.size = os.fstat(self.descriptor).st_size
         self.meta: MetaPage | None = trusted_meta(record, self.metas)
         # Whether that is known to be the newest commit's.
-        self.is_newest = self.meta is record or contradiction(record, self.metas) is None
+        self.is_newest = (
+            self.meta is record
+            or contradiction(record, self.metas) is None
+            or is_older_copy(record, self.metas)
+        )
         self.page_size = self.meta.page_size if self.meta else mmap.PAGESIZE
         self.num_pages = self.size // self.page_size
         self.visited: set[int] = set()

@@ -249,7 +249,8 @@ class EmbeddingWriter:
     def discard(self) -> None:
         """Drop what was collected since the last commit."""
         with self._lock:
-            with contextlib.suppress(CacheError):
+            # What it failed with doesn't matter any more.
+            with contextlib.suppress(Exception):
                 self._settle()
             self._forget_pending()
 
@@ -265,8 +266,9 @@ class EmbeddingWriter:
             if self._closed:
                 return
             try:
-                self.commit()
+                self._commit_last()
             finally:
+                self._wait_out()
                 self._closed = True
                 self._committer.close()
 
@@ -279,16 +281,21 @@ class EmbeddingWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and self._owner == process_id():
-            self.discard()
-        self.close()
+        try:
+            if kind is not None and self._owner == process_id():
+                self.discard()
+        finally:
+            self.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._store)!r}, {self.num_pending} pending)"
 
     def __del__(self) -> None:
-        pending = getattr(self, "_pending", None)
-        if pending and pending.values and not self._closed and self._owner == process_id():
+        if not hasattr(self, "_owner") or self._closed or self._owner != process_id():
+            return
+        in_background = self._in_background
+        has_failed = in_background is not None and in_background.error is not None
+        if self._pending.values or has_failed:
             warnings.warn(
                 f"{self!r} was dropped without commit or close: its pending embeddings are lost",
                 ResourceWarning,
@@ -309,8 +316,28 @@ class EmbeddingWriter:
             self.commit()
             return
         self._settle()
+        # In this order: Ctrl-C between two of these lines loses nothing.
         self._in_background = BackgroundCommit(self._committer, self._pending, self._shape)
         self._pending = PendingEmbeddings()
+        self._in_background.start()
+
+    def _commit_last(self) -> None:
+        """Commit what is left; what failed in the background gets a second try."""
+        failure: CacheError | None = None
+        try:
+            self._settle()
+        except CacheError as error:
+            failure = error
+        self.commit()
+        if isinstance(failure, DuplicateSampleError):
+            raise failure
+
+    def _wait_out(self) -> None:
+        """LMDB can't be closed under a thread's commit, whoever is in a hurry."""
+        commit = self._in_background
+        while commit is not None and not commit.is_done:
+            with contextlib.suppress(KeyboardInterrupt):
+                commit.wait()
 
     def _settle(self) -> int:
         """Wait for the commit in the background; if it failed, take its embeddings back."""

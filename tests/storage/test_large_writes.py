@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -172,3 +174,70 @@ def test_at_most_one_unused_buffer_is_kept():
     assert len(buffers._free) == 1
     buffers.take(1 << 20)
     assert len(buffers._free) == 1  # another size replaced it
+
+
+@pytest.mark.usefixtures("early")
+def test_close_tries_again_what_failed_in_the_background(cache, config, full_disk):
+    """A disk that has room again by then: all is stored, and nothing is raised."""
+    writer = cache.writer(config, commit_bytes=3 << 20)
+    full_disk.set()
+    for number in range(3):
+        writer.put(NAMES[number], embedding(number))
+    writer._in_background.wait()
+    full_disk.clear()
+    writer.close()
+    assert_holds(cache, config, NAMES[:3])
+
+
+@pytest.mark.usefixtures("early")
+def test_dropped_writer_warns_of_a_failed_background_commit(cache, config, full_disk):
+    """Nothing is lost without a word."""
+    writer = cache.writer(config, commit_bytes=3 << 20)
+    full_disk.set()
+    for number in range(3):
+        writer.put(NAMES[number], embedding(number))
+    writer._in_background.wait()
+    with pytest.warns(ResourceWarning, match="3 pending"):
+        del writer
+        gc.collect()
+
+
+@pytest.mark.usefixtures("early")
+def test_interrupted_close_waits_for_the_background(cache, config, monkeypatch):
+    """Ctrl-C in close never closes LMDB under a commit: what was handed over is stored."""
+    begun = threading.Event()
+    commit = committing.Committer.commit
+
+    def slowly(self, *args):
+        begun.set()
+        time.sleep(0.3)
+        return commit(self, *args)
+
+    monkeypatch.setattr(committing.Committer, "commit", slowly)
+    writer = cache.writer(config, commit_bytes=3 << 20)
+    for number in range(3):
+        writer.put(NAMES[number], embedding(number))
+    assert begun.wait(10)
+    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    timer.join()
+    assert_holds(cache, config, NAMES[:3])
+
+
+@pytest.mark.usefixtures("early")
+def test_background_commit_whose_start_was_interrupted_is_made_up_for(cache, config, monkeypatch):
+    """Ctrl-C before the thread has begun loses nothing."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    writer = cache.writer(config, commit_bytes=3 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for number in range(3):
+                writer.put(NAMES[number], embedding(number))
+    writer.close()
+    assert_holds(cache, config, NAMES[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -160,3 +161,29 @@ def test_open_readers_go_on(cache, config, data, values):
         np.testing.assert_array_equal(reader["clip_002:x"], values["clip_002:x"])
         assert reader.refresh()
         assert "clip_007:x" not in reader
+
+
+@pytest.mark.parametrize("newer", [1, 2, 5, 6])
+def test_older_copy_put_in_place_gives_its_own_newest_values(cache, config, tmp_path, newer):
+    """Never a mixture: the record of a later commit doesn't lead into pages of earlier ones."""
+    names = [f"s{n:03d}:a" for n in range(50)]
+    with cache.writer(config, on_duplicate="overwrite") as writer:
+
+        def fill(value):
+            for name in names:
+                writer.put(name, np.full(768, value, np.float32))
+            writer.commit()
+
+        for value in range(20):
+            fill(value)
+        generation = cache.path(config) / "gen-000001"
+        shutil.copy(generation / "data.mdb", tmp_path / "older.mdb")
+        for value in range(20, 20 + newer):
+            fill(value)
+    (tmp_path / "older.mdb").replace(generation / "data.mdb")
+    (generation / "lock.mdb").unlink()
+    with pytest.raises(IntegrityError, match="older"):
+        len(cache.reader(config))
+    assert cache.repair(config).num_kept == 50
+    with cache.reader(config) as reader:
+        assert (reader.get_batch(names) == 19).all()

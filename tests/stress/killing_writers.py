@@ -96,7 +96,8 @@ def check_store(figures: Figures, written: Written, verifies: bool) -> list[int]
     if verifies:
         figures.add("verifications")
         report = cache.verify(config)
-        if not report.is_sound or report.num_embeddings != length:
+        # A commit that nobody heard of may be in the file while the lock file doesn't know it.
+        if not report.is_sound or report.num_embeddings < length:
             figures.problem("unsound", str(report))
     return ahead
 
