@@ -9,7 +9,6 @@ from the B+tree itself: branch and leaf pages only, never a value. The layout is
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.storage.layout import METADATA_KEY
-from lmdbcache.storage.meta_pages import Tree
+from lmdbcache.storage.meta_pages import META_BYTES, Tree, parse_meta
 
 __all__ = [
     "UnreadablePagesError",
@@ -28,15 +27,11 @@ __all__ = [
     "read_value_table",
 ]
 
-# Magic, version, address, map size; the free database, whose first field is the page size, and the
-# main one, each with flags, depth, three counts of pages, entries and root; last page, transaction.
-_META: Final = struct.Struct("=16x IIQQ IHHQQQQQ 4xHHQQQQQ QQ")
 _PAGE_HEADER_BYTES: Final = 16
 _NODE_HEADER_BYTES: Final = 8
 _BRANCH, _LEAF = 0x01, 0x02
 _BIG_VALUE, _SUB_DATABASE, _DUPLICATES = 0x01, 0x02, 0x04
 _PAGES_PER_STEP: Final = 1024
-_MAX_DEPTH: Final = 32
 
 
 class UnreadablePagesError(Exception):
@@ -249,24 +244,19 @@ def _find_roots(
 
     From the snapshot's own meta page.
     """
-    if len(data) < _META.size:
-        raise UnreadablePagesError(f"a file of {len(data)} bytes")
-    page_size = int(_META.unpack_from(data[: _META.size].tobytes())[4])
-    if not 512 <= page_size <= 65536 or len(data) < 2 * page_size:
-        raise UnreadablePagesError(f"page size {page_size}")
-    start = (transaction_id & 1) * page_size
-    meta = _META.unpack_from(data[start : start + _META.size].tobytes())
-    magic, version = meta[:2]
-    free, main = (meta[6], meta[11]), (meta[13], meta[18])
-    last_page, written = meta[19:]
-    depth = max(free[0], main[0])
-    if magic != 0xBEEFC0DE or version != 1 or written != transaction_id or depth > _MAX_DEPTH:
+    first = parse_meta(data[:META_BYTES].tobytes(), 0)
+    if first is None:
+        raise UnreadablePagesError("the first meta page can't be read")
+    page_size, number = first.page_size, transaction_id & 1
+    start = number * page_size
+    meta = parse_meta(data[start : start + META_BYTES].tobytes(), number)
+    if meta is None or meta.transaction != transaction_id:
+        written = meta.transaction if meta else "unknown"
         raise UnreadablePagesError(f"meta page of transaction {written}, not {transaction_id}")
-    if (last_page + 1) * page_size > len(data):
+    if meta.needed_bytes > len(data):
         raise UnreadablePagesError("the file is shorter than its last page")
-    if any(depth and root > last_page for depth, root in (free, main)):
-        raise UnreadablePagesError("a root beyond the last page")
-    return page_size, last_page + 1, free, main
+    free, main = ((tree.depth, tree.root) for tree in (meta.free, meta.main))
+    return page_size, meta.last_page + 1, free, main
 
 
 def _steps(pages: npt.NDArray[np.uint8], numbers: npt.NDArray[np.int64]) -> Any:
