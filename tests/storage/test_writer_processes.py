@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_disks import small_disk
 from storage.child_processes import (
     NOBODY,
     Peer,
@@ -243,23 +243,18 @@ def test_root_that_is_a_file_is_refused(tmp_path, config):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A file system of 40 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder]
-    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small file system isn't allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "disk", 40) as folder:
+        yield folder
 
 
-def test_full_disk_is_an_error_that_can_be_mended(small_disk, config):
+def test_full_disk_is_an_error_that_can_be_mended(disk, config):
     """A commit without room says so, keeps what is pending, and works once there is room."""
-    cache = EmbeddingCache(small_disk / "cache")
+    cache = EmbeddingCache(disk / "cache")
     items = numbered(0, 100)
     write(cache.root, config, numbered(0, 50))
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     ballast.write_bytes(bytes(39 << 20))
     with cache.writer(config) as writer:
         writer.put_batch(items, items.values())
@@ -272,12 +267,12 @@ def test_full_disk_is_an_error_that_can_be_mended(small_disk, config):
     assert_holds_numbers(cache, config, 100)
 
 
-def test_full_disk_without_a_lock_file_is_no_crash(small_disk, config):
+def test_full_disk_without_a_lock_file_is_no_crash(disk, config):
     """LMDB would die of SIGBUS; we refuse, and read once there is room."""
-    cache = EmbeddingCache(small_disk / "cache")
+    cache = EmbeddingCache(disk / "cache")
     write(cache.root, config, numbered(0, 50))
     next(cache.path(config).rglob("lock.mdb")).unlink()
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
