@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
+from lmdbcache.cores import available_cores
 from lmdbcache.embedders.ast_checkpoint import stored_shape
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder, ASTFrontEnd
 from lmdbcache.embedders.base import Embedder, FrontEnd
@@ -149,9 +150,7 @@ def plan_extraction(
 
 def default_num_workers() -> int:
     """Decoding processes that keep a model busy without taking its cores."""
-    affinity = getattr(os, "sched_getaffinity", None)  # what SLURM gave us; not on macOS
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(8, cores // 2))
+    return max(1, min(8, available_cores() // 2))
 
 
 def _ast(

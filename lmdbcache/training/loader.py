@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.cores import available_cores
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.training.batches import CopyThreads
@@ -81,7 +81,7 @@ def make_dataloader(
         world_size=world_size,
         prefetch=prefetch,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        num_threads=min(_MAX_THREADS, _num_cores()) if num_threads is None else num_threads,
+        num_threads=min(_MAX_THREADS, available_cores()) if num_threads is None else num_threads,
     )
 
 
@@ -284,11 +284,6 @@ def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
             continue
         return True
     return False
-
-
-def _num_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
