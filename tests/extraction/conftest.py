@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from extraction.clips import write_tones
+from extraction.clips import NUM_CLIPS, write_tones
 from extraction.processes import Command
 from small_ast import save_small_ast
 
@@ -29,6 +29,14 @@ def other_ast_folder(tmp_path_factory):
 def clips(tmp_path_factory):
     """Ten different clips: sample id → path; not to be changed."""
     return write_tones(tmp_path_factory.mktemp("clips"), 10)
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory):
+    """A dataset large enough to be interrupted; not to be changed."""
+    folder = tmp_path_factory.mktemp("VEGAS")
+    write_tones(folder, NUM_CLIPS)
+    return folder
 
 
 @pytest.fixture

@@ -10,19 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from extraction.clips import write_tones
+from extraction.clips import NUM_CLIPS
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
-
-NUM_CLIPS = 300
-
-
-@pytest.fixture(scope="session")
-def dataset_folder(tmp_path_factory):
-    """A dataset large enough to be interrupted; not to be changed."""
-    folder = tmp_path_factory.mktemp("VEGAS")
-    write_tones(folder, NUM_CLIPS)
-    return folder
 
 
 @pytest.fixture

@@ -9,23 +9,14 @@ import sys
 import time
 
 import pytest
-from extraction.clips import write_tones
+from extraction.clips import NUM_CLIPS
 from extraction.processes import catches
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
 from lmdbcache.extraction.decoding import worker_errors
 from lmdbcache.extraction.pipeline import extract
 
-NUM_CLIPS = 300
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-@pytest.fixture(scope="session")
-def dataset_folder(tmp_path_factory):
-    """A dataset large enough to be interrupted; not to be changed."""
-    folder = tmp_path_factory.mktemp("VEGAS")
-    write_tones(folder, NUM_CLIPS)
-    return folder
 
 
 @pytest.fixture
