@@ -7,32 +7,13 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, say
-from lmdbcache.cli.options import (
-    ComputeDtype,
-    DataDir,
-    Dtype,
-    Duration,
-    ExcludedClasses,
-    Json,
-    Model,
-    ModelName,
-    NodeSplitId,
-    NumNodes,
-    Output,
-    Progress,
-    Root,
-    SampleRate,
-    SamplesPerClass,
-    SamplesPerNode,
-    SelectedClasses,
-    Split,
-    build_config,
-    select_clips,
-)
+from lmdbcache.cli.dataset_choice import DatasetChoice
+from lmdbcache.cli.options import Json, Progress, Root
+from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction.pipeline import extract, plan_extraction
 from lmdbcache.extraction.space import ExtractionPlan
@@ -40,24 +21,12 @@ from lmdbcache.extraction.space import ExtractionPlan
 __all__ = ["extract_command"]
 
 
+@grouped
 def extract_command(
-    data_dir: DataDir,
+    dataset: DatasetChoice,
+    choice: ConfigChoice,
     *,
     root: Root = None,
-    model: Model = "ast",
-    model_name: ModelName = None,
-    output: Output = "pooler_output",
-    sample_rate: SampleRate = 16000,
-    duration: Duration = 5.0,
-    dtype: Dtype = "float32",
-    compute_dtype: ComputeDtype = "float32",
-    classes: SelectedClasses = None,
-    exclude: ExcludedClasses = None,
-    split: Split = "all",
-    samples_per_class: SamplesPerClass = None,
-    node_split_id: NodeSplitId = None,
-    num_nodes: NumNodes = None,
-    samples_per_node: SamplesPerNode = None,
     batch_size: Annotated[int, typer.Option(help="Clips per forward pass.")] = 8,
     num_workers: Annotated[
         Optional[int],  # noqa: UP045
@@ -82,41 +51,22 @@ def extract_command(
     Stopped at any moment, by Ctrl-C or by a batch system's SIGTERM too, it goes on where it was
     when run again. Exit code 1 if a clip failed, 3 if the disk is full.
     """
-    clips = select_clips(
-        data_dir,
-        classes,
-        exclude,
-        split,
-        samples_per_class,
-        node_split_id,
-        num_nodes,
-        samples_per_node,
-    )
-    config = build_config(
-        sample_rate,
-        duration,
-        model,
-        model_name,
-        output,
-        dtype,
-        compute_dtype,
-        VEGASSelection.namespace,
-    )
+    clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
     if dry_run:
-        _show_plan(plan_extraction(cache, config, clips, model=model), as_json=as_json)
+        _show_plan(plan_extraction(cache, config, clips, model=choice.model), as_json=as_json)
         return
     try:
         summary = extract(
             cache,
             config,
             clips,
-            model=model,
+            model=choice.model,
             batch_size=batch_size,
             num_workers=num_workers,
             device=device,
             progress=progress,
-            dataset_root=data_dir.absolute(),
+            dataset_root=dataset.data_dir.absolute(),
             commit_seconds=commit_seconds,
         )
     except KeyboardInterrupt:

@@ -8,32 +8,12 @@ from typing import Annotated
 import typer
 
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
-from lmdbcache.cli.options import (
-    ComputeDtype,
-    DataDir,
-    Dtype,
-    Duration,
-    ExcludedClasses,
-    Json,
-    Model,
-    ModelName,
-    NodeSplitId,
-    NumNodes,
-    Output,
-    Root,
-    SampleRate,
-    SamplesPerClass,
-    SamplesPerNode,
-    SelectedClasses,
-    Split,
-    Store,
-    build_config,
-    find_store,
-    select_clips,
-)
-from lmdbcache.datasets.vegas_selection import VEGASSelection
-from lmdbcache.extraction.summary import ClipFailure, read_failures
+from lmdbcache.cli.dataset_choice import DatasetChoice
+from lmdbcache.cli.options import Json, Root, Store, find_store
+from lmdbcache.cli.parameters import grouped
+from lmdbcache.failures import ClipFailure, read_failures
 from lmdbcache.storage.layout import split_sample_id
 from lmdbcache.store_info import StoreInfo
 
@@ -138,49 +118,18 @@ def _free(info: StoreInfo) -> str:
     return text
 
 
+@grouped
 def coverage_command(
-    data_dir: DataDir,
+    dataset: DatasetChoice,
+    choice: ConfigChoice,
     *,
     root: Root = None,
-    model: Model = "ast",
-    model_name: ModelName = None,
-    output: Output = "pooler_output",
-    sample_rate: SampleRate = 16000,
-    duration: Duration = 5.0,
-    dtype: Dtype = "float32",
-    compute_dtype: ComputeDtype = "float32",
-    classes: SelectedClasses = None,
-    exclude: ExcludedClasses = None,
-    split: Split = "all",
-    samples_per_class: SamplesPerClass = None,
-    node_split_id: NodeSplitId = None,
-    num_nodes: NumNodes = None,
-    samples_per_node: SamplesPerNode = None,
     list_missing: Annotated[bool, typer.Option("--missing", help="List what is missing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show how much of a dataset is stored, by class. Exit code 1 if something is missing."""
-    clips = select_clips(
-        data_dir,
-        classes,
-        exclude,
-        split,
-        samples_per_class,
-        node_split_id,
-        num_nodes,
-        samples_per_node,
-    )
+    clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
-    config = build_config(
-        sample_rate,
-        duration,
-        model,
-        model_name,
-        output,
-        dtype,
-        compute_dtype,
-        VEGASSelection.namespace,
-    )
     found = cache.coverage(config, [sample_id for sample_id, _ in clips])
     if as_json:
         print_json(

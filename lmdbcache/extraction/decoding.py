@@ -20,7 +20,7 @@ import torch
 from lmdbcache.embedders.audio import decode, fit, is_digital_silence
 from lmdbcache.embedders.base import FrontEnd
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
-from lmdbcache.extraction.summary import ClipFailure
+from lmdbcache.failures import ClipFailure
 
 __all__ = ["Clip", "FeatureBatch", "FeatureBatches", "feature_batches", "worker_errors"]
 

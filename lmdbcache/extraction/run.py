@@ -24,13 +24,9 @@ from lmdbcache.errors import (
 )
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.space import check_space
-from lmdbcache.extraction.summary import (
-    FAILURES_NAME,
-    ClipFailure,
-    ExtractionSummary,
-    update_failures,
-)
+from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import order_of_units
+from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
 from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.writer import EmbeddingWriter
 

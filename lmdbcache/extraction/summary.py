@@ -1,34 +1,15 @@
-"""What an extraction did, and the clips that it couldn't use."""
+"""What an extraction did."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from lmdbcache.storage.layout import CURRENT_NAME
+from lmdbcache.failures import FAILURES_NAME, ClipFailure
 
-__all__ = [
-    "FAILURES_NAME",
-    "ClipFailure",
-    "ExtractionSummary",
-    "read_failures",
-    "update_failures",
-]
-
-FAILURES_NAME: Final = "failures.json"
-
-
-@dataclass(frozen=True)
-class ClipFailure:
-    """A clip that gave no embedding; it is never cached and tried again by the next run."""
-
-    sample_id: str
-    path: str
-    reason: str
+__all__ = ["ExtractionSummary"]
 
 
 @dataclass(frozen=True)
@@ -82,39 +63,3 @@ class ExtractionSummary:
             where = self.store / FAILURES_NAME if self.store and has_list else "`failures` (--json)"
             lines.append(f"… and {len(self.failures) - shown} more in {where}")
         return "\n".join(lines)
-
-
-def read_failures(store: Path) -> list[ClipFailure]:
-    """The clips of this store that failed when last tried; none if there is no list."""
-    try:
-        entries = json.loads((store / FAILURES_NAME).read_text("utf-8"))["failures"]
-        return [ClipFailure(**{k: str(v) for k, v in entry.items()}) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []  # derived: the next run makes it anew
-
-
-def update_failures(store: Path, tried: Iterable[str], failures: Sequence[ClipFailure]) -> None:
-    """Replace what the list says of the tried samples; written at once or not at all.
-
-    Where nothing is stored there is no list: a folder with nothing else in it would look like a
-    store. The run's summary has the failures.
-    """
-    if not (store / CURRENT_NAME).exists():
-        return
-    tried = set(tried)
-    kept = [failure for failure in read_failures(store) if failure.sample_id not in tried]
-    entries = sorted([*kept, *failures], key=lambda failure: failure.sample_id)
-    path = store / FAILURES_NAME
-    if entries == read_failures(store):
-        return
-    if not entries:
-        path.unlink(missing_ok=True)
-        return
-    # ASCII: a file name that isn't UTF-8 holds lone surrogates.
-    text = json.dumps({"failures": [asdict(entry) for entry in entries]}, indent=1)
-    temporary = store / f"{FAILURES_NAME}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text, encoding="ascii")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

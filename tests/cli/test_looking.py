@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lmdbcache import CacheConfig
-from lmdbcache.extraction.summary import ClipFailure, update_failures
+from lmdbcache.failures import ClipFailure, update_failures
 
 
 def parsed(result):

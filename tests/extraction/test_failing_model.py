@@ -10,7 +10,7 @@ import torch
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
 from lmdbcache.embedders.checkpoints import find_checkpoint
 from lmdbcache.errors import ExtractionError, ModelLoadError
-from lmdbcache.extraction.summary import FAILURES_NAME
+from lmdbcache.failures import FAILURES_NAME
 
 
 class Failing(ASTEmbedder):

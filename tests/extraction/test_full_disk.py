@@ -9,7 +9,7 @@ from lmdbcache import EmbeddingCache
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
 from lmdbcache.embedders.checkpoints import find_checkpoint
 from lmdbcache.errors import CacheFullError
-from lmdbcache.extraction.summary import read_failures
+from lmdbcache.failures import read_failures
 
 _RESERVE = 16 << 20  # a commit wants this much free beyond what it writes
 

@@ -1,0 +1,63 @@
+"""The options that stand for a `CacheConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.embedders.checkpoints import model_identity
+
+__all__ = ["ConfigChoice"]
+
+
+# typer reads these at run time, on Python 3.10, too: hence Optional.
+@dataclass(frozen=True)
+class ConfigChoice:
+    """A model, and how its embeddings are computed and stored."""
+
+    model: Annotated[
+        str, typer.Option(help="Alias (ast), Hub name, or a folder with a checkpoint.")
+    ] = "ast"
+    model_name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Name of the model in the cache; default: --model, or for a folder its name and "
+            "digest.",
+            show_default=False,
+        ),
+    ] = None
+    output: Annotated[
+        str, typer.Option(help="pooler_output, last_hidden_state, or mean (over time).")
+    ] = "pooler_output"
+    sample_rate: Annotated[int, typer.Option(help="Sample rate of the waveform, in Hz.")] = 16000
+    duration: Annotated[
+        float, typer.Option(help="Clips are cut or padded to this, in seconds.")
+    ] = 5.0
+    dtype: Annotated[str, typer.Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            help="The model computes in float32, bfloat16 or float16. bfloat16 is faster on recent "
+            "GPUs and differs by about 1 %; each has a store of its own."
+        ),
+    ] = "float32"
+
+    def config(self, dataset: str) -> CacheConfig:
+        """The config of this model's embeddings of a dataset.
+
+        Raises:
+            ConfigError: A value can't identify a cache.
+            ModelLoadError: The folder isn't a checkpoint.
+        """
+        return CacheConfig(
+            sample_rate=self.sample_rate,
+            duration=self.duration,
+            model_name=self.model_name or model_identity(self.model or DEFAULT_MODEL_NAME),
+            output=self.output,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+            dataset=dataset,
+        )

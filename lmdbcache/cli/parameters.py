@@ -1,0 +1,58 @@
+"""Groups of options that several commands share: a dataclass whose fields are the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+__all__ = ["grouped"]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer, which sees the fields of each parameter that is a dataclass.
+
+    The fields, `Annotated` like any of typer's parameters, become options; the command is called
+    with the dataclass made of them.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {
+        name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)
+    }
+    parameters = [
+        parameter
+        for name, own in inspect.signature(command).parameters.items()
+        for parameter in (
+            _parameters_of(groups[name])
+            if name in groups
+            else [own.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])]
+        )
+    ]
+
+    def spread(**values: Any) -> None:
+        for name, group in groups.items():
+            fields = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{field: values.pop(field) for field in fields})
+        command(**values)
+
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    spread.__module__, spread.__qualname__ = command.__module__, command.__qualname__
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spread
+
+
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=hints[field.name],
+            default=inspect.Parameter.empty
+            if field.default is dataclasses.MISSING
+            else field.default,
+        )
+        for field in dataclasses.fields(group)
+    ]
