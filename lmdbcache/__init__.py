@@ -27,6 +27,8 @@ from lmdbcache.store_info import StoreInfo
 if TYPE_CHECKING:
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.embedders.checkpoints import model_identity
+    from lmdbcache.embedders.module_embedder import ModuleEmbedder
+    from lmdbcache.embedders.registry import config_for
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
     from lmdbcache.training import (
@@ -45,10 +47,12 @@ __all__ = [
     "EmbeddingDataset",
     "EmbeddingReader",
     "EmbeddingWriter",
+    "ModuleEmbedder",
     "StoreInfo",
     "TensorMapping",
     "VEGASDataset",
     "collate_embeddings",
+    "config_for",
     "extract",
     "extract_or_load_ast_embeddings",
     "make_dataloader",
@@ -58,9 +62,11 @@ __all__ = [
 
 _LAZY = {
     "EmbeddingDataset": "lmdbcache.training",
+    "ModuleEmbedder": "lmdbcache.embedders.module_embedder",
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
     "collate_embeddings": "lmdbcache.training",
+    "config_for": "lmdbcache.embedders.registry",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
     "make_dataloader": "lmdbcache.training",

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
-from lmdbcache.embedders.checkpoints import model_identity
+from lmdbcache.embedders.registry import config_for
 
 __all__ = ["ConfigChoice"]
 
@@ -19,7 +19,11 @@ class ConfigChoice:
     """A model, and how its embeddings are computed and stored."""
 
     model: Annotated[
-        str, typer.Option(help="Alias (ast), Hub name, or a folder with a checkpoint.")
+        str,
+        typer.Option(
+            help="Alias (ast), Hub name, or a folder with a checkpoint: AST, wav2vec 2.0, HuBERT, "
+            "WavLM, Whisper, CLAP, …"
+        ),
     ] = "ast"
     model_name: Annotated[
         Optional[str],  # noqa: UP045
@@ -30,9 +34,19 @@ class ConfigChoice:
         ),
     ] = None
     output: Annotated[
-        str, typer.Option(help="pooler_output, last_hidden_state, or mean (over time).")
-    ] = "pooler_output"
-    sample_rate: Annotated[int, typer.Option(help="Sample rate of the waveform, in Hz.")] = 16000
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
+            "the model has it, else mean.",
+            show_default=False,
+        ),
+    ] = None
+    sample_rate: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Sample rate of the waveform, in Hz; default: the model's own.", show_default=False
+        ),
+    ] = None
     duration: Annotated[
         float, typer.Option(help="Clips are cut or padded to this, in seconds.")
     ] = 5.0
@@ -45,19 +59,28 @@ class ConfigChoice:
         ),
     ] = "float32"
 
+    front_end: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Name of the front end in the cache; default: the model's own.", show_default=False
+        ),
+    ] = None
+
     def config(self, dataset: str) -> CacheConfig:
         """The config of this model's embeddings of a dataset.
 
         Raises:
             ConfigError: A value can't identify a cache.
-            ModelLoadError: The folder isn't a checkpoint.
+            ModelLoadError: The folder isn't a checkpoint of a model that is supported.
         """
-        return CacheConfig(
-            sample_rate=self.sample_rate,
-            duration=self.duration,
-            model_name=self.model_name or model_identity(self.model or DEFAULT_MODEL_NAME),
+        return config_for(
+            self.model or DEFAULT_MODEL_NAME,
             output=self.output,
+            duration=self.duration,
+            dataset=dataset,
+            sample_rate=self.sample_rate,
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,
-            dataset=dataset,
+            model_name=self.model_name,
+            front_end=self.front_end,
         )

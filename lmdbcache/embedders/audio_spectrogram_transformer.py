@@ -6,33 +6,37 @@ compute shouldn't pay. This module stays free of both at import.
 
 from __future__ import annotations
 
-import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
-from lmdbcache.config import DTYPES
+from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders.ast_checkpoint import (
+    MODEL_TYPE,
     NUM_SPECIAL_TOKENS,
     feature_implementation,
     import_transformers,
-    library_versions,
     load_feature_extractor,
     load_model,
     read_settings,
+    shape_of,
 )
+from lmdbcache.embedders.base import check_num_samples, check_waveform
 from lmdbcache.embedders.checkpoints import fetch_checkpoint
+from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
+from lmdbcache.embedders.pretrained import check_sample_rate, library_versions
+from lmdbcache.embedders.transformers_family import ModelFamily, Settings, check_output
 from lmdbcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from numpy.typing import NDArray
 
+    from lmdbcache.config import CacheConfig
     from lmdbcache.embedders.checkpoints import Checkpoint
 
-__all__ = ["ASTEmbedder", "ASTFrontEnd"]
+__all__ = ["AST", "ASTEmbedder", "ASTFrontEnd"]
 
 _WINDOW_MILLISECONDS: Final = 25.0
 
@@ -80,17 +84,8 @@ class ASTFrontEnd:
             ModelLoadError: The extractor can't be loaded.
             MissingDependencyError: transformers, torch or a working torchaudio is missing.
         """
-        if waveform.ndim != 1 or waveform.dtype != np.float32:
-            raise ConfigError(
-                f"waveform: {waveform.dtype} of shape {waveform.shape}; the front end takes one "
-                "mono float32 waveform (num_samples,), as load_waveform gives it"
-            )
-        if len(waveform) < self.min_samples:
-            raise ConfigError(
-                f"duration: {len(waveform)} samples are less than one analysis window of "
-                f"{self.min_samples} samples; use a duration of {self.min_samples} / "
-                f"{self.sample_rate} s or more"
-            )
+        check_waveform(waveform)
+        check_num_samples(len(waveform), self.min_samples, self.sample_rate)
         if self._extractor is None:
             self._extractor = self._build()
         writeable = np.require(waveform, requirements=["C", "W"])
@@ -122,13 +117,9 @@ class ASTFrontEnd:
         return load_feature_extractor(self.checkpoint)
 
     def _check_sample_rate(self) -> None:
-        _, preprocessor = read_settings(self.checkpoint)
+        _, preprocessor = read_settings(Path(self.checkpoint.location))
         trained = preprocessor.get("sampling_rate", 16000)
-        if trained != self.sample_rate:
-            raise ConfigError(
-                f"sample_rate: {self.sample_rate} Hz, but {self.checkpoint.identity} was trained "
-                f"at {trained} Hz; use sample_rate={trained} (clips are resampled to it)"
-            )
+        check_sample_rate(self.checkpoint, self.sample_rate, trained)
 
 
 class ASTEmbedder:
@@ -166,16 +157,14 @@ class ASTEmbedder:
         device: str | torch.device | None = None,
         compute_dtype: str = "float32",
     ) -> None:
-        if output not in self.outputs:
-            raise ConfigError(f"output: {output!r}; AST gives {', '.join(self.outputs)}")
-        if compute_dtype not in DTYPES:
-            raise ConfigError(f"compute_dtype: {compute_dtype!r}; known are {', '.join(DTYPES)}")
+        check_output("AST", self.outputs, output)
+        check_compute_dtype(compute_dtype)
         import_transformers()
         self.output = output
         self.compute_dtype = compute_dtype
         self.checkpoint = fetch_checkpoint(checkpoint)
         self._model = load_model(self.checkpoint)
-        self.device = self._move(device)
+        self.device = move_to_device(self._model, device)
 
     @property
     def embedding_shape(self) -> tuple[int, ...]:
@@ -204,7 +193,7 @@ class ASTEmbedder:
                 f"features: shape {tuple(features.shape)}, but {self.checkpoint.identity} takes "
                 f"(batch, {expected[0]}, {expected[1]}); use its own ASTFrontEnd"
             )
-        with torch.no_grad(), _precision(self.device, self.compute_dtype):
+        with torch.no_grad(), precision(self.device, self.compute_dtype):
             result = self._model(features.to(self.device, torch.float32))
             hidden = result.last_hidden_state
             if self.output == "pooler_output":
@@ -218,51 +207,41 @@ class ASTEmbedder:
 
     def provenance(self) -> dict[str, str]:
         """Weights, Hub revision where known, library versions, device type and compute dtype."""
-        known = {
-            "weights_digest": self.checkpoint.weights_digest,
-            "revision": self.checkpoint.revision,
-        }
         return {
-            **{name: value for name, value in known.items() if value},
+            **self.checkpoint.provenance(),
             **library_versions("torch", "transformers"),
             "device": self.device.type,
             "compute_dtype": self.compute_dtype,
         }
 
-    def _move(self, device: str | torch.device | None) -> torch.device:
-        import torch
 
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            chosen = torch.device(device)
-            self._model.to(chosen)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"device: {str(device)!r} can't be used here ({str(error).splitlines()[0]}); "
-                "use 'cpu', 'cuda' or 'cuda:0'"
-            ) from error
-        return chosen
+class _ASTFamily(ModelFamily):
+    name = "AST"
+    model_types = (MODEL_TYPE,)
+    hub_prefixes = ("ast-",)
+    extractor_type = "ASTFeatureExtractor"
+    front_end_id = DEFAULT_FRONT_END
+    sample_rate = 16000
+    outputs = ASTEmbedder.outputs
+
+    def check_settings(self, settings: Settings) -> None:
+        read_settings(settings.folder)
+
+    def embedding_shape(
+        self,
+        settings: Settings,
+        output: str,
+        num_samples: int,  # noqa: ARG002 - frames are padded or cut to one number
+    ) -> tuple[int, ...] | None:
+        return shape_of(settings.config, output)
+
+    def make_front_end(self, checkpoint: Checkpoint, config: CacheConfig) -> ASTFrontEnd:
+        return ASTFrontEnd(checkpoint, config.sample_rate)
+
+    def make_embedder(
+        self, checkpoint: Checkpoint, config: CacheConfig, device: str | None
+    ) -> ASTEmbedder:
+        return ASTEmbedder(checkpoint, config.output, device, config.compute_dtype)
 
 
-@contextlib.contextmanager
-def _precision(device: torch.device, compute_dtype: str) -> Iterator[None]:
-    import torch
-
-    if compute_dtype != "float32":
-        with torch.autocast(device.type, dtype=getattr(torch, compute_dtype)):
-            yield
-    elif device.type != "cuda":
-        yield
-    else:
-        # cuDNN's convolutions use TF32 (10 bits of mantissa) unless they are told not to.
-        cudnn: Any = torch.backends.cudnn
-        backends: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
+AST: Final = _ASTFamily()

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "fetch_checkpoint",
+    "fetch_settings",
     "find_checkpoint",
+    "identify",
     "model_identity",
+    "settings_folder",
     "weights_digest",
 ]
 
@@ -55,6 +58,11 @@ class Checkpoint:
     def is_local(self) -> bool:
         """Whether `location` is a folder with every file that is needed."""
         return self.weights_digest is not None
+
+    def provenance(self) -> dict[str, str]:
+        """The weights' digest and the Hub's revision, as far as they are known."""
+        known = {"weights_digest": self.weights_digest, "revision": self.revision}
+        return {name: value for name, value in known.items() if value}
 
 
 def weights_digest(folder: str | os.PathLike[str]) -> str:
@@ -100,10 +108,25 @@ def model_identity(name_or_folder: str | os.PathLike[str]) -> str:
         ModelLoadError: A path that isn't a checkpoint folder.
         ConfigError: A name that can't be a model's.
     """
+    return identify(name_or_folder).identity
+
+
+def identify(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
+    """A checkpoint by its identity: a Hub name isn't looked up.
+
+    Args:
+        name_or_folder: `"ast"`, a Hub name, or a folder.
+
+    Raises:
+        ModelLoadError: A path that isn't a checkpoint folder.
+        ConfigError: A name that can't be a model's.
+    """
     folder = _local_folder(name_or_folder)
     if folder is None:
-        return _canonical(os.fspath(name_or_folder))
-    return _folder_identity(folder, weights_digest(folder))
+        name = _canonical(os.fspath(name_or_folder))
+        return Checkpoint(name, name)
+    digest = weights_digest(folder)
+    return Checkpoint(_folder_identity(folder, digest), str(folder), weights_digest=digest)
 
 
 def find_checkpoint(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
@@ -123,12 +146,8 @@ def find_checkpoint(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
         ConfigError: A name that can't be a model's.
         MissingDependencyError: A Hub name, and huggingface_hub isn't installed.
     """
-    folder = _local_folder(name_or_folder)
-    if folder is not None:
-        digest = weights_digest(folder)
-        return Checkpoint(_folder_identity(folder, digest), str(folder), weights_digest=digest)
-    name = _canonical(os.fspath(name_or_folder))
-    return _complete(Checkpoint(name, name))
+    checkpoint = identify(name_or_folder)
+    return checkpoint if checkpoint.is_local else _complete(checkpoint)
 
 
 def fetch_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
@@ -152,11 +171,46 @@ def fetch_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     _download(checkpoint.location)
     found = _complete(checkpoint)
     if not found.is_local:
-        raise ModelLoadError(
-            f"{checkpoint.location}: this repository on the Hub isn't a usable checkpoint: "
-            f"expected {', '.join(_CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
-        )
+        raise _unusable(checkpoint.location)
     return found
+
+
+def _unusable(name: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"{name}: this repository on the Hub isn't a usable checkpoint: "
+        f"expected {', '.join(_CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
+    )
+
+
+def settings_folder(checkpoint: Checkpoint) -> Path | None:
+    """The folder with a checkpoint's JSON files, if they are on this machine.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it; its weights needn't be here.
+
+    Raises:
+        MissingDependencyError: huggingface_hub isn't installed.
+    """
+    return Path(checkpoint.location) if checkpoint.is_local else _cached(checkpoint.location)
+
+
+def fetch_settings(checkpoint: Checkpoint) -> Path:
+    """The folder with a checkpoint's JSON files, downloaded if need be; not the weights.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it.
+
+    Raises:
+        ModelLoadError: They can't be downloaded; says what to do.
+        MissingDependencyError: huggingface_hub isn't installed.
+    """
+    folder = settings_folder(checkpoint)
+    if folder is None:
+        _download(checkpoint.location, _CONFIG_FILES)
+        folder = _cached(checkpoint.location)
+    if folder is None:
+        raise _unusable(checkpoint.location)
+    return folder
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
@@ -212,8 +266,20 @@ def _update(digest: Any, path: Path) -> None:
 
 def _complete(checkpoint: Checkpoint) -> Checkpoint:
     """Fill in folder, revision and digest if the Hub's local cache has every file needed."""
+    folder = _cached(checkpoint.location)
+    if folder is None or not _weight_files(folder):
+        return checkpoint
+    return replace(
+        checkpoint,
+        location=str(folder),
+        revision=folder.name,
+        weights_digest=weights_digest(folder),
+    )
+
+
+def _cached(name: str) -> Path | None:
+    """The folder in the Hub's local cache that has both JSON files."""
     hub = _hub()
-    name = checkpoint.location
     if "@" in name:
         raise ModelLoadError(
             f"{name}: the identity of a local checkpoint folder, which can't be looked up by name; "
@@ -229,18 +295,11 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
             "('owner/model'); give a checkpoint folder, a Hub name, or 'ast-finetuned'"
         ) from error
     except hub.errors.LocalEntryNotFoundError:
-        return checkpoint
-    if not all((folder / file).is_file() for file in _CONFIG_FILES) or not _weight_files(folder):
-        return checkpoint
-    return replace(
-        checkpoint,
-        location=str(folder),
-        revision=folder.name,
-        weights_digest=weights_digest(folder),
-    )
+        return None
+    return folder if all((folder / file).is_file() for file in _CONFIG_FILES) else None
 
 
-def _download(name: str) -> None:
+def _download(name: str, wanted: Sequence[str] = ()) -> None:
     """Bring a repository into the Hub's local cache.
 
     One request without retries goes first: huggingface_hub's own downloads retry for 23 s where
@@ -250,7 +309,7 @@ def _download(name: str) -> None:
     try:
         info = hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
         files = [sibling.rfilename for sibling in info.siblings or ()]
-        hub.snapshot_download(name, allow_patterns=_wanted(files))
+        hub.snapshot_download(name, allow_patterns=list(wanted) or _wanted(files))
     except hub.errors.RepositoryNotFoundError as error:
         raise ModelLoadError(
             f"{name}: the Hub has no such model, or it is private or gated; check the spelling, "
@@ -262,7 +321,9 @@ def _download(name: str) -> None:
 
 def _wanted(files: Sequence[str]) -> list[str]:
     has_safetensors = any(file.endswith(".safetensors") for file in files)
-    return [*_CONFIG_FILES, _SAFETENSORS if has_safetensors else _TORCH_BIN]
+    weights = _SAFETENSORS if has_safetensors else _TORCH_BIN
+    # Large models come in parts, and an index says which part holds what.
+    return [*_CONFIG_FILES, weights, f"{weights}.index.json"]
 
 
 def _unreachable(name: str, error: Exception) -> str:

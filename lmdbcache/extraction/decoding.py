@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lmdbcache.embedders.audio import decode, fit, is_digital_silence
-from lmdbcache.embedders.base import FrontEnd
+from lmdbcache.embedders.base import FrontEnd, compute_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.failures import ClipFailure
 
@@ -112,7 +112,8 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
                 f"{_shown(clip.path)}: too short: {len(waveform)} samples at {self.sample_rate} "
                 f"Hz; the front end needs {self.front_end.min_samples}"
             )
-        features = self.front_end(fit(waveform, round(self.sample_rate * self.duration)))
+        fitted = fit(waveform, round(self.sample_rate * self.duration))
+        features = compute_features(self.front_end, fitted, len(waveform))
         if not np.isfinite(features).all():
             raise AudioDecodeError(f"{_shown(clip.path)}: its features hold NaN or Inf")
         if is_digital_silence(waveform):

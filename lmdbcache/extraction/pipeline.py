@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.cores import available_cores
-from lmdbcache.embedders.ast_checkpoint import stored_shape
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder, ASTFrontEnd
-from lmdbcache.embedders.base import Embedder, FrontEnd
-from lmdbcache.embedders.checkpoints import fetch_checkpoint, find_checkpoint
+from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
+from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
 from lmdbcache.extraction.space import ExtractionPlan, existing_parent, needed_bytes
@@ -29,7 +28,7 @@ def extract(
     config: CacheConfig,
     clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
     *,
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | AudioModel | None = None,
     front_end: FrontEnd | None = None,
     make_embedder: Callable[[], Embedder] | None = None,
     batch_size: int = 8,
@@ -54,9 +53,10 @@ def extract(
         cache: Where to store.
         config: The identity of the embeddings.
         clips: Sample id (`file_id:class`) → audio file.
-        model: Hub name or checkpoint folder; None takes `config.model_name`.
-        front_end: Waveform → features; None takes the AST's.
-        make_embedder: Called once, when the first features are there; None builds the AST.
+        model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
+            `config.model_name`.
+        front_end: Waveform → features; None takes the model's.
+        make_embedder: Called once, when the first features are there; None builds the model.
         batch_size: Clips per forward pass.
         num_workers: Decoding processes; None chooses, 0 decodes in this process.
         device: Where the model runs; None takes a CUDA GPU if there is one.
@@ -87,9 +87,13 @@ def extract(
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
     if missing:
         cache.check_writable(config)
-        name = os.fspath(model) if model is not None else config.model_name
         if front_end is None or make_embedder is None:
-            front_end, make_embedder, shape = _ast(config, name, device, front_end, make_embedder)
+            # Here and not in a worker: its errors are for the user to read.
+            found = ready_model(config.model_name if model is None else model, config)
+            front_end = front_end or found.make_front_end(config)
+            _check_duration(config, front_end)
+            shape = None if make_embedder else found.embedding_shape(config)
+            make_embedder = make_embedder or partial(found.make_embedder, config, device)
             run.check_space(missing, shape)
         with place_among_runs(cache.path(config)) as place:
             run.work(
@@ -111,7 +115,7 @@ def plan_extraction(
     config: CacheConfig,
     clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
     *,
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | AudioModel | None = None,
 ) -> ExtractionPlan:
     """What `extract` would do, without doing it: the model isn't loaded, nothing is written.
 
@@ -119,7 +123,8 @@ def plan_extraction(
         cache: Where to store.
         config: The identity of the embeddings.
         clips: Sample id (`file_id:class`) → audio file.
-        model: Hub name or checkpoint folder; None takes `config.model_name`.
+        model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
+            `config.model_name`.
 
     Raises:
         ConfigError: The model has no such output.
@@ -130,8 +135,10 @@ def plan_extraction(
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
     shape = run.known_shape()
     if shape is None:
-        _check_output(config)
-        shape = stored_shape(find_checkpoint(model or config.model_name), config.output)
+        found = known_model(config.model_name if model is None else model)
+        if found is not None:
+            found.check(config)
+            shape = found.embedding_shape(config)
     needed = None
     if shape is not None or not missing:
         needed = needed_bytes(missing, shape, config.dtype) if missing and shape else 0
@@ -153,32 +160,9 @@ def default_num_workers() -> int:
     return max(1, min(8, available_cores() // 2))
 
 
-def _ast(
-    config: CacheConfig,
-    model: str,
-    device: str | None,
-    front_end: FrontEnd | None,
-    make_embedder: Callable[[], Embedder] | None,
-) -> tuple[FrontEnd, Callable[[], Embedder], tuple[int, ...] | None]:
-    _check_output(config)
-    # Here and not in a worker: its errors are for the user to read.
-    checkpoint = fetch_checkpoint(find_checkpoint(model))
-    front_end = front_end or ASTFrontEnd(checkpoint, config.sample_rate)
+def _check_duration(config: CacheConfig, front_end: FrontEnd) -> None:
     if config.num_samples < front_end.min_samples:
         raise ConfigError(
             f"duration: {config.duration} s is {config.num_samples} samples; the front end needs "
             f"{front_end.min_samples}"
         )
-    if make_embedder is not None:
-        return front_end, make_embedder, None
-    shape = stored_shape(checkpoint, config.output)
-    return (
-        front_end,
-        lambda: ASTEmbedder(checkpoint, config.output, device, config.compute_dtype),
-        shape,
-    )
-
-
-def _check_output(config: CacheConfig) -> None:
-    if config.output not in ASTEmbedder.outputs:
-        raise ConfigError(f"output: {config.output!r}; AST gives {', '.join(ASTEmbedder.outputs)}")

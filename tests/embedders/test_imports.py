@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from lmdbcache import embedders
 
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".audio", ".base", ".checkpoints", ".ast_checkpoint", ".audio_spectrogram_transformer"],
+    ["", *(f".{file.stem}" for file in Path(embedders.__file__).parent.glob("[!_]*.py"))],
 )
 def test_no_heavy_package_is_imported(module):
     """Neither torch nor transformers nor an audio library, in any module of the room."""

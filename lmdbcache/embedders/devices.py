@@ -1,0 +1,75 @@
+"""Where a model runs, and in which precision. torch is imported inside the functions."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from lmdbcache.config import DTYPES
+from lmdbcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+__all__ = ["check_compute_dtype", "move_to_device", "precision"]
+
+
+def check_compute_dtype(compute_dtype: str) -> None:
+    """Whether models can compute in it.
+
+    Raises:
+        ConfigError: An unknown one.
+    """
+    if compute_dtype not in DTYPES:
+        raise ConfigError(f"compute_dtype: {compute_dtype!r}; known are {', '.join(DTYPES)}")
+
+
+def move_to_device(module: torch.nn.Module, device: str | torch.device | None) -> torch.device:
+    """Move a model.
+
+    Args:
+        module: What is to be moved.
+        device: Where to; None means a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        module.to(chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device: {str(device)!r} can't be used here ({str(error).splitlines()[0]}); "
+            "use 'cpu', 'cuda' or 'cuda:0'"
+        ) from error
+    return chosen
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, compute_dtype: str) -> Iterator[None]:
+    """Compute in `compute_dtype` inside: by autocast, or in float32 without a GPU's TF32."""
+    import torch
+
+    if compute_dtype != "float32":
+        with torch.autocast(device.type, dtype=getattr(torch, compute_dtype)):
+            yield
+    elif device.type != "cuda":
+        yield
+    else:
+        # cuDNN's convolutions use TF32 (10 bits of mantissa) unless they are told not to.
+        cudnn: Any = torch.backends.cudnn
+        backends: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, was in zip(backends, before, strict=True):
+                backend.fp32_precision = was

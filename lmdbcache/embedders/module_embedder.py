@@ -1,0 +1,315 @@
+"""Any `torch.nn.Module` as a model whose embeddings can be cached. torch is imported when used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xxhash
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.base import check_num_samples, check_waveform
+from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
+from lmdbcache.embedders.pretrained import library_versions
+from lmdbcache.embedders.transformers_family import check_output
+from lmdbcache.errors import CacheError, ConfigError, ExtractionError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from lmdbcache.embedders.base import Embedder, FrontEnd
+
+__all__ = ["ModuleEmbedder"]
+
+_DECODING: Final = "soundfile+soxr-hq+mono-mean+zero-pad"
+_WAVEFORM: Final = "waveform/1"
+_DEFAULT_OUTPUT: Final = "embedding"
+
+
+class ModuleEmbedder:
+    """A `torch.nn.Module` and the front end that it needs.
+
+        embedder = ModuleEmbedder(my_cnn, name="my-cnn/2", sample_rate=22050,
+                                  front_end=log_mel, front_end_id="log-mel-64/1")
+        config = config_for(embedder, duration=2.0, dataset="esc50")
+        extract(cache, config, clips, model=embedder)
+
+    The module is called with a float32 batch of features, in eval mode and without gradients;
+    afterwards each of its submodules is in the mode it was in before. It stays on its device unless
+    `extract` is told another one.
+
+    A store's identity has `name` and the front end's id; a digest of the weights is kept in its
+    provenance, and a store filled with other weights is refused. The digest doesn't see code: give
+    another name when `forward` changes, and another id when the front end does.
+
+    Args:
+        module: (batch, ...) → tensor (batch, *embedding_shape), or whatever `outputs` takes.
+        name: The model's name in caches.
+        sample_rate: Of the waveforms that it takes, in Hz.
+        front_end: float32 waveform (num_samples,) → array of features, of one shape for clips of
+            equal length. Called in worker processes: a function or an object that pickles, where
+            processes are spawned. None gives the module the waveform itself.
+        front_end_id: Names the front end and its version; wanted with `front_end`.
+        outputs: Name of each output → what takes it from the module's result. None: the result is
+            a tensor, and is called `"embedding"`.
+        min_samples: The shortest clip that makes sense, in samples; shorter ones are reported.
+
+    Raises:
+        ConfigError: Something here can't identify a model.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        name: str,
+        sample_rate: int,
+        front_end: Callable[[NDArray[np.float32]], Any] | None = None,
+        front_end_id: str | None = None,
+        outputs: Mapping[str, Callable[[Any], torch.Tensor]] | None = None,
+        min_samples: int = 1,
+    ) -> None:
+        if isinstance(module, type) or not callable(getattr(module, "state_dict", None)):
+            raise ConfigError(f"module: a {type(module).__name__}; give a torch.nn.Module")
+        if (front_end is None) != (front_end_id is None):
+            raise ConfigError(
+                "front_end_id: the features' name is part of a cache's identity; give front_end "
+                "and front_end_id together, or neither for a module that takes waveforms"
+            )
+        if outputs is not None and not outputs:
+            raise ConfigError("outputs: empty; give at least one, or None")
+        self.module = module
+        self._outputs = dict(outputs) if outputs else {_DEFAULT_OUTPUT: _as_it_is}
+        # CacheConfig says what is wrong with a name.
+        checked = CacheConfig(
+            model_name=name,
+            sample_rate=sample_rate,
+            duration=max(1.0, 1 / max(1, sample_rate)),
+            front_end=f"{_DECODING}+{front_end_id or _WAVEFORM}",
+        )
+        for output in self._outputs:
+            checked.replace(output=output)
+        self._front_end = _CallableFrontEnd(
+            front_end, checked.front_end, checked.sample_rate, min_samples
+        )
+        self._identity = checked.model_name
+
+    @property
+    def identity(self) -> str:
+        """The value for `CacheConfig.model_name`."""
+        return self._identity
+
+    @property
+    def front_end_id(self) -> str:
+        """The value for `CacheConfig.front_end`."""
+        return self._front_end.identity
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the waveforms that the module takes, in Hz."""
+        return self._front_end.sample_rate
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names that `output` can take, the default one first."""
+        return tuple(self._outputs)
+
+    def check(self, config: CacheConfig) -> None:
+        """Whether this module can fill a store of this config.
+
+        Raises:
+            ConfigError: The config is another model's; the message names the field.
+        """
+        check_output(self.identity, self.outputs, config.output)
+        for field, own in (
+            ("model_name", self.identity),
+            ("front_end", self.front_end_id),
+            ("sample_rate", self.sample_rate),
+        ):
+            if getattr(config, field) != own:
+                raise ConfigError(
+                    f"{field}: {getattr(config, field)!r}, but this module's is {own!r}; "
+                    "config_for(embedder) makes the right config"
+                )
+
+    def embedding_shape(self, config: CacheConfig) -> tuple[int, ...]:
+        """Shape of one embedding, found by running the module on one clip of noise."""
+        return self.make_embedder(config).embedding_shape
+
+    def make_front_end(self, config: CacheConfig) -> FrontEnd:
+        """The front end; the same for every config that `check` lets pass."""
+        self.check(config)
+        return self._front_end
+
+    def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
+        """The module, ready to run.
+
+        Args:
+            config: Says which output, and the precision.
+            device: Where to move the module; None leaves it where it is.
+
+        Raises:
+            ConfigError: The config is another model's, or there is no such device.
+            MissingDependencyError: torch isn't installed.
+        """
+        self.check(config)
+        return _RunningModule(self, config, device)
+
+    def _result(self, output: str, features: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        result = self._outputs[output](self.module(features))
+        is_tensor = isinstance(result, torch.Tensor)
+        if not is_tensor or result.shape[:1] != features.shape[:1]:
+            kind = type(result).__name__
+            found = f"a tensor of shape {tuple(result.shape)}" if is_tensor else f"a {kind}"
+            raise ConfigError(
+                f"outputs: {output!r} of {self.identity} is {found} for {len(features)} clips; "
+                "give outputs={name: function} that takes a tensor (batch, ...) from the module's "
+                "result"
+            )
+        return result
+
+
+class _CallableFrontEnd:
+    """A front end around a function, or the waveform itself."""
+
+    def __init__(
+        self,
+        function: Callable[[NDArray[np.float32]], Any] | None,
+        identity: str,
+        sample_rate: int,
+        min_samples: int,
+    ) -> None:
+        self.function = function
+        self.identity = identity
+        self.sample_rate = sample_rate
+        self._min_samples = max(1, min_samples)
+
+    @property
+    def min_samples(self) -> int:
+        return self._min_samples
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        check_waveform(waveform)
+        check_num_samples(len(waveform), self.min_samples, self.sample_rate)
+        # A copy: a function may work on what it is given.
+        features: Any = np.array(waveform, dtype=np.float32)
+        if self.function is not None:
+            try:
+                features = self.function(features)
+            except CacheError:
+                raise
+            except Exception as error:
+                # As one of ours it crosses from a worker process as a single line.
+                raise ExtractionError(
+                    f"the front end {self.identity} failed on a waveform of {len(waveform)} "
+                    f"samples ({type(error).__name__}: {error}); call it on such a waveform by hand"
+                ) from error
+        if hasattr(features, "detach"):
+            features = features.detach().cpu().numpy()
+        return np.array(features, dtype=np.float32)
+
+    def provenance(self) -> dict[str, str]:
+        return {
+            "feature_extractor": self.identity,
+            **library_versions("numpy", "soundfile", "soxr"),
+        }
+
+
+class _RunningModule:
+    """An `Embedder`: one output of a module."""
+
+    def __init__(self, source: ModuleEmbedder, config: CacheConfig, device: str | None) -> None:
+        check_compute_dtype(config.compute_dtype)
+        try:
+            import torch
+        except (ImportError, OSError) as error:
+            raise MissingDependencyError(
+                f"running a module needs torch ({error}); "
+                'install it with: pip install "lmdbcache[audio]"'
+            ) from error
+        self._source = source
+        self._config = config
+        first = next(iter(_tensors(source.module)), None)
+        here = torch.device("cpu") if first is None else first.device
+        self.device = here if device is None else move_to_device(source.module, device)
+        self._digest = _weights_digest(source.module)
+        self._shape: tuple[int, ...] | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self._source.outputs
+
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        if self._shape is None:
+            import torch
+
+            # Not zeros: a front end may divide by a clip's loudness.
+            noise = np.random.default_rng(0).uniform(-0.5, 0.5, self._config.num_samples)
+            front_end = self._source.make_front_end(self._config)
+            features = front_end(noise.astype(np.float32))
+            self._shape = tuple(self.embed(torch.from_numpy(features)[None]).shape[1:])
+        return self._shape
+
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        module = self._source.module
+        with (
+            _in_eval_mode(module),
+            torch.no_grad(),
+            precision(self.device, self._config.compute_dtype),
+        ):
+            batch = features.to(self.device, torch.float32, copy=True)
+            result = self._source._result(self._config.output, batch)  # noqa: SLF001
+        on_cpu: torch.Tensor = result.detach().to("cpu", torch.float32)
+        return on_cpu
+
+    def provenance(self) -> dict[str, str]:
+        kind = type(self._source.module)
+        return {
+            "weights_digest": self._digest,
+            "module": f"{kind.__module__}.{kind.__qualname__}",
+            **library_versions("torch"),
+            "device": self.device.type,
+            "compute_dtype": self._config.compute_dtype,
+        }
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        # Not module.train(): a frozen part of a model in training stays in eval mode.
+        for part, training in modes:
+            part.training = training
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _weights_digest(module: torch.nn.Module) -> str:
+    """16 hex digits over name, dtype, shape and bytes of every parameter and buffer."""
+    import torch
+
+    digest = xxhash.xxh3_64()
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def _as_it_is(result: Any) -> Any:
+    return result

@@ -1,0 +1,276 @@
+"""Which kind of model a checkpoint is, and the config that its embeddings have.
+
+Neither torch nor transformers is imported: config.json says what a checkpoint is.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.embedders.audio_spectrogram_transformer import AST
+from lmdbcache.embedders.base import AudioModel
+from lmdbcache.embedders.checkpoints import (
+    Checkpoint,
+    fetch_checkpoint,
+    fetch_settings,
+    find_checkpoint,
+    identify,
+    settings_folder,
+)
+from lmdbcache.embedders.clap import CLAP
+from lmdbcache.embedders.pretrained import read_json
+from lmdbcache.embedders.transformers_family import ModelFamily, Settings, check_output
+from lmdbcache.embedders.wav2vec2 import WAV2VEC2
+from lmdbcache.embedders.whisper import WHISPER
+from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
+
+if TYPE_CHECKING:
+    from lmdbcache.embedders.base import Embedder, FrontEnd
+
+__all__ = ["FAMILIES", "PretrainedModel", "config_for", "find_model", "known_model", "ready_model"]
+
+FAMILIES: Final[tuple[ModelFamily, ...]] = (AST, WAV2VEC2, WHISPER, CLAP)
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """An `AudioModel` that transformers implements; nothing of it is loaded.
+
+    Args:
+        checkpoint: Where its files are.
+        family: Which kind of model it is.
+        settings: Its JSON files; None if they aren't on this machine, and the family is known from
+            the model's name on the Hub.
+    """
+
+    checkpoint: Checkpoint
+    family: ModelFamily
+    settings: Settings | None
+
+    @property
+    def identity(self) -> str:
+        """The value for `CacheConfig.model_name`."""
+        return self.checkpoint.identity
+
+    @property
+    def front_end_id(self) -> str:
+        """The value for `CacheConfig.front_end`."""
+        return self.family.front_end_id
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the waveforms that it was trained with, in Hz."""
+        found = self.settings.preprocessor.get("sampling_rate") if self.settings else None
+        return int(found or self.family.sample_rate)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names that `output` can take, the default one first."""
+        return self.family.outputs
+
+    def check(self, config: CacheConfig) -> None:
+        """Whether this model can fill a store of this config.
+
+        Raises:
+            ConfigError: It has no such output, takes no clip of this duration, or the config's
+                front end is that of another kind of model.
+        """
+        check_output(self.family.name, self.outputs, config.output)
+        others = {family.front_end_id: family.name for family in FAMILIES}
+        # A name of the user's own is left alone.
+        if config.front_end in others and config.front_end != self.front_end_id:
+            raise ConfigError(
+                f"front_end: {config.front_end!r} is that of {others[config.front_end]}, and "
+                f"{self.identity} is a {self.family.name} model with the front end "
+                f"{self.front_end_id!r}; config_for(model) makes the right config"
+            )
+        limit = self.family.max_samples(self.settings) if self.settings else None
+        if limit is not None and config.num_samples > limit:
+            raise ConfigError(
+                f"duration: {config.duration} s is more than {self.identity} takes; use a duration "
+                f"of {limit / self.sample_rate:g} s or less"
+            )
+
+    def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
+        """Shape of one embedding; None if config.json isn't on this machine or doesn't tell."""
+        if self.settings is None:
+            return None
+        try:
+            return self.family.embedding_shape(self.settings, config.output, config.num_samples)
+        except (TypeError, ValueError, ZeroDivisionError):
+            return None  # loading the model will say what is wrong with its sizes
+
+    def make_front_end(self, config: CacheConfig) -> FrontEnd:
+        """The front end for clips of this config.
+
+        Raises:
+            ConfigError: The sample rate isn't the model's.
+        """
+        return self.family.make_front_end(self.checkpoint, config)
+
+    def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
+        """The model, loaded.
+
+        Raises:
+            ConfigError: An unknown device.
+            ModelLoadError: The checkpoint is damaged or incomplete.
+            MissingDependencyError: transformers or torch is missing.
+        """
+        return self.family.make_embedder(self.checkpoint, config, device)
+
+
+def find_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
+    """What a name, a folder or a module of your own stands for; no weights are loaded.
+
+    A Hub model that isn't on this machine is recognised by its name if that begins like those of
+    its kind (`openai/whisper-…`); otherwise its two JSON files are downloaded.
+
+    Args:
+        model: Alias, Hub name, checkpoint folder; or an `AudioModel`, which comes back as it is.
+
+    Raises:
+        ModelLoadError: A kind of model that isn't supported, or its settings can't be had.
+        ConfigError: A name that can't be a model's.
+        MissingDependencyError: A Hub name, and huggingface_hub isn't installed.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return _checked(model)
+    checkpoint = find_checkpoint(model)
+    return _on_this_machine(checkpoint) or _by_files(checkpoint, fetch_settings(checkpoint))
+
+
+def known_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel | None:
+    """The same without ever asking the network; None if it would have to be asked.
+
+    Raises:
+        ModelLoadError, ConfigError, MissingDependencyError: See `find_model`.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return _checked(model)
+    return _on_this_machine(find_checkpoint(model))
+
+
+def ready_model(model: str | os.PathLike[str] | AudioModel, config: CacheConfig) -> AudioModel:
+    """The same with its files on this machine, downloaded from the Hub if need be.
+
+    Args:
+        model: As for `find_model`.
+        config: What is to be stored; checked before anything large is downloaded.
+
+    Raises:
+        ConfigError: The model can't fill a store of this config.
+        ModelLoadError: See `find_model` and `fetch_checkpoint`.
+    """
+    found = find_model(model)
+    found.check(config)
+    if isinstance(found, PretrainedModel) and not found.checkpoint.is_local:
+        checkpoint = fetch_checkpoint(found.checkpoint)
+        found = _by_files(checkpoint, Path(checkpoint.location))
+        found.check(config)
+    return found
+
+
+def config_for(
+    model: str | os.PathLike[str] | AudioModel = DEFAULT_MODEL_NAME,
+    *,
+    output: str | None = None,
+    duration: float = 5.0,
+    dataset: str = "",
+    sample_rate: int | None = None,
+    dtype: str = "float32",
+    compute_dtype: str = "float32",
+    model_name: str | None = None,
+    front_end: str | None = None,
+) -> CacheConfig:
+    """The config under which a model's embeddings are stored; no weights are loaded.
+
+    Args:
+        model: Alias, Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`.
+        output: None takes the model's first one: `pooler_output` if it has that, else `mean`.
+        duration: Length that each clip is cut or padded to, in seconds.
+        dataset: Namespace of the sample ids.
+        sample_rate: In Hz; None takes the one that the model was trained with.
+        dtype: Stored dtype.
+        compute_dtype: dtype the model computes in.
+        model_name: Name of the model in the cache; None takes its identity.
+        front_end: Name of the decoding and feature rules; None takes the model's.
+
+    Raises:
+        ConfigError: A value can't identify a cache.
+        ModelLoadError: See `find_model`.
+    """
+    described = _describe(model)
+    return CacheConfig(
+        sample_rate=described.sample_rate if sample_rate is None else sample_rate,
+        duration=duration,
+        model_name=model_name or described.identity,
+        output=output or described.outputs[0],
+        dtype=dtype,
+        dataset=dataset,
+        front_end=front_end or described.front_end_id,
+        compute_dtype=compute_dtype,
+    )
+
+
+def _describe(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
+    """`find_model` for who wants the identity only: the weights of a Hub model aren't read."""
+    if not isinstance(model, (str, os.PathLike)):
+        return _checked(model)
+    checkpoint = identify(model)
+    if checkpoint.identity == DEFAULT_MODEL_NAME:
+        return PretrainedModel(checkpoint, AST, None)
+    try:
+        return _on_this_machine(checkpoint) or _by_files(checkpoint, fetch_settings(checkpoint))
+    except MissingDependencyError:
+        # Where nothing but the cache itself is installed, a name has to do.
+        family = _family_by_name(checkpoint.identity)
+        if family is None:
+            raise
+        return PretrainedModel(checkpoint, family, None)
+
+
+def _on_this_machine(checkpoint: Checkpoint) -> PretrainedModel | None:
+    folder = settings_folder(checkpoint)
+    if folder is not None:
+        return _by_files(checkpoint, folder)
+    family = _family_by_name(checkpoint.identity)
+    return None if family is None else PretrainedModel(checkpoint, family, None)
+
+
+def _by_files(checkpoint: Checkpoint, folder: Path) -> PretrainedModel:
+    family = _family_of(folder)
+    return PretrainedModel(checkpoint, family, family.settings(folder))
+
+
+def _family_of(folder: Path) -> ModelFamily:
+    model_type = read_json(folder / "config.json").get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = "; ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
+    raise ModelLoadError(
+        f"{folder}: config.json says model_type {model_type!r}, which isn't among those that "
+        f"lmdbcache runs by itself: {known}. Any torch.nn.Module can be run from Python with "
+        "lmdbcache.ModuleEmbedder; see docs/models.md"
+    )
+
+
+def _family_by_name(name: str) -> ModelFamily | None:
+    last = name.rsplit("/", 1)[-1].lower()
+    for family in FAMILIES:
+        if last.startswith(family.hub_prefixes):
+            return family
+    return None
+
+
+def _checked(model: Any) -> AudioModel:
+    if not isinstance(model, AudioModel):
+        raise ConfigError(
+            f"model: a {type(model).__name__}; give a Hub name, a checkpoint folder, or a "
+            "lmdbcache.ModuleEmbedder around a torch.nn.Module"
+        )
+    return model
