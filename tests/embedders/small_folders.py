@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -30,14 +32,16 @@ VARIANTS = {
 
 
 @cache
-def _base() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="small-models-")
+def _base() -> Path:
+    base = Path(tempfile.mkdtemp(prefix="small-models-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    return base
 
 
 @cache
 def folder_of(variant: str) -> Path:
     """A checkpoint's folder; not to be changed."""
-    folder = Path(_base().name) / variant
+    folder = _base() / variant
     if variant == "ast":
         return save_small_ast(folder, max_length=128)
     kind, options = VARIANTS[variant]
