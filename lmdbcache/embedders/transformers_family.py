@@ -105,7 +105,20 @@ class ModelFamily(ABC):
                 f"{', '.join(self.model_types)}"
             )
         check_extractor_type(folder, preprocessor, self.extractor_type)
-        self.check_settings(settings)
+        rate = preprocessor.get("sampling_rate", self.sample_rate)
+        if type(rate) is not int or rate < 1:
+            raise ModelLoadError(
+                f"{folder}: sampling_rate is {rate!r} in preprocessor_config.json; expected a "
+                "whole number of Hz"
+            )
+        try:
+            self.max_samples(settings)
+            self.check_settings(settings)
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ModelLoadError(
+                f"{folder}: config.json or preprocessor_config.json has a value that can't be used "
+                f"({type(error).__name__}: {error}); save or download the checkpoint again"
+            ) from error
         return settings
 
     @abstractmethod

@@ -172,8 +172,8 @@ class Wav2Vec2Embedder(TransformersEmbedder):
 
     def _load(self) -> Any:
         model_class = _MODEL_CLASSES[self.settings.model_type]
-        # With a padded clip in the batch torch may choose another fused attention, on GPUs above all:
-        # the same clip would then differ in the last bit with its neighbours.
+        # With a padded clip in the batch torch may choose another fused attention: the same clip
+        # would then differ in the last bit with its neighbours.
         options = {"attn_implementation": "eager"} if takes_mask(self.settings) else {}
         return load_weights(
             self.checkpoint, self.family.name, model_class, unused=_UNUSED, **options

@@ -225,6 +225,26 @@ def test_settings_that_dont_fit(variant, file, changes, reason, own):
         find_model(folder)
 
 
+@pytest.mark.parametrize("value", [None, 0, -1, 2.5, "x", [], {}, [0], 1 << 70])
+@pytest.mark.parametrize("variant", ALL)
+def test_damaged_settings(variant, value, own):
+    """Any value of any setting: one of our errors, or a config; never another exception."""
+    folder = own(variant)
+    for file in ("config.json", "preprocessor_config.json"):
+        intact = (folder / file).read_text()
+        for key in json.loads(intact):
+            edit(folder / file, **{key: value})
+            try:
+                model = find_model(folder)
+                config = config_for(folder, duration=0.5)
+                model.check(config)
+                model.embedding_shape(config)
+                assert model.make_front_end(config).min_samples
+            except (ConfigError, ModelLoadError):
+                pass
+            (folder / file).write_text(intact)
+
+
 def load(folder):
     model = find_model(folder)
     return model.make_embedder(config_for(folder, duration=0.5), "cpu")
