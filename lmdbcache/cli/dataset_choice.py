@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.extraction.samples import clips_of
 
 __all__ = ["DatasetChoice"]
@@ -51,7 +52,7 @@ class DatasetChoice:
         """The dataset's name in a config."""
         return VEGASSelection.namespace
 
-    def clips(self) -> list[tuple[str, str]]:
+    def clips(self) -> list[tuple[str, str | AudioSource]]:
         """(sample id, audio file) of the clips that are chosen.
 
         Raises:

@@ -9,7 +9,9 @@ from lmdbcache.storage.layout import join_sample_id
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["AudioDataset", "Sample", "sample_id_of"]
+    from lmdbcache.embedders.audio_source import AudioSource
+
+__all__ = ["AudioDataset", "Sample", "sample_id_of", "source_of"]
 
 Sample: TypeAlias = dict[str, Any]
 
@@ -22,7 +24,9 @@ class AudioDataset(Protocol):
         namespace: Goes to `CacheConfig.dataset`, so that equal sample ids of two data sets can't
             meet in one store.
         samples: One dict per clip, holding at least `file_id` (str), `class_name` (str),
-            `class_label` (int) and `audio_path` (str).
+            `class_label` (int) and `audio_path` (str). Optional are `audio_source` (an
+            `AudioSource`; then `audio_path` is only a name for people), `split` (str: the data
+            set's own `"train"`, `"val"` or `"test"`) and `fold` (int).
     """
 
     namespace: str
@@ -41,3 +45,9 @@ def sample_id_of(sample: Mapping[str, Any]) -> str:
         InvalidSampleIdError: The file id or the class can't be part of a sample id.
     """
     return join_sample_id(sample["file_id"], sample["class_name"])
+
+
+def source_of(sample: Mapping[str, Any]) -> str | AudioSource:
+    """Where the clip's bytes are: its `audio_source` if it has one, else its `audio_path`."""
+    source: str | AudioSource = sample.get("audio_source") or sample["audio_path"]
+    return source

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.cores import available_cores
 from lmdbcache.embedders.ast_checkpoint import stored_shape
+from lmdbcache.embedders.audio_source import Clips
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder, ASTFrontEnd
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import fetch_checkpoint, find_checkpoint
@@ -27,7 +28,7 @@ __all__ = ["default_num_workers", "extract", "plan_extraction"]
 def extract(
     cache: EmbeddingCache,
     config: CacheConfig,
-    clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
+    clips: Clips,
     *,
     model: str | os.PathLike[str] | None = None,
     front_end: FrontEnd | None = None,
@@ -53,7 +54,7 @@ def extract(
     Args:
         cache: Where to store.
         config: The identity of the embeddings.
-        clips: Sample id (`file_id:class`) → audio file.
+        clips: Sample id (`file_id:class`) → audio file, or an `AudioSource`.
         model: Hub name or checkpoint folder; None takes `config.model_name`.
         front_end: Waveform → features; None takes the AST's.
         make_embedder: Called once, when the first features are there; None builds the AST.
@@ -109,7 +110,7 @@ def extract(
 def plan_extraction(
     cache: EmbeddingCache,
     config: CacheConfig,
-    clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
+    clips: Clips,
     *,
     model: str | os.PathLike[str] | None = None,
 ) -> ExtractionPlan:
@@ -118,7 +119,7 @@ def plan_extraction(
     Args:
         cache: Where to store.
         config: The identity of the embeddings.
-        clips: Sample id (`file_id:class`) → audio file.
+        clips: Sample id (`file_id:class`) → audio file, or an `AudioSource`.
         model: Hub name or checkpoint folder; None takes `config.model_name`.
 
     Raises:
