@@ -18,11 +18,13 @@ Sample: TypeAlias = dict[str, Any]
 
 @runtime_checkable
 class AudioDataset(Protocol):
-    """A list of labelled clips.
+    """A list of labelled clips, and the dataset's own list of classes.
 
     Attributes:
         namespace: Goes to `CacheConfig.dataset`, so that equal sample ids of two data sets can't
             meet in one store.
+        class_labels: Class name → label, of every class that the data set knows, whether or not
+            it has clips of it. Labels are never remapped by a selection.
         samples: One dict per clip, holding at least `file_id` (str), `class_name` (str),
             `class_label` (int) and `audio_path` (str). Optional are `audio_source` (an
             `AudioSource`; then `audio_path` is only a name for people), `split` (str: the data
@@ -30,6 +32,7 @@ class AudioDataset(Protocol):
     """
 
     namespace: str
+    class_labels: Mapping[str, int]
     samples: list[Sample]
 
     @property
