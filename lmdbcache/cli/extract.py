@@ -54,6 +54,7 @@ def extract_command(
     """
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
+    dataset.check_namespace(cache, config)
     if dry_run:
         _show_plan(plan_extraction(cache, config, clips, model=choice.model), as_json=as_json)
         return
