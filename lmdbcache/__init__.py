@@ -25,6 +25,7 @@ from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
 
 if TYPE_CHECKING:
+    from lmdbcache.datasets.opening import open_dataset
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.embedders.checkpoints import model_identity
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
@@ -53,6 +54,7 @@ __all__ = [
     "extract_or_load_ast_embeddings",
     "make_dataloader",
     "model_identity",
+    "open_dataset",
     "preload",
 ]
 
@@ -65,6 +67,7 @@ _LAZY = {
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
     "make_dataloader": "lmdbcache.training",
     "model_identity": "lmdbcache.embedders.checkpoints",
+    "open_dataset": "lmdbcache.datasets.opening",
     "preload": "lmdbcache.training",
 }
 

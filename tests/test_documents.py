@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from synthetic_layouts import make_esc50
 
 from lmdbcache import CacheConfig, EmbeddingDataset, VEGASDataset
 from lmdbcache.cli.main import app
@@ -108,3 +109,19 @@ def test_exit_codes_are_documented():
     text = (ROOT / "docs" / "command_line.md").read_text("utf-8")
     codes = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
     assert codes == re.findall(r"(?:: |; )(\d+) ", app.info.epilog)
+
+
+def test_dataset_document_examples_run(tmp_path, monkeypatch):
+    """docs/datasets.md's Python runs beside folders of these names."""
+    tables = pytest.importorskip("huggingface_tables")
+    monkeypatch.chdir(tmp_path)
+    make_esc50(tmp_path / "ESC-50")
+    rows = [(name, tables.encoded(name, 0), None) for name in tables.CLASSES]
+    tables.table(rows, key=["a", "b", "c"]).save_to_disk(tmp_path / "sounds")
+    scopes = []
+    for code in blocks(ROOT / "docs" / "datasets.md", "python"):
+        scopes.append({})
+        exec(compile(code, "datasets.md", "exec"), scopes[-1])
+    assert len(scopes[0]["clips"]) == 4
+    assert scopes[1]["sounds"].sample_ids == ["b:bell", "a:siren", "c:wind"]
+    assert scopes[2]["report"].by_content

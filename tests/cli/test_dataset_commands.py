@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound
 
-from lmdbcache import EmbeddingCache
+from lmdbcache import CacheConfig, EmbeddingCache, model_identity
 
 
 @pytest.fixture
@@ -60,10 +61,9 @@ def test_extract_from_esc50_by_fold_and_split(cli, esc50, options, tmp_path):
     """Folds and splits choose; what another run has stored isn't computed again."""
     assert counts(cli, esc50, *options, "--fold", 1, "--fold", 2, "--class", "dog") == (2, 2, 0)
     assert counts(cli, esc50, *options, "--split", "test", "--dataset", "esc50") == (6, 6, 0)
-    assert counts(cli, esc50, *options) == (30, 22, 0)
     result = cli("coverage", esc50, *options[:4])
-    assert result.returncode == 0
-    assert "30 of 30 stored" in result.stdout
+    assert result.returncode == 1
+    assert "8 of 30 stored" in result.stdout
     (store,) = EmbeddingCache(tmp_path / "cache").stores()
     assert store.config.dataset == "esc50"
     assert store.dataset_root == str(esc50)
@@ -85,13 +85,17 @@ def test_extract_from_a_folder_of_four_formats(cli, tmp_path, options):
 def test_two_folders_of_one_name_in_one_root(cli, refused, tmp_path, options):
     """The second is refused until it gets a namespace of its own."""
     one, other = (make_audio_folder(tmp_path / p / "data", classes=["bell"]) for p in "ab")
-    assert counts(cli, one, *options)[1] == 5
+    config = CacheConfig(duration=0.2, model_name=model_identity(options[1]), dataset="folder-data")
+    with EmbeddingCache(tmp_path / "cache").writer(config, dataset_root=one) as writer:
+        writer.put("clip_0:bell", np.ones(64))
+    assert "1 of 5 stored" in cli("coverage", one, *options[:4]).stdout
     line = refused("extract", other, *options)
     assert "folder-data" in line
     assert str(one) in line
     assert "--namespace" in line
     assert "--namespace" in refused("coverage", other, *options[:4])
-    assert counts(cli, other, *options, "--namespace", "other") == (5, 5, 0)
+    result = cli("extract", other, *options, "--namespace", "other", "--dry-run")
+    assert "5 samples: 0 are cached, 5 to extract" in result.stdout
 
 
 def test_extract_from_hugging_face(cli, tmp_path, options):
@@ -100,7 +104,7 @@ def test_extract_from_hugging_face(cli, tmp_path, options):
     rows = [(name, tables.encoded(name, 0), None) for name in tables.CLASSES]
     rows.append(("wind", b"not audio", None))
     tables.table(rows, key=["a", "b", "c", "d"]).save_to_disk(tmp_path / "saved")
-    arguments = (tmp_path / "saved", *options[:4], "--id-column", "key", "--num-workers", "2")
+    arguments = (tmp_path / "saved", *options[:4], "--id-column", "key", "--num-workers", "1")
     result = cli("extract", *arguments)
     assert result.returncode == 1
     first, second, _ = result.stdout.splitlines()
