@@ -76,14 +76,15 @@ class VGGSoundDataset(ListedDataset):
         super().__init__(folder, name, {label: number for number, label in enumerate(classes)})
         files = _audio_files(folder, {row.file_id for row in rows})
         for row in rows:
-            if row.file_id not in files:
-                self.leave_out(f"{row.file_id}:{row.label}", "listed, but not on disk")
+            file_id = row.file_id
+            if file_id not in files:
+                self.leave_out(f"{file_id}:{row.label}", "listed, but not on disk")
                 continue
             more = {"split": own_split_name(row.split)} if row.split else {}
             self.add(
-                row.file_id,
+                file_id,
                 row.label,
-                files[row.file_id],
+                files[file_id],
                 ytid=row.ytid,
                 start_second=float(row.start),
                 **more,

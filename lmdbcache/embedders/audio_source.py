@@ -37,10 +37,15 @@ Clips: TypeAlias = (
 
 def as_source(given: str | os.PathLike[str] | AudioSource) -> str | AudioSource:
     """A path as text; a source as it is."""
-    return given if isinstance(given, AudioSource) else os.fspath(given)
+    # Text first: asking whether something has a protocol's methods takes up to 40 µs.
+    if isinstance(given, (str, os.PathLike)):
+        return os.fspath(given)
+    if isinstance(given, AudioSource):
+        return given
+    raise TypeError(f"{given!r:.80} is neither a path nor an AudioSource with open_binary()")
 
 
 def shown(source: str | os.PathLike[str] | AudioSource) -> str:
     """What to call a source in a message; bytes of a name that aren't UTF-8 are escaped."""
-    name = str(source) if isinstance(source, AudioSource) else os.fspath(source)
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(source)
     return os.fsencode(name).decode("utf-8", "backslashreplace")

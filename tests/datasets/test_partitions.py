@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdbcache.datasets import partitions
 from lmdbcache.datasets.partitions import partition_samples
 from lmdbcache.datasets.splits import node_split
 from lmdbcache.errors import DatasetError
@@ -115,6 +116,14 @@ def test_shares_are_dirichlet_distributed(alpha):
     mean, variance = 1 / nodes, (1 / nodes) * (1 - 1 / nodes) / (nodes * alpha + 1)
     assert abs(shares.mean() - mean) < 4 * np.sqrt(variance / classes)
     assert 0.8 < shares.var() / variance < 1.2
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 10.0])
+def test_gamma_variates(alpha):
+    """What the shares are made of has the mean and variance of a gamma distribution."""
+    draws = np.exp([partitions._log_gamma_variate(f"draw {n}", alpha) for n in range(8000)])
+    assert abs(draws.mean() - alpha) < 4 * np.sqrt(alpha / 8000)
+    assert 0.85 < draws.var() / alpha < 1.15
 
 
 def test_numbers_that_stay_for_ever():

@@ -79,5 +79,7 @@ def test_paths_stay_paths():
     assert as_source("a.wav") == "a.wav"
     source = InMemory(b"")
     assert as_source(source) is source
+    with pytest.raises(TypeError, match="5 is neither a path nor an AudioSource"):
+        as_source(5)
     assert shown(os.fsdecode(b"caf\xe9.wav")) == r"caf\xe9.wav"
     assert shown(source) == "row 3 of a table"
