@@ -25,6 +25,7 @@ from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
 
 if TYPE_CHECKING:
+    from lmdbcache.datasets.opening import open_dataset
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.embedders.checkpoints import model_identity
     from lmdbcache.embedders.module_embedder import ModuleEmbedder
@@ -57,6 +58,7 @@ __all__ = [
     "extract_or_load_ast_embeddings",
     "make_dataloader",
     "model_identity",
+    "open_dataset",
     "preload",
 ]
 
@@ -71,6 +73,7 @@ _LAZY = {
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
     "make_dataloader": "lmdbcache.training",
     "model_identity": "lmdbcache.embedders.checkpoints",
+    "open_dataset": "lmdbcache.datasets.opening",
     "preload": "lmdbcache.training",
 }
 

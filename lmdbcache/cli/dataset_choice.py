@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Final, Optional
 
 import typer
 
-from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.datasets.base import AudioDataset, Sample
+from lmdbcache.datasets.listed import LeftOut
+from lmdbcache.datasets.namespaces import check_namespace
+from lmdbcache.datasets.narrowing import NODE_SEED, Narrowing
+from lmdbcache.datasets.opening import open_dataset
+from lmdbcache.embedders.audio_source import AudioSource
+from lmdbcache.errors import DatasetError
 from lmdbcache.extraction.samples import clips_of
 
 __all__ = ["DatasetChoice"]
+
+_PART: Final = "Part of the dataset"
+_NODES: Final = "Nodes"
+_LAYOUT: Final = "Layout"
+
+_logger = logging.getLogger(__name__)
 
 
 # typer reads these at run time, on Python 3.10, too: hence Optional.
@@ -19,52 +35,196 @@ __all__ = ["DatasetChoice"]
 class DatasetChoice:
     """A dataset, and which of its clips."""
 
-    data_dir: Annotated[Path, typer.Argument(help="Folder with <class>/audios/*.wav.")]
+    data_dir: Annotated[Path, typer.Argument(help="The dataset's folder.")]
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            help="auto, vegas, esc50, vggsound, folder or huggingface; see docs/datasets.md.",
+            rich_help_panel=_LAYOUT,
+        ),
+    ] = "auto"
+    csv: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="VGGSound's table; default: in the folder.", rich_help_panel=_LAYOUT),
+    ] = None
+    audio_column: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
+    ] = None
+    label_column: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
+    ] = None
+    id_column: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
+    ] = None
+    given_namespace: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--namespace",
+            help="Keeps equal sample ids of two datasets apart; default: the dataset's own, or "
+            "made from the folder's name.",
+            rich_help_panel=_LAYOUT,
+        ),
+    ] = None
     classes: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--class", help="Only this class; may be given several times."),
+        typer.Option(
+            "--class", help="Only this class; may be given several times.", rich_help_panel=_PART
+        ),
     ] = None
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--exclude-class", help="Not this class; may be given several times."),
+        typer.Option(
+            "--exclude-class",
+            help="Not this class; may be given several times.",
+            rich_help_panel=_PART,
+        ),
     ] = None
-    split: Annotated[str, typer.Option(help="all, train, val or test.")] = "all"
+    split: Annotated[str, typer.Option(help="all, train, val or test.", rich_help_panel=_PART)] = (
+        "all"
+    )
+    split_by: Annotated[
+        str,
+        typer.Option(
+            help="own (the dataset's), folds, ratios (by hash), or auto: the first that it has.",
+            rich_help_panel=_PART,
+        ),
+    ] = "auto"
+    folds: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(
+            "--fold", help="Only this fold; may be given several times.", rich_help_panel=_PART
+        ),
+    ] = None
     samples_per_class: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Only the first so many of each class."),
+        typer.Option(help="Only the first so many of each class.", rich_help_panel=_PART),
     ] = None
     node_split_id: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Only this node's samples, from 0."),
+        typer.Option(help="Only this node's samples, from 0.", rich_help_panel=_NODES),
     ] = None
     num_nodes: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Number of nodes that share the samples."),
+        typer.Option(help="Number of nodes that share the samples.", rich_help_panel=_NODES),
     ] = None
     samples_per_node: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Samples of each class that a node has."),
+        typer.Option(help="Samples of each class that a node has.", rich_help_panel=_NODES),
     ] = None
+    node_shares: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Each node's share, such as 0.5,0.3,0.2.", rich_help_panel=_NODES),
+    ] = None
+    dirichlet: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Draw each class's shares with this alpha; 0.1 is very uneven.",
+            rich_help_panel=_NODES,
+        ),
+    ] = None
+    min_per_node: Annotated[
+        int, typer.Option(help="Samples that a node has at least.", rich_help_panel=_NODES)
+    ] = 0
+    node_seed: Annotated[
+        int,
+        typer.Option(
+            "--node-seed",
+            "--seed",
+            help="Of the division between nodes; the same on all of them.",
+            rich_help_panel=_NODES,
+        ),
+    ] = NODE_SEED
+
+    @cached_property
+    def opened(self) -> AudioDataset:
+        """The whole dataset.
+
+        Raises:
+            DatasetError: The folder or an option can't be used.
+        """
+        return open_dataset(
+            self.data_dir,
+            self.kind,
+            table=self.csv,
+            audio_column=self.audio_column,
+            label_column=self.label_column,
+            id_column=self.id_column,
+            namespace=self.given_namespace,
+        )
 
     @property
     def namespace(self) -> str:
         """The dataset's name in a config."""
-        return VEGASSelection.namespace
+        return self.opened.namespace
 
-    def clips(self) -> list[tuple[str, str]]:
-        """(sample id, audio file) of the clips that are chosen.
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What the dataset names or holds and that is no sample."""
+        return list(getattr(self.opened, "left_out", ()))
+
+    @property
+    def narrowing(self) -> Narrowing:
+        """Which part.
+
+        Raises:
+            DatasetError: The shares aren't numbers.
+        """
+        return Narrowing(
+            classes=self.classes,
+            exclude=self.exclude,
+            samples_per_class=self.samples_per_class,
+            node_split_id=self.node_split_id,
+            num_nodes=self.num_nodes,
+            samples_per_node=self.samples_per_node,
+            node_shares=_numbers(self.node_shares),
+            dirichlet=self.dirichlet,
+            min_per_node=self.min_per_node,
+            node_seed=self.node_seed,
+            folds=self.folds,
+            split=self.split,
+            split_by=self.split_by,
+        )
+
+    def samples(self) -> list[Sample]:
+        """The samples that are chosen.
 
         Raises:
             DatasetError: The folder or a choice can't be used.
         """
-        selection = VEGASSelection(
-            self.data_dir,
-            selected_classes=self.classes,
-            excluded_classes=self.exclude,
-            split=self.split,
-            num_samples_per_class=self.samples_per_class,
-            node_split_id=self.node_split_id,
-            num_nodes=self.num_nodes,
-            samples_per_node=self.samples_per_node,
-        )
-        return clips_of(selection.samples)
+        samples = self.narrowing.of(self.opened)
+        if self.left_out:
+            _logger.warning(
+                "%s; `lmdbcache dataset … --left-out` lists what is left out", self.opened
+            )
+        return samples
+
+    def clips(self) -> list[tuple[str, str | AudioSource]]:
+        """(sample id, audio file or source) of the clips that are chosen.
+
+        Raises:
+            DatasetError: The folder or a choice can't be used.
+        """
+        return clips_of(self.samples())
+
+    def check_namespace(self, cache: EmbeddingCache, config: CacheConfig) -> None:
+        """Refuse a store that another folder of the same name has filled.
+
+        Raises:
+            DatasetError: See `lmdbcache.datasets.namespaces.check_namespace`.
+        """
+        check_namespace(cache, config, self.opened)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise DatasetError(
+            f"node_shares: {text!r}; give numbers with commas between them, such as 0.5,0.3,0.2"
+        ) from None

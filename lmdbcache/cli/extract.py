@@ -14,6 +14,7 @@ from lmdbcache.cli.options import Json, Progress, Root
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction.pipeline import extract, plan_extraction
 from lmdbcache.extraction.space import ExtractionPlan
@@ -53,6 +54,7 @@ def extract_command(
     """
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
+    dataset.check_namespace(cache, config)
     if dry_run:
         _show_plan(plan_extraction(cache, config, clips, model=choice.model), as_json=as_json)
         return
@@ -84,7 +86,9 @@ def extract_command(
     raise typer.Exit(summary.exit_code)
 
 
-def _kept(cache: EmbeddingCache, config: CacheConfig, clips: list[tuple[str, str]]) -> str:
+def _kept(
+    cache: EmbeddingCache, config: CacheConfig, clips: list[tuple[str, str | AudioSource]]
+) -> str:
     """What is on the disk now, whoever has stored it."""
     found = cache.coverage(config, [sample_id for sample_id, _ in clips])
     return f"{found.num_present} of {found.num_asked} are stored"

@@ -130,6 +130,7 @@ def coverage_command(
     """Show how much of a dataset is stored, by class. Exit code 1 if something is missing."""
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
+    dataset.check_namespace(cache, config)
     found = cache.coverage(config, [sample_id for sample_id, _ in clips])
     if as_json:
         print_json(

@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmdbcache.datasets.base import AudioDataset, sample_id_of
+    from lmdbcache.datasets.narrowing import Narrowing
+    from lmdbcache.datasets.opening import open_dataset
+    from lmdbcache.datasets.overlaps import overlap_audit
+    from lmdbcache.datasets.partitions import partition_samples
     from lmdbcache.datasets.splits import node_split, split_samples
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.datasets.vegas_collate import create_vegas_dataloader, vegas_collate_fn
 
 __all__ = [
     "AudioDataset",
+    "Narrowing",
     "VEGASDataset",
     "create_vegas_dataloader",
     "node_split",
+    "open_dataset",
+    "overlap_audit",
+    "partition_samples",
     "sample_id_of",
     "split_samples",
     "vegas_collate_fn",
@@ -26,9 +34,13 @@ __all__ = [
 
 _HOMES = {
     "AudioDataset": "base",
+    "Narrowing": "narrowing",
     "VEGASDataset": "vegas",
     "create_vegas_dataloader": "vegas_collate",
     "node_split": "splits",
+    "open_dataset": "opening",
+    "overlap_audit": "overlaps",
+    "partition_samples": "partitions",
     "sample_id_of": "base",
     "split_samples": "splits",
     "vegas_collate_fn": "vegas_collate",

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from lmdbcache.datasets.base import Sample
 
-__all__ = ["SPLITS", "node_split", "normalised_ratios", "split_samples"]
+__all__ = [
+    "SPLITS",
+    "largest_remainder",
+    "node_split",
+    "normalised_ratios",
+    "ranked_groups",
+    "split_samples",
+    "whole_number",
+]
 
 SPLITS: Final = ("train", "val", "test")
 
@@ -61,8 +69,8 @@ def split_samples(
     if split == "all":
         return list(samples)
     chosen: set[int] = set()
-    for ranked in _ranked_groups(samples, seed, by_class=stratify):
-        sizes = _largest_remainder(len(ranked), ratios)
+    for ranked in ranked_groups(samples, seed, by_class=stratify):
+        sizes = largest_remainder(len(ranked), ratios)
         position = SPLITS.index(split)
         start = sum(sizes[:position])
         chosen.update(ranked[start : start + sizes[position]])
@@ -96,7 +104,7 @@ def node_split(
     """
     bounds = _node_bounds(node_split_id, num_nodes, samples_per_node)
     chosen: set[int] = set()
-    for ranked in _ranked_groups(samples, seed, by_class=True):
+    for ranked in ranked_groups(samples, seed, by_class=True):
         start, stop = bounds(len(ranked))
         chosen.update(ranked[start:stop])
         wanted = samples_per_node or 1
@@ -133,7 +141,7 @@ def normalised_ratios(
     return (ratios[0] / total, ratios[1] / total, ratios[2] / total)
 
 
-def _ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> list[list[int]]:
+def ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> list[list[int]]:
     """Indices into `samples`, ordered by hash, one list per class or one for all."""
 
     def rank(index: int) -> tuple[int, str, str]:
@@ -147,7 +155,7 @@ def _ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> l
     return [sorted(group, key=rank) for group in groups.values()]
 
 
-def _largest_remainder(total: int, ratios: tuple[float, ...]) -> list[int]:
+def largest_remainder(total: int, ratios: Sequence[float]) -> list[int]:
     """Whole numbers that sum to `total` and are nearest to the ratios."""
     # Rounding first keeps 0.7 * 10 = 7.000000000000001 from looking like a remainder.
     shares = [round(total * ratio, 9) for ratio in ratios]
@@ -166,17 +174,22 @@ def _node_bounds(
         raise DatasetError(
             f"num_nodes={num_nodes}, samples_per_node={samples_per_node}: give exactly one of them"
         )
-    node = _whole_number("node_split_id", node_split_id, minimum=0)
+    node = whole_number("node_split_id", node_split_id, minimum=0)
     if samples_per_node is not None:
-        size = _whole_number("samples_per_node", samples_per_node, minimum=1)
+        size = whole_number("samples_per_node", samples_per_node, minimum=1)
         return lambda _: (node * size, (node + 1) * size)
-    nodes = _whole_number("num_nodes", num_nodes, minimum=1)
+    nodes = whole_number("num_nodes", num_nodes, minimum=1)
     if node >= nodes:
         raise DatasetError(f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}")
     return lambda count: (node * count // nodes, (node + 1) * count // nodes)
 
 
-def _whole_number(name: str, value: Any, *, minimum: int) -> int:
+def whole_number(name: str, value: Any, *, minimum: int) -> int:
+    """An argument that must be a whole number of at least this.
+
+    Raises:
+        DatasetError: It isn't.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise DatasetError(f"{name}: {value!r} isn't a whole number")
     number = operator.index(value)

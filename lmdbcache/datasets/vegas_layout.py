@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import operator
 import os
 import unicodedata
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
+from lmdbcache.datasets.classes import chosen_classes
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 
 if TYPE_CHECKING:
@@ -51,35 +51,8 @@ _logger = logging.getLogger(__name__)
 
 
 def resolve_classes(classes: str | int | Iterable[str | int] | None) -> list[str] | None:
-    """Class names of a selection given as names (any case) or labels.
-
-    Returns:
-        The names in the order given, or None where nothing was selected.
-
-    Raises:
-        DatasetError: A name or label isn't one of the ten.
-    """
-    if classes is None:
-        return None
-    if isinstance(classes, (str, int)):
-        classes = [classes]
-    return [_class_name(item) for item in classes] or None
-
-
-def _class_name(item: Any) -> str:
-    name: str | None
-    if isinstance(item, str):
-        name = item.strip().lower()
-        name = name if name in CLASS_LABELS else None
-    else:
-        try:
-            name = None if isinstance(item, bool) else LABEL_TO_CLASS.get(operator.index(item))
-        except TypeError:
-            name = None
-    if name is None:
-        known = ", ".join(f"{name} ({label})" for name, label in CLASS_LABELS.items())
-        raise DatasetError(f"{item!r} isn't a class of VEGAS; names and labels are {known}")
-    return name
+    """Class names of a selection of the ten, see `lmdbcache.datasets.classes`."""
+    return chosen_classes(classes, CLASS_LABELS, "VEGAS")
 
 
 def list_samples(

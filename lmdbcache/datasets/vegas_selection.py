@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.datasets.base import sample_id_of
+from lmdbcache.datasets.namespaces import chosen_namespace
+from lmdbcache.datasets.narrowing import NODE_SEED, SPLIT_SEED, first_of_each_class
 from lmdbcache.datasets.splits import SPLITS, node_split, normalised_ratios, split_samples
 from lmdbcache.datasets.vegas_layout import (
     CLASS_LABELS,
@@ -18,14 +20,11 @@ from lmdbcache.datasets.vegas_layout import (
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lmdbcache.datasets.base import Sample
 
 __all__ = ["SelectionMixin", "VEGASSelection", "checked_splits", "split_ratios"]
-
-# Part of what a split means: another number would move every clip.
-_SPLIT_SEED = 42
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +50,7 @@ class SelectionMixin:
     val_ratio: float
     test_ratio: float
 
+    class_labels: Mapping[str, int] = CLASS_LABELS
     samples: list[Sample]
     active_classes: dict[str, int]
     _node_samples: list[Sample]
@@ -116,16 +116,9 @@ class SelectionMixin:
             audio_duration=self.audio_duration,
             captions=self.captions,
         )
-        limit = self.num_samples_per_class
-        if not limit or limit < 0 or self.samples_per_node is not None:
+        if self.samples_per_node is not None:
             return samples
-        taken = dict.fromkeys(self.active_classes, 0)
-        limited = []
-        for sample in samples:
-            taken[sample["class_name"]] += 1
-            if taken[sample["class_name"]] <= limit:
-                limited.append(sample)
-        return limited
+        return first_of_each_class(samples, self.num_samples_per_class)
 
     def _of_node(self, samples: list[Sample]) -> list[Sample]:
         divided = self.num_nodes is not None or self.samples_per_node is not None
@@ -144,7 +137,7 @@ class SelectionMixin:
         for split in SPLITS:
             if split in wanted:
                 found += split_samples(
-                    samples, split, *ratios, stratify=self.stratify, seed=_SPLIT_SEED
+                    samples, split, *ratios, stratify=self.stratify, seed=SPLIT_SEED
                 )
         return found
 
@@ -176,12 +169,14 @@ class VEGASSelection(SelectionMixin):
         node_split_id: This node, from 0.
         num_nodes: Divide every class between so many nodes.
         samples_per_node: Samples of each class that a node has.
+        namespace: Another name than `vegas`.
 
     Raises:
         DatasetError: The folder or an argument can't be used.
     """
 
-    namespace = NAMESPACE
+    kind = "vegas"
+    namespace: str = NAMESPACE
 
     def __init__(
         self,
@@ -194,10 +189,13 @@ class VEGASSelection(SelectionMixin):
         node_split_id: int | None = None,
         num_nodes: int | None = None,
         samples_per_node: int | None = None,
+        namespace: str | None = None,
     ) -> None:
-        self.root_dir = str(Path(root_dir).expanduser())
+        self.root_dir = self.root = str(Path(root_dir).expanduser())
+        if namespace is not None:
+            self.namespace = chosen_namespace(namespace, self.kind)
         self.split, self.splits_to_load = checked_splits(split, None)
-        self.stratify, self.node_split_seed = True, 42
+        self.stratify, self.node_split_seed = True, NODE_SEED
         self.train_ratio, self.val_ratio, self.test_ratio = 0.7, 0.1, 0.2
         self.num_samples_per_class = num_samples_per_class
         self.node_split_id, self.num_nodes = node_split_id, num_nodes
@@ -206,6 +204,12 @@ class VEGASSelection(SelectionMixin):
         self._selected_classes = resolve_classes(selected_classes)
         self._excluded_classes = resolve_classes(excluded_classes)
         self._reload()
+
+    def __str__(self) -> str:
+        counted = {sample["class_name"] for sample in self.samples}
+        return (
+            f"{self.kind}: {len(self.samples)} clips of {len(counted)} classes in {self.root_dir}"
+        )
 
 
 def checked_splits(

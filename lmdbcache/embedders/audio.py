@@ -7,6 +7,7 @@ stays free of torch, and imports soundfile and soxr only where they are used.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lmdbcache.embedders.audio_source import AudioSource, shown
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
 __all__ = ["decode", "fit", "is_digital_silence", "load_waveform"]
@@ -34,14 +38,17 @@ _END_TOLERANCE_SECONDS: Final = 0.1
 _UNKNOWN_LENGTH: Final = 2**62
 
 
-def decode(path: str | os.PathLike[str], sample_rate: int, duration: float) -> NDArray[np.float32]:
+def decode(
+    path: str | os.PathLike[str] | AudioSource, sample_rate: int, duration: float
+) -> NDArray[np.float32]:
     """Decode the first `duration` seconds of an audio file as mono.
 
     Only what is needed is read from the file. Nothing is padded: a clip that is shorter comes back
     shorter.
 
     Args:
-        path: A file that libsndfile reads: wav, flac, ogg, mp3 and others.
+        path: A file that libsndfile reads: wav, flac, ogg, mp3 and others; or a source that opens
+            as one.
         sample_rate: Sample rate of the result, in Hz.
         duration: Where to cut, in seconds.
 
@@ -53,10 +60,9 @@ def decode(path: str | os.PathLike[str], sample_rate: int, duration: float) -> N
         MissingDependencyError: soundfile or soxr isn't installed.
     """
     soundfile, soxr = _audio_packages()
-    _check_regular_file(path)
     limit = round(sample_rate * duration)
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        with _readable(path) as readable, soundfile.SoundFile(readable) as file:
             waveform = _read_mono(file, sample_rate, duration, path)
             file_rate = int(file.samplerate)
         if file_rate != sample_rate:
@@ -90,7 +96,7 @@ def fit(waveform: NDArray[np.float32], num_samples: int) -> NDArray[np.float32]:
 
 
 def load_waveform(
-    path: str | os.PathLike[str], sample_rate: int, duration: float
+    path: str | os.PathLike[str] | AudioSource, sample_rate: int, duration: float
 ) -> NDArray[np.float32]:
     """Decode an audio file and bring it to exactly `duration` seconds.
 
@@ -130,6 +136,20 @@ def _audio_packages() -> tuple[Any, Any]:
     return soundfile, soxr
 
 
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike[str] | AudioSource) -> Iterator[Any]:
+    """What soundfile opens."""
+    if not isinstance(path, AudioSource):
+        _check_regular_file(path)
+        yield os.fsencode(path)
+        return
+    with path.open_binary() as file:
+        if not file.read(1):
+            raise _failure(path, "the file is empty (0 bytes)")
+        file.seek(0)
+        yield file
+
+
 def _check_regular_file(path: str | os.PathLike[str]) -> None:
     """Name the plain reasons that libsndfile reports as `System error`; a pipe would block it."""
     try:
@@ -151,7 +171,7 @@ def _check_regular_file(path: str | os.PathLike[str]) -> None:
 
 
 def _read_mono(
-    file: Any, sample_rate: int, duration: float, path: str | os.PathLike[str]
+    file: Any, sample_rate: int, duration: float, path: str | os.PathLike[str] | AudioSource
 ) -> NDArray[np.float32]:
     rate, total = int(file.samplerate), max(0, int(file.frames))
     if not 0 < rate <= _MAX_FILE_RATE:
@@ -199,6 +219,5 @@ def _reason(error: BaseException) -> str:
     return f"not readable as audio: {text or type(error).__name__}"
 
 
-def _failure(path: str | os.PathLike[str], reason: str) -> AudioDecodeError:
-    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return AudioDecodeError(f"{shown}: {reason}")
+def _failure(path: str | os.PathLike[str] | AudioSource, reason: str) -> AudioDecodeError:
+    return AudioDecodeError(f"{shown(path)}: {reason}")

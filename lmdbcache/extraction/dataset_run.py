@@ -11,6 +11,7 @@ import torch
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import Sample
+from lmdbcache.embedders.audio_source import Clips
 from lmdbcache.extraction.pipeline import extract
 from lmdbcache.extraction.samples import clips_of
 from lmdbcache.extraction.summary import ExtractionSummary
@@ -87,7 +88,7 @@ def extract_or_load_ast_embeddings(
 
 
 def _extract_to_memory(
-    config: CacheConfig, clips: list[tuple[str, str]], options: dict[str, Any]
+    config: CacheConfig, clips: Clips, options: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], ExtractionSummary]:
     with tempfile.TemporaryDirectory(prefix="lmdbcache-") as folder:
         cache = EmbeddingCache(folder)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from lmdbcache.embedders.audio import decode, fit, is_digital_silence
+from lmdbcache.embedders.audio_source import AudioSource, shown
 from lmdbcache.embedders.base import FrontEnd, compute_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.failures import ClipFailure
@@ -35,7 +36,7 @@ class Clip:
     """One sample to extract."""
 
     sample_id: str
-    path: str
+    source: str | AudioSource
 
 
 @dataclass
@@ -95,7 +96,7 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
             try:
                 features.append(self._features(clip, batch))
             except AudioDecodeError as error:
-                batch.failures.append(ClipFailure(clip.sample_id, clip.path, str(error)))
+                batch.failures.append(ClipFailure(clip.sample_id, str(clip.source), str(error)))
             except CacheError as error:
                 # As a value: raised here it would reach the user inside a worker's traceback.
                 return FeatureBatch(error=error)
@@ -106,16 +107,16 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         return batch
 
     def _features(self, clip: Clip, batch: FeatureBatch) -> Any:
-        waveform = decode(clip.path, self.sample_rate, self.duration)
+        waveform = decode(clip.source, self.sample_rate, self.duration)
         if len(waveform) < self.front_end.min_samples:
             raise AudioDecodeError(
-                f"{_shown(clip.path)}: too short: {len(waveform)} samples at {self.sample_rate} "
+                f"{shown(clip.source)}: too short: {len(waveform)} samples at {self.sample_rate} "
                 f"Hz; the front end needs {self.front_end.min_samples}"
             )
         fitted = fit(waveform, round(self.sample_rate * self.duration))
         features = compute_features(self.front_end, fitted, len(waveform))
         if not np.isfinite(features).all():
-            raise AudioDecodeError(f"{_shown(clip.path)}: its features hold NaN or Inf")
+            raise AudioDecodeError(f"{shown(clip.source)}: its features hold NaN or Inf")
         if is_digital_silence(waveform):
             batch.silent.append(clip.sample_id)
         return features
@@ -302,7 +303,3 @@ def _show_unless_hung_up(
     # gone, which isn't this process's news. A clip's errors never come this way.
     if not isinstance(error, (EOFError, OSError)):
         sys.__excepthook__(kind, error, trace)
-
-
-def _shown(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

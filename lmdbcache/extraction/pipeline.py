@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.cores import available_cores
+from lmdbcache.embedders.audio_source import Clips
 from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
 from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
@@ -26,7 +27,7 @@ __all__ = ["default_num_workers", "extract", "plan_extraction"]
 def extract(
     cache: EmbeddingCache,
     config: CacheConfig,
-    clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
+    clips: Clips,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
     front_end: FrontEnd | None = None,
@@ -52,7 +53,7 @@ def extract(
     Args:
         cache: Where to store.
         config: The identity of the embeddings.
-        clips: Sample id (`file_id:class`) → audio file.
+        clips: Sample id (`file_id:class`) → audio file, or an `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
         front_end: Waveform → features; None takes the model's.
@@ -113,7 +114,7 @@ def extract(
 def plan_extraction(
     cache: EmbeddingCache,
     config: CacheConfig,
-    clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
+    clips: Clips,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
 ) -> ExtractionPlan:
@@ -122,7 +123,7 @@ def plan_extraction(
     Args:
         cache: Where to store.
         config: The identity of the embeddings.
-        clips: Sample id (`file_id:class`) → audio file.
+        clips: Sample id (`file_id:class`) → audio file, or an `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio_source import AudioSource, as_source
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.errors import (
     CacheError,
@@ -53,7 +54,7 @@ class Run:
         self.config = config
         self.progress = progress
         self.dataset_root = dataset_root
-        self.paths: dict[str, str] = {}
+        self.paths: dict[str, str | AudioSource] = {}
         self.asked: set[str] = set()
         self.settled: set[str] = set()
         self.failures: list[ClipFailure] = []
@@ -63,20 +64,22 @@ class Run:
         self.compute_seconds = 0.0
         self.built_model = False
 
-    def plan(self, clips: Iterable[tuple[str, str | os.PathLike[str]]]) -> dict[str, str]:
+    def plan(
+        self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]
+    ) -> dict[str, str | AudioSource]:
         """The missing clips by sample id, sorted."""
         paths = self.paths
         for sample_id, given in clips:
-            path = os.fspath(given)
+            source = as_source(given)
             try:
-                known = paths.setdefault(canonical_sample_id(sample_id), path)
+                known = paths.setdefault(canonical_sample_id(sample_id), source)
             except InvalidSampleIdError as error:
-                self.failures.append(ClipFailure(str(sample_id), path, str(error)))
+                self.failures.append(ClipFailure(str(sample_id), str(source), str(error)))
                 continue
-            if known != path:
+            if known != source:
                 raise DatasetError(
-                    f"{known!a} and {path!a} have the same sample id {sample_id!r}; rename or "
-                    "leave out one of them"
+                    f"{str(known)!a} and {str(source)!a} have the same sample id {sample_id!r}; "
+                    "rename or leave out one of them"
                 )
         self.asked = {*paths, *(failure.sample_id for failure in self.failures)}
         missing = sorted(self.cache.coverage(self.config, paths).missing)
@@ -108,7 +111,7 @@ class Run:
 
     def work(
         self,
-        missing: Mapping[str, str],
+        missing: Mapping[str, str | AudioSource],
         front_end: FrontEnd,
         make_embedder: Callable[[], Embedder],
         *,
@@ -139,7 +142,7 @@ class Run:
                 f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
             ) from error
 
-        todo = [Clip(sample_id, path) for sample_id, path in missing.items()]
+        todo = [Clip(sample_id, source) for sample_id, source in missing.items()]
         _logger.info("%d clips to extract, %d cached", len(todo), self.num_cached)
         # Before the workers are forked, so that what it imports is there for all of them.
         features = front_end.provenance()
@@ -230,7 +233,7 @@ class Run:
             try:
                 writer.put(sample_id, embedding)
             except InvalidEmbeddingError as error:
-                self.failures.append(ClipFailure(sample_id, self.paths[sample_id], str(error)))
+                self.failures.append(ClipFailure(sample_id, str(self.paths[sample_id]), str(error)))
             else:
                 self.num_silent += sample_id in batch.silent
 

@@ -17,6 +17,7 @@ __all__ = [
     "METADATA_KEY",
     "NUM_RESERVED_KEYS",
     "WRITER_LOCK_NAME",
+    "canonical_class",
     "canonical_sample_id",
     "join_sample_id",
     "sample_id_of_key",
@@ -77,10 +78,16 @@ def split_sample_id(sample_id: str) -> tuple[str, str]:
         )
     if not sample_id.isascii():
         file_id = unicodedata.normalize("NFC", file_id)
-        # Lower case can leave NFC; its own NFC doesn't leave lower case.
-        class_name = unicodedata.normalize("NFC", class_name).lower()
-        class_name = unicodedata.normalize("NFC", class_name)
-    return file_id, class_name.lower()
+    return file_id, canonical_class(class_name)
+
+
+def canonical_class(class_name: str) -> str:
+    """A class as it stands in a sample id: NFC and lower case."""
+    if class_name.isascii():
+        return class_name.lower()
+    # Lower case can leave NFC; its own NFC doesn't leave lower case.
+    lower = unicodedata.normalize("NFC", class_name).lower()
+    return unicodedata.normalize("NFC", lower).lower()
 
 
 def join_sample_id(file_id: str, class_name: str) -> str:

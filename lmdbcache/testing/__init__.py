@@ -1,1 +1,1 @@
-"""Tests that a class of your own has to pass to work with lmdbcache; run by pytest."""
+"""Test suites that adapters and models from elsewhere can run on themselves; they need pytest."""

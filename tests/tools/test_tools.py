@@ -87,6 +87,22 @@ def test_synthetic_vegas_script_is_deterministic(tmp_path):
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[0] == files
 
 
+def test_synthetic_layouts_script_is_deterministic(tmp_path):
+    """The same bytes every time, in layouts that are recognised."""
+    from lmdbcache.datasets.opening import recognise
+
+    for layout in ("esc50", "vggsound", "folder"):
+        roots = [tmp_path / name / layout for name in "ab"]
+        for root in roots:
+            result = script("synthetic_layouts.py", layout, root, "--seconds", 0.1)
+            assert result.returncode == 0, result.stderr
+        assert recognise(roots[0]) == layout
+        files = [str(path.relative_to(roots[0])) for path in roots[0].rglob("*") if path.is_file()]
+        same = [name for name in files if not name.endswith(".ogg")]  # a stream's number is random
+        assert filecmp.cmpfiles(*roots, same, shallow=False)[0] == same
+        assert len(files) >= 13
+
+
 def test_small_ast_script_is_deterministic(tmp_path):
     """The same seed gives the same weights, another seed others."""
     from small_ast import save_small_ast

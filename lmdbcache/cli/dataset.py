@@ -1,0 +1,122 @@
+"""`lmdbcache dataset` and `partition`: what is in a folder, and who gets what of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from lmdbcache.cli.console import print_json, print_table, say
+from lmdbcache.cli.dataset_choice import DatasetChoice
+from lmdbcache.cli.options import Json
+from lmdbcache.cli.parameters import grouped
+from lmdbcache.datasets.base import Sample
+from lmdbcache.datasets.narrowing import split_names, split_of, split_source
+from lmdbcache.datasets.overlaps import overlap_audit
+
+__all__ = ["dataset_command", "partition_command"]
+
+
+@grouped
+def dataset_command(
+    dataset: DatasetChoice,
+    *,
+    list_left_out: Annotated[
+        bool, typer.Option("--left-out", help="List the files and rows that are left out.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a folder is taken for: layout, namespace, classes, splits, what is left out."""
+    samples, opened = dataset.narrowing.of(dataset.opened), dataset.opened
+    classes = Counter(sample["class_name"] for sample in samples)
+    left_out = dataset.left_out
+    facts: dict[str, Any] = {
+        "dataset": getattr(opened, "kind", type(opened).__name__),
+        "namespace": opened.namespace,
+        "root": str(getattr(opened, "root", dataset.data_dir)),
+        "clips": len(samples),
+        "left_out": len(left_out),
+        "splits_from": split_source(opened.samples, dataset.split_by),
+        "splits": _split_sizes(samples, opened.samples, dataset.split_by),
+        "folds": dict(sorted(Counter(s["fold"] for s in samples if "fold" in s).items())),
+    }
+    if as_json:
+        found = [vars(item) for item in left_out]
+        labels = {name: opened.class_labels[name] for name in sorted(classes)}
+        print_json({**facts, "classes": dict(classes), "labels": labels, "left_out": found})
+        return
+    for name in ("splits", "folds"):
+        facts[name] = ", ".join(f"{part}: {size}" for part, size in facts[name].items())
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value != ""]
+    print_table(("field", "value"), rows, num_text_columns=2)
+    say("")
+    print_table(
+        ("class", "label", "clips"),
+        [(name, opened.class_labels[name], count) for name, count in sorted(classes.items())],
+    )
+    if list_left_out:
+        for item in left_out:
+            say(f"left out: {item.name}: {item.reason}")
+
+
+@grouped
+def partition_command(
+    dataset: DatasetChoice,
+    *,
+    by_content: Annotated[
+        bool,
+        typer.Option("--content", help="Also compare the bytes of all files; reads them."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how a dataset is divided between nodes, and whether they share clips.
+
+    Each node's samples are those that `extract --num-nodes N --node-split-id K` takes with the
+    same options. Exit code 1 if two nodes, or two splits, share a clip.
+    """
+    whole, narrowing = dataset.opened.samples, dataset.narrowing
+    nodes = narrowing.nodes_of(dataset.opened)
+    names = split_names(whole, dataset.split_by)
+    parts = {}
+    for number, samples in enumerate(nodes):
+        for split in names or ("all",):
+            part = split_of(samples, split, dataset.split_by, whole=whole)
+            parts[f"node {number} {split}".removesuffix(" all")] = part
+    audit = overlap_audit(parts, by_content=by_content)
+    counts = [Counter(sample["class_name"] for sample in samples) for samples in nodes]
+    classes = sorted(set().union(*counts))
+    if as_json:
+        print_json(
+            {
+                "namespace": dataset.namespace,
+                "num_nodes": len(nodes),
+                "nodes": [
+                    {"samples": len(samples), "classes": dict(sorted(count.items()))}
+                    for samples, count in zip(nodes, counts, strict=True)
+                ],
+                "audit": audit.to_dict(),
+            }
+        )
+    else:
+        print_table(
+            ("class", *(f"node {number}" for number in range(len(nodes))), "all"),
+            [
+                *(
+                    (name, *(count[name] for count in counts), sum(c[name] for c in counts))
+                    for name in classes
+                ),
+                ("all", *map(len, nodes), sum(map(len, nodes))),
+            ],
+        )
+        say("")
+        print_table(("part", "clips"), list(audit.sizes.items()))
+        say(str(audit))
+    raise typer.Exit(0 if audit.is_disjoint else 1)
+
+
+def _split_sizes(samples: list[Sample], whole: list[Sample], split_by: str) -> dict[str, int]:
+    return {
+        name: len(split_of(samples, name, split_by, whole=whole))
+        for name in split_names(whole, split_by)
+    }

@@ -1,0 +1,99 @@
+"""ESC-50: 2,000 clips of 50 classes in 5 folds. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lmdbcache.datasets.listed import ListedDataset, audio_file_id, checked_folder, visible_entries
+from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ESC50Dataset"]
+
+_TABLE: Final = Path("meta", "esc50.csv")
+_LAYOUT: Final = "<root>/meta/esc50.csv and <root>/audio/1-100032-A-0.wav"
+
+
+class ESC50Dataset(ListedDataset):
+    """ESC-50 as it is published: `meta/esc50.csv` and `audio/*.wav`.
+
+    A file id is the file's name without suffix, such as `1-100032-A-0`; label and class are the
+    table's `target` and `category`. Each sample has its `fold`, 1 to 5, and `esc10` (bool). A
+    listed file that isn't there is left out.
+
+    Args:
+        root: Folder with `meta` and `audio`.
+        namespace: Another name than `esc50`.
+
+    Raises:
+        DatasetError: The folder isn't ESC-50, or its table can't be used.
+    """
+
+    kind = "esc50"
+
+    def __init__(self, root: str | Path, *, namespace: str | None = None) -> None:
+        folder = checked_folder(root, _LAYOUT)
+        table = Path(folder, _TABLE)
+        rows = list(_rows(table))
+        labels: dict[str, int] = {}
+        for line, row in rows:
+            label = _whole(table, line, "target", row["target"])
+            if labels.setdefault(row["category"], label) != label:
+                raise DatasetError(
+                    f"{table}, line {line}: {row['category']!r} has target {label}; it had "
+                    f"{labels[row['category']]} before"
+                )
+        name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
+        super().__init__(folder, name, dict(sorted(labels.items(), key=lambda pair: pair[1])))
+        there = {entry.name for entry in visible_entries(Path(folder, "audio"))}
+        for line, row in rows:
+            path = os.path.join(folder, "audio", row["filename"])  # noqa: PTH118
+            if row["filename"] not in there:
+                self.leave_out(path, "listed, but not on disk")
+                continue
+            self.add(
+                audio_file_id(row["filename"]) or row["filename"],
+                row["category"],
+                path,
+                fold=_whole(table, line, "fold", row["fold"]),
+                esc10=(row.get("esc10") or "").strip().lower() == "true",
+            )
+        self.finish()
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of the table."""
+    needed = ("filename", "fold", "target", "category")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in needed if name not in (reader.fieldnames or ())]
+            if missing:
+                raise DatasetError(f"{shown(table)} has no column {', '.join(missing)}")
+            for row in reader:
+                if not all(row[name] for name in needed):
+                    raise DatasetError(
+                        f"{shown(table)}, line {reader.line_num}: not every one of "
+                        f"{', '.join(needed)} is given"
+                    )
+                yield reader.line_num, row
+    except FileNotFoundError:
+        raise DatasetError(f"{shown(table)}: no such file; expected is {_LAYOUT}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{shown(table)}: can't be read as CSV: {error}") from error
+
+
+def _whole(table: Path, line: int, column: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise DatasetError(
+            f"{shown(table)}, line {line}: {column} {text!r} isn't a whole number"
+        ) from None

@@ -1,0 +1,215 @@
+"""What the adapters have in common: a dataset that lists its clips once. No torch here."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from lmdbcache.datasets.base import Sample, sample_id_of
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.errors import DatasetError, InvalidSampleIdError
+from lmdbcache.storage.layout import canonical_class
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "LeftOut",
+    "ListedDataset",
+    "audio_file_id",
+    "checked_folder",
+    "own_split_name",
+    "visible_entries",
+]
+
+AUDIO_SUFFIXES: Final = (".wav", ".flac", ".ogg", ".mp3")
+
+_SPLIT_NAMES: Final = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that the dataset names or holds and that is no sample, with the reason."""
+
+    name: str
+    reason: str
+
+
+class ListedDataset:
+    """A dataset whose clips are listed when it is opened; the base of the adapters here.
+
+    An adapter calls `add` for each clip and `finish` at the end.
+
+    Args:
+        root: Where the clips come from, for people and for the store's metadata.
+        namespace: See `AudioDataset`.
+        class_labels: Class name → label, of every class that the dataset knows.
+        namespace_is_derived: Whether the namespace is made from the folder's name, which another
+            folder may share.
+
+    Attributes:
+        kind: What `open_dataset` calls this layout.
+        samples: See `AudioDataset`.
+        left_out: What isn't a sample though it looks like one, such as a listed file that is
+            missing.
+
+    Raises:
+        DatasetError: Two classes have one name in a sample id.
+    """
+
+    kind = "listed"
+
+    def __init__(
+        self,
+        root: str,
+        namespace: str,
+        class_labels: Mapping[str, int],
+        *,
+        namespace_is_derived: bool = False,
+    ) -> None:
+        self.root = root
+        self.namespace = namespace
+        self.namespace_is_derived = namespace_is_derived
+        self.samples: list[Sample] = []
+        self.left_out: list[LeftOut] = []
+        self._names = _canonical_names(class_labels, root)
+        self.class_labels: Mapping[str, int] = {
+            self._names[name]: label for name, label in class_labels.items()
+        }
+        self._paths: dict[str, str] = {}
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """`file_id:class` of every sample, in the order of `samples`."""
+        return [sample_id_of(sample) for sample in self.samples]
+
+    def add(self, file_id: str, class_name: str, audio_path: str, **fields: Any) -> None:
+        """Take a clip in; one whose name can't be a sample id is left out.
+
+        Args:
+            file_id: The clip's name in the dataset.
+            class_name: One of `class_labels`, in any case.
+            audio_path: Its file, or what to call its `audio_source`.
+            fields: More fields of the sample: `split`, `fold`, `audio_source`, ….
+
+        Raises:
+            DatasetError: Another clip has the same sample id.
+        """
+        name = self._names.get(class_name) or canonical_class(class_name)
+        sample = {
+            "file_id": unicodedata.normalize("NFC", file_id),
+            "class_name": name,
+            "class_label": self.class_labels[name],
+            "audio_path": audio_path,
+            **fields,
+        }
+        try:
+            sample_id = sample_id_of(sample)
+        except InvalidSampleIdError as error:
+            self.leave_out(audio_path, str(error))
+            return
+        if sample_id in self._paths:
+            raise DatasetError(
+                f"{shown(self._paths[sample_id])} and {shown(audio_path)} have the same sample id "
+                f"{sample_id!r}; rename or remove one of them"
+            )
+        self._paths[sample_id] = audio_path
+        self.samples.append(sample)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note something that is no sample."""
+        self.left_out.append(LeftOut(shown(name), reason))
+
+    def finish(self) -> None:
+        """Sort the samples by class and file id; without any the dataset is refused.
+
+        Raises:
+            DatasetError: There are no samples.
+        """
+        self._paths = {}
+        if not self.samples:
+            why = "".join(f"; {item.name}: {item.reason}" for item in self.left_out[:3])
+            raise DatasetError(f"{self.root}: {self.kind}: no clips found{why}")
+        self.samples.sort(key=lambda sample: (sample["class_name"], sample["file_id"]))
+
+    def __str__(self) -> str:
+        classes = len({sample["class_name"] for sample in self.samples})
+        text = f"{self.kind}: {len(self.samples)} clips of {classes} classes in {self.root}"
+        if self.left_out:
+            text += f"; {_counts(self.left_out)}"
+        return text
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
+
+def own_split_name(name: str) -> str:
+    """`train`, `val` or `test` for the usual names of these, else the name itself."""
+    return _SPLIT_NAMES.get(name.strip().lower(), name.strip())
+
+
+def checked_folder(root: str | Path, expected: str) -> str:
+    """The folder's absolute path, `~` expanded.
+
+    Raises:
+        DatasetError: It isn't a folder.
+    """
+    folder = os.path.abspath(os.path.expanduser(os.fspath(root)))  # noqa: PTH100, PTH111
+    if not os.path.isdir(folder):  # noqa: PTH112
+        raise DatasetError(f"{shown(folder)} isn't a folder; expected is {expected}")
+    return folder
+
+
+def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, by name, without hidden names.
+
+    Raises:
+        DatasetError: It can't be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(
+            f"{shown(folder)} can't be listed ({error.strerror}); check its permissions"
+        ) from None
+    return (entry for entry in found if not entry.name.startswith("."))
+
+
+def audio_file_id(name: str) -> str | None:
+    """The name without its suffix if that is one of an audio file, else None."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
+    return stem if stem and suffix.lower() in AUDIO_SUFFIXES else None
+
+
+def _canonical_names(classes: Iterable[str], root: str) -> dict[str, str]:
+    """Class as the dataset writes it → as it stands in a sample id."""
+    names: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for given in classes:
+        name = canonical_class(given)
+        if name in first:
+            raise DatasetError(
+                f"{shown(root)}: the classes {first[name]!a} and {given!a} have one name in a "
+                f"sample id, {name!a}; rename one of them"
+            )
+        first[name] = given
+        names[given] = name
+    return names
+
+
+def _counts(left_out: list[LeftOut]) -> str:
+    """`3 left out: no such file; 1 left out: …`, most frequent first."""
+    reasons = Counter(item.reason for item in left_out)
+    shown_reasons = [f"{count} left out: {reason}" for reason, count in reasons.most_common(3)]
+    rest = sum(count for _, count in reasons.most_common()[3:])
+    return "; ".join([*shown_reasons, *([f"{rest} more left out"] if rest else [])])

@@ -1,0 +1,295 @@
+"""Which of a dataset's samples are wanted: the same rules for every adapter. No torch here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from lmdbcache.datasets.classes import chosen_classes
+from lmdbcache.datasets.partitions import partition_samples
+from lmdbcache.datasets.splits import SPLITS, node_split, split_samples
+from lmdbcache.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lmdbcache.datasets.base import AudioDataset, Sample
+
+__all__ = [
+    "NODE_SEED",
+    "SPLIT_SEED",
+    "Narrowing",
+    "first_of_each_class",
+    "split_names",
+    "split_of",
+    "split_source",
+]
+
+# Part of what a split means: another number would move every clip.
+SPLIT_SEED: Final = 42
+NODE_SEED: Final = 42
+
+_FEWEST_FOLDS: Final = 3
+_SOURCES: Final = ("auto", "own", "folds", "ratios")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Part of a dataset: first by class, then this node, these folds, this split.
+
+    Args:
+        classes: Names or labels to use; None for all.
+        exclude: Names or labels to leave out.
+        samples_per_class: Use the first samples of each class only. Without effect beside
+            `samples_per_node`.
+        node_split_id: This node, from 0.
+        num_nodes: Divide all samples between so many nodes.
+        samples_per_node: Or give each node so many samples of every class.
+        node_shares: Divide between the nodes by these shares, see `partition_samples`.
+        dirichlet: Divide between the nodes with this alpha, see `partition_samples`.
+        min_per_node: Samples that a node has at least, with `node_shares` or `dirichlet`.
+        node_seed: Seed of the division between nodes, the same on all of them.
+        folds: Only these folds.
+        split: `"all"`, or the name of a split.
+        split_by: Where splits come from: `"own"` (the dataset's), `"folds"` (the last fold is
+            test, the one before val, the others train), `"ratios"` (0.7, 0.1, 0.2 by hash), or
+            `"auto"`: the first of these that the dataset has.
+    """
+
+    classes: Sequence[str | int] | None = None
+    exclude: Sequence[str | int] | None = None
+    samples_per_class: int | None = None
+    node_split_id: int | None = None
+    num_nodes: int | None = None
+    samples_per_node: int | None = None
+    node_shares: Sequence[float] | None = None
+    dirichlet: float | None = None
+    min_per_node: int = 0
+    node_seed: int = NODE_SEED
+    folds: Sequence[int] | None = None
+    split: str = "all"
+    split_by: str = "auto"
+
+    def of(self, dataset: AudioDataset) -> list[Sample]:
+        """The samples of a dataset that are wanted, in its order; labels keep their value.
+
+        Raises:
+            DatasetError: A choice can't be used with this dataset.
+        """
+        # Before anything is narrowed: what a split means depends on the whole dataset.
+        check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
+        return self._of_folds_and_split(self._of_node(self.of_classes(dataset)), dataset)
+
+    def nodes_of(self, dataset: AudioDataset) -> list[list[Sample]]:
+        """What `of` gives for each node; `node_split_id` has no effect.
+
+        Raises:
+            DatasetError: A choice can't be used, or the number of nodes isn't given.
+        """
+        check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
+        samples = self.of_classes(dataset)
+        if self.num_nodes is None or self.samples_per_node is not None:
+            raise DatasetError("num_nodes: how many nodes are there? (--num-nodes)")
+        nodes = partition_samples(
+            samples,
+            self.num_nodes,
+            **self._partition_rule(),
+            min_samples=self.min_per_node,
+            seed=self.node_seed,
+        )
+        return [self._of_folds_and_split(node, dataset) for node in nodes]
+
+    def of_classes(self, dataset: AudioDataset) -> list[Sample]:
+        """The samples of the classes that are wanted.
+
+        Raises:
+            DatasetError: A class isn't one of the dataset's, or none of them has clips.
+        """
+        labels, name = dataset.class_labels, dataset.namespace
+        wanted = chosen_classes(self.classes, labels, name) or list(labels)
+        excluded = chosen_classes(self.exclude, labels, name) or []
+        active = [each for each in wanted if each not in excluded]
+        present = {sample["class_name"] for sample in dataset.samples}
+        _report_absent([each for each in active if each not in present], active, name)
+        chosen = set(active)
+        samples = [sample for sample in dataset.samples if sample["class_name"] in chosen]
+        if self.samples_per_node is not None:
+            return samples
+        return first_of_each_class(samples, self.samples_per_class)
+
+    def _of_folds_and_split(self, samples: list[Sample], dataset: AudioDataset) -> list[Sample]:
+        if self.folds:
+            samples = _of_folds(samples, self.folds, dataset)
+        return split_of(samples, self.split, self.split_by, whole=dataset.samples)
+
+    def _of_node(self, samples: list[Sample]) -> list[Sample]:
+        rule = self._partition_rule()
+        divided = (self.num_nodes, self.samples_per_node) != (None, None) or rule["by"] != "count"
+        if self.node_split_id is None:
+            if divided:
+                raise DatasetError("node_split_id: which of the nodes is this one? From 0")
+            return samples
+        if rule["by"] == "count" and not self.min_per_node:
+            return node_split(
+                samples,
+                self.node_split_id,
+                self.num_nodes,
+                self.samples_per_node,
+                self.node_seed,
+            )
+        if self.num_nodes is None or self.samples_per_node is not None:
+            raise DatasetError("num_nodes: needed, and not samples_per_node, to divide by shares")
+        parts = partition_samples(
+            samples, self.num_nodes, **rule, min_samples=self.min_per_node, seed=self.node_seed
+        )
+        if not 0 <= self.node_split_id < len(parts):
+            raise DatasetError(
+                f"node_split_id: {self.node_split_id}; with num_nodes={len(parts)} it is 0 to "
+                f"{len(parts) - 1}"
+            )
+        return parts[self.node_split_id]
+
+    def _partition_rule(self) -> dict[str, Any]:
+        if self.node_shares is not None and self.dirichlet is not None:
+            raise DatasetError("node_shares, dirichlet: give one of them")
+        if self.node_shares is not None:
+            return {"by": "share", "shares": self.node_shares}
+        if self.dirichlet is not None:
+            return {"by": "dirichlet", "alpha": self.dirichlet}
+        return {"by": "count"}
+
+
+def first_of_each_class(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """The first so many of each class; None, 0 and less are no limit."""
+    if not limit or limit < 0:
+        return list(samples)
+    taken: dict[str, int] = {}
+    limited = []
+    for sample in samples:
+        name = sample["class_name"]
+        taken[name] = taken.get(name, 0) + 1
+        if taken[name] <= limit:
+            limited.append(sample)
+    return limited
+
+
+def split_source(samples: Sequence[Sample], split_by: str = "auto") -> str:
+    """Where the splits of a dataset come from: `own`, `folds` or `ratios`.
+
+    Args:
+        samples: All of the dataset.
+        split_by: See `Narrowing`.
+
+    Raises:
+        DatasetError: There is no such source, or the samples haven't what it needs.
+    """
+    if split_by not in _SOURCES:
+        raise DatasetError(f"split_by: {split_by!r}; use {', '.join(_SOURCES)}")
+    has = {
+        "own": bool(samples) and all("split" in sample for sample in samples),
+        "folds": bool(samples) and all("fold" in sample for sample in samples),
+        "ratios": True,
+    }
+    if split_by == "auto":
+        return next(source for source in has if has[source])
+    if not has[split_by]:
+        raise DatasetError(
+            f"split_by: {split_by!r}, but not every sample has a "
+            f"{'split' if split_by == 'own' else 'fold'}; use 'ratios'"
+        )
+    return split_by
+
+
+def check_split(samples: Sequence[Sample], split: str, split_by: str, name: str) -> None:
+    """Refuse a split that a dataset hasn't.
+
+    Args:
+        samples: All of the dataset.
+        split: Name of the split, or `all`.
+        split_by: See `Narrowing`.
+        name: What to call the dataset.
+
+    Raises:
+        DatasetError: It hasn't.
+    """
+    known = split_names(samples, split_by)
+    if split == "all" or split in known:
+        return
+    source = split_source(samples, split_by)
+    if source == "folds" and not known:
+        raise DatasetError(
+            f"split: {split!r}; {name} has fewer than 3 folds, of which train, val and test could "
+            "be made. Use folds (--fold), or split_by='ratios' (--split-by ratios)"
+        )
+    names = ", ".join(repr(each) for each in known)
+    own = " of its own; split_by='ratios' (--split-by ratios) draws others" * (source == "own")
+    raise DatasetError(f"split: {split!r}; {name} has {names} and 'all'{own}")
+
+
+def split_names(samples: Sequence[Sample], split_by: str = "auto") -> tuple[str, ...]:
+    """The names of a dataset's splits; none if its folds are too few.
+
+    Args:
+        samples: All of the dataset.
+        split_by: See `Narrowing`.
+    """
+    source = split_source(samples, split_by)
+    if source == "own":
+        found = {str(sample["split"]) for sample in samples}
+        usual = [name for name in SPLITS if name in found]
+        return (*usual, *sorted(found.difference(usual)))
+    if source == "folds" and len({sample["fold"] for sample in samples}) < _FEWEST_FOLDS:
+        return ()
+    return SPLITS
+
+
+def split_of(
+    samples: Sequence[Sample], split: str, split_by: str, *, whole: Sequence[Sample]
+) -> list[Sample]:
+    """The samples of one split.
+
+    Args:
+        samples: Those to choose from.
+        split: Name of the split, or `all`.
+        split_by: See `Narrowing`.
+        whole: All samples of the dataset, which say what its folds are.
+    """
+    if split == "all":
+        return list(samples)
+    source = split_source(whole, split_by)
+    if source == "own":
+        return [sample for sample in samples if sample["split"] == split]
+    if source == "folds":
+        wanted = _folds_of(whole, split)
+        return [sample for sample in samples if sample["fold"] in wanted]
+    return split_samples(samples, split, seed=SPLIT_SEED)
+
+
+def _folds_of(samples: Sequence[Sample], split: str) -> set[int]:
+    """The last fold is test, the one before it val, the rest are train."""
+    folds = sorted({int(sample["fold"]) for sample in samples})
+    parts: Mapping[str, list[int]] = {"train": folds[:-2], "val": [folds[-2]], "test": [folds[-1]]}
+    return set(parts[split])
+
+
+def _of_folds(
+    samples: Sequence[Sample], folds: Sequence[int], dataset: AudioDataset
+) -> list[Sample]:
+    known = {sample["fold"] for sample in dataset.samples if "fold" in sample}
+    unknown = [fold for fold in folds if fold not in known]
+    if unknown:
+        there = f"folds are {', '.join(map(str, sorted(known)))}" if known else "it has no folds"
+        raise DatasetError(f"folds: {unknown[0]} of {dataset.namespace}; {there}")
+    return [sample for sample in samples if sample.get("fold") in folds]
+
+
+def _report_absent(absent: list[str], active: list[str], name: str) -> None:
+    if active and not absent:
+        return
+    few = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    if len(absent) == len(active):
+        raise DatasetError(f"{name} has no clips of {few or 'any class'}")
+    _logger.warning("%s has no clips of: %s", name, few)

@@ -1,0 +1,150 @@
+"""VGGSound: ten-second clips of YouTube videos, of 309 classes. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from lmdbcache.datasets.listed import (
+    ListedDataset,
+    audio_file_id,
+    checked_folder,
+    own_split_name,
+    visible_entries,
+)
+from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["VGGSoundDataset", "find_table"]
+
+_LAYOUT: Final = (
+    "<root>/vggsound.csv (YouTube id, start second, label, split) and "
+    "<root>/<any folder>/<YouTube id>_<start, six digits>.wav"
+)
+_SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]*)?")
+
+
+class _Row(NamedTuple):
+    line: int
+    ytid: str
+    start: int
+    label: str
+    split: str
+
+    @property
+    def file_id(self) -> str:
+        return f"{self.ytid}_{self.start:06d}"
+
+
+class VGGSoundDataset(ListedDataset):
+    """VGGSound: its table, and audio files called `<YouTube id>_<start, six digits>.wav`.
+
+    The files lie in the root or in folders right below it. Many of the listed videos are gone from
+    YouTube, so a listed file that isn't there is left out. Labels are positions in the sorted list
+    of the table's classes, present or not; each sample has its `split`, `ytid` and `start_second`.
+
+    Args:
+        root: Folder with the audio files.
+        table: The table; None takes `vggsound.csv` of the root, or the only `vggsound*.csv`.
+        namespace: Another name than `vggsound`.
+
+    Raises:
+        DatasetError: There is no such table or file, or the table can't be used.
+    """
+
+    kind = "vggsound"
+
+    def __init__(
+        self, root: str | Path, *, table: str | Path | None = None, namespace: str | None = None
+    ) -> None:
+        folder = checked_folder(root, _LAYOUT)
+        path = find_table(folder) if table is None else Path(table).expanduser()
+        if path is None:
+            raise DatasetError(
+                f"{shown(folder)} has no vggsound.csv; name the table with table (--csv). "
+                f"Expected is {_LAYOUT}"
+            )
+        rows = list(_rows(path))
+        name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
+        classes = sorted({row.label for row in rows})
+        super().__init__(folder, name, {label: number for number, label in enumerate(classes)})
+        files = _audio_files(folder, {row.file_id for row in rows})
+        for row in rows:
+            file_id = row.file_id
+            if file_id not in files:
+                self.leave_out(f"{file_id}:{row.label}", "listed, but not on disk")
+                continue
+            more = {"split": own_split_name(row.split)} if row.split else {}
+            self.add(
+                file_id,
+                row.label,
+                files[file_id],
+                ytid=row.ytid,
+                start_second=float(row.start),
+                **more,
+            )
+        self.finish()
+
+
+def find_table(folder: str | Path) -> Path | None:
+    """`vggsound.csv` of a folder, or its only `vggsound*.csv`, or None."""
+    tables = [
+        Path(entry.path)
+        for entry in visible_entries(folder)
+        if entry.name.lower().startswith("vggsound") and entry.name.lower().endswith(".csv")
+    ]
+    named = [table for table in tables if table.name.lower() == "vggsound.csv"]
+    return (named or tables)[0] if len(named or tables) == 1 else None
+
+
+def _rows(table: Path) -> Iterator[_Row]:
+    seen: set[tuple[str, str]] = set()
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            for columns in reader:
+                if not columns or (reader.line_num == 1 and not _is_number(columns)):
+                    continue  # an empty line, or a line of headings
+                row = _row(table, reader.line_num, columns)
+                if (row.file_id, row.label) not in seen:
+                    seen.add((row.file_id, row.label))
+                    yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{shown(table)}: can't be read as CSV: {error}") from error
+
+
+def _is_number(columns: list[str]) -> bool:
+    return len(columns) > 1 and _SECONDS.fullmatch(columns[1].strip()) is not None
+
+
+def _row(table: Path, line: int, columns: list[str]) -> _Row:
+    ytid, start, label, split = ([text.strip() for text in columns] + [""] * 4)[:4]
+    if not (ytid and label and _is_number(columns)) or len(columns) not in (3, 4):
+        raise DatasetError(
+            f"{shown(table)}, line {line}: {columns!s:.100}; expected are YouTube id, start "
+            "second, label and split"
+        )
+    return _Row(line, ytid, int(float(start)), label, split)
+
+
+def _audio_files(folder: str, wanted: set[str]) -> dict[str, str]:
+    """File id → path of the wanted ones, in the folder and in those right below it."""
+    files: dict[str, str] = {}
+    for entry in visible_entries(folder):
+        below = visible_entries(entry.path) if entry.is_dir() else iter((entry,))
+        for file in below:
+            file_id = audio_file_id(file.name) or ""
+            if file_id not in wanted:
+                continue
+            if files.setdefault(file_id, file.path) != file.path:
+                raise DatasetError(
+                    f"{shown(files[file_id])} and {shown(file.path)} are both {file_id!a}; remove "
+                    "one of them"
+                )
+    return files

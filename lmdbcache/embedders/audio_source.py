@@ -1,0 +1,51 @@
+"""Where a clip's bytes come from: a file, or something that opens like one. No torch here."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["AudioSource", "Clips", "as_source", "shown"]
+
+
+@runtime_checkable
+class AudioSource(Protocol):
+    """A clip that isn't a file of its own, such as bytes in a table.
+
+    It is compared with `==`, sent to the decoding processes by pickle, and opened there: keep it
+    small. `str(source)` is what errors and reports call it.
+    """
+
+    def open_binary(self) -> BinaryIO:
+        """A new seekable binary file, positioned at its start; the caller closes it.
+
+        Raises:
+            OSError: It can't be read.
+        """
+        ...
+
+
+# Sample id → source, as a Mapping or as pairs.
+Clips: TypeAlias = (
+    "Mapping[str, str] | Mapping[str, str | os.PathLike[str] | AudioSource]"
+    " | Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]"
+)
+
+
+def as_source(given: str | os.PathLike[str] | AudioSource) -> str | AudioSource:
+    """A path as text; a source as it is."""
+    # Text first: asking whether something has a protocol's methods takes up to 40 µs.
+    if isinstance(given, (str, os.PathLike)):
+        return os.fspath(given)
+    if isinstance(given, AudioSource):
+        return given
+    raise TypeError(f"{given!r:.80} is neither a path nor an AudioSource with open_binary()")
+
+
+def shown(source: str | os.PathLike[str] | AudioSource) -> str:
+    """What to call a source in a message; bytes of a name that aren't UTF-8 are escaped."""
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(source)
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,184 @@
+"""`lmdbcache dataset` and `partition`, and extraction from every layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound
+
+from lmdbcache import CacheConfig, EmbeddingCache, model_identity
+
+
+@pytest.fixture
+def esc50(tmp_path):
+    return make_esc50(tmp_path / "ESC-50")
+
+
+@pytest.fixture
+def options(ast_folder):
+    return ("--model", ast_folder, "--duration", "0.2", "--num-workers", "0")
+
+
+def counts(cli, *arguments):
+    """(samples asked, extracted, failed) of an extraction."""
+    result = cli("extract", *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    return summary["num_samples"], summary["num_extracted"], len(summary["failures"])
+
+
+def test_dataset_shows_what_a_folder_is(cli, esc50):
+    """Layout, namespace, classes, labels, splits and folds, as a table and as JSON."""
+    text = cli("dataset", esc50).stdout
+    assert "esc50" in text
+    assert "train: 18, val: 6, test: 6" in text
+    assert "hand_saw" in text
+    found = json.loads(cli("dataset", esc50, "--class", "dog", "--json").stdout)
+    assert (found["dataset"], found["namespace"], found["clips"]) == ("esc50", "esc50", 5)
+    assert found["splits"] == {"train": 3, "val": 1, "test": 1}
+    assert found["labels"] == {"dog": 0}
+
+
+def test_missing_files_are_reported_and_listed(cli, tmp_path, options):
+    """A warning counts them, --left-out lists them, --json has them."""
+    root = make_vggsound(tmp_path / "VGGSound")
+    result = cli("extract", root, *options, "--dry-run")
+    assert "2 left out: listed, but not on disk" in result.stderr
+    listed = cli("dataset", root, "--left-out").stdout
+    assert "left out: gone0000000_000030:people marching: listed, but not on disk" in listed
+    found = json.loads(cli("dataset", root, "--json").stdout)
+    assert [item["name"] for item in found["left_out"]] == [
+        "gone0000000_000030:people marching",
+        "gone0000001_000030:people marching",
+    ]
+
+
+def test_extract_from_esc50_by_fold_and_split(cli, esc50, options, tmp_path):
+    """Folds and splits choose; what another run has stored isn't computed again."""
+    assert counts(cli, esc50, *options, "--fold", 1, "--fold", 2, "--class", "dog") == (2, 2, 0)
+    assert counts(cli, esc50, *options, "--split", "test", "--dataset", "esc50") == (6, 6, 0)
+    result = cli("coverage", esc50, *options[:4])
+    assert result.returncode == 1
+    assert "8 of 30 stored" in result.stdout
+    (store,) = EmbeddingCache(tmp_path / "cache").stores()
+    assert store.config.dataset == "esc50"
+    assert store.dataset_root == str(esc50)
+
+
+def test_extract_from_vggsound_with_a_table_elsewhere(cli, tmp_path, options):
+    """--csv names the table; its own splits are used."""
+    root = make_vggsound(tmp_path / "VGGSound")
+    table = (root / "vggsound.csv").rename(tmp_path / "elsewhere.csv")
+    assert counts(cli, root, *options, "--csv", table, "--split", "test") == (3, 3, 0)
+
+
+def test_extract_from_a_folder_of_four_formats(cli, tmp_path, options):
+    """wav, flac, ogg and mp3 under two classes."""
+    root = make_audio_folder(tmp_path / "my sounds", classes=["bell", "wind"])
+    assert counts(cli, root, *options) == (10, 10, 0)
+
+
+def test_two_folders_of_one_name_in_one_root(cli, refused, tmp_path, options):
+    """The second is refused until it gets a namespace of its own."""
+    one, other = (make_audio_folder(tmp_path / p / "data", classes=["bell"]) for p in "ab")
+    config = CacheConfig(duration=0.2, model_name=model_identity(options[1]), dataset="folder-data")
+    with EmbeddingCache(tmp_path / "cache").writer(config, dataset_root=one) as writer:
+        writer.put("clip_0:bell", np.ones(64))
+    assert "1 of 5 stored" in cli("coverage", one, *options[:4]).stdout
+    line = refused("extract", other, *options)
+    assert "folder-data" in line
+    assert str(one) in line
+    assert "--namespace" in line
+    assert "--namespace" in refused("coverage", other, *options[:4])
+    result = cli("extract", other, *options, "--namespace", "other", "--dry-run")
+    assert "5 samples: 0 are cached, 5 to extract" in result.stdout
+
+
+def test_extract_from_hugging_face(cli, tmp_path, options):
+    """Clips as bytes in a saved dataset, decoded in worker processes; a bad one is named."""
+    tables = pytest.importorskip("huggingface_tables")
+    rows = [(name, tables.encoded(name, 0), None) for name in tables.CLASSES]
+    rows.append(("wind", b"not audio", None))
+    tables.table(rows, key=["a", "b", "c", "d"]).save_to_disk(tmp_path / "saved")
+    arguments = (tmp_path / "saved", *options[:4], "--id-column", "key", "--num-workers", "1")
+    result = cli("extract", *arguments)
+    assert result.returncode == 1
+    first, second, _ = result.stdout.splitlines()
+    assert first.startswith("4 samples: 0 were cached, 3 extracted, 1 failed")
+    assert second.startswith("failed: d:wind: ")
+    assert "row 3" in second
+    assert "not readable as audio" in second
+    again = cli("coverage", *arguments[:-2], "--audio-column", "audio", "--label-column", "label")
+    assert "3 of 4 stored" in again.stdout
+
+
+def test_partition_shows_nodes_and_audits_them(cli, esc50):
+    """Classes by node, sizes by split, and whether clips are shared; the same as extract takes."""
+    arguments = ("--num-nodes", 3, "--dirichlet", 0.3, "--seed", 1)
+    result = cli("partition", esc50, *arguments)
+    assert result.returncode == 0
+    assert "no two of 9 parts share a sample id" in result.stdout
+    assert "node 2 train" in result.stdout
+    found = json.loads(cli("partition", esc50, *arguments, "--json").stdout)
+    assert found["audit"]["is_disjoint"]
+    assert sum(node["samples"] for node in found["nodes"]) == 30
+    for number, node in enumerate(found["nodes"]):
+        if node["samples"]:
+            one = cli("dataset", esc50, *arguments, "--node-split-id", number, "--json")
+            assert json.loads(one.stdout)["classes"] == node["classes"]
+
+
+def test_partition_finds_copies_between_splits(cli, tmp_path):
+    """A file that lies in train and test is found by its content; exit code 1."""
+    for split in ("train", "test"):
+        make_audio_folder(tmp_path / "data" / split, classes=["bell"], suffixes=["wav"])
+    by_name = cli("partition", tmp_path / "data", "--num-nodes", 1)
+    assert by_name.returncode == 0
+    result = cli("partition", tmp_path / "data", "--num-nodes", 1, "--content")
+    assert result.returncode == 1
+    assert "share by content: test/clip_0:bell" in result.stdout.replace("train/clip_0:bell = ", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--dataset", "fsd50k"], "'fsd50k'"),
+        (["--fold", "9"], "folds are 1, 2"),
+        (["--split", "dev"], "'train', 'val'"),
+        (["--split-by", "own"], "split_by: 'own'"),
+        (["--num-nodes", "3"], "node_split_id"),
+        (
+            ["--num-nodes", "3", "--node-split-id", "0", "--node-shares", "a,b"],
+            "node_shares: 'a,b'",
+        ),
+        (["--namespace", "vegas"], "it belongs to vegas"),
+        (["--csv", "x.csv", "--dataset", "esc50"], "table: not an option"),
+        (["--class", "cow"], "'cow'"),
+    ],
+)
+def test_wrong_choices(refused, esc50, options, arguments, word):
+    """One line that says what may be chosen."""
+    assert word in refused("extract", esc50, *options, *arguments)
+
+
+def test_partition_needs_a_number_of_nodes(refused, esc50):
+    """Without it there is nothing to divide by."""
+    assert "--num-nodes" in refused("partition", esc50)
+
+
+@pytest.mark.parametrize("command", ["dataset", "partition"])
+def test_no_heavy_imports(command, esc50):
+    """Looking at a dataset needs neither torch nor an audio library, nor `datasets`."""
+    code = (
+        "import sys\nfrom lmdbcache.cli.main import main\n"
+        f"sys.argv = ['lmdbcache', {command!r}, {str(esc50)!r}, '--num-nodes', '2',"
+        " '--node-split-id', '0']\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'soundfile', 'soxr', 'tqdm', 'datasets', 'pyarrow'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,74 @@
+"""Every adapter of this package keeps the contract that others are asked to keep."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
+
+from lmdbcache.datasets.audio_folder import AudioFolderDataset
+from lmdbcache.datasets.esc50 import ESC50Dataset
+from lmdbcache.datasets.huggingface import HuggingFaceDataset
+from lmdbcache.datasets.opening import open_dataset
+from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.datasets.vggsound import VGGSoundDataset
+from lmdbcache.testing.dataset_contract import DatasetContract
+
+
+class TestESC50(DatasetContract):
+    published_name = "esc50"
+
+    def make(self, tmp_path):
+        return ESC50Dataset(make_esc50(tmp_path / "ESC-50"))
+
+
+class TestVGGSound(DatasetContract):
+    published_name = "vggsound"
+
+    def make(self, tmp_path):
+        return VGGSoundDataset(make_vggsound(tmp_path / "VGGSound"))
+
+
+class TestAudioFolder(DatasetContract):
+    def make(self, tmp_path):
+        return AudioFolderDataset(make_audio_folder(tmp_path / "some sounds"))
+
+
+class TestAudioFolderWithSplits(DatasetContract):
+    def make(self, tmp_path):
+        for split in ("train", "Validation", "test"):
+            make_audio_folder(tmp_path / "sounds" / split, suffixes=["wav"])
+        return AudioFolderDataset(tmp_path / "sounds")
+
+
+class TestVEGAS(DatasetContract):
+    published_name = "vegas"
+
+    def make(self, tmp_path):
+        for name in ("dog", "drum"):
+            for number in range(5):
+                path = tmp_path / "VEGAS" / name / "audios" / f"video_{number:05d}.wav"
+                write_audio(path, tone(name, number))
+        return VEGASSelection(tmp_path / "VEGAS")
+
+
+class TestHuggingFaceSaved(DatasetContract):
+    """Bytes in the Arrow files of a saved DatasetDict."""
+
+    def make(self, tmp_path):
+        tables = pytest.importorskip("huggingface_tables")
+        if not (tmp_path / "saved").exists():
+            tables.two_splits().save_to_disk(tmp_path / "saved")
+        return HuggingFaceDataset(tmp_path / "saved")
+
+
+class TestHuggingFaceInMemory(DatasetContract):
+    """Rows that name files, known by their number."""
+
+    def make(self, tmp_path):
+        tables = pytest.importorskip("huggingface_tables")
+        rows = []
+        for number in range(6):
+            name = tables.CLASSES[number % 3]
+            path = tmp_path / "clips" / str(number) / "clip.wav"
+            rows.append((name, None, str(write_audio(path, tone(name, number)))))
+        return open_dataset(tables.table(rows), namespace="mine")

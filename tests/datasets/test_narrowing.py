@@ -1,0 +1,173 @@
+"""One set of rules for a part of any dataset."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from synthetic_layouts import make_esc50, make_vggsound, tone, write_audio
+
+from lmdbcache.datasets.narrowing import Narrowing, split_names, split_source
+from lmdbcache.datasets.opening import open_dataset
+from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.errors import DatasetError
+
+
+@pytest.fixture(scope="module")
+def vegas(tmp_path_factory):
+    """Three classes of ten clips; not to be changed."""
+    root = tmp_path_factory.mktemp("data") / "VEGAS"
+    for name in ("baby_cry", "dog", "drum"):
+        for number in range(10):
+            write_audio(root / name / "audios" / f"video_{number:05d}.wav", tone(name, number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def esc50(tmp_path_factory):
+    return open_dataset(make_esc50(tmp_path_factory.mktemp("data") / "ESC-50"))
+
+
+NARROWED = [
+    {"num_samples_per_class": 4, "split": "train"},
+    {"selected_classes": ["dog", 3], "split": "val"},
+    {"excluded_classes": ["dog"], "num_samples_per_class": 7},
+    {"node_split_id": 1, "num_nodes": 3, "split": "test"},
+    {"node_split_id": 1, "samples_per_node": 2, "num_samples_per_class": 1},
+    {"node_split_id": 0, "num_nodes": 2, "split": "train", "selected_classes": ["drum"]},
+]
+OTHER_NAMES = {
+    "selected_classes": "classes",
+    "excluded_classes": "exclude",
+    "num_samples_per_class": "samples_per_class",
+}
+
+
+@pytest.mark.parametrize("arguments", NARROWED, ids=str)
+def test_vegas_is_narrowed_as_ever(vegas, arguments):
+    """The rules for all datasets give what VEGASSelection gives by its own arguments."""
+    expected = VEGASSelection(vegas, **arguments).sample_ids
+    narrowing = Narrowing(**{OTHER_NAMES.get(k, k): v for k, v in arguments.items()})
+    found = [f"{s['file_id']}:{s['class_name']}" for s in narrowing.of(open_dataset(vegas))]
+    assert found == expected != []
+
+
+def test_vegas_splits_and_nodes_are_those_of_the_first_release(vegas):
+    """Written down, so that no later change moves a clip unseen."""
+    selection = VEGASSelection(vegas, split="test")
+    assert selection.sample_ids == [
+        "video_00000:baby_cry",
+        "video_00003:baby_cry",
+        "video_00002:dog",
+        "video_00009:dog",
+        "video_00002:drum",
+        "video_00003:drum",
+    ]
+    assert VEGASSelection(vegas, node_split_id=1, num_nodes=5).sample_ids == [
+        "video_00006:baby_cry",
+        "video_00009:baby_cry",
+        "video_00000:dog",
+        "video_00007:dog",
+        "video_00005:drum",
+        "video_00007:drum",
+    ]
+
+
+def test_classes_by_name_in_any_case_and_by_label(esc50):
+    """Names in any case and labels choose; labels are those of the whole dataset."""
+    for chosen in (["Hand_Saw", "rain"], [49, 10], ["hand_saw", 10]):
+        samples = Narrowing(classes=chosen).of(esc50)
+        assert {(s["class_name"], s["class_label"]) for s in samples} == {
+            ("hand_saw", 49),
+            ("rain", 10),
+        }
+    for wrong in ("cow", 5, True, 1.5):
+        with pytest.raises(DatasetError, match=r"isn't a class of esc50; names.* dog \(0\)"):
+            Narrowing(classes=[wrong]).of(esc50)
+
+
+def test_classes_without_clips_are_told(vegas, caplog):
+    """Some that are empty are a warning, nothing but empty ones an error."""
+    dataset = open_dataset(vegas)
+    Narrowing(classes=["dog", "printer"]).of(dataset)
+    assert "vegas has no clips of: printer" in caplog.text
+    with pytest.raises(DatasetError, match="vegas has no clips of printer, snoring"):
+        Narrowing(classes=["printer", "snoring"]).of(dataset)
+    with pytest.raises(DatasetError, match="no clips of any class"):
+        Narrowing(classes=["dog"], exclude=["dog"]).of(dataset)
+
+
+def test_where_splits_come_from(esc50, vegas, tmp_path):
+    """The dataset's own before its folds before ratios, unless said otherwise."""
+    vggsound = open_dataset(make_vggsound(tmp_path / "VGGSound"))
+    assert [split_source(d.samples) for d in (vggsound, esc50, open_dataset(vegas))] == [
+        "own",
+        "folds",
+        "ratios",
+    ]
+    assert split_names(vggsound.samples) == ("train", "test")
+    with pytest.raises(DatasetError, match="split_by: 'own', but not every sample has a split"):
+        Narrowing(split_by="own").of(esc50)
+    with pytest.raises(DatasetError, match="split_by: 'magic'; use auto, own"):
+        Narrowing(split_by="magic").of(esc50)
+    with pytest.raises(DatasetError, match="split: 'dev'; esc50 has 'train', 'val', 'test'"):
+        Narrowing(split="dev").of(esc50)
+
+
+def test_two_folds_are_too_few_for_splits(tmp_path):
+    """With fewer than three folds a split by folds is refused, folds aren't."""
+    root = make_esc50(tmp_path / "x")
+    for path in (root / "audio").iterdir():
+        if path.name[0] not in "12":
+            path.unlink()
+    dataset = open_dataset(root)
+    with pytest.raises(DatasetError, match="fewer than 3 folds"):
+        Narrowing(split="train").of(dataset)
+    assert len(Narrowing(folds=[2]).of(dataset)) == 6
+
+
+def test_narrowing_together(esc50):
+    """Classes, node, folds and split together are the intersection of each alone."""
+    chosen = {"classes": ["dog", "rain"], "folds": [1, 2, 4], "split": "train"}
+    ids = [set(_ids(Narrowing(**{k: v}).of(esc50))) for k, v in chosen.items()]
+    nodes = [
+        set(_ids(Narrowing(**chosen, node_split_id=k, num_nodes=2).of(esc50))) for k in range(2)
+    ]
+    assert nodes[0] | nodes[1] == set.intersection(*ids)
+    assert not nodes[0] & nodes[1]
+
+
+def test_half_a_choice_of_nodes_is_refused(esc50):
+    """A number of nodes without this node, or the reverse, would take everything unseen."""
+    for wrong, words in (
+        ({"num_nodes": 3}, "node_split_id: which"),
+        ({"samples_per_node": 3}, "node_split_id: which"),
+        ({"dirichlet": 0.5, "num_nodes": 3}, "node_split_id: which"),
+        ({"node_split_id": 1}, "num_nodes=None, samples_per_node=None"),
+        ({"node_split_id": 1, "dirichlet": 0.5}, "num_nodes: needed"),
+        ({"node_split_id": 3, "num_nodes": 3}, "0 to 2"),
+        ({"node_split_id": 3, "num_nodes": 3, "dirichlet": 1.0}, "0 to 2"),
+        ({"node_split_id": 0, "num_nodes": 2, "dirichlet": 1.0, "node_shares": [1, 1]}, "one of"),
+        (
+            {"node_split_id": 0, "num_nodes": 2, "samples_per_node": 2, "dirichlet": 1.0},
+            "not sampl",
+        ),
+    ):
+        with pytest.raises(DatasetError, match=words):
+            Narrowing(**wrong).of(esc50)
+
+
+def test_every_rule_gives_disjoint_nodes_that_cover(esc50):
+    """By count, by share and by Dirichlet, beside any split."""
+    for rule, split in itertools.product(
+        ({}, {"node_shares": [3, 1]}, {"dirichlet": 0.3}, {"min_per_node": 9}), ("all", "train")
+    ):
+        nodes = Narrowing(num_nodes=2, split=split, **rule).nodes_of(esc50)
+        whole = _ids(Narrowing(split=split).of(esc50))
+        assert sorted(_ids(nodes[0]) + _ids(nodes[1])) == sorted(whole)
+    with pytest.raises(DatasetError, match="how many nodes"):
+        Narrowing().nodes_of(esc50)
+
+
+def _ids(samples):
+    return [f"{sample['file_id']}:{sample['class_name']}" for sample in samples]
