@@ -21,10 +21,10 @@ from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.storage.generations import free_bytes
 
-__all__ = ["default_num_workers", "extract", "plan_extraction"]
+__all__ = ["default_num_workers", "extract", "model_for", "model_outputs", "plan_extraction"]
 
 
-def extract(
+def extract(  # noqa: PLR0913
     cache: EmbeddingCache,
     config: CacheConfig,
     clips: Mapping[str, str | os.PathLike[str]] | Iterable[tuple[str, str | os.PathLike[str]]],
@@ -38,6 +38,7 @@ def extract(
     progress: bool | None = None,
     dataset_root: str | Path = "",
     commit_seconds: float = 10.0,
+    recompute_changed: bool = False,
 ) -> ExtractionSummary:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
@@ -63,6 +64,8 @@ def extract(
         progress: Show a bar; None does if standard error is a terminal.
         dataset_root: Kept in the store's metadata.
         commit_seconds: Commit at least this often.
+        recompute_changed: Compute cached clips again, too, whose file has changed since, and
+            replace their embeddings.
 
     Returns:
         What was done, failures included.
@@ -85,9 +88,11 @@ def extract(
     started = time.perf_counter()
     run = Run(cache, config, progress=progress, dataset_root=dataset_root)
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
+    missing = run.look_at_sources(missing, recompute=recompute_changed)
     if missing:
         cache.check_writable(config)
         name = os.fspath(model) if model is not None else config.model_name
+        run.model = name
         if front_end is None or make_embedder is None:
             front_end, make_embedder, shape = _ast(config, name, device, front_end, make_embedder)
             run.check_space(missing, shape)
@@ -146,6 +151,30 @@ def plan_extraction(
         bytes_needed=needed,
         bytes_free=free_bytes(existing_parent(store)),
     )
+
+
+def model_for(
+    config: CacheConfig, model: str | os.PathLike[str] | None = None, device: str | None = None
+) -> tuple[FrontEnd, Callable[[], Embedder]]:
+    """The front end of a config's embeddings, and what builds their model.
+
+    Args:
+        config: The identity of the embeddings.
+        model: Hub name or checkpoint folder; None takes `config.model_name`.
+        device: Where the model runs; None takes a CUDA GPU if there is one.
+
+    Raises:
+        ConfigError: The config doesn't fit the model.
+        ModelLoadError: The model isn't on this machine and can't be fetched.
+    """
+    name = os.fspath(model) if model is not None else config.model_name
+    front_end, make_embedder, _ = _ast(config, name, device, None, None)
+    return front_end, make_embedder
+
+
+def model_outputs() -> tuple[str, ...]:
+    """The names of what the models give."""
+    return ASTEmbedder.outputs
 
 
 def default_num_workers() -> int:
