@@ -52,7 +52,11 @@ def _time(found: CapacityPlan) -> str:
         f"({workers}), model {speed.model:.1f} clips/s on {speed.device or 'its device'}, both "
         f"together {speed.together:.1f} clips/s"
     )
-    return f"about {readable_time(found.seconds or 0.0)} for what is missing; {rates}"
+    missing, everything = found.seconds or 0.0, found.seconds_for_all or 0.0
+    return (
+        f"about {readable_time(missing)} for what is missing, {readable_time(everything)} for all "
+        f"clips; {rates}"
+    )
 
 
 def readable_time(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ __all__ = ["CapacityPlan", "Choice", "Speed", "measure_speed", "plan_capacity"]
 _TRIAL_SECONDS: Final = 5.0
 _MOST_CLIPS: Final = 4096  # of a trial
 _CLIPS_OF_FRONT_END: Final = 64
+_PASSES: Final = 3
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,12 @@ class CapacityPlan:
     @property
     def seconds(self) -> float | None:
         """The time for what is missing of the chosen one; None if that isn't known."""
-        missing = self.chosen.plan.num_missing
-        if not missing:
-            return 0.0
-        return self.speed.seconds_for(missing) if self.speed else None
+        return self.speed.seconds_for(self.chosen.plan.num_missing) if self.speed else None
+
+    @property
+    def seconds_for_all(self) -> float | None:
+        """The time for all clips; None if that isn't known."""
+        return self.speed.seconds_for(self.chosen.plan.num_samples) if self.speed else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -108,6 +112,7 @@ class CapacityPlan:
             "output": self.chosen.output,
             "dtype": self.chosen.dtype,
             "seconds": self.seconds,
+            "seconds_for_all": self.seconds_for_all,
             "speed": asdict(self.speed) if self.speed else None,
             "no_speed": self.no_speed,
             "choices": [
@@ -235,12 +240,12 @@ def measure_speed(
     with features(one) as batches:
         first, front_end_rate = _first_features(batches, seconds)
     embedder.embed(first)  # the first pass allocates
-    passed = _seconds_of(lambda: embedder.embed(first))
+    passes = [_seconds_of(lambda: embedder.embed(first)) for _ in range(_PASSES)]
     with features(all_of_them) as batches:
         num_clips, taken = _embedded(batches, embedder, seconds, max(1, num_workers))
     return Speed(
         front_end=front_end_rate,
-        model=len(first) / passed,
+        model=len(first) / statistics.median(passes),
         together=num_clips / taken,
         start_seconds=start_seconds,
         num_workers=num_workers,

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import lmdb
 
 from lmdbcache.errors import IntegrityError
 from lmdbcache.sources.files import Source, SourceState, compare, source_of
 from lmdbcache.sources.records import (
-    SOURCES_NAME,
     SourceRecords,
     Written,
     forget_sources,
@@ -45,6 +44,7 @@ STATES: Final[tuple[SourceState, ...]] = (
 )
 _AT_ONCE: Final = 4096
 _NEWS_EVERY: Final = 64
+_T = TypeVar("_T")
 Progress = Callable[[int, int], None]
 
 
@@ -157,18 +157,17 @@ def num_suspects(store: Path, paths: Mapping[str, str]) -> int:
         store: The store's folder.
         paths: Sample id → audio file, as they are to be read now.
     """
-    number = 0
-    if not (store / SOURCES_NAME).exists():
-        return number
-    for sample_id, _, source in recorded_sources(store, paths):
-        if source is not None and source.mtime_ns is not None:
-            try:
-                found = os.stat(paths[sample_id])  # noqa: PTH116 - once per clip
-            except (OSError, TypeError, ValueError):
-                number += 1
-            else:
-                number += (found.st_size, found.st_mtime_ns) != (source.size, source.mtime_ns)
-    return number
+    seen: set[str] = set()
+    same: set[str] = set()
+    with SourceRecords(store) as records:
+        for chunk in _chunks(sorted(paths)):
+            for sample_id, size, mtime_ns in records.sizes_and_times(chunk):
+                path = paths.get(sample_id)
+                if isinstance(path, str) and mtime_ns is not None:
+                    seen.add(sample_id)
+                    if _has(path, size, mtime_ns):
+                        same.add(sample_id)
+    return len(seen - same)
 
 
 def adopt_sources(
@@ -199,8 +198,8 @@ def adopt_sources(
         forget_sources(store)
     number = 0
     adopted = _adopted(store, clips, os.fspath(root), progress)
-    while chunk := list(itertools.islice(adopted, _AT_ONCE)):
-        write_sources(store, chunk)
+    for chunk in _chunks(adopted):
+        write_sources(store, chunk, tidy=False)
         number += len(chunk)
     return number
 
@@ -234,8 +233,8 @@ def recorded_sources(
         if sample_ids is not None:
             ids = sorted(sample_ids)
             total = len(ids)
-        ids, done = iter(ids), 0
-        while chunk := list(itertools.islice(ids, _AT_ONCE)):
+        done = 0
+        for chunk in _chunks(ids):
             checksums = _checksums(reader, chunk)
             sources = records.of(checksums)
             for number, (sample_id, checksum) in enumerate(checksums.items()):
@@ -245,6 +244,20 @@ def recorded_sources(
             done += len(chunk)
         if progress is not None:
             progress(done, total)
+
+
+def _has(path: str, size: int, mtime_ns: int) -> bool:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - once per clip
+    except (OSError, ValueError):
+        return False
+    return found.st_mtime_ns == mtime_ns and found.st_size == size
+
+
+def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, _AT_ONCE)):
+        yield chunk
 
 
 def _checksums(reader: EmbeddingReader, sample_ids: list[str]) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ SourceState = Literal["unchanged", "touched", "changed", "vanished", "unknown"]
 # Decoding reads the first seconds of a clip. Reading all of an hour-long recording for its digest
 # would take longer than everything else.
 LARGEST_DIGESTED_BYTES: Final = 64 << 20
-_CHUNK_BYTES: Final = 1 << 20
+_CHUNK_BYTES: Final = 256 << 10
 
 
 class Source(NamedTuple):

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ SOURCES_NAME: Final = "sources.sqlite3"
 _VERSION: Final = 1
 _BUSY_SECONDS: Final = 5.0
 _FEW: Final = 256
+_COLUMNS: Final = "sample_id, embedding, root, path, size, mtime_ns, digest"
 _SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS roots (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
@@ -92,16 +93,22 @@ class SourceRecords:
             embeddings: Sample id → the checksum that the store keeps of the embedding. Ids that
                 are near each other in their order are found fastest.
         """
-        if not embeddings:
-            return {}
         found = {}
         with _translated(self._path):
-            for sample_id, embedding, root, path, size, mtime_ns, digest in self._rows(embeddings):
+            for sample_id, embedding, root, path, *rest in self._rows(_COLUMNS, embeddings):
+                size, mtime_ns, digest = rest
                 if embeddings.get(sample_id) == embedding:
                     folder = self._roots.get(root, "")
-                    source = Source(os.fsdecode(path), size, mtime_ns, digest, folder)
-                    found[sample_id] = source
+                    found[sample_id] = Source(os.fsdecode(path), size, mtime_ns, digest, folder)
         return found
+
+    def sizes_and_times(self, sample_ids: Collection[str]) -> list[tuple[str, int, int | None]]:
+        """(sample id, size, mtime_ns) of what is recorded of these, whichever embedding it is of.
+
+        Quicker than `of`; some of other samples come along.
+        """
+        with _translated(self._path):
+            return list(self._rows("sample_id, size, mtime_ns", sample_ids))
 
     def check(self) -> None:
         """Look at every page of the file.
@@ -115,27 +122,28 @@ class SourceRecords:
                 if finding != "ok":
                     raise sqlite3.DatabaseError(finding)
 
-    def _rows(self, embeddings: Mapping[str, bytes]) -> Iterator[tuple[Any, ...]]:
-        if self._connection is None or not _version_of(self._connection, self._path):
+    def _rows(self, columns: str, sample_ids: Collection[str]) -> Iterator[tuple[Any, ...]]:
+        connection = self._connection
+        if not sample_ids or connection is None or not _version_of(connection, self._path):
             return
-        ranges = [(min(embeddings), max(embeddings))]
-        if len(embeddings) <= _FEW:  # they may lie far apart
-            ranges = [(sample_id, sample_id) for sample_id in embeddings]
-        for first, last in ranges:
-            yield from self._connection.execute(
-                "SELECT sample_id, embedding, root, path, size, mtime_ns, digest FROM sources "
-                "WHERE sample_id BETWEEN ? AND ?",
-                (first, last),
-            )
+        ranges = [(min(sample_ids), max(sample_ids))]
+        if len(sample_ids) <= _FEW:  # they may lie far apart
+            ranges = [(sample_id, sample_id) for sample_id in sample_ids]
+        query = f"SELECT {columns} FROM sources WHERE sample_id BETWEEN ? AND ?"
+        for ends in ranges:
+            # All at once: a cursor that stays open keeps writers waiting.
+            yield from connection.execute(query, ends).fetchall()
 
 
-def write_sources(store: Path, written: Iterable[Written]) -> None:
+def write_sources(store: Path, written: Iterable[Written], *, tidy: bool = True) -> None:
     """Add records, all or none.
 
     Args:
         store: The store's folder.
         written: (sample id, checksum of the embedding that is replaced or None, checksum of the
-            new one, source) of each. Records of still older embeddings of the sample go.
+            new one, source) of each.
+        tidy: Remove the records of still older embeddings of these samples; for whoever holds the
+            writer lock.
 
     Raises:
         IntegrityError, StorageError: It can't be done.
@@ -148,10 +156,11 @@ def write_sources(store: Path, written: Iterable[Written]) -> None:
             if not _version_of(connection, path):
                 connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany(
-                "DELETE FROM sources WHERE sample_id = ? AND embedding != ?",
-                [(sample_id, replaced or b"") for sample_id, replaced, _, _ in written],
-            )
+            if tidy:
+                connection.executemany(
+                    "DELETE FROM sources WHERE sample_id = ? AND embedding != ?",
+                    [(sample_id, replaced or b"") for sample_id, replaced, _, _ in written],
+                )
             connection.executemany(
                 "INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
                 list(_rows(connection, written)),
