@@ -72,11 +72,11 @@ def verify_sources(
     for store in stores:
         if choice.adopt and choice.data_dir is not None:
             clips = clips_of_store(store, choice.data_dir)
-            with progress_bar(f"recording {store.name}", shown=progress) as report:
+            with progress_bar("recording files", shown=progress) as report:
                 number = adopt_sources(store, clips, choice.data_dir.absolute(), report)
             if not as_json:
                 say(f"{store.name}: recorded {counted(number, 'source')}")
-        with progress_bar(f"looking at files of {store.name}", shown=progress) as report:
+        with progress_bar("looking at files", shown=progress) as report:
             reports.append(
                 check_sources(
                     store, data_dir=choice.data_dir, rehash=choice.rehash, progress=report
