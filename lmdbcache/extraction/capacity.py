@@ -16,6 +16,7 @@ import xxhash
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import DTYPES, CacheConfig
 from lmdbcache.embedders.base import Embedder, FrontEnd
+from lmdbcache.embedders.checkpoints import find_checkpoint
 from lmdbcache.errors import ExtractionError
 from lmdbcache.extraction.features import features_of
 from lmdbcache.extraction.pipeline import (
@@ -162,7 +163,8 @@ def plan_capacity(
     ]
     chosen = choices[0]
     speed, no_speed = None, ""
-    if chosen.plan.embedding_shape is None:
+    if not find_checkpoint(model or config.model_name).is_local:
+        # The store may know the shape nevertheless. Nothing is downloaded for a plan.
         no_speed = "the model isn't on this machine"
     elif not clips:
         no_speed = "there are no clips"

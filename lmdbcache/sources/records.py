@@ -68,8 +68,8 @@ class SourceRecords:
         self._roots: dict[int, str] = {}
 
     def __enter__(self) -> SourceRecords:
-        if self._path.exists():
-            with _translated(self._path):
+        with _translated(self._path):
+            if self._path.exists():
                 connection = _connect(self._path)
                 try:
                     if _version_of(connection, self._path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from extraction.clips import write_tones
 
@@ -48,8 +52,9 @@ def test_bytes_are_those_that_the_extraction_takes(
     planned = plan(clips, config).chosen
     run(clips, config)
     used = next(cache.path(config).glob("gen-*/data.mdb")).stat().st_size
-    assert used <= planned.bytes_for_all + (16 << 10)
-    assert planned.bytes_for_all <= 1.5 * used + (16 << 10)
+    # Each commit of a slow machine replaces a few pages.
+    assert used <= planned.bytes_for_all + (64 << 10)
+    assert planned.bytes_for_all <= 1.5 * used
     assert (cache.path(config) / SOURCES_NAME).stat().st_size <= 256 * len(clips) + (16 << 10)
     again = plan(clips, config).chosen
     assert (again.plan.num_missing, again.plan.bytes_needed) == (0, 0)
@@ -78,6 +83,36 @@ def test_without_the_model(plan, clips, tmp_path, monkeypatch):
     assert found.seconds is None
     assert "isn't on this machine" in found.no_speed
     assert all(choice.bytes_for_all is None for choice in found.choices)
+
+
+def test_without_the_model_a_store_knows_its_bytes(plan, clips, cache, tmp_path, monkeypatch):
+    """Nothing is downloaded for a plan, and what the store knows is told."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = CacheConfig(model_name="nobody/nothing")
+    with cache.writer(config) as writer:
+        writer.put("other:dog", np.ones(64))
+    found = plan(clips, config, model=None)
+    assert "isn't on this machine" in found.no_speed
+    assert found.chosen.bytes_for_all
+    assert found.chosen.plan.num_missing == len(clips)
+
+
+def test_without_torch(clips, cache, config, ast_folder):
+    """The bytes are told, and what to install for the time."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # as if it weren't installed
+        "from lmdbcache import CacheConfig, EmbeddingCache\n"
+        "from lmdbcache.extraction.capacity import plan_capacity\n"
+        "root, model, *clips = sys.argv[1:]\n"
+        "found = plan_capacity(EmbeddingCache(root), CacheConfig(), {c + ':x': c for c in clips},\n"
+        "                      model=model)\n"
+        "assert found.chosen.bytes_for_all and found.seconds is None\n"
+        "print(found.no_speed)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(cache.root), str(ast_folder), *clips.values()]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 'pip install "lmdbcache[audio]"' in done.stdout
 
 
 def test_clips_that_all_fail(plan, bad_clips):
