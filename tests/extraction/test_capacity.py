@@ -40,21 +40,28 @@ def test_every_output_and_dtype(plan, clips, cache, config):
     assert not cache.root.exists()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("output", ASTEmbedder.outputs)
+@pytest.mark.parametrize(
+    ("output", "dtype"),
+    [
+        ("pooler_output", "float32"),
+        ("mean", "bfloat16"),
+        ("last_hidden_state", "float32"),
+        ("last_hidden_state", "float16"),
+    ],
+)
 def test_bytes_are_those_that_the_extraction_takes(
     plan, run, cache, config, dtype, output, tmp_path, monkeypatch
 ):
     """What a real run then has in data.mdb is what was planned, but for a few pages."""
     monkeypatch.setattr(capacity, "measure_speed", lambda *_, **__: None)
     config = config.replace(dtype=dtype, output=output)
-    clips = write_tones(tmp_path / "data", 40)
+    clips = write_tones(tmp_path / "data", 24)
     planned = plan(clips, config).chosen
     run(clips, config)
     used = next(cache.path(config).glob("gen-*/data.mdb")).stat().st_size
     # Each commit of a slow machine replaces a few pages.
     assert used <= planned.bytes_for_all + (64 << 10)
-    assert planned.bytes_for_all <= 1.5 * used
+    assert planned.bytes_for_all <= 1.5 * used + (16 << 10)
     assert (cache.path(config) / SOURCES_NAME).stat().st_size <= 256 * len(clips) + (16 << 10)
     again = plan(clips, config).chosen
     assert (again.plan.num_missing, again.plan.bytes_needed) == (0, 0)
