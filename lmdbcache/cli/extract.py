@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.capacity import show_capacity
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
@@ -16,6 +17,7 @@ from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.errors import CacheFullError
+from lmdbcache.extraction.capacity import plan_capacity
 from lmdbcache.extraction.pipeline import extract, plan_extraction
 from lmdbcache.extraction.space import ExtractionPlan
 
@@ -45,6 +47,20 @@ def extract_command(
         bool,
         typer.Option("--dry-run", help="Only tell what is missing and the space that it needs."),
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Only tell what every output and dtype would take of the disk, and the time, by "
+            "a trial of a few seconds.",
+        ),
+    ] = False,
+    changed: Annotated[
+        bool,
+        typer.Option(
+            "--changed", help="Compute stored clips again, too, whose file has changed since."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Extract and store the embeddings of a dataset; only what is missing is computed.
@@ -58,6 +74,18 @@ def extract_command(
     if dry_run:
         _show_plan(plan_extraction(cache, config, clips, model=choice.model), as_json=as_json)
         return
+    if plan:
+        found = plan_capacity(
+            cache,
+            config,
+            dict(clips),
+            model=choice.model,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+        )
+        show_capacity(found, as_json=as_json)
+        return
     try:
         summary = extract(
             cache,
@@ -70,6 +98,7 @@ def extract_command(
             progress=progress,
             dataset_root=dataset.data_dir.absolute(),
             commit_seconds=commit_seconds,
+            recompute_changed=changed,
         )
     except KeyboardInterrupt:
         raise Stopped(

@@ -17,6 +17,8 @@ from lmdbcache.cli.console import (
     sizes,
 )
 from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
+from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
 from lmdbcache.errors import ConfigError, IntegrityError
 from lmdbcache.storage.compaction import compact, plan_compaction
 from lmdbcache.storage.integrity import IntegrityReport, verify
@@ -105,12 +107,25 @@ def compact_command(
     )
 
 
+@grouped
 def verify_command(
-    stores: Stores = None, *, root: Root = None, everything: All = False, as_json: Json = False
+    stores: Stores = None,
+    *,
+    source_choice: SourceChoice,
+    root: Root = None,
+    everything: All = False,
+    progress: Progress = None,
+    as_json: Json = False,
 ) -> None:
-    """Check every stored value against its checksum. Exit code 1 if something is wrong."""
+    """Check every stored value against its checksum. Exit code 1 if something is wrong.
+
+    With --sources: whether the audio files are still those that were embedded.
+    """
     chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
-    reports = [_verified(store) for store in chosen]
+    if source_choice.is_wanted:
+        verify_sources(chosen, source_choice, progress=progress, as_json=as_json)
+        return
+    reports = [_verified(store, shown=progress) for store in chosen]
     if as_json:
         print_json(
             [
@@ -181,8 +196,8 @@ def repair_command(
         )
 
 
-def _verified(store: Path) -> IntegrityReport:
-    with progress_bar(f"verifying {store.name}") as progress:
+def _verified(store: Path, *, shown: bool | None) -> IntegrityReport:
+    with progress_bar(f"verifying {store.name}", shown=shown) as progress:
         try:
             return verify(store, progress)
         except IntegrityError as error:  # the other stores are looked at nevertheless

@@ -22,6 +22,7 @@ from lmdbcache.embedders.audio_source import AudioSource, shown
 from lmdbcache.embedders.base import FrontEnd, compute_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.failures import ClipFailure
+from lmdbcache.sources.files import Source, source_of
 
 __all__ = ["Clip", "FeatureBatch", "FeatureBatches", "feature_batches", "worker_errors"]
 
@@ -48,6 +49,7 @@ class FeatureBatch:
         features: Their features, `(len(sample_ids), ...)` float32, or None if none did.
         failures: The clips that didn't.
         silent: The sample ids of digital silence among `sample_ids`.
+        sources: What their files were like right before they were decoded.
         error: What ends the whole run, such as a front end that can't be loaded.
     """
 
@@ -55,6 +57,7 @@ class FeatureBatch:
     features: torch.Tensor | None = None
     failures: list[ClipFailure] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    sources: dict[str, Source | None] = field(default_factory=dict)
     error: CacheError | None = None
 
     @property
@@ -93,6 +96,8 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         batch = FeatureBatch()
         features = []
         for clip in self.units[index]:
+            # Before decoding: a file that is replaced meanwhile isn't the one remembered.
+            batch.sources[clip.sample_id] = source_of(clip.source)
             try:
                 features.append(self._features(clip, batch))
             except AudioDecodeError as error:

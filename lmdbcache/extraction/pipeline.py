@@ -24,7 +24,7 @@ from lmdbcache.storage.generations import free_bytes
 __all__ = ["default_num_workers", "extract", "plan_extraction"]
 
 
-def extract(
+def extract(  # noqa: PLR0913
     cache: EmbeddingCache,
     config: CacheConfig,
     clips: Clips,
@@ -38,6 +38,7 @@ def extract(
     progress: bool | None = None,
     dataset_root: str | Path = "",
     commit_seconds: float = 10.0,
+    recompute_changed: bool = False,
 ) -> ExtractionSummary:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
@@ -64,6 +65,8 @@ def extract(
         progress: Show a bar; None does if standard error is a terminal.
         dataset_root: Kept in the store's metadata.
         commit_seconds: Commit at least this often.
+        recompute_changed: Compute cached clips again, too, whose file has changed since, and
+            replace their embeddings.
 
     Returns:
         What was done, failures included.
@@ -86,8 +89,11 @@ def extract(
     started = time.perf_counter()
     run = Run(cache, config, progress=progress, dataset_root=dataset_root)
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
+    missing = run.look_at_sources(missing, recompute=recompute_changed)
     if missing:
         cache.check_writable(config)
+        if model is None or isinstance(model, (str, os.PathLike)):
+            run.model = os.fspath(model or config.model_name)
         if front_end is None or make_embedder is None:
             # Here and not in a worker: its errors are for the user to read.
             found = ready_model(config.model_name if model is None else model, config)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,6 +28,8 @@ from lmdbcache.extraction.space import check_space
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import order_of_units
 from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
+from lmdbcache.sources.checking import changed_clips, num_suspects
+from lmdbcache.sources.records import SourceRecorder
 from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.writer import EmbeddingWriter
 
@@ -63,6 +65,10 @@ class Run:
         self.num_silent = 0
         self.compute_seconds = 0.0
         self.built_model = False
+        self.changed: set[str] = set()
+        self.num_suspects = 0
+        self.model = ""
+        self._recorder = SourceRecorder(cache.path(config), dataset_root)
 
     def plan(
         self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]
@@ -87,6 +93,39 @@ class Run:
         self.settled = self.asked - set(missing)
         return {sample_id: paths[sample_id] for sample_id in missing}
 
+    def look_at_sources(
+        self, missing: dict[str, str | AudioSource], *, recompute: bool
+    ) -> dict[str, str | AudioSource]:
+        """Count the cached clips whose file isn't as it was, or add those that changed.
+
+        Args:
+            missing: As `plan` gives it.
+            recompute: Add them.
+
+        Returns:
+            What is to be computed, sorted.
+
+        Raises:
+            CacheError: They are to be added, and their records can't be read.
+        """
+        cached = {
+            sample_id: source
+            for sample_id, source in self.paths.items()
+            if isinstance(source, str) and sample_id not in missing
+        }
+        if not cached:
+            return missing
+        store = self.cache.path(self.config)
+        if not recompute:
+            with suppress(CacheError):  # `verify --sources` tells what is wrong with the records
+                self.num_suspects = num_suspects(store, cached)
+            return missing
+        self.changed = set(changed_clips(store, cached))
+        self.num_cached -= len(self.changed)
+        self.settled -= self.changed
+        wanted = self.changed | missing.keys()
+        return {sample_id: self.paths[sample_id] for sample_id in sorted(wanted)}
+
     def known_shape(self) -> tuple[int, ...] | None:
         """Shape of the store's embeddings; None if there are none yet."""
         if self.config not in self.cache:
@@ -106,8 +145,10 @@ class Run:
             check_space(self.cache.path(self.config), missing, shape, self.config.dtype)
 
     def still_missing(self, sample_ids: Iterable[str]) -> tuple[str, ...]:
-        """Those that no other process has stored meanwhile."""
-        return self.cache.coverage(self.config, sample_ids).missing
+        """Those that no other process has stored meanwhile, and those to be computed again."""
+        sample_ids = list(sample_ids)
+        missing = self.cache.coverage(self.config, sample_ids).missing
+        return (*missing, *(i for i in sample_ids if i in self.changed and i not in missing))
 
     def work(
         self,
@@ -219,9 +260,11 @@ class Run:
     ) -> EmbeddingWriter:
         return self.cache.writer(
             self.config,
-            provenance={**features, **embedder.provenance()},
+            provenance={**_checkpoint(self.model), **features, **embedder.provenance()},
             dataset_root=self.dataset_root,
+            on_duplicate="overwrite" if self.changed else "skip",
             commit_seconds=commit_seconds,
+            before_commit=self._recorder,
         )
 
     def _embed(self, batch: FeatureBatch, embedder: Embedder, writer: EmbeddingWriter) -> None:
@@ -230,6 +273,7 @@ class Run:
             embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
         self.compute_seconds += time.perf_counter() - started
         for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
+            self._recorder.note(sample_id, batch.sources.get(sample_id))
             try:
                 writer.put(sample_id, embedding)
             except InvalidEmbeddingError as error:
@@ -275,7 +319,14 @@ class Run:
             seconds=seconds,
             compute_seconds=self.compute_seconds,
             built_model=self.built_model,
+            num_suspects=self.num_suspects,
         )
+
+
+def _checkpoint(model: str) -> dict[str, str]:
+    """Where a model's folder lies, so that an audit finds it again."""
+    folder = Path(model).expanduser()
+    return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
 
 
 @contextmanager

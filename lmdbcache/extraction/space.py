@@ -30,6 +30,7 @@ _CHECKSUM_BYTES: Final = 8
 # its clips, this is enough; many small values in random order can take twice as much.
 _LEAF_SLACK: Final = 1.5
 _LARGEST_COMMIT: Final = 64 << 20
+_SOURCE_RECORD: Final = 256  # in sources.sqlite3; rather too much
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def estimated_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: 
 def needed_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: str) -> int:
     """What has to be free so that every commit finds its reserve."""
     values = len(sample_ids) * math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-    return estimated_bytes(sample_ids, shape, dtype) + min(values, _LARGEST_COMMIT) + RESERVE_BYTES
+    beside = len(sample_ids) * _SOURCE_RECORD
+    reserve = min(values, _LARGEST_COMMIT) + RESERVE_BYTES
+    return estimated_bytes(sample_ids, shape, dtype) + beside + reserve
 
 
 def check_space(

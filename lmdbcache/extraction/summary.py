@@ -26,6 +26,7 @@ class ExtractionSummary:
         seconds: Wall time of the run.
         compute_seconds: Wall time of the model's forward passes.
         built_model: Whether the model had to be loaded.
+        num_suspects: Cached clips whose file has another size or time than when it was embedded.
     """
 
     store: Path | None
@@ -37,6 +38,7 @@ class ExtractionSummary:
     seconds: float = 0.0
     compute_seconds: float = 0.0
     built_model: bool = False
+    num_suspects: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -54,6 +56,12 @@ class ExtractionSummary:
         lines = [f"{self.num_samples} samples: {counts}, {failed}"]
         if self.num_silent:
             lines.append(f"{self.num_silent} of the extracted clips are digital silence")
+        if self.num_suspects:
+            name = self.store.name if self.store else ""
+            lines.append(
+                f"{self.num_suspects} cached clips have files of another size or time than when "
+                f"they were embedded: see `lmdbcache verify {name} --sources`"
+            )
         shown = 20
         lines += [
             f"failed: {failure.sample_id}: {failure.reason}" for failure in self.failures[:shown]

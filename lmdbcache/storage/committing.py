@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,10 +34,12 @@ from lmdbcache.storage.metadata import StoreMetadata, checksum
 from lmdbcache.storage.pending import PendingEmbeddings
 from lmdbcache.storage.values import check_shape
 
-__all__ = ["Committer"]
+__all__ = ["BeforeCommit", "Committer"]
 
 _COMMITS_PER_READER_CHECK: Final = 64
 Shape = tuple[int | None, ...]
+# Sample id → checksums of the embedding that is replaced, if there is one, and of the new one.
+BeforeCommit = Callable[[Mapping[str, tuple[bytes | None, bytes]]], None]
 
 
 class Committer:
@@ -51,6 +53,7 @@ class Committer:
         on_duplicate: See `EmbeddingWriter`.
         provenance: See `EmbeddingWriter`.
         dataset_root: Kept in the metadata of a new store.
+        before_commit: See `EmbeddingWriter`.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Committer:
         on_duplicate: str,
         provenance: Mapping[str, str],
         dataset_root: str,
+        before_commit: BeforeCommit | None = None,
     ) -> None:
         check_local_for_writing(store)
         self.store = store
@@ -68,6 +72,7 @@ class Committer:
         self._on_duplicate = on_duplicate
         self._provenance = dict(provenance)
         self._dataset_root = dataset_root
+        self._before_commit = before_commit
         self._num_commits = 0
         # Shape of the embeddings that are stored; None while there are none.
         self.embedding_shape: Shape | None = None
@@ -162,6 +167,7 @@ class Committer:
             examples = {value.shape: key for key, value in pending.values.items()}
             for value_shape, key in examples.items():
                 check_shape(sample_id_of_key(key), value_shape, shape)
+            replaced = self._checksums(environment, transaction, pending.values)
             written, duplicates = _put_embeddings(
                 environment,
                 transaction,
@@ -177,6 +183,11 @@ class Committer:
                 )
             if metadata != stored:
                 _put_metadata(environment, transaction, metadata)
+            if self._before_commit is not None:
+                new = self._checksums(environment, transaction, replaced.keys() - duplicates)
+                self._before_commit(
+                    {sample_id_of_key(key): (replaced[key], new[key] or b"") for key in new}
+                )
             transaction.commit()
         except BaseException:
             with contextlib.suppress(lmdb.Error):
@@ -185,6 +196,15 @@ class Committer:
         record_commit(environment.generation, overwrites=self._on_duplicate == "overwrite")
         self.embedding_shape = shape
         return written
+
+    def _checksums(
+        self, environment: Environment, transaction: lmdb.Transaction, keys: Iterable[bytes]
+    ) -> dict[bytes, bytes | None]:
+        """The checksums that are stored of these; nothing if nobody asks for them."""
+        if self._before_commit is None:
+            return {}
+        found = {key: transaction.get(key, db=environment.checksums) for key in keys}
+        return {key: None if value is None else bytes(value) for key, value in found.items()}
 
     def _attach(self) -> Environment:
         """The live generation's environment, made if there is none. Under the writer lock."""

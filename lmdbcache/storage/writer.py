@@ -20,7 +20,7 @@ from lmdbcache.errors import (
     WriterClosedError,
 )
 from lmdbcache.storage.background import BackgroundCommit
-from lmdbcache.storage.committing import Committer
+from lmdbcache.storage.committing import BeforeCommit, Committer
 from lmdbcache.storage.forking import process_id
 from lmdbcache.storage.layout import sample_key
 from lmdbcache.storage.pending import CommitLimits, PendingEmbeddings
@@ -60,6 +60,8 @@ class EmbeddingWriter:
         commit_bytes: Commit when this much is collected.
         commit_records: Commit when this many embeddings are collected.
         commit_seconds: Commit at the first `put` this long after the oldest uncommitted one.
+        before_commit: Called inside each commit, maybe from a thread, maybe again for the same
+            samples: sample id → (checksum of the embedding it replaces or None, of the new one).
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class EmbeddingWriter:
         commit_bytes: int = 64 << 20,
         commit_records: int = 2048,
         commit_seconds: float = 10.0,
+        before_commit: BeforeCommit | None = None,
     ) -> None:
         if on_duplicate not in ("skip", "overwrite", "error"):
             raise ConfigError(
@@ -89,6 +92,7 @@ class EmbeddingWriter:
             on_duplicate=on_duplicate,
             provenance={str(name): str(value) for name, value in (provenance or {}).items()},
             dataset_root=str(dataset_root),
+            before_commit=before_commit,
         )
         self._limits = CommitLimits(commit_bytes, commit_records, commit_seconds)
         self._pending = PendingEmbeddings()

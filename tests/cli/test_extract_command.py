@@ -66,6 +66,7 @@ def test_cached_run(cli, filled, data, options):
         "failures": [],
         "compute_seconds": 0.0,
         "built_model": False,
+        "num_suspects": 0,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from extraction.clips import NUM_CLIPS, write_tones
+from extraction.clips import NUM_CLIPS, write_bad, write_tones
 from extraction.processes import Command
 from small_ast import save_small_ast
 
@@ -29,6 +29,13 @@ def other_ast_folder(tmp_path_factory):
 def clips(tmp_path_factory):
     """Ten different clips: sample id → path; not to be changed."""
     return write_tones(tmp_path_factory.mktemp("clips"), 10)
+
+
+@pytest.fixture
+def bad_clips(tmp_path):
+    """Clips that give no embedding: sample id → path."""
+    (tmp_path / "bad").mkdir()
+    return {sample_id: path for sample_id, (path, _) in write_bad(tmp_path / "bad").items()}
 
 
 @pytest.fixture(scope="session")

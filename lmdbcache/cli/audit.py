@@ -1,0 +1,126 @@
+"""`lmdbcache audit`: a few stored embeddings are computed again and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
+from lmdbcache.cli.options import Json, Progress, Root, Store, find_folder
+from lmdbcache.cli.verify_sources import clips_of_store
+from lmdbcache.errors import IntegrityError
+from lmdbcache.extraction.audit import AuditReport, audit
+from lmdbcache.store_info import read_store_info
+
+__all__ = ["audit_command"]
+
+_FEW = 10
+
+
+def audit_command(
+    store: Store,
+    *,
+    root: Root = None,
+    samples: Annotated[int, typer.Option(help="How many embeddings are computed again.")] = 50,
+    data_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where the dataset is now; default: where it was."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Hub name or checkpoint folder; default: the one that the store was filled from."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another one picks other samples.")] = 0,
+    tolerance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Largest relative L2 distance that isn't drift; default: 1e-5 for float32, 1e-3 "
+            "stored as float16, 1e-2 as bfloat16 or computed in float16, 3e-2 in bfloat16.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips per forward pass.")] = 8,
+    num_workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Decoding processes; default: half of the cores, at most 8."),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
+    ] = None,
+    progress: Progress = None,
+    as_json: Json = False,
+) -> None:
+    """Compute some stored embeddings again and tell how far they are off. Changes nothing.
+
+    Exit code 1 if one is farther off than rounding explains, or none can be compared.
+    """
+    cache = EmbeddingCache(root)
+    folder = find_folder(cache, store)
+    config = read_store_info(folder).config
+    if config is None or cache.path(config) != folder:
+        raise IntegrityError(f"{folder} isn't named after its config; was it renamed by hand?")
+    with progress_bar("embedding again", shown=progress) as report:
+        found = audit(
+            cache,
+            config,
+            num_samples=samples,
+            clips=clips_of_store(folder, data_dir) if data_dir is not None else None,
+            data_dir=data_dir,
+            model=model,
+            seed=seed,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            progress=report,
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _say_report(found)
+    raise typer.Exit(0 if found.is_sound else 1)
+
+
+def _say_report(report: AuditReport) -> None:
+    differences = dict(report.differences)
+    if "weights_digest" in differences:
+        stored, now = differences.pop("weights_digest")
+        say(f"OTHER WEIGHTS: the store was filled with {stored}, this model is {now}")
+    for name, (stored, now) in differences.items():
+        say(f"{name}: {stored} when it was filled, {now} now")
+    if report.samples:
+        print_table(
+            ("farthest", "relative L2", "max abs", "cosine distance"),
+            [
+                (
+                    s.sample_id,
+                    f"{s.relative_l2:.1e}",
+                    f"{s.max_abs:.1e}",
+                    f"{s.cosine_distance:.1e}",
+                )
+                for s in report.samples[:_FEW]
+            ],
+        )
+    _say_some("skipped", report.skipped)
+    _say_some("FAILED", report.failed)
+    verdict = f"{len(report.drifted)} of {counted(len(report.samples), 'embedding')} DRIFTED"
+    if report.is_sound:
+        verdict = f"{counted(len(report.samples), 'embedding')} compared, all as stored"
+    elif not report.samples:
+        verdict = "NOTHING compared: no file is known to be the one that was embedded"
+    elif not report.drifted:
+        verdict = f"{len(report.failed)} clips give no embedding any more"
+    say(f"{report.store.name}: {verdict} (tolerance {report.tolerance:.0e})")
+
+
+def _say_some(what: str, found: Mapping[str, str]) -> None:
+    for sample_id, reason in list(found.items())[:_FEW]:
+        say(f"{what}: {sample_id}: {reason}")
+    if len(found) > _FEW:
+        say(f"… and {len(found) - _FEW} more {what}; see --json")

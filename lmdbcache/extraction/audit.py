@@ -1,0 +1,271 @@
+"""`audit`: a few stored embeddings are computed again and compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
+from lmdbcache.embedders.registry import ready_model
+from lmdbcache.errors import ConfigError
+from lmdbcache.extraction.features import features_of
+from lmdbcache.extraction.pipeline import default_num_workers
+from lmdbcache.sources.checking import recorded_sources
+from lmdbcache.sources.files import compare
+from lmdbcache.storage.reader import EmbeddingReader
+
+__all__ = ["AuditReport", "AuditedSample", "audit", "tolerance_for"]
+
+# Relative L2 distance. Another composition of the batch alone moves float32 by about 2e-7,
+# rounding to float16 by 3e-4 and to bfloat16 by 2e-3.
+_OF_STORED: Final = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+_OF_COMPUTED: Final = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
+# What decides an embedding's last bits, and is worth a word where it differs.
+_COMPARED: Final = (
+    "weights_digest",
+    "revision",
+    "feature_extractor",
+    "transformers",
+    "torch",
+    "torchaudio",
+    "soundfile",
+    "soxr",
+    "device",
+)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class AuditedSample:
+    """One stored embedding beside the one that its clip gives now.
+
+    Args:
+        sample_id: The sample.
+        max_abs: Largest absolute difference of two elements.
+        relative_l2: Length of the difference, relative to the stored embedding's.
+        cosine_distance: 1 - cosine of the angle between the two.
+        path: The clip's file.
+    """
+
+    sample_id: str
+    max_abs: float
+    relative_l2: float
+    cosine_distance: float
+    path: str
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found.
+
+    Args:
+        store: The store's folder.
+        tolerance: Largest `relative_l2` that isn't called drift.
+        samples: The embeddings compared, the farthest first.
+        skipped: Sample id → why its file isn't the one that was embedded, as far as is known.
+        failed: Sample id → why its file gives no embedding now, although it is the same.
+        differences: Name in the provenance → (the store's value, the one now).
+    """
+
+    store: Path
+    tolerance: float
+    samples: tuple[AuditedSample, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    differences: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def drifted(self) -> tuple[AuditedSample, ...]:
+        """Those farther away than the tolerance."""
+        return tuple(s for s in self.samples if not s.relative_l2 <= self.tolerance)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every embedding could be compared and is what its clip gives."""
+        return bool(self.samples) and not (self.drifted or self.failed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            **asdict(self),
+            "store": os.fspath(self.store),
+            "is_sound": self.is_sound,
+            "num_drifted": len(self.drifted),
+        }
+
+
+def tolerance_for(config: CacheConfig) -> float:
+    """The relative L2 distance that rounding explains, for this dtype and compute dtype."""
+    return max(_OF_STORED[config.dtype], _OF_COMPUTED[config.compute_dtype])
+
+
+def audit(  # noqa: PLR0913
+    cache: EmbeddingCache,
+    config: CacheConfig,
+    *,
+    num_samples: int = 50,
+    clips: Mapping[str, str] | None = None,
+    data_dir: str | Path | None = None,
+    model: str | os.PathLike[str] | AudioModel | None = None,
+    front_end: FrontEnd | None = None,
+    make_embedder: Callable[[], Embedder] | None = None,
+    seed: int = 0,
+    tolerance: float | None = None,
+    batch_size: int = 8,
+    num_workers: int | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Compute some stored embeddings again and tell how far they are off. Writes nothing.
+
+    Args:
+        cache: Where they are stored.
+        config: Which store.
+        num_samples: How many; which ones a hash of their ids decides.
+        clips: Sample id → audio file, for embeddings without a recorded source.
+        data_dir: Where the dataset is now; None looks where it was.
+        model: Hub name or checkpoint folder; None takes the folder that the store was filled
+            from, else `config.model_name`.
+        front_end: Waveform → features; None takes the model's.
+        make_embedder: Builds the model; None takes `model`.
+        seed: Another one picks other samples.
+        tolerance: Largest relative L2 distance; None takes `tolerance_for(config)`.
+        batch_size: Clips per forward pass.
+        num_workers: Decoding processes; None chooses, 0 decodes in this process.
+        device: Where the model runs; None takes a CUDA GPU if there is one.
+        progress: Called with (samples done, samples in all).
+
+    Raises:
+        CacheNotFoundError: Nothing is stored for this config.
+        IntegrityError: The store or the records of its sources are damaged.
+        ModelLoadError: The model can't be loaded.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples: {num_samples}; it must be 1 or more")
+    limit = tolerance_for(config) if tolerance is None else tolerance
+    with cache.reader(config) as reader:
+        paths, skipped = _pick(reader, num_samples, seed, clips or {}, data_dir)
+        if not paths:
+            return AuditReport(reader.path, limit, skipped=skipped)
+        provenance = reader.metadata.provenance
+        if front_end is None or make_embedder is None:
+            named = _recorded_model(provenance) if model is None else model
+            found = ready_model(named or config.model_name, config)
+            front_end = front_end or found.make_front_end(config)
+            make_embedder = make_embedder or partial(found.make_embedder, config, device)
+        embedder = make_embedder()
+        now = {**front_end.provenance(), **embedder.provenance()}
+        computed, failed = _computed(
+            config,
+            paths,
+            front_end,
+            embedder,
+            batch_size=batch_size,
+            num_workers=default_num_workers() if num_workers is None else num_workers,
+            progress=progress,
+        )
+        samples = [
+            _compared(sample_id, reader[sample_id], value, paths[sample_id])
+            for sample_id, value in computed
+        ]
+        return AuditReport(
+            reader.path,
+            limit,
+            # An embedding that isn't finite comes first.
+            tuple(sorted(samples, key=lambda s: (s.relative_l2 == s.relative_l2, -s.relative_l2))),
+            skipped,
+            failed,
+            {
+                name: (provenance[name], now[name])
+                for name in _COMPARED
+                if name in provenance and name in now and provenance[name] != now[name]
+            },
+        )
+
+
+def _pick(
+    reader: EmbeddingReader,
+    num_samples: int,
+    seed: int,
+    clips: Mapping[str, str],
+    data_dir: str | Path | None,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(sample id → file) of those to compare, (sample id → reason) of those passed over."""
+    by_hash = sorted(reader, key=lambda i: xxhash.xxh3_64_intdigest(i.encode(), seed=seed))
+    picked: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    step = max(num_samples, 256)
+    for start in range(0, len(by_hash), step):
+        chunk = by_hash[start : start + step]
+        sources = {i: source for i, _, source in recorded_sources(reader.path, chunk)}
+        for sample_id in chunk:
+            if len(picked) >= num_samples:
+                return picked, skipped
+            source = sources.get(sample_id)
+            if source is None and sample_id in clips:
+                picked[sample_id] = clips[sample_id]
+                continue
+            path = source.location(data_dir) if source is not None else ""
+            state = compare(source, path) if source is not None else "unknown"
+            if state in ("unchanged", "touched"):
+                picked[sample_id] = path
+            else:
+                skipped[sample_id] = f"{state}: {path}" if path else "no source is recorded"
+    return picked, skipped
+
+
+def _recorded_model(provenance: Mapping[str, str]) -> str | None:
+    folder = provenance.get("checkpoint")
+    return folder if folder and (Path(folder) / "config.json").is_file() else None
+
+
+def _computed(
+    config: CacheConfig,
+    paths: Mapping[str, str],
+    front_end: FrontEnd,
+    embedder: Embedder,
+    *,
+    batch_size: int,
+    num_workers: int,
+    progress: Progress | None,
+) -> tuple[list[tuple[str, npt.NDArray[np.float32]]], dict[str, str]]:
+    computed: list[tuple[str, npt.NDArray[np.float32]]] = []
+    failed: dict[str, str] = {}
+    with features_of(
+        sorted(paths.items()), config, front_end, batch_size=batch_size, num_workers=num_workers
+    ) as batches:
+        for batch in batches:
+            failed.update({failure.sample_id: failure.reason for failure in batch.failures})
+            if batch.features is not None:
+                embeddings = embedder.embed(batch.features).numpy()
+                computed += zip(batch.sample_ids, embeddings, strict=True)
+            if progress is not None:
+                progress(len(computed) + len(failed), len(paths))
+    return computed, failed
+
+
+def _compared(
+    sample_id: str, stored: npt.NDArray[Any], computed: npt.NDArray[np.float32], path: str
+) -> AuditedSample:
+    if stored.shape != computed.shape:
+        return AuditedSample(sample_id, float("inf"), float("inf"), float("inf"), path)
+    a, b = stored.astype(np.float64).ravel(), computed.astype(np.float64).ravel()
+    difference, length = a - b, float(np.linalg.norm(a))
+    product = length * float(np.linalg.norm(b))
+    return AuditedSample(
+        sample_id,
+        float(np.abs(difference).max()),
+        float(np.linalg.norm(difference)) / (length or 1.0),
+        max(0.0, 1.0 - float(a @ b) / product) if product else 0.0,
+        path,
+    )

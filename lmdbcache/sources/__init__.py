@@ -1,0 +1,23 @@
+"""Which file each embedding was computed from, and whether that file is still the same."""
+
+from lmdbcache.sources.checking import (
+    FoundSource,
+    SourceReport,
+    adopt_sources,
+    check_sources,
+    recorded_sources,
+)
+from lmdbcache.sources.files import Source, source_of
+from lmdbcache.sources.records import SOURCES_NAME, SourceRecorder
+
+__all__ = [
+    "SOURCES_NAME",
+    "FoundSource",
+    "Source",
+    "SourceRecorder",
+    "SourceReport",
+    "adopt_sources",
+    "check_sources",
+    "recorded_sources",
+    "source_of",
+]
