@@ -155,7 +155,7 @@ class EmbeddingCache:
         """How much of these samples is stored, by class. Nothing stored is no error."""
         if config not in self:
             return coverage_of(sample_ids, None)
-        with EmbeddingReader(self.path(config), config) as reader:
+        with EmbeddingReader(self.path(config), config, counts_as_use=False) as reader:
             return coverage_of(sample_ids, reader)
 
     def get_or_compute(

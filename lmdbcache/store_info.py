@@ -6,12 +6,14 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError
 from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.last_use import last_used, last_written
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.space import space_use
 
@@ -37,6 +39,8 @@ class StoreInfo:
         readers: Process id → how many commits its oldest snapshot is behind; of what this user
             may see, this process included.
         damage: Why the store can't be read, or None.
+        last_used: When embeddings were last read, give or take an hour; None if never.
+        last_written: When the newest commit was made; None if that isn't known.
     """
 
     path: Path
@@ -51,6 +55,13 @@ class StoreInfo:
     pinned_bytes: int = 0
     readers: Mapping[int, int] = field(default_factory=dict)
     damage: str | None = None
+    last_used: datetime | None = None
+    last_written: datetime | None = None
+
+    @property
+    def last_touched(self) -> datetime | None:
+        """When it was last read or written; None if neither is known."""
+        return max(filter(None, (self.last_used, self.last_written)), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -68,6 +79,8 @@ class StoreInfo:
             "pinned_bytes": self.pinned_bytes,
             "readers": {str(process): behind for process, behind in self.readers.items()},
             "damage": self.damage,
+            "last_used": _iso(self.last_used),
+            "last_written": _iso(self.last_written),
         }
 
 
@@ -79,7 +92,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
         IntegrityError: The store is damaged.
     """
     store = Path(store).absolute()
-    with EmbeddingReader(store) as reader:
+    with EmbeddingReader(store, counts_as_use=False) as reader:
         metadata, num_embeddings = reader.metadata, len(reader)
         space = reader.read_pinned(space_use)
     return StoreInfo(
@@ -94,6 +107,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
         free_bytes=space.free_bytes,
         pinned_bytes=space.pinned_bytes,
         readers=space.readers,
+        **_times(store),
     )
 
 
@@ -110,7 +124,22 @@ def info_or_damage(folder: Path) -> StoreInfo:
     try:
         return read_store_info(folder)
     except (CacheError, OSError) as error:
-        return StoreInfo(folder, None, size_bytes=allocated_bytes(folder), damage=str(error))
+        size = allocated_bytes(folder)
+        return StoreInfo(folder, None, size_bytes=size, damage=str(error), **_times(folder))
+
+
+def _times(store: Path) -> dict[str, datetime | None]:
+    generation = None
+    with contextlib.suppress(CacheError):
+        generation = current_generation(store)
+    return {
+        "last_used": last_used(store),
+        "last_written": last_written(generation) if generation else None,
+    }
+
+
+def _iso(time: datetime | None) -> str | None:
+    return time.isoformat(timespec="seconds") if time else None
 
 
 def allocated_bytes(folder: Path) -> int:
