@@ -107,7 +107,8 @@ def read_store_info(store: str | Path) -> StoreInfo:
         free_bytes=space.free_bytes,
         pinned_bytes=space.pinned_bytes,
         readers=space.readers,
-        **_times(store),
+        last_used=last_used(store),
+        last_written=_last_written(store),
     )
 
 
@@ -125,17 +126,21 @@ def info_or_damage(folder: Path) -> StoreInfo:
         return read_store_info(folder)
     except (CacheError, OSError) as error:
         size = allocated_bytes(folder)
-        return StoreInfo(folder, None, size_bytes=size, damage=str(error), **_times(folder))
+        return StoreInfo(
+            folder,
+            None,
+            size_bytes=size,
+            damage=str(error),
+            last_used=last_used(folder),
+            last_written=_last_written(folder),
+        )
 
 
-def _times(store: Path) -> dict[str, datetime | None]:
-    generation = None
+def _last_written(store: Path) -> datetime | None:
     with contextlib.suppress(CacheError):
         generation = current_generation(store)
-    return {
-        "last_used": last_used(store),
-        "last_written": last_written(generation) if generation else None,
-    }
+        return last_written(generation) if generation else None
+    return None
 
 
 def _iso(time: datetime | None) -> str | None:
