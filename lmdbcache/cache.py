@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from lmdbcache.store_info import (
     info_or_damage,
     is_store,
     read_store_info,
+    users_of,
 )
 
 __all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
@@ -218,7 +220,9 @@ class EmbeddingCache:
         return [self.remove(folder) for folder in folders if is_store(folder)]
 
     def remove(self, store: str | Path) -> StoreInfo:
-        """Remove the store in this folder, sound or damaged.
+        """Remove the store in this folder, sound or damaged; waits for its writers.
+
+        Readers go on with what they have open.
 
         Returns:
             What was removed.
@@ -227,11 +231,41 @@ class EmbeddingCache:
             CacheNotFoundError: The folder isn't a store under this root.
             ReadOnlyCacheError: No permission to remove it.
         """
+        return self._remove(store, wait=True, check=lambda _: None)
+
+    def remove_unused(self, store: str | Path, last_touched: datetime | None) -> StoreInfo:
+        """Remove the store in this folder if nobody has it open or has used it meanwhile.
+
+        Args:
+            store: Its folder.
+            last_touched: When it was last used, as far as the caller knows.
+
+        Returns:
+            What was removed.
+
+        Raises:
+            CacheNotFoundError: The folder isn't a store under this root.
+            ReadOnlyCacheError: No permission to remove it.
+            StorageError: Somebody uses it, or has since.
+        """
+
+        def check(found: StoreInfo) -> None:
+            if users := users_of(found):
+                raise StorageError(f"in use by {', '.join(users)}")
+            if found.last_touched != last_touched:
+                raise StorageError("used meanwhile")
+
+        return self._remove(store, wait=False, check=check)
+
+    def _remove(
+        self, store: str | Path, *, wait: bool, check: Callable[[StoreInfo], None]
+    ) -> StoreInfo:
         folder = Path(store).absolute()
         if folder.parent != self.root or not is_store(folder):
             raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
-        removed = info_or_damage(folder)
-        with write_lock(folder):
+        with write_lock(folder, wait=wait):
+            removed = info_or_damage(folder)
+            check(removed)
             remove_store(folder)
         return removed
 

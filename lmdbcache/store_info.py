@@ -15,9 +15,17 @@ from lmdbcache.errors import CacheError
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.last_use import last_used, last_written
 from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.reader_slots import others
 from lmdbcache.storage.space import space_use
 
-__all__ = ["StoreInfo", "allocated_bytes", "info_or_damage", "is_store", "read_store_info"]
+__all__ = [
+    "StoreInfo",
+    "allocated_bytes",
+    "info_or_damage",
+    "is_store",
+    "read_store_info",
+    "users_of",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,13 @@ class StoreInfo:
     damage: str | None = None
     last_used: datetime | None = None
     last_written: datetime | None = None
+
+    @property
+    def created(self) -> datetime | None:
+        """`creation_time` as a time; None if there is none."""
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(self.creation_time)
+        return None
 
     @property
     def last_touched(self) -> datetime | None:
@@ -110,6 +125,11 @@ def read_store_info(store: str | Path) -> StoreInfo:
         last_used=last_used(store),
         last_written=_last_written(store),
     )
+
+
+def users_of(info: StoreInfo) -> list[str]:
+    """`4711 python` of every other process that has the store open, as far as that shows."""
+    return others(info.path) or [str(pid) for pid in info.readers if pid != os.getpid()]
 
 
 def is_store(folder: Path) -> bool:

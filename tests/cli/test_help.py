@@ -7,7 +7,18 @@ import sys
 
 import pytest
 
-COMMANDS = ["extract", "ls", "info", "coverage", "clear", "compact", "verify", "repair"]
+COMMANDS = [
+    "extract",
+    "ls",
+    "info",
+    "coverage",
+    "rm",
+    "prune",
+    "diff",
+    "compact",
+    "verify",
+    "repair",
+]
 
 
 def test_help_lists_every_command(cli):
