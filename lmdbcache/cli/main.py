@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from lmdbcache.cli import diff, extract, inspect, maintain, prune, remove
+from lmdbcache.cli import diff, doctor, extract, inspect, maintain, prune, remove
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
@@ -30,6 +30,7 @@ app.command("rm")(remove.rm_command)
 app.command("clear", help="The same as rm.", hidden=True)(remove.rm_command)
 app.command("prune")(prune.prune_command)
 app.command("diff")(diff.diff_command)
+app.command("doctor")(doctor.doctor_command)
 app.command("compact")(maintain.compact_command)
 app.command("verify")(maintain.verify_command)
 app.command("repair")(maintain.repair_command)

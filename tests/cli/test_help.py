@@ -7,18 +7,8 @@ import sys
 
 import pytest
 
-COMMANDS = [
-    "extract",
-    "ls",
-    "info",
-    "coverage",
-    "rm",
-    "prune",
-    "diff",
-    "compact",
-    "verify",
-    "repair",
-]
+COMMANDS = ["extract", "ls", "info", "coverage", "rm", "prune", "diff", "doctor"]
+COMMANDS += ["compact", "verify", "repair"]
 
 
 def test_help_lists_every_command(cli):
@@ -45,7 +35,16 @@ def test_help_of_each_command(cli, command):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["ls"], ["coverage", "VEGAS"], ["verify", "--all"]]
+    "arguments",
+    [
+        ["--help"],
+        ["ls"],
+        ["coverage", "VEGAS"],
+        ["verify", "--all"],
+        ["rm", "--all", "--yes"],
+        ["prune", "--leftovers"],
+        ["doctor"],
+    ],
 )
 def test_no_heavy_imports(arguments, tmp_path):
     """Looking needs neither torch nor an audio library."""
