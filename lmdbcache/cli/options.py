@@ -29,15 +29,21 @@ __all__ = [
 ]
 
 
+_HELP_WIDTH = 60
+
+
 def complete_store(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """What a shell offers for a store: fingerprints and folder names. Nothing is opened."""
     try:
         folders = EmbeddingCache(context.params.get("root")).folders()
     except CacheError:
         return []
-    offered = [(folder.name.rpartition("-")[2], folder.name) for folder in folders]
-    found = [(digits, name) for digits, name in offered if digits.startswith(incomplete.lower())]
-    return found or [(name, digits) for digits, name in offered if name.startswith(incomplete)]
+    parts = [folder.name.rpartition("-") for folder in folders]
+    typed = incomplete.lower()
+    # Shells show the second part beside the first; a line that is folded confuses zsh.
+    found = [(digits, slug[:_HELP_WIDTH]) for slug, _, digits in parts if digits.startswith(typed)]
+    named = [(folder.name, "") for folder in folders if folder.name.startswith(incomplete)]
+    return found or named
 
 
 # typer reads these at run time, on Python 3.10, too.
