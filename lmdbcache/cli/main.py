@@ -17,7 +17,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="lmdbcache",
     help="Compute the embeddings of an audio model once, read them back at memory speed.",
-    epilog="Exit codes: 0 done; 1 a clip failed, something is missing or damaged, or an error; "
+    epilog="Exit codes: 0 done; 1 a clip failed, something is missing, damaged or different, or "
+    "an error; "
     "2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +47,15 @@ def test_ls_json(cli, cache, configs):
         assert entry["dataset_root"] == "/data/Gerätusche"
         assert entry["provenance"] == {"weights_digest": "abc"}
         assert entry["damage"] is None
+
+
+def test_json_of_a_store_is_documented(cli, cache):
+    """docs/command_line.md names what `ls --json` has, and nothing else."""
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text("utf-8")
+    section = text.partition("## JSON of a store")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    (entry, *_) = parsed(cli("ls", "--json"))
+    assert set(documented) == entry.keys()
 
 
 def test_ls_sorts_and_filters(cli, cache, configs):
