@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -233,12 +232,11 @@ class EmbeddingCache:
         """
         return self._remove(store, wait=True, check=lambda _: None)
 
-    def remove_unused(self, store: str | Path, last_touched: datetime | None) -> StoreInfo:
-        """Remove the store in this folder if nobody has it open or has used it meanwhile.
+    def remove_unused(self, store: StoreInfo) -> StoreInfo:
+        """Remove a store that nobody has open, if it is still what the caller has seen.
 
         Args:
-            store: Its folder.
-            last_touched: When it was last used, as far as the caller knows.
+            store: What `stores` or `info` gave.
 
         Returns:
             What was removed.
@@ -246,16 +244,17 @@ class EmbeddingCache:
         Raises:
             CacheNotFoundError: The folder isn't a store under this root.
             ReadOnlyCacheError: No permission to remove it.
-            StorageError: Somebody uses it, or has since.
+            StorageError: Somebody uses it, or has changed or read it since.
         """
 
         def check(found: StoreInfo) -> None:
             if users := users_of(found):
                 raise StorageError(f"in use by {', '.join(users)}")
-            if found.last_touched != last_touched:
-                raise StorageError("used meanwhile")
+            for name in ("last_touched", "num_embeddings", "is_damaged"):
+                if getattr(found, name) != getattr(store, name):
+                    raise StorageError("used or changed meanwhile")
 
-        return self._remove(store, wait=False, check=check)
+        return self._remove(store.path, wait=False, check=check)
 
     def _remove(
         self, store: str | Path, *, wait: bool, check: Callable[[StoreInfo], None]

@@ -39,7 +39,7 @@ class PrunePolicy:
         written_before: The newest commit is older.
         used_before: Neither read nor written since.
         empty: Stores without embeddings.
-        damaged: Stores that can't be opened.
+        damaged: Damaged stores; not those that can't be opened for another reason.
         max_bytes: What all stores together may take; over that, those unused for longest go.
     """
 
@@ -55,7 +55,7 @@ class PrunePolicy:
             kind
             for kind, wanted, holds in (
                 ("empty", self.empty, store.damage is None and store.num_embeddings == 0),
-                ("damaged", self.damaged, store.damage is not None),
+                ("damaged", self.damaged, store.is_damaged),
             )
             if wanted and holds
         ]
@@ -142,11 +142,7 @@ def prune(cache: EmbeddingCache, plan: PrunePlan, *, force: bool = False) -> Pru
     for verdict in plan.removed:
         store = verdict.store
         try:
-            gone = (
-                cache.remove(store.path)
-                if force
-                else cache.remove_unused(store.path, store.last_touched)
-            )
+            gone = cache.remove(store.path) if force else cache.remove_unused(store)
         except CacheNotFoundError:
             continue  # somebody else has removed it
         except StorageError as error:

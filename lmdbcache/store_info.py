@@ -6,12 +6,12 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError
+from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.last_use import last_used, last_written
 from lmdbcache.storage.reader import EmbeddingReader
@@ -47,6 +47,8 @@ class StoreInfo:
         readers: Process id → how many commits its oldest snapshot is behind; of what this user
             may see, this process included.
         damage: Why the store can't be read, or None.
+        is_damaged: Whether that is damage: not a missing permission, a network mount, or the
+            format of a newer release.
         last_used: When embeddings were last read, give or take an hour; None if never.
         last_written: When the newest commit was made; None if that isn't known.
     """
@@ -63,6 +65,7 @@ class StoreInfo:
     pinned_bytes: int = 0
     readers: Mapping[int, int] = field(default_factory=dict)
     damage: str | None = None
+    is_damaged: bool = False
     last_used: datetime | None = None
     last_written: datetime | None = None
 
@@ -70,7 +73,8 @@ class StoreInfo:
     def created(self) -> datetime | None:
         """`creation_time` as a time; None if there is none."""
         with contextlib.suppress(ValueError):
-            return datetime.fromisoformat(self.creation_time)
+            time = datetime.fromisoformat(self.creation_time)
+            return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
         return None
 
     @property
@@ -94,6 +98,7 @@ class StoreInfo:
             "pinned_bytes": self.pinned_bytes,
             "readers": {str(process): behind for process, behind in self.readers.items()},
             "damage": self.damage,
+            "is_damaged": self.is_damaged,
             "last_used": _iso(self.last_used),
             "last_written": _iso(self.last_written),
         }
@@ -151,6 +156,8 @@ def info_or_damage(folder: Path) -> StoreInfo:
             None,
             size_bytes=size,
             damage=str(error),
+            is_damaged=isinstance(error, IntegrityError)
+            and not isinstance(error, FormatVersionError),
             last_used=last_used(folder),
             last_written=_last_written(folder),
         )

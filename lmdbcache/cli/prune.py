@@ -58,7 +58,7 @@ def prune_command(
     ] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Stores without embeddings.")] = False,
     damaged: Annotated[
-        bool, typer.Option("--damaged", help="Stores that can't be opened (see also repair).")
+        bool, typer.Option("--damaged", help="Damaged stores (see also repair).")
     ] = False,
     leftovers: Annotated[
         bool, typer.Option("--leftovers", help="Files that a crash has left, in all stores.")
@@ -94,7 +94,7 @@ def prune_command(
         plan = prune(cache, plan, force=force)
         found = remove_leftovers_under(cache.root) if found else []
     if as_json:
-        print_json(_as_json(plan, found))
+        print_json({"dry_run": dry_run, **_as_json(plan, found)})
         return
     for verdict in plan.kept:
         say(f"kept {verdict.store.path.name}: {verdict.reason}")

@@ -8,7 +8,7 @@ from typing import Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.doctor.findings import Finding, note, ok, problem
-from lmdbcache.errors import CacheError
+from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.pruning import leftovers_under
 from lmdbcache.storage.checked_marker import is_known
 from lmdbcache.storage.generations import current_generation, is_being_written
@@ -64,8 +64,12 @@ def _check_store(store: Path) -> Iterator[Finding]:
             yield note(store.name, text, f"lmdbcache verify {store.name}")
             return
         read_store_info(store)
-    except (CacheError, OSError) as error:
+    except FormatVersionError as error:
+        yield problem(store.name, str(error), "pip install --upgrade lmdbcache")
+    except IntegrityError as error:
         yield problem(store.name, f"damaged: {error}", f"lmdbcache repair {store.name}")
+    except (CacheError, OSError) as error:
+        yield problem(store.name, f"can't be opened: {error}", "as the message says")
 
 
 def _users(store: Path, generation: Path) -> Iterator[Finding]:

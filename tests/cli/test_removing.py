@@ -8,13 +8,19 @@ import shutil
 import time
 from datetime import datetime, timedelta, timezone
 
+import lmdb
+import msgpack
+import numpy as np
 import pytest
 import typer
 from storage.child_processes import peer_process
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
+from lmdbcache.pruning import PrunePolicy, plan_pruning, prune
 from lmdbcache.storage.generations import write_lock
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.metadata import checksum
 
 DAY = 86400
 
@@ -173,6 +179,38 @@ def test_prune_empty_and_damaged(cli, cache, configs):
     assert "nothing to remove" in cli(*options, "--older-than", "1d").stdout
     assert cli("prune", "--empty", "--damaged", "--yes").returncode == 0
     assert list(cache) == [configs[2]]
+
+
+def test_prune_takes_damage_alone_for_damage(cli, cache, configs):
+    """A store of a newer format, or one that may not be opened here, isn't damaged."""
+    generation = next(cache.path(configs[0]).glob("gen-*"))
+    with lmdb.open(str(generation), max_dbs=1) as env:
+        checksums = env.open_db(CHECKSUMS_NAME)
+        with env.begin(write=True) as transaction:
+            record = {**msgpack.unpackb(transaction.get(METADATA_KEY)), "format_version": 2}
+            packed = msgpack.packb(record)
+            transaction.put(METADATA_KEY, packed)
+            transaction.put(METADATA_KEY, checksum(METADATA_KEY, packed), db=checksums)
+    (store,) = [store for store in cache.stores() if store.damage]
+    assert ("Upgrade" in store.damage, store.is_damaged) == (True, False)
+    assert "nothing to remove" in cli("prune", "--damaged", "--dry-run").stdout
+    assert "Upgrade" in cli("doctor").stdout
+
+
+def test_prune_looks_again_before_it_removes(cache, configs):
+    """What was read, filled or repaired between the plan and the removal is kept."""
+    for config in configs:
+        make_older(cache, config, 100)
+    plan = plan_pruning(cache, PrunePolicy(used_before=parse_moment("90d")))
+    assert len(plan.removed) == 3
+    with cache.reader(configs[0]) as reader:
+        len(reader)
+    with cache.writer(configs[1]) as writer:
+        writer.put("new:dog", np.ones((3, 8)))
+    done = prune(cache, plan)
+    assert [verdict.store.config for verdict in done.removed] == [configs[2]]
+    assert {verdict.reason for verdict in done.kept} == {"used or changed meanwhile"}
+    assert done.bytes_left == sum(verdict.store.size_bytes for verdict in done.kept)
 
 
 def read_one(root, config):
