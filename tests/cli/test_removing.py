@@ -211,6 +211,13 @@ def test_prune_looks_again_before_it_removes(cache, configs):
     assert [verdict.store.config for verdict in done.removed] == [configs[2]]
     assert {verdict.reason for verdict in done.kept} == {"used or changed meanwhile"}
     assert done.bytes_left == sum(verdict.store.size_bytes for verdict in done.kept)
+    with peer_process() as peer:
+        make_older(cache, configs[0], 100)
+        plan = plan_pruning(cache, PrunePolicy(used_before=parse_moment("90d")))
+        peer.call(open_writer, cache.root, configs[0])
+        (kept,) = prune(cache, plan).kept
+        assert kept.reason.startswith(f"in use by {peer.process.pid}")
+        peer.call(let_go)
 
 
 def read_one(root, config):
