@@ -76,9 +76,11 @@ def _users(store: Path, generation: Path) -> Iterator[Finding]:
     if is_being_written(store):
         named = ", ".join(writing_processes(store)) or "a process"
         yield note(store.name, f"written to now by {named}")
-    if users := others(store):
-        yield note(store.name, f"open in {', '.join(users)}")
     slots = slot_use(generation)
+    taken = len(slots.alive) + len(slots.dead) if slots else 0
+    if users := others(store):
+        counted = f"; {taken} of {slots.num_slots} reader slots are taken" if slots else ""
+        yield note(store.name, f"open in {', '.join(users)}{counted}")
     if slots is None:
         return
     if slots.dead:
@@ -86,7 +88,6 @@ def _users(store: Path, generation: Path) -> Iterator[Finding]:
         text = f"reader slots of ended processes ({ended}) keep old pages from reuse"
         remedy = "nothing to do: whoever opens the store next clears them"
         yield note(store.name, text, remedy)
-    taken = len(slots.alive) + len(slots.dead)
     if taken > _MANY * slots.num_slots:
-        text = f"{taken} of {slots.num_slots} reader slots are taken"
+        text = f"{taken} of {slots.num_slots} reader slots are taken; without one nobody reads"
         yield problem(store.name, text, "close readers, or end such a process")

@@ -272,6 +272,7 @@ def test_who_uses_a_store(filled, config):
         text = " ".join(finding.text for finding in by_subject(check_stores(filled))[name])
         assert f"{peer.process.pid} " in text
         assert f"{other.process.pid} " in text
+        assert "2 of 2048 reader slots" in text
         assert "ended" not in text
         os.kill(other.process.pid, signal.SIGKILL)
         other.process.join()
