@@ -35,6 +35,7 @@ from lmdbcache.store_info import (
     info_or_damage,
     is_store,
     read_store_info,
+    users_of,
 )
 
 __all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
@@ -155,7 +156,7 @@ class EmbeddingCache:
         """How much of these samples is stored, by class. Nothing stored is no error."""
         if config not in self:
             return coverage_of(sample_ids, None)
-        with EmbeddingReader(self.path(config), config) as reader:
+        with EmbeddingReader(self.path(config), config, counts_as_use=False) as reader:
             return coverage_of(sample_ids, reader)
 
     def get_or_compute(
@@ -218,7 +219,9 @@ class EmbeddingCache:
         return [self.remove(folder) for folder in folders if is_store(folder)]
 
     def remove(self, store: str | Path) -> StoreInfo:
-        """Remove the store in this folder, sound or damaged.
+        """Remove the store in this folder, sound or damaged; waits for its writers.
+
+        Readers go on with what they have open.
 
         Returns:
             What was removed.
@@ -227,11 +230,41 @@ class EmbeddingCache:
             CacheNotFoundError: The folder isn't a store under this root.
             ReadOnlyCacheError: No permission to remove it.
         """
+        return self._remove(store, wait=True, check=lambda _: None)
+
+    def remove_unused(self, store: StoreInfo) -> StoreInfo:
+        """Remove a store that nobody has open, if it is still what the caller has seen.
+
+        Args:
+            store: What `stores` or `info` gave.
+
+        Returns:
+            What was removed.
+
+        Raises:
+            CacheNotFoundError: The folder isn't a store under this root.
+            ReadOnlyCacheError: No permission to remove it.
+            StorageError: Somebody uses it, or has changed or read it since.
+        """
+
+        def check(found: StoreInfo) -> None:
+            if users := users_of(found):
+                raise StorageError(f"in use by {', '.join(users)}")
+            for name in ("last_touched", "num_embeddings", "is_damaged"):
+                if getattr(found, name) != getattr(store, name):
+                    raise StorageError("used or changed meanwhile")
+
+        return self._remove(store.path, wait=False, check=check)
+
+    def _remove(
+        self, store: str | Path, *, wait: bool, check: Callable[[StoreInfo], None]
+    ) -> StoreInfo:
         folder = Path(store).absolute()
         if folder.parent != self.root or not is_store(folder):
             raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
-        removed = info_or_damage(folder)
-        with write_lock(folder):
+        with write_lock(folder, wait=wait):
+            removed = info_or_damage(folder)
+            check(removed)
             remove_store(folder)
         return removed
 

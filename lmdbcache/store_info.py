@@ -6,16 +6,26 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError
+from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.last_use import last_used, last_written
 from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.reader_slots import others
 from lmdbcache.storage.space import space_use
 
-__all__ = ["StoreInfo", "allocated_bytes", "info_or_damage", "is_store", "read_store_info"]
+__all__ = [
+    "StoreInfo",
+    "allocated_bytes",
+    "info_or_damage",
+    "is_store",
+    "read_store_info",
+    "users_of",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,10 @@ class StoreInfo:
         readers: Process id → how many commits its oldest snapshot is behind; of what this user
             may see, this process included.
         damage: Why the store can't be read, or None.
+        is_damaged: Whether that is damage: not a missing permission, a network mount, or the
+            format of a newer release.
+        last_used: When embeddings were last read, give or take an hour; None if never.
+        last_written: When the newest commit was made; None if that isn't known.
     """
 
     path: Path
@@ -51,6 +65,22 @@ class StoreInfo:
     pinned_bytes: int = 0
     readers: Mapping[int, int] = field(default_factory=dict)
     damage: str | None = None
+    is_damaged: bool = False
+    last_used: datetime | None = None
+    last_written: datetime | None = None
+
+    @property
+    def created(self) -> datetime | None:
+        """`creation_time` as a time; None if there is none."""
+        with contextlib.suppress(ValueError):
+            time = datetime.fromisoformat(self.creation_time)
+            return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+        return None
+
+    @property
+    def last_touched(self) -> datetime | None:
+        """When it was last read or written; None if neither is known."""
+        return max(filter(None, (self.last_used, self.last_written)), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -68,6 +98,9 @@ class StoreInfo:
             "pinned_bytes": self.pinned_bytes,
             "readers": {str(process): behind for process, behind in self.readers.items()},
             "damage": self.damage,
+            "is_damaged": self.is_damaged,
+            "last_used": _iso(self.last_used),
+            "last_written": _iso(self.last_written),
         }
 
 
@@ -79,7 +112,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
         IntegrityError: The store is damaged.
     """
     store = Path(store).absolute()
-    with EmbeddingReader(store) as reader:
+    with EmbeddingReader(store, counts_as_use=False) as reader:
         metadata, num_embeddings = reader.metadata, len(reader)
         space = reader.read_pinned(space_use)
     return StoreInfo(
@@ -94,7 +127,14 @@ def read_store_info(store: str | Path) -> StoreInfo:
         free_bytes=space.free_bytes,
         pinned_bytes=space.pinned_bytes,
         readers=space.readers,
+        last_used=last_used(store),
+        last_written=_last_written(store),
     )
+
+
+def users_of(info: StoreInfo) -> list[str]:
+    """`4711 python` of every other process that has the store open, as far as that shows."""
+    return others(info.path) or [str(pid) for pid in info.readers if pid != os.getpid()]
 
 
 def is_store(folder: Path) -> bool:
@@ -110,7 +150,28 @@ def info_or_damage(folder: Path) -> StoreInfo:
     try:
         return read_store_info(folder)
     except (CacheError, OSError) as error:
-        return StoreInfo(folder, None, size_bytes=allocated_bytes(folder), damage=str(error))
+        size = allocated_bytes(folder)
+        return StoreInfo(
+            folder,
+            None,
+            size_bytes=size,
+            damage=str(error),
+            is_damaged=isinstance(error, IntegrityError)
+            and not isinstance(error, FormatVersionError),
+            last_used=last_used(folder),
+            last_written=_last_written(folder),
+        )
+
+
+def _last_written(store: Path) -> datetime | None:
+    with contextlib.suppress(CacheError):
+        generation = current_generation(store)
+        return last_written(generation) if generation else None
+    return None
+
+
+def _iso(time: datetime | None) -> str | None:
+    return time.isoformat(timespec="seconds") if time else None
 
 
 def allocated_bytes(folder: Path) -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
-
-from rich.console import Console
-from rich.table import Table
 
 from lmdbcache.extraction.space import readable_size as sizes
 
 __all__ = [
     "DISK_FULL",
     "counted",
+    "is_wide",
     "print_error",
     "print_json",
     "print_table",
@@ -50,6 +49,9 @@ def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[object]], *, num_text_columns: int = 1
 ) -> None:
     """A table as wide as the terminal; in a pipe as wide as it needs. Numbers go to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
     cells = [[_printable(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
@@ -68,6 +70,11 @@ def print_table(
     Console(width=width, highlight=False, markup=False, soft_wrap=False).print(table)
 
 
+def is_wide(columns: int) -> bool:
+    """Whether standard output shows so many columns; what isn't a terminal shows any number."""
+    return not sys.stdout.isatty() or shutil.get_terminal_size().columns >= columns
+
+
 @contextlib.contextmanager
 def progress_bar(
     label: str, *, shown: bool | None = None, in_bytes: bool = False
@@ -80,6 +87,7 @@ def progress_bar(
     if not (sys.stderr.isatty() if shown is None else shown):
         yield None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from enum import Enum
 from typing import Annotated
 
 import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
+from lmdbcache.cli.console import counted, is_wide, print_json, print_table, say, sizes
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Root, Store, find_store
 from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.quantities import age
 from lmdbcache.failures import ClipFailure, read_failures
 from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo
 
 __all__ = ["coverage_command", "info_command", "ls_command"]
@@ -22,29 +27,69 @@ __all__ = ["coverage_command", "info_command", "ls_command"]
 _FEW: int = 10
 
 
-def ls_command(*, root: Root = None, as_json: Json = False) -> None:
-    """List the stores under the root with their sizes."""
+class Order(str, Enum):
+    """What `ls` sorts by."""
+
+    NAME = "name"
+    SIZE = "size"
+    USED = "used"
+
+
+def ls_command(
+    *,
+    root: Root = None,
+    text: Annotated[
+        str, typer.Option("--filter", help="Only stores with this in their name or config.")
+    ] = "",
+    order: Annotated[
+        Order,
+        typer.Option("--sort", help="By name, size (largest first) or last use (newest first)."),
+    ] = Order.NAME,
+    as_json: Json = False,
+) -> None:
+    """List the stores under the root: size, when created, last written and last read."""
     cache = EmbeddingCache(root)
-    stores = cache.stores()
+    everything = cache.stores()
+    stores = [store for store in everything if _has(store, text)]
+    if order is not Order.NAME:
+        stores.sort(key=_SORT_KEYS[order], reverse=True)
     if as_json:
         print_json([store.to_dict() for store in stores])
         return
     if not stores:
-        say(f"nothing is stored under {cache.root}")
+        found = f"none of {counted(len(everything), 'store')} has {text!r} in its name or config"
+        say(f"{found}; {cache.root}" if everything else f"nothing is stored under {cache.root}")
         return
-    print_table(
-        ("fingerprint", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
-        map(_row, stores),
-        num_text_columns=3,
-    )
+    # Created and written are left out where they would only be cut off.
+    shown = _HEADINGS if is_wide(_WIDE) else _HEADINGS[:-3] + _HEADINGS[-1:]
+    rows = [dict(zip(_HEADINGS, _row(store), strict=True)) for store in stores]
+    print_table(shown, [[row[name] for name in shown] for row in rows], num_text_columns=3)
     total = sum(store.size_bytes for store in stores)
     say(f"{counted(len(stores), 'store')}, {sizes(total)} under {cache.root}")
 
 
+_HEADINGS = (
+    *("fingerprint", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
+    *("created", "written", "read"),
+)
+_WIDE: int = 110
+_SORT_KEYS: dict[Order, Callable[[StoreInfo], float]] = {
+    Order.SIZE: lambda store: store.size_bytes,
+    Order.USED: lambda store: store.last_touched.timestamp() if store.last_touched else 0.0,
+}
+
+
+def _has(store: StoreInfo, text: str) -> bool:
+    values = store.config.to_dict().values() if store.config else ()
+    names = (store.path.name, *map(str, values))
+    return any(text.lower() in name.lower() for name in names)
+
+
 def _row(store: StoreInfo) -> tuple[object, ...]:
+    times = age(store.created), age(store.last_written), age(store.last_used)
     if store.config is None:
         name = store.path.name.rpartition("-")[2]
-        return name, "DAMAGED, see info", "", "", "", "", "", sizes(store.size_bytes)
+        return name, "DAMAGED, see info", "", "", "", "", "", sizes(store.size_bytes), *times
     config = store.config
     return (
         config.fingerprint,
@@ -55,6 +100,7 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
         config.dtype,
         store.num_embeddings,
         sizes(store.size_bytes),
+        *times,
     )
 
 
@@ -63,12 +109,11 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
 
     Exit code 1 if it is damaged.
     """
-    cache = EmbeddingCache(root)
-    info = find_store(cache, store)
+    info = find_store(EmbeddingCache(root), store)
     failures = read_failures(info.path)
     classes: Counter[str] = Counter()
     if info.config is not None:
-        with cache.reader(info.config) as reader:
+        with EmbeddingReader(info.path, info.config, counts_as_use=False) as reader:
             classes.update(split_sample_id(sample_id)[1] for sample_id in reader)
     if as_json:
         found = [vars(failure) for failure in failures]
@@ -89,7 +134,9 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         "embeddings": info.num_embeddings,
         "size": sizes(info.size_bytes),
         "free": _free(info),
-        "created": info.creation_time,
+        "created": _moment(info.created),
+        "last written": _moment(info.last_written),
+        "last read": _moment(info.last_used) or "never, as far as is known",
         "dataset_root": info.dataset_root,
         **info.provenance,
     }
@@ -101,6 +148,12 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         say(f"failed: {failure.sample_id}: {failure.reason}")
     if len(failures) > _FEW:
         say(f"… and {len(failures) - _FEW} more failed clips; see --json")
+
+
+def _moment(moment: datetime | None) -> str:
+    if moment is None:
+        return ""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %z} ({age(moment)})"
 
 
 def _free(info: StoreInfo) -> str:

@@ -7,7 +7,17 @@ import sys
 
 import typer
 
-from lmdbcache.cli import audit, dataset, extract, inspect, maintain
+from lmdbcache.cli import (
+    audit,
+    dataset,
+    diff,
+    doctor,
+    extract,
+    inspect,
+    maintain,
+    prune,
+    remove,
+)
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
@@ -17,8 +27,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="lmdbcache",
     help="Compute the embeddings of an audio model once, read them back at memory speed.",
-    epilog="Exit codes: 0 done; 1 a clip failed, something is missing or damaged, or an error; "
-    "2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
+    epilog="Exit codes: 0 done; 1 a clip failed, something is missing, damaged or different, or "
+    "an error; 2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -28,7 +38,11 @@ app.command("info")(inspect.info_command)
 app.command("coverage")(inspect.coverage_command)
 app.command("dataset")(dataset.dataset_command)
 app.command("partition")(dataset.partition_command)
-app.command("clear")(maintain.clear_command)
+app.command("rm")(remove.rm_command)
+app.command("clear", help="The same as rm.", hidden=True)(remove.rm_command)
+app.command("prune")(prune.prune_command)
+app.command("diff")(diff.diff_command)
+app.command("doctor")(doctor.doctor_command)
 app.command("compact")(maintain.compact_command)
 app.command("verify")(maintain.verify_command)
 app.command("repair")(maintain.repair_command)

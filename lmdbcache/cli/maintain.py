@@ -1,9 +1,9 @@
-"""`lmdbcache clear`, `compact`, `verify` and `repair`."""
+"""`lmdbcache compact`, `verify` and `repair`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,50 +16,26 @@ from lmdbcache.cli.console import (
     say,
     sizes,
 )
-from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
+from lmdbcache.cli.options import (
+    All,
+    Json,
+    Progress,
+    Root,
+    Stores,
+    Yes,
+    check_can_ask,
+    find_folders,
+)
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
-from lmdbcache.errors import ConfigError, IntegrityError
+from lmdbcache.errors import IntegrityError
 from lmdbcache.storage.compaction import compact, plan_compaction
 from lmdbcache.storage.integrity import IntegrityReport, verify
 from lmdbcache.storage.repair import RepairReport, repair
-from lmdbcache.store_info import info_or_damage
 
-__all__ = ["clear_command", "compact_command", "repair_command", "verify_command"]
+__all__ = ["compact_command", "repair_command", "verify_command"]
 
-Stores = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Argument(help="Fingerprints (their first digits do) or folder names."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be kept.")]
-All = Annotated[bool, typer.Option("--all", help="All stores under the root.")]
-
-
-def clear_command(
-    stores: Stores = None,
-    *,
-    root: Root = None,
-    everything: All = False,
-    yes: Yes = False,
-    as_json: Json = False,
-) -> None:
-    """Remove stores, after asking."""
-    cache = EmbeddingCache(root)
-    chosen = [info_or_damage(folder) for folder in _chosen(cache, stores, everything=everything)]
-    if as_json and not yes:
-        raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
-    if chosen and not yes:
-        for store in chosen:
-            held = "damaged" if store.damage else f"{store.num_embeddings} embeddings"
-            say(f"{store.path.name}: {held}, {sizes(store.size_bytes)}")
-        question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
-        typer.confirm(question, abort=True)
-    removed = [cache.remove(store.path) for store in chosen]
-    if as_json:
-        print_json([store.to_dict() for store in removed])
-    else:
-        freed = sum(store.size_bytes for store in removed)
-        say(f"removed {counted(len(removed), 'store')}, {sizes(freed)}")
+KeptOnly = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be kept.")]
 
 
 def compact_command(
@@ -77,7 +53,7 @@ def compact_command(
 
     Interrupted at any moment, a store is as before. Exit code 3 if the disk can't hold the copy.
     """
-    chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
+    chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
     if dry_run:
         results = [plan_compaction(store) for store in chosen]
     else:
@@ -121,7 +97,7 @@ def verify_command(
 
     With --sources: whether the audio files are still those that were embedded.
     """
-    chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
+    chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
     if source_choice.is_wanted:
         verify_sources(chosen, source_choice, progress=progress, as_json=as_json)
         return
@@ -158,14 +134,13 @@ def repair_command(
     *,
     root: Root = None,
     everything: All = False,
-    dry_run: DryRun = False,
+    dry_run: KeptOnly = False,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Keep what is sound of damaged stores, after asking; the next extraction computes the rest."""
-    chosen = _chosen(EmbeddingCache(root), stores, everything=everything)
-    if as_json and not (yes or dry_run):
-        raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
+    chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
+    check_can_ask(as_json=as_json, may_ask=not (yes or dry_run))
     reports = []
     for store in chosen:
         report = repair(store, dry_run=True)
@@ -217,11 +192,3 @@ def _say_findings(**findings: tuple[str, ...]) -> None:
     for kind, found in findings.items():
         for finding in found:
             say(f"  {kind}: {finding}")
-
-
-def _chosen(cache: EmbeddingCache, stores: list[str] | None, *, everything: bool) -> list[Path]:
-    if everything and not stores:
-        return cache.folders()
-    if not stores or everything:
-        raise ConfigError("name the stores (see `lmdbcache ls`), or give --all")
-    return list(dict.fromkeys(find_folder(cache, store) for store in stores))

@@ -9,10 +9,42 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache
-from lmdbcache.errors import CacheNotFoundError
+from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError
 from lmdbcache.store_info import StoreInfo, info_or_damage
 
-__all__ = ["Json", "Progress", "Root", "Store", "Yes", "find_folder", "find_store"]
+__all__ = [
+    "All",
+    "DryRun",
+    "Json",
+    "Progress",
+    "Root",
+    "Store",
+    "Stores",
+    "Yes",
+    "check_can_ask",
+    "complete_store",
+    "find_folder",
+    "find_folders",
+    "find_store",
+]
+
+
+_HELP_WIDTH = 60
+
+
+def complete_store(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """What a shell offers for a store: fingerprints and folder names. Nothing is opened."""
+    try:
+        folders = EmbeddingCache(context.params.get("root")).folders()
+    except CacheError:
+        return []
+    parts = [folder.name.rpartition("-") for folder in folders]
+    typed = incomplete.lower()
+    # Shells show the second part beside the first; a line that is folded confuses zsh.
+    found = [(digits, slug[:_HELP_WIDTH]) for slug, _, digits in parts if digits.startswith(typed)]
+    named = [(folder.name, "") for folder in folders if folder.name.startswith(incomplete)]
+    return found or named
+
 
 # typer reads these at run time, on Python 3.10, too.
 Root = Annotated[
@@ -26,8 +58,21 @@ Root = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")]
+Stores = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(
+        help="Fingerprints (their first digits do) or folder names.",
+        autocompletion=complete_store,
+    ),
+]
+All = Annotated[bool, typer.Option("--all", help="All stores under the root.")]
 Store = Annotated[
-    str, typer.Argument(help="Fingerprint (its first digits do), or a store's folder name.")
+    str,
+    typer.Argument(
+        help="Fingerprint (its first digits do), or a store's folder name.",
+        autocompletion=complete_store,
+    ),
 ]
 Progress = Annotated[
     Optional[bool],  # noqa: UP045
@@ -42,6 +87,32 @@ Progress = Annotated[
 def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:
     """What the store holds that `find_folder` finds."""
     return info_or_damage(find_folder(cache, text))
+
+
+def find_folders(
+    cache: EmbeddingCache, stores: list[str] | None, *, everything: bool
+) -> list[Path]:
+    """The stores that are named, each once, or all.
+
+    Raises:
+        CacheNotFoundError: A name is none, or several stores'.
+        ConfigError: Neither names nor --all, or both.
+    """
+    if everything and not stores:
+        return cache.folders()
+    if not stores or everything:
+        raise ConfigError("name the stores (see `lmdbcache ls`), or give --all")
+    return list(dict.fromkeys(find_folder(cache, store) for store in stores))
+
+
+def check_can_ask(*, as_json: bool, may_ask: bool) -> None:
+    """Refuse to ask in the middle of JSON.
+
+    Raises:
+        ConfigError: `--json` alone.
+    """
+    if as_json and may_ask:
+        raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
 
 
 def find_folder(cache: EmbeddingCache, text: str) -> Path:

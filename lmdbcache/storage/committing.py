@@ -119,20 +119,33 @@ class Committer:
             CacheFullError, DuplicateSampleError, ProvenanceMismatchError: See
                 `EmbeddingWriter.commit`.
         """
+        needed = 2 * pending.num_bytes + RESERVE_BYTES
         with write_lock(self.store), no_fork:
-            # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
-            needed = 2 * pending.num_bytes + RESERVE_BYTES
-            try:
-                with translated_errors(self.store, needed):
-                    check_room(self.store, needed, "this commit")
-                    with self._environment_lock:
-                        environment = self._attach()
-                        self._is_writing = True
-                    written = self._write_with_room(environment, pending, shape)
-            finally:
-                self._is_writing = False
-        self._num_commits += 1
-        return written
+            return self._write_with_room(
+                lambda environment: self._write(environment, pending, shape), needed, "this commit"
+            )
+
+    def remove(self, keys: Iterable[bytes]) -> int:
+        """Remove embeddings with their checksums in one transaction; durable when this returns.
+
+        Args:
+            keys: Those that aren't stored are passed over.
+
+        Returns:
+            The number of embeddings removed.
+
+        Raises:
+            CacheFullError: No room for the pages that change; nothing was removed.
+        """
+        keys = sorted(keys)
+        if current_generation(self.store) is None or not keys:
+            return 0  # nothing to remove is no reason to make a folder
+        with write_lock(self.store), no_fork:
+            if current_generation(self.store) is None:
+                return 0
+            return self._write_with_room(
+                lambda environment: self._remove(environment, keys), RESERVE_BYTES, "removal"
+            )
 
     def close(self) -> None:
         """Give back the environment."""
@@ -142,13 +155,26 @@ class Committer:
     # ---- the transaction
 
     def _write_with_room(
-        self, environment: Environment, pending: PendingEmbeddings, shape: Shape | None
+        self, write: Callable[[Environment], int], needed: int, purpose: str
     ) -> int:
-        while True:
-            try:
-                return self._write(environment, pending, shape)
-            except lmdb.MapFullError:
-                environment.grow()
+        """What one write transaction gives. Under the writer lock."""
+        try:
+            with translated_errors(self.store, needed):
+                # First: LMDB dies of SIGBUS where the disk has no room for its lock file.
+                check_room(self.store, needed, purpose)
+                with self._environment_lock:
+                    environment = self._attach()
+                    self._is_writing = True
+                while True:
+                    try:
+                        number = write(environment)
+                        break
+                    except lmdb.MapFullError:
+                        environment.grow()
+        finally:
+            self._is_writing = False
+        self._num_commits += 1
+        return number
 
     def _write(
         self, environment: Environment, pending: PendingEmbeddings, shape: Shape | None
@@ -205,6 +231,23 @@ class Committer:
             return {}
         found = {key: transaction.get(key, db=environment.checksums) for key in keys}
         return {key: None if value is None else bytes(value) for key, value in found.items()}
+
+    def _remove(self, environment: Environment, keys: list[bytes]) -> int:
+        transaction = environment.begin_write()
+        try:
+            environment.read_metadata(transaction).check_config(self._config, self.store)
+            removed = 0
+            for key in keys:
+                removed += transaction.delete(key)
+                transaction.delete(key, db=environment.checksums)
+            transaction.commit()
+        except BaseException:
+            with contextlib.suppress(lmdb.Error):
+                transaction.abort()
+            raise
+        # Pages with removed values may stay in the file: a repair must not bring them back.
+        record_commit(environment.generation, overwrites=True)
+        return removed
 
     def _attach(self) -> Environment:
         """The live generation's environment, made if there is none. Under the writer lock."""

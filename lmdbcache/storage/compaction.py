@@ -129,6 +129,8 @@ def _copy(
     check_room(store, size + _LOCK_FILE_BYTES, "compaction")
     new = create_generation(store)
     _copy_pages(environment, snapshot, new / "data.mdb", progress or (lambda *_: None), size)
+    times = (environment.generation / "data.mdb").stat()
+    os.utime(new / "data.mdb", ns=(times.st_atime_ns, times.st_mtime_ns))  # nothing was added
     sync_file(new / "data.mdb")
     mark_known(new)
     copy = acquire(new)

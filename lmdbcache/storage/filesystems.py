@@ -22,6 +22,7 @@ __all__ = [
     "check_local_for_writing",
     "find_mount",
     "is_network",
+    "mount_of",
     "parse_mounts",
 ]
 
@@ -173,7 +174,8 @@ def _unescaped(field: bytes) -> str:
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
 
 
-def _network_mount(folder: Path) -> Mount | None:
+def mount_of(folder: Path) -> Mount | None:
+    """The mount that a folder lies on, or would; None where that can't be told."""
     while True:
         try:
             device = folder.stat().st_dev
@@ -182,11 +184,16 @@ def _network_mount(folder: Path) -> Mount | None:
             if folder == folder.parent:
                 return None
             folder = folder.parent
-    return _network_mount_of(device, os.fspath(folder))
+    return _mount_of(device, os.fspath(folder))
+
+
+def _network_mount(folder: Path) -> Mount | None:
+    mount = mount_of(folder)
+    return mount if mount is not None and is_network(mount) else None
 
 
 @lru_cache(maxsize=256)
-def _network_mount_of(device: int, folder: str) -> Mount | None:
+def _mount_of(device: int, folder: str) -> Mount | None:
     """By device, too: what was mounted over the folder since is another one."""
     try:
         text = Path("/proc/self/mountinfo").read_bytes()
@@ -194,7 +201,7 @@ def _network_mount_of(device: int, folder: str) -> Mount | None:
         return None
     mount = find_mount(parse_mounts(text), os.path.realpath(folder))
     _logger.debug("%s (device %d) lies on %s", folder, device, mount)
-    return mount if mount is not None and is_network(mount) else None
+    return mount
 
 
 def _is_allowed() -> bool:

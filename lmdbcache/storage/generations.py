@@ -29,6 +29,7 @@ __all__ = [
     "create_generation",
     "current_generation",
     "free_bytes",
+    "is_being_written",
     "point_at",
     "publish_generation",
     "remove_other_generations",
@@ -66,7 +67,7 @@ def current_generation(store: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def write_lock(store: Path) -> Iterator[None]:
+def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the store's writer lock; waits until others have released it.
 
     Creates the store's folder. The lock file may be removed by whoever holds it (`remove_store`),
@@ -74,11 +75,12 @@ def write_lock(store: Path) -> Iterator[None]:
 
     Raises:
         ReadOnlyCacheError: The folder can't be written.
+        StorageError: Somebody holds it, and waiting wasn't asked for.
     """
     while True:
         descriptor = _open_lock(store)
         try:
-            _flock(descriptor, store)
+            _flock(descriptor, store, wait=wait)
             try:
                 same = os.path.samestat(os.fstat(descriptor), (store / WRITER_LOCK_NAME).stat())
             except FileNotFoundError:
@@ -204,11 +206,35 @@ def _open_lock(store: Path) -> int:
             ) from None
 
 
-def _flock(descriptor: int, store: Path) -> None:
+def is_being_written(store: Path) -> bool:
+    """Whether somebody commits to, compacts, repairs or removes the store at this moment.
+
+    Nothing is made for that, and nobody has to wait.
+    """
+    try:
+        descriptor = os.open(store / WRITER_LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without such locks
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _flock(descriptor: int, store: Path, *, wait: bool) -> None:
     _held_locks.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            raise StorageError(
+                f"{store} is being written to. Try again when its writer has ended"
+            ) from None
         _logger.debug("waiting for another writer of %s", store)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 

@@ -15,11 +15,8 @@ from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoun
 from lmdbcache.storage.batches import gather, offsets_of, remember_all, stack
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.layout import (
-    NUM_RESERVED_KEYS,
-    sample_id_of_key,
-    sample_key,
-)
+from lmdbcache.storage.last_use import touch
+from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pinning import PinnedStore
@@ -59,24 +56,47 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             `"first_read"` (once per snapshot) or `"always"`. A damaged value is an IntegrityError
             that names the sample; without verification it is read as it is. LMDB's pages are
             looked at, too, whenever a snapshot is pinned.
+        counts_as_use: Whether opening it moves the store's time of last use.
     """
 
     num_read = 0
 
     def __init__(
-        self, store: str | Path, config: CacheConfig | None = None, verify: Verify = "never"
+        self,
+        store: str | Path,
+        config: CacheConfig | None = None,
+        verify: Verify = "never",
+        *,
+        counts_as_use: bool = True,
     ) -> None:
         check_mode(verify)
         self.verify: Final[Verify] = verify
+        self._counts_as_use = counts_as_use
         super().__init__(store, config)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "verify": self.verify}
+        own = {"verify": self.verify, "counts_as_use": self._counts_as_use}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        EmbeddingReader.__init__(self, state["store"], state["config"], state["verify"])
+        store, config, verify = state["store"], state["config"], state["verify"]
+        EmbeddingReader.__init__(self, store, config, verify, counts_as_use=state["counts_as_use"])
+
+    def close(self) -> None:
+        """Give back the snapshot and the environment. Reading again opens them again."""
+        snapshot = self._snapshot
+        if self._counts_as_use and snapshot is not None and snapshot.is_protected:
+            touch(self._store)  # it may have been open for days
+        super().close()
 
     def _pin(self, instead_of: Snapshot | None) -> Snapshot:
+        snapshot = self._pin_verified(instead_of)
+        # Where readers leave no trace, on a network mount or without the right to, there is none.
+        if self._counts_as_use and snapshot.is_protected:
+            touch(self._store)
+        return snapshot
+
+    def _pin_verified(self, instead_of: Snapshot | None) -> Snapshot:
         if self.verify == "never":
             return super()._pin(instead_of)
         check_pages(self._store)

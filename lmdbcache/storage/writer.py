@@ -250,6 +250,25 @@ class EmbeddingWriter:
                 self._forget_pending()
             return written
 
+    def remove(self, sample_ids: Iterable[str]) -> int:
+        """Remove embeddings with their checksums in one transaction; durable when this returns.
+
+        What was collected of them is dropped, too. Readers in other processes keep what their
+        snapshot has. Later commits reuse the space; `compact` gives it back.
+
+        Returns:
+            How many were stored; others are passed over.
+
+        Raises:
+            CacheFullError: No room for the pages that change; nothing was removed.
+        """
+        keys = {sample_key(sample_id) for sample_id in sample_ids}
+        with self._usable():
+            self._settle()
+            removed = self._committer.remove(keys)
+            self._pending.drop(keys)
+            return removed
+
     def discard(self) -> None:
         """Drop what was collected since the last commit."""
         with self._lock:
@@ -358,8 +377,6 @@ class EmbeddingWriter:
     def _count(self, written: int) -> None:
         self._num_written += written
         self._shape = self._committer.embedding_shape
-
-    # ---- checks
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:

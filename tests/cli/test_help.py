@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-COMMANDS = ["extract", "ls", "info", "coverage", "clear", "compact", "verify", "repair", "audit"]
+COMMANDS = ["extract", "ls", "info", "coverage", "rm", "prune", "diff", "doctor"]
+COMMANDS += ["compact", "verify", "repair", "audit"]
 
 
 def test_help_lists_every_command(cli):
@@ -15,6 +17,13 @@ def test_help_lists_every_command(cli):
     text = cli("--help").stdout
     assert all(f" {command} " in text for command in COMMANDS)
     assert cli("--version").stdout.startswith("lmdbcache ")
+
+
+def test_exit_codes_of_each_command_are_documented():
+    """docs/command_line.md tells for every command what 1 and 3 mean."""
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text("utf-8")
+    table = text.partition("| command | 1 | 3 |")[2].partition("\n\n")[0]
+    assert all(f"`{command}`" in table for command in COMMANDS)
 
 
 def test_without_arguments_help_is_shown(cli):
@@ -34,7 +43,16 @@ def test_help_of_each_command(cli, command):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["ls"], ["coverage", "VEGAS"], ["verify", "--all"]]
+    "arguments",
+    [
+        ["--help"],
+        ["ls"],
+        ["coverage", "VEGAS"],
+        ["verify", "--all"],
+        ["rm", "--all", "--yes"],
+        ["prune", "--leftovers"],
+        ["doctor"],
+    ],
 )
 def test_no_heavy_imports(arguments, tmp_path):
     """Looking needs neither torch nor an audio library."""

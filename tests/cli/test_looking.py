@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig
@@ -43,6 +47,50 @@ def test_ls_json(cli, cache, configs):
         assert entry["dataset_root"] == "/data/Gerätusche"
         assert entry["provenance"] == {"weights_digest": "abc"}
         assert entry["damage"] is None
+
+
+def test_json_of_a_store_is_documented(cli, cache):
+    """docs/command_line.md names what `ls --json` has, and nothing else."""
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text("utf-8")
+    section = text.partition("## JSON of a store")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    (entry, *_) = parsed(cli("ls", "--json"))
+    assert set(documented) == entry.keys()
+
+
+def test_ls_sorts_and_filters(cli, cache, configs):
+    """By size and last use; only what has a text in its name or config."""
+    with cache.writer(configs[2]) as writer:
+        writer.put("large:dog", np.ones(8))
+    for days, config in enumerate(configs):
+        data = next(cache.path(config).glob("gen-*/data.mdb"))
+        os.utime(data, (time.time() - 86400 * (3 - days),) * 2)
+
+    def order(*options):
+        return [entry["fingerprint"] for entry in parsed(cli("ls", "--json", *options))]
+
+    prints = [config.fingerprint for config in configs]
+    assert order("--sort", "used") == prints[::-1]
+    sizes = {config.fingerprint: cache.size(config) for config in configs}
+    assert [sizes[one] for one in order("--sort", "size")] == sorted(sizes.values(), reverse=True)
+    assert order("--filter", "FLOAT16") == [prints[2]]
+    assert "none of 3 stores" in cli("ls", "--filter", "zz").stdout
+    (line,) = [line for line in cli("ls").stdout.splitlines() if line.startswith(prints[0])]
+    assert line.split()[-3:] == ["0m", "3d", "-"]
+
+
+def test_looking_is_no_use(cli, cache, configs):
+    """ls, info and verify leave the time of last use alone; info shows when it was read."""
+    name = configs[0].fingerprint
+    for command in (["ls"], ["info", name], ["verify", name]):
+        cli(*command)
+    assert cache.info(configs[0]).last_used is None
+    assert "never, as far as is known" in cli("info", name).stdout
+    with cache.reader(configs[0]) as reader:
+        len(reader)
+    details = parsed(cli("info", name, "--json"))
+    assert details["last_used"] == cache.info(configs[0]).last_used.isoformat(timespec="seconds")
+    assert details["last_written"]
 
 
 def test_nothing_stored(cli, tmp_path):

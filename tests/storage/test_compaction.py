@@ -71,6 +71,7 @@ def test_generations_follow_each_other(loose, config):
             "gen-000002/committed",
             "gen-000002/data.mdb",
             "gen-000002/lock.mdb",
+            "last_used",
             "writer.lock",
         ]
         assert next(loose.path(config).rglob("lock.mdb")).stat().st_ino != old_lock

@@ -94,7 +94,7 @@ def network(filled, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", mountinfo)
     monkeypatch.delenv(NETWORK_VARIABLE, raising=False)
-    caches = (filesystems._network_mount_of, filesystems._warn)
+    caches = (filesystems._mount_of, filesystems._warn)
     for cache in caches:
         cache.cache_clear()
     yield filled
@@ -151,10 +151,10 @@ def test_no_mountinfo_recognises_nothing(filled, config, monkeypatch):
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", without_proc)
-    filesystems._network_mount_of.cache_clear()
+    filesystems._mount_of.cache_clear()
     write(filled.root, config, {"new:x": np.ones(8, np.float32)})
     assert "new:x" in filled.reader(config)
-    filesystems._network_mount_of.cache_clear()
+    filesystems._mount_of.cache_clear()
 
 
 def test_mount_over_a_folder_is_noticed(filled, config, embeddings, tmp_path):

@@ -1,0 +1,86 @@
+"""`lmdbcache doctor`: is everything here as it should be, and what to do if not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
+from lmdbcache.cli.options import Json, Root
+
+if TYPE_CHECKING:
+    from lmdbcache.doctor.findings import Finding
+
+__all__ = ["doctor_command"]
+
+
+def doctor_command(
+    *,
+    root: Root = None,
+    memory: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(
+            "--memory", metavar="PID", help="Tell this process's memory apart; may be repeated."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check packages, machine, cache directory and stores; changes nothing. Exit code 1: a problem.
+
+    With --memory only the memory of processes is shown: their own, and pages of stores, which
+    are the page cache and no leak.
+    """
+    if memory:
+        _show_memory(memory, as_json=as_json)
+        return
+    findings = _examine(EmbeddingCache(root))
+    problems = [finding for finding in findings if finding.level == "problem"]
+    if as_json:
+        print_json([finding.to_dict() for finding in findings])
+    else:
+        for finding in findings:
+            say(f"{finding.level:<8} {finding.subject}: {finding.text}")
+            if finding.remedy:
+                say(f"{'':<8} → {finding.remedy}")
+        notes = sum(finding.level == "note" for finding in findings)
+        say(f"{counted(len(problems), 'problem')}, {counted(notes, 'note')}")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _examine(cache: EmbeddingCache) -> list[Finding]:
+    from lmdbcache.doctor.machine import check_clock, check_machine
+    from lmdbcache.doctor.root import check_root
+    from lmdbcache.doctor.software import check_software
+    from lmdbcache.doctor.stores import check_stores, newest_file
+
+    return [
+        *check_software(),
+        *check_machine(),
+        check_clock(newest_file(cache)),
+        *check_root(cache.root),
+        *check_stores(cache),
+    ]
+
+
+def _show_memory(processes: list[int], *, as_json: bool) -> None:
+    from lmdbcache.doctor.memory import memory_of
+
+    found = [memory_of(process) for process in processes]
+    if as_json:
+        print_json([use.to_dict() for use in found])
+        return
+    print_table(
+        ("process", "command", "private", "store pages", "other shared", "swapped", "resident"),
+        [
+            (
+                use.pid,
+                use.command,
+                *map(sizes, (use.private, use.store_pages, use.shared, use.swapped, use.resident)),
+            )
+            for use in found
+        ],
+        num_text_columns=2,
+    )
+    say("private is the process's own; store pages are the page cache, given back when needed")

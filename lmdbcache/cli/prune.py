@@ -1,0 +1,140 @@
+"""`lmdbcache prune`: remove what is old, unused, empty, damaged or too much."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_json, say, sizes
+from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
+from lmdbcache.cli.quantities import age, parse_moment, parse_size
+from lmdbcache.errors import ConfigError
+from lmdbcache.pruning import (
+    PrunePlan,
+    PrunePolicy,
+    Verdict,
+    leftovers_under,
+    plan_pruning,
+    prune,
+    remove_leftovers_under,
+)
+from lmdbcache.storage.leftovers import Leftover
+
+__all__ = ["prune_command"]
+
+
+def prune_command(
+    *,
+    root: Root = None,
+    written_before: Annotated[
+        Optional[datetime],  # noqa: UP045
+        typer.Option(
+            "--older-than",
+            parser=parse_moment,
+            metavar="AGE",
+            help="Stores that nothing was written to for so long: 30d, 12h, 2w, 2026-01-31.",
+        ),
+    ] = None,
+    used_before: Annotated[
+        Optional[datetime],  # noqa: UP045
+        typer.Option(
+            "--unused-since",
+            parser=parse_moment,
+            metavar="AGE",
+            help="Stores that were neither read nor written for so long.",
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--max-size",
+            parser=parse_size,
+            metavar="SIZE",
+            help="The stores unused for longest, until all fit: 50GB, 500MiB.",
+        ),
+    ] = None,
+    empty: Annotated[bool, typer.Option("--empty", help="Stores without embeddings.")] = False,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Damaged stores (see also repair).")
+    ] = False,
+    leftovers: Annotated[
+        bool, typer.Option("--leftovers", help="Files that a crash has left, in all stores.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Stores that somebody reads or writes, too.")
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Remove stores that meet every age and one of the kinds given, after asking.
+
+    --max-size and --leftovers come after that. What another process has open is kept and named.
+    """
+    policy = PrunePolicy(written_before, used_before, empty, damaged, max_bytes)
+    has_policy = policy != PrunePolicy()
+    if not (has_policy or leftovers):
+        raise ConfigError(
+            "say what to remove: --older-than, --unused-since, --max-size, --empty, --damaged, "
+            "--leftovers"
+        )
+    check_can_ask(as_json=as_json, may_ask=not (yes or dry_run))
+    cache = EmbeddingCache(root)
+    nothing = PrunePlan((), (), 0)
+    plan = plan_pruning(cache, policy, force=force) if has_policy else nothing
+    found = leftovers_under(cache.root) if leftovers else []
+    if not as_json and (dry_run or not yes):
+        _say_plan(plan, found)
+    if not dry_run and (plan.removed or found):
+        if not yes:
+            typer.confirm(f"Remove {_summary(plan, found)} from {cache.root}?", abort=True)
+        plan = prune(cache, plan, force=force)
+        found = remove_leftovers_under(cache.root) if found else []
+    if as_json:
+        print_json({"dry_run": dry_run, **_as_json(plan, found)})
+        return
+    for verdict in plan.kept:
+        say(f"kept {verdict.store.path.name}: {verdict.reason}")
+    if has_policy and max_bytes is not None and plan.bytes_left > max_bytes:
+        say(f"{sizes(plan.bytes_left)} remain, more than {sizes(max_bytes)}")
+    if not (plan.removed or found):
+        say(f"nothing to remove under {cache.root}")
+    else:
+        say(f"{'would remove' if dry_run else 'removed'} {_summary(plan, found)}")
+
+
+def _say_plan(plan: PrunePlan, leftovers: list[Leftover]) -> None:
+    for verdict in plan.removed:
+        store = verdict.store
+        say(
+            f"{store.path.name}: {sizes(store.size_bytes)}, unused for {age(store.last_touched)}: "
+            f"{verdict.reason}"
+        )
+    for leftover in leftovers:
+        say(f"{leftover.path}: {sizes(leftover.size_bytes)}: {leftover.what}")
+
+
+def _summary(plan: PrunePlan, leftovers: list[Leftover]) -> str:
+    parts = [counted(len(plan.removed), "store")] if plan.removed or not leftovers else []
+    parts += [counted(len(leftovers), "leftover")] if leftovers else []
+    freed = plan.bytes_freed + sum(leftover.size_bytes for leftover in leftovers)
+    return f"{' and '.join(parts)}, {sizes(freed)}"
+
+
+def _as_json(plan: PrunePlan, leftovers: list[Leftover]) -> dict[str, Any]:
+    def entry(verdict: Verdict) -> dict[str, Any]:
+        return {**verdict.store.to_dict(), "reason": verdict.reason}
+
+    return {
+        "removed": [entry(verdict) for verdict in plan.removed],
+        "kept": [entry(verdict) for verdict in plan.kept],
+        "leftovers": [
+            {"path": str(left.path), "size_bytes": left.size_bytes, "what": left.what}
+            for left in leftovers
+        ],
+        "bytes_freed": plan.bytes_freed + sum(left.size_bytes for left in leftovers),
+        "bytes_left": plan.bytes_left,
+    }

@@ -1,0 +1,223 @@
+"""`lmdbcache rm`: whole stores, or embeddings inside them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_json, say, sizes
+from lmdbcache.cli.options import (
+    All,
+    DryRun,
+    Json,
+    Root,
+    Stores,
+    Yes,
+    check_can_ask,
+    find_folders,
+)
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import DatasetError, IntegrityError, SampleNotFoundError
+from lmdbcache.storage.layout import canonical_sample_id, join_sample_id, split_sample_id
+from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.store_info import StoreInfo, info_or_damage, users_of
+
+__all__ = ["rm_command"]
+
+_FEW: int = 5
+
+
+def rm_command(
+    stores: Stores = None,
+    *,
+    root: Root = None,
+    everything: All = False,
+    class_names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--class", help="Only the embeddings of this class; may be repeated."),
+    ] = None,
+    samples: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--sample", help="Only this sample (file_id:class); may be repeated."),
+    ] = None,
+    ids_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--ids", help="Only the samples that this file lists, one id a line; others are noted."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Remove stores, or with --class, --sample or --ids embeddings inside them, after asking.
+
+    Embeddings of one store go in one transaction; its file doesn't shrink: later commits reuse the
+    space, and `lmdbcache compact` gives it back.
+    """
+    check_can_ask(as_json=as_json, may_ask=not (yes or dry_run))
+    cache = EmbeddingCache(root)
+    folders = find_folders(cache, stores, everything=everything)
+    if class_names or samples or ids_file:
+        wish = _Wish.of(class_names or [], samples or [], ids_file)
+        _remove_embeddings(cache, folders, wish, dry_run=dry_run, yes=yes, as_json=as_json)
+    else:
+        _remove_stores(cache, folders, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def _remove_stores(
+    cache: EmbeddingCache, folders: list[Path], *, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    chosen = [info_or_damage(folder) for folder in folders]
+    if not as_json and (dry_run or not yes):
+        for store in chosen:
+            held = "damaged" if store.damage else f"{store.num_embeddings} embeddings"
+            users = users_of(store)
+            used = f", in use by {', '.join(users)}" if users else ""
+            say(f"{store.path.name}: {held}, {sizes(store.size_bytes)}{used}")
+    if chosen and not (yes or dry_run):
+        question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
+        typer.confirm(question, abort=True)
+    removed = chosen if dry_run else [cache.remove(store.path) for store in chosen]
+    if as_json:
+        print_json([store.to_dict() for store in removed])
+    else:
+        freed = sum(store.size_bytes for store in removed)
+        verb = "would remove" if dry_run else "removed"
+        say(f"{verb} {counted(len(removed), 'store')}, {sizes(freed)}")
+
+
+# ---- embeddings inside stores
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """Which embeddings are meant."""
+
+    class_names: frozenset[str]
+    samples: frozenset[str]
+    listed: frozenset[str]
+
+    @classmethod
+    def of(cls, class_names: list[str], samples: list[str], ids_file: Path | None) -> _Wish:
+        return cls(
+            frozenset(split_sample_id(join_sample_id("any", name))[1] for name in class_names),
+            frozenset(map(canonical_sample_id, samples)),
+            frozenset(_ids_in(ids_file) if ids_file else ()),
+        )
+
+    def means(self, sample_id: str) -> bool:
+        return (
+            sample_id in self.samples
+            or sample_id in self.listed
+            or sample_id.rpartition(":")[2] in self.class_names
+        )
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What a wish means for one store."""
+
+    info: StoreInfo
+    config: CacheConfig
+    chosen: list[str]
+    classes: Counter[str]
+
+    def to_dict(self, num_removed: int) -> dict[str, object]:
+        return {
+            "path": str(self.info.path),
+            "fingerprint": self.config.fingerprint,
+            "num_removed": num_removed,
+            "num_left": self.info.num_embeddings - num_removed,
+        }
+
+
+def _ids_in(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DatasetError(f"--ids {path}: not text in UTF-8; write one sample id a line") from None
+    return [canonical_sample_id(line.strip()) for line in lines if line.strip()]
+
+
+def _remove_embeddings(
+    cache: EmbeddingCache,
+    folders: list[Path],
+    wish: _Wish,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    selections = [_selected(folder, wish) for folder in folders]
+    _check_known(selections, wish)
+    total = sum(len(selection.chosen) for selection in selections)
+    if not as_json and (dry_run or not yes):
+        for selection in selections:
+            _say_selection(selection)
+    if total and not (yes or dry_run):
+        typer.confirm(f"Remove {counted(total, 'embedding')}?", abort=True)
+    removed = [len(s.chosen) if dry_run else _remove(cache, s) for s in selections]
+    if as_json:
+        print_json([s.to_dict(n) for s, n in zip(selections, removed, strict=True)])
+        return
+    found = {sample_id for selection in selections for sample_id in selection.chosen}
+    if absent := len(wish.listed - found):
+        say(f"{absent} of the {len(wish.listed)} listed aren't stored")
+    if dry_run or not total:
+        say(f"would remove {counted(total, 'embedding')}" if total else "nothing to remove")
+        return
+    say(
+        f"removed {counted(sum(removed), 'embedding')}; later commits reuse the space, "
+        "`lmdbcache compact` gives it back"
+    )
+
+
+def _selected(folder: Path, wish: _Wish) -> _Selection:
+    info = info_or_damage(folder)
+    if info.config is None:
+        raise IntegrityError(f"{info.damage}. Nothing was removed")
+    classes: Counter[str] = Counter()
+    chosen = []
+    with EmbeddingReader(folder, info.config, counts_as_use=False) as reader:
+        for sample_id in reader:
+            classes[sample_id.rpartition(":")[2]] += 1
+            if wish.means(sample_id):
+                chosen.append(sample_id)
+    return _Selection(info, info.config, chosen, classes)
+
+
+def _check_known(selections: list[_Selection], wish: _Wish) -> None:
+    """A class or sample that is named and nowhere stored is a slip of the pen."""
+    classes = {name for selection in selections for name in selection.classes}
+    found = {sample_id for selection in selections for sample_id in selection.chosen}
+    if unknown := sorted(wish.class_names - classes):
+        there = ", ".join(sorted(classes)[:20]) or "nothing is stored"
+        raise SampleNotFoundError(
+            f"no sample of class {', '.join(unknown)}. Nothing was removed; classes there: {there}"
+        )
+    if absent := sorted(wish.samples - found):
+        more = f" and {len(absent) - _FEW} more" if len(absent) > _FEW else ""
+        raise SampleNotFoundError(
+            f"{', '.join(absent[:_FEW])}{more}: not stored. Nothing was removed; --ids FILE passes "
+            "over what isn't there"
+        )
+
+
+def _say_selection(selection: _Selection) -> None:
+    by_class = Counter(sample_id.rpartition(":")[2] for sample_id in selection.chosen)
+    parts = ", ".join(f"{name}: {count}" for name, count in sorted(by_class.items())[:20])
+    say(
+        f"{selection.info.path.name}: {len(selection.chosen)} of "
+        f"{counted(selection.info.num_embeddings, 'embedding')}{f' ({parts})' if parts else ''}"
+    )
+
+
+def _remove(cache: EmbeddingCache, selection: _Selection) -> int:
+    with cache.writer(selection.config) as writer:
+        return writer.remove(selection.chosen)

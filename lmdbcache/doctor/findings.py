@@ -1,0 +1,44 @@
+"""What a check found, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["Finding", "note", "ok", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report.
+
+    Args:
+        subject: What was looked at.
+        level: `"ok"`; `"note"`: worth knowing; `"problem"`: something won't work.
+        text: What was found.
+        remedy: What to do; empty if there is nothing to do.
+    """
+
+    subject: str
+    level: Literal["ok", "note", "problem"]
+    text: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def ok(subject: str, text: str) -> Finding:
+    """All is well."""
+    return Finding(subject, "ok", text)
+
+
+def note(subject: str, text: str, remedy: str = "") -> Finding:
+    """Worth knowing, and nothing stops working."""
+    return Finding(subject, "note", text, remedy)
+
+
+def problem(subject: str, text: str, remedy: str) -> Finding:
+    """Something won't work."""
+    return Finding(subject, "problem", text, remedy)

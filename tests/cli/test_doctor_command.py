@@ -1,0 +1,34 @@
+"""`doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+
+
+def test_doctor(cli, cache, configs):
+    """Each line has its level; exit code 1 with a remedy once a store is damaged."""
+    result = cli("doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("ok       python: ", "torchaudio: ", "ulimit -n", "free space", "0 problems"):
+        assert word in result.stdout
+    next(cache.path(configs[0]).glob("gen-*/data.mdb")).write_bytes(b"")
+    result = cli("doctor", "--json")
+    assert result.returncode == 1
+    (finding,) = [one for one in json.loads(result.stdout) if one["level"] == "problem"]
+    assert finding["subject"] == cache.path(configs[0]).name
+    assert finding["remedy"].startswith("lmdbcache repair")
+
+
+def test_doctor_memory(cli, refused):
+    """--memory shows processes and nothing else."""
+    result = cli("doctor", "--memory", os.getpid(), "--memory", os.getpid())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"{os.getpid()} ") == 2
+    assert "page cache" in result.stdout
+    (use, _) = json.loads(
+        cli("doctor", "--memory", os.getpid(), "--memory", os.getppid(), "--json").stdout
+    )
+    assert use["pid"] == os.getpid()
+    assert use["private"] > 0
+    assert "no process" in refused("doctor", "--memory", 2**22 + 1)
