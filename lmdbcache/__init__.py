@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         make_dataloader,
         preload,
     )
+    from lmdbcache.transfer import export_embeddings, import_embeddings
 
 __all__ = [
     "CacheConfig",
@@ -49,8 +50,10 @@ __all__ = [
     "TensorMapping",
     "VEGASDataset",
     "collate_embeddings",
+    "export_embeddings",
     "extract",
     "extract_or_load_ast_embeddings",
+    "import_embeddings",
     "make_dataloader",
     "model_identity",
     "preload",
@@ -61,8 +64,10 @@ _LAZY = {
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
     "collate_embeddings": "lmdbcache.training",
+    "export_embeddings": "lmdbcache.transfer",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
+    "import_embeddings": "lmdbcache.transfer",
     "make_dataloader": "lmdbcache.training",
     "model_identity": "lmdbcache.embedders.checkpoints",
     "preload": "lmdbcache.training",
