@@ -53,7 +53,7 @@ def import_command(
         bool, typer.Option("--ragged", help="The first dimension may differ.")
     ] = False,
     squeeze: Annotated[
-        bool, typer.Option("--squeeze", help="Take off leading dimensions of size 1.")
+        bool, typer.Option("--squeeze", help="Take off the leading dimension of a batch of one.")
     ] = False,
     ignore_metadata: Annotated[
         bool,

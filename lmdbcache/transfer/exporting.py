@@ -147,18 +147,22 @@ def _write(
     """
     step = _STEP_BYTES if limit is None else min(_STEP_BYTES, limit)
     part, number, held, records, done = open_part(kind, first, chosen), 1, 0, 0, 0
-    for ids, embeddings in chosen.batches(step):
-        size = sum(array.nbytes for array in embeddings)
-        is_full = held + size > (limit or math.inf) or records + len(ids) > _MAX_SHARD_RECORDS
-        if limit is not None and held and is_full:
-            part.close()
-            number, held, records = number + 1, 0, 0
-            part = open_part(kind, first.with_name(shard_name(number, kind)), chosen)
-        part.add(ids, embeddings)
-        held, records, done = held + size, records + len(ids), done + len(ids)
-        if progress is not None:
-            progress(done, len(chosen.sample_ids))
-    part.close()
+    try:
+        for ids, embeddings in chosen.batches(step):
+            size = sum(array.nbytes for array in embeddings)
+            is_full = held + size > (limit or math.inf) or records + len(ids) > _MAX_SHARD_RECORDS
+            if limit is not None and held and is_full:
+                part.close()
+                number, held, records = number + 1, 0, 0
+                part = open_part(kind, first.with_name(shard_name(number, kind)), chosen)
+            part.add(ids, embeddings)
+            held, records, done = held + size, records + len(ids), done + len(ids)
+            if progress is not None:
+                progress(done, len(chosen.sample_ids))
+        part.close()
+    except BaseException:
+        part.abandon()
+        raise
     return number
 
 

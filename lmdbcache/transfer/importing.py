@@ -105,7 +105,7 @@ def import_source(
         given: Fields of the config.
         on_duplicate: For a sample that is stored already: `"skip"`, `"overwrite"` or `"error"`.
         ragged: Let the first dimension differ between embeddings.
-        squeeze: Take off leading dimensions of size 1, such as that of a batch of one.
+        squeeze: Take off a leading dimension of size 1, that of a batch of one.
         ignore_metadata: Where the file disagrees with `given`, take the latter.
         weights_digest: Digest of the weights that computed the embeddings, where known.
         dry_run: Read and check everything, store nothing.

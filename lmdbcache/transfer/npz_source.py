@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = ["LENGTHS", "read_npz_source"]
 
 LENGTHS: Final = "lengths"
 _BLOCK_BYTES: Final = 8 << 20
+_BROKEN: Final = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz_source(path: Path, choice: KeyChoice) -> Source:
@@ -45,8 +47,11 @@ def read_npz_source(path: Path, choice: KeyChoice) -> Source:
         members = {
             name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")
         }
+        # A checksum stands behind its member: too late for rows that are read one by one.
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} doesn't have its checksum")
         headers = {name: _header(archive, member) for name, member in members.items()}
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (*_BROKEN, NotImplementedError) as error:
         raise TransferError(f"{path}: not a whole .npz file ({error})") from None
     beside = [*IDS, *CLASSES, *METADATA, LENGTHS]
     small = {name: _whole(path, archive, members[name]) for name in beside if name in members}
@@ -108,7 +113,7 @@ def _whole(path: Path, archive: zipfile.ZipFile, member: str) -> npt.NDArray[Any
     try:
         with archive.open(member) as file:
             return numbers(np.lib.format.read_array(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         raise TransferError(f"{path.name}: {member} can't be read ({error})") from None
 
 
@@ -155,5 +160,5 @@ def _blocks(
                 block = numbers(np.frombuffer(content, dtype).reshape(size, *shape[1:]))
                 rows: Sequence[npt.NDArray[Any]] = list(block) if lengths is None else [block]
                 yield rows
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         raise TransferError(f"{path.name}: {member} can't be read ({error})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ class NpzPart:
         lengths: Sequence[int] | None,
     ) -> None:
         self._dtype = np.dtype("f2" if description["dtype"] == "float16" else "f4")
-        self._archive = zipfile.ZipFile(path, "w", allowZip64=True)
+        self._raw = path.open("wb")
+        self._archive = zipfile.ZipFile(self._raw, "w", allowZip64=True)
         rest = description["embedding_shape"][0 if lengths is None else 1 :]
         self._put("metadata", np.array(json.dumps(description)))
         self._put("sample_ids", np.array(sample_ids))
@@ -65,3 +67,10 @@ class NpzPart:
         """Write the archive's directory."""
         self._file.close()
         self._archive.close()
+        self._raw.close()
+
+    def abandon(self) -> None:
+        """Close the file; what goes wrong with that doesn't matter any more."""
+        for opened in (self._file, self._archive, self._raw):
+            with contextlib.suppress(OSError, ValueError):
+                opened.close()

@@ -37,7 +37,7 @@ def read_parquet_source(path: Path, files: Sequence[Path], choice: KeyChoice) ->
     told: list[Description] = []
     for file in files:
         try:
-            opened = parquet.ParquetFile(file, memory_map=True)
+            opened = parquet.ParquetFile(file, memory_map=True, page_checksum_verification=True)
         except (OSError, ValueError) as error:
             raise TransferError(f"{file}: not a whole Parquet file ({error})") from None
         metadata = opened.schema_arrow.metadata or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class ParquetPart:
             compression=dict.fromkeys(_ROWS, "zstd") | _of_embedding(self._schema, "NONE"),
             use_dictionary=["class"],
             write_statistics=list(_ROWS),
+            write_page_checksum=True,
         )
 
     def add(self, sample_ids: Sequence[str], embeddings: Embeddings) -> None:
@@ -75,6 +77,11 @@ class ParquetPart:
             self._writer.close()
         finally:
             self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file; what goes wrong with that doesn't matter any more."""
+        with contextlib.suppress(Exception):
+            self.close()
 
 
 def embedding_schema(description: dict[str, Any]) -> Any:

@@ -21,3 +21,6 @@ class Part(Protocol):
 
     def close(self) -> None:
         """Finish the file."""
+
+    def abandon(self) -> None:
+        """Let go of the file, which is about to be removed."""

@@ -50,3 +50,6 @@ class SafetensorsPart:
         self._parts = []
         with self._path.open("wb") as file:
             file.write(self._library.save(tensors, metadata))
+
+    def abandon(self) -> None:
+        """Nothing is open."""

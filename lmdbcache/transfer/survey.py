@@ -45,7 +45,7 @@ def survey(source: Source, *, squeeze: bool = False, ragged: bool = False) -> Su
 
     Args:
         source: An opened source.
-        squeeze: Take off leading dimensions of size 1.
+        squeeze: Take off a leading dimension of size 1.
         ragged: The first dimension may differ between embeddings.
     """
     entries = source.listing.entries.values()
@@ -64,11 +64,8 @@ def survey(source: Source, *, squeeze: bool = False, ragged: bool = False) -> Su
 
 
 def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without leading 1s; one dimension stays."""
-    shape = tuple(shape)
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+    """A shape without the leading dimension of a batch of one; one dimension stays."""
+    return tuple(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape)
 
 
 def misfit(entry: Entry, shape: Shape | None) -> Refusal | None:

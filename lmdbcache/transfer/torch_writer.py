@@ -37,3 +37,6 @@ class TorchPart:
         """Save all of them."""
         with self._path.open("wb") as file:
             self._torch.save(self._content, file)
+
+    def abandon(self) -> None:
+        """Nothing is open."""

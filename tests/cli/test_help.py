@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-COMMANDS = ["extract", "ls", "info", "coverage", "clear", "compact", "verify", "repair", "import", "export"]
+COMMANDS = [
+    *("extract", "ls", "info", "coverage", "clear", "compact", "verify", "repair"),
+    *("import", "export"),
+]
 
 
 def test_help_lists_every_command(cli):
