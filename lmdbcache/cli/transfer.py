@@ -120,30 +120,36 @@ def _dataset_of(source: Source) -> str:
             "VEGASDataset and `extract` find them; --dataset says another"
         )
         return NAMESPACE
-    source.notes.append("stored for no dataset in particular; --dataset names one")
+    others = ", ".join(sorted(classes - set(CLASS_LABELS))[:3])
+    why = f"not all classes are VEGAS's ({others}): " if classes & set(CLASS_LABELS) else ""
+    source.notes.append(f"{why}stored for no dataset in particular; --dataset names one")
     return ""
 
 
 def _print_report(report: ImportReport) -> None:
-    dtypes = ", ".join(report.dtypes)
-    shape = report.embedding_shape
-    say(f"{report.source} ({report.kind}): {sum(report.classes.values())} embeddings")
-    print_table(("class", "embeddings"), report.classes.items())
-    say("")
-    facts: dict[str, object] = {
-        **report.config.to_dict(),
-        "embedding_shape": shape if shape is not None else "not known",
-        "in the source": dtypes,
-        "fingerprint": report.config.fingerprint,
-    }
-    rows = [(name, value) for name, value in facts.items() if value != ""]
-    print_table(("field", "value"), rows, num_text_columns=2)
+    say(f"{report.source} ({report.kind}): {sum(report.classes.values())} usable embeddings")
+    if report.classes:
+        _print_facts(report)
     for note in report.notes:
         say(f"note: {note}")
     _say_some("not imported", [str(one) for one in report.refused])
     _say_some("stored with another value, kept", report.differing)
     say(_summary(report))
     say(str(report.store))
+
+
+def _print_facts(report: ImportReport) -> None:
+    shape = report.embedding_shape
+    print_table(("class", "embeddings"), report.classes.items())
+    say("")
+    facts: dict[str, object] = {
+        **report.config.to_dict(),
+        "embedding_shape": shape if shape is not None else "not known",
+        "in the source": ", ".join(report.dtypes),
+        "fingerprint": report.config.fingerprint,
+    }
+    rows = [(name, value) for name, value in facts.items() if value != ""]
+    print_table(("field", "value"), rows, num_text_columns=2)
 
 
 def _summary(report: ImportReport) -> str:

@@ -57,7 +57,7 @@ class KeyReader:
             InvalidSampleIdError: Not text, or no class can be told.
         """
         if not isinstance(key, str):
-            raise InvalidSampleIdError(f"a key that is a {type(key).__name__}, not text")
+            raise InvalidSampleIdError(f"a key of type {type(key).__name__}, not text")
         if self._is_exact:
             return key
         file_id, class_name = self._parts(key)
@@ -69,7 +69,8 @@ class KeyReader:
             class_name = hint or self._class_name
             if not class_name:
                 raise InvalidSampleIdError(
-                    f"{key!r} names no class; if all are of one class, give it (--class)"
+                    f"{key!r} names no class: expected file_id:class, or for a file "
+                    "file_id__class; if all are of one class, give it (--class)"
                 )
             return key, class_name
         if self._order == "class:file_id":

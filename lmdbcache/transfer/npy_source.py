@@ -25,7 +25,10 @@ MANIFEST: Final = "manifest.json"
 _ABOUT: Final = ("metadata.json", "config.json")
 _NUMBERED: Final = re.compile(r"(\d+)\.npy")
 _CHUNK: Final = re.compile(r"(embeddings|chunk|shard|part)[-_]?\d+\.npy")
-_CHUNK_WORDS: Final = ("chunk", "chunk_id", "chunk_idx", "chunk_index", "file")
+_CHUNK_WORDS: Final = (
+    *("chunk", "chunk_id", "chunk_idx", "chunk_index"),
+    *("file", "chunk_file", "filename", "shard"),
+)
 _OFFSET_WORDS: Final = ("offset", "index", "idx", "row", "position")
 _MAPPED_AT_ONCE: Final = 16
 
@@ -113,9 +116,11 @@ class _ManifestFolder:
         """(chunk's file name, row) of a manifest's value."""
         if isinstance(place, Mapping):
             words = first_of(place, _CHUNK_WORDS), first_of(place, _OFFSET_WORDS)
-            place = [place.get(words[0] or ""), place.get(words[1] or "")]
+            place = [place[word] for word in words if word]
         if not isinstance(place, list) or len(place) != 2 or type(place[1]) is not int:
-            raise TransferError(f"{json.dumps(place)[:60]} in {MANIFEST} isn't [chunk, offset]")
+            raise TransferError(
+                f"{json.dumps(place)[:60]} in {MANIFEST} isn't [chunk, offset] or a dict of both"
+            )
         chunk, offset = place
         return self._chunk_name(chunk), offset
 

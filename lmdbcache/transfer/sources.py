@@ -20,7 +20,8 @@ __all__ = ["open_source"]
 _TORCH: Final = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".torch")
 _KNOWN: Final = (
     "a .pt file with a dict, a .safetensors, .npz or .parquet file, or a folder with "
-    "<class>/manifest.json, <class>/<file_id>.npy, *.safetensors or *.parquet"
+    "<class>/manifest.json, <class>/<file_id>.npy, <file_id>__<class>.npy, *.safetensors or "
+    "*.parquet"
 )
 
 
@@ -78,7 +79,9 @@ def _folder(path: Path, choice: KeyChoice) -> Source:
             f"{path}: give the file itself: {', '.join(found[:5])}"
             + (" …" if len(found) > 5 else "")
         )
-    raise TransferError(f"{path}: no embeddings are found in it; expected {_KNOWN}")
+    deeper = next(path.glob("*/*/**/*.npy"), None)
+    hint = f"; {deeper.parent} has .npy files: give that folder, with --class" if deeper else ""
+    raise TransferError(f"{path}: no embeddings are found in it; expected {_KNOWN}{hint}")
 
 
 def _is_torch_archive(path: Path) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lmdbcache.errors import InvalidEmbeddingError
+from lmdbcache.errors import CacheError, InvalidEmbeddingError
 from lmdbcache.storage.layout import split_sample_id
 from lmdbcache.storage.values import check_shape
 from lmdbcache.transfer.entries import Entry, Refusal, Source
@@ -54,6 +55,8 @@ def survey(source: Source, *, squeeze: bool = False, ragged: bool = False) -> Su
             entry.shape = None if entry.shape is None else squeezed(entry.shape)
     shapes = Counter(entry.shape for entry in entries if entry.shape is not None)
     told = source.description.embedding_shape
+    if told is None and not shapes:
+        told = _first_shape(entries, squeeze=squeeze, ragged=ragged)
     return Survey(
         source,
         Counter(split_sample_id(entry.sample_id)[1] for entry in entries),
@@ -81,6 +84,18 @@ def misfit(entry: Entry, shape: Shape | None) -> Refusal | None:
         return Refusal(
             entry.name, f"shape {entry.shape}, where {_written(shape)} is expected{hint}"
         )
+    return None
+
+
+def _first_shape(entries: Iterable[Entry], *, squeeze: bool, ragged: bool) -> Shape | None:
+    """The shape of the first that can be read, where only reading tells."""
+    for entry in entries:
+        # What is wrong with it is told when it is imported.
+        with contextlib.suppress(CacheError, OSError, ValueError, IndexError):
+            value = entry.load()
+            if value is not None:
+                shape = squeezed(value.shape) if squeeze else tuple(value.shape)
+                return (None, *shape[1:]) if ragged else shape
     return None
 
 

@@ -53,6 +53,9 @@ def read_torch_source(path: Path, choice: KeyChoice) -> Source:
     if not isinstance(values, Mapping):
         if held is not None:
             rows = _rows(path, held, values, content)
+            labels = first_of(content, CLASSES)
+            if labels is not None and rows.classes is None:
+                source.notes.append(f"{labels!r} isn't a list of the classes' names; left out")
             source.notes += add_rows(listing, rows, choice)
         return source
     if held is None:
@@ -70,7 +73,7 @@ def _rows(path: Path, held: str, values: Any, content: Mapping[Any, Any]) -> Row
         values, "__len__"
     ):
         raise TransferError(
-            f"{path}: {held!r} is a {type(values).__name__}; expected a dict of names and "
+            f"{path}: {held!r} is of type {type(values).__name__}; expected a dict of names and "
             "embeddings, or a tensor with a list of names beside it"
         )
     if getattr(values, "ndim", 1) == 0:

@@ -29,7 +29,7 @@ def test_import_of_an_old_file(cli, root, tmp_path):
     result = cli("import", path)
     assert (result.returncode, result.stderr) == (0, "")
     for words in (
-        "12 embeddings", "dog             6", "guessed from the shape", "VEGAS",
+        "12 usable embeddings", "dog             6", "guessed from the shape", "VEGAS",
         "12 imported (384 B), 0 stored already, 0 not imported; 12 read back and equal to the",
     ):  # fmt: skip
         assert words in result.stdout

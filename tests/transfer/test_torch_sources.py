@@ -136,7 +136,7 @@ def test_object_arrays_are_refused(bring, tmp_path):
         ({}, "holds no embeddings"),
         ({"embeddings": {}, "metadata": FACTS}, "holds no embeddings"),
         ([1, 2], "expected a dict"),
-        ({"embeddings": 3}, "is a int"),
+        ({"embeddings": 3}, "is of type int"),
         ({"embeddings": torch.ones(3, 8)}, "without a list of their names"),
         ({"embeddings": torch.ones(3, 8), "keys": ["a:dog"]}, "3 embeddings and 1 names"),
         ({"embeddings": torch.tensor(1.0), "keys": ["a:dog"]}, "single number"),
@@ -181,7 +181,7 @@ def test_what_cannot_be_stored_is_listed(bring, stored, tmp_path):
     assert "shape (9,), where (8) is expected" in reasons["long:dog"]
     assert "real numbers" in reasons["complex:dog"]
     assert "--class" in reasons["no class"]
-    assert "a tuple, not text" in reasons["('a', 'dog')"]
+    assert "of type tuple, not text" in reasons["('a', 'dog')"]
     assert report.exit_code == 1
     assert stored(report).keys() == good.keys()
 
