@@ -13,10 +13,12 @@ class ForwardRows:
 
     Args:
         blocks: Starts at the front; each block is a sequence of rows.
+        num_rows: Rows in all; after the last one nothing is kept in memory.
     """
 
-    def __init__(self, blocks: Callable[[], Iterator[Sequence[Any]]]) -> None:
+    def __init__(self, blocks: Callable[[], Iterator[Sequence[Any]]], num_rows: int) -> None:
         self._blocks = blocks
+        self._num_rows = num_rows
         self._following: Iterator[Sequence[Any]] | None = None
         self._first = 0
         self._block: Sequence[Any] = ()
@@ -35,4 +37,7 @@ class ForwardRows:
                 self._block = next(self._following)
             except StopIteration:
                 raise IndexError(f"row {row} of {self._first}") from None
-        return self._block[row - self._first]
+        found = self._block[row - self._first]
+        if row == self._num_rows - 1:
+            self._following, self._block = None, ()
+        return found

@@ -130,14 +130,15 @@ def _rows(
     lengths = [int(n) for n in small[LENGTHS]] if LENGTHS in small else None
     if lengths is not None and (min(lengths, default=1) < 1 or sum(lengths) != shape[0]):
         raise TransferError(f"{path}: {LENGTHS} and {member} don't fit together")
+    num_rows = shape[0] if lengths is None else len(lengths)
     return Rows(
         name=f"{path.name}[{member.removesuffix('.npy')!r}]",
-        num_rows=shape[0] if lengths is None else len(lengths),
+        num_rows=num_rows,
         ids=text_list(small.get(first_of(small, IDS) or "")),
         classes=text_list(small.get(first_of(small, CLASSES) or "")),
         shape=lambda n: shape[1:] if lengths is None else (lengths[n], *shape[1:]),
         dtype=dtype.name,
-        load=ForwardRows(partial(_blocks, path, archive, member, lengths)),
+        load=ForwardRows(partial(_blocks, path, archive, member, lengths), num_rows),
         is_exact=_description(small, {}).is_export,
     )
 

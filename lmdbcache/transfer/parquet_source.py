@@ -72,7 +72,9 @@ def _rows(file: Path, opened: Any, description: Description) -> Rows:
         classes=_texts(file, opened, class_column) if class_column else None,
         shape=lambda _: fixed,
         dtype=dtype,
-        load=ForwardRows(partial(_blocks, file, opened, held, fixed, rest)),
+        load=ForwardRows(
+            partial(_blocks, file, opened, held, fixed, rest), opened.metadata.num_rows
+        ),
         is_exact=description.is_export,
     )
 
