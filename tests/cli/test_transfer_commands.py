@@ -39,7 +39,7 @@ def test_import_of_an_old_file(cli, root, tmp_path):
     assert "0 imported (0 B), 12 stored already" in cli("import", path).stdout
 
 
-def test_what_was_imported_is_found(cli, data, ast_folder, tmp_path):
+def test_what_was_imported_is_found(cli, data, tmp_path):
     """`coverage` of a dataset counts imported embeddings."""
     arrays = {f"video_{n:05d}:{c}": np.ones(64, "f4") for n in range(9) for c in ("dog", "drum")}
     path = save_npz(tmp_path / "old.npz", arrays, model_name="small")
