@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,36 +101,6 @@ def test_vegas_document_names_real_methods():
     text = (ROOT / "docs" / "vegas.md").read_text("utf-8")
     for name in re.findall(r"dataset\.(\w+)\(", text):
         assert hasattr(VEGASDataset, name), name
-
-
-def test_migrating_document_runs(tmp_path):
-    """docs/migrating.md makes old caches, imports and exports them as it says."""
-    environment = {
-        **os.environ, "LMDBCACHE_ROOT": str(tmp_path / "VEGAS.cache"), "PYTHONPATH": str(ROOT)
-    }  # fmt: skip
-
-    def run(*command):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, check=False,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    document = ROOT / "docs" / "migrating.md"
-    code = blocks(document, "python")
-    run("-c", code[0])
-    store = CacheConfig(dataset="vegas").fingerprint
-    outputs = [
-        run("-m", "lmdbcache.cli.main", *line.replace("STORE", store).split()[1:])
-        for block in blocks(document, "sh")
-        for line in block.splitlines()
-    ]
-    assert "16 imported" in outputs[1]
-    assert "0 imported (0 B), 16 stored already" in outputs[2]
-    assert outputs[4].startswith("16 embeddings in 1 file")
-    run("-c", "\n".join(code[1:]))
-    assert (tmp_path / "VEGAS-npz.npz").is_file()
 
 
 def test_exit_codes_are_documented():
