@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         make_dataloader,
         preload,
     )
+    from lmdbcache.transfer import export_embeddings, import_embeddings
 
 __all__ = [
     "CacheConfig",
@@ -54,8 +55,10 @@ __all__ = [
     "VEGASDataset",
     "collate_embeddings",
     "config_for",
+    "export_embeddings",
     "extract",
     "extract_or_load_ast_embeddings",
+    "import_embeddings",
     "make_dataloader",
     "model_identity",
     "open_dataset",
@@ -69,8 +72,10 @@ _LAZY = {
     "VEGASDataset": "lmdbcache.datasets.vegas",
     "collate_embeddings": "lmdbcache.training",
     "config_for": "lmdbcache.embedders.registry",
+    "export_embeddings": "lmdbcache.transfer",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
+    "import_embeddings": "lmdbcache.transfer",
     "make_dataloader": "lmdbcache.training",
     "model_identity": "lmdbcache.embedders.checkpoints",
     "open_dataset": "lmdbcache.datasets.opening",

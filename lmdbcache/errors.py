@@ -15,6 +15,7 @@
     │   ├── FormatVersionError               written by a newer lmdbcache
     │   └── ProvenanceMismatchError          other weights or another front end filled this store
     ├── DatasetError (ValueError)            a dataset's folder or arguments are no good
+    ├── TransferError (ValueError)           a file to import or export can't be used
     └── ExtractionError                      the run as a whole can't go on
         ├── ModelLoadError                   a checkpoint or its front end can't be loaded
         ├── AudioDecodeError                 one clip gives no usable waveform
@@ -45,6 +46,7 @@ __all__ = [
     "ReadOnlyCacheError",
     "SampleNotFoundError",
     "StorageError",
+    "TransferError",
     "WriterClosedError",
 ]
 
@@ -111,6 +113,10 @@ class ProvenanceMismatchError(IntegrityError):
 
 class DatasetError(CacheError, ValueError):
     """A dataset's folder or arguments can't be used."""
+
+
+class TransferError(CacheError, ValueError):
+    """A file or folder can't be imported, or can't be written by an export."""
 
 
 class ExtractionError(CacheError):

@@ -17,6 +17,7 @@ from lmdbcache.cli import (
     maintain,
     prune,
     remove,
+    transfer,
 )
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
@@ -47,6 +48,8 @@ app.command("compact")(maintain.compact_command)
 app.command("verify")(maintain.verify_command)
 app.command("repair")(maintain.repair_command)
 app.command("audit")(audit.audit_command)
+app.command("import")(transfer.import_command)
+app.command("export")(transfer.export_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -13,8 +13,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import sample_id_of
 from lmdbcache.datasets.class_statistics import ClassStatisticsMixin
 from lmdbcache.datasets.deferred import DeferredAudio, LazyDict
-from lmdbcache.datasets.embedding_forms import as_tensor
-from lmdbcache.datasets.torch_files import read_tensor_dict, read_text_embeddings
 from lmdbcache.datasets.vegas_cache import ASTCacheMixin
 from lmdbcache.datasets.vegas_collate import create_vegas_dataloader, vegas_collate_fn
 from lmdbcache.datasets.vegas_layout import (
@@ -26,6 +24,8 @@ from lmdbcache.datasets.vegas_layout import (
 )
 from lmdbcache.datasets.vegas_selection import SelectionMixin, checked_splits, split_ratios
 from lmdbcache.datasets.visual import ImageToTensor, load_image, load_video
+from lmdbcache.embedding_forms import as_tensor
+from lmdbcache.torch_files import read_tensor_dict, read_text_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

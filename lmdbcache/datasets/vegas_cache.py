@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.embedding_forms import HIDDEN, MEAN, POOLED, checked, class_of, output_of
 from lmdbcache.embedders.checkpoints import model_identity
+from lmdbcache.embedding_forms import HIDDEN, MEAN, POOLED, checked, class_of, output_of
 from lmdbcache.errors import (
     CacheError,
     CacheNotFoundError,

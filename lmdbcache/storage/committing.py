@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +38,7 @@ from lmdbcache.storage.values import check_shape
 __all__ = ["BeforeCommit", "Committer"]
 
 _COMMITS_PER_READER_CHECK: Final = 64
+_logger: Final = logging.getLogger(__name__)
 Shape = tuple[int | None, ...]
 # Sample id → checksums of the embedding that is replaced, if there is one, and of the new one.
 BeforeCommit = Callable[[Mapping[str, tuple[bytes | None, bytes]]], None]
@@ -219,6 +221,8 @@ class Committer:
             with contextlib.suppress(lmdb.Error):
                 transaction.abort()
             raise
+        if warning := stored.mixing(metadata.provenance):
+            _logger.warning("%s %s", self.store, warning)
         record_commit(environment.generation, overwrites=self._on_duplicate == "overwrite")
         self.embedding_shape = shape
         return written

@@ -108,6 +108,21 @@ class StoreMetadata:
         # What is known of the store's first embeddings stays.
         return replace(self, provenance={**provenance, **self.provenance})
 
+    def mixing(self, provenance: Mapping[str, str]) -> str | None:
+        """What to say when embeddings of known weights come to imported ones of unknown weights.
+
+        The rule of `with_provenance` can't tell them apart: one of the two digests is missing.
+        """
+        origin = self.provenance.get("imported_from")
+        digest = provenance.get("weights_digest")
+        if origin is None or digest is None or "weights_digest" in self.provenance:
+            return None
+        return (
+            f"holds embeddings imported from {origin}, and nothing tells which weights computed "
+            f"them; from now on it counts as filled with {digest}. If they were others, clear it, "
+            "and import under a model_name or front_end of its own"
+        )
+
     def pack(self) -> bytes:
         """The msgpack record.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["extract", "ls", "info", "coverage", "rm", "prune", "diff", "doctor"]
-COMMANDS += ["compact", "verify", "repair", "audit"]
+COMMANDS += ["compact", "verify", "repair", "audit", "import", "export"]
 
 
 def test_help_lists_every_command(cli):

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
 from lmdbcache.storage.layout import split_sample_id
-from lmdbcache.training import as_tensor as tensor_of_array
 
-__all__ = ["HIDDEN", "MEAN", "POOLED", "as_tensor", "checked", "class_of", "output_of"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "HIDDEN",
+    "MEAN",
+    "POOLED",
+    "as_tensor",
+    "checked",
+    "class_of",
+    "output_of",
+    "output_of_dimensions",
+    "unwrapped",
+]
 
 POOLED: Final = "pooler_output"
 HIDDEN: Final = "last_hidden_state"
@@ -28,7 +39,11 @@ def as_tensor(value: Any) -> torch.Tensor:
     Raises:
         InvalidEmbeddingError: It is none of these.
     """
-    value = _unwrapped(value)
+    import torch
+
+    from lmdbcache.training import as_tensor as tensor_of_array
+
+    value = unwrapped(value)
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, np.ndarray):
@@ -39,7 +54,8 @@ def as_tensor(value: Any) -> torch.Tensor:
     )
 
 
-def _unwrapped(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
+    """What a dict holds under `embeddings` or `embedding`; anything else as it is."""
     if isinstance(value, Mapping):
         return value.get("embeddings", value.get("embedding"))
     return value
@@ -51,7 +67,9 @@ def checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
     Raises:
         InvalidEmbeddingError: It isn't or hasn't; the message names the sample.
     """
-    embedding = _unwrapped(value)
+    import torch
+
+    embedding = unwrapped(value)
     if not isinstance(embedding, (torch.Tensor, np.ndarray)):
         raise InvalidEmbeddingError(
             f"{sample_id}: a {type(value).__name__} without a tensor or array in it"
@@ -65,8 +83,13 @@ def checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
 
 def output_of(embeddings: Mapping[str, Any]) -> str:
     """Which output of the model these are, by the number of dimensions of the first."""
-    first = _unwrapped(next(iter(embeddings.values())))
-    return HIDDEN if getattr(first, "ndim", 1) >= 2 else POOLED
+    first = unwrapped(next(iter(embeddings.values())))
+    return output_of_dimensions(getattr(first, "ndim", 1))
+
+
+def output_of_dimensions(num_dimensions: int) -> str:
+    """Which output of the model embeddings of so many dimensions are, as far as one can guess."""
+    return HIDDEN if num_dimensions >= 2 else POOLED
 
 
 def class_of(key: str, value: Any) -> str:

@@ -1,0 +1,89 @@
+"""The options that say what somebody else's embeddings are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lmdbcache.embedders.checkpoints import model_identity
+
+__all__ = ["GivenConfig"]
+
+# typer reads these at run time, on Python 3.10, too: hence Optional.
+Text = Optional[str]  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """Fields of a config, each None where the file itself is to say it."""
+
+    model: Annotated[
+        Text,
+        typer.Option(
+            help="What computed them: alias (ast), Hub name, or a folder with the checkpoint.",
+            show_default=False,
+        ),
+    ] = None
+    model_name: Annotated[
+        Text, typer.Option(help="The same as a name, taken as it is.", show_default=False)
+    ] = None
+    output: Annotated[
+        Text,
+        typer.Option(
+            help="pooler_output, last_hidden_state, or mean (over time); default: by the number "
+            "of dimensions.",
+            show_default=False,
+        ),
+    ] = None
+    sample_rate: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Sample rate of the waveform, in Hz.", show_default=False),
+    ] = None
+    duration: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Clips were cut or padded to this, in seconds.", show_default=False),
+    ] = None
+    dtype: Annotated[
+        Text,
+        typer.Option(
+            help="Stored as float32, float16 or bfloat16; default: as it is.", show_default=False
+        ),
+    ] = None
+    compute_dtype: Annotated[
+        Text, typer.Option(help="The model computed in this.", show_default=False)
+    ] = None
+    dataset: Annotated[
+        Text,
+        typer.Option(
+            help="Dataset that the clips are of; default: vegas if all classes are its, else none.",
+            show_default=False,
+        ),
+    ] = None
+    front_end: Annotated[
+        Text,
+        typer.Option(
+            help="Name of the decoding and features; default: those of `lmdbcache extract`.",
+            show_default=False,
+        ),
+    ] = None
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a config that are given, by name.
+
+        Raises:
+            ModelLoadError: The folder isn't a checkpoint.
+        """
+        name = self.model_name or (model_identity(self.model) if self.model else None)
+        values = {
+            "model_name": name,
+            "output": self.output,
+            "sample_rate": self.sample_rate,
+            "duration": self.duration,
+            "dtype": self.dtype,
+            "compute_dtype": self.compute_dtype,
+            "dataset": self.dataset,
+            "front_end": self.front_end,
+        }
+        return {field: value for field, value in values.items() if value is not None}

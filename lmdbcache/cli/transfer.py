@@ -1,0 +1,243 @@
+"""`lmdbcache import` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say, sizes
+from lmdbcache.cli.given_config import GivenConfig
+from lmdbcache.cli.options import Json, Progress, Root, Store, Yes, find_store
+from lmdbcache.cli.parameters import grouped
+from lmdbcache.datasets.vegas_layout import CLASS_LABELS, NAMESPACE
+from lmdbcache.errors import IntegrityError, TransferError
+from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.transfer.agreement import missing_fields
+from lmdbcache.transfer.entries import Source
+from lmdbcache.transfer.exporting import FORMATS, export_embeddings
+from lmdbcache.transfer.forms import KeyChoice
+from lmdbcache.transfer.importing import import_source
+from lmdbcache.transfer.report import ImportReport
+from lmdbcache.transfer.sources import open_source
+
+__all__ = ["export_command", "import_command"]
+
+_FEW: int = 10
+_TYPES: dict[str, type] = {"sample_rate": int, "duration": float}
+
+
+@grouped
+def import_command(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A .pt, .safetensors, .npz or .parquet file, or a folder of files."),
+    ],
+    given: GivenConfig,
+    *,
+    root: Root = None,
+    class_name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--class", help="Class of names that have none.", show_default=False),
+    ] = None,
+    keys: Annotated[
+        str, typer.Option(help="Order in names: auto, file_id:class or class:file_id.")
+    ] = "auto",
+    on_duplicate: Annotated[
+        str, typer.Option(help="What is stored already: skip, overwrite or error.")
+    ] = "skip",
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="The first dimension may differ.")
+    ] = False,
+    squeeze: Annotated[
+        bool, typer.Option("--squeeze", help="Take off the leading dimension of a batch of one.")
+    ] = False,
+    ignore_metadata: Annotated[
+        bool,
+        typer.Option("--ignore-metadata", help="Take these options, whatever the file says."),
+    ] = False,
+    weights_digest: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Digest of the weights that computed them, as `info` shows it.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check everything, store nothing.")
+    ] = False,
+    progress: Progress = None,
+    as_json: Json = False,
+) -> None:
+    """Bring embeddings of other tools' files into a store, and compare them with the source.
+
+    Stopped at any moment, it goes on where it was when run again. Exit code 1 if something of the
+    source isn't in the store as it is in the source, 3 if the disk is full.
+    """
+    opened = open_source(source, KeyChoice(keys, class_name))
+    fields = given.fields()
+    if not ignore_metadata and not as_json and sys.stdin.isatty():
+        fields |= _asked(opened, fields)
+    if "dataset" not in fields and "dataset" not in opened.description.facts:
+        fields["dataset"] = _dataset_of(opened)
+    label = f"checking {source.name}" if dry_run else f"importing {source.name}"
+    with progress_bar(label, shown=progress) as report_progress:
+        report = import_source(
+            opened,
+            EmbeddingCache(root),
+            fields,
+            on_duplicate=on_duplicate,  # type: ignore[arg-type]
+            ragged=ragged,
+            squeeze=squeeze,
+            ignore_metadata=ignore_metadata,
+            weights_digest=weights_digest,
+            dry_run=dry_run,
+            progress=report_progress,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _print_report(report)
+    raise typer.Exit(report.exit_code)
+
+
+def _asked(source: Source, given: dict[str, Any]) -> dict[str, Any]:
+    """What neither the file nor an option says, asked for."""
+    missing = missing_fields(source.description, given)
+    if missing:
+        say(f"{source.path.name} doesn't say {', '.join(missing)}")
+    return {name: typer.prompt(name, type=_TYPES.get(name, str)) for name in missing}
+
+
+def _dataset_of(source: Source) -> str:
+    classes = {split_sample_id(sample_id)[1] for sample_id in source.listing.entries}
+    if classes and classes <= set(CLASS_LABELS):
+        source.notes.append(
+            f"all classes are those of VEGAS: stored for the dataset {NAMESPACE!r}, where "
+            "VEGASDataset and `extract` find them; --dataset says another"
+        )
+        return NAMESPACE
+    others = ", ".join(sorted(classes - set(CLASS_LABELS))[:3])
+    why = f"not all classes are VEGAS's ({others}): " if classes & set(CLASS_LABELS) else ""
+    source.notes.append(f"{why}stored for no dataset in particular; --dataset names one")
+    return ""
+
+
+def _print_report(report: ImportReport) -> None:
+    say(f"{report.source} ({report.kind}): {sum(report.classes.values())} usable embeddings")
+    if report.classes:
+        _print_facts(report)
+    for note in report.notes:
+        say(f"note: {note}")
+    _say_some("not imported", [str(one) for one in report.refused])
+    _say_some("stored with another value, kept", report.differing)
+    say(_summary(report))
+    say(str(report.store))
+
+
+def _print_facts(report: ImportReport) -> None:
+    shape = report.embedding_shape
+    print_table(("class", "embeddings"), report.classes.items())
+    say("")
+    facts: dict[str, object] = {
+        **report.config.to_dict(),
+        "embedding_shape": shape if shape is not None else "not known",
+        "in the source": ", ".join(report.dtypes),
+        "fingerprint": report.config.fingerprint,
+    }
+    rows = [(name, value) for name, value in facts.items() if value != ""]
+    print_table(("field", "value"), rows, num_text_columns=2)
+
+
+def _summary(report: ImportReport) -> str:
+    done = "to import" if report.is_dry_run else "imported"
+    parts = [
+        f"{report.num_imported} {done} ({sizes(report.num_bytes)})",
+        f"{report.num_present} stored already",
+    ]
+    if report.num_repeated:
+        parts.append(f"{report.num_repeated} twice in the source")
+    if report.differing:
+        parts.append(f"{len(report.differing)} stored with another value")
+    parts.append(f"{len(report.refused)} not imported")
+    text = ", ".join(parts)
+    if report.is_dry_run:
+        return f"{text}; nothing was stored (--dry-run)"
+    return f"{text}; {report.num_verified} read back and equal to the source, bit for bit"
+
+
+def _say_some(what: str, lines: list[str]) -> None:
+    for line in lines[:_FEW]:
+        say(f"{what}: {line}")
+    if len(lines) > _FEW:
+        say(f"… and {len(lines) - _FEW} more; see --json")
+
+
+def export_command(
+    store: Store,
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A file, or for safetensors and parquet a folder of shards.", show_default=False
+        ),
+    ],
+    format_: Annotated[
+        str,
+        typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", show_default=False),
+    ],
+    root: Root = None,
+    classes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--class", help="Only this class; may be given several times."),
+    ] = None,
+    ids: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Only the samples that this file lists, one in a line."),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="MiB of embeddings in one shard.", min=1)] = 128,
+    yes: Yes = False,
+    progress: Progress = None,
+    as_json: Json = False,
+) -> None:
+    """Write the embeddings of a store to files that other tools read, and `import`, too.
+
+    Nothing that is there is replaced without --yes. Exit code 3 if the disk is full.
+    """
+    cache = EmbeddingCache(root)
+    info = find_store(cache, store)
+    if info.config is None:
+        raise IntegrityError(info.damage or f"{info.path} is damaged")
+    with progress_bar(f"exporting {info.path.name}", shown=progress) as report_progress:
+        report = export_embeddings(
+            cache,
+            info.config,
+            out,
+            format=format_,  # type: ignore[arg-type]
+            classes=classes,
+            sample_ids=_listed(ids),
+            overwrite=yes,
+            shard_bytes=shard_size << 20,
+            progress=report_progress,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        files = counted(report.num_files, "file")
+        say(
+            f"{counted(report.num_embeddings, 'embedding')} in {files}, "
+            f"{sizes(report.num_bytes)}: {report.path}"
+        )
+
+
+def _listed(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TransferError(f"--ids {path} can't be read ({error})") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,24 @@
+"""Packages that only some formats need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lmdbcache.errors import MissingDependencyError
+
+__all__ = ["optional"]
+
+
+def optional(module: str, purpose: str) -> Any:
+    """Import a module of the extra `formats`.
+
+    Raises:
+        MissingDependencyError: It isn't installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f'{purpose} needs the package {error.name}: pip install "lmdbcache[formats]"'
+        ) from error

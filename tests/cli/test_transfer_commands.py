@@ -1,0 +1,181 @@
+"""`import` and `export`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from small_disks import fill, small_disk
+from transfer.old_caches import save_folder, save_manifests, save_npz, save_seed, values
+
+from lmdbcache import CacheConfig, EmbeddingCache
+
+GIVEN = ("--sample-rate", 16000, "--duration", 5, "--model-name", "ast")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return EmbeddingCache(tmp_path / "cache")
+
+
+def test_import_of_an_old_file(cli, root, tmp_path):
+    """One command: classes, config, what was assumed, and that all was compared."""
+    path = save_seed(tmp_path / "old.pt", values())
+    result = cli("import", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    for words in (
+        "12 usable embeddings", "dog             6", "guessed from the shape", "VEGAS",
+        "12 imported (384 B), 0 stored already, 0 not imported; 12 read back and equal to the",
+    ):  # fmt: skip
+        assert words in result.stdout
+    config = CacheConfig(dataset="vegas")
+    assert str(root.path(config)) in result.stdout
+    assert len(root.reader(config)) == 12
+    assert "0 imported (0 B), 12 stored already" in cli("import", path).stdout
+
+
+def test_what_was_imported_is_found(cli, data, tmp_path):
+    """`coverage` of a dataset counts imported embeddings."""
+    arrays = {f"video_{n:05d}:{c}": np.ones(64, "f4") for n in range(9) for c in ("dog", "drum")}
+    path = save_npz(tmp_path / "old.npz", arrays, model_name="small")
+    assert cli("import", path).returncode == 0
+    found = cli("coverage", data, "--model-name", "small", "--json")
+    assert json.loads(found.stdout)["missing"] == []
+
+
+def test_missing_options_are_named(refused, root, tmp_path):
+    """In a pipe nothing is asked: the line names what to give."""
+    save_folder(tmp_path / "old", values())
+    line = refused("import", tmp_path / "old")
+    assert "--sample-rate … --duration … --model-name …" in line
+    assert "--model-name" in refused("import", tmp_path / "old", *GIVEN[:4])
+    assert root.stores() == []
+
+
+def test_missing_options_are_asked_for_on_a_terminal(root, tmp_path):
+    """The answers are taken as the options would be."""
+    save_manifests(tmp_path / "old", values())
+    controller, terminal = pty.openpty()
+    os.write(controller, b"16000\n5\nast\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "lmdbcache.cli.main", "import", tmp_path / "old"],
+        check=False, capture_output=True, stdin=terminal, timeout=60,
+        env={**os.environ, "LMDBCACHE_ROOT": str(root.root)},
+    )  # fmt: skip
+    os.close(controller)
+    os.close(terminal)
+    assert result.returncode == 0, result.stderr
+    assert b"doesn't say sample_rate, duration, model_name" in result.stdout
+    assert len(root.reader(CacheConfig(dataset="vegas"))) == 12
+
+
+def test_disagreement_and_other_errors(refused, tmp_path, root):
+    """One line each; nothing is stored."""
+    path = save_npz(tmp_path / "old.npz", values(), sample_rate=22050)
+    assert "says 22050, 16000 is given" in refused("import", path, "--sample-rate", 16000)
+    assert "isn't there" in refused("import", tmp_path / "nothing.npz")
+    assert "on_duplicate: 'x'" in refused("import", path, "--on-duplicate", "x")
+    path.write_bytes(b"junk")
+    assert "not a whole .npz file" in refused("import", path)
+    assert root.stores() == []
+
+
+def test_dry_run_and_json(cli, root, tmp_path):
+    """--dry-run stores nothing; JSON has the same figures."""
+    path = save_npz(tmp_path / "old.npz", values())
+    result = cli("import", path, "--dry-run")
+    assert "12 to import" in result.stdout
+    assert "nothing was stored" in result.stdout
+    assert not root.root.exists()
+    planned = json.loads(cli("import", path, "--dry-run", "--json").stdout)
+    done = json.loads(cli("import", path, "--json").stdout)
+    assert (planned["is_dry_run"], done["is_dry_run"]) == (True, False)
+    assert planned["num_imported"] == done["num_imported"] == done["num_verified"] == 12
+    assert planned["fingerprint"] == done["fingerprint"]
+    assert done["classes"] == {"dog": 6, "drum": 6}
+
+
+def test_what_is_left_out_is_listed(cli, tmp_path):
+    """The first ten with reasons, the number of the others, exit code 1."""
+    arrays = values()
+    arrays |= {f"bad_{n:02d}:cat": np.full(8, np.nan, "f4") for n in range(15)}
+    result = cli("import", save_npz(tmp_path / "old.npz", arrays))
+    assert result.returncode == 1
+    assert result.stdout.count("not imported: bad_") == 10
+    assert "NaN" in result.stdout
+    assert "… and 5 more; see --json" in result.stdout
+    assert "12 imported" in result.stdout
+    assert "for no dataset in particular" in result.stdout
+
+
+def test_options_reach_the_import(cli, root, tmp_path):
+    """Class, order, squeeze, ragged, digest, dtype and the fields of the config."""
+    arrays = {f"a{n}": np.full((1, n + 1, 4), n, "f4") for n in range(3)}
+    np.savez(tmp_path / "old.npz", **arrays)
+    result = cli(
+        "import", tmp_path / "old.npz", *GIVEN, "--class", "dog", "--squeeze", "--ragged",
+        "--weights-digest", "abc", "--dtype", "float16", "--output", "mean", "--dataset", "mine",
+        "--front-end", "x/1", "--compute-dtype", "bfloat16", "--progress", "--on-duplicate",
+        "overwrite", "--keys", "file_id:class",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert "importing old.npz" in result.stderr
+    (config,) = root
+    assert config == CacheConfig(
+        dtype="float16", output="mean", dataset="mine", front_end="x/1", compute_dtype="bfloat16"
+    )
+    info = root.info(config)
+    assert info.provenance["weights_digest"] == "abc"
+    assert info.embedding_shape == (None, 4)
+    assert "imported_from" in cli("info", config.fingerprint).stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "out"),
+    [("pt", "x.pt"), ("npz", "x.npz"), ("parquet", "shards"), ("safetensors", "x.safetensors")],
+)
+def test_export_and_back(cli, cache, configs, tmp_path, kind, out):
+    """What one root exports another imports, without further options."""
+    done = cli("export", configs[2].fingerprint, "--format", kind, "--out", tmp_path / out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("6 embeddings in 1 file, ")
+    result = cli("import", tmp_path / out, root=tmp_path / "other")
+    assert result.returncode == 0, result.stderr
+    assert "note: " not in result.stdout
+    assert EmbeddingCache(tmp_path / "other").reader(configs[2]) == cache.reader(configs[2])
+
+
+def test_export_refuses(cli, refused, cache, configs, tmp_path):
+    """Nothing is replaced without --yes; what isn't there is an error."""
+    store, out = configs[0].fingerprint, tmp_path / "x.npz"
+    to = ("--format", "npz", "--out", out)
+    (tmp_path / "ids.txt").write_text("video_00001:dog\n\n")
+    result = cli("export", store, *to, "--ids", tmp_path / "ids.txt", "--json")
+    assert json.loads(result.stdout)["num_embeddings"] == 1
+    assert "--yes" in refused("export", store, *to)
+    assert cli("export", store, *to, "--class", "dog", "--yes").stdout.startswith("3 embeddings")
+    assert "class cat" in refused("export", store, *to, "--class", "cat", "--yes")
+    assert "--ids" in refused("export", store, *to, "--ids", tmp_path / "none", "--yes")
+    assert "known are pt" in refused("export", store, "--format", "csv", "--out", tmp_path / "y")
+    assert "isn't a store" in refused("export", "zzz", *to, "--yes")
+    assert cli("export", store, "--format", "npz").returncode == 2
+
+
+def test_full_disks(cli, refused, cache, configs, tmp_path):
+    """Exit code 3 for both, and nothing half-done is left."""
+    path = save_folder(tmp_path / "old", values(4, shape=(1 << 20,)))
+    with small_disk(tmp_path / "disk", 40) as disk:
+        fill(disk, 20 << 20)
+        line = refused("import", path, *GIVEN, root=disk / "cache", code=3)
+        assert "20 MiB free, this import needs 32 MiB" in line
+        fill(disk, 1 << 20)
+        line = refused(
+            "export", configs[0].fingerprint, "--format", "pt", "--out", disk / "x.pt", code=3
+        )
+        assert "this export needs" in line
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
