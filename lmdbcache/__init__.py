@@ -20,6 +20,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.coverage import Coverage
 from lmdbcache.errors import CacheError, MissingDependencyError
+from lmdbcache.hidden_states import HiddenStateView, TokenLayout
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
@@ -45,8 +46,10 @@ __all__ = [
     "EmbeddingDataset",
     "EmbeddingReader",
     "EmbeddingWriter",
+    "HiddenStateView",
     "StoreInfo",
     "TensorMapping",
+    "TokenLayout",
     "VEGASDataset",
     "collate_embeddings",
     "extract",
