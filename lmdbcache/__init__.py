@@ -26,11 +26,13 @@ from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
 
 if TYPE_CHECKING:
+    from lmdbcache.datasets.cached_audio import CachedAudioDataset, collate_mixed
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.embedders.checkpoints import model_identity
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
     from lmdbcache.training import (
+        CachedEncoder,
         EmbeddingDataset,
         TensorMapping,
         collate_embeddings,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheConfig",
     "CacheError",
+    "CachedAudioDataset",
+    "CachedEncoder",
     "Coverage",
     "EmbeddingCache",
     "EmbeddingDataset",
@@ -52,6 +56,7 @@ __all__ = [
     "TokenLayout",
     "VEGASDataset",
     "collate_embeddings",
+    "collate_mixed",
     "extract",
     "extract_or_load_ast_embeddings",
     "make_dataloader",
@@ -60,10 +65,13 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CachedAudioDataset": "lmdbcache.datasets.cached_audio",
+    "CachedEncoder": "lmdbcache.training",
     "EmbeddingDataset": "lmdbcache.training",
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
     "collate_embeddings": "lmdbcache.training",
+    "collate_mixed": "lmdbcache.datasets.cached_audio",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
     "make_dataloader": "lmdbcache.training",

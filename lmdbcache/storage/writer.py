@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
+import numpy.typing as npt
+
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
     CacheError,
@@ -120,6 +122,15 @@ class EmbeddingWriter:
         """Embeddings that aren't committed yet."""
         in_background = self._in_background
         return len(self._pending.values) + (len(in_background) if in_background else 0)
+
+    def uncommitted(self, sample_id: str) -> npt.NDArray[Any] | None:
+        """What waits to be committed of a sample, not to be changed; None if nothing does."""
+        with self._usable():
+            key, in_background = sample_key(sample_id), self._in_background
+            value = self._pending.values.get(key)
+            if value is None and in_background is not None:
+                value = in_background.pending.values.get(key)
+            return value
 
     def put(self, sample_id: str, embedding: Any) -> bool:
         """Add one embedding to the next commit.
