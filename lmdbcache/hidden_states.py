@@ -5,6 +5,7 @@ Only the bytes that a view needs are read: one row of 3 KB for CLS, where the wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
+from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.row_parts import RowPart
 from lmdbcache.storage.selection import Positions, Selection
@@ -22,7 +24,7 @@ from lmdbcache.storage.selection import Positions, Selection
 __all__ = ["HiddenStateView", "TokenLayout", "ViewSelection"]
 
 _AST_FRONT_END: Final = "ast-fbank/1"
-_STEP_BYTES: Final = 64 << 20  # hidden states in memory at a time, where a mean is made of them
+_BLOCK_ROWS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -276,31 +278,47 @@ class ViewSelection:
         Raises:
             SampleNotFoundError: Names what the newest commit lacks.
         """
-        if not self.view.is_mean:
-            rows = self.rows.get_batch(positions)
-            return rows[:, 0] if self.view.is_row else rows
-        step = self._samples_per_step()
-        means = [
-            _mean(self.rows.get_batch(positions[start : start + step]))
-            for start in range(0, max(1, len(positions)), step)
-        ]
-        return means[0] if len(means) == 1 else np.concatenate(means)
+        if self.view.is_mean and self.view.name != "pooler_output":
+            means: Any = self.rows.copy_with(positions, self._means_in_place)
+            if means is None:  # one by one, as a batch of whole hidden states is large
+                means = [_mean(self.rows.get_batch([position])[0]) for position in positions]
+            return np.array(means, self.view.dtype).reshape(len(positions), *self._row_shape)
+        rows = self.rows.get_batch(positions)
+        if self.view.is_mean:
+            return _mean(rows).astype(rows.dtype, copy=False)
+        return rows[:, 0] if self.view.is_row else rows
+
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        return tuple(size or 0 for size in (self.view.reader.embedding_shape or ())[1:])
+
+    def _means_in_place(
+        self, file: MappedFile, offsets: npt.NDArray[np.int64], length: int
+    ) -> npt.NDArray[np.float32]:
+        """Means that are taken where the values lie, without a copy of them."""
+        dtype, row = self.view.dtype, self._row_shape
+        shape = (length // (math.prod(row) * dtype.itemsize), *row)
+        means = [_mean(file.value(offset, dtype, shape)) for offset in offsets.tolist()]
+        # The runs of one sample are of one length.
+        runs = np.array(means, np.float32).reshape(-1, self.view.part.num_runs, *row)
+        mean: npt.NDArray[np.float32] = runs.mean(1)
+        return mean
 
     def will_need(self, positions: Positions) -> None:
         """Ask the kernel to read what is needed for these from disk, in the background."""
         self.rows.will_need(positions)
 
-    def _samples_per_step(self) -> int:
-        num_tokens, hidden_size = self.view.reader.embedding_shape or (None, None)
-        sample_bytes = (num_tokens or 1) * (hidden_size or 1) * self.view.dtype.itemsize
-        return max(1, _STEP_BYTES // sample_bytes)
 
-
-def _mean(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    # By a product: numpy's own mean adds row to row, which loses a digit.
-    weights = np.full(rows.shape[1], 1 / rows.shape[1], np.float32)
-    mean: npt.NDArray[Any] = weights @ rows.astype(np.float32, copy=False)
-    return mean.astype(rows.dtype, copy=False)
+def _mean(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Of `(..., rows, hidden_size)` over the rows."""
+    # Block by block: one long sum of float32 loses a digit, and a product's threads cost more.
+    rows = rows.astype(np.float32, copy=False)
+    *outer, num_rows, hidden_size = rows.shape
+    in_blocks = num_rows // _BLOCK_ROWS * _BLOCK_ROWS
+    blocks = rows[..., :in_blocks, :].reshape(*outer, -1, _BLOCK_ROWS, hidden_size)
+    total = blocks.sum(-2).sum(-2) + rows[..., in_blocks:, :].sum(-2)
+    mean: npt.NDArray[np.float32] = total / np.float32(num_rows)
+    return mean
 
 
 def _known_layout(config: CacheConfig) -> TokenLayout:

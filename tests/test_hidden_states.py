@@ -23,6 +23,7 @@ from lmdbcache import (
 )
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import ConfigError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.storage.selection import Selection
 from lmdbcache.storage.values import NUMPY_DTYPES
 
 HIDDEN = CacheConfig(output="last_hidden_state")
@@ -287,10 +288,11 @@ def test_a_verifying_reader_verifies_views(cache, hidden):
             view.get_batch(NAMES)
 
 
-def test_means_of_many_samples_take_bounded_memory(reader, hidden, monkeypatch):
-    """A large batch is read in steps, and is the same."""
-    from lmdbcache import hidden_states
-
-    monkeypatch.setattr(hidden_states, "_STEP_BYTES", 3 * 50 * 6 * 4)
-    found = HiddenStateView(reader, "mean").get_batch(NAMES)
-    np.testing.assert_allclose(found, by_hand(hidden)["mean"], atol=1e-6)
+@pytest.mark.parametrize("name", ["mean", "valid_mean"])
+def test_means_where_values_cannot_be_located(reader, hidden, name, monkeypatch):
+    """Read through LMDB, one by one, they are the same; nothing selected gives none."""
+    view = HiddenStateView(reader, name)
+    assert view.get_batch([]).shape == (0, 6)
+    monkeypatch.setattr(Selection, "copy_with", lambda *_: None)
+    np.testing.assert_allclose(view.get_batch(NAMES), by_hand(hidden)[name], atol=1e-6)
+    assert view.get_batch([]).shape == (0, 6)

@@ -261,9 +261,8 @@ class CachedEncoder(torch.nn.Module):
     ) -> dict[int, npt.NDArray[Any]]:
         """Compute, store, and give by position what is missing."""
         names = [canonical_sample_id(sample_ids[position]) for position in missing]
-        first = dict(zip(reversed(names), reversed(missing), strict=True))
-        wanted = list(dict.fromkeys(names))
-        positions = [first[name] for name in wanted]
+        position_of = dict(zip(names, missing, strict=True))  # any one of a repeated sample
+        wanted, positions = list(position_of), list(position_of.values())
         chosen = [select_inputs(i, positions, wanted, len(sample_ids)) for i in inputs]
         further = {
             key: stacked(select_inputs(value, positions, wanted, len(sample_ids)))
