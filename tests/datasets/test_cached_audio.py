@@ -11,7 +11,14 @@ from small_ast import save_small_ast
 from torch.utils.data import DataLoader
 from training.encoders import CountingEncoder
 
-from lmdbcache import CacheConfig, CachedAudioDataset, CachedEncoder, VEGASDataset, collate_mixed
+from lmdbcache import (
+    CacheConfig,
+    CachedAudioDataset,
+    CachedEncoder,
+    TensorMapping,
+    VEGASDataset,
+    collate_mixed,
+)
 from lmdbcache.datasets import cached_audio
 from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_waveform
@@ -227,8 +234,7 @@ def test_vegas_batches(root, cache, encoder, model, num_workers):
     """`audio_emb` and `audio_emb_mask` are completed by the same call; hits stay undecoded."""
     dataset = VEGASDataset(root, split="all", audio_duration=0.5, ast_cache_dir=cache.root)
     store(cache, dataset, [1, 2, 9])
-    with cache.reader(OWN) as reader:
-        dataset.audio_embs = {name: torch.from_numpy(reader[name]) for name in reader}
+    dataset.audio_embs = TensorMapping(cache.reader(OWN))
     loader = DataLoader(dataset, 6, collate_fn=dataset.get_collate_fn(), num_workers=num_workers)
     found = []
     for batch in loader:
@@ -240,7 +246,11 @@ def test_vegas_batches(root, cache, encoder, model, num_workers):
     torch.testing.assert_close(torch.cat(found), expected, atol=5e-7, rtol=0)
     assert model.passes == [4, 5, 6]
     encoder.flush()
-    assert cache.coverage(OWN, dataset.sample_ids).fraction == 1.0
+    for batch, embeddings in zip(loader, found, strict=True):
+        assert batch["audio_emb_mask"].all()
+        assert torch.equal(encoder.complete(batch), embeddings)
+    assert model.passes == [4, 5, 6]
+    dataset.audio_embs.arrays.close()
 
 
 def test_vegas_batches_without_audio(root, cache, encoder):
