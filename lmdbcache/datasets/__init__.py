@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmdbcache.datasets.base import AudioDataset, sample_id_of
+    from lmdbcache.datasets.cached_audio import CachedAudioDataset, collate_mixed
     from lmdbcache.datasets.splits import node_split, split_samples
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.datasets.vegas_collate import create_vegas_dataloader, vegas_collate_fn
 
 __all__ = [
     "AudioDataset",
+    "CachedAudioDataset",
     "VEGASDataset",
+    "collate_mixed",
     "create_vegas_dataloader",
     "node_split",
     "sample_id_of",
@@ -26,7 +29,9 @@ __all__ = [
 
 _HOMES = {
     "AudioDataset": "base",
+    "CachedAudioDataset": "cached_audio",
     "VEGASDataset": "vegas",
+    "collate_mixed": "cached_audio",
     "create_vegas_dataloader": "vegas_collate",
     "node_split": "splits",
     "sample_id_of": "base",

@@ -24,12 +24,14 @@ from lmdbcache import CacheConfig, CachedEncoder
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, weights_digest
 from lmdbcache.errors import (
     AudioDecodeError,
+    CacheFullError,
     ConfigError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
     ProvenanceMismatchError,
     ReadOnlyCacheError,
 )
+from lmdbcache.storage.committing import Committer
 from lmdbcache.training.frozen_model import state_digest
 
 OWN = CacheConfig(model_name="own", front_end="own/1", output="embedding")
@@ -415,6 +417,23 @@ def test_wrong_number_or_shape(cache):
         with pytest.raises(InvalidEmbeddingError, match="clip_002:x"):
             ask(encoder, [2])
     assert list(stored(cache)) == names_of([1])
+
+
+def test_a_full_disk_loses_nothing(encoder, model, cache, monkeypatch):
+    """It is told; what was computed stays in memory and is committed once there is room."""
+    with monkeypatch.context() as patch:
+
+        def refuse(*_):
+            raise CacheFullError("the disk is full")
+
+        patch.setattr(Committer, "commit", refuse)
+        ask(encoder, [1, 2])
+        with pytest.raises(CacheFullError):
+            encoder.flush()
+        assert torch.equal(ask(encoder, [2, 1]), direct([2, 1]))
+    encoder.flush()
+    assert list(stored(cache)) == names_of([1, 2])
+    assert model.passes == [2]
 
 
 def test_an_unwritable_root_is_told_before_computing(tmp_path, model):
