@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -301,7 +301,8 @@ class EmbeddingWriter:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._store)!r}, {self.num_pending} pending)"
 
-    def __del__(self) -> None:
+    def __del__(self, process_id: Callable[[], int] = process_id) -> None:
+        # An argument: at the end of the interpreter the module's own names are None.
         if not hasattr(self, "_owner") or self._closed or self._owner != process_id():
             return
         in_background = self._in_background

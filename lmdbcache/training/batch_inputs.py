@@ -10,7 +10,7 @@ import torch
 
 from lmdbcache.errors import ConfigError
 
-__all__ = ["features_of", "select_inputs", "stacked"]
+__all__ = ["check_precision", "features_of", "select_inputs", "stacked"]
 
 
 def select_inputs(
@@ -49,6 +49,26 @@ def select_inputs(
         _check_number(len(loaded), len(positions))
         return loaded
     return inputs
+
+
+def check_precision(inputs: Any) -> None:
+    """Refuse inputs that were rounded on their way, as a trainer in half precision does.
+
+    Raises:
+        ConfigError: One is float16 or bfloat16.
+    """
+    if isinstance(inputs, Mapping):
+        inputs = list(inputs.values())
+    if isinstance(inputs, (list, tuple)):
+        for one in inputs:
+            check_precision(one)
+    dtype = str(getattr(inputs, "dtype", "")).removeprefix("torch.")
+    if dtype in ("float16", "bfloat16"):
+        raise ConfigError(
+            f"inputs: {dtype}, and the config says compute_dtype 'float32': the embeddings of "
+            "rounded inputs would be stored. Hand over float32, or functions that load it, or "
+            "set the config's compute_dtype"
+        )
 
 
 def features_of(waveforms: Any, front_end: Callable[[Any], Any]) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +20,30 @@ from lmdbcache.errors import ConfigError, InvalidEmbeddingError, ProvenanceMisma
 from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.values import as_stored
-from lmdbcache.training.batch_inputs import features_of, select_inputs, stacked
+from lmdbcache.training.batch_inputs import check_precision, features_of, select_inputs, stacked
 from lmdbcache.training.frozen_model import FrozenModel
 from lmdbcache.training.mixed_batches import MixedBatch
 from lmdbcache.training.tensors import as_tensor
 from lmdbcache.training.write_back import WriteBack
 
 __all__ = ["CachedEncoder"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _left_out_of_graphs(function: _Function) -> _Function:
+    """`torch.compiler.disable`, but importing torch's compiler (3 s) is left to who compiles."""
+    uncompiled: Any = None
+
+    @functools.wraps(function)
+    def called(*args: Any, **options: Any) -> Any:
+        nonlocal uncompiled
+        if uncompiled is None and "torch._dynamo" in sys.modules:
+            uncompiled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return (uncompiled or function)(*args, **options)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001
+    return called  # type: ignore[return-value]
 
 
 class CachedEncoder(torch.nn.Module):
@@ -120,7 +139,8 @@ class CachedEncoder(torch.nn.Module):
             InvalidEmbeddingError: The model gave NaN, Inf or another shape for samples that are
                 named; the others are kept.
             InvalidSampleIdError: A sample id can't be stored.
-            ConfigError: Not as many inputs as samples.
+            ConfigError: Not as many inputs as samples, or inputs in half precision where the config
+                says float32.
             ProvenanceMismatchError: The store was filled with other weights.
             CacheFullError: No room for a commit; what was computed is kept in memory.
         """
@@ -234,6 +254,7 @@ class CachedEncoder(torch.nn.Module):
 
     # ---- hits and misses
 
+    @_left_out_of_graphs
     def _answer(
         self,
         sample_ids: list[str],
@@ -268,6 +289,8 @@ class CachedEncoder(torch.nn.Module):
             key: stacked(select_inputs(value, positions, wanted, len(sample_ids)))
             for key, value in named.items()
         }
+        if self.config.compute_dtype == "float32":
+            check_precision([*chosen, *further.values()])
         if self.front_end is not None and chosen and not are_features:
             chosen[0] = features_of(chosen[0], self.front_end)
         self._frozen.build()
