@@ -20,11 +20,13 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.coverage import Coverage
 from lmdbcache.errors import CacheError, MissingDependencyError
+from lmdbcache.hidden_states import HiddenStateView, TokenLayout
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
 
 if TYPE_CHECKING:
+    from lmdbcache.datasets.cached_audio import CachedAudioDataset, collate_mixed
     from lmdbcache.datasets.opening import open_dataset
     from lmdbcache.datasets.vegas import VEGASDataset
     from lmdbcache.embedders.checkpoints import model_identity
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
     from lmdbcache.training import (
+        CachedEncoder,
         EmbeddingDataset,
         TensorMapping,
         collate_embeddings,
@@ -44,18 +47,23 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheConfig",
     "CacheError",
+    "CachedAudioDataset",
+    "CachedEncoder",
     "Coverage",
     "EmbeddingCache",
     "EmbeddingDataset",
     "EmbeddingReader",
     "EmbeddingWriter",
     "ModuleEmbedder",
+    "HiddenStateView",
     "StoreInfo",
     "TensorMapping",
+    "TokenLayout",
     "VEGASDataset",
     "collate_embeddings",
     "config_for",
     "export_embeddings",
+    "collate_mixed",
     "extract",
     "extract_or_load_ast_embeddings",
     "import_embeddings",
@@ -66,6 +74,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CachedAudioDataset": "lmdbcache.datasets.cached_audio",
+    "CachedEncoder": "lmdbcache.training",
     "EmbeddingDataset": "lmdbcache.training",
     "ModuleEmbedder": "lmdbcache.embedders.module_embedder",
     "TensorMapping": "lmdbcache.training",
@@ -73,6 +83,7 @@ _LAZY = {
     "collate_embeddings": "lmdbcache.training",
     "config_for": "lmdbcache.embedders.registry",
     "export_embeddings": "lmdbcache.transfer",
+    "collate_mixed": "lmdbcache.datasets.cached_audio",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
     "import_embeddings": "lmdbcache.transfer",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmdbcache.datasets.base import AudioDataset, sample_id_of
+    from lmdbcache.datasets.cached_audio import CachedAudioDataset, collate_mixed
     from lmdbcache.datasets.narrowing import Narrowing
     from lmdbcache.datasets.opening import open_dataset
     from lmdbcache.datasets.overlaps import overlap_audit
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AudioDataset",
+    "CachedAudioDataset",
     "Narrowing",
     "VEGASDataset",
+    "collate_mixed",
     "create_vegas_dataloader",
     "node_split",
     "open_dataset",
@@ -34,8 +37,10 @@ __all__ = [
 
 _HOMES = {
     "AudioDataset": "base",
+    "CachedAudioDataset": "cached_audio",
     "Narrowing": "narrowing",
     "VEGASDataset": "vegas",
+    "collate_mixed": "cached_audio",
     "create_vegas_dataloader": "vegas_collate",
     "node_split": "splits",
     "open_dataset": "opening",

@@ -12,6 +12,7 @@ from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
 from lmdbcache.storage.layout import sample_id_of_key, sample_key
 from lmdbcache.storage.located import LocatedValues
 from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.row_parts import RowPart
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 
 __all__ = ["gather", "key_or_empty", "offsets_of", "remember_all", "stack"]
@@ -58,14 +59,20 @@ def remember_all(located: LocatedValues) -> bool:
 
 
 def gather(
-    located: LocatedValues, offsets: npt.NDArray[np.int64], out: npt.NDArray[Any] | None
+    located: LocatedValues,
+    offsets: npt.NDArray[np.int64],
+    out: npt.NDArray[Any] | None,
+    part: RowPart | None = None,
 ) -> npt.NDArray[Any]:
-    """Copy the values at these places of the file into one array."""
+    """Copy the values at these places of the file, or some rows of each, into one array."""
     shape, length = (len(offsets), *located.shape), located.common_length or 0
+    if part is not None:
+        shape = (len(offsets), *part.shape(located.shape))
+        offsets, length = part.places(offsets, located.shape, located.dtype.itemsize)
     if out is None:
         return located.file.gather(offsets, length).view(located.dtype).reshape(shape)
-    filled = batch_array(shape, located.dtype, out).reshape(len(offsets), -1).view(np.uint8)
-    located.file.gather(offsets, length, filled)
+    filled = batch_array(shape, located.dtype, out).reshape(-1).view(np.uint8)
+    located.file.gather(offsets, length, filled.reshape(len(offsets), length))
     return out
 
 

@@ -14,6 +14,8 @@ from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.pages import ValueTable
+from lmdbcache.storage.row_parts import RowPart
+from lmdbcache.storage.values import batch_array
 
 if TYPE_CHECKING:
     from lmdbcache.storage.reader import EmbeddingReader
@@ -35,10 +37,17 @@ class Selection:
     Args:
         reader: Where to read.
         sample_ids: Sample ids; None takes all that are stored now, sorted.
+        part: Read these rows of each embedding only.
     """
 
-    def __init__(self, reader: EmbeddingReader, sample_ids: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        reader: EmbeddingReader,
+        sample_ids: Iterable[str] | None = None,
+        part: RowPart | None = None,
+    ) -> None:
         self.reader = reader
+        self.part = part
         self.sample_ids: list[str] = list(reader if sample_ids is None else sample_ids)
         self._table: ValueTable | None = None
         self._offsets: Offsets = np.empty(0, np.int64)
@@ -48,10 +57,10 @@ class Selection:
         return len(self.sample_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reader": self.reader, "sample_ids": self.sample_ids}
+        return {"reader": self.reader, "sample_ids": self.sample_ids, "part": self.part}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Selection.__init__(self, state["reader"], state["sample_ids"])
+        Selection.__init__(self, state["reader"], state["sample_ids"], state["part"])
 
     def get_batch(
         self, positions: Positions, out: npt.NDArray[Any] | None = None
@@ -63,27 +72,35 @@ class Selection:
             out: See `EmbeddingReader.get_batch`.
 
         Returns:
-            `(n, *embedding_shape)`, stored dtype.
+            `(n, *embedding_shape)`, stored dtype; with a part, its rows instead of all.
 
         Raises:
             SampleNotFoundError, InvalidEmbeddingError: See `EmbeddingReader.get_batch`.
         """
         if self.reader.verify != "never":
-            return self.reader.get_batch([self.sample_ids[i] for i in positions], out)
+            return self._read_whole(positions, out)
         snapshot = self.reader.pinned()
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected and self._knows_all(located):
-                return gather(located, self._offsets[_indices(positions)], out)
+                return gather(located, self._offsets[_indices(positions)], out, self.part)
 
         def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
-            return gather(located, wanted, out)
+            return gather(located, wanted, out, self.part)
 
         batch = self._look_up(positions, gather_with_lookup)
-        if batch is None:
-            wanted = [self.sample_ids[i] for i in positions]
+        return self._read_whole(positions, out) if batch is None else batch
+
+    def _read_whole(self, positions: Positions, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """Through the reader, which verifies, refreshes, and says what is missing."""
+        wanted = [self.sample_ids[i] for i in positions]
+        if self.part is None or not wanted:
             return self.reader.get_batch(wanted, out)
-        return batch
+        rows = np.stack([self.part.of(self.reader[sample_id]) for sample_id in wanted])
+        if out is None:
+            return rows
+        batch_array(rows.shape, rows.dtype, out)[...] = rows
+        return out
 
     def copy_with(
         self,
@@ -95,7 +112,8 @@ class Selection:
         Args:
             positions: Positions in `sample_ids`, `(n,)`.
             copy: Called with the file, the places of the values and their common length, while
-                they are pinned; nothing of the file may outlive the call.
+                they are pinned; nothing of the file may outlive the call. With a part: the places
+                and the length of its runs, `num_runs` for each sample.
 
         Returns:
             What `copy` returned; None where the values can't be copied in one go, and from a
@@ -106,7 +124,7 @@ class Selection:
 
         def read(located: LocatedValues, wanted: Offsets) -> _T:
             located.file.check_whole()
-            return copy(located.file, wanted, located.common_length or 0)
+            return copy(located.file, *self._places(located, wanted))
 
         return self._look_up(positions, read)
 
@@ -114,9 +132,14 @@ class Selection:
         """Ask the kernel to read these embeddings from disk, in the background."""
 
         def read(located: LocatedValues, wanted: Offsets) -> None:
-            located.file.will_need(wanted, located.common_length or 0)
+            located.file.will_need(*self._places(located, wanted))
 
         self._look_up(positions, read)
+
+    def _places(self, located: LocatedValues, wanted: Offsets) -> tuple[Offsets, int]:
+        if self.part is None:
+            return wanted, located.common_length or 0
+        return self.part.places(wanted, located.shape, located.dtype.itemsize)
 
     def _look_up(
         self, positions: Positions, read: Callable[[LocatedValues, Offsets], _T]

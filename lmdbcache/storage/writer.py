@@ -6,10 +6,12 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
+
+import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
@@ -124,6 +126,15 @@ class EmbeddingWriter:
         """Embeddings that aren't committed yet."""
         in_background = self._in_background
         return len(self._pending.values) + (len(in_background) if in_background else 0)
+
+    def uncommitted(self, sample_id: str) -> npt.NDArray[Any] | None:
+        """What waits to be committed of a sample, not to be changed; None if nothing does."""
+        with self._usable():
+            key, in_background = sample_key(sample_id), self._in_background
+            value = self._pending.values.get(key)
+            if value is None and in_background is not None:
+                value = in_background.pending.values.get(key)
+            return value
 
     def put(self, sample_id: str, embedding: Any) -> bool:
         """Add one embedding to the next commit.
@@ -313,7 +324,8 @@ class EmbeddingWriter:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._store)!r}, {self.num_pending} pending)"
 
-    def __del__(self) -> None:
+    def __del__(self, process_id: Callable[[], int] = process_id) -> None:
+        # An argument: at the end of the interpreter the module's own names are None.
         if not hasattr(self, "_owner") or self._closed or self._owner != process_id():
             return
         in_background = self._in_background

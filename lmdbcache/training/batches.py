@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.hidden_states import ViewSelection
 from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
 from lmdbcache.storage.selection import Selection
 from lmdbcache.training.tensors import as_tensor
@@ -58,7 +59,7 @@ _views: WeakKeyDictionary[MappedFile, dict[int, torch.Tensor]] = WeakKeyDictiona
 
 
 def fetch_batch(
-    selection: Selection,
+    selection: Selection | ViewSelection,
     positions: Sequence[int] | npt.NDArray[np.int64],
     *,
     in_background: bool = False,
@@ -80,6 +81,15 @@ def fetch_batch(
     Returns:
         `(n, *embedding_shape)`, stored dtype.
     """
+    if isinstance(selection, ViewSelection):
+        if selection.view.is_mean:
+            batch = as_tensor(selection.get_batch(positions))
+        else:
+            batch = fetch_batch(
+                selection.rows, positions, in_background=in_background, threads=threads
+            )
+            batch = batch[:, 0] if selection.view.is_row else batch
+        return batch.pin_memory() if pin_memory else batch
     is_worker = torch.utils.data.get_worker_info() is not None
     if in_background or pin_memory or is_worker or threads:
 
@@ -92,6 +102,8 @@ def fetch_batch(
         if raw is not None:
             metadata = selection.reader.metadata
             shape = [-1 if n is None else n for n in metadata.embedding_shape or ()]
+            if selection.part is not None:
+                shape[0] = -1
             if -1 in shape:
                 row_bytes = math.prod(n for n in shape if n > 0)
                 itemsize = DTYPES[metadata.config.dtype].itemsize

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.hidden_states import ViewSelection
 from lmdbcache.storage.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.selection import Selection
@@ -19,7 +20,7 @@ __all__ = ["CollatedBatch", "EmbeddingDataset", "EmbeddingSource", "collate_embe
 
 
 class EmbeddingSource(Protocol):
-    """Where a Dataset reads: an `EmbeddingReader`, or embeddings held in RAM (`preload`)."""
+    """Where a Dataset reads: an `EmbeddingReader`, a `HiddenStateView`, or RAM (`preload`)."""
 
     def select(self, sample_ids: Sequence[str] | None = None) -> Any:
         """The samples by position."""
@@ -107,7 +108,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         threads: CopyThreads | None = None,
     ) -> Any:
         """A collated batch: `embeddings`, or `(embeddings, labels)`. See `fetch_batch`."""
-        if isinstance(self.selection, Selection):
+        if isinstance(self.selection, (Selection, ViewSelection)):
             embeddings = fetch_batch(
                 self.selection,
                 indices,
@@ -129,6 +130,8 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     def _one(self, index: int) -> torch.Tensor:
         if isinstance(self.selection, Selection):
             return as_tensor(self.selection.reader[self.selection.sample_ids[index]])
+        if isinstance(self.selection, ViewSelection):
+            return as_tensor(self.selection.get_batch([index])[0])
         one: torch.Tensor = self.selection.get_batch([index])[0]
         return one
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.hidden_states import HiddenStateView
 from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.training.batches import DTYPES, shared_memory
@@ -21,7 +22,7 @@ _STEP_BYTES = 64 << 20
 
 
 def preload(
-    reader: EmbeddingReader,
+    reader: EmbeddingReader | HiddenStateView,
     sample_ids: Sequence[str] | None = None,
     *,
     max_bytes: int | None = None,
@@ -33,7 +34,7 @@ def preload(
     other jobs fill the memory; on a warm page cache reading the store is as fast.
 
     Args:
-        reader: Where the embeddings are.
+        reader: Where the embeddings are, or a view of them.
         sample_ids: Which ones; None takes all.
         max_bytes: Refuse to take more than this.
         progress: Called with the number of embeddings of each step.

@@ -1,0 +1,177 @@
+"""Any audio data set with its cached embeddings: hits without decoding, waveforms of the misses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.datasets.base import AudioDataset, sample_id_of
+from lmdbcache.embedders.audio import load_waveform
+from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
+from lmdbcache.failures import ClipFailure
+from lmdbcache.training.stored_embeddings import StoredEmbeddings
+from lmdbcache.training.tensors import as_tensor
+
+if TYPE_CHECKING:
+    from lmdbcache.config import CacheConfig
+
+__all__ = ["CachedAudioDataset", "collate_mixed"]
+
+OnDecodeError = Literal["raise", "skip"]
+
+
+class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """The clips of a data set: the embedding where one is cached, else the waveform.
+
+    An item is a dict with `sample_id`, `label` and
+
+    - `embedding`, `(*embedding_shape)` in the stored dtype, where one is cached: nothing is
+      decoded;
+    - else `waveform`, float32 `(num_samples,)`, or `features` with a front end;
+    - or `failure`, a `ClipFailure`, for a clip that can't be decoded (`on_decode_error="skip"`).
+
+    Batches of both kinds are made by `collate_mixed` and completed by `CachedEncoder.complete`.
+    Embeddings that are committed meanwhile, by any process, are found. Works with any
+    `num_workers` and start method.
+
+    Args:
+        dataset: The clips.
+        cache: The cache, or its root; nothing needs to be stored yet.
+        config: Identity of the embeddings; clips are decoded with its sample rate and duration.
+        front_end: Waveform → features, computed where the clip is decoded.
+        on_decode_error: For a clip that gives no usable waveform: `"raise"`, or `"skip"` leaves it
+            out of its batch, with the reason in the batch's `failures`. It is never cached.
+
+    Raises:
+        ConfigError: An unknown `on_decode_error`.
+        InvalidSampleIdError: A clip's sample id can't be stored.
+    """
+
+    def __init__(
+        self,
+        dataset: AudioDataset,
+        cache: EmbeddingCache | str | os.PathLike[str],
+        config: CacheConfig,
+        *,
+        front_end: Callable[[Any], Any] | None = None,
+        on_decode_error: OnDecodeError = "raise",
+    ) -> None:
+        if on_decode_error not in ("raise", "skip"):
+            raise ConfigError(f"on_decode_error: {on_decode_error!r}; known are 'raise', 'skip'")
+        self.dataset: Final = dataset
+        self.config: Final = config
+        self.front_end: Final = front_end
+        self.on_decode_error: Final[OnDecodeError] = on_decode_error
+        self.sample_ids: Final = [sample_id_of(sample) for sample in dataset.samples]
+        self._stored = StoredEmbeddings(
+            cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache), config
+        )
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One item; see the class.
+
+        Raises:
+            AudioDecodeError: No embedding is cached and the clip gives no usable waveform.
+        """
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several items; the cached ones are fetched in one call."""
+        indices = [int(index) for index in indices]
+        hits, is_hit = self._stored.find([self.sample_ids[index] for index in indices])
+        embeddings = None if hits is None else as_tensor(hits)
+        rows = iter(()) if embeddings is None else iter(embeddings.unbind(0))
+        items = _Items(
+            self._item(index, {"embedding": next(rows)} if hit else None)
+            for index, hit in zip(indices, is_hit.tolist(), strict=True)
+        )
+        items.embeddings = embeddings
+        return items
+
+    def close(self) -> None:
+        """Give back the store; the next item opens it again."""
+        self._stored.close()
+
+    def _item(self, index: int, hit: dict[str, Any] | None) -> dict[str, Any]:
+        sample = self.dataset.samples[index]
+        item = _Item(
+            sample_id=self.sample_ids[index],
+            label=torch.tensor(sample["class_label"], dtype=torch.long),
+        )
+        item.update(self._decoded(index) if hit is None else hit)
+        return item
+
+    def _decoded(self, index: int) -> dict[str, Any]:
+        path = self.dataset.samples[index]["audio_path"]
+        try:
+            waveform = load_waveform(path, self.config.sample_rate, self.config.duration)
+        except AudioDecodeError as error:
+            if self.on_decode_error == "raise":
+                raise
+            return {"failure": ClipFailure(self.sample_ids[index], os.fspath(path), str(error))}
+        if self.front_end is None:
+            return {"waveform": torch.from_numpy(waveform)}
+        return {"features": torch.as_tensor(self.front_end(waveform))}
+
+
+class _Items(list[dict[str, Any]]):
+    """Items with the embeddings of the hits among them, stacked already."""
+
+    embeddings: torch.Tensor | None = None
+
+
+class _Item(dict[str, Any]):
+    """An item that says what to do where torch's default collate looks for what it hasn't."""
+
+    def __missing__(self, key: str) -> Any:
+        if key not in ("embedding", "waveform", "features"):
+            raise KeyError(key)
+        raise SampleNotFoundError(
+            f"{super().__getitem__('sample_id')} has no {key!r} but {', '.join(self)}: some "
+            "samples are cached and some aren't. Use DataLoader(..., collate_fn=collate_mixed)"
+        )
+
+
+def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Make one batch of items of a `CachedAudioDataset`; the `collate_fn` for its DataLoader.
+
+    Args:
+        items: In the order of the batch.
+
+    Returns:
+        A dict with
+
+        - `sample_ids`: list of the samples, in order, without those that failed;
+        - `labels`: int64 `(batch,)`;
+        - `mask`: bool `(batch,)`, True where an embedding was cached;
+        - `embeddings`: `(hits, *embedding_shape)` of these, in order, if there are any;
+        - `waveforms`: float32 `(misses, num_samples)`, or `features`, of the others, in order, if
+          there are any;
+        - `failures`: list of `ClipFailure`: clips that were left out.
+    """
+    fetched = items.embeddings if isinstance(items, _Items) else None
+    items = list(items)
+    usable = [item for item in items if "failure" not in item]
+    batch: dict[str, Any] = {
+        "sample_ids": [item["sample_id"] for item in usable],
+        "labels": torch.tensor([int(item["label"]) for item in usable], dtype=torch.long),
+        "mask": torch.tensor(["embedding" in item for item in usable], dtype=torch.bool),
+        "failures": [item["failure"] for item in items if "failure" in item],
+    }
+    for name, key in (
+        ("embeddings", "embedding"),
+        ("waveforms", "waveform"),
+        ("features", "features"),
+    ):
+        rows = [item[key] for item in usable if key in item]
+        if rows:
+            stacked = fetched if name == "embeddings" and fetched is not None else None
+            batch[name] = torch.stack(rows) if stacked is None else stacked
+    return batch

@@ -1,0 +1,325 @@
+"""A module in the place of a frozen encoder, which answers from the cache."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import ConfigError, InvalidEmbeddingError, ProvenanceMismatchError
+from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.values import as_stored
+from lmdbcache.training.batch_inputs import check_precision, features_of, select_inputs, stacked
+from lmdbcache.training.frozen_model import FrozenModel
+from lmdbcache.training.mixed_batches import MixedBatch
+from lmdbcache.training.tensors import as_tensor
+from lmdbcache.training.write_back import WriteBack
+
+__all__ = ["CachedEncoder"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _left_out_of_graphs(function: _Function) -> _Function:
+    """`torch.compiler.disable`, but importing torch's compiler (3 s) is left to who compiles."""
+    uncompiled: Any = None
+
+    @functools.wraps(function)
+    def called(*args: Any, **options: Any) -> Any:
+        nonlocal uncompiled
+        if uncompiled is None and "torch._dynamo" in sys.modules:
+            uncompiled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return (uncompiled or function)(*args, **options)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001
+    return called  # type: ignore[return-value]
+
+
+class CachedEncoder(torch.nn.Module):
+    """Takes a frozen encoder's place in a training script and answers from the cache.
+
+    Called with what the model takes and the sample ids, it returns what the model returns. Only
+    what isn't stored is computed: each sample once, the misses of a batch in one forward pass. They
+    are committed in large transactions; until then they are answered from memory. Left over ones
+    are committed by `flush`, `close`, the end of a `with` block, or the end of the process; the
+    next commit isn't waited for, so a killed process loses at most what wasn't committed.
+
+    The model's parameters aren't this module's: an optimizer finds none, `state_dict` is empty, and
+    `train()` has no effect on the model. `to(device)` moves the model and where embeddings are
+    returned; `to(dtype)` changes the dtype that is returned (float32), not the one computed in,
+    which is the config's whatever autocast is on.
+
+    Each process (DDP ranks, forked and spawned workers) has a reader and writer of its own; writers
+    take turns. Pickles and copies as its settings and its model; what isn't committed stays here.
+
+    Args:
+        model: The frozen encoder: a module in eval mode without grad, an `Embedder`, or a function
+            of the inputs. Or a function without arguments that builds one of these, called at the
+            first miss.
+        cache: The cache, or its root.
+        config: Identity of the embeddings.
+        front_end: Waveform → features, for each missing sample's first input.
+        select_output: Takes the embeddings from what the model returns; None takes a tensor as it
+            is, else the attribute or item named `config.output`.
+        provenance: Kept in the store's metadata. A `weights_digest` here is believed; else an
+            embedder tells its own, and a module's is taken over its state_dict.
+        device: Where embeddings are returned; None: where the module is, else the CPU.
+        commit_seconds: Commit at least this often, while it is used.
+
+    Attributes:
+        num_hits: Embeddings answered without computing, in this process.
+        num_computed: Embeddings computed; repeats within a batch count in neither.
+
+    Raises:
+        ConfigError: A model in training or with parameters that require grad, or one that doesn't
+            fit the config.
+        ProvenanceMismatchError: The store was filled with other weights.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: EmbeddingCache | str | os.PathLike[str],
+        config: CacheConfig,
+        *,
+        front_end: Callable[[Any], Any] | None = None,
+        select_output: Callable[[Any], torch.Tensor] | None = None,
+        provenance: Mapping[str, str] | None = None,
+        device: str | torch.device | None = None,
+        commit_seconds: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cache, EmbeddingCache):
+            cache = EmbeddingCache(Path(cache))
+        self.config = config
+        self.front_end = front_end
+        self.num_hits = 0
+        self.num_computed = 0
+        self._frozen = FrozenModel(model, config, select_output)
+        self._given_provenance = dict(provenance or {})
+        self._known_provenance: dict[str, str] | None = None
+        self._write_back = WriteBack(cache, config, commit_seconds)
+        # Not a buffer: `state_dict` and DDP's broadcasts shall not see it.
+        self._like = torch.empty(0, device=self._frozen.device or "cpu")
+        if device is not None:
+            self.to(device)
+        if self._frozen.is_built:
+            self._check_provenance()
+
+    # ---- the module
+
+    def forward(self, *inputs: Any, sample_ids: Iterable[str], **named_inputs: Any) -> torch.Tensor:
+        """The embeddings of a batch.
+
+        Args:
+            inputs: What the model takes, for the whole batch: tensors or arrays `(batch, ...)`;
+                lists of one input for each sample; Mappings of these. So that hits cost nothing, a
+                list may hold functions without arguments instead, and a whole input may be a
+                function of the sample ids that are missing.
+            sample_ids: One for each sample, `file_id:class`; repeats are computed once.
+            named_inputs: Further inputs by name; what isn't a tensor, array, list or function is
+                handed to the model as it is.
+
+        Returns:
+            `(batch, *embedding_shape)` in the order of `sample_ids`, without grad. A computed
+            embedding comes back as stored, so that every later call returns the same bits.
+
+        Raises:
+            InvalidEmbeddingError: The model gave NaN, Inf or another shape for samples that are
+                named; the others are kept.
+            InvalidSampleIdError: A sample id can't be stored.
+            ConfigError: Not as many inputs as samples, or inputs in half precision where the config
+                says float32.
+            ProvenanceMismatchError: The store was filled with other weights.
+            CacheFullError: No room for a commit; what was computed is kept in memory.
+        """
+        return self._answer(list(sample_ids), inputs, named_inputs, are_features=False)
+
+    def complete(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The embeddings of a mixed batch: the misses are computed in one forward pass.
+
+        Args:
+            batch: As `collate_mixed` or a `VEGASDataset`'s collate function makes it.
+
+        Returns:
+            `(batch, *embedding_shape)` in the batch's order, without grad.
+
+        Raises:
+            ConfigError: Not such a batch, or without the inputs of its misses.
+            InvalidEmbeddingError: See `forward`.
+        """
+        mixed = MixedBatch.of(batch)
+        missing = mixed.missing_ids
+        if not missing and mixed.embeddings is not None:
+            self.num_hits += len(mixed.sample_ids)
+            return mixed.embeddings.detach().to(self._like)
+        if missing:
+            self._check_inputs(mixed)
+        computed = self._answer(missing, (mixed.inputs,), {}, are_features=mixed.are_features)
+        self.num_hits += len(mixed.sample_ids) - len(missing)
+        return mixed.completed(computed)
+
+    def _check_inputs(self, mixed: MixedBatch) -> None:
+        if mixed.inputs is None:
+            raise ConfigError(
+                f"batch: {len(mixed.missing_ids)} samples aren't cached and it has no waveforms of "
+                "them; make the dataset with load_audio=True, or extract first"
+            )
+        if mixed.are_features:
+            return
+        lengths = {one.shape[-1] for one in mixed.inputs}
+        if lengths != {self.config.num_samples}:
+            raise ConfigError(
+                f"duration: waveforms of {', '.join(map(str, sorted(lengths)))} samples, the "
+                f"config says {self.config.num_samples} ({self.config.duration} s at "
+                f"{self.config.sample_rate} Hz); load them with the config's values"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
+        before, self._like = self._like.device, fn(self._like)
+        if self._like.device != before:
+            self._frozen.move(self._like.device)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        return f"{self._write_back.stored.cache.path(self.config).name}"
+
+    # ---- the cache
+
+    @property
+    def cache(self) -> EmbeddingCache:
+        """Where it reads and writes."""
+        return self._write_back.stored.cache
+
+    def flush(self) -> None:
+        """Commit what is computed; durable, and seen by other processes, when this returns.
+
+        Raises:
+            CacheFullError: No room; it is kept in memory.
+        """
+        self._write_back.flush()
+
+    def close(self) -> None:
+        """Commit what is computed and give back the store; used again, it opens it again."""
+        self._write_back.close()
+
+    def __enter__(self) -> CachedEncoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error, too: each embedding stands for itself.
+        self.close()
+
+    def _check_provenance(self) -> None:
+        reader = self._write_back.stored.reader()
+        if reader is not None:
+            self._refuse_other_weights(reader.metadata)
+
+    def _refuse_other_weights(self, metadata: StoreMetadata) -> None:
+        store = self.cache.path(self.config)
+        try:
+            metadata.with_provenance(self._provenance(), store)
+        except ProvenanceMismatchError as error:
+            raise ProvenanceMismatchError(
+                f"{error}. If you know that these are the same weights (the digest of a module "
+                "differs from that of its checkpoint's files), give provenance={'weights_digest': "
+                f"{metadata.provenance.get('weights_digest')!r}}}, or an embedder as the model"
+            ) from None
+
+    def _provenance(self) -> dict[str, str]:
+        if self._known_provenance is None:
+            told = getattr(self.front_end, "provenance", None)
+            features = dict(told()) if callable(told) else {}
+            own = self._given_provenance
+            weights = {} if "weights_digest" in own else self._frozen.provenance()
+            self._known_provenance = {**features, **weights, **own}
+        return self._known_provenance
+
+    # ---- hits and misses
+
+    @_left_out_of_graphs
+    def _answer(
+        self,
+        sample_ids: list[str],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        *,
+        are_features: bool,
+    ) -> torch.Tensor:
+        with self._write_back.lock:
+            found = self._write_back.find(sample_ids)
+            missing = found.missing
+            computed = {}
+            if missing:
+                computed = self._compute(sample_ids, missing, inputs, named, are_features)
+        self.num_hits += len(sample_ids) - len(missing)
+        return as_tensor(found.completed(computed)).to(self._like)
+
+    def _compute(
+        self,
+        sample_ids: list[str],
+        missing: list[int],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        are_features: bool,  # noqa: FBT001
+    ) -> dict[int, npt.NDArray[Any]]:
+        """Compute, store, and give by position what is missing."""
+        names = [canonical_sample_id(sample_ids[position]) for position in missing]
+        position_of = dict(zip(names, missing, strict=True))  # any one of a repeated sample
+        wanted, positions = list(position_of), list(position_of.values())
+        chosen = [select_inputs(i, positions, wanted, len(sample_ids)) for i in inputs]
+        further = {
+            key: stacked(select_inputs(value, positions, wanted, len(sample_ids)))
+            for key, value in named.items()
+        }
+        if self.config.compute_dtype == "float32":
+            check_precision([*chosen, *further.values()])
+        if self.front_end is not None and chosen and not are_features:
+            chosen[0] = features_of(chosen[0], self.front_end)
+        self._frozen.build()
+        self._check_provenance()
+        self._write_back.open_writer(self._provenance())
+        embeddings = self._frozen.run([stacked(one) for one in chosen], further, len(wanted))
+        self.num_computed += len(wanted)
+        rows = self._store(wanted, embeddings)
+        return {position: rows[name] for position, name in zip(missing, names, strict=True)}
+
+    def _store(self, names: list[str], embeddings: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
+        dtype = self.config.dtype
+        refused: list[str] = []
+        kept, rows = names, None
+        try:
+            rows = as_stored(names[0], embeddings, dtype, copy=False)
+        except InvalidEmbeddingError:  # one by one: the culprits are named, the others kept
+            good: dict[str, npt.NDArray[Any]] = {}
+            for name, embedding in zip(names, embeddings, strict=True):
+                try:
+                    good[name] = as_stored(name, embedding, dtype)
+                except InvalidEmbeddingError as error:
+                    refused.append(str(error))
+            kept, rows = list(good), np.stack(list(good.values())) if good else None
+        if rows is not None:
+            self._write_back.add(kept, rows)
+        if refused:
+            more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+            raise InvalidEmbeddingError(
+                f"{'; '.join(refused[:3])}{more}. The other {len(kept)} of this batch are kept"
+            )
+        return dict(zip(kept, rows if rows is not None else (), strict=True))

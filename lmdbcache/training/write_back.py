@@ -1,0 +1,209 @@
+"""What an encoder has computed: answered from memory at once, committed in large transactions."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.util
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import CacheError
+from lmdbcache.storage.forking import process_id
+from lmdbcache.storage.writer import EmbeddingWriter
+from lmdbcache.training.stored_embeddings import StoredEmbeddings
+
+__all__ = ["Found", "WriteBack"]
+
+_logger: Final = logging.getLogger(__name__)
+
+
+@dataclass
+class Found:
+    """What is known of a batch.
+
+    Args:
+        stored: `(hits, *embedding_shape)`, or None.
+        is_stored: `(batch,)`, which those are.
+        waiting: Position → embedding that is computed but not committed yet.
+    """
+
+    stored: npt.NDArray[Any] | None
+    is_stored: npt.NDArray[np.bool_]
+    waiting: dict[int, npt.NDArray[Any]]
+
+    @property
+    def missing(self) -> list[int]:
+        """Positions of what has to be computed."""
+        absent = np.flatnonzero(~self.is_stored).tolist()
+        return [position for position in absent if position not in self.waiting]
+
+    def completed(self, computed: Mapping[int, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The whole batch in order, given the missing ones by position."""
+        others = {**self.waiting, **computed}
+        if self.stored is not None and not others:
+            return self.stored
+        if not others:
+            return np.empty((0,), np.float32)
+        first = next(iter(others.values()))
+        batch = np.empty((len(self.is_stored), *first.shape), first.dtype)
+        if self.stored is not None:
+            batch[self.is_stored] = self.stored
+        for position, embedding in others.items():
+            batch[position] = embedding
+        return batch
+
+
+class WriteBack:
+    """The store that one encoder reads from and writes to.
+
+    A writer belongs to a process: a forked or spawned copy opens its own at its first miss. What
+    isn't committed at the end of a process is committed by its exit handlers.
+
+    Args:
+        cache: Where the store is.
+        config: Its identity.
+        commit_seconds: Commit at least this often while there is something to commit and the
+            encoder is used.
+    """
+
+    def __init__(self, cache: EmbeddingCache, config: CacheConfig, commit_seconds: float) -> None:
+        self.stored: Final = StoredEmbeddings(cache, config)
+        self._commit_seconds = commit_seconds
+        self._process_id = -1
+        self._writer: EmbeddingWriter | None = None
+        self._take_over()
+
+    def __getstate__(self) -> dict[str, Any]:
+        stored = self.stored
+        return {
+            "cache": stored.cache,
+            "config": stored.config,
+            "commit_seconds": self._commit_seconds,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        WriteBack.__init__(self, **state)
+
+    def _take_over(self) -> None:
+        """Make this process the owner; what was inherited over a fork is the parent's."""
+        if self._process_id != process_id():
+            self._writer = None
+            self._since: float | None = None
+            self._lock = threading.RLock()
+            self._process_id = process_id()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held from a look-up until what it lacked is added, so that nothing is computed twice."""
+        self._take_over()
+        return self._lock
+
+    def find(self, sample_ids: Sequence[str]) -> Found:
+        """What is stored, or computed already, of these samples."""
+        if self._since is not None and time.monotonic() - self._since >= self._commit_seconds:
+            self.flush()
+        stored, is_stored = self.stored.find(sample_ids)
+        waiting = {}
+        if self._writer is not None and not is_stored.all():
+            for position in np.flatnonzero(~is_stored).tolist():
+                embedding = self._writer.uncommitted(sample_ids[position])
+                if embedding is not None:
+                    waiting[position] = embedding
+        return Found(stored, is_stored, waiting)
+
+    def open_writer(self, provenance: Mapping[str, str]) -> None:
+        """Open the writer of this process, before anything is computed for it.
+
+        Raises:
+            ProvenanceMismatchError: The store was filled with other weights.
+            ReadOnlyCacheError: This user may not write there.
+        """
+        if self._writer is None:
+            cache, config = self.stored.cache, self.stored.config
+            cache.check_writable(config)
+            self._writer = cache.writer(
+                config, provenance=provenance, commit_seconds=self._commit_seconds
+            )
+
+    def add(self, sample_ids: Sequence[str], embeddings: npt.NDArray[Any]) -> None:
+        """Have these committed before long; from now on `find` has them.
+
+        Args:
+            sample_ids: `(n,)`.
+            embeddings: `(n, *embedding_shape)`, stored dtype.
+
+        Raises:
+            InvalidEmbeddingError: Another shape than the store's.
+            CacheFullError: No room; they are kept in memory and committed when there is.
+        """
+        if self._writer is None:  # closed by another thread
+            return
+        if self._since is None:
+            self._since = time.monotonic()
+        try:
+            self._writer.put_batch(sample_ids, embeddings)
+        finally:
+            self._note_pending()
+
+    def flush(self) -> None:
+        """Commit what is computed; durable when this returns."""
+        with self.lock:
+            if self._writer is not None:
+                try:
+                    self._writer.commit()
+                finally:
+                    self._note_pending()
+
+    def close(self) -> None:
+        """Commit what is computed, and give back reader and writer; used again, they reopen."""
+        with self.lock:
+            writer, self._writer = self._writer, None
+            try:
+                if writer is not None:
+                    writer.close()
+            finally:
+                _unfinished.discard(self)
+                self._since = None
+                self.stored.close()
+
+    def _note_pending(self) -> None:
+        if self._writer is not None and self._writer.num_pending:
+            _unfinished.add(self)
+            _flush_at_exit()
+        else:
+            _unfinished.discard(self)
+            self._since = None
+
+
+# Encoders of this process with something to commit, those that nobody else holds included: a
+# commit out of a finalizer could meet another one half done in its own thread.
+_unfinished: set[WriteBack] = set()
+_has_exit_handler_in = -1
+
+
+def _flush_at_exit() -> None:
+    """Have `_flush_all` called at the end of this process, be it multiprocessing's child or not."""
+    global _has_exit_handler_in  # noqa: PLW0603 - module state of one process
+    if _has_exit_handler_in != process_id():
+        multiprocessing.util.Finalize(None, _flush_all, exitpriority=10)
+        _has_exit_handler_in = process_id()
+
+
+def _flush_all() -> None:
+    for write_back in list(_unfinished):
+        try:
+            write_back.close()
+        except (CacheError, OSError) as error:
+            _logger.error("computed embeddings couldn't be committed at exit: %s", str(error))
+
+
+os.register_at_fork(after_in_child=_unfinished.clear)

@@ -1,0 +1,266 @@
+"""Mixed batches: hits without decoding, the misses computed once, in one pass, in order."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from small_ast import save_small_ast
+from torch.utils.data import DataLoader
+from training.encoders import CountingEncoder
+
+from lmdbcache import (
+    CacheConfig,
+    CachedAudioDataset,
+    CachedEncoder,
+    TensorMapping,
+    VEGASDataset,
+    collate_mixed,
+)
+from lmdbcache.datasets import cached_audio
+from lmdbcache.datasets.base import AudioDataset
+from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_waveform
+from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
+from lmdbcache.failures import ClipFailure
+
+OWN = CacheConfig(
+    model_name="own", front_end="own/1", output="embedding", duration=0.5, dataset="vegas"
+)
+
+
+@pytest.fixture
+def clips(root):
+    """18 clips of three classes, as a VEGASDataset that holds no embeddings itself."""
+    return VEGASDataset(root, split="all", audio_duration=0.5, enable_ast_cache=False)
+
+
+@pytest.fixture
+def model():
+    return CountingEncoder(OWN.num_samples)
+
+
+@pytest.fixture
+def encoder(cache, model):
+    with CachedEncoder(model, cache, OWN) as encoder:
+        yield encoder
+
+
+@pytest.fixture
+def dataset(clips, cache):
+    dataset = CachedAudioDataset(clips, cache, OWN)
+    yield dataset
+    dataset.close()
+
+
+def waveforms_of(clips, positions):
+    paths = [clips.samples[position]["audio_path"] for position in positions]
+    return torch.from_numpy(np.stack([load_waveform(path, 16000, 0.5) for path in paths]))
+
+
+def store(cache, clips, positions):
+    """Embeddings of these clips, each by itself."""
+    model = CountingEncoder(OWN.num_samples)
+    with cache.writer(OWN) as writer:
+        for position in positions:
+            writer.put(clips.sample_ids[position], model(waveforms_of(clips, [position]))[0])
+
+
+def batches_of(dataset, batch_size=8, **options):
+    return DataLoader(dataset, batch_size, collate_fn=collate_mixed, **options)
+
+
+def test_items(clips, cache, dataset, monkeypatch):
+    """A hit is its embedding and decodes nothing, a miss is load_waveform's."""
+    assert isinstance(clips, AudioDataset)
+    store(cache, clips, [2])
+    decoded = []
+    monkeypatch.setattr(
+        cached_audio, "load_waveform", lambda *a: decoded.append(a) or load_waveform(*a)
+    )
+    hit, miss = dataset[2], dataset[-1]
+    assert set(hit) == {"sample_id", "label", "embedding"}
+    assert len(decoded) == 1
+    assert (hit["sample_id"], int(hit["label"])) == (clips.sample_ids[2], 0)
+    with cache.reader(OWN) as reader:
+        assert torch.equal(hit["embedding"], torch.from_numpy(reader[hit["sample_id"]]))
+    assert torch.equal(miss["waveform"], waveforms_of(clips, [17])[0])
+    with pytest.raises(IndexError):
+        dataset[18]
+
+
+@pytest.mark.parametrize(("num_workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_an_epoch_of_mixed_batches_then_one_of_hits(
+    clips, cache, dataset, encoder, model, num_workers, method
+):
+    """Each miss computed once, a batch's in one pass, bit for bit; then nothing is left to do."""
+    cached = [0, 3, 4, 11, 12, 13, 14, 15]
+    store(cache, clips, cached)
+    loader = batches_of(
+        dataset,
+        num_workers=num_workers,
+        multiprocessing_context=method,
+        persistent_workers=num_workers > 0,
+    )
+    everything = CountingEncoder(OWN.num_samples)(waveforms_of(clips, range(18)))
+    found = []
+    for number, batch in enumerate(loader):
+        positions = list(range(8 * number, min(8 * number + 8, 18)))
+        assert batch["sample_ids"] == [clips.sample_ids[position] for position in positions]
+        assert batch["mask"].tolist() == [position in cached for position in positions]
+        labels = [clips.samples[position]["class_label"] for position in positions]
+        assert batch["labels"].tolist() == labels
+        assert batch["failures"] == []
+        found.append(encoder.complete(batch))
+        misses = [position for position in positions if position not in cached]
+        if misses:
+            direct = CountingEncoder(OWN.num_samples)(waveforms_of(clips, misses))
+            assert torch.equal(found[-1][~batch["mask"]], direct)
+        hits = batch.get("embeddings", torch.empty(0, 6))
+        assert torch.equal(found[-1][batch["mask"]], hits)
+    assert model.passes == [5, 3, 2]
+    torch.testing.assert_close(torch.cat(found), everything, atol=5e-7, rtol=0)
+    encoder.flush()
+    again = []
+    for batch in loader:
+        assert batch["mask"].all()
+        assert "waveforms" not in batch
+        again.append(encoder.complete(batch))
+    assert torch.equal(torch.cat(again), torch.cat(found))
+    assert model.passes == [5, 3, 2]
+    assert (encoder.num_computed, encoder.num_hits) == (10, 8 + 18)
+
+
+def test_an_epoch_before_the_commit_computes_nothing_twice(dataset, encoder, model):
+    """What waits to be committed is decoded again by the data set, but not computed."""
+    first = [encoder.complete(batch) for batch in batches_of(dataset)]
+    second = [encoder.complete(batch) for batch in batches_of(dataset, shuffle=False)]
+    assert model.passes == [8, 8, 2]
+    assert torch.equal(torch.cat(first), torch.cat(second))
+
+
+def test_a_clip_that_cannot_be_decoded(clips, cache, encoder):
+    """It raises, or is left out of its batch with its reason; it is never a zero, never cached."""
+    path = clips.samples[5]["audio_path"]
+    with open(path, "w") as file:
+        file.write("no audio")
+    store(cache, clips, [0, 6])
+    broken = clips.sample_ids[5]
+    raising = CachedAudioDataset(clips, cache, OWN)
+    for num_workers in (0, 1):
+        with pytest.raises(AudioDecodeError, match="video_00005"):
+            list(batches_of(raising, num_workers=num_workers))
+    skipping = CachedAudioDataset(clips, cache, OWN, on_decode_error="skip")
+    assert set(skipping[5]) == {"sample_id", "label", "failure"}
+    batch = next(iter(batches_of(skipping, num_workers=1)))
+    (failure,) = batch["failures"]
+    assert isinstance(failure, ClipFailure)
+    assert (failure.sample_id, failure.path) == (broken, path)
+    assert "video_00005.wav" in failure.reason
+    assert batch["sample_ids"] == [i for i in clips.sample_ids[:8] if i != broken]
+    assert batch["labels"].shape == batch["mask"].shape == (7,)
+    found = encoder.complete(batch)
+    expected = CountingEncoder(OWN.num_samples)(waveforms_of(clips, [0, 1, 2, 3, 4, 6, 7]))
+    torch.testing.assert_close(found, expected, atol=5e-7, rtol=0)
+    encoder.flush()
+    assert cache.coverage(OWN, clips.sample_ids[:8]).missing == (broken,)
+    empty = collate_mixed([skipping[5]])
+    assert (empty["sample_ids"], len(empty["labels"]), len(empty["mask"])) == ([], 0, 0)
+    assert encoder.complete(empty).shape == (0, 6)
+    raising.close()
+    skipping.close()
+    with pytest.raises(ConfigError, match="on_decode_error: 'zero'"):
+        CachedAudioDataset(clips, cache, OWN, on_decode_error="zero")
+
+
+def test_torch_s_default_collate(clips, cache, dataset):
+    """Batches of one kind collate; a mixed one says which function to use."""
+    misses = next(iter(DataLoader(dataset, 4)))
+    assert misses["waveform"].shape == (4, OWN.num_samples)
+    store(cache, clips, range(4))
+    batches = iter(DataLoader(dataset, 4))
+    hits = next(batches)
+    assert hits["embedding"].shape == (4, 6)
+    assert hits["sample_id"] == clips.sample_ids[:4]
+    for start in (2, 3):  # either kind may come first
+        with pytest.raises(SampleNotFoundError, match="collate_mixed"):
+            torch.utils.data.default_collate([dataset[start], dataset[7 - start]])
+
+
+def test_features_from_the_workers(clips, cache, tmp_path):
+    """With a front end in the data set, workers send features, taken as they are."""
+    checkpoint = find_checkpoint(save_small_ast(tmp_path / "ast", max_length=128))
+    config = CacheConfig(model_name=checkpoint.identity, duration=0.5, dataset="vegas")
+    front_end = ASTFrontEnd(checkpoint, 16000)
+    features = [front_end(row) for row in waveforms_of(clips, range(6)).numpy()]
+    embedder = ASTEmbedder(checkpoint, device="cpu")
+    expected = embedder.embed(torch.from_numpy(np.stack(features)))
+    for given in (front_end, None):
+        dataset = CachedAudioDataset(clips, cache, config, front_end=given)
+        batch = next(iter(batches_of(dataset, 6, num_workers=1)))
+        assert ("features" in batch, "waveforms" in batch) == (given is not None, given is None)
+        with CachedEncoder(embedder, cache, config, front_end=front_end) as encoder:
+            assert torch.equal(encoder.complete(batch), expected)
+        cache.clear(config)
+        dataset.close()
+
+
+def test_batches_that_cannot_be_completed(encoder, clips):
+    """Waveforms of another length, none at all, or something else: refused with the reason."""
+    batch = {"sample_ids": ["a:x"], "mask": torch.tensor([False])}
+    with pytest.raises(ConfigError, match="1 samples aren't cached and it has no waveforms"):
+        encoder.complete(batch)
+    with pytest.raises(ConfigError, match="waveforms of 100 samples, the config says 8000"):
+        encoder.complete({**batch, "waveforms": torch.ones(1, 100)})
+    with pytest.raises(ConfigError, match="it has audio, label"):
+        encoder.complete({"audio": 1, "label": 2})
+
+
+def test_pickles(dataset, clips, cache):
+    """A copy in another process reads the same store."""
+    store(cache, clips, [0])
+    assert "embedding" in dataset[0]
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copied[0]["embedding"], dataset[0]["embedding"])
+    copied.close()
+
+
+# ---- VEGAS's own batches
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_vegas_batches(root, cache, encoder, model, num_workers):
+    """`audio_emb` and `audio_emb_mask` are completed by the same call; hits stay undecoded."""
+    dataset = VEGASDataset(root, split="all", audio_duration=0.5, ast_cache_dir=cache.root)
+    store(cache, dataset, [1, 2, 9])
+    dataset.audio_embs = TensorMapping(cache.reader(OWN))
+    loader = DataLoader(dataset, 6, collate_fn=dataset.get_collate_fn(), num_workers=num_workers)
+    found = []
+    for batch in loader:
+        assert ("audio_emb_mask" in batch) == (len(found) < 2)
+        found.append(encoder.complete(batch))
+        if "audio_emb" in batch:
+            assert batch.is_deferred("audio")
+    expected = CountingEncoder(OWN.num_samples)(waveforms_of(dataset, range(18)))
+    torch.testing.assert_close(torch.cat(found), expected, atol=5e-7, rtol=0)
+    assert model.passes == [4, 5, 6]
+    encoder.flush()
+    for batch, embeddings in zip(loader, found, strict=True):
+        assert batch["audio_emb_mask"].all()
+        assert torch.equal(encoder.complete(batch), embeddings)
+    assert model.passes == [4, 5, 6]
+    dataset.audio_embs.arrays.close()
+
+
+def test_vegas_batches_without_audio(root, cache, encoder):
+    """All hits need none; a miss says what is needed."""
+    dataset = VEGASDataset(root, split="all", load_audio=False, ast_cache_dir=cache.root)
+    store(cache, dataset, range(6))
+    with cache.reader(OWN) as reader:
+        dataset.audio_embs = {name: torch.from_numpy(reader[name]) for name in reader}
+        collate = dataset.get_collate_fn()
+        hits = encoder.complete(collate([dataset[n] for n in range(6)]))
+        assert np.array_equal(hits.numpy(), reader.get_batch(dataset.sample_ids[:6]))
+    with pytest.raises(ConfigError, match="load_audio=True"):
+        encoder.complete(collate([dataset[n] for n in range(5, 8)]))

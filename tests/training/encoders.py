@@ -1,0 +1,41 @@
+"""Small frozen encoders that count what they compute, for tests in several processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+WIDTH = 6
+
+
+class CountingEncoder(torch.nn.Module):
+    """Waveforms (batch, n) → (batch, 6); keeps the size of each forward pass."""
+
+    def __init__(self, num_samples=8, seed=0):
+        super().__init__()
+        self.layer = torch.nn.Linear(num_samples, WIDTH)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.layer.parameters():
+                parameter.normal_(std=num_samples**-0.5, generator=generator)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.passes = []
+        self.eval().requires_grad_(False)
+
+    def forward(self, waveforms):
+        self.passes.append(len(waveforms))
+        return self.dropout(self.layer(waveforms).tanh())
+
+
+def build():
+    return CountingEncoder()
+
+
+def waveforms_of(numbers, num_samples=8):
+    """One row for each number, always the same."""
+    rows = [np.random.default_rng(n).normal(size=num_samples) for n in numbers]
+    return torch.from_numpy(np.array(rows, np.float32).reshape(len(numbers), num_samples))
+
+
+def names_of(numbers):
+    return [f"clip_{n:03d}:x" for n in numbers]
