@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import model_identity
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.report import build_report
     from lmdbcache.training import (
         EmbeddingDataset,
         TensorMapping,
@@ -48,6 +49,7 @@ __all__ = [
     "StoreInfo",
     "TensorMapping",
     "VEGASDataset",
+    "build_report",
     "collate_embeddings",
     "extract",
     "extract_or_load_ast_embeddings",
@@ -60,6 +62,7 @@ _LAZY = {
     "EmbeddingDataset": "lmdbcache.training",
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
+    "build_report": "lmdbcache.report",
     "collate_embeddings": "lmdbcache.training",
     "extract": "lmdbcache.extraction.pipeline",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from lmdbcache.cli import extract, inspect, maintain
+from lmdbcache.cli import extract, inspect, maintain, report
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
@@ -30,6 +30,7 @@ app.command("clear")(maintain.clear_command)
 app.command("compact")(maintain.compact_command)
 app.command("verify")(maintain.verify_command)
 app.command("repair")(maintain.repair_command)
+app.command("report")(report.report_command)
 
 
 def _show_version(wanted: bool) -> None:

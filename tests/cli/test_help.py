@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["extract", "ls", "info", "coverage", "clear", "compact", "verify", "repair"]
+COMMANDS = ["extract", "ls", "info", "coverage", "clear", "compact", "verify", "repair", "report"]
 
 
 def test_help_lists_every_command(cli):
