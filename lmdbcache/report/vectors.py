@@ -23,6 +23,7 @@ _READ_BYTES: Final = 2 << 30  # of one store: some seconds from a disk, 550 hidd
 _POOLED_BYTES: Final = 512 << 20  # what the vectors may take in memory
 _NUM_VALUES: Final = 1_000_000  # kept for the histogram of values
 _NUM_PROBED: Final = 16
+_MAX_UNREADABLE: Final = 1_000  # of a store in ruins; each is looked for by itself
 
 
 @dataclass
@@ -71,6 +72,9 @@ def read_vectors(
         reader: The store.
         sample_ids: What to read, in an order whose beginning is a fair sample.
         progress: Called with the embeddings read and those to read.
+
+    Raises:
+        IntegrityError: More than 1,000 embeddings can't be read.
     """
     unreadable: dict[str, str] = {}
     mean_bytes = _mean_bytes(reader, sample_ids[:_NUM_PROBED])
@@ -137,6 +141,11 @@ def _read(
     except (IntegrityError, InvalidEmbeddingError, SampleNotFoundError):
         pass  # one by one, it can be said which
     for sample_id in sample_ids:
+        if len(unreadable) >= _MAX_UNREADABLE:
+            raise IntegrityError(
+                f"{_MAX_UNREADABLE} embeddings and maybe more can't be read, the first of them: "
+                f"{next(iter(unreadable.values()))}"
+            )
         try:
             embedding = reader[sample_id]
         except SampleNotFoundError:
