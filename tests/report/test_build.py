@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from report.clusters import CONFIG, clustered, store
 
+import lmdbcache
 from lmdbcache import EmbeddingCache, build_report
 from lmdbcache.errors import ConfigError, MissingDependencyError
-from lmdbcache.report import build
+from lmdbcache.report import build, vectors
 
 
 def test_report_of_nothing(cache, tmp_path):
@@ -152,3 +155,31 @@ def test_progress_goes_from_start_to_end(tmp_path):
     assert steps[-1] == (120, 120)
     assert len({total for _, total in steps}) == 1
     assert np.all(np.array(steps) <= 120)
+
+
+def test_store_in_ruins_is_given_up(tmp_path, monkeypatch):
+    """Where too many embeddings can't be read, the store is called damaged and left."""
+    monkeypatch.setattr(vectors, "_MAX_UNREADABLE", 2)
+    embeddings = clustered(10, ["dog"], hidden_size=600)
+    cache = store(tmp_path / "cache", embeddings)
+    (database,) = cache.path(CONFIG).glob("gen-*/data.mdb")
+    content = bytearray(database.read_bytes())
+    for embedding in list(embeddings.values())[:5]:
+        content[content.rindex(embedding.tobytes())] ^= 1
+    database.write_bytes(content)
+    (found,) = build.collect_report(cache).stores
+    assert "2 embeddings and maybe more can't be read" in found.damage
+    assert found.map == "Nothing to show."
+
+
+def test_example_of_the_document_runs(tmp_path, monkeypatch):
+    """docs/report.md's Python lines give what their comment says."""
+    monkeypatch.chdir(tmp_path)
+    document = Path(lmdbcache.__file__).parent.parent / "docs" / "report.md"
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", document.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    scope: dict[str, object] = {}
+    exec(compile(code, "report.md", "exec"), scope)
+    assert scope["report"].is_sound
+    assert scope["report"].stores[0].num_looked_at == 20
