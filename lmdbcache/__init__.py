@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.registry import config_for
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.report import build_report
     from lmdbcache.training import (
         CachedEncoder,
         EmbeddingDataset,
@@ -60,6 +61,7 @@ __all__ = [
     "TensorMapping",
     "TokenLayout",
     "VEGASDataset",
+    "build_report",
     "collate_embeddings",
     "config_for",
     "export_embeddings",
@@ -80,6 +82,7 @@ _LAZY = {
     "ModuleEmbedder": "lmdbcache.embedders.module_embedder",
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
+    "build_report": "lmdbcache.report",
     "collate_embeddings": "lmdbcache.training",
     "config_for": "lmdbcache.embedders.registry",
     "export_embeddings": "lmdbcache.transfer",

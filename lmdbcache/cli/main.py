@@ -17,6 +17,7 @@ from lmdbcache.cli import (
     maintain,
     prune,
     remove,
+    report,
     transfer,
 )
 from lmdbcache.cli.console import DISK_FULL, print_error, say
@@ -50,6 +51,7 @@ app.command("repair")(maintain.repair_command)
 app.command("audit")(audit.audit_command)
 app.command("import")(transfer.import_command)
 app.command("export")(transfer.export_command)
+app.command("report")(report.report_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,80 @@
+"""`lmdbcache report`: one HTML file of what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_json, progress_bar, say, sizes
+from lmdbcache.cli.dataset_choice import DatasetChoice
+from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
+from lmdbcache.datasets.splits import SPLITS
+from lmdbcache.report import build, dataset_coverage
+
+__all__ = ["report_command"]
+
+
+def report_command(
+    stores: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fingerprints (their first digits do) or folder names; default: all."),
+    ] = None,
+    *,
+    root: Root = None,
+    data: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            help="Show how much of this dataset is stored, by class and split; may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    max_samples: Annotated[
+        int, typer.Option(help="Read the values of so many embeddings of a store at most.")
+    ] = build.DEFAULT_MAX_SAMPLES,
+    progress: Progress = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file that shows what is stored: sizes, coverage, a map, duplicates, outliers.
+
+    Exit code 1 if a store is damaged. --json prints the same and writes no file.
+    """
+    cache = EmbeddingCache(root)
+    chosen = [find_folder(cache, store) for store in stores] if stores else None
+    build.check_dependencies()
+    if not as_json:
+        build.check_replaceable(out, overwrite=yes)
+    with progress_bar("looking at embeddings", shown=progress) as bar:
+        report = build.collect_report(
+            cache,
+            None if chosen is None else list(dict.fromkeys(chosen)),
+            datasets=[_by_split(folder) for folder in data or ()],
+            max_samples=max_samples,
+            progress=bar,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        build.write_report(report, out)
+        state = "no damage found" if report.is_sound else "DAMAGED, see the report"
+        found = counted(len(report.stores), "store")
+        say(f"{out}: {found}, {state}; {sizes(out.stat().st_size)}")
+    raise typer.Exit(0 if report.is_sound else 1)
+
+
+def _by_split(folder: Path) -> dataset_coverage.DatasetSplits:
+    choice = DatasetChoice(folder)
+    return dataset_coverage.DatasetSplits(
+        name=folder.name or str(folder),
+        namespace=choice.namespace,
+        splits={
+            split: [sample_id for sample_id, _ in replace(choice, split=split).clips()]
+            for split in SPLITS
+        },
+    )

@@ -1,0 +1,293 @@
+"""Equal, nearly equal and far-off embeddings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.report.vectors import Vectors
+
+__all__ = [
+    "MAX_LISTED",
+    "NEAR_DUPLICATE_COSINE",
+    "EqualGroup",
+    "NearPair",
+    "Neighbours",
+    "Outlier",
+    "find_neighbours",
+]
+
+NEAR_DUPLICATE_COSINE: Final = 0.99
+MAX_LISTED: Final = 100
+_NUM_NEIGHBOURS: Final = 10
+_NUM_OF_CLASS: Final = 5  # neighbours that say how far a sample is from its class
+_OUTLIER_DEVIATIONS: Final = 5.0
+_TINY_NORM: Final = 1e-6  # of the median norm
+_QUERIES: Final = 512
+_NUM_DIRECTIONS: Final = 64  # searched in; a tenth of the time of 768
+_NUM_FITTED: Final = 5_000
+
+
+@dataclass(frozen=True)
+class EqualGroup:
+    """Samples whose embeddings have equal bits.
+
+    Args:
+        count: How many.
+        sample_ids: The first few.
+        crosses_classes: Whether they are of more than one class.
+        splits: The splits that they are in, if there are several: leakage.
+    """
+
+    count: int
+    sample_ids: list[str]
+    crosses_classes: bool
+    splits: list[str]
+
+
+@dataclass(frozen=True)
+class NearPair:
+    """Two samples whose embeddings point nearly the same way; `splits` as in `EqualGroup`."""
+
+    sample_ids: list[str]
+    cosine: float
+    crosses_classes: bool
+    splits: list[str]
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A sample far from its own class.
+
+    Args:
+        sample_id: The sample.
+        distance: Mean cosine distance to the 5 nearest of its class.
+        median_distance: The class's median of that.
+        deviations: By how many robust standard deviations it is above.
+        nearest: The nearest sample of all.
+    """
+
+    sample_id: str
+    distance: float
+    median_distance: float
+    deviations: float
+    nearest: str
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The three lists, the most telling first, and how long they would be in full.
+
+    `zero_norms` are the samples whose norm is less than a millionth of the median.
+    """
+
+    num_equal_groups: int
+    equal: list[EqualGroup]
+    num_near_pairs: int
+    near: list[NearPair]
+    num_outliers: int
+    outliers: list[Outlier]
+    num_zero_norms: int
+    zero_norms: list[str]
+
+
+def find_neighbours(
+    vectors: Vectors,
+    split_of: Mapping[str, str],
+    progress: Callable[[int, int], None] | None = None,
+) -> Neighbours:
+    """Compare the vectors with one another.
+
+    Args:
+        vectors: What was read.
+        split_of: Sample id → split, of the samples whose split is known.
+        progress: Called with the samples compared and those to compare.
+    """
+    equal = _equal_groups(vectors, split_of)
+    tiny = _tiny_norms(vectors)
+    near: list[NearPair] = []
+    outliers: list[Outlier] = []
+    num_near = num_outliers = 0
+    if vectors.pooled is not None:
+        # One of each group of equals: a hundred copies would hide every other neighbour.
+        first = {digest: row for row, digest in reversed(list(enumerate(vectors.digests)))}
+        rows = np.array([row for row in sorted(first.values()) if not tiny[row]], np.int64)
+        if len(rows) > 1:
+            search = _Search(vectors, rows, progress)
+            near, num_near = search.near_pairs(split_of)
+            outliers, num_outliers = search.outliers()
+    zero = [vectors.sample_ids[row] for row in np.flatnonzero(tiny)]
+    return Neighbours(
+        num_equal_groups=len(equal),
+        equal=equal[:MAX_LISTED],
+        num_near_pairs=num_near,
+        near=near,
+        num_outliers=num_outliers,
+        outliers=outliers,
+        num_zero_norms=len(zero),
+        zero_norms=zero[:MAX_LISTED],
+    )
+
+
+def _equal_groups(vectors: Vectors, split_of: Mapping[str, str]) -> list[EqualGroup]:
+    rows_of: defaultdict[int, list[int]] = defaultdict(list)
+    for row, digest in enumerate(vectors.digests):
+        rows_of[digest].append(row)
+    classes = vectors.classes
+    groups = []
+    for rows in rows_of.values():
+        if len(rows) < 2:
+            continue
+        sample_ids = sorted(vectors.sample_ids[row] for row in rows)
+        groups.append(
+            EqualGroup(
+                count=len(rows),
+                sample_ids=sample_ids[:10],
+                crosses_classes=len({classes[row] for row in rows}) > 1,
+                splits=_several_splits(sample_ids, split_of),
+            )
+        )
+    return sorted(
+        groups, key=lambda g: (not g.splits, not g.crosses_classes, -g.count, g.sample_ids)
+    )
+
+
+def _several_splits(sample_ids: list[str], split_of: Mapping[str, str]) -> list[str]:
+    splits = sorted({split_of[sample_id] for sample_id in sample_ids if sample_id in split_of})
+    return splits if len(splits) > 1 else []
+
+
+def _tiny_norms(vectors: Vectors) -> npt.NDArray[np.bool_]:
+    if not len(vectors.norms):
+        return np.zeros(0, np.bool_)
+    limit = _TINY_NORM * float(np.median(vectors.norms))
+    tiny: npt.NDArray[np.bool_] = vectors.norms <= limit
+    return tiny
+
+
+class _Search:
+    """Nearest neighbours among some rows, by the angle between vectors."""
+
+    def __init__(
+        self,
+        vectors: Vectors,
+        rows: npt.NDArray[np.int64],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        if vectors.pooled is None:
+            raise ValueError("vectors of different lengths have no angles")
+        self.sample_ids = [vectors.sample_ids[row] for row in rows]
+        self.classes = np.array([vectors.classes[row] for row in rows], object)
+        norms = vectors.norms[rows, None]
+        self.units = (vectors.pooled[rows] / norms).astype(np.float32)
+        self.reduced = _reduced(self.units)
+        self.nearest = _nearest(self.units, self.reduced, _NUM_NEIGHBOURS, progress)
+
+    def cosine(self, first: Any, second: Any) -> npt.NDArray[np.float64]:
+        """Cosine similarity of rows, exactly: what a search gives is rounded."""
+        left, right = self.units[first].astype(np.float64), self.units[second].astype(np.float64)
+        cosines: npt.NDArray[np.float64] = np.einsum("...i,...i->...", left, right)
+        return cosines.clip(-1.0, 1.0)
+
+    def near_pairs(self, split_of: Mapping[str, str]) -> tuple[list[NearPair], int]:
+        """The nearest pairs, those across splits and classes first; how many there are."""
+        firsts = np.repeat(np.arange(len(self.nearest)), self.nearest.shape[1])
+        seconds = self.nearest.reshape(-1)
+        pairs = np.unique(np.sort(np.stack([firsts, seconds], axis=1), axis=1), axis=0)
+        cosines = np.concatenate(
+            [self.cosine(*pairs[at : at + _QUERIES].T) for at in range(0, len(pairs), _QUERIES)]
+        )
+        found = []
+        for index in np.flatnonzero(cosines >= NEAR_DUPLICATE_COSINE):
+            first, second = pairs[index]
+            sample_ids = sorted([self.sample_ids[first], self.sample_ids[second]])
+            found.append(
+                NearPair(
+                    sample_ids=sample_ids,
+                    cosine=float(cosines[index]),
+                    crosses_classes=self.classes[first] != self.classes[second],
+                    splits=_several_splits(sample_ids, split_of),
+                )
+            )
+        found.sort(key=lambda p: (not p.splits, not p.crosses_classes, -p.cosine, p.sample_ids))
+        return found[:MAX_LISTED], len(found)
+
+    def outliers(self) -> tuple[list[Outlier], int]:
+        """The samples farthest from their class, farthest first; how many there are."""
+        found = []
+        for name in sorted(set(self.classes)):
+            members = np.flatnonzero(self.classes == name)
+            if len(members) >= 2 * _NUM_OF_CLASS:  # of fewer no median tells anything
+                found += self._outliers_of(members)
+        found.sort(key=lambda outlier: (-outlier.deviations, outlier.sample_id))
+        return found[:MAX_LISTED], len(found)
+
+    def _outliers_of(self, members: npt.NDArray[np.int64]) -> list[Outlier]:
+        nearest = members[_nearest(self.units[members], self.reduced[members], _NUM_OF_CLASS)]
+        distances = np.concatenate(
+            [
+                1 - self.cosine(members[at : at + _QUERIES, None], nearest[at : at + _QUERIES])
+                for at in range(0, len(members), _QUERIES)
+            ]
+        ).mean(axis=1)
+        median = float(np.median(distances))
+        # 1.4826 times the median deviation is a normal distribution's standard deviation.
+        spread = 1.4826 * float(np.median(np.abs(distances - median)))
+        deviations = (distances - median) / max(spread, 0.01 * median, 1e-6)
+        return [
+            Outlier(
+                sample_id=self.sample_ids[members[index]],
+                distance=float(distances[index]),
+                median_distance=median,
+                deviations=float(deviations[index]),
+                nearest=self.sample_ids[self.nearest[members[index], 0]],
+            )
+            for index in np.flatnonzero(deviations >= _OUTLIER_DEVIATIONS)
+        ]
+
+
+def _reduced(units: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The rows in the directions that tell most of them; no two are farther apart than before."""
+    from sklearn.decomposition import TruncatedSVD
+
+    if units.shape[1] <= _NUM_DIRECTIONS or len(units) <= _NUM_DIRECTIONS:
+        return units
+    directions = TruncatedSVD(_NUM_DIRECTIONS, random_state=0).fit(units[:_NUM_FITTED])
+    reduced: npt.NDArray[np.float32] = directions.transform(units).astype(np.float32)
+    return reduced
+
+
+def _nearest(
+    units: npt.NDArray[np.float32],
+    reduced: npt.NDArray[np.float32],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.int64]:
+    """`(n, count)`: rows of the nearest others, nearest first; fewer columns if there are fewer.
+
+    Twice as many are searched for among the reduced rows, and ranked by the whole ones.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    # The order of Euclidean distances between unit vectors is that of their angles.
+    num_candidates = min(2 * count, len(units) - 1)
+    search = NearestNeighbors(n_neighbors=num_candidates + 1, algorithm="brute").fit(reduced)
+    found = []
+    for start in range(0, len(units), _QUERIES):
+        rows = search.kneighbors(reduced[start : start + _QUERIES], return_distance=False)
+        own = np.arange(start, start + len(rows))[:, None]
+        # The row itself is among its nearest, but not always first; without it, the last goes.
+        keep = rows != own
+        keep[keep.all(axis=1), -1] = False
+        others = rows[keep].reshape(len(rows), num_candidates)
+        cosines = np.einsum("id,ikd->ik", units[start : start + _QUERIES], units[others])
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        found.append(np.take_along_axis(others, best, axis=1))
+        if progress is not None:
+            progress(min(start + _QUERIES, len(units)), len(units))
+    return np.concatenate(found)

@@ -1,0 +1,169 @@
+"""The embeddings that are looked at, read in small batches and each reduced to one vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from lmdbcache.errors import CacheError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.report.sampling import class_of
+from lmdbcache.storage.reader import EmbeddingReader
+
+__all__ = ["Vectors", "read_vectors"]
+
+_BATCH_BYTES: Final = 64 << 20
+_READ_BYTES: Final = 2 << 30  # of one store: some seconds from a disk, 550 hidden states of AST
+_POOLED_BYTES: Final = 512 << 20  # what the vectors may take in memory
+_NUM_VALUES: Final = 1_000_000  # kept for the histogram of values
+_NUM_PROBED: Final = 16
+_MAX_UNREADABLE: Final = 1_000  # of a store in ruins; each is looked for by itself
+
+
+@dataclass
+class Vectors:
+    """What was read of one store; row i belongs to `sample_ids[i]`.
+
+    Args:
+        sample_ids: In the order given, less what couldn't be read.
+        pooled: `(n, hidden_size)`, float32: a vector as it is, the mean over all but the last
+            dimension of anything larger. None if the last dimensions differ.
+        norms: `(n,)`, float64: Euclidean norms of the pooled vectors.
+        digests: `(n,)`: equal for embeddings of equal shape and bits.
+        values: Up to a million of the stored numbers, float32, evenly from all embeddings.
+        mean_bytes: Mean size of a stored embedding, in bytes.
+        is_mean: Whether `pooled` holds means over tokens.
+        unreadable: Why samples couldn't be read: sample id → reason.
+        not_finite: Samples whose values hold NaN or Inf; they are left out.
+    """
+
+    sample_ids: list[str]
+    pooled: npt.NDArray[np.float32] | None
+    norms: npt.NDArray[np.float64]
+    digests: list[int]
+    values: npt.NDArray[np.float32]
+    mean_bytes: float
+    is_mean: bool
+    unreadable: dict[str, str]
+    not_finite: list[str]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The class of each row."""
+        return list(map(class_of, self.sample_ids))
+
+
+def read_vectors(
+    reader: EmbeddingReader,
+    sample_ids: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> Vectors:
+    """Read embeddings: of the list's beginning what 2 GiB, or 512 MiB of vectors, can hold.
+
+    Each value is compared with its checksum if the reader verifies.
+
+    Args:
+        reader: The store.
+        sample_ids: What to read, in an order whose beginning is a fair sample.
+        progress: Called with the embeddings read and those to read.
+
+    Raises:
+        IntegrityError: More than 1,000 embeddings can't be read.
+    """
+    unreadable: dict[str, str] = {}
+    mean_bytes = _mean_bytes(reader, sample_ids[:_NUM_PROBED])
+    chosen = sample_ids[: _affordable(reader, mean_bytes)]
+    per_embedding = max(1, _NUM_VALUES // max(1, len(chosen)))
+    step = max(1, min(1024, int(_BATCH_BYTES // mean_bytes)))
+    rows: dict[str, tuple[npt.NDArray[np.float32], int]] = {}
+    values: list[npt.NDArray[np.float32]] = []
+    not_finite: list[str] = []
+    num_bytes = 0
+    in_key_order = sorted(chosen)  # neighbours on disk
+    for start in range(0, len(chosen), step):
+        for sample_id, embedding in _read(reader, in_key_order[start : start + step], unreadable):
+            num_bytes += embedding.nbytes
+            wide = embedding.astype(np.float32, copy=False)
+            if not np.isfinite(wide).all():
+                not_finite.append(sample_id)
+                continue
+            rows[sample_id] = (_pooled(wide), _digest(embedding))
+            flat = wide.reshape(-1)
+            values.append(flat[:: math.ceil(flat.size / per_embedding)].copy())
+        if progress is not None:
+            progress(min(start + step, len(chosen)), len(chosen))
+    kept = [sample_id for sample_id in chosen if sample_id in rows]
+    vectors = [rows[sample_id][0] for sample_id in kept]
+    norms = [float(np.linalg.norm(vector.astype(np.float64))) for vector in vectors]
+    return Vectors(
+        sample_ids=kept,
+        pooled=np.stack(vectors) if len({v.shape for v in vectors}) == 1 else None,
+        norms=np.array(norms, np.float64),
+        digests=[rows[sample_id][1] for sample_id in kept],
+        values=np.concatenate(values) if values else np.empty(0, np.float32),
+        mean_bytes=num_bytes / len(kept) if kept else mean_bytes,
+        is_mean=len(reader.embedding_shape or ()) > 1,
+        unreadable=unreadable,
+        not_finite=not_finite,
+    )
+
+
+def _affordable(reader: EmbeddingReader, mean_bytes: float) -> int:
+    *tokens, last = reader.embedding_shape or (1,)
+    hidden_size = last if tokens and last else mean_bytes / reader.dtype.itemsize
+    return max(1, int(min(_READ_BYTES / mean_bytes, _POOLED_BYTES / (4 * hidden_size))))
+
+
+def _mean_bytes(reader: EmbeddingReader, sample_ids: Sequence[str]) -> float:
+    shape = reader.embedding_shape or ()
+    known = [size for size in shape if size is not None]
+    if len(known) == len(shape):
+        return max(1.0, float(math.prod(known) * reader.dtype.itemsize))
+    sizes = [embedding.nbytes for _, embedding in _read(reader, sample_ids, {})]
+    return max(1.0, sum(sizes) / len(sizes)) if sizes else 1.0
+
+
+def _read(
+    reader: EmbeddingReader, sample_ids: Sequence[str], unreadable: dict[str, str]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """(sample id, embedding) of what can be read; the reasons of the others are added."""
+    shape = reader.embedding_shape or ()
+    try:
+        if sample_ids and None not in shape:
+            yield from zip(sample_ids, reader.get_batch(sample_ids), strict=True)
+            return
+    except (IntegrityError, InvalidEmbeddingError, SampleNotFoundError):
+        pass  # one by one, it can be said which
+    for sample_id in sample_ids:
+        if len(unreadable) >= _MAX_UNREADABLE:
+            raise IntegrityError(
+                f"{_MAX_UNREADABLE} embeddings and maybe more can't be read, the first of them: "
+                f"{next(iter(unreadable.values()))}"
+            )
+        try:
+            embedding = reader[sample_id]
+        except SampleNotFoundError:
+            continue  # removed meanwhile
+        except CacheError as error:
+            unreadable[sample_id] = str(error)
+            continue
+        yield sample_id, embedding
+
+
+def _pooled(embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    if embedding.ndim < 2:
+        return np.array(embedding, np.float32).reshape(-1)
+    tokens = embedding.reshape(-1, embedding.shape[-1])
+    mean = tokens.mean(axis=0, dtype=np.float64)
+    return np.asarray(mean, np.float32)
+
+
+def _digest(embedding: npt.NDArray[Any]) -> int:
+    raw = np.ascontiguousarray(embedding).reshape(-1).view(np.uint8)
+    return xxhash.xxh3_128_intdigest(raw.data, seed=embedding.shape[0] if embedding.ndim else 0)

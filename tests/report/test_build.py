@@ -1,0 +1,185 @@
+"""Making the page: of any root, in whatever state, at once or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report.clusters import CONFIG, clustered, store
+
+import lmdbcache
+from lmdbcache import EmbeddingCache, build_report
+from lmdbcache.errors import ConfigError, MissingDependencyError
+from lmdbcache.report import build, vectors
+
+
+def test_report_of_nothing(cache, tmp_path):
+    """An empty root gives a page that says so, and isn't created."""
+    report = build_report(cache, out=tmp_path / "r.html")
+    assert report.stores == []
+    assert "Nothing is stored here yet." in (tmp_path / "r.html").read_text("utf-8")
+    assert not cache.root.exists()
+
+
+def test_facts_are_plain_and_those_of_the_cache(tmp_path):
+    """`to_dict` goes through JSON and agrees with the store; a sample is called one."""
+    cache = store(tmp_path / "cache", clustered(30, ["dog", "drum"]))
+    report = build.collect_report(cache, max_samples=20)
+    facts = json.loads(json.dumps(report.to_dict()))
+    (found,) = facts["stores"]
+    assert found["info"]["num_embeddings"] == 60
+    assert found["num_looked_at"] == len(found["map"]["x"]) == 20
+    assert [
+        (each["name"], each["num_embeddings"], each["num_bytes"]) for each in found["classes"]
+    ] == [
+        ("dog", 30, 30 * 16 * 4),
+        ("drum", 30, 30 * 16 * 4),
+    ]
+    assert sum(found["norms"]["counts"]) == 20
+    build.write_report(report, tmp_path / "r.html")
+    page = " ".join((tmp_path / "r.html").read_text("utf-8").split())
+    assert "a sample of 20 of 60 embeddings" in page
+    assert "No figures recorded." in page
+
+
+def test_hit_rates_are_shown(cache, tmp_path):
+    """Figures of look-ups come as plain dicts."""
+    figures = [
+        {"name": "run 1", "hits": 999, "misses": 1},
+        {"name": "none", "hits": 0, "misses": 0},
+    ]
+    report = build_report(cache, out=tmp_path / "r.html", hit_rates=figures)
+    assert [rate.rate for rate in report.hit_rates] == [0.999, None]
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert ">99.9<" in page
+    assert "No figures recorded" not in page
+
+
+def test_flipped_value_is_named(tmp_path):
+    """A value that doesn't match its checksum is listed; the others are in the report."""
+    embeddings = clustered(10, ["dog", "drum"], hidden_size=600)
+    cache = store(tmp_path / "cache", embeddings)
+    (database,) = cache.path(CONFIG).glob("gen-*/data.mdb")
+    content = bytearray(database.read_bytes())
+    content[content.rindex(embeddings["video_00003:dog"].tobytes())] ^= 1
+    database.write_bytes(content)
+    report = build_report(cache, out=tmp_path / "r.html")
+    (found,) = report.stores
+    assert not report.is_sound
+    assert list(found.unreadable) == ["video_00003:dog"]
+    assert found.num_looked_at == 19
+    assert "Damaged embeddings" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_store_that_cannot_be_opened(tmp_path):
+    """A cut file is called damaged beside a sound store that is shown in full."""
+    cache = store(tmp_path / "cache", clustered(10, ["dog"]))
+    other = CONFIG.replace(dtype="bfloat16")
+    store(cache.root, clustered(10, ["dog"]), other)
+    (database,) = cache.path(CONFIG).glob("gen-*/data.mdb")
+    database.write_bytes(database.read_bytes()[:100])
+    report = build_report(cache, out=tmp_path / "r.html")
+    damaged = {each.info.path: each.damage for each in report.stores}
+    assert damaged[cache.path(CONFIG)]
+    assert damaged[cache.path(other)] is None
+    assert "1 of 2 stores is damaged." in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_only_a_report_is_written_over(cache, tmp_path):
+    """Another file stays as it is unless that is asked for; a report of ours is replaced."""
+    out = tmp_path / "thesis.html"
+    out.write_text("years of work")
+    with pytest.raises(ConfigError, match="isn't a report"):
+        build_report(cache, out=out)
+    assert out.read_text() == "years of work"
+    build_report(cache, out=out, overwrite=True)
+    build_report(cache, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.html"]
+    for place in (tmp_path, tmp_path / "nowhere" / "r.html"):
+        with pytest.raises(ConfigError, match="--out"):
+            build_report(cache, out=place)
+
+
+def test_failed_write_leaves_the_old_report(cache, tmp_path, monkeypatch):
+    """The page is renamed into place: when that fails the old one is whole and nothing is left."""
+    out = tmp_path / "r.html"
+    build_report(cache, out=out)
+    before = out.read_bytes()
+    monkeypatch.setattr(
+        build.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        build_report(cache, out=out)
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+@pytest.mark.parametrize("module", ["jinja2", "plotly", "sklearn"])
+def test_missing_package_is_named(cache, tmp_path, monkeypatch, module):
+    """Without a package of the extra, one line says what to install, before any work."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=r"lmdbcache\[report\]"):
+        build_report(cache, out=tmp_path / "r.html")
+
+
+def test_torch_is_not_loaded(tmp_path):
+    """A report needs neither torch nor transformers."""
+    store(tmp_path / "cache", clustered(12, ["dog", "drum"]))
+    code = (
+        "import sys, lmdbcache\n"
+        f"cache = lmdbcache.EmbeddingCache({str(tmp_path / 'cache')!r})\n"
+        f"lmdbcache.build_report(cache, out={str(tmp_path / 'r.html')!r})\n"
+        "assert not {'torch', 'transformers', 'torchaudio'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_max_samples_is_checked(tmp_path):
+    """0 embeddings are no sample."""
+    with pytest.raises(ConfigError, match="max_samples"):
+        build.collect_report(EmbeddingCache(tmp_path), max_samples=0)
+
+
+def test_progress_goes_from_start_to_end(tmp_path):
+    """Steps never go back and end at their number."""
+    cache = store(tmp_path / "cache", clustered(20, ["dog", "drum"]))
+    store(cache.root, clustered(20, ["dog"]), CONFIG.replace(dtype="float16"))
+    steps = []
+    build.collect_report(cache, progress=lambda done, total: steps.append((done, total)))
+    assert steps == sorted(steps)
+    assert steps[-1] == (120, 120)
+    assert len({total for _, total in steps}) == 1
+    assert np.all(np.array(steps) <= 120)
+
+
+def test_store_in_ruins_is_given_up(tmp_path, monkeypatch):
+    """Where too many embeddings can't be read, the store is called damaged and left."""
+    monkeypatch.setattr(vectors, "_MAX_UNREADABLE", 2)
+    embeddings = clustered(10, ["dog"], hidden_size=600)
+    cache = store(tmp_path / "cache", embeddings)
+    (database,) = cache.path(CONFIG).glob("gen-*/data.mdb")
+    content = bytearray(database.read_bytes())
+    for embedding in list(embeddings.values())[:5]:
+        content[content.rindex(embedding.tobytes())] ^= 1
+    database.write_bytes(content)
+    (found,) = build.collect_report(cache).stores
+    assert "2 embeddings and maybe more can't be read" in found.damage
+    assert found.map == "Nothing to show."
+
+
+def test_example_of_the_document_runs(tmp_path, monkeypatch):
+    """docs/report.md's Python lines give what their comment says."""
+    monkeypatch.chdir(tmp_path)
+    document = Path(lmdbcache.__file__).parent.parent / "docs" / "report.md"
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", document.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    scope: dict[str, object] = {}
+    exec(compile(code, "report.md", "exec"), scope)
+    assert scope["report"].is_sound
+    assert scope["report"].stores[0].num_looked_at == 20

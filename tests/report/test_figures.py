@@ -1,0 +1,149 @@
+"""What the report finds in the embeddings: samples, distributions, neighbours, the map."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from report.clusters import CONFIG, clustered, store
+
+from lmdbcache.report.dataset_coverage import DatasetSplits, coverage_by_split
+from lmdbcache.report.distributions import distribution_of
+from lmdbcache.report.neighbours import find_neighbours
+from lmdbcache.report.projection import EmbeddingMap, map_of
+from lmdbcache.report.sampling import class_of, in_stratified_order
+from lmdbcache.report.vectors import read_vectors
+
+
+def vectors_of(tmp_path, embeddings, config=CONFIG, *, limit=None, **options):
+    cache = store(tmp_path / "cache", embeddings, config, **options)
+    with cache.reader(config, verify="first_read") as reader:
+        return read_vectors(reader, in_stratified_order(reader)[:limit])
+
+
+def test_every_beginning_of_the_order_is_a_fair_sample():
+    """Each class is there in proportion, every class at once, and the order is always the same."""
+    sample_ids = [f"{n}:a" for n in range(600)] + [f"{n}:b" for n in range(300)] + ["0:c"]
+    ordered = in_stratified_order(sample_ids)
+    assert sorted(ordered) == sorted(sample_ids)
+    assert ordered == in_stratified_order(reversed(sample_ids))
+    assert {class_of(sample_id) for sample_id in ordered[:3]} == {"a", "b", "c"}
+    counts = Counter(class_of(sample_id) for sample_id in ordered[:301])
+    assert counts == {"a": 200, "b": 100, "c": 1}
+
+
+def test_planted_neighbours_are_found(tmp_path):
+    """Equal embeddings, near-duplicates and outliers that were planted are named, and no others."""
+    embeddings = clustered(40, ["dog", "drum"], hidden_size=200)
+    embeddings["twin:dog"] = embeddings["video_00000:dog"].copy()
+    embeddings["twin:drum"] = embeddings["video_00000:dog"].copy()
+    embeddings["near:drum"] = 3 * embeddings["video_00001:drum"] + 1e-4
+    embeddings["wrong:dog"] = (
+        embeddings["video_00002:drum"] + np.float32(0.2) * embeddings["video_00009:dog"]
+    )
+    embeddings["zero:dog"] = np.zeros(200, np.float32)
+    splits = {"video_00000:dog": "train", "twin:dog": "test", "video_00001:drum": "val"}
+    found = find_neighbours(vectors_of(tmp_path, embeddings), splits)
+    (group,) = found.equal
+    assert set(group.sample_ids) == {"video_00000:dog", "twin:dog", "twin:drum"}
+    assert (group.count, group.crosses_classes, group.splits) == (3, True, ["test", "train"])
+    near = {tuple(pair.sample_ids) for pair in found.near}
+    assert ("near:drum", "video_00001:drum") in near
+    assert found.near[0].cosine >= 0.99
+    assert "wrong:dog" in {outlier.sample_id for outlier in found.outliers}
+    assert found.outliers[0].sample_id == "wrong:dog"
+    assert found.outliers[0].nearest == "video_00002:drum"
+    assert found.zero_norms == ["zero:dog"]
+    assert not any("zero:dog" in pair for pair in near)
+
+
+def test_leaks_come_first(tmp_path):
+    """Pairs across splits precede those across classes, and these any other."""
+    embeddings = clustered(12, ["dog", "drum"], hidden_size=32)
+    for number, name in ((1, "dog"), (2, "drum"), (3, "dog")):
+        copy = embeddings[f"video_{number:05d}:dog"] * np.float32(1.5)
+        embeddings[f"copy_{number}:{name}"] = copy
+    splits = {"copy_3:dog": "train", "video_00003:dog": "test"}
+    near = find_neighbours(vectors_of(tmp_path, embeddings), splits).near
+    assert [pair.sample_ids[0] for pair in near] == ["copy_3:dog", "copy_2:drum", "copy_1:dog"]
+
+
+@pytest.mark.parametrize(
+    ("case", "embeddings", "options", "says"),
+    [
+        ("one", {"a:x": np.ones(4)}, {}, "One embedding alone"),
+        ("constant", {f"{n}:x": np.ones(4) for n in range(20)}, {}, "equal"),
+        ("zeros", {f"{n}:x": np.zeros(4) for n in range(20)}, {}, "equal"),
+        (
+            "lengths",
+            {f"{n}:x": np.ones(n + 1) for n in range(20)},
+            {"ragged": True},
+            "different lengths",
+        ),
+    ],
+)
+def test_embeddings_without_a_map(tmp_path, case, embeddings, options, says):
+    """Where no map is possible the reason is given, and everything else goes on."""
+    vectors = vectors_of(tmp_path, embeddings, **options)
+    assert says in map_of(vectors)
+    found = find_neighbours(vectors, {})
+    assert found.near == []
+    assert found.outliers == []
+    assert found.num_equal_groups == (case in ("constant", "zeros"))
+    assert sum(distribution_of(vectors.norms).counts) == len(embeddings)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_hidden_states_of_any_dtype_and_length_are_pooled(tmp_path, dtype):
+    """A ragged store of hidden states: each embedding is the mean over its tokens."""
+    generator = np.random.default_rng(0)
+    embeddings = {f"{n}:x": generator.normal(size=(n + 1, 8)) for n in range(12)}
+    config = CONFIG.replace(dtype=dtype, output="last_hidden_state")
+    vectors = vectors_of(tmp_path, embeddings, config, ragged=True)
+    assert vectors.is_mean
+    expected = np.stack([embeddings[sample_id].mean(0) for sample_id in vectors.sample_ids])
+    np.testing.assert_allclose(vectors.pooled, expected, atol=0.02)
+    assert isinstance(map_of(vectors), EmbeddingMap)
+
+
+def test_few_and_narrow_embeddings_have_a_map(tmp_path):
+    """Two embeddings, or one dimension, are enough for a map."""
+    two = map_of(vectors_of(tmp_path / "2", {"a:x": [1.0, 2.0, 3.0], "b:y": [2.0, 0.0, 1.0]}))
+    assert len(two.x) == len(two.y) == 2
+    assert two.explained_variance[0] == pytest.approx(1)
+    narrow = map_of(vectors_of(tmp_path / "1", {f"{n}:x": [float(n)] for n in range(5)}))
+    assert narrow.y == [0] * 5
+
+
+def test_distribution_of_extreme_numbers():
+    """Equal, nearly equal, huge and far-off numbers all give a histogram that counts each once."""
+    for numbers in (
+        np.ones(10),
+        np.array([1.0, np.nextafter(1.0, 2)]),
+        np.array([-3e38, 3e38], np.float32),
+        np.append(np.zeros(9999), 1e30),
+        np.array([5.0]),
+    ):
+        found = distribution_of(numbers, trim=0.1)
+        assert sum(found.counts) == len(numbers)
+        assert np.all(np.diff(found.edges) > 0)
+        assert np.isfinite(found.edges).all()
+    assert distribution_of(np.empty(0)) is None
+
+
+def test_coverage_by_split(tmp_path):
+    """Stored and asked for each class and split; the emptiest class comes first."""
+    cache = store(tmp_path / "cache", {"a:dog": [1.0], "b:drum": [1.0], "c:drum": [1.0]})
+    dataset = DatasetSplits(
+        "VEGAS", "vegas", {"train": ["a:dog", "b:drum", "x:dog"], "test": ["c:drum"]}
+    )
+    with cache.reader(CONFIG) as reader:
+        found = coverage_by_split(dataset, reader)
+    assert list(found.by_class) == ["dog", "drum"]
+    assert found.by_class["dog"] == {"train": (1, 2)}
+    assert found.by_class["drum"] == {"train": (1, 1), "test": (1, 1)}
+    assert found.in_all == {"train": (2, 3), "test": (1, 1)}
+    assert dataset.fits("vegas")
+    assert dataset.fits("")
+    assert not dataset.fits("esc50")
