@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from lmdbcache.cli import extract, inspect, maintain
+from lmdbcache.cli import extract, finding, inspect, maintain
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
@@ -26,6 +26,8 @@ app.command("extract")(extract.extract_command)
 app.command("ls")(inspect.ls_command)
 app.command("info")(inspect.info_command)
 app.command("coverage")(inspect.coverage_command)
+app.command("explain")(finding.explain_command)
+app.command("stats")(finding.stats_command)
 app.command("clear")(maintain.clear_command)
 app.command("compact")(maintain.compact_command)
 app.command("verify")(maintain.verify_command)

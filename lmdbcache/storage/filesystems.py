@@ -22,6 +22,7 @@ __all__ = [
     "check_local_for_writing",
     "find_mount",
     "is_network",
+    "is_on_network",
     "parse_mounts",
 ]
 
@@ -136,6 +137,11 @@ def check_local_for_reading(folder: Path) -> bool:
         )
     _warn(mount, "read without locks")
     return False
+
+
+def is_on_network(folder: Path) -> bool:
+    """Whether a folder lies on a network file system."""
+    return _network_mount(folder) is not None
 
 
 def is_network(mount: Mount) -> bool:

@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
+from lmdbcache.storage.absence import explain_sample_absence
 from lmdbcache.storage.batches import gather, offsets_of, remember_all, stack
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.hit_counts import adopt_ancestors, counts_of, own_lineage
 from lmdbcache.storage.layout import (
     NUM_RESERVED_KEYS,
     sample_id_of_key,
@@ -22,6 +24,7 @@ from lmdbcache.storage.layout import (
 )
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.miss_log import note_misses
 from lmdbcache.storage.pinning import PinnedStore
 from lmdbcache.storage.selection import Selection
 from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
@@ -38,6 +41,7 @@ from lmdbcache.storage.verified_reads import (
 __all__ = ["EmbeddingReader"]
 
 _KEYS_PER_STEP: Final = 4096
+_EXPLAINED_UP_TO: Final = 100_000  # samples
 _SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 
 
@@ -62,6 +66,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
     """
 
     num_read = 0
+    # Whether hits and misses are counted; off where the caller counts in its own way.
+    counts_reads = True
 
     def __init__(
         self, store: str | Path, config: CacheConfig | None = None, verify: Verify = "never"
@@ -71,9 +77,10 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         super().__init__(store, config)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "verify": self.verify}
+        return {**super().__getstate__(), "verify": self.verify, "lineage": own_lineage()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        adopt_ancestors(state.get("lineage", ()))
         EmbeddingReader.__init__(self, state["store"], state["config"], state["verify"])
 
     def _pin(self, instead_of: Snapshot | None) -> Snapshot:
@@ -122,13 +129,17 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             IntegrityError: The stored value doesn't have the store's shape; or see `verify`.
         """
         if self.verify != "never":
-            return self._verified(lambda snapshot, _: read_one(snapshot, sample_id))
+            found = self._verified(lambda snapshot, _: read_one(snapshot, sample_id))
+            self._count_hits([sample_id])
+            return found
         snapshot = self.pinned()
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected:
                 offset = located.known_offsets.get(sample_id)
                 if offset is not None:
+                    if located.counts is not None and self.counts_reads:
+                        located.counts.hit(sample_id)
                     return located.copy(offset)
         key = self._lookup_key(sample_id)
 
@@ -148,6 +159,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         embedding = self.read_pinned(read, _is_none)
         if embedding is None:
             raise self._not_found([sample_id])
+        self._count_hits([sample_id])
         return embedding
 
     def __contains__(self, sample_id: object) -> bool:
@@ -234,7 +246,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             IntegrityError: See `verify`.
         """
         if self.verify != "never":
-            return self._verified(lambda snapshot, _: read_batch(snapshot, sample_ids, out))
+            found = self._verified(lambda snapshot, _: read_batch(snapshot, sample_ids, out))
+            self._count_hits(sample_ids)
+            return found
         keys: list[bytes] = []
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
@@ -242,13 +256,20 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             if located is not None and located.common_length:
                 offsets = offsets_of(located, sample_ids)
                 if offsets is not None:
-                    return gather(located, offsets, out)
+                    batch = gather(located, offsets, out)
+                    if located.places is not None and self.counts_reads:
+                        located.places.count(offsets, sample_ids)
+                    return batch
             if not keys:
                 keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
             self.num_read += len(keys)
             values = [transaction.get(key) for key in keys]
             absent = [i for i, v in zip(sample_ids, values, strict=True) if v is None]
-            return absent or stack(values, sample_ids, snapshot.metadata, out)
+            if absent:
+                return absent
+            stacked = stack(values, sample_ids, snapshot.metadata, out)
+            self._count_hits(sample_ids)
+            return stacked
 
         batch = self.read_pinned(read, _is_list)
         if isinstance(batch, list):
@@ -296,15 +317,33 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         try:
             return sample_key(sample_id)
         except InvalidSampleIdError as error:
-            raise SampleNotFoundError(str(error)) from None
+            message = str(error)
+            self._count_misses([sample_id], lambda _: message)
+            raise SampleNotFoundError(message) from None
 
     def _not_found(self, sample_ids: Sequence[str]) -> SampleNotFoundError:
         names = ", ".join(repr(sample_id) for sample_id in sample_ids[:3])
         more = f" and {len(sample_ids) - 3} more" if len(sample_ids) > 3 else ""
-        return SampleNotFoundError(
+        message = (
             f"{names}{more}: not in {self._store} ({len(self)} embeddings, newest commit looked "
             "at). Extract what is missing, or check the file id and class"
         )
+        self._count_misses(sample_ids, self._absence)
+        return SampleNotFoundError(message)
+
+    def _count_hits(self, sample_ids: Sequence[str]) -> None:
+        if self.counts_reads and (counts := counts_of(self._store)) is not None:
+            counts.hits(sample_ids)
+
+    def _count_misses(self, sample_ids: Sequence[str], explain: Callable[[str], str]) -> None:
+        if self.counts_reads and (counts := counts_of(self._store)) is not None:
+            note_misses(counts, sample_ids, explain)
+
+    def _absence(self, sample_id: str) -> str:
+        # Looking at all ids takes long in a large store.
+        if len(self) > _EXPLAINED_UP_TO:
+            return f"{sample_id!r} isn't stored"
+        return explain_sample_absence(sample_id, self).text
 
 
 def _has(snapshot: Snapshot, transaction: lmdb.Transaction, key: bytes) -> bool:

@@ -74,16 +74,20 @@ class Selection:
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected and self._knows_all(located):
-                return gather(located, self._offsets[_indices(positions)], out)
+                wanted = self._offsets[_indices(positions)]
+                batch = gather(located, wanted, out)
+                self._count(located, wanted, positions)
+                return batch
 
         def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
-            return gather(located, wanted, out)
+            batch = gather(located, wanted, out)
+            self._count(located, wanted, positions)
+            return batch
 
-        batch = self._look_up(positions, gather_with_lookup)
-        if batch is None:
-            wanted = [self.sample_ids[i] for i in positions]
-            return self.reader.get_batch(wanted, out)
-        return batch
+        found = self._look_up(positions, gather_with_lookup)
+        if found is None:
+            return self.reader.get_batch([self.sample_ids[i] for i in positions], out)
+        return found
 
     def copy_with(
         self,
@@ -106,7 +110,9 @@ class Selection:
 
         def read(located: LocatedValues, wanted: Offsets) -> _T:
             located.file.check_whole()
-            return copy(located.file, wanted, located.common_length or 0)
+            copied = copy(located.file, wanted, located.common_length or 0)
+            self._count(located, wanted, positions)
+            return copied
 
         return self._look_up(positions, read)
 
@@ -138,6 +144,10 @@ class Selection:
             return read(located, wanted)
 
         return self.reader.read_pinned(find)
+
+    def _count(self, located: LocatedValues, wanted: Offsets, positions: Positions) -> None:
+        if located.places is not None and self.reader.counts_reads:
+            located.places.count(wanted, self.sample_ids, positions)
 
     def _knows_all(self, located: LocatedValues) -> bool:
         return self._table is located.table and self._is_complete
