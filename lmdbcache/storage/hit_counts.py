@@ -44,6 +44,9 @@ __all__ = [
 
 STATISTICS_VARIABLE: Final = "LMDBCACHE_STATISTICS"
 
+# numpy adds so few numbers without letting another thread in between.
+_ADDED_AT_ONCE: Final = 256
+
 _logger: Final = logging.getLogger(__name__)
 
 
@@ -108,61 +111,72 @@ class StoreCounts:
 
 
 class PlaceCounter:
-    """Counts batches by the places of their values in one snapshot's file.
+    """Counts batches by the places of their values, whose classes are learnt as they are read.
 
-    Values of equal length lie at least that length apart, so the upper bits of a place are a
-    value's own; its class is learnt when it is first read.
+    A place is a position in a list of samples, or where a value lies in the file: values of equal
+    length lie at least that length apart, so the upper bits are a value's own.
 
     Args:
         counts: Where to count.
-        num_bytes: Of the file.
-        length: Of each value, in bytes.
+        num_places: Above the last place.
+        length: Of each value, in bytes; 1 for positions.
     """
 
-    def __init__(self, counts: StoreCounts, num_bytes: int, length: int) -> None:
+    def __init__(self, counts: StoreCounts, num_places: int, length: int = 1) -> None:
         self.counts = counts
-        self._table = counts.table
-        self._shift = np.int64(length.bit_length() - 1)
-        self._codes = np.zeros((num_bytes >> int(self._shift)) + 1, np.uint16)
+        self._shift = length.bit_length() - 1
+        self._codes = np.zeros((num_places - 1 >> self._shift) + 1, np.uint16)
+        self._begin(counts.table)
+
+    def _begin(self, table: CounterTable) -> None:
+        self._table = table
+        self._codes[:] = 0
+        self._hits = table.hits[:1]
 
     def count(
         self,
-        offsets: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
         sample_ids: Sequence[str],
         positions: Sequence[int] | npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """These values were handed out.
+        """The values at these places were handed out.
 
         Args:
-            offsets: (n,) their places.
+            places: (n,)
             sample_ids: Their sample ids; with `positions`, a list that these point into.
             positions: (n,)
         """
-        counts, table = self.counts, self.counts.table
-        if table is not self._table:
-            self._codes[:] = 0
-            self._table = table
-        slots = offsets >> self._shift
-        found = np.bincount(self._codes[slots])
-        if not len(found):
-            return
-        if found[0]:
-            self._learn(table, slots, sample_ids, positions)
-            found = np.bincount(self._codes[slots])
-        with counts.lock:
-            table.hits[: len(found)] += found
+        if self.counts.table is not self._table:
+            self._begin(self.counts.table)
+        slots = places >> self._shift if self._shift else places
+        hits = self._hits
+        found = np.bincount(self._codes[slots], None, len(hits))
+        if found[0] or len(found) != len(hits):
+            hits = self._learn(slots, sample_ids, positions)
+            found = np.bincount(self._codes[slots], None, len(hits))
+        if len(hits) < _ADDED_AT_ONCE:
+            np.add(hits, found, hits)
+        else:
+            with self.counts.lock:
+                np.add(hits, found, hits)
 
     def _learn(
         self,
-        table: CounterTable,
         slots: npt.NDArray[np.int64],
         sample_ids: Sequence[str],
         positions: Sequence[int] | npt.NDArray[np.int64] | None,
-    ) -> None:
+    ) -> npt.NDArray[np.int64]:
+        """Note the classes of these; the counters up to the highest code."""
+        table = self._table
         codes = table.codes_by_suffix
-        for index in np.flatnonzero(self._codes[slots] == 0).tolist():
-            place = index if positions is None else positions[index]
-            self._codes[slots[index]] = codes[sample_ids[place].rpartition(":")[2]]
+        with self.counts.lock:
+            for index in np.flatnonzero(self._codes[slots] == 0).tolist():
+                place = index if positions is None else positions[index]
+                code = codes[sample_ids[place].rpartition(":")[2]]
+                if code >= len(self._hits):
+                    self._hits = table.hits[: code + 1]
+                self._codes[slots[index]] = code
+            return self._hits
 
 
 class _Process:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lmdbcache.storage.batches import gather, key_or_empty
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.hit_counts import PlaceCounter
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.pages import ValueTable
 
@@ -43,6 +44,7 @@ class Selection:
         self._table: ValueTable | None = None
         self._offsets: Offsets = np.empty(0, np.int64)
         self._is_complete = False
+        self._counter: PlaceCounter | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -74,14 +76,14 @@ class Selection:
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected and self._knows_all(located):
-                wanted = self._offsets[_indices(positions)]
-                batch = gather(located, wanted, out)
-                self._count(located, wanted, positions)
+                indices = _indices(positions)
+                batch = gather(located, self._offsets[indices], out)
+                self._count(located, indices)
                 return batch
 
         def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
             batch = gather(located, wanted, out)
-            self._count(located, wanted, positions)
+            self._count(located, _indices(positions))
             return batch
 
         found = self._look_up(positions, gather_with_lookup)
@@ -111,7 +113,7 @@ class Selection:
         def read(located: LocatedValues, wanted: Offsets) -> _T:
             located.file.check_whole()
             copied = copy(located.file, wanted, located.common_length or 0)
-            self._count(located, wanted, positions)
+            self._count(located, _indices(positions))
             return copied
 
         return self._look_up(positions, read)
@@ -145,9 +147,14 @@ class Selection:
 
         return self.reader.read_pinned(find)
 
-    def _count(self, located: LocatedValues, wanted: Offsets, positions: Positions) -> None:
-        if located.places is not None and self.reader.counts_reads:
-            located.places.count(wanted, self.sample_ids, positions)
+    def _count(self, located: LocatedValues, indices: npt.NDArray[np.int64]) -> None:
+        counts = located.counts
+        if counts is None or not self.reader.counts_reads:
+            return
+        counter = self._counter
+        if counter is None or counter.counts is not counts:
+            counter = self._counter = PlaceCounter(counts, len(self.sample_ids))
+        counter.count(indices, self.sample_ids, indices)
 
     def _knows_all(self, located: LocatedValues) -> bool:
         return self._table is located.table and self._is_complete
