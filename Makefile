@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test stress bench check lint types imports format clean
+.PHONY: help install demo test stress bench docs check lint types imports format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ stress: $(READY) ## the long tests
 bench: $(READY) ## measure, and write the tables of docs/benchmarks.md
 	$(BIN)/python tools/bench.py
 
+docs: $(READY) ## build the documentation's site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
+
 check: lint types imports ## what CI checks beside the tests
 
 lint: $(READY)
@@ -53,4 +56,4 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and what the demo made
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info

@@ -1,0 +1,52 @@
+"""A folder as the documents take it for granted: a dataset, a model, a cache to be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from small_ast import save_small_ast
+from synthetic_vegas import make_synthetic_vegas
+
+from lmdbcache.config import DEFAULT_MODEL_NAME
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """`VEGAS/`, a checkpoint in `my-ast/`, and the same as the Hub's AST, downloaded."""
+    folder = tmp_path_factory.mktemp("documents")
+    make_synthetic_vegas(folder / "VEGAS", clips_per_class=4, duration=1.0, broken=False)
+    save_small_ast(folder / "my-ast", max_length=128, hidden_size=32)
+    repository = folder / "hub" / f"models--{DEFAULT_MODEL_NAME.replace('/', '--')}"
+    shutil.copytree(folder / "my-ast", repository / "snapshots" / REVISION)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    return folder
+
+
+@pytest.fixture
+def reader_at_home(world, tmp_path, monkeypatch) -> Path:
+    """A copy of the world as the working folder, and the programs that the documents call."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("VEGAS", "my-ast"):
+        shutil.copytree(world / name, home / name)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, module in (("lmdbcache", "-m lmdbcache.cli.main"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    package = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setenv("HF_HUB_CACHE", str(world / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("LMDBCACHE_ROOT", raising=False)
+    return home

@@ -1,0 +1,179 @@
+"""What README and docs say, tried as a reader would try it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lmdbcache import CacheConfig, VEGASDataset, errors
+from lmdbcache.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+LANGUAGES = {"python", "bash", "text", "json", "console"}
+NOT_RUN = re.compile(r"\$ (pip install|make|sbatch|srun|git clone|python -m venv)\b")
+
+# What a page takes for granted beside the dataset and the model.
+BEGINNINGS = {
+    "README.md": """
+        import numpy as np, torch
+        from lmdbcache import CacheConfig, EmbeddingCache
+        embedding = torch.ones(768, requires_grad=True)
+        with EmbeddingCache("VEGAS.cache").writer(CacheConfig()) as writer:
+            writer.put("video_00002:dog", np.zeros(768))
+        sample_ids = ["video_00001:dog", "video_00004:drum"]
+        my_model = lambda missing: np.zeros((len(missing), 768))
+    """,
+    "format.md": """
+        import numpy as np
+        from lmdbcache import CacheConfig, EmbeddingCache
+        with EmbeddingCache("VEGAS.cache").writer(CacheConfig()) as writer:
+            writer.put("video_00001:dog", np.arange(768))
+    """,
+    "vegas.md": """
+        import torch
+        model = lambda waveforms: torch.zeros(len(waveforms), 768)
+    """,
+}
+
+RUNNER = """
+import json, linecache, subprocess
+for number, (language, code) in enumerate(json.loads(open("blocks.json").read())):
+    name = f"{language} block {number}"
+    if language == "python":
+        linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+        exec(compile(code, name, "exec"), globals())
+    else:
+        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+"""
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks."""
+    text = document.read_text("utf-8")
+    found = re.findall(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
+    return [(language, textwrap.dedent(code)) for _, language, code in found]
+
+
+def runs(document: Path) -> list[tuple[str, str]]:
+    """The blocks that are tried."""
+    return [block for block in blocks(document) if block[0] in ("python", "bash")]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCUMENTS if runs(page)], ids=lambda page: page.name
+)
+def test_the_code_of_a_page_runs(page, reader_at_home):
+    """The Python and shell blocks of a page run, one after the other, in one folder."""
+    before = textwrap.dedent(BEGINNINGS.get(page.name, ""))
+    (reader_at_home / "blocks.json").write_text(json.dumps([("python", before), *runs(page)]))
+    (reader_at_home / "page.py").write_text(RUNNER)
+    done = subprocess.run(
+        [sys.executable, "page.py"], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, f"{page.name}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_a_block_that_is_not_run_says_so(page):
+    """Every block names its language; what isn't run installs something or isn't code."""
+    for language, code in blocks(page):
+        assert language in LANGUAGES, f"{language!r}: {code}"
+        if language == "console":
+            commands = [line for line in code.splitlines() if line.startswith("$")]
+            assert commands, code
+            assert all(map(NOT_RUN.match, commands)), code
+
+
+def test_format_document_gives_the_fingerprint_that_the_code_gives():
+    """docs/format.md's JSON and digest are those of the default config."""
+    text = (DOCS / "format.md").read_text("utf-8")
+    (encoded,) = [code for language, code in blocks(DOCS / "format.md") if language == "json"]
+    digest = hashlib.blake2b(
+        b"lmdbcache config 1\n" + encoded.strip().encode(), digest_size=8
+    ).hexdigest()
+    assert CacheConfig(**json.loads(encoded)).fingerprint == digest
+    assert f"`{digest}`" in text
+
+
+def test_every_command_is_documented():
+    """A new command comes with a word about it in docs/command_line.md."""
+    text = (DOCS / "command_line.md").read_text("utf-8")
+    missing = [c.name for c in app.registered_commands if f"lmdbcache {c.name}" not in text]
+    assert not missing
+
+
+def test_every_config_field_is_documented():
+    """docs/configuration.md has a row for each field of CacheConfig."""
+    text = (DOCS / "configuration.md").read_text("utf-8")
+    missing = [
+        field.name for field in dataclasses.fields(CacheConfig) if f"| `{field.name}`" not in text
+    ]
+    assert not missing
+
+
+def test_every_error_has_a_remedy():
+    """docs/troubleshooting.md has a section for each error class."""
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    missing = [
+        name for name in errors.__all__ if not re.search(rf"^## .*`{name}`", text, re.MULTILINE)
+    ]
+    assert not missing
+
+
+def test_every_environment_variable_is_documented():
+    """docs/configuration.md has each variable that the package reads."""
+    text = (DOCS / "configuration.md").read_text("utf-8")
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "lmdbcache").rglob("*.py"))
+    names = set(re.findall(r"\"(LMDBCACHE_[A-Z_]+)\"", sources))
+    assert names
+    assert not [name for name in names if name not in text]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    """Relative links name files that exist."""
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Every page is in the navigation, and every link and anchor between pages leads somewhere."""
+    pytest.importorskip("material", reason="the site needs the extra [docs]")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml"]
+        + ["--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site" / "index.html").read_text("utf-8")
+    assert "lmdbcache" in page
+    sources = re.findall(r"<(?:script|link)[^>]*(?:src|href)=\"(https?:[^\"]+)", page)
+    assert not [source for source in sources if "canonical" not in source], sources
+
+
+def test_vegas_document_names_real_methods():
+    """docs/vegas.md speaks of methods that VEGASDataset has."""
+    text = (DOCS / "vegas.md").read_text("utf-8")
+    for name in re.findall(r"dataset\.(\w+)\(", text):
+        assert hasattr(VEGASDataset, name), name
+
+
+def test_exit_codes_are_documented():
+    """The table has every exit code that the help names."""
+    text = (DOCS / "command_line.md").read_text("utf-8")
+    codes = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert codes == re.findall(r"(?:: |; )(\d+) ", app.info.epilog)
