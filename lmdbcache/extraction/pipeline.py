@@ -87,6 +87,8 @@ def extract(
     missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
     if missing:
         cache.check_writable(config)
+        if config not in cache:
+            cache.explain(config).log()  # a config that differs in one field may be a mistake
         name = os.fspath(model) if model is not None else config.model_name
         if front_end is None or make_embedder is None:
             front_end, make_embedder, shape = _ast(config, name, device, front_end, make_embedder)
