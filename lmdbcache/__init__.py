@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.coverage import Coverage
+from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import CacheError, MissingDependencyError
+from lmdbcache.explanation import Explanation
+from lmdbcache.read_figures import EpochFigures, ReadFigures
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
@@ -41,10 +44,14 @@ __all__ = [
     "CacheConfig",
     "CacheError",
     "Coverage",
+    "DatasetCoverage",
     "EmbeddingCache",
     "EmbeddingDataset",
     "EmbeddingReader",
     "EmbeddingWriter",
+    "EpochFigures",
+    "Explanation",
+    "ReadFigures",
     "StoreInfo",
     "TensorMapping",
     "VEGASDataset",
