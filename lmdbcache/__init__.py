@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.coverage import Coverage
+from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import CacheError, MissingDependencyError
+from lmdbcache.explanation import Explanation
 from lmdbcache.hidden_states import HiddenStateView, TokenLayout
+from lmdbcache.read_figures import EpochFigures, ReadFigures
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.writer import EmbeddingWriter
 from lmdbcache.store_info import StoreInfo
@@ -51,12 +54,16 @@ __all__ = [
     "CachedAudioDataset",
     "CachedEncoder",
     "Coverage",
+    "DatasetCoverage",
     "EmbeddingCache",
     "EmbeddingDataset",
     "EmbeddingReader",
     "EmbeddingWriter",
     "ModuleEmbedder",
     "HiddenStateView",
+    "EpochFigures",
+    "Explanation",
+    "ReadFigures",
     "StoreInfo",
     "TensorMapping",
     "TokenLayout",

@@ -13,15 +13,22 @@ import platformdirs
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.coverage import Coverage, coverage_of
+from lmdbcache.dataset_coverage import DatasetCoverage, dataset_coverage, parts_of
 from lmdbcache.errors import (
     CacheNotFoundError,
+    CoverageError,
     InvalidEmbeddingError,
     ReadOnlyCacheError,
     StorageError,
 )
+from lmdbcache.explanation import Explanation, explain_config, explain_sample, nearest_store
+from lmdbcache.failures import read_failures
+from lmdbcache.read_figures import ReadFigures, figures_of
+from lmdbcache.requirement import extraction_command, is_covered, shortfall
 from lmdbcache.storage.compaction import CompactionResult, compact
 from lmdbcache.storage.filesystems import check_local_for_writing
 from lmdbcache.storage.generations import current_generation, remove_store, write_lock
+from lmdbcache.storage.hit_counts import counts_of
 from lmdbcache.storage.integrity import IntegrityReport, verify
 from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
@@ -80,7 +87,7 @@ class EmbeddingCache:
             CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
         """
         if config not in self:
-            raise CacheNotFoundError(self.explain_absence(config))
+            raise CacheNotFoundError(str(self.explain(config)))
         return EmbeddingReader(self.path(config), config, verify)
 
     def writer(
@@ -128,7 +135,7 @@ class EmbeddingCache:
             IntegrityError: The store is damaged.
         """
         if config not in self:
-            raise CacheNotFoundError(self.explain_absence(config))
+            raise CacheNotFoundError(str(self.explain(config)))
         return read_store_info(self.path(config))
 
     def size(self, config: CacheConfig | None = None) -> int:
@@ -159,6 +166,60 @@ class EmbeddingCache:
         with EmbeddingReader(self.path(config), config, counts_as_use=False) as reader:
             return coverage_of(sample_ids, reader)
 
+    def dataset_coverage(self, config: CacheConfig, dataset: Any) -> DatasetCoverage:
+        """How much of a dataset is stored, by class, split and node.
+
+        Args:
+            config: Identity of the store.
+            dataset: See `require`.
+        """
+        parts = parts_of(dataset)
+        found = self.coverage(config, [name for part in parts for name in part.sample_ids])
+        failures = read_failures(self.path(config))
+        return dataset_coverage(parts, found, [failure.sample_id for failure in failures])
+
+    def require(
+        self,
+        dataset: Any,
+        config: CacheConfig,
+        min_coverage: float = 1.0,
+        *,
+        allow_failed: bool = False,
+        model: str | os.PathLike[str] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> DatasetCoverage:
+        """Fail now, and not in the middle of a training, if too little of a dataset is stored.
+
+        Args:
+            dataset: Sample ids; an `AudioDataset` (its samples may have a `split` and a `node`),
+                with `train`, `val` and `test` or not; or a dict of split → one of these, or of
+                node → split → one of these.
+            config: Identity of the store.
+            min_coverage: Share that must be stored, 0 to 1.
+            allow_failed: Leave out clips that failed when last tried: no run fills these.
+            model: Checkpoint folder for the command in the message; needed for a model that isn't
+                on the Hub.
+            data_dir: The dataset's folder for that command; None takes `dataset.root_dir`.
+
+        Returns:
+            What is stored.
+
+        Raises:
+            CoverageError: Too little is; the message has a table and the command that fills it.
+            ConfigError: `min_coverage` isn't 0 to 1, or the dataset is none.
+        """
+        found = self.dataset_coverage(config, dataset)
+        if is_covered(found, min_coverage, allow_failed=allow_failed):
+            return found
+        command = extraction_command(
+            config, self.root, dataset, found, model=model, data_dir=data_dir
+        )
+        raise CoverageError(shortfall(found, min_coverage, str(self.explain(config)), command))
+
+    def statistics(self, config: CacheConfig) -> ReadFigures:
+        """Hits and misses of all processes, since the store was made or its figures were reset."""
+        return figures_of(self.path(config))
+
     def get_or_compute(
         self,
         config: CacheConfig,
@@ -183,6 +244,15 @@ class EmbeddingCache:
         """
         asked = [canonical_sample_id(sample_id) for sample_id in sample_ids]
         missing = list(self.coverage(config, asked).missing)
+        if missing and config not in self:
+            self.explain(config).log()
+        if (counts := counts_of(self.path(config))) is not None:
+            absent = set(missing)
+            for sample_id in asked:
+                if sample_id in absent:
+                    counts.miss(sample_id)
+                else:
+                    counts.hit(sample_id)
         if missing:
             computed = compute(list(missing))
             if len(computed) != len(missing):
@@ -194,6 +264,7 @@ class EmbeddingCache:
         if not asked and config not in self:
             return np.empty((0,), np.float32)
         with self.reader(config) as reader:
+            reader.counts_reads = False  # as they were found
             return reader.get_batch(asked)
 
     # ---- all stores
@@ -270,29 +341,18 @@ class EmbeddingCache:
 
     def nearest(self, config: CacheConfig) -> StoreInfo | None:
         """The stored config with the fewest differing fields; the fullest of several."""
-        stores = [store for store in self.stores() if store.config and store.num_embeddings]
-        return min(
-            stores,
-            key=lambda store: (
-                len(config.differences(store.config)) if store.config else 0,
-                -store.num_embeddings,
-            ),
-            default=None,
-        )
+        return nearest_store(config, self.stores())
 
-    def explain_absence(self, config: CacheConfig) -> str:
-        """Why nothing is found for this config, in one sentence or two."""
-        nearest = self.nearest(config)
-        if nearest is None or nearest.config is None:
-            return f"nothing is stored under {self.root} yet (asked for {config.slug})"
-        differences = ", ".join(
-            f"{name}: {asked!r} asked, {stored!r} stored"
-            for name, (asked, stored) in config.differences(nearest.config).items()
-        )
-        return (
-            f"nothing is stored under {self.root} for this config. Nearest is "
-            f"{nearest.path.name} with {nearest.num_embeddings} embeddings; {differences}"
-        )
+    def explain(self, config: CacheConfig, sample_id: str | None = None) -> Explanation:
+        """Why this config, or a sample of it, isn't found; or that it is.
+
+        Args:
+            config: Identity of the store.
+            sample_id: `file_id:class`; None asks about the config as a whole.
+        """
+        path, stores = self.path(config), self.stores()
+        found = explain_config(config, path, stores)
+        return found if sample_id is None else explain_sample(found, path, stores, sample_id)
 
     def folders(self) -> list[Path]:
         """The folders of all stores under this root, by name; nothing in them is opened."""

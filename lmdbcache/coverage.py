@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.layout import class_of
 from lmdbcache.storage.reader import EmbeddingReader
 
 __all__ = ["Coverage", "coverage_of"]
@@ -42,19 +41,12 @@ def coverage_of(sample_ids: Iterable[str], reader: EmbeddingReader | None) -> Co
     """How much of these samples the reader has; None has nothing."""
     asked = list(dict.fromkeys(sample_ids))
     missing = asked if reader is None else reader.missing(asked)
-    absent = Counter(map(_class_of, missing))
+    absent = Counter(map(class_of, missing))
     return Coverage(
         num_asked=len(asked),
         missing=tuple(missing),
         by_class={
             name: (total - absent[name], total)
-            for name, total in Counter(map(_class_of, asked)).items()
+            for name, total in Counter(map(class_of, asked)).items()
         },
     )
-
-
-def _class_of(sample_id: str) -> str:
-    try:
-        return split_sample_id(sample_id)[1]
-    except InvalidSampleIdError:
-        return "(no class)"

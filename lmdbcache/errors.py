@@ -11,6 +11,7 @@
     │   ├── CacheFullError                   the disk or the map is full
     │   ├── ReadOnlyCacheError               this process may not write here
     │   └── WriterClosedError                a writer used after close, or in another process
+    ├── CoverageError                        too little of a dataset is stored to begin with it
     ├── IntegrityError                       what is on disk isn't what was written
     │   ├── FormatVersionError               written by a newer lmdbcache
     │   └── ProvenanceMismatchError          other weights or another front end filled this store
@@ -33,6 +34,7 @@ __all__ = [
     "CacheFullError",
     "CacheNotFoundError",
     "ConfigError",
+    "CoverageError",
     "DatasetError",
     "DuplicateSampleError",
     "ExtractionError",
@@ -97,6 +99,10 @@ class ReadOnlyCacheError(StorageError):
 
 class WriterClosedError(StorageError):
     """A writer was used after `close`, or in another process than the one that made it."""
+
+
+class CoverageError(CacheError):
+    """Too little of a dataset is stored; the message has a table and the command that fills it."""
 
 
 class IntegrityError(CacheError):

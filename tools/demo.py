@@ -87,7 +87,7 @@ class Demo:
         headline("Another duration is a miss, never stale data")
         config = self.config().replace(duration=10.0)
         print(f"stored: {config in self.cache}")
-        print(self.cache.explain_absence(config))
+        print(self.cache.explain(config))
 
     def train_probe(self) -> tuple[float, float]:
         headline("A linear probe from a DataLoader with 2 workers, on cached embeddings alone")

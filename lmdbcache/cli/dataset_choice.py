@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Optional
@@ -12,10 +12,10 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import AudioDataset, Sample
+from lmdbcache.datasets.base import AudioDataset, Sample, sample_id_of
 from lmdbcache.datasets.listed import LeftOut
 from lmdbcache.datasets.namespaces import check_namespace
-from lmdbcache.datasets.narrowing import NODE_SEED, Narrowing
+from lmdbcache.datasets.narrowing import NODE_SEED, Narrowing, split_names
 from lmdbcache.datasets.opening import open_dataset
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.errors import DatasetError
@@ -209,6 +209,19 @@ class DatasetChoice:
             DatasetError: The folder or a choice can't be used.
         """
         return clips_of(self.samples())
+
+    def ids_by_split(self, *, each: bool) -> dict[str, list[str]]:
+        """Split → the sample ids that are chosen; of each of the dataset's, or of the one chosen.
+
+        Raises:
+            DatasetError: The folder or a choice can't be used.
+        """
+        names = split_names(self.opened.samples, self.split_by) if each else ()
+        parts = {name: replace(self.narrowing, split=name) for name in names or (self.split,)}
+        return {
+            name: [sample_id_of(sample) for sample in part.of(self.opened)]
+            for name, part in parts.items()
+        }
 
     def check_namespace(self, cache: EmbeddingCache, config: CacheConfig) -> None:
         """Refuse a store that another folder of the same name has filled.

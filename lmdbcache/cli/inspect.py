@@ -18,6 +18,7 @@ from lmdbcache.cli.options import Json, Root, Store, find_store
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.quantities import age
 from lmdbcache.failures import ClipFailure, read_failures
+from lmdbcache.requirement import is_covered
 from lmdbcache.storage.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo
@@ -178,27 +179,31 @@ def coverage_command(
     *,
     root: Root = None,
     list_missing: Annotated[bool, typer.Option("--missing", help="List what is missing.")] = False,
+    by_split: Annotated[
+        bool, typer.Option("--by-split", help="A column for each of train, val and test.")
+    ] = False,
+    min_coverage: Annotated[
+        float, typer.Option(help="Share that must be stored for exit code 0.", min=0, max=1)
+    ] = 1.0,
+    allow_failed: Annotated[
+        bool,
+        typer.Option("--allow-failed", help="Don't count clips that failed when last tried."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show how much of a dataset is stored, by class. Exit code 1 if something is missing."""
-    clips, config = dataset.clips(), choice.config(dataset.namespace)
-    cache = EmbeddingCache(root)
+    """Show how much of a dataset is stored, by class. Exit code 1 if too little is."""
+    config, cache = choice.config(dataset.namespace), EmbeddingCache(root)
     dataset.check_namespace(cache, config)
-    found = cache.coverage(config, [sample_id for sample_id, _ in clips])
+    by_split = by_split and dataset.split == "all"
+    found = cache.dataset_coverage(config, dataset.ids_by_split(each=by_split))
     if as_json:
-        print_json(
-            {
-                "fingerprint": config.fingerprint,
-                "num_asked": found.num_asked,
-                "num_present": found.num_present,
-                "fraction": found.fraction,
-                "by_class": {name: list(counts) for name, counts in found.by_class.items()},
-                "missing": list(found.missing),
-            }
-        )
+        print_json({"fingerprint": config.fingerprint, **found.to_dict()})
     else:
         if config not in cache:
-            say(cache.explain_absence(config))
+            say(str(cache.explain(config)))
+        if by_split:
+            print_table(*found.cells())
+            say("")
         print_table(
             ("class", "stored", "of", "%"),
             [
@@ -207,6 +212,8 @@ def coverage_command(
             ],
         )
         say(f"{found.num_present} of {found.num_asked} stored ({100 * found.fraction:.1f} %)")
+        if found.failed:
+            say(f"{len(found.failed)} of the missing failed when last tried; no run fills them")
         if list_missing:
             say("\n".join(found.missing))
-    raise typer.Exit(1 if found.missing else 0)
+    raise typer.Exit(0 if is_covered(found, min_coverage, allow_failed=allow_failed) else 1)

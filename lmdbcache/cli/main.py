@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Final
 
 import typer
 
@@ -13,6 +15,7 @@ from lmdbcache.cli import (
     diff,
     doctor,
     extract,
+    finding,
     inspect,
     maintain,
     prune,
@@ -34,24 +37,41 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("extract")(extract.extract_command)
-app.command("ls")(inspect.ls_command)
-app.command("info")(inspect.info_command)
-app.command("coverage")(inspect.coverage_command)
-app.command("dataset")(dataset.dataset_command)
-app.command("partition")(dataset.partition_command)
-app.command("rm")(remove.rm_command)
+_COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
+    "Fill": {
+        "extract": extract.extract_command,
+        "import": transfer.import_command,
+        "export": transfer.export_command,
+    },
+    "Look": {
+        "ls": inspect.ls_command,
+        "info": inspect.info_command,
+        "coverage": inspect.coverage_command,
+        "explain": finding.explain_command,
+        "stats": finding.stats_command,
+        "diff": diff.diff_command,
+        "report": report.report_command,
+    },
+    "Trust": {
+        "verify": maintain.verify_command,
+        "audit": audit.audit_command,
+        "repair": maintain.repair_command,
+        "doctor": doctor.doctor_command,
+    },
+    "Make room": {
+        "compact": maintain.compact_command,
+        "rm": remove.rm_command,
+        "prune": prune.prune_command,
+    },
+    "Datasets": {
+        "dataset": dataset.dataset_command,
+        "partition": dataset.partition_command,
+    },
+}
+for _panel, _commands in _COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
 app.command("clear", help="The same as rm.", hidden=True)(remove.rm_command)
-app.command("prune")(prune.prune_command)
-app.command("diff")(diff.diff_command)
-app.command("doctor")(doctor.doctor_command)
-app.command("compact")(maintain.compact_command)
-app.command("verify")(maintain.verify_command)
-app.command("repair")(maintain.repair_command)
-app.command("audit")(audit.audit_command)
-app.command("import")(transfer.import_command)
-app.command("export")(transfer.export_command)
-app.command("report")(report.report_command)
 
 
 def _show_version(wanted: bool) -> None:

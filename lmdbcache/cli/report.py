@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,7 +11,6 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, progress_bar, say, sizes
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
-from lmdbcache.datasets.splits import SPLITS
 from lmdbcache.report import build, dataset_coverage
 
 __all__ = ["report_command"]
@@ -73,8 +71,5 @@ def _by_split(folder: Path) -> dataset_coverage.DatasetSplits:
     return dataset_coverage.DatasetSplits(
         name=folder.name or str(folder),
         namespace=choice.namespace,
-        splits={
-            split: [sample_id for sample_id, _ in replace(choice, split=split).clips()]
-            for split in SPLITS
-        },
+        splits=choice.ids_by_split(each=True),
     )

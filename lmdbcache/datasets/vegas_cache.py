@@ -343,8 +343,8 @@ class ASTCacheMixin:
     def _open_reader(self, config: CacheConfig) -> EmbeddingReader | None:
         try:
             reader = self._cache().reader(config)
-        except CacheNotFoundError as error:
-            _logger.info("%s", str(error))  # it names the nearest config that is stored
+        except CacheNotFoundError:
+            self._cache().explain(config).log()
             return None
         return reader if len(reader) else None
 

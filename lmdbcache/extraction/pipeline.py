@@ -92,6 +92,8 @@ def extract(  # noqa: PLR0913
     missing = run.look_at_sources(missing, recompute=recompute_changed)
     if missing:
         cache.check_writable(config)
+        if config not in cache:
+            cache.explain(config).log()  # a config that differs in one field may be a mistake
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
         if front_end is None or make_embedder is None:

@@ -23,6 +23,7 @@ __all__ = [
     "find_mount",
     "is_network",
     "mount_of",
+    "is_on_network",
     "parse_mounts",
 ]
 
@@ -137,6 +138,11 @@ def check_local_for_reading(folder: Path) -> bool:
         )
     _warn(mount, "read without locks")
     return False
+
+
+def is_on_network(folder: Path) -> bool:
+    """Whether a folder lies on a network file system."""
+    return _network_mount(folder) is not None
 
 
 def is_network(mount: Mount) -> bool:

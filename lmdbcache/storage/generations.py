@@ -21,7 +21,12 @@ from typing import Final
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.commit_record import record_commit
-from lmdbcache.storage.layout import CURRENT_NAME, GENERATION_NAME, WRITER_LOCK_NAME
+from lmdbcache.storage.layout import (
+    CURRENT_NAME,
+    GENERATION_NAME,
+    STATISTICS_NAME,
+    WRITER_LOCK_NAME,
+)
 
 __all__ = [
     "RESERVE_BYTES",
@@ -176,7 +181,9 @@ def remove_store(store: Path) -> None:
     sync_file(store)
     remove_other_generations(store)
     for child in store.iterdir():
-        if child.name != WRITER_LOCK_NAME and child.is_file():
+        if child.name == STATISTICS_NAME:
+            shutil.rmtree(child, ignore_errors=True)
+        elif child.name != WRITER_LOCK_NAME and child.is_file():
             child.unlink()
     (store / WRITER_LOCK_NAME).unlink(missing_ok=True)
     # Another writer may have begun anew in the meantime, or a stranger keeps a file here.

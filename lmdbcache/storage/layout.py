@@ -16,9 +16,11 @@ __all__ = [
     "MAX_KEY_BYTES",
     "METADATA_KEY",
     "NUM_RESERVED_KEYS",
+    "STATISTICS_NAME",
     "WRITER_LOCK_NAME",
     "canonical_class",
     "canonical_sample_id",
+    "class_of",
     "join_sample_id",
     "sample_id_of_key",
     "sample_key",
@@ -29,6 +31,7 @@ FORMAT_VERSION: Final = 1
 
 CURRENT_NAME: Final = "CURRENT"
 WRITER_LOCK_NAME: Final = "writer.lock"
+STATISTICS_NAME: Final = "statistics"
 GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
 
 # Both live in the main database beside the embeddings. Neither holds a colon, every embedding's
@@ -101,6 +104,14 @@ def join_sample_id(file_id: str, class_name: str) -> str:
             f"class {class_name!r} of file {file_id!r} holds a colon; only the file id may"
         )
     return canonical_sample_id(f"{file_id}:{class_name}")
+
+
+def class_of(sample_id: str) -> str:
+    """The class of a sample id, to count by; `(no class)` for one that can't be stored."""
+    try:
+        return split_sample_id(sample_id)[1]
+    except InvalidSampleIdError:
+        return "(no class)"
 
 
 def canonical_sample_id(sample_id: str) -> str:

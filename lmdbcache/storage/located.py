@@ -26,6 +26,7 @@ import xxhash
 
 from lmdbcache.storage.environment import Environment, Snapshot
 from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
+from lmdbcache.storage.hit_counts import PlaceCounter, StoreCounts, counts_of
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.opening import file_id
@@ -65,6 +66,9 @@ class LocatedValues:
     known_offsets: dict[str, int] = field(default_factory=dict)
     # Whether that has every sample; its length doesn't tell: ids have several spellings.
     knows_all: bool = False
+    # Where reads are counted, values of a common length by their place; None: they aren't.
+    counts: StoreCounts | None = None
+    places: PlaceCounter | None = None
 
     def copy(self, offset: int) -> npt.NDArray[Any]:
         """An owned copy of the embedding at this place of the file."""
@@ -145,7 +149,10 @@ def located_values(file: MappedFile, table: ValueTable, metadata: StoreMetadata)
         expected = length
     alike = length > 0 and length == expected and bool((table.lengths == length).all())
     shape = tuple(n or 0 for n in stored_shape)
-    return LocatedValues(file, table, dtype, length if alike else None, shape)
+    counts = counts_of(file.path.parent.parent)
+    places = PlaceCounter(counts, len(file.data), length) if counts and alike else None
+    common_length = length if alike else None
+    return LocatedValues(file, table, dtype, common_length, shape, counts=counts, places=places)
 
 
 def _known_table(snapshot: Snapshot) -> ValueTable | None:

@@ -12,13 +12,16 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
+from lmdbcache.storage.absence import explain_sample_absence
 from lmdbcache.storage.batches import gather, offsets_of, remember_all, stack
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.hit_counts import adopt_ancestors, counts_of, own_lineage
 from lmdbcache.storage.last_use import touch
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.miss_log import note_misses
 from lmdbcache.storage.pinning import PinnedStore
 from lmdbcache.storage.selection import Selection
 from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
@@ -35,6 +38,7 @@ from lmdbcache.storage.verified_reads import (
 __all__ = ["EmbeddingReader"]
 
 _KEYS_PER_STEP: Final = 4096
+_EXPLAINED_UP_TO: Final = 100_000  # samples
 _SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 
 
@@ -56,7 +60,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             `"first_read"` (once per snapshot) or `"always"`. A damaged value is an IntegrityError
             that names the sample; without verification it is read as it is. LMDB's pages are
             looked at, too, whenever a snapshot is pinned.
-        counts_as_use: Whether opening it moves the store's time of last use.
+        counts_as_use: Whether reading moves the store's time of last use and is counted.
     """
 
     num_read = 0
@@ -72,13 +76,16 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         check_mode(verify)
         self.verify: Final[Verify] = verify
         self._counts_as_use = counts_as_use
+        # Whether hits and misses are counted; off where the caller counts in its own way.
+        self.counts_reads = counts_as_use
         super().__init__(store, config)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"verify": self.verify, "counts_as_use": self._counts_as_use}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "lineage": own_lineage()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        adopt_ancestors(state["lineage"])
         store, config, verify = state["store"], state["config"], state["verify"]
         EmbeddingReader.__init__(self, store, config, verify, counts_as_use=state["counts_as_use"])
 
@@ -142,13 +149,17 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             IntegrityError: The stored value doesn't have the store's shape; or see `verify`.
         """
         if self.verify != "never":
-            return self._verified(lambda snapshot, _: read_one(snapshot, sample_id))
+            found = self._verified(lambda snapshot, _: read_one(snapshot, sample_id))
+            self._count_hits([sample_id])
+            return found
         snapshot = self.pinned()
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected:
                 offset = located.known_offsets.get(sample_id)
                 if offset is not None:
+                    if located.counts is not None and self.counts_reads:
+                        located.counts.hit(sample_id)
                     return located.copy(offset)
         key = self._lookup_key(sample_id)
 
@@ -168,6 +179,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         embedding = self.read_pinned(read, _is_none)
         if embedding is None:
             raise self._not_found([sample_id])
+        self._count_hits([sample_id])
         return embedding
 
     def __contains__(self, sample_id: object) -> bool:
@@ -254,7 +266,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             IntegrityError: See `verify`.
         """
         if self.verify != "never":
-            return self._verified(lambda snapshot, _: read_batch(snapshot, sample_ids, out))
+            found = self._verified(lambda snapshot, _: read_batch(snapshot, sample_ids, out))
+            self._count_hits(sample_ids)
+            return found
         keys: list[bytes] = []
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
@@ -262,13 +276,20 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             if located is not None and located.common_length:
                 offsets = offsets_of(located, sample_ids)
                 if offsets is not None:
-                    return gather(located, offsets, out)
+                    batch = gather(located, offsets, out)
+                    if located.places is not None and self.counts_reads:
+                        located.places.count(offsets, sample_ids)
+                    return batch
             if not keys:
                 keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
             self.num_read += len(keys)
             values = [transaction.get(key) for key in keys]
             absent = [i for i, v in zip(sample_ids, values, strict=True) if v is None]
-            return absent or stack(values, sample_ids, snapshot.metadata, out)
+            if absent:
+                return absent
+            stacked = stack(values, sample_ids, snapshot.metadata, out)
+            self._count_hits(sample_ids)
+            return stacked
 
         batch = self.read_pinned(read, _is_list)
         if isinstance(batch, list):
@@ -316,15 +337,33 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         try:
             return sample_key(sample_id)
         except InvalidSampleIdError as error:
-            raise SampleNotFoundError(str(error)) from None
+            message = str(error)
+            self._count_misses([sample_id], lambda _: message)
+            raise SampleNotFoundError(message) from None
 
     def _not_found(self, sample_ids: Sequence[str]) -> SampleNotFoundError:
         names = ", ".join(repr(sample_id) for sample_id in sample_ids[:3])
         more = f" and {len(sample_ids) - 3} more" if len(sample_ids) > 3 else ""
-        return SampleNotFoundError(
+        message = (
             f"{names}{more}: not in {self._store} ({len(self)} embeddings, newest commit looked "
             "at). Extract what is missing, or check the file id and class"
         )
+        self._count_misses(sample_ids, self._absence)
+        return SampleNotFoundError(message)
+
+    def _count_hits(self, sample_ids: Sequence[str]) -> None:
+        if self.counts_reads and (counts := counts_of(self._store)) is not None:
+            counts.hits(sample_ids)
+
+    def _count_misses(self, sample_ids: Sequence[str], explain: Callable[[str], str]) -> None:
+        if self.counts_reads and (counts := counts_of(self._store)) is not None:
+            note_misses(counts, sample_ids, explain)
+
+    def _absence(self, sample_id: str) -> str:
+        # Looking at all ids takes long in a large store.
+        if len(self) > _EXPLAINED_UP_TO:
+            return f"{sample_id!r} isn't stored"
+        return explain_sample_absence(sample_id, self).text
 
 
 def _has(snapshot: Snapshot, transaction: lmdb.Transaction, key: bytes) -> bool:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lmdbcache.storage.batches import gather, key_or_empty
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.hit_counts import PlaceCounter
 from lmdbcache.storage.located import LocatedValues, locate
 from lmdbcache.storage.pages import ValueTable
 from lmdbcache.storage.row_parts import RowPart
@@ -52,6 +53,7 @@ class Selection:
         self._table: ValueTable | None = None
         self._offsets: Offsets = np.empty(0, np.int64)
         self._is_complete = False
+        self._counter: PlaceCounter | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -83,13 +85,18 @@ class Selection:
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected and self._knows_all(located):
-                return gather(located, self._offsets[_indices(positions)], out, self.part)
+                indices = _indices(positions)
+                batch = gather(located, self._offsets[indices], out, self.part)
+                self._count(located, indices)
+                return batch
 
         def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
-            return gather(located, wanted, out, self.part)
+            batch = gather(located, wanted, out, self.part)
+            self._count(located, _indices(positions))
+            return batch
 
-        batch = self._look_up(positions, gather_with_lookup)
-        return self._read_whole(positions, out) if batch is None else batch
+        found = self._look_up(positions, gather_with_lookup)
+        return self._read_whole(positions, out) if found is None else found
 
     def _read_whole(self, positions: Positions, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         """Through the reader, which verifies, refreshes, and says what is missing."""
@@ -124,7 +131,9 @@ class Selection:
 
         def read(located: LocatedValues, wanted: Offsets) -> _T:
             located.file.check_whole()
-            return copy(located.file, *self._places(located, wanted))
+            copied = copy(located.file, *self._places(located, wanted))
+            self._count(located, _indices(positions))
+            return copied
 
         return self._look_up(positions, read)
 
@@ -161,6 +170,15 @@ class Selection:
             return read(located, wanted)
 
         return self.reader.read_pinned(find)
+
+    def _count(self, located: LocatedValues, indices: npt.NDArray[np.int64]) -> None:
+        counts = located.counts
+        if counts is None or not self.reader.counts_reads:
+            return
+        counter = self._counter
+        if counter is None or counter.counts is not counts:
+            counter = self._counter = PlaceCounter(counts, len(self.sample_ids))
+        counter.count(indices, self.sample_ids, indices)
 
     def _knows_all(self, located: LocatedValues) -> bool:
         return self._table is located.table and self._is_complete

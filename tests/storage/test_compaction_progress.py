@@ -62,6 +62,7 @@ def test_plan_of_nothing(cache, config):
 
 def test_interrupted_in_the_copy(loose, config):
     """An exception from the progress call, as Ctrl-C raises it, ends the copy and removes it."""
+    check_unchanged(loose, config)  # a file to count reads in stays open from now on
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     def interrupt(done, total):

@@ -1,0 +1,82 @@
+"""`lmdbcache explain` and `stats`: why something isn't found, and how often that was so."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.config_choice import ConfigChoice
+from lmdbcache.cli.console import counted, print_json, print_table, say
+from lmdbcache.cli.options import Json, Root, Yes, find_folder
+from lmdbcache.cli.parameters import grouped
+from lmdbcache.datasets.vegas_layout import NAMESPACE
+from lmdbcache.errors import ConfigError
+from lmdbcache.read_figures import figures_of, reset_figures
+
+__all__ = ["explain_command", "stats_command"]
+
+
+@grouped
+def explain_command(
+    choice: ConfigChoice,
+    *,
+    sample_id: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="file_id:class; without it, the config as a whole."),
+    ] = None,
+    dataset: Annotated[
+        str, typer.Option("--namespace", help="The dataset's name in the config.")
+    ] = NAMESPACE,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Tell why a config, or a sample of it, isn't found. Exit code 0 if it is stored, else 1."""
+    found = EmbeddingCache(root).explain(choice.config(dataset), sample_id)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        say(str(found))
+    raise typer.Exit(0 if found.is_stored else 1)
+
+
+def stats_command(
+    store: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Fingerprint (its first digits do), or a store's folder name."),
+    ] = None,
+    *,
+    reset: Annotated[bool, typer.Option("--reset", help="Begin again at zero.")] = False,
+    root: Root = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Show the hits and misses of a store by class, or of all stores."""
+    cache = EmbeddingCache(root)
+    folders = cache.folders() if store is None else [find_folder(cache, store)]
+    if reset:
+        if as_json and not yes:
+            raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
+        if folders and not yes:
+            typer.confirm(
+                f"Set the figures of {counted(len(folders), 'store')} to zero?", abort=True
+            )
+        for folder in folders:
+            reset_figures(folder)
+    figures = {folder: figures_of(folder) for folder in folders}
+    if as_json:
+        print_json([{"path": str(folder), **found.to_dict()} for folder, found in figures.items()])
+    elif store is None:
+        print_table(
+            ("store", "hits", "misses", "hit rate, %"),
+            [
+                (folder.name, found.hits, found.misses, f"{100 * found.hit_rate:.1f}")
+                for folder, found in figures.items()
+            ],
+        )
+    else:
+        for found in figures.values():
+            rows = [(name, *numbers) for name, numbers in found.by_class.items()]
+            print_table(("class", "hits", "misses"), [*rows, ("all", found.hits, found.misses)])
+            say(f"hit rate {100 * found.hit_rate:.1f} %")

@@ -1,0 +1,76 @@
+"""`lmdbcache explain` and `stats`, and the coverage by split."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lmdbcache.failures import ClipFailure, update_failures
+
+
+def parsed(result):
+    return json.loads(result.stdout)
+
+
+OPTIONS = ("--model-name", "mine", "--duration", 1)
+
+
+def test_explain(cli, cache, configs):
+    """One sentence; exit code 0 if it is stored, 1 if not; the same as JSON."""
+    result = cli("explain", *OPTIONS)
+    assert (result.returncode, "6 embeddings" in result.stdout) == (0, True)
+    result = cli("explain", "--model-name", "mine", "--duration", 2)
+    assert result.returncode == 1
+    assert "duration: 2.0 asked, 1.0 stored; 6 embeddings there" in result.stdout
+    assert cli("explain", *OPTIONS, "video_00001:dog").returncode == 0
+    result = cli("explain", *OPTIONS, "video_00001:cat", "--json")
+    assert result.returncode == 1
+    assert parsed(result)["reason"] == "other_class"
+    assert parsed(result)["nearest_names"] == ["video_00001:dog"]
+
+
+def test_stats(cli, refused, cache, configs):
+    """Hits and misses by class, of one store or of all; reset begins again, when told so."""
+    with cache.reader(configs[0]) as reader:
+        reader.get_batch(["video_00001:dog", "video_00000:drum"])
+        assert reader.get("x:dog") is None
+    result = cli("stats", configs[0].fingerprint)
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["dog", "1", "1"] in rows
+    assert ["all", "2", "1"] in rows
+    assert "hit rate 66.7 %" in result.stdout
+    listed = parsed(cli("stats", "--json"))
+    assert sorted(entry["hits"] for entry in listed) == [0, 0, 2]
+    assert cli("stats").stdout.count("100.0") == 2
+    cli("stats", "--reset", stdin="n\n")
+    assert parsed(cli("stats", configs[0].fingerprint, "--json"))[0]["hits"] == 2
+    assert "--yes" in refused("stats", "--reset", "--json")
+    (entry,) = parsed(cli("stats", configs[0].fingerprint, "--reset", "--yes", "--json"))
+    assert (entry["hits"], entry["misses"], entry["hit_rate"]) == (0, 0, 1.0)
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.5, 0), (0.51, 1), (1, 1)])
+def test_coverage_threshold(cli, cache, configs, data, share, code):
+    """Three of six are stored: --min-coverage decides the exit code."""
+    assert cli("coverage", data, *OPTIONS, "--min-coverage", share).returncode == code
+
+
+def test_coverage_by_split(cli, cache, configs, data):
+    """A column for each split; failed clips stand apart and can be left out."""
+    update_failures(
+        cache.path(configs[0]),
+        [],
+        [
+            ClipFailure(name, "", "empty")
+            for name in ("video_00000:dog", "video_00001:drum", "video_00002:dog")
+        ],
+    )
+    result = cli("coverage", data, *OPTIONS, "--by-split")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[0].split() == ["class", "train", "test"]
+    assert "2 failed" in result.stdout
+    assert cli("coverage", data, *OPTIONS, "--by-split", "--allow-failed").returncode == 0
+    found = parsed(cli("coverage", data, *OPTIONS, "--by-split", "--json"))
+    assert {row["split"] for row in found["rows"]} <= {"train", "val", "test"}
+    assert sum(row["num_failed"] for row in found["rows"]) == len(found["failed"]) == 3

@@ -1,0 +1,132 @@
+"""Why a config or a sample isn't found, in a sentence and as fields; and how much the log says."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from lmdbcache import CacheConfig
+from lmdbcache.errors import CacheNotFoundError, SampleNotFoundError
+from lmdbcache.failures import ClipFailure, update_failures
+
+OTHER = CacheConfig(duration=10)
+
+
+def explained(cache, config, sample_id=None):
+    """The explanation; its dict is plain JSON and names the same reason."""
+    found = cache.explain(config, sample_id)
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content["reason"] == found.reason
+    assert content["text"] == str(found)
+    assert "\n" not in str(found)
+    return found
+
+
+def test_config_that_is_stored_or_was_never(cache, filled, config, tmp_path):
+    """Stored: the number of embeddings. An empty root: nothing is stored yet."""
+    found = explained(filled, config)
+    assert (found.reason, found.is_stored) == ("stored", True)
+    assert "20 embeddings" in str(found)
+    empty = type(cache)(tmp_path / "empty")
+    found = explained(empty, config)
+    assert (found.reason, found.is_stored, found.nearest) == ("nothing_stored", False, None)
+
+
+def test_config_names_the_nearest_and_the_fields_that_differ(filled, config):
+    """The store with the fewest differences, each with both values, and its size."""
+    with filled.writer(config.replace(dtype="float16", duration=3)) as writer:
+        writer.put("a:x", np.ones(3))
+    found = explained(filled, OTHER)
+    assert found.reason == "config_absent"
+    assert found.nearest.config == config
+    assert found.differences == {"duration": (10.0, 5.0)}
+    assert "duration: 10.0 asked, 5.0 stored; 20 embeddings there" in str(found)
+    with pytest.raises(CacheNotFoundError, match=r"duration: 10.0 asked, 5.0 stored"):
+        filled.reader(OTHER)
+
+
+def test_damaged_stores_are_named(filled, config):
+    """A store that can't be read may be the one: both for itself and for its neighbour."""
+    next(filled.path(config).rglob("data.mdb")).write_bytes(b"broken")
+    found = explained(filled, config)
+    assert found.reason == "damaged"
+    assert "isn't an LMDB file" in str(found)
+    found = explained(filled, OTHER)
+    assert found.damaged == (filled.path(config),)
+    assert filled.path(config).name in str(found)
+
+
+@pytest.mark.parametrize(
+    ("sample_id", "reason", "nearest"),
+    [
+        ("video_00001:dog", "stored", ()),
+        ("video_00001:DOG", "stored", ()),
+        ("video_00001:drum", "other_class", ("video_00001:dog",)),
+        ("video_00100:dogs", "class_absent", ("dog",)),
+        ("video_00111:dog", "file_absent", ("video_00011:dog",)),
+        ("no class", "invalid_sample_id", ()),
+    ],
+)
+def test_sample(filled, config, sample_id, reason, nearest):
+    """What is absent of it, and what is there instead."""
+    found = explained(filled, config, sample_id)
+    assert (found.reason, found.is_stored) == (reason, reason == "stored")
+    assert found.nearest_names[:1] == nearest
+    assert all(name in str(found) for name in nearest)
+
+
+def test_sample_that_failed_or_is_stored_elsewhere(filled, config):
+    """A clip that gave no embedding: its reason. Another config that has it: which."""
+    update_failures(filled.path(config), [], [ClipFailure("x:dog", "x.wav", "not a WAV file")])
+    found = explained(filled, config, "x:dog")
+    assert (found.reason, found.failure) == ("failed", "not a WAV file")
+    with filled.writer(OTHER) as writer:
+        writer.put("y:dog", np.ones(3))
+    found = explained(filled, config, "y:dog")
+    assert found.stored_elsewhere == (OTHER,)
+    assert "stored for another config (duration: 10.0)" in str(found)
+    found = explained(filled, config.replace(duration=7), "y:dog")
+    assert (found.reason, len(found.stored_elsewhere)) == ("config_absent", 1)
+
+
+def test_28000_misses_are_a_few_lines(filled, config, caplog):
+    """The first of each class are explained, then only counted."""
+    caplog.set_level(logging.DEBUG, "lmdbcache")
+    with filled.reader(config) as reader:
+        for number in range(28_000):
+            with pytest.raises(SampleNotFoundError):
+                reader[f"new_{number}:{('dog', 'cat', 'drum')[number % 3]}"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "lmdbcache"]
+    assert len(lines) <= 15
+    assert sum("nearest class" in line for line in lines) == 3
+    assert "10,000 misses" in lines[-1]
+    assert "cat: 3,333" in lines[-1]
+
+
+def test_many_classes_are_a_few_dozen_lines(filled, config, caplog):
+    """The number of classes doesn't matter."""
+    with filled.reader(config) as reader:
+        for number in range(500):
+            assert reader.get(f"a:class {number}") is None
+    assert len(caplog.records) <= 40
+
+
+def test_get_or_compute_counts_and_explains_once(filled, config, caplog):
+    """What was stored is a hit, what is computed a miss; another config is named in the log."""
+    asked = ["video_00001:dog", "new:dog", "new:cat", "new:cat"]
+    filled.get_or_compute(config, asked, lambda missing: np.ones((len(missing), 8)))
+    filled.get_or_compute(config, asked, pytest.fail)
+    figures = filled.statistics(config)
+    assert figures.by_class == {"cat": (2, 2), "dog": (3, 1)}
+    assert not caplog.records
+    filled.get_or_compute(OTHER, ["a:dog"], lambda missing: np.ones((len(missing), 8)))
+    (record,) = caplog.records
+    assert "duration: 10.0 asked, 5.0 stored" in record.getMessage()
+    assert filled.statistics(OTHER).by_class == {"dog": (0, 1)}
+    metrics = filled.statistics(config).metrics()
+    assert metrics["cache/hits"] == 5
+    assert metrics["cache/hit_rate"] == pytest.approx(5 / 8)
+    assert metrics["cache/hit_rate/cat"] == 0.5
