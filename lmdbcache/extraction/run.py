@@ -15,6 +15,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_source import AudioSource, as_source
 from lmdbcache.embedders.base import Embedder, FrontEnd
+from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
     CacheError,
     DatasetError,
@@ -260,7 +261,7 @@ class Run:
     ) -> EmbeddingWriter:
         return self.cache.writer(
             self.config,
-            provenance={**_checkpoint(self.model), **features, **embedder.provenance()},
+            provenance={**folder_provenance(self.model), **features, **embedder.provenance()},
             dataset_root=self.dataset_root,
             on_duplicate="overwrite" if self.changed else "skip",
             commit_seconds=commit_seconds,
@@ -321,12 +322,6 @@ class Run:
             built_model=self.built_model,
             num_suspects=self.num_suspects,
         )
-
-
-def _checkpoint(model: str) -> dict[str, str]:
-    """Where a model's folder lies, so that an audit finds it again."""
-    folder = Path(model).expanduser()
-    return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
 
 
 @contextmanager
