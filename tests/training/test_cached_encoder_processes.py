@@ -153,3 +153,40 @@ def test_under_ddp(cache, tmp_path):
     assert ranks[0].computed + ranks[1].computed >= 10
     np.testing.assert_array_equal(ranks[0].weight, ranks[1].weight)
     assert list(stored(cache)) == names_of(range(10))
+
+
+def test_two_that_miss_the_same_sample(cache):
+    """Both compute it, the first commit is kept, and then both answer with what is stored."""
+    computed, found = {}, {}
+    with peer_process() as first, peer_process() as second:
+        peers = {"first": first, "second": second}
+        for name, peer in peers.items():
+            value = 1.0 if name == "first" else 2.0
+            computed[name] = peer.call(open_and_ask, cache.root, value)
+        for name, peer in peers.items():
+            found[name] = peer.call(flush_and_ask)
+        for peer in peers.values():
+            peer.call(close_opened)
+    assert computed == {"first": 1.0, "second": 2.0}
+    assert found == {"first": 1.0, "second": 1.0}
+    assert {name: float(value[0]) for name, value in stored(cache).items()} == {"clip_001:x": 1.0}
+
+
+opened = []
+
+
+def open_and_ask(root, value):
+    """Compute a sample, and commit nothing yet."""
+    encoder = CachedEncoder(lambda inputs: inputs.new_full((len(inputs), 2), value), root, OWN)
+    opened.append(encoder)
+    return float(ask(encoder, [1])[0, 0])
+
+
+def flush_and_ask():
+    (encoder,) = opened
+    encoder.flush()
+    return float(ask(encoder, [1])[0, 0])
+
+
+def close_opened():
+    opened.pop().close()
