@@ -131,7 +131,7 @@ class Run:
         """Shape of the store's embeddings; None if there are none yet."""
         if self.config not in self.cache:
             return None
-        with self.cache.reader(self.config) as reader:
+        with self.cache.reader(self.config, counts_as_use=False) as reader:
             shape = reader.embedding_shape
         return None if shape is None or None in shape else tuple(size or 0 for size in shape)
 

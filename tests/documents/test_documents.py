@@ -9,17 +9,15 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from documents.pages import DOCS, DOCUMENTS, ROOT, blocks
 
 from lmdbcache import CacheConfig, VEGASDataset, errors
 from lmdbcache.cli.main import app
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
-LANGUAGES = {"python", "bash", "text", "json", "console"}
+RUN = ("python", "bash")
+LANGUAGES = {*RUN, "text", "json", "console"}
 NOT_RUN = re.compile(r"\$ (pip install|make|sbatch|srun|git clone|python -m venv)\b")
 
 # What a page takes for granted beside the dataset and the model.
@@ -57,25 +55,15 @@ for number, (language, code) in enumerate(json.loads(open("blocks.json").read())
 """
 
 
-def blocks(document: Path) -> list[tuple[str, str]]:
-    """(language, text) of the fenced blocks."""
-    text = document.read_text("utf-8")
-    found = re.findall(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
-    return [(language, textwrap.dedent(code)) for _, language, code in found]
-
-
-def runs(document: Path) -> list[tuple[str, str]]:
-    """The blocks that are tried."""
-    return [block for block in blocks(document) if block[0] in ("python", "bash")]
-
-
 @pytest.mark.parametrize(
-    "page", [page for page in DOCUMENTS if runs(page)], ids=lambda page: page.name
+    "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
 )
 def test_the_code_of_a_page_runs(page, reader_at_home):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
     before = textwrap.dedent(BEGINNINGS.get(page.name, ""))
-    (reader_at_home / "blocks.json").write_text(json.dumps([("python", before), *runs(page)]))
+    (reader_at_home / "blocks.json").write_text(
+        json.dumps([("python", before), *blocks(page, *RUN)])
+    )
     (reader_at_home / "page.py").write_text(RUNNER)
     done = subprocess.run(
         [sys.executable, "page.py"], capture_output=True, text=True, timeout=280, check=False
@@ -97,7 +85,7 @@ def test_a_block_that_is_not_run_says_so(page):
 def test_format_document_gives_the_fingerprint_that_the_code_gives():
     """docs/format.md's JSON and digest are those of the default config."""
     text = (DOCS / "format.md").read_text("utf-8")
-    (encoded,) = [code for language, code in blocks(DOCS / "format.md") if language == "json"]
+    ((_, encoded),) = blocks(DOCS / "format.md", "json")
     digest = hashlib.blake2b(
         b"lmdbcache config 1\n" + encoded.strip().encode(), digest_size=8
     ).hexdigest()

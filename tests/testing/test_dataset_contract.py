@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents.pages import DOCS, ROOT, blocks
 from synthetic_layouts import make_audio_folder
-from test_documents import ROOT, blocks
 
 from lmdbcache.datasets.audio_folder import AudioFolderDataset
 from lmdbcache.errors import AudioDecodeError
@@ -20,7 +20,7 @@ SUITE = DatasetContract()
 
 def test_the_documented_adapter_keeps_it(tmp_path):
     """docs/writing_adapters.md, as it stands, is an adapter and a test that pytest runs."""
-    adapter, tests = blocks(ROOT / "docs" / "writing_adapters.md", "python")
+    (_, adapter), (_, tests) = blocks(DOCS / "writing_adapters.md", "python")
     (tmp_path / "test_mine.py").write_text(f"{adapter}\n{tests}", "utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"],
