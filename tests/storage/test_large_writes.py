@@ -14,8 +14,7 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError
-from lmdbcache.storage import committing
-from lmdbcache.storage import collecting
+from lmdbcache.storage import collecting, committing
 from lmdbcache.storage.gather import BatchBuffers
 
 SIZE = 1 << 18  # float32: 1 MiB
