@@ -67,24 +67,32 @@ class StoreCounts:
 
     def settle(self) -> None:
         """Count in a file from now on, if there may be one."""
-        if self._is_refused or (self._is_in_file and not self.table.is_removed):
+        if self._is_settled():
             return
         with self.lock, contextlib.suppress(CacheError):
-            if current_generation(self.store) is None:
+            # Another thread may have been faster, whose file would be replaced.
+            if self._is_settled() or current_generation(self.store) is None:
                 return
-            self._is_refused = True  # unless all goes well
-            with contextlib.suppress(OSError, ValueError):
-                if is_on_network(self.store):
-                    return
-                counted = Counts() if self._is_in_file else self.table.counts()
-                folder = self.store / STATISTICS_NAME
-                table = open_table(folder, _process.token, _process.ancestors)
-                table.take(counted)
-                _process.is_known = True
-                self.table = table
-                self._is_in_file, self._is_refused = True, False
-                return
-        _logger.debug("%s: hits and misses are counted in memory only", self.store)
+            try:
+                is_refused = is_on_network(self.store)
+                if not is_refused:
+                    self._begin_file()
+            except (OSError, ValueError):
+                is_refused = True
+            # Not before: other threads go on without waiting, and count where it is lost.
+            self._is_refused = is_refused
+            if is_refused:
+                _logger.debug("%s: hits and misses are counted in memory only", self.store)
+
+    def _begin_file(self) -> None:
+        counted = Counts() if self._is_in_file else self.table.counts()
+        table = open_table(self.store / STATISTICS_NAME, _process.token, _process.ancestors)
+        table.take(counted)
+        _process.is_known = True
+        self.table, self._is_in_file = table, True
+
+    def _is_settled(self) -> bool:
+        return self._is_refused or (self._is_in_file and not self.table.is_removed)
 
     def counts_in_memory(self) -> Counts:
         """What no file has."""

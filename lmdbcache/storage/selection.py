@@ -156,7 +156,8 @@ class Selection:
         """Call `read` with the places of these samples; None if one isn't known."""
 
         def find(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
-            located = locate(snapshot, transaction, self.reader.num_read)
+            reader = self.reader
+            located = locate(snapshot, transaction, reader.num_read, is_counted=reader.counts_reads)
             if located is None or located.common_length is None:
                 return None
             if not self._knows_all(located) and self._table is not located.table:
