@@ -203,6 +203,8 @@ class CollectedEmbeddings:
 
     def _known(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of the keys that are stored or will be by the next commit."""
+        if not keys:
+            return set()
         pending, in_background = self._pending.values, self._in_background
         known = {key for key in keys if key in pending}
         if in_background is not None:

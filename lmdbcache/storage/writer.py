@@ -49,6 +49,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         commit_bytes: Commit when this much is collected.
         commit_records: Commit when this many embeddings are collected.
         commit_seconds: Commit at the first `put` this long after the oldest uncommitted one.
+        replace: Sample ids that are overwritten whatever `on_duplicate` says.
         before_commit: Called inside each commit, maybe from a thread, maybe again for the same
             samples: sample id → (checksum of the embedding it replaces or None, of the new one).
     """
@@ -65,6 +66,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         commit_bytes: int = 64 << 20,
         commit_records: int = 2048,
         commit_seconds: float = 10.0,
+        replace: Iterable[str] = (),
         before_commit: BeforeCommit | None = None,
     ) -> None:
         if on_duplicate not in ("skip", "overwrite", "error"):
@@ -74,6 +76,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         self._config = config
         self._on_duplicate = on_duplicate
         self._ragged = ragged
+        self._replaced = frozenset(sample_key(sample_id) for sample_id in replace)
         folder = Path(store).absolute()
         committer = Committer(
             folder,
@@ -81,6 +84,7 @@ class EmbeddingWriter(CollectedEmbeddings):
             on_duplicate=on_duplicate,
             provenance={str(name): str(value) for name, value in (provenance or {}).items()},
             dataset_root=str(dataset_root),
+            replaced=self._replaced,
             before_commit=before_commit,
         )
         limits = CommitLimits(commit_bytes, commit_records, commit_seconds)
@@ -114,7 +118,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         """
         key = sample_key(sample_id)
         with self._usable():
-            if self._on_duplicate != "overwrite" and self._known([key]):
+            if not self._replaces(key) and self._known([key]):
                 if self._on_duplicate == "error":
                     raise DuplicateSampleError(
                         f"{sample_id} is stored in {self._store} already. Leave it out, or write "
@@ -162,7 +166,7 @@ class EmbeddingWriter(CollectedEmbeddings):
 
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
         keys = [sample_key(sample_id) for sample_id in sample_ids]
-        known = self._known(keys) if self._on_duplicate != "overwrite" else set()
+        known = self._known([key for key in keys if not self._replaces(key)])
         try:
             if known and self._on_duplicate == "error":
                 raise InvalidEmbeddingError
@@ -174,7 +178,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         before = self._pending.num_put
         for key, value in zip(keys, values, strict=True):
             if key not in known:
-                self._pending.put(key, value, replace=self._on_duplicate == "overwrite")
+                self._pending.put(key, value, replace=self._replaces(key))
         added = self._pending.num_put - before
         self._commit_if_due()
         return added
@@ -226,6 +230,9 @@ class EmbeddingWriter(CollectedEmbeddings):
 
     def __reduce__(self) -> Any:
         raise TypeError("a writer doesn't pickle; open one in the process that writes")
+
+    def _replaces(self, key: bytes) -> bool:
+        return self._on_duplicate == "overwrite" or key in self._replaced
 
     def _check_shape(self, sample_id: str, shape: tuple[int, ...]) -> None:
         if self._shape is None:
