@@ -190,9 +190,12 @@ class PlaceCounter:
 class _Process:
     """This process among those that it descends from, and what it counts."""
 
-    def __init__(self, ancestors: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, ancestors: tuple[str, ...] = (), *, has_known_ancestor: bool = False
+    ) -> None:
         self.token = os.urandom(8).hex()
         self.ancestors = ancestors[-MAX_ANCESTORS:]
+        self.has_known_ancestor = has_known_ancestor
         self.is_known = False  # its token stands in a file
         self.stores: dict[Path, StoreCounts] = {}
         self.lock = threading.Lock()
@@ -208,8 +211,11 @@ def own_lineage() -> tuple[str, ...]:
 
 def adopt_ancestors(lineage: Sequence[str]) -> None:
     """A reader has come from another process: unless known otherwise, this one works for that."""
-    if not _process.ancestors and not _process.is_known and _process.token not in lineage:
+    # Ancestors that have counted nothing, such as a forkserver, are nobody to work for.
+    is_free = not (_process.is_known or _process.has_known_ancestor)
+    if is_free and _process.token not in lineage:
         _process.ancestors = tuple(lineage)[-MAX_ANCESTORS:]
+        _process.has_known_ancestor = True
 
 
 def counts_of(store: Path) -> StoreCounts | None:
@@ -263,7 +269,8 @@ def _counters(store: Path) -> StoreCounts:
 
 def _after_fork_in_child() -> None:
     global _process  # noqa: PLW0603 - module state of one process
-    _process = _Process(own_lineage())
+    is_known = _process.is_known or _process.has_known_ancestor
+    _process = _Process(own_lineage(), has_known_ancestor=is_known)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -6,6 +6,7 @@ import codecs
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -411,3 +412,15 @@ def test_looking_makes_no_statistics(cache, config, store):
             reader.select(SAMPLE_IDS).get_batch(range(64))
             assert [reader[name][0] for name in SAMPLE_IDS] == list(range(64))
     assert not (store / "statistics").exists()
+
+
+def test_a_worker_of_a_server_that_counts_nothing_works_for_who_sent_the_reader(reader, store):
+    """A forkserver that has lmdbcache imported is no ancestor to count for."""
+    sent = pickle.dumps(reader)
+
+    def serve():  # in a process of another lineage that has read nothing, as a forkserver's is
+        hit_counts._process = hit_counts._Process()
+        return in_fork(lambda: pickle.loads(sent).get_batch(SAMPLE_IDS).shape)
+
+    assert in_fork(serve) == (64, 16)
+    assert figures(tree_counts(store)) == EACH_ONCE
