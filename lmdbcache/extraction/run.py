@@ -263,7 +263,7 @@ class Run:
             self.config,
             provenance={**folder_provenance(self.model), **features, **embedder.provenance()},
             dataset_root=self.dataset_root,
-            on_duplicate="overwrite" if self.changed else "skip",
+            replace=self.changed,  # and nothing else: another run's bits stay
             commit_seconds=commit_seconds,
             before_commit=self._recorder,
         )

@@ -28,6 +28,8 @@ _logger: Final = logging.getLogger(__name__)
 SOURCES_NAME: Final = "sources.sqlite3"
 _VERSION: Final = 1
 _BUSY_SECONDS: Final = 5.0
+# Inside a commit, which keeps the store's other writers waiting.
+_PATIENCE_SECONDS: Final = 1.0
 _FEW: Final = 256
 _COLUMNS: Final = "sample_id, embedding, root, path, size, mtime_ns, digest"
 _SCHEMA: Final = f"""
@@ -135,7 +137,13 @@ class SourceRecords:
             yield from connection.execute(query, ends).fetchall()
 
 
-def write_sources(store: Path, written: Iterable[Written], *, tidy: bool = True) -> None:
+def write_sources(
+    store: Path,
+    written: Iterable[Written],
+    *,
+    tidy: bool = True,
+    busy_seconds: float = _BUSY_SECONDS,
+) -> None:
     """Add records, all or none.
 
     Args:
@@ -144,6 +152,7 @@ def write_sources(store: Path, written: Iterable[Written], *, tidy: bool = True)
             new one, source) of each.
         tidy: Remove the records of still older embeddings of these samples; for whoever holds the
             writer lock.
+        busy_seconds: How long to wait for others, if need be once to begin and once to end.
 
     Raises:
         IntegrityError, StorageError: It can't be done.
@@ -152,7 +161,7 @@ def write_sources(store: Path, written: Iterable[Written], *, tidy: bool = True)
     written = list(written)
     with _translated(path):
         _create(path)
-        with contextlib.closing(_connect(path)) as connection:
+        with contextlib.closing(_connect(path, busy_seconds)) as connection:
             if not _version_of(connection, path):
                 connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
@@ -190,6 +199,7 @@ class SourceRecorder:
         self._noted: dict[str, Source] = {}
         self._written: set[str] = set()
         self._has_failed = False
+        self._seconds = _PATIENCE_SECONDS
 
     def note(self, sample_id: str, source: Source | None) -> None:
         """Say what the embedding that is given to the writer next was computed from."""
@@ -215,8 +225,11 @@ class SourceRecorder:
                     for sample_id, (replaced, checksum) in committed.items()
                     if sample_id in noted
                 ],
+                busy_seconds=self._seconds,
             )
+            self._seconds = _PATIENCE_SECONDS
         except (IntegrityError, StorageError) as error:
+            self._seconds = 0.0  # until it works again
             if not self._has_failed:
                 self._has_failed = True
                 _logger.warning(
@@ -253,10 +266,10 @@ def _create(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, busy_seconds: float = _BUSY_SECONDS) -> sqlite3.Connection:
     """Open the file; without permission to write, for reading."""
     uri = f"{path.absolute().as_uri()}?mode=rw"
-    return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    return sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None)
 
 
 def _version_of(connection: sqlite3.Connection, path: Path) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +55,7 @@ class Committer:
         on_duplicate: See `EmbeddingWriter`.
         provenance: See `EmbeddingWriter`.
         dataset_root: Kept in the metadata of a new store.
+        replaced: Keys that are overwritten whatever `on_duplicate` says.
         before_commit: See `EmbeddingWriter`.
     """
 
@@ -66,12 +67,15 @@ class Committer:
         on_duplicate: str,
         provenance: Mapping[str, str],
         dataset_root: str,
+        replaced: Collection[bytes] = frozenset(),
         before_commit: BeforeCommit | None = None,
     ) -> None:
         check_local_for_writing(store)
         self.store = store
         self._config = config
         self._on_duplicate = on_duplicate
+        self._overwrites = on_duplicate == "overwrite" or bool(replaced)
+        self._replaced = replaced
         self._provenance = dict(provenance)
         self._dataset_root = dataset_root
         self._before_commit = before_commit
@@ -196,11 +200,12 @@ class Committer:
             for value_shape, key in examples.items():
                 check_shape(sample_id_of_key(key), value_shape, shape)
             replaced = self._checksums(environment, transaction, pending.values)
+            is_overwriting = self._on_duplicate == "overwrite"
             written, duplicates = _put_embeddings(
                 environment,
                 transaction,
                 pending.values,
-                overwrite=self._on_duplicate == "overwrite",
+                replaced=pending.values if is_overwriting else self._replaced,
             )
             if duplicates and self._on_duplicate == "error":
                 pending.drop(duplicates)
@@ -223,7 +228,7 @@ class Committer:
             raise
         if warning := stored.mixing(metadata.provenance):
             _logger.warning("%s %s", self.store, warning)
-        record_commit(environment.generation, overwrites=self._on_duplicate == "overwrite")
+        record_commit(environment.generation, overwrites=self._overwrites)
         self.embedding_shape = shape
         return written
 
@@ -295,7 +300,7 @@ def _put_embeddings(
     transaction: lmdb.Transaction,
     values: Mapping[bytes, npt.NDArray[Any]],
     *,
-    overwrite: bool,
+    replaced: Collection[bytes],
 ) -> tuple[int, list[bytes]]:
     """Put embeddings of the stored dtype in key order, each with its checksum.
 
@@ -309,7 +314,7 @@ def _put_embeddings(
     num_inserted = bisect_right(keys, last)
     for key in keys[:num_inserted]:
         value = _bytes_of(values[key])
-        if put(key, value, overwrite=overwrite):
+        if put(key, value, overwrite=key in replaced):
             put(key, checksum(key, value), db=checksums)
         else:
             left_alone.append(key)

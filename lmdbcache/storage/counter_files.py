@@ -18,6 +18,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,6 +51,11 @@ _HITS_AT: Final = 512
 _NAMES_AT: Final = _HITS_AT + 2 * _ROW_BYTES
 _FILE_BYTES: Final = 64 << 10
 _TOTALS_NAME: Final = "totals.json"
+# What reading JSON of another form ends in.
+_MALFORMED: Final = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
+# A stopped process may hold the folder's lock for ever: figures are no reason to wait for it.
+_LOCK_SECONDS: Final = 2.0
+_LOCK_POLL_SECONDS: Final = 0.005
 
 
 @dataclass
@@ -114,7 +120,8 @@ class CounterTable:
     @property
     def is_removed(self) -> bool:
         """Whether its file is gone: the store was cleared."""
-        return self._path is not None and not self._path.exists()
+        # Not `Path.exists`, which raises where the folder can't be looked into any more.
+        return self._path is not None and not os.path.exists(self._path)  # noqa: PTH110
 
     def code_of(self, class_name: str) -> int:
         """The code of a class, given now if it has none."""
@@ -167,7 +174,7 @@ def open_table(folder: Path, owner: str, ancestors: tuple[str, ...]) -> CounterT
         ancestors: Tokens of those it descends from.
 
     Raises:
-        OSError: The folder can't be written, or the disk is full.
+        OSError: The folder can't be written, is locked for seconds, or the disk is full.
     """
     folder.mkdir(exist_ok=True)
     with _locked(folder, fcntl.LOCK_EX):
@@ -196,7 +203,7 @@ def reset_records(folder: Path) -> None:
     """Begin again at zero; living processes go on counting.
 
     Raises:
-        OSError: The folder can't be written.
+        OSError: The folder can't be written, or somebody has held its lock for seconds.
     """
     if not folder.is_dir():
         return
@@ -213,25 +220,46 @@ def _take_over(folder: Path, owner: str, ancestors: tuple[str, ...]) -> tuple[Pa
     totals, folded = _read_totals(folder)
     for path in folder.iterdir():
         if path.suffix == ".tmp" or path.name in folded:
-            path.unlink(missing_ok=True)
+            _remove(path)
     live, dead = _survey(folder)
     live.add(owner)
     try:
-        orphans = [path for path in dead if not live.intersection(dead[path][1].ancestors)]
+        fresh = [path for path in dead if path.name not in folded]
+        orphans = [path for path in fresh if not live.intersection(dead[path][1].ancestors)]
         for path in orphans:
             totals.add(dead[path][1].counts)
         if orphans:
             # Before they go: whoever is killed in between has them named as added already.
-            _write_totals(folder, totals, {path.name for path in orphans})
+            # So is what is named already and couldn't be removed.
+            left = {name for name in folded if os.path.lexists(folder / name)}
+            _write_totals(folder, totals, left | {path.name for path in orphans})
         for path in orphans:
-            path.unlink(missing_ok=True)
-        for path in [path for path in dead if path not in orphans]:
-            if dead[path][1].ancestors == ancestors:
+            _remove(path)
+        for path in fresh:
+            if path not in orphans and dead[path][1].ancestors == ancestors:
+                _fill_holes(dead[path][0])
                 return path, dead.pop(path)[0]
         return None
     finally:
         for descriptor, _ in dead.values():
             os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    # Another user's, in a folder that shields them: named as added, it counts no more.
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _fill_holes(descriptor: int) -> None:
+    """A copy of a store may have holes here; writing into one on a full disk would be SIGBUS.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    content = os.pread(descriptor, _FILE_BYTES, 0)
+    if os.pwrite(descriptor, content, 0) != _FILE_BYTES:
+        raise OSError(errno.ENOSPC, "no room for the counters")
 
 
 def _survey(folder: Path) -> tuple[set[str], dict[Path, tuple[int, Record]]]:
@@ -251,7 +279,10 @@ def _survey(folder: Path) -> tuple[set[str], dict[Path, tuple[int, Record]]]:
 
 
 def _lock_if_dead(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None  # another user's, or just removed with its store
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -310,7 +341,7 @@ def _parsed(raw: bytes) -> Record | None:
 def _names(text: bytes) -> list[str]:
     try:
         return [str(json.loads(line)) for line in text.splitlines()][: _MAX_CLASSES - 2]
-    except ValueError:
+    except _MALFORMED:
         return []
 
 
@@ -333,7 +364,7 @@ def _read_totals(folder: Path) -> tuple[Counts, set[str]]:
             )
         )
         return counts, {str(name) for name in content["folded"]}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, AttributeError, *_MALFORMED):
         return Counts(), set()
 
 
@@ -348,10 +379,21 @@ def _write_totals(folder: Path, totals: Counts, folded: set[str]) -> None:
 def _locked(folder: Path, kind: int) -> Iterator[None]:
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, kind)
+        _wait_for(descriptor, kind)
         yield
     finally:
         # Explicitly: a child forked meanwhile shares the lock.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _wait_for(descriptor: int, kind: int) -> None:
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_LOCK_POLL_SECONDS)

@@ -229,6 +229,9 @@ def is_being_written(store: Path) -> bool:
     except OSError:
         return False  # a file system without such locks
     finally:
+        # Explicitly: a child forked meanwhile would keep writers out for as long as it lives.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
     return False
 

@@ -67,24 +67,32 @@ class StoreCounts:
 
     def settle(self) -> None:
         """Count in a file from now on, if there may be one."""
-        if self._is_refused or (self._is_in_file and not self.table.is_removed):
+        if self._is_settled():
             return
         with self.lock, contextlib.suppress(CacheError):
-            if current_generation(self.store) is None:
+            # Another thread may have been faster, whose file would be replaced.
+            if self._is_settled() or current_generation(self.store) is None:
                 return
-            self._is_refused = True  # unless all goes well
-            with contextlib.suppress(OSError, ValueError):
-                if is_on_network(self.store):
-                    return
-                counted = Counts() if self._is_in_file else self.table.counts()
-                folder = self.store / STATISTICS_NAME
-                table = open_table(folder, _process.token, _process.ancestors)
-                table.take(counted)
-                _process.is_known = True
-                self.table = table
-                self._is_in_file, self._is_refused = True, False
-                return
-        _logger.debug("%s: hits and misses are counted in memory only", self.store)
+            try:
+                is_refused = is_on_network(self.store)
+                if not is_refused:
+                    self._begin_file()
+            except (OSError, ValueError):
+                is_refused = True
+            # Not before: other threads go on without waiting, and count where it is lost.
+            self._is_refused = is_refused
+            if is_refused:
+                _logger.debug("%s: hits and misses are counted in memory only", self.store)
+
+    def _begin_file(self) -> None:
+        counted = Counts() if self._is_in_file else self.table.counts()
+        table = open_table(self.store / STATISTICS_NAME, _process.token, _process.ancestors)
+        table.take(counted)
+        _process.is_known = True
+        self.table, self._is_in_file = table, True
+
+    def _is_settled(self) -> bool:
+        return self._is_refused or (self._is_in_file and not self.table.is_removed)
 
     def counts_in_memory(self) -> Counts:
         """What no file has."""
@@ -182,9 +190,12 @@ class PlaceCounter:
 class _Process:
     """This process among those that it descends from, and what it counts."""
 
-    def __init__(self, ancestors: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, ancestors: tuple[str, ...] = (), *, has_known_ancestor: bool = False
+    ) -> None:
         self.token = os.urandom(8).hex()
         self.ancestors = ancestors[-MAX_ANCESTORS:]
+        self.has_known_ancestor = has_known_ancestor
         self.is_known = False  # its token stands in a file
         self.stores: dict[Path, StoreCounts] = {}
         self.lock = threading.Lock()
@@ -200,8 +211,11 @@ def own_lineage() -> tuple[str, ...]:
 
 def adopt_ancestors(lineage: Sequence[str]) -> None:
     """A reader has come from another process: unless known otherwise, this one works for that."""
-    if not _process.ancestors and not _process.is_known and _process.token not in lineage:
+    # Ancestors that have counted nothing, such as a forkserver, are nobody to work for.
+    is_free = not (_process.is_known or _process.has_known_ancestor)
+    if is_free and _process.token not in lineage:
         _process.ancestors = tuple(lineage)[-MAX_ANCESTORS:]
+        _process.has_known_ancestor = True
 
 
 def counts_of(store: Path) -> StoreCounts | None:
@@ -255,7 +269,8 @@ def _counters(store: Path) -> StoreCounts:
 
 def _after_fork_in_child() -> None:
     global _process  # noqa: PLW0603 - module state of one process
-    _process = _Process(own_lineage())
+    is_known = _process.is_known or _process.has_known_ancestor
+    _process = _Process(own_lineage(), has_known_ancestor=is_known)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -23,6 +23,7 @@ from lmdbcache.storage.layout import (
     CURRENT_NAME,
     GENERATION_NAME,
     METADATA_KEY,
+    STATISTICS_NAME,
     WRITER_LOCK_NAME,
 )
 from lmdbcache.storage.page_file import PageFile
@@ -31,7 +32,13 @@ __all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers"]
 
 # What only lmdbcache makes: a folder with anything else in it is nobody's leftover.
 _STORE_NAME: Final = re.compile(r".*-[0-9a-f]{16}")
-_NAMES_OF_NO_STORE: Final = frozenset((WRITER_LOCK_NAME, LAST_USE_NAME, f"{CURRENT_NAME}.tmp"))
+# The records of `lmdbcache.sources` and the figures say something of embeddings, which are gone.
+_NAMES_OF_NO_STORE: Final = frozenset(
+    (
+        *(WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME, f"{CURRENT_NAME}.tmp"),
+        *("sources.sqlite3", "sources.sqlite3-journal"),
+    )
+)
 # `failures.json.4711.tmp` beside a store, `.offsets-17.4711` inside a generation.
 _TEMPORARY: Final = re.compile(r"failures\.json\.[0-9]+\.tmp|\.offsets-[0-9]+\.[0-9]+")
 _OLD_SECONDS: Final = 3600.0  # such a file is written in a moment
@@ -152,15 +159,20 @@ def _newest_transaction(generation: Path) -> int | None:
 
 
 def _holds_embeddings(generation: Path) -> bool:
-    """Whether anything but the reserved entries is in there; unreadable pages are nothing."""
+    """Whether anything but the reserved entries is, or may be, in there."""
     try:
         with PageFile(generation / "data.mdb") as file:
+            if file.size <= 2 * file.page_size:
+                return False  # nothing beyond the meta pages
             if file.meta is None:
-                return False
+                return True
             reserved = (METADATA_KEY, CHECKSUMS_NAME)
-            return any(entry.key not in reserved for entry in file.walk(file.meta.main))
-    except OSError:
+            holds = any(entry.key not in reserved for entry in file.walk(file.meta.main))
+            return holds or bool(file.problems)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return True  # nobody knows
 
 
 def _size(path: Path) -> int:

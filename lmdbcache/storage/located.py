@@ -81,7 +81,7 @@ class LocatedValues:
 
 
 def locate(
-    snapshot: Snapshot, transaction: lmdb.Transaction, num_read: int
+    snapshot: Snapshot, transaction: lmdb.Transaction, num_read: int, *, is_counted: bool
 ) -> LocatedValues | None:
     """The places of a snapshot's values, or None where LMDB has to be asked.
 
@@ -89,6 +89,7 @@ def locate(
         snapshot: Pinned, its lock held.
         transaction: The snapshot's.
         num_read: Samples that were read one by one from it so far.
+        is_counted: Whether reads are counted; if not, nothing is made to count in.
     """
     known: LocatedValues | None = snapshot.located
     if known is not None or snapshot.is_unlocatable:
@@ -120,8 +121,16 @@ def locate(
     with _tables_lock:
         _tables[snapshot.environment] = (snapshot.id, table)
     located = located_values(file, table, snapshot.metadata)
+    if is_counted:
+        _count_reads(located, generation.parent)
     snapshot.located = located
     return located
+
+
+def _count_reads(located: LocatedValues, store: Path) -> None:
+    located.counts = counts = counts_of(store)
+    if counts is not None and located.common_length:
+        located.places = PlaceCounter(counts, len(located.file.data), located.common_length)
 
 
 def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Transaction) -> None:
@@ -149,10 +158,7 @@ def located_values(file: MappedFile, table: ValueTable, metadata: StoreMetadata)
         expected = length
     alike = length > 0 and length == expected and bool((table.lengths == length).all())
     shape = tuple(n or 0 for n in stored_shape)
-    counts = counts_of(file.path.parent.parent)
-    places = PlaceCounter(counts, len(file.data), length) if counts and alike else None
-    common_length = length if alike else None
-    return LocatedValues(file, table, dtype, common_length, shape, counts=counts, places=places)
+    return LocatedValues(file, table, dtype, length if alike else None, shape)
 
 
 def _known_table(snapshot: Snapshot) -> ValueTable | None:

@@ -166,7 +166,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:
             self.num_read += 1
             if self.num_read > _SINGLES_BEFORE_LOOKUP:
-                located = locate(snapshot, transaction, self.num_read)
+                located = self._locate(snapshot, transaction)
                 if located is not None and remember_all(located):
                     offset = located.known_offsets.get(sample_id_of_key(key))
                     return None if offset is None else located.copy(offset)
@@ -272,7 +272,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         keys: list[bytes] = []
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
-            located = locate(snapshot, transaction, self.num_read)
+            located = self._locate(snapshot, transaction)
             if located is not None and located.common_length:
                 offsets = offsets_of(located, sample_ids)
                 if offsets is not None:
@@ -332,6 +332,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         if isinstance(found, Mismatch):
             raise found.error(self._store)
         return found
+
+    def _locate(self, snapshot: Snapshot, transaction: lmdb.Transaction) -> LocatedValues | None:
+        return locate(snapshot, transaction, self.num_read, is_counted=self.counts_reads)
 
     def _lookup_key(self, sample_id: str) -> bytes:
         try:

@@ -9,6 +9,7 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.errors import InvalidEmbeddingError
 from lmdbcache.storage.batches import gather, key_or_empty
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
@@ -103,7 +104,13 @@ class Selection:
         wanted = [self.sample_ids[i] for i in positions]
         if self.part is None or not wanted:
             return self.reader.get_batch(wanted, out)
-        rows = np.stack([self.part.of(self.reader[sample_id]) for sample_id in wanted])
+        parts = [self.part.of(self.reader[sample_id]) for sample_id in wanted]
+        if len(shapes := {part.shape for part in parts}) > 1:
+            raise InvalidEmbeddingError(
+                f"these rows of the embeddings have different shapes ({sorted(shapes)[:3]}) and "
+                "don't stack; read them one by one"
+            )
+        rows = np.stack(parts)
         if out is None:
             return rows
         batch_array(rows.shape, rows.dtype, out)[...] = rows
@@ -156,7 +163,8 @@ class Selection:
         """Call `read` with the places of these samples; None if one isn't known."""
 
         def find(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
-            located = locate(snapshot, transaction, self.reader.num_read)
+            reader = self.reader
+            located = locate(snapshot, transaction, reader.num_read, is_counted=reader.counts_reads)
             if located is None or located.common_length is None:
                 return None
             if not self._knows_all(located) and self._table is not located.table:

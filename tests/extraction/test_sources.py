@@ -131,3 +131,56 @@ def test_killed_runs_leave_no_embedding_without_a_record(
         assert report.found == ()
         seen = report.num("unchanged")
         assert seen
+
+
+class Rival:
+    """Stores other bits of a clip, as another run would, before it computes any."""
+
+    outputs = ("pooler_output",)
+    embedding_shape = (4,)
+
+    def __init__(self, cache, config, sample_id):
+        self.store = lambda: self._store(cache, config, sample_id)
+
+    def _store(self, cache, config, sample_id):
+        self.store = lambda: None
+        with cache.writer(config) as writer:
+            assert writer.put(sample_id, np.full(4, 7.0))
+
+    def embed(self, features):
+        self.store()
+        return features.flatten(1)[:, :4].clone()
+
+    def provenance(self):
+        return {}
+
+
+class Steps:
+    """Features that cost nothing."""
+
+    min_samples = 1
+
+    def __call__(self, waveform):
+        return waveform[:400].reshape(4, 100)
+
+    def provenance(self):
+        return {}
+
+
+def test_only_changed_clips_are_written_over(run, cache, config, own_clips, stored):
+    """What another run has stored meanwhile stays, though changed clips are replaced."""
+    *first, missing = own_clips
+    rest = {sample_id: own_clips[sample_id] for sample_id in first}
+    run(rest, front_end=Steps(), make_embedder=lambda: Rival(cache, config, missing[:-3] + "cat"))
+    before = stored()
+    write(Path(own_clips[first[0]]), tone(900.0))
+    run(
+        own_clips,
+        front_end=Steps(),
+        make_embedder=lambda: Rival(cache, config, missing),
+        recompute_changed=True,
+    )
+    after = stored()
+    assert not np.array_equal(after[first[0]], before[first[0]])
+    np.testing.assert_array_equal(after[missing], np.full(4, 7.0))
+    assert cache.verify(config).is_sound

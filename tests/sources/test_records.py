@@ -287,3 +287,25 @@ def test_reading_without_permission_to_write(store, clips, tmp_path):
         check=False,
     )
     assert done.stdout == f"{len(clips)}\n", done.stderr
+
+
+def test_locked_records_hardly_delay_a_writer(store, fill, clips, cache, config, monkeypatch):
+    """The store's other writers wait meanwhile: one commit is patient, those after it aren't."""
+    monkeypatch.setattr(records, "_PATIENCE_SECONDS", 0.3)
+    waited = []
+    connect = records._connect
+
+    def note_and_connect(path, busy_seconds):
+        waited.append(busy_seconds)
+        return connect(path, busy_seconds)
+
+    monkeypatch.setattr(records, "_connect", note_and_connect)
+    holder = sqlite3.connect(store / SOURCES_NAME, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    more = {f"more_{n}:dog": path for n, path in enumerate(clips.values())}
+    fill(more, commit_records=1)
+    holder.close()
+    assert waited[0] == 0.3
+    assert set(waited[1:]) == {0.0}
+    with cache.reader(config) as reader:
+        assert reader.missing(more) == []

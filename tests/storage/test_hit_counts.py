@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import json
 import os
+import pickle
 import shutil
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,9 @@ from storage.child_processes import NOBODY, in_fork, peer_process
 from lmdbcache import EmbeddingCache, EmbeddingDataset, EmbeddingReader, collate_embeddings
 from lmdbcache.errors import SampleNotFoundError
 from lmdbcache.read_figures import EpochFigures
+from lmdbcache.storage import counter_files, hit_counts
 from lmdbcache.storage.counter_files import Counts, open_table, read_records
-from lmdbcache.storage.hit_counts import STATISTICS_VARIABLE, store_counts, tree_counts
+from lmdbcache.storage.hit_counts import STATISTICS_VARIABLE, counts_of, store_counts, tree_counts
 
 SAMPLE_IDS = [f"{n:03d}:{'dog' if n % 4 else 'drum'}" for n in range(64)]
 VALUES = np.arange(64, dtype=np.float32)[:, None] * np.ones(16, np.float32)
@@ -285,3 +289,138 @@ def test_threads_lose_nothing(reader, store):
     for thread in threads:
         thread.join()
     assert figures(store_counts(store)) == {"dog": (9600, 0), "drum": (3200, 0)}
+
+
+def test_threads_that_begin_at_once_share_one_file(cache, config, store, monkeypatch):
+    """Those that come while the first one makes it wait: what they count isn't lost."""
+    begun = []
+
+    def slowly(*args):
+        begun.append(args)
+        time.sleep(0.1)
+        return open_table(*args)
+
+    monkeypatch.setattr(hit_counts, "open_table", slowly)
+    tables = []
+    threads = [
+        threading.Thread(target=lambda: tables.append(counts_of(store).table)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(begun) == len(set(map(id, tables))) == 1
+
+
+def read_all_and_count(root, config):
+    with EmbeddingCache(root).reader(config) as reader:
+        reader.get_batch(SAMPLE_IDS)
+    return figures(tree_counts(EmbeddingCache(root).path(config)))
+
+
+def test_a_lock_that_nobody_gives_back_delays_a_reader_and_no_more(
+    cache, config, store, monkeypatch
+):
+    """A stopped process holds the folder's lock: what is read is counted in memory."""
+    monkeypatch.setattr(counter_files, "_LOCK_SECONDS", 0.05)
+    (store / "statistics").mkdir()
+    with (store / "statistics" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert in_fork(lambda: read_all_and_count(cache.root, config)) == EACH_ONCE
+    assert in_fork(lambda: read_all_and_count(cache.root, config)) == EACH_ONCE
+    assert figures(store_counts(store)) == EACH_ONCE
+
+
+@pytest.mark.parametrize(
+    "text", ['{"hits": {"a": Infinity}, "misses": {}, "folded": []}', "[" * 100_000]
+)
+def test_totals_of_another_form_are_ignored(cache, config, store, text):
+    """Whatever is written there, reading goes on and counts."""
+    (store / "statistics").mkdir()
+    (store / "statistics" / "totals.json").write_text(text)
+    assert in_fork(lambda: read_all_and_count(cache.root, config)) == EACH_ONCE
+    assert figures(store_counts(store)) == EACH_ONCE
+
+
+def count_with_a_hole_on_a_full_disk(folder, disk):
+    fill(disk, 0)
+    with pytest.raises(OSError, match="o room|No space"):
+        open_table(folder, "b" * 16, ("z" * 16,)).hits[900] = 1
+
+
+def test_a_file_with_holes_is_no_danger_on_a_full_disk(tmp_path):
+    """What `rsync -S` made of a dead process's file is filled before it is counted in."""
+    with small_disk(tmp_path / "disk", 2) as disk:
+        folder = disk / "statistics"
+        in_fork(lambda: open_table(folder, "a" * 16, ("z" * 16,)) and None)
+        ancestor = open_table(folder, "z" * 16, ())  # keeps that file from being added up
+        with (folder / f"{'a' * 16}.counts").open("r+b") as file:
+            file.truncate(512)
+            file.truncate(64 << 10)
+        in_fork(lambda: count_with_a_hole_on_a_full_disk(folder, disk))
+        del ancestor
+
+
+def count_as_nobody(root, config, store):
+    with EmbeddingCache(root).reader(config) as reader:
+        reader.get_batch(SAMPLE_IDS)
+        (store / "statistics").chmod(0)  # its own
+        with pytest.raises(SampleNotFoundError):
+            reader["none:dog"]
+    return True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_a_folder_that_shuts_while_its_store_is_read(config):
+    """Whether the counter's file is still there can't be told: reading goes on."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        cache = EmbeddingCache(Path(folder) / "cache")
+        with cache.writer(config) as writer:
+            writer.put_batch(SAMPLE_IDS, VALUES)
+        for path in [cache.root, *cache.root.rglob("*")]:
+            path.chmod(0o777)
+        assert in_fork(lambda: count_as_nobody(cache.root, config, cache.path(config)), user=NOBODY)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_files_of_another_user_are_left_alone(tmp_path):
+    """Who can't open them has a file of their own beside them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        table = open_table(folder, "a" * 16, ())
+        table.hits[table.code_of("dog")] = 3
+        folder.chmod(0o777)
+        (folder / "lock").chmod(0o666)
+        (folder / f"{'a' * 16}.counts").chmod(0o600)
+        assert in_fork(lambda: count_beside(folder), user=NOBODY)
+        assert sum(sum(r.counts.hits.values()) for r in read_records(folder)[1]) == 5
+        del table
+
+
+def count_beside(folder):
+    table = open_table(folder, "b" * 16, ())
+    table.hits[table.code_of("dog")] = 2
+    return True
+
+
+def test_looking_makes_no_statistics(cache, config, store):
+    """A reader that doesn't count as use makes no file to count in."""
+    for verify in ("never", "always"):
+        with EmbeddingReader(store, config, verify, counts_as_use=False) as reader:
+            reader.get_batch(SAMPLE_IDS)
+            reader.select(SAMPLE_IDS).get_batch(range(64))
+            assert [reader[name][0] for name in SAMPLE_IDS] == list(range(64))
+    assert not (store / "statistics").exists()
+
+
+def test_a_worker_of_a_server_that_counts_nothing_works_for_who_sent_the_reader(reader, store):
+    """A forkserver that has lmdbcache imported is no ancestor to count for."""
+    sent = pickle.dumps(reader)
+
+    def serve():  # in a process of another lineage that has read nothing, as a forkserver's is
+        hit_counts._process = hit_counts._Process()
+        return in_fork(lambda: pickle.loads(sent).get_batch(SAMPLE_IDS).shape)
+
+    assert in_fork(serve) == (64, 16)
+    assert figures(tree_counts(store)) == EACH_ONCE

@@ -14,8 +14,7 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError
-from lmdbcache.storage import committing
-from lmdbcache.storage import writer as writer_module
+from lmdbcache.storage import collecting, committing
 from lmdbcache.storage.gather import BatchBuffers
 
 SIZE = 1 << 18  # float32: 1 MiB
@@ -29,7 +28,7 @@ def embedding(number):
 @pytest.fixture
 def early(monkeypatch):
     """Commits of 2 MiB and more that `put` starts go to the background."""
-    monkeypatch.setattr(writer_module, "_BACKGROUND_FROM_BYTES", 2 << 20)
+    monkeypatch.setattr(collecting, "_BACKGROUND_FROM_BYTES", 2 << 20)
 
 
 @pytest.fixture
@@ -108,8 +107,8 @@ def test_interpreter_that_ends_waits_for_the_background(cache, config):
     program = f"""
 import numpy as np, sys
 from lmdbcache import EmbeddingCache, CacheConfig
-from lmdbcache.storage import writer as writer_module
-writer_module._BACKGROUND_FROM_BYTES = 0
+from lmdbcache.storage import collecting
+collecting._BACKGROUND_FROM_BYTES = 0
 writer = EmbeddingCache({str(cache.root)!r}).writer(CacheConfig(), commit_records=3)
 for number in range(3):
     writer.put(f"{{number:02d}}:x", np.full({SIZE}, number, np.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import shutil
 import signal
@@ -13,6 +15,8 @@ from storage.child_processes import compact_until_killed, numbered, peer_process
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import StorageError
+from lmdbcache.sources.files import Source
+from lmdbcache.sources.records import write_sources
 from lmdbcache.storage.generations import is_being_written, write_lock
 from lmdbcache.storage.leftovers import find_leftovers, is_abandoned, remove_leftovers
 
@@ -81,6 +85,53 @@ def test_nothing_is_touched_while_somebody_writes(filled, config, store):
             remove_leftovers(store)
     assert not is_being_written(store)
     assert len(remove_leftovers(store)) == 1
+
+
+def test_a_fork_while_somebody_looks_keeps_no_writer_out(store, monkeypatch):
+    """A child that is forked while its parent asks who writes doesn't hold the lock for life."""
+    lock, children = fcntl.flock, []
+
+    def lock_and_fork(descriptor, kind):
+        lock(descriptor, kind)
+        if not children:
+            children.append(os.fork())
+            if children == [0]:
+                time.sleep(60)
+                os._exit(0)
+
+    monkeypatch.setattr(fcntl, "flock", lock_and_fork)
+    try:
+        assert not is_being_written(store)
+        with write_lock(store, wait=False):
+            pass
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_what_cannot_be_read_is_no_leftover(filled, store, is_cut):
+    """Without CURRENT and meta pages the values may still be all there is of them."""
+    (store / "CURRENT").unlink()
+    (store / "gen-000001" / "committed").unlink()
+    path = store / "gen-000001" / "data.mdb"
+    raw = bytearray(path.read_bytes())
+    raw[: 2 * mmap.PAGESIZE] = bytes(2 * mmap.PAGESIZE)
+    path.write_bytes(raw[: 2 * mmap.PAGESIZE] if is_cut else raw)
+    assert is_abandoned(store) == is_cut
+    assert bool(remove_leftovers(store)) == is_cut
+    assert path.exists() != is_cut
+
+
+def test_a_store_that_was_removed_by_half(filled, config, store):
+    """Killed after the generations were gone: what is left of the store is a leftover."""
+    with filled.reader(config) as reader:
+        reader.get_batch(list(reader))
+    write_sources(store, [("a:b", None, b"12345678", Source("a.wav", 1, 1, None))])
+    (store / "CURRENT").unlink()
+    shutil.rmtree(store / "gen-000001")
+    assert remove_leftovers(store)
+    assert not store.exists()
 
 
 def test_damaged_stores_keep_everything(filled, store):

@@ -71,3 +71,14 @@ def test_an_empty_part_of_nothing(cache, config):
         writer.put_batch(NAMES, np.ones((6, 10, 4), np.float32))
     with cache.reader(config) as reader:
         assert Selection(reader, NAMES, RowPart(1, 2)).get_batch([]).shape == (0, 2, 4)
+
+
+def test_parts_of_different_shapes_do_not_stack(cache, config):
+    """All rows from one on, of embeddings with different numbers of rows: an error of ours."""
+    with cache.writer(config, ragged=True) as writer:
+        for rows in (4, 5):
+            writer.put(f"{rows}:dog", np.ones((rows, 3)))
+    with cache.reader(config) as reader:
+        assert Selection(reader, None, RowPart(1, 3)).get_batch([0, 1]).shape == (2, 3, 3)
+        with pytest.raises(InvalidEmbeddingError, match="one by one"):
+            Selection(reader, None, RowPart(1, None)).get_batch([0, 1])

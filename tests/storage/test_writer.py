@@ -22,6 +22,7 @@ from lmdbcache.errors import (
     ProvenanceMismatchError,
     WriterClosedError,
 )
+from lmdbcache.storage.commit_record import has_old_values, read_commit_record
 
 ONES = np.ones(4, np.float32)
 
@@ -266,3 +267,19 @@ def test_threads_share_a_writer(cache, config):
             f"{number}:x": number for number in range(400)
         }
     assert cache.verify(config).is_sound
+
+
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_some_samples_are_replaced_and_others_skipped(filled, config, embeddings, as_rows):
+    """`replace` names what is written over; the rest goes by `on_duplicate`."""
+    first, second, *_ = embeddings
+    with filled.writer(config, replace=[first.replace("drum", "DRUM")]) as writer:
+        ones = np.ones((2, 8), np.float32)
+        given = ones if as_rows else list(ones)
+        assert writer.put_batch([first, second], given) == 1
+        writer.put_batch([first], 2 * ones[:1] if as_rows else [2 * ones[0]])
+    with filled.reader(config) as reader:
+        np.testing.assert_array_equal(reader[first], 2 * ones[0])
+        np.testing.assert_array_equal(reader[second], embeddings[second])
+    generation = filled.path(config) / "gen-000001"
+    assert has_old_values(generation, read_commit_record(generation).transaction)

@@ -168,8 +168,8 @@ def _go_on(figures: Figures, written: Written) -> None:
             written.acknowledge(0, number)
     check_store(figures, written, verifies=True)
     left = sorted(path.name for path in plan.cache.path(plan.config).iterdir())
-    beside = ["last_used", "statistics", "writer.lock"]  # of the reader that looked
-    if left != ["CURRENT", left[1] if len(left) > 1 else "", *beside]:
+    generation = left[1] if len(left) > 1 else ""
+    if left != ["CURRENT", generation, "last_used", "statistics", "writer.lock"]:
         figures.problem("unsound", f"left behind: {left}")
 
 
