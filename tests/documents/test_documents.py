@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from documents.pages import DOCS, DOCUMENTS, ROOT, blocks
@@ -39,6 +40,28 @@ BEGINNINGS = {
     """,
 }
 
+# What holds after a page's code.
+ENDINGS = {
+    "hidden_states.md": """
+        import re
+        table = dict(re.findall(r"^\\| `(.*)` \\| (\\(.*\\)) \\|", page, re.MULTILINE))
+        for names, shape in table.items():
+            for name in names.split("`, `"):
+                assert str(HiddenStateView(reader, name).embedding_shape) == shape, name
+        assert {"cls`, `distillation", "frames", "valid"} <= table.keys()
+    """,
+    "mixed_batches.md": """
+        assert batch["mask"].all()
+        assert encoder.num_computed == len(["a:dog", "b:dog", "c:drum", "d:drum"]) + len(clips)
+        from lmdbcache import EmbeddingCache
+        assert EmbeddingCache("VEGAS.cache").coverage(config, clips.sample_ids).fraction == 1
+    """,
+    "report.md": """
+        assert report.is_sound
+        assert report.stores[0].num_looked_at == 20
+    """,
+}
+
 # These speak of a cache that an extraction has filled; the others make what they need.
 AFTER_AN_EXTRACTION = {
     "housekeeping.md",
@@ -60,6 +83,10 @@ for number, (language, code) in enumerate(json.loads(open("blocks.json").read())
 """
 
 
+def of_page(code: dict[str, str], page: Path) -> str:
+    return textwrap.dedent(code.get(page.name, ""))
+
+
 @pytest.mark.parametrize(
     "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
 )
@@ -67,9 +94,10 @@ def test_the_code_of_a_page_runs(page, reader_at_home, request):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
     if page.name in AFTER_AN_EXTRACTION:
         shutil.copytree(request.getfixturevalue("filled_cache"), "VEGAS.cache")
-    before = textwrap.dedent(BEGINNINGS.get(page.name, ""))
+    before = f"page = {page.read_text('utf-8')!r}\n" + of_page(BEGINNINGS, page)
+    after = of_page(ENDINGS, page)
     (reader_at_home / "blocks.json").write_text(
-        json.dumps([("python", before), *blocks(page, *RUN)])
+        json.dumps([("python", before), *blocks(page, *RUN), ("python", after)])
     )
     (reader_at_home / "page.py").write_text(RUNNER)
     done = subprocess.run(
