@@ -12,8 +12,8 @@ from storage.child_processes import open_database_files
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.storage import environment
 
-# multiprocessing keeps these for the next process that it starts.
-HELPERS = ("resource_tracker", "forkserver")
+# Kept for the next process that is started.
+HELPERS = ("resource_tracker", "forkserver", "command_server")
 
 
 def child_processes() -> set[str]:

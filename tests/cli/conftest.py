@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cli.command_server import CommandServer
 from extraction.clips import write_tones
 from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, EmbeddingCache
 
 
+@pytest.fixture(scope="session")
+def command_server():
+    """Where commands are forked from."""
+    server = CommandServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def cli(tmp_path):
-    """Run `lmdbcache …` in a new process; the root is this test's, if none is given."""
+def cli(tmp_path, tmp_path_factory, command_server):
+    """Run `lmdbcache …` in a process of its own; the root is this test's, if none is given."""
 
     def cli(*arguments, root=tmp_path / "cache", stdin="", **environment):
+        output = tmp_path_factory.mktemp("output") / "of"
         clean = {name: value for name, value in os.environ.items() if name != "LMDBCACHE_ROOT"}
         if root is not None:
             clean["LMDBCACHE_ROOT"] = str(root)
-        result = subprocess.run(
-            [sys.executable, "-m", "lmdbcache.cli.main", *map(str, arguments)],
-            check=False,
-            capture_output=True,
-            input=stdin.encode(),
-            env={**clean, "HF_HUB_OFFLINE": "1", **environment},
-            cwd=tmp_path,
-            timeout=120,
+        Path(f"{output}.0").write_bytes(stdin.encode())
+        code = command_server.run(
+            list(map(str, arguments)),
+            {**clean, "HF_HUB_OFFLINE": "1", **environment},
+            tmp_path,
+            output,
         )
-        result.stdout = result.stdout.decode("utf-8")
-        result.stderr = result.stderr.decode("utf-8")
-        return result
+        printed = (Path(f"{output}.{number}").read_bytes().decode("utf-8") for number in (1, 2))
+        return subprocess.CompletedProcess(arguments, code, *printed)
 
     return cli
 
