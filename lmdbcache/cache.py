@@ -76,19 +76,22 @@ class EmbeddingCache:
     def __contains__(self, config: CacheConfig) -> bool:
         return current_generation(self.path(config)) is not None
 
-    def reader(self, config: CacheConfig, *, verify: Verify = "never") -> EmbeddingReader:
+    def reader(
+        self, config: CacheConfig, *, verify: Verify = "never", counts_as_use: bool = True
+    ) -> EmbeddingReader:
         """A Mapping of the stored embeddings.
 
         Args:
             config: Identity of the store.
             verify: Whether values are compared with their checksums: see `EmbeddingReader`.
+            counts_as_use: Whether reading moves the store's time of last use and is counted.
 
         Raises:
             CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
         """
         if config not in self:
             raise CacheNotFoundError(str(self.explain(config)))
-        return EmbeddingReader(self.path(config), config, verify)
+        return EmbeddingReader(self.path(config), config, verify, counts_as_use=counts_as_use)
 
     def writer(
         self,
@@ -121,7 +124,11 @@ class EmbeddingCache:
         check_local_for_writing(folder)
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        if not folder.is_dir():
+            raise ReadOnlyCacheError(
+                f"{folder} is a file; a cache root is a folder: choose another"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
             raise ReadOnlyCacheError(
                 f"{folder} can't be written by this user. Check its permissions, or choose another "
                 f"cache root (--root, ${ROOT_VARIABLE})"
@@ -361,8 +368,10 @@ class EmbeddingCache:
     def _store_folders(self) -> Iterator[Path]:
         try:
             children = sorted(self.root.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return
+        except NotADirectoryError:
+            raise StorageError(f"{self.root} is a file; a cache root is a folder") from None
         except OSError as error:
             raise StorageError(
                 f"{self.root} can't be listed ({error.strerror}). Check its permissions, or choose "

@@ -150,7 +150,7 @@ def explain_sample(
     reason, text, failure = found.reason, found.text, None
     near: tuple[str, ...] = ()
     if found.is_stored:
-        with EmbeddingReader(path, found.config) as reader:
+        with EmbeddingReader(path, found.config, counts_as_use=False) as reader:
             if sample_id in reader:
                 text = f"{sample_id!r} is stored in {path.name}"
                 return Explanation("stored", text, found.config, sample_id)
@@ -192,7 +192,7 @@ def _failure_of(store: Path, sample_id: str) -> str | None:
 
 def _has(store: StoreInfo, sample_id: str) -> bool:
     try:
-        with EmbeddingReader(store.path) as reader:
+        with EmbeddingReader(store.path, counts_as_use=False) as reader:
             return sample_id in reader
     except (CacheError, OSError):
         return False

@@ -62,18 +62,25 @@ def ls_command(
         say(f"{found}; {cache.root}" if everything else f"nothing is stored under {cache.root}")
         return
     # Created and written are left out where they would only be cut off.
-    shown = _HEADINGS if is_wide(_WIDE) else _HEADINGS[:-3] + _HEADINGS[-1:]
+    left_out = set() if is_wide(_WIDE) else {"created", "written"}
+    if not any(store.config and store.config.dataset for store in stores):
+        left_out.add("dataset")
+    shown = [heading for heading in _HEADINGS if heading not in left_out]
     rows = [dict(zip(_HEADINGS, _row(store), strict=True)) for store in stores]
-    print_table(shown, [[row[name] for name in shown] for row in rows], num_text_columns=3)
+    print_table(
+        shown,
+        [[row[name] for name in shown] for row in rows],
+        num_text_columns=shown.index("Hz"),
+    )
     total = sum(store.size_bytes for store in stores)
     say(f"{counted(len(stores), 'store')}, {sizes(total)} under {cache.root}")
 
 
 _HEADINGS = (
-    *("fingerprint", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
+    *("fingerprint", "dataset", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
     *("created", "written", "read"),
 )
-_WIDE: int = 110
+_WIDE: int = 120
 _SORT_KEYS: dict[Order, Callable[[StoreInfo], float]] = {
     Order.SIZE: lambda store: store.size_bytes,
     Order.USED: lambda store: store.last_touched.timestamp() if store.last_touched else 0.0,
@@ -90,10 +97,12 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
     times = age(store.created), age(store.last_written), age(store.last_used)
     if store.config is None:
         name = store.path.name.rpartition("-")[2]
-        return name, "DAMAGED, see info", "", "", "", "", "", sizes(store.size_bytes), *times
+        state = "DAMAGED, see info" if store.is_damaged else "UNREADABLE, see info"
+        return name, "", state, "", "", "", "", "", sizes(store.size_bytes), *times
     config = store.config
     return (
         config.fingerprint,
+        config.dataset,
         config.model_name,
         config.output,
         config.sample_rate,
@@ -127,7 +136,7 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
 def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailure]) -> None:
     say(str(info.path))
     if info.damage:
-        say(f"damaged: {info.damage}")
+        say(f"{'damaged' if info.is_damaged else 'unreadable'}: {info.damage}")
         return
     facts = {
         **(info.config.to_dict() if info.config else {}),

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.datasets.base import AudioDataset, sample_id_of
-from lmdbcache.embedders.audio import load_waveform
+from lmdbcache.datasets.base import AudioDataset, sample_id_of, source_of
+from lmdbcache.embedders.audio import load_clip
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.embedders.base import clip_features
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
 from lmdbcache.failures import ClipFailure
 from lmdbcache.training.stored_embeddings import StoredEmbeddings
@@ -31,7 +33,8 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     - `embedding`, `(*embedding_shape)` in the stored dtype, where one is cached: nothing is
       decoded;
-    - else `waveform`, float32 `(num_samples,)`, or `features` with a front end;
+    - else `waveform`, float32 `(num_samples,)`, or `features` with a front end, and `num_valid`,
+      int64: how many samples of the waveform came from the clip, the rest is padding;
     - or `failure`, a `ClipFailure`, for a clip that can't be decoded (`on_decode_error="skip"`).
 
     Batches of both kinds are made by `collate_mixed` and completed by `CachedEncoder.complete`.
@@ -39,10 +42,11 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
     `num_workers` and start method.
 
     Args:
-        dataset: The clips.
+        dataset: The clips: files, or whatever else their `audio_source` opens.
         cache: The cache, or its root; nothing needs to be stored yet.
         config: Identity of the embeddings; clips are decoded with its sample rate and duration.
-        front_end: Waveform → features, computed where the clip is decoded.
+        front_end: Waveform → features, computed where the clip is decoded; for a model known by
+            its name or folder, `encoder.front_end`.
         on_decode_error: For a clip that gives no usable waveform: `"raise"`, or `"skip"` leaves it
             out of its batch, with the reason in the batch's `failures`. It is never cached.
 
@@ -109,16 +113,21 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return item
 
     def _decoded(self, index: int) -> dict[str, Any]:
-        path = self.dataset.samples[index]["audio_path"]
+        source, rate = source_of(self.dataset.samples[index]), self.config.sample_rate
         try:
-            waveform = load_waveform(path, self.config.sample_rate, self.config.duration)
+            waveform, num_valid = load_clip(source, rate, self.config.duration)
+            if self.front_end is None:
+                found = {"waveform": torch.from_numpy(waveform)}
+            else:
+                features = clip_features(
+                    self.front_end, waveform, num_valid, sample_rate=rate, name=shown(source)
+                )
+                found = {"features": torch.as_tensor(features)}
         except AudioDecodeError as error:
             if self.on_decode_error == "raise":
                 raise
-            return {"failure": ClipFailure(self.sample_ids[index], os.fspath(path), str(error))}
-        if self.front_end is None:
-            return {"waveform": torch.from_numpy(waveform)}
-        return {"features": torch.as_tensor(self.front_end(waveform))}
+            return {"failure": ClipFailure(self.sample_ids[index], str(source), str(error))}
+        return {**found, "num_valid": torch.tensor(num_valid, dtype=torch.long)}
 
 
 class _Items(list[dict[str, Any]]):
@@ -131,7 +140,7 @@ class _Item(dict[str, Any]):
     """An item that says what to do where torch's default collate looks for what it hasn't."""
 
     def __missing__(self, key: str) -> Any:
-        if key not in ("embedding", "waveform", "features"):
+        if key not in ("embedding", "waveform", "features", "num_valid"):
             raise KeyError(key)
         raise SampleNotFoundError(
             f"{super().__getitem__('sample_id')} has no {key!r} but {', '.join(self)}: some "
@@ -154,6 +163,7 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         - `embeddings`: `(hits, *embedding_shape)` of these, in order, if there are any;
         - `waveforms`: float32 `(misses, num_samples)`, or `features`, of the others, in order, if
           there are any;
+        - `num_valid`: int64 `(misses,)`, how many samples of each waveform came from the clip;
         - `failures`: list of `ClipFailure`: clips that were left out.
     """
     fetched = items.embeddings if isinstance(items, _Items) else None
@@ -169,6 +179,7 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         ("embeddings", "embedding"),
         ("waveforms", "waveform"),
         ("features", "features"),
+        ("num_valid", "num_valid"),
     ):
         rows = [item[key] for item in usable if key in item]
         if rows:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from lmdbcache.embedders.audio import load_waveform
+from lmdbcache.embedders.audio import load_clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
@@ -44,11 +44,15 @@ class DeferredAudio:
         Raises:
             AudioDecodeError: The file gives no usable waveform.
         """
-        samples = load_waveform(self.path, self.sample_rate, self.duration)
+        return self.decode()[0]
+
+    def decode(self) -> tuple[torch.Tensor, int | None]:
+        """The same, and how many samples of it aren't padding; None if a transform changed it."""
+        samples, num_valid = load_clip(self.path, self.sample_rate, self.duration)
         waveform = torch.from_numpy(samples).unsqueeze(0)
-        if self.transform is not None:
-            waveform = self.transform(waveform)
-        return waveform.squeeze(0)
+        if self.transform is None:
+            return waveform.squeeze(0), num_valid
+        return self.transform(waveform).squeeze(0), None
 
     def can_travel(self) -> bool:
         """Whether the promise can be sent to another process, there to be kept."""

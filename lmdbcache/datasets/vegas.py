@@ -51,7 +51,9 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
     splits; what is loaded into it is shared with them.
 
     An item is a dict with `label`, names, ids and metadata; `audio` with `load_audio`; `audio_emb`
-    where an embedding is cached. In that case `audio` is decoded when it is first read.
+    where an embedding is cached. In that case `audio` is decoded when it is first read; in the
+    other `audio_num_valid` (int64) says how many samples of it the file gave, unless
+    `transform_audio` changed them.
 
     Args:
         root_dir: Folder that holds one folder per class.
@@ -207,7 +209,12 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         embedding = self._embedding_of(sample)
         if self.load_audio:
             waveform = self._deferred_audio(sample["audio_path"])
-            item["audio"] = waveform() if embedding is None else waveform
+            if embedding is None:
+                item["audio"], num_valid = waveform.decode()
+                if num_valid is not None:
+                    item["audio_num_valid"] = torch.tensor(num_valid, dtype=torch.long)
+            else:
+                item["audio"] = waveform
         if self.load_image and sample["image_path"] is not None:
             item["image"] = self.read_image(sample["image_path"])
         if self.load_video:

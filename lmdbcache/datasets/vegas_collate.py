@@ -42,6 +42,8 @@ def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
         - `labels`: int64 (batch,);
         - `audio`: (batch, num_samples), if every item has it. While it holds clips whose embedding
           was cached, it is decoded on first access;
+        - `audio_num_valid`: int64 (misses,), samples of `audio` that aren't padding, of the items
+          without a cached embedding;
         - `audio_emb`: (hits, *embedding_shape) of the items that have one, in their order, and
           `audio_emb_mask`: bool (batch,), which items those are. Where all have one, `audio_emb`
           is (batch, *embedding_shape);
@@ -54,6 +56,10 @@ def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
     output = LazyDict(labels=torch.stack([item["label"] for item in batch]))
     if all("audio" in item for item in batch):
         output["audio"] = _stack_audio(batch)
+        if any("audio_num_valid" in item for item in batch):
+            output["audio_num_valid"] = torch.stack(
+                [item["audio_num_valid"] for item in batch if "audio_num_valid" in item]
+            )
     for key in ("image", "audio_emb"):
         if any(key in item for item in batch):
             output[key] = torch.stack([item[key] for item in batch if key in item])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["decode", "fit", "is_digital_silence", "load_waveform"]
+__all__ = ["decode", "fit", "is_digital_silence", "load_clip", "load_waveform"]
 
 # What is read beyond the duration, so that the last samples are resampled with their right
 # neighbours: 50 ms, and more for low rates, whose filter is as many samples but more time.
@@ -112,7 +112,28 @@ def load_waveform(
         AudioDecodeError: The file gives no usable waveform.
         MissingDependencyError: soundfile or soxr isn't installed.
     """
-    return fit(decode(path, sample_rate, duration), round(sample_rate * duration))
+    return load_clip(path, sample_rate, duration)[0]
+
+
+def load_clip(
+    path: str | os.PathLike[str] | AudioSource, sample_rate: int, duration: float
+) -> tuple[NDArray[np.float32], int]:
+    """The same, and how many samples of it came from the file: the rest is padding.
+
+    Args:
+        path: An audio file, as for `decode`.
+        sample_rate: Sample rate of the result, in Hz.
+        duration: Length of the result, in seconds.
+
+    Returns:
+        float32 array (round(sample_rate * duration),), and `num_valid`, at least 1.
+
+    Raises:
+        AudioDecodeError: The file gives no usable waveform.
+        MissingDependencyError: soundfile or soxr isn't installed.
+    """
+    waveform = decode(path, sample_rate, duration)
+    return fit(waveform, round(sample_rate * duration)), len(waveform)
 
 
 def is_digital_silence(waveform: NDArray[np.float32]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from lmdbcache.errors import ConfigError
+from lmdbcache.errors import AudioDecodeError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ __all__ = [
     "FrontEnd",
     "check_num_samples",
     "check_waveform",
+    "clip_features",
     "compute_features",
 ]
 
@@ -175,4 +176,31 @@ def compute_features(
         features = front_end(waveform, num_valid=num_valid)
     else:
         features = front_end(waveform)
+    return features
+
+
+def clip_features(
+    front_end: Any, waveform: NDArray[np.float32], num_valid: int, *, sample_rate: int, name: str
+) -> NDArray[np.float32]:
+    """The features of a clip, by the rules of the extraction.
+
+    Args:
+        front_end: A `FrontEnd`, or a function of the waveform.
+        waveform: float32 array (num_samples,), padded at its end.
+        num_valid: How many samples of it aren't padding.
+        sample_rate: Of the waveform, in Hz.
+        name: What to call the clip in a message.
+
+    Raises:
+        AudioDecodeError: The clip is too short for the front end, or its features hold NaN or Inf.
+    """
+    shortest = max(1, getattr(front_end, "min_samples", 1))
+    if num_valid < shortest:
+        raise AudioDecodeError(
+            f"{name}: too short: {num_valid} samples at {sample_rate} Hz; the front end needs "
+            f"{shortest}"
+        )
+    features = compute_features(front_end, waveform, num_valid)
+    if not np.isfinite(np.asarray(features)).all():
+        raise AudioDecodeError(f"{name}: its features hold NaN or Inf")
     return features

@@ -25,6 +25,7 @@ __all__ = [
     "fetch_checkpoint",
     "fetch_settings",
     "find_checkpoint",
+    "folder_provenance",
     "identify",
     "model_identity",
     "settings_folder",
@@ -211,6 +212,12 @@ def fetch_settings(checkpoint: Checkpoint) -> Path:
     if folder is None:
         raise _unusable(checkpoint.location)
     return folder
+
+
+def folder_provenance(model: str | os.PathLike[str]) -> dict[str, str]:
+    """For a store's provenance: where a model's folder lies, so that an audit finds it again."""
+    folder = Path(model).expanduser()
+    return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:

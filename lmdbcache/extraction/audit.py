@@ -153,7 +153,9 @@ def audit(  # noqa: PLR0913
     if num_samples < 1:
         raise ConfigError(f"num_samples: {num_samples}; it must be 1 or more")
     limit = tolerance_for(config) if tolerance is None else tolerance
-    with cache.reader(config) as reader:
+    if not limit >= 0:
+        raise ConfigError(f"tolerance: {limit}; it must be 0 or more")
+    with cache.reader(config, counts_as_use=False) as reader:
         paths, skipped = _pick(reader, num_samples, seed, clips or {}, data_dir)
         if not paths:
             return AuditReport(reader.path, limit, skipped=skipped)

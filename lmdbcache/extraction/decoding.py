@@ -17,9 +17,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from lmdbcache.embedders.audio import decode, fit, is_digital_silence
+from lmdbcache.embedders.audio import is_digital_silence, load_clip
 from lmdbcache.embedders.audio_source import AudioSource, shown
-from lmdbcache.embedders.base import FrontEnd, compute_features
+from lmdbcache.embedders.base import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.failures import ClipFailure
 from lmdbcache.sources.files import Source, source_of
@@ -112,16 +112,14 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         return batch
 
     def _features(self, clip: Clip, batch: FeatureBatch) -> Any:
-        waveform = decode(clip.source, self.sample_rate, self.duration)
-        if len(waveform) < self.front_end.min_samples:
-            raise AudioDecodeError(
-                f"{shown(clip.source)}: too short: {len(waveform)} samples at {self.sample_rate} "
-                f"Hz; the front end needs {self.front_end.min_samples}"
-            )
-        fitted = fit(waveform, round(self.sample_rate * self.duration))
-        features = compute_features(self.front_end, fitted, len(waveform))
-        if not np.isfinite(features).all():
-            raise AudioDecodeError(f"{shown(clip.source)}: its features hold NaN or Inf")
+        waveform, num_valid = load_clip(clip.source, self.sample_rate, self.duration)
+        features = clip_features(
+            self.front_end,
+            waveform,
+            num_valid,
+            sample_rate=self.sample_rate,
+            name=shown(clip.source),
+        )
         if is_digital_silence(waveform):
             batch.silent.append(clip.sample_id)
         return features

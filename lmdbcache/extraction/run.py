@@ -15,6 +15,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_source import AudioSource, as_source
 from lmdbcache.embedders.base import Embedder, FrontEnd
+from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
     CacheError,
     DatasetError,
@@ -130,7 +131,7 @@ class Run:
         """Shape of the store's embeddings; None if there are none yet."""
         if self.config not in self.cache:
             return None
-        with self.cache.reader(self.config) as reader:
+        with self.cache.reader(self.config, counts_as_use=False) as reader:
             shape = reader.embedding_shape
         return None if shape is None or None in shape else tuple(size or 0 for size in shape)
 
@@ -260,7 +261,7 @@ class Run:
     ) -> EmbeddingWriter:
         return self.cache.writer(
             self.config,
-            provenance={**_checkpoint(self.model), **features, **embedder.provenance()},
+            provenance={**folder_provenance(self.model), **features, **embedder.provenance()},
             dataset_root=self.dataset_root,
             on_duplicate="overwrite" if self.changed else "skip",
             commit_seconds=commit_seconds,
@@ -321,12 +322,6 @@ class Run:
             built_model=self.built_model,
             num_suspects=self.num_suspects,
         )
-
-
-def _checkpoint(model: str) -> dict[str, str]:
-    """Where a model's folder lies, so that an audit finds it again."""
-    folder = Path(model).expanduser()
-    return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
 
 
 @contextmanager

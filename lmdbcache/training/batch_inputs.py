@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio import fit
+from lmdbcache.embedders.base import clip_features
 from lmdbcache.errors import ConfigError
 
 __all__ = ["check_precision", "features_of", "select_inputs", "stacked"]
@@ -71,16 +75,87 @@ def check_precision(inputs: Any) -> None:
         )
 
 
-def features_of(waveforms: Any, front_end: Callable[[Any], Any]) -> torch.Tensor:
-    """The features of some waveforms, `(n, ...)`.
+def features_of(
+    waveforms: Any,
+    front_end: Callable[..., Any],
+    config: CacheConfig,
+    sample_ids: Sequence[str],
+    num_valid: Any = None,
+) -> torch.Tensor:
+    """The features of some waveforms, `(n, ...)`, as an extraction computes them.
 
     Args:
-        waveforms: Tensor or array `(n, num_samples)`, or a list of n.
+        waveforms: A list of n, each `(num_samples,)` or shorter; or a tensor or array of them.
         front_end: One float32 array `(num_samples,)` → its features.
+        config: Sample rate and duration.
+        sample_ids: Of these waveforms.
+        num_valid: How many samples of each aren't padding, `(n,)`; None: all of them.
+
+    Raises:
+        ConfigError: A waveform is longer than the duration, or isn't of floats; or nobody can tell
+            what of it is padding.
+        AudioDecodeError: One is too short for the front end, or its features hold NaN or Inf.
     """
-    rows = [one.detach().cpu() if isinstance(one, torch.Tensor) else one for one in waveforms]
-    features: torch.Tensor = stacked([front_end(np.asarray(row, dtype=np.float32)) for row in rows])
-    return features
+    rows = [_as_row(one) for one in waveforms]
+    needs_num_valid = getattr(front_end, "takes_num_valid", False)
+    if num_valid is not None:
+        valid = _counts(num_valid)
+    else:
+        valid = [row.shape[-1] if row.ndim else 0 for row in rows]
+        is_table = isinstance(waveforms, (torch.Tensor, np.ndarray))
+        if needs_num_valid and is_table and valid and valid[0] < config.num_samples:
+            raise ConfigError(
+                f"num_valid: a batch of {valid[0]} samples, the config says {config.num_samples}: "
+                "its rows may be padded to the longest of them, and this front end needs to know. "
+                "Give num_valid= (samples of each that aren't padding), or a list of waveforms"
+            )
+    features = []
+    for row, count, name in zip(rows, valid, sample_ids, strict=True):
+        # A front end of your own may take something else than waveforms.
+        waveform = row
+        if row.ndim == 1:
+            _check_lengths(name, row, count, config)
+            waveform = fit(row[:count], config.num_samples)
+        features.append(
+            clip_features(front_end, waveform, count, sample_rate=config.sample_rate, name=name)
+        )
+    table: torch.Tensor = stacked(features)
+    return table
+
+
+def _as_row(waveform: Any) -> npt.NDArray[np.float32]:
+    if isinstance(waveform, torch.Tensor) and waveform.is_floating_point():
+        waveform = waveform.detach().to("cpu", torch.float32)
+    row = np.asarray(waveform)
+    if row.dtype.kind != "f":
+        raise ConfigError(
+            f"inputs: waveforms of {row.dtype}; the front end takes float32 in -1 .. 1, as "
+            "load_waveform gives it"
+        )
+    return row.astype(np.float32, copy=False)
+
+
+def _counts(num_valid: Any) -> list[int]:
+    counts = torch.as_tensor(num_valid).tolist()
+    if not isinstance(counts, list) or any(type(count) is not int for count in counts):
+        raise ConfigError(
+            "num_valid: expected one whole number for each sample, how many samples of its "
+            "waveform aren't padding"
+        )
+    return counts
+
+
+def _check_lengths(
+    name: str, row: npt.NDArray[np.float32], num_valid: int, config: CacheConfig
+) -> None:
+    if len(row) > config.num_samples:
+        raise ConfigError(
+            f"duration: {name} is a waveform of {len(row)} samples, the config says "
+            f"{config.num_samples} ({config.duration} s at {config.sample_rate} Hz); resample and "
+            "cut it to the config's values, as load_waveform does"
+        )
+    if not 0 <= num_valid <= len(row):
+        raise ConfigError(f"num_valid: {num_valid} for {name}, a waveform of {len(row)} samples")
 
 
 def stacked(inputs: Any) -> Any:

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -46,6 +47,16 @@ def _left_out_of_graphs(function: _Function) -> _Function:
     return called  # type: ignore[return-value]
 
 
+@dataclass
+class _Inputs:
+    """What was given for a whole batch."""
+
+    positional: Sequence[Any]
+    named: Mapping[str, Any]
+    num_valid: Any
+    are_features: bool = False
+
+
 class CachedEncoder(torch.nn.Module):
     """Takes a frozen encoder's place in a training script and answers from the cache.
 
@@ -64,17 +75,20 @@ class CachedEncoder(torch.nn.Module):
     take turns. Pickles and copies as its settings and its model; what isn't committed stays here.
 
     Args:
-        model: The frozen encoder: a module in eval mode without grad, an `Embedder`, or a function
-            of the inputs. Or a function without arguments that builds one of these, called at the
-            first miss.
+        model: The frozen encoder: a Hub name, a checkpoint folder or an `AudioModel` (such as
+            `ModuleEmbedder`), looked up and loaded at the first miss; a module in eval mode without
+            grad, an `Embedder`, or a function of the inputs; or a function without arguments that
+            builds one of these, called at the first miss.
         cache: The cache, or its root.
         config: Identity of the embeddings.
-        front_end: Waveform → features, for each missing sample's first input.
+        front_end: Waveform → features, for each missing sample's first input; None takes that of
+            a model known by its name.
         select_output: Takes the embeddings from what the model returns; None takes a tensor as it
             is, else the attribute or item named `config.output`.
         provenance: Kept in the store's metadata. A `weights_digest` here is believed; else an
             embedder tells its own, and a module's is taken over its state_dict.
-        device: Where embeddings are returned; None: where the module is, else the CPU.
+        device: Where the model runs and embeddings are returned; None: returned where the module
+            is, else on the CPU, and a model known by its name runs on a CUDA GPU if there is one.
         commit_seconds: Commit at least this often, while it is used.
 
     Attributes:
@@ -103,7 +117,7 @@ class CachedEncoder(torch.nn.Module):
         if not isinstance(cache, EmbeddingCache):
             cache = EmbeddingCache(Path(cache))
         self.config = config
-        self.front_end = front_end
+        self._front_end = front_end
         self.num_hits = 0
         self.num_computed = 0
         self._frozen = FrozenModel(model, config, select_output)
@@ -113,14 +127,38 @@ class CachedEncoder(torch.nn.Module):
         # Not a buffer: `state_dict` and DDP's broadcasts shall not see it.
         self._like = torch.empty(0, device=self._frozen.device or "cpu")
         if device is not None:
+            self._frozen.move(torch.device(device))
             self.to(device)
         if self._frozen.is_built:
             self._check_provenance()
 
+    @property
+    def front_end(self) -> Callable[..., Any] | None:
+        """Waveform → features; that of a model known by its name is built now.
+
+        Raises:
+            ModelLoadError: There is no such model.
+        """
+        if self._front_end is None and self._frozen.by_name is not None:
+            return self._frozen.by_name.front_end
+        return self._front_end
+
     # ---- the module
 
-    def forward(self, *inputs: Any, sample_ids: Iterable[str], **named_inputs: Any) -> torch.Tensor:
+    def forward(
+        self,
+        *inputs: Any,
+        sample_ids: Iterable[str],
+        num_valid: Any = None,
+        **named_inputs: Any,
+    ) -> torch.Tensor:
         """The embeddings of a batch.
+
+        With a front end the first input is waveforms, cut to no more than the config's duration.
+        Shorter ones are padded here. Some front ends (of models with an attention mask, of CLAP)
+        treat a clip and the padding after it differently: give these a list of waveforms as they
+        are, or padded ones and `num_valid`. A waveform of full length without it counts as a clip
+        that fills the duration.
 
         Args:
             inputs: What the model takes, for the whole batch: tensors or arrays `(batch, ...)`;
@@ -128,6 +166,8 @@ class CachedEncoder(torch.nn.Module):
                 list may hold functions without arguments instead, and a whole input may be a
                 function of the sample ids that are missing.
             sample_ids: One for each sample, `file_id:class`; repeats are computed once.
+            num_valid: How many samples of each waveform aren't padding, `(batch,)`; None: all.
+                Without effect where there is no front end.
             named_inputs: Further inputs by name; what isn't a tensor, array, list or function is
                 handed to the model as it is.
 
@@ -139,12 +179,15 @@ class CachedEncoder(torch.nn.Module):
             InvalidEmbeddingError: The model gave NaN, Inf or another shape for samples that are
                 named; the others are kept.
             InvalidSampleIdError: A sample id can't be stored.
-            ConfigError: Not as many inputs as samples, or inputs in half precision where the config
-                says float32.
+            ConfigError: Not as many inputs as samples, inputs in half precision where the config
+                says float32, or waveforms that don't fit the config.
+            AudioDecodeError: A waveform is too short for the front end.
+            ModelLoadError: The model can't be found or loaded.
             ProvenanceMismatchError: The store was filled with other weights.
             CacheFullError: No room for a commit; what was computed is kept in memory.
         """
-        return self._answer(list(sample_ids), inputs, named_inputs, are_features=False)
+        given = _Inputs(inputs, named_inputs, num_valid)
+        return self._answer(list(sample_ids), given)
 
     def complete(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The embeddings of a mixed batch: the misses are computed in one forward pass.
@@ -166,7 +209,8 @@ class CachedEncoder(torch.nn.Module):
             return mixed.embeddings.detach().to(self._like)
         if missing:
             self._check_inputs(mixed)
-        computed = self._answer(missing, (mixed.inputs,), {}, are_features=mixed.are_features)
+        given = _Inputs((mixed.inputs,), {}, mixed.num_valid, mixed.are_features)
+        computed = self._answer(missing, given)
         self.num_hits += len(mixed.sample_ids) - len(missing)
         return mixed.completed(computed)
 
@@ -255,44 +299,24 @@ class CachedEncoder(torch.nn.Module):
     # ---- hits and misses
 
     @_left_out_of_graphs
-    def _answer(
-        self,
-        sample_ids: list[str],
-        inputs: Sequence[Any],
-        named: Mapping[str, Any],
-        *,
-        are_features: bool,
-    ) -> torch.Tensor:
+    def _answer(self, sample_ids: list[str], inputs: _Inputs) -> torch.Tensor:
         with self._write_back.lock:
             found = self._write_back.find(sample_ids)
             missing = found.missing
             computed = {}
             if missing:
-                computed = self._compute(sample_ids, missing, inputs, named, are_features)
+                computed = self._compute(sample_ids, missing, inputs)
         self.num_hits += len(sample_ids) - len(missing)
         return as_tensor(found.completed(computed)).to(self._like)
 
     def _compute(
-        self,
-        sample_ids: list[str],
-        missing: list[int],
-        inputs: Sequence[Any],
-        named: Mapping[str, Any],
-        are_features: bool,  # noqa: FBT001
+        self, sample_ids: list[str], missing: list[int], inputs: _Inputs
     ) -> dict[int, npt.NDArray[Any]]:
         """Compute, store, and give by position what is missing."""
         names = [canonical_sample_id(sample_ids[position]) for position in missing]
         position_of = dict(zip(names, missing, strict=True))  # any one of a repeated sample
         wanted, positions = list(position_of), list(position_of.values())
-        chosen = [select_inputs(i, positions, wanted, len(sample_ids)) for i in inputs]
-        further = {
-            key: stacked(select_inputs(value, positions, wanted, len(sample_ids)))
-            for key, value in named.items()
-        }
-        if self.config.compute_dtype == "float32":
-            check_precision([*chosen, *further.values()])
-        if self.front_end is not None and chosen and not are_features:
-            chosen[0] = features_of(chosen[0], self.front_end)
+        chosen, further = self._chosen(inputs, positions, wanted, len(sample_ids))
         self._frozen.build()
         self._check_provenance()
         self._write_back.open_writer(self._provenance())
@@ -300,6 +324,23 @@ class CachedEncoder(torch.nn.Module):
         self.num_computed += len(wanted)
         rows = self._store(wanted, embeddings)
         return {position: rows[name] for position, name in zip(missing, names, strict=True)}
+
+    def _chosen(
+        self, inputs: _Inputs, positions: list[int], wanted: list[str], batch_size: int
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """What the model takes for the samples that are wanted."""
+        select = functools.partial(
+            select_inputs, positions=positions, sample_ids=wanted, batch_size=batch_size
+        )
+        chosen = [select(one) for one in inputs.positional]
+        further = {name: stacked(select(one)) for name, one in inputs.named.items()}
+        if self.config.compute_dtype == "float32":
+            check_precision([*chosen, *further.values()])
+        front_end = self.front_end
+        if front_end is not None and chosen and not inputs.are_features:
+            num_valid = None if inputs.num_valid is None else select(inputs.num_valid)
+            chosen[0] = features_of(chosen[0], front_end, self.config, wanted, num_valid)
+        return chosen, further
 
     def _store(self, names: list[str], embeddings: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
         dtype = self.config.dtype

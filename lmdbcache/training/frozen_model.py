@@ -13,6 +13,7 @@ import xxhash
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError
+from lmdbcache.training.model_by_name import ModelByName
 
 __all__ = ["FrozenModel", "state_digest"]
 
@@ -35,11 +36,16 @@ class FrozenModel:
         self._config = config
         self._select_output = select_output
         self._device: torch.device | None = None
-        self._factory: Any = model if _is_factory(model) else None
+        self.by_name: Final = ModelByName(model, config) if ModelByName.is_one(model) else None
+        self._factory: Any = model if self.by_name is None and _is_factory(model) else None
         self._model: Any = None
-        if self._factory is None:
+        if self._factory is None and self.by_name is None:
             _check_frozen(model)
             self._take(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Where a name is known, the weights needn't travel.
+        return self.__dict__ if self.by_name is None else {**self.__dict__, "_model": None}
 
     @property
     def is_built(self) -> bool:
@@ -55,8 +61,10 @@ class FrozenModel:
         return tensors[0].device if tensors else None
 
     def move(self, device: torch.device) -> None:
-        """Move the model, or have it moved when it is built. An embedder has its own device."""
+        """Move the model, or have it built there. An embedder that was given has its own device."""
         self._device = device
+        if self.by_name is not None:
+            self._model = None  # and built there at the next miss
         if isinstance(self._model, torch.nn.Module):
             self._model.to(device)
 
@@ -66,6 +74,11 @@ class FrozenModel:
         Raises:
             ConfigError: It is being trained, or doesn't fit the config.
         """
+        if self.by_name is not None:
+            self.by_name.check_frozen()
+            if self._model is None:
+                self._model = self.by_name.make_embedder(self._device)
+            return
         if self._model is None:
             model = self._factory()
             if isinstance(model, torch.nn.Module):
@@ -96,7 +109,8 @@ class FrozenModel:
     def provenance(self) -> dict[str, str]:
         """What is known of the weights: an embedder's own words, a module's digest."""
         if _is_embedder(self._model):
-            return dict(self._model.provenance())
+            folder = {} if self.by_name is None else self.by_name.provenance()
+            return {**folder, **self._model.provenance()}
         if isinstance(self._model, torch.nn.Module):
             return {"weights_digest": state_digest(self._model)}
         return {}
@@ -175,7 +189,10 @@ _AMBIGUOUS: Final = (
 def _is_embedder(model: Any) -> bool:
     """Whether it follows `lmdbcache.embedders.Embedder`; a module may have a layer called embed."""
     asked = ("embed", "embedding_shape", "provenance")
-    return not inspect.isclass(model) and all(hasattr(model, name) for name in asked)
+    # Of the class first: an embedder may have to run to tell its shape.
+    return not inspect.isclass(model) and all(
+        hasattr(type(model), name) or hasattr(model, name) for name in asked
+    )
 
 
 def _is_factory(model: Any) -> bool:

@@ -1,7 +1,7 @@
 """Batches of which a part is cached: embeddings of the hits, inputs of the misses.
 
-Two conventions: that of `collate_mixed` (`mask`, `embeddings`, `waveforms` or `features`) and that
-of VEGAS (`audio_emb`, `audio_emb_mask`, `audio`).
+Two conventions: that of `collate_mixed` (`mask`, `embeddings`, `waveforms` with `num_valid`, or
+`features`) and that of VEGAS (`audio_emb`, `audio_emb_mask`, `audio` with `audio_num_valid`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class MixedBatch:
         embeddings: `(hits, *embedding_shape)`, or None.
         inputs: Of the misses, in order: a tensor or a list of tensors; None if it has none.
         are_features: Whether these have been through the front end.
+        num_valid: `(misses,)` int64, how many samples of each waveform aren't padding; None if
+            the batch doesn't tell.
     """
 
     sample_ids: list[str]
@@ -35,6 +37,7 @@ class MixedBatch:
     embeddings: torch.Tensor | None
     inputs: Any
     are_features: bool
+    num_valid: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> MixedBatch:
@@ -51,6 +54,7 @@ class MixedBatch:
                 embeddings=batch.get("embeddings"),
                 inputs=batch.get(name),
                 are_features=name == "features",
+                num_valid=batch.get("num_valid"),
             )
         if "file_id" in batch and "class_name" in batch:
             return _of_vegas(batch)
@@ -89,4 +93,11 @@ def _of_vegas(batch: Mapping[str, Any]) -> MixedBatch:
         waveforms = peek("audio")
         rows = getattr(waveforms, "parts", waveforms)
         inputs = [rows[position] for position in torch.nonzero(~mask).flatten().tolist()]
-    return MixedBatch(sample_ids, mask, batch.get("audio_emb"), inputs, are_features=False)
+    return MixedBatch(
+        sample_ids,
+        mask,
+        batch.get("audio_emb"),
+        inputs,
+        are_features=False,
+        num_valid=batch.get("audio_num_valid"),
+    )

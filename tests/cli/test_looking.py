@@ -29,7 +29,15 @@ def test_ls(cli, cache, configs):
     assert len(lines) == 5
     for config in configs:
         (line,) = [line for line in lines if line.startswith(config.fingerprint)]
-        assert line.split()[1:7] == ["mine", config.output, "16000", "1", config.dtype, "6"]
+        assert line.split()[1:8] == [
+            "vegas",
+            "mine",
+            config.output,
+            "16000",
+            "1",
+            config.dtype,
+            "6",
+        ]
     assert lines[-1].startswith("3 stores, ")
     assert str(cache.root) in lines[-1]
 
@@ -250,3 +258,21 @@ def test_pipe_that_is_closed(cache, configs):
     )
     assert result.stdout == b"[\n"
     assert b"Traceback" not in result.stderr
+
+
+def test_a_root_that_is_a_file(cli, data, ast_folder, tmp_path):
+    """Looking and extracting say that it is a file, not that nothing is stored."""
+    (tmp_path / "file").write_text("x")
+    for command in (["ls"], ["extract", data, "--model", ast_folder]):
+        result = cli(*command, root=tmp_path / "file")
+        assert result.returncode == 1
+        assert "is a file" in result.stderr.splitlines()[-1]
+
+
+def test_the_dataset_tells_stores_apart(cli, cache, configs):
+    """`ls` has a column for it where one has a name."""
+    with cache.writer(configs[0].replace(dataset="esc50")) as writer:
+        writer.put("a:b", [1.0])
+    lines = cli("ls").stdout.splitlines()
+    assert lines[0].split()[:3] == ["fingerprint", "dataset", "model"]
+    assert [line.split()[1] for line in lines[1:5]].count("esc50") == 1

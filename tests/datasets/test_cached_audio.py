@@ -6,7 +6,9 @@ import pickle
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from embedders.small_folders import folder_of
 from small_ast import save_small_ast
 from torch.utils.data import DataLoader
 from training.encoders import CountingEncoder
@@ -15,13 +17,17 @@ from lmdbcache import (
     CacheConfig,
     CachedAudioDataset,
     CachedEncoder,
+    EmbeddingCache,
     TensorMapping,
     VEGASDataset,
     collate_mixed,
+    config_for,
+    extract,
 )
 from lmdbcache.datasets import cached_audio
-from lmdbcache.datasets.base import AudioDataset
+from lmdbcache.datasets.base import AudioDataset, source_of
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_waveform
+from lmdbcache.embedders.audio import load_clip
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
 from lmdbcache.failures import ClipFailure
 
@@ -76,9 +82,7 @@ def test_items(clips, cache, dataset, monkeypatch):
     assert isinstance(clips, AudioDataset)
     store(cache, clips, [2])
     decoded = []
-    monkeypatch.setattr(
-        cached_audio, "load_waveform", lambda *a: decoded.append(a) or load_waveform(*a)
-    )
+    monkeypatch.setattr(cached_audio, "load_clip", lambda *a: decoded.append(a) or load_clip(*a))
     hit, miss = dataset[2], dataset[-1]
     assert set(hit) == {"sample_id", "label", "embedding"}
     assert len(decoded) == 1
@@ -264,3 +268,125 @@ def test_vegas_batches_without_audio(root, cache, encoder):
         assert np.array_equal(hits.numpy(), reader.get_batch(dataset.sample_ids[:6]))
     with pytest.raises(ConfigError, match="load_audio=True"):
         encoder.complete(collate([dataset[n] for n in range(5, 8)]))
+
+
+# ---- what isn't padding
+
+
+def masked_folder():
+    """A model that treats a clip and its padding differently."""
+    return folder_of("wav2vec2-masked")
+
+
+@pytest.mark.parametrize("duration", [0.5, 1.5])
+def test_num_valid(clips, cache, duration):
+    """Misses say how many of their samples came from the clip; hits have none to tell of."""
+    config = OWN.replace(duration=duration)
+    dataset = CachedAudioDataset(clips, cache, config, front_end=None)
+    expected = min(16000, config.num_samples)
+    assert dataset[0]["num_valid"].dtype == torch.int64
+    batch = next(iter(batches_of(dataset, 3)))
+    assert batch["num_valid"].tolist() == [expected] * 3
+    assert next(iter(DataLoader(dataset, 3)))["num_valid"].tolist() == [expected] * 3
+    with cache.writer(config) as writer:
+        writer.put(clips.sample_ids[1], np.ones(6, np.float32))
+    batch = next(iter(batches_of(dataset, 3, num_workers=1)))
+    assert len(batch["num_valid"]) == len(batch["waveforms"]) == 2
+    assert "num_valid" not in dataset[1]
+    dataset.close()
+
+
+def test_a_clip_too_short_for_the_front_end(clips, cache):
+    """With the front end in the data set it is left out, as extraction leaves it out."""
+    path = clips.samples[1]["audio_path"]
+    soundfile.write(path, np.ones(300, np.float32) / 2, 16000)
+    config = config_for(masked_folder(), duration=0.5, dataset="vegas")
+    with CachedEncoder(masked_folder(), cache, config) as encoder:
+        dataset = CachedAudioDataset(
+            clips, cache, config, front_end=encoder.front_end, on_decode_error="skip"
+        )
+        batch = next(iter(batches_of(dataset, 3, num_workers=1)))
+        assert [failure.sample_id for failure in batch["failures"]] == [clips.sample_ids[1]]
+        assert "too short: 300 samples" in batch["failures"][0].reason
+        assert encoder.complete(batch).shape == (2, 32)
+        plain = CachedAudioDataset(clips, cache, config)
+        encoder.flush()
+        with pytest.raises(AudioDecodeError, match=f"{clips.sample_ids[1]}: too short"):
+            encoder.complete(next(iter(batches_of(plain, 3))))
+        dataset.close()
+        plain.close()
+
+
+def test_clips_without_a_file(cache, tmp_path):
+    """Bytes in a Hugging Face dataset are decoded, in worker processes too."""
+    pytest.importorskip("datasets")
+    from huggingface_tables import two_splits
+
+    from lmdbcache.datasets.huggingface import HuggingFaceDataset
+
+    clips = HuggingFaceDataset(two_splits(), namespace="sounds")
+    config = config_for(masked_folder(), duration=0.5, dataset="sounds")
+    expected_cache = EmbeddingCache(tmp_path / "extracted")
+    extract(
+        expected_cache, config, {name: source_of(sample) for name, sample in pairs(clips)},
+        model=masked_folder(), batch_size=1, num_workers=0,
+    )  # fmt: skip
+    dataset = CachedAudioDataset(clips, cache, config)
+    with CachedEncoder(masked_folder(), cache, config) as encoder:
+        found = [encoder.complete(batch) for batch in batches_of(dataset, 1, num_workers=2)]
+        assert (encoder.num_computed, len(found)) == (12, 12)
+    with expected_cache.reader(config) as reader:
+        assert np.array_equal(torch.cat(found).numpy(), reader.get_batch(clips.sample_ids))
+    assert "embedding" in dataset[0]
+    dataset.close()
+
+
+def test_a_broken_clip_without_a_file(cache):
+    """Its failure names the row."""
+    pytest.importorskip("datasets")
+    from huggingface_tables import encoded, table
+
+    from lmdbcache.datasets.huggingface import HuggingFaceDataset
+
+    rows = [("bell", encoded("bell", 0), "0.wav"), ("wind", b"no audio", "1.wav")]
+    clips = HuggingFaceDataset(table(rows), namespace="sounds")
+    dataset = CachedAudioDataset(clips, cache, OWN, on_decode_error="skip")
+    batch = next(iter(batches_of(dataset)))
+    (failure,) = batch["failures"]
+    assert (failure.sample_id, failure.path) == ("1:wind", str(source_of(clips.samples[1])))
+    assert len(batch["sample_ids"]) == 1
+
+
+def pairs(clips):
+    return zip(clips.sample_ids, clips.samples, strict=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_vegas_batches_tell_what_is_padding(root, cache, tmp_path, num_workers):
+    """Clips of 1 s in items of 1.5 s: completed as an extraction stores them."""
+    config = config_for(masked_folder(), duration=1.5, dataset="vegas")
+    dataset = VEGASDataset(root, split="all", audio_duration=1.5, ast_cache_dir=cache.root)
+    asked = dict(list(pairs(dataset))[:3])
+    extracted = EmbeddingCache(tmp_path / "extracted")
+    extract(
+        extracted, config, {name: sample["audio_path"] for name, sample in asked.items()},
+        model=masked_folder(), batch_size=3, num_workers=0,
+    )  # fmt: skip
+    loader = DataLoader(dataset, 3, collate_fn=dataset.get_collate_fn(), num_workers=num_workers)
+    batch = next(iter(loader))
+    assert batch["audio_num_valid"].tolist() == [16000] * 3
+    with CachedEncoder(masked_folder(), cache, config) as encoder:
+        found = encoder.complete(batch)
+    with extracted.reader(config) as reader:
+        assert np.array_equal(found.numpy(), reader.get_batch(list(asked)))
+    dataset.audio_embs = {dataset.sample_ids[1]: found[1]}
+    batch = next(iter(loader))
+    assert batch["audio_num_valid"].tolist() == [16000] * 2
+    with CachedEncoder(masked_folder(), tmp_path / "mixed", config) as encoder:
+        torch.testing.assert_close(encoder.complete(batch), found, atol=1e-6, rtol=1e-5)
+
+
+def test_a_transformed_waveform_says_nothing_of_padding(root):
+    """What transform_audio makes of a clip may have another length."""
+    dataset = VEGASDataset(root, split="all", audio_duration=0.5, transform_audio=torch.neg)
+    assert "audio_num_valid" not in dataset[0]

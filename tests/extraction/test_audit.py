@@ -135,3 +135,9 @@ def test_the_folder_is_remembered(run, check, clips, cache, config):
     assert "@" in config.model_name
     assert check().is_sound
     assert cache.info(config).provenance["checkpoint"].endswith("small-ast")
+
+
+def test_a_negative_tolerance_is_refused(cache, config):
+    """It would call everything drift."""
+    with pytest.raises(ConfigError, match="tolerance: -1"):
+        audit(cache, config, tolerance=-1)

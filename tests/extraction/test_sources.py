@@ -45,14 +45,14 @@ def test_a_file_replaced_while_it_is_decoded_is_called_changed(
 ):
     """The record is of the file before decoding, so a later one can't pass for it."""
     victim = own_clips["video_00002:dog"]
-    decode = decoding.decode
+    load_clip = decoding.load_clip
 
     def replacing(path, *rest):
         if path == victim:
             write(Path(victim), tone(900.0))
-        return decode(path, *rest)
+        return load_clip(path, *rest)
 
-    monkeypatch.setattr(decoding, "decode", replacing)
+    monkeypatch.setattr(decoding, "load_clip", replacing)
     run(own_clips)
     assert check_sources(cache.path(config)).ids("changed") == ["video_00002:dog"]
 

@@ -1,0 +1,80 @@
+"""CachedEncoder: embeddings that can't be stored, and stores that can't be written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from training.encoders import (
+    OWN,
+    ask,
+    direct,
+    names_of,
+    stored,
+)
+
+from lmdbcache import CachedEncoder
+from lmdbcache.errors import (
+    CacheFullError,
+    InvalidEmbeddingError,
+    ReadOnlyCacheError,
+)
+from lmdbcache.storage.committing import Committer
+
+
+def test_nan_is_named_and_the_rest_kept(cache):
+    """One sample's NaN is an error for it alone; the others aren't computed again."""
+    passes = []
+
+    def model(inputs):
+        passes.append(inputs[:, 0].tolist())
+        return inputs.clone().masked_fill_(inputs == 2, torch.nan)
+
+    with CachedEncoder(model, cache, OWN) as encoder:
+        numbers = torch.arange(4.0)[:, None]
+        with pytest.raises(InvalidEmbeddingError, match=r"clip_002:x.*NaN.*other 3"):
+            encoder(numbers, sample_ids=names_of(range(4)))
+        with pytest.raises(InvalidEmbeddingError, match="clip_002:x"):
+            encoder(numbers, sample_ids=names_of(range(4)))
+        found = encoder(numbers[[0, 1, 3]], sample_ids=names_of([0, 1, 3]))
+    assert passes == [[0.0, 1.0, 2.0, 3.0], [2.0]]
+    assert found.tolist() == [[0.0], [1.0], [3.0]]
+    assert list(stored(cache)) == names_of([0, 1, 3])
+
+
+def test_wrong_number_or_shape(cache):
+    """A model that loses samples, or changes its shape, stores nothing of that batch."""
+    with CachedEncoder(lambda inputs: inputs[:1], cache, OWN) as encoder:
+        with pytest.raises(InvalidEmbeddingError, match="1 embeddings for 2 samples"):
+            ask(encoder, [1, 2])
+    widths = iter([3, 4])
+    with CachedEncoder(lambda x: x[:, : next(widths)], cache, OWN) as encoder:
+        ask(encoder, [1])
+        with pytest.raises(InvalidEmbeddingError, match="clip_002:x"):
+            ask(encoder, [2])
+    assert list(stored(cache)) == names_of([1])
+
+
+def test_a_full_disk_loses_nothing(encoder, model, cache, monkeypatch):
+    """It is told; what was computed stays in memory and is committed once there is room."""
+    with monkeypatch.context() as patch:
+
+        def refuse(*_):
+            raise CacheFullError("the disk is full")
+
+        patch.setattr(Committer, "commit", refuse)
+        ask(encoder, [1, 2])
+        with pytest.raises(CacheFullError):
+            encoder.flush()
+        assert torch.equal(ask(encoder, [2, 1]), direct([2, 1]))
+    encoder.flush()
+    assert list(stored(cache)) == names_of([1, 2])
+    assert model.passes == [2]
+
+
+def test_an_unwritable_root_is_told_before_computing(tmp_path, model):
+    """No forward pass for what can't be kept."""
+    (tmp_path / "file").write_text("")
+    with CachedEncoder(model, tmp_path / "file", OWN) as encoder:
+        with pytest.raises(ReadOnlyCacheError):
+            ask(encoder, [1])
+    assert not model.passes
