@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from synthetic_vegas import make_synthetic_vegas
 
 from lmdbcache.config import DEFAULT_MODEL_NAME
 
+PACKAGE = Path(__file__).resolve().parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -34,6 +36,25 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def filled_cache(world) -> Path:
+    """`VEGAS.cache` after `lmdbcache extract VEGAS --model ast`."""
+    environment = {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "lmdbcache.cli.main", "extract", "VEGAS"]
+        + ["--root", "VEGAS.cache", "--model", "ast", "--num-workers", "0"],
+        cwd=world,
+        env={**os.environ, **environment, **hub(world)},
+        check=True,
+        capture_output=True,
+    )
+    return world / "VEGAS.cache"
+
+
+def hub(world: Path) -> dict[str, str]:
+    return {"HF_HUB_CACHE": str(world / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
 @pytest.fixture
 def reader_at_home(world, tmp_path, monkeypatch) -> Path:
     """A copy of the world as the working folder, and the programs that the documents call."""
@@ -46,12 +67,12 @@ def reader_at_home(world, tmp_path, monkeypatch) -> Path:
     for name, module in (("lmdbcache", "-m lmdbcache.cli.main"), ("python", "")):
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
         (programs / name).chmod(0o755)
-    package = Path(__file__).resolve().parents[2]
     monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(package))
-    monkeypatch.setenv("HF_HUB_CACHE", str(world / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    for variable, value in hub(world).items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LMDBCACHE_ROOT", raising=False)
     return home

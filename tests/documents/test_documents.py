@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from documents.pages import DOCS, DOCUMENTS, ROOT, blocks
@@ -23,13 +25,8 @@ NOT_RUN = re.compile(r"\$ (pip install|make|sbatch|srun|git clone|python -m venv
 # What a page takes for granted beside the dataset and the model.
 BEGINNINGS = {
     "README.md": """
-        import numpy as np, torch
-        from lmdbcache import CacheConfig, EmbeddingCache
-        embedding = torch.ones(768, requires_grad=True)
-        with EmbeddingCache("VEGAS.cache").writer(CacheConfig()) as writer:
-            writer.put("video_00002:dog", np.zeros(768))
-        sample_ids = ["video_00001:dog", "video_00004:drum"]
-        my_model = lambda missing: np.zeros((len(missing), 768))
+        import torch
+        my_encoder = torch.nn.Linear(16000, 8).eval().requires_grad_(False)
     """,
     "format.md": """
         import numpy as np
@@ -41,6 +38,37 @@ BEGINNINGS = {
         import torch
         model = lambda waveforms: torch.zeros(len(waveforms), 768)
     """,
+}
+
+# What holds after a page's code.
+ENDINGS = {
+    "hidden_states.md": """
+        import re
+        table = dict(re.findall(r"^\\| `(.*)` \\| (\\(.*\\)) \\|", page, re.MULTILINE))
+        for names, shape in table.items():
+            for name in names.split("`, `"):
+                assert str(HiddenStateView(reader, name).embedding_shape) == shape, name
+        assert {"cls`, `distillation", "frames", "valid"} <= table.keys()
+    """,
+    "mixed_batches.md": """
+        assert batch["mask"].all()
+        assert encoder.num_computed == len(["a:dog", "b:dog", "c:drum", "d:drum"]) + len(clips)
+        from lmdbcache import EmbeddingCache
+        assert EmbeddingCache("VEGAS.cache").coverage(config, clips.sample_ids).fraction == 1
+    """,
+    "report.md": """
+        assert report.is_sound
+        assert report.stores[0].num_looked_at == 20
+    """,
+}
+
+# These speak of a cache that an extraction has filled; the others make what they need.
+AFTER_AN_EXTRACTION = {
+    "housekeeping.md",
+    "misses_and_figures.md",
+    "report.md",
+    "troubleshooting.md",
+    "trust.md",
 }
 
 RUNNER = """
@@ -55,14 +83,21 @@ for number, (language, code) in enumerate(json.loads(open("blocks.json").read())
 """
 
 
+def of_page(code: dict[str, str], page: Path) -> str:
+    return textwrap.dedent(code.get(page.name, ""))
+
+
 @pytest.mark.parametrize(
     "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
 )
-def test_the_code_of_a_page_runs(page, reader_at_home):
+def test_the_code_of_a_page_runs(page, reader_at_home, request):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
-    before = textwrap.dedent(BEGINNINGS.get(page.name, ""))
+    if page.name in AFTER_AN_EXTRACTION:
+        shutil.copytree(request.getfixturevalue("filled_cache"), "VEGAS.cache")
+    before = f"page = {page.read_text('utf-8')!r}\n" + of_page(BEGINNINGS, page)
+    after = of_page(ENDINGS, page)
     (reader_at_home / "blocks.json").write_text(
-        json.dumps([("python", before), *blocks(page, *RUN)])
+        json.dumps([("python", before), *blocks(page, *RUN), ("python", after)])
     )
     (reader_at_home / "page.py").write_text(RUNNER)
     done = subprocess.run(
@@ -80,6 +115,23 @@ def test_a_block_that_is_not_run_says_so(page):
             commands = [line for line in code.splitlines() if line.startswith("$")]
             assert commands, code
             assert all(map(NOT_RUN.match, commands)), code
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_no_code_is_hidden_from_the_tests(page):
+    """Code stands in a fenced block, which names its language; none is set apart by four spaces."""
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"^(?: {4}|\t).*", text, re.MULTILINE)
+
+
+def test_readme_has_the_commands_in_their_groups():
+    """README's table has each command that `lmdbcache --help` shows, in the group that it is in."""
+    rows = dict(
+        re.findall(r"^\| (\w[\w ]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
+    for command in app.registered_commands:
+        if not command.hidden:
+            assert f"`{command.name}`" in rows[command.rich_help_panel], command.name
 
 
 def test_format_document_gives_the_fingerprint_that_the_code_gives():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from report.clusters import CONFIG, clustered, store
 
-import lmdbcache
 from lmdbcache import EmbeddingCache, build_report
 from lmdbcache.errors import ConfigError, MissingDependencyError
 from lmdbcache.report import build, vectors
@@ -170,16 +167,3 @@ def test_store_in_ruins_is_given_up(tmp_path, monkeypatch):
     (found,) = build.collect_report(cache).stores
     assert "2 embeddings and maybe more can't be read" in found.damage
     assert found.map == "Nothing to show."
-
-
-def test_example_of_the_document_runs(tmp_path, monkeypatch):
-    """docs/report.md's Python lines give what their comment says."""
-    monkeypatch.chdir(tmp_path)
-    document = Path(lmdbcache.__file__).parent.parent / "docs" / "report.md"
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", document.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-    scope: dict[str, object] = {}
-    exec(compile(code, "report.md", "exec"), scope)
-    assert scope["report"].is_sound
-    assert scope["report"].stores[0].num_looked_at == 20
