@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.registry import config_for
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.extraction.samples import clips_of
     from lmdbcache.report import build_report
     from lmdbcache.training import (
         CachedEncoder,
@@ -69,6 +70,7 @@ __all__ = [
     "TokenLayout",
     "VEGASDataset",
     "build_report",
+    "clips_of",
     "collate_embeddings",
     "config_for",
     "export_embeddings",
@@ -90,6 +92,7 @@ _LAZY = {
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
     "build_report": "lmdbcache.report",
+    "clips_of": "lmdbcache.extraction.samples",
     "collate_embeddings": "lmdbcache.training",
     "config_for": "lmdbcache.embedders.registry",
     "export_embeddings": "lmdbcache.transfer",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.cores import available_cores
+from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.embedders.audio_source import Clips
 from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
 from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
+from lmdbcache.extraction.samples import pairs_of
 from lmdbcache.extraction.space import ExtractionPlan, existing_parent, needed_bytes
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
@@ -27,7 +29,7 @@ __all__ = ["default_num_workers", "extract", "plan_extraction"]
 def extract(  # noqa: PLR0913
     cache: EmbeddingCache,
     config: CacheConfig,
-    clips: Clips,
+    clips: Clips | AudioDataset,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
     front_end: FrontEnd | None = None,
@@ -54,7 +56,7 @@ def extract(  # noqa: PLR0913
     Args:
         cache: Where to store.
         config: The identity of the embeddings.
-        clips: Sample id (`file_id:class`) → audio file, or an `AudioSource`.
+        clips: A dataset; or sample id (`file_id:class`) → audio file or `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
         front_end: Waveform → features; None takes the model's.
@@ -88,7 +90,7 @@ def extract(  # noqa: PLR0913
         raise ConfigError(f"commit_seconds: {commit_seconds}; it must be 0 or more")
     started = time.perf_counter()
     run = Run(cache, config, progress=progress, dataset_root=dataset_root)
-    missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
+    missing = run.plan(pairs_of(clips))
     missing = run.look_at_sources(missing, recompute=recompute_changed)
     if missing:
         cache.check_writable(config)
@@ -122,7 +124,7 @@ def extract(  # noqa: PLR0913
 def plan_extraction(
     cache: EmbeddingCache,
     config: CacheConfig,
-    clips: Clips,
+    clips: Clips | AudioDataset,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
 ) -> ExtractionPlan:
@@ -131,7 +133,7 @@ def plan_extraction(
     Args:
         cache: Where to store.
         config: The identity of the embeddings.
-        clips: Sample id (`file_id:class`) → audio file, or an `AudioSource`.
+        clips: A dataset; or sample id (`file_id:class`) → audio file or `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
 
@@ -141,7 +143,7 @@ def plan_extraction(
         ModelLoadError: The folder isn't a checkpoint.
     """
     run = Run(cache, config)
-    missing = run.plan(clips.items() if isinstance(clips, Mapping) else clips)
+    missing = run.plan(pairs_of(clips))
     shape = run.known_shape()
     if shape is None:
         found = known_model(config.model_name if model is None else model)

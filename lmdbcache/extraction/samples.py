@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 
-from lmdbcache.datasets.base import Sample, source_of
-from lmdbcache.embedders.audio_source import AudioSource
+from lmdbcache.datasets.base import AudioDataset, Sample, source_of
+from lmdbcache.embedders.audio_source import AudioSource, Clips
 
-__all__ = ["clips_of"]
+__all__ = ["clips_of", "pairs_of"]
 
 
 def clips_of(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
@@ -15,3 +16,13 @@ def clips_of(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
     return [
         (f"{sample['file_id']}:{sample['class_name']}", source_of(sample)) for sample in samples
     ]
+
+
+def pairs_of(
+    clips: Clips | AudioDataset,
+) -> Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]:
+    """(sample id, audio file or source) of a dataset, a Mapping, or pairs."""
+    if isinstance(clips, Mapping):
+        return clips.items()
+    samples = getattr(clips, "samples", None)
+    return clips if samples is None else clips_of(samples)  # type: ignore[return-value]

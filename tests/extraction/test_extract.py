@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from extraction.clips import write_tones
 
-from lmdbcache import CacheConfig
+from lmdbcache import CacheConfig, open_dataset
 from lmdbcache.embedders.audio import load_waveform
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
 from lmdbcache.embedders.checkpoints import find_checkpoint
@@ -208,3 +209,11 @@ def test_wrong_options(run, clips, cache, options, field):
     with pytest.raises(ConfigError, match=f"^{field}: "):
         run(clips, **options)
     assert cache.stores() == []
+
+
+def test_a_dataset_is_taken_as_it_is(run, cache, config, tmp_path):
+    """An adapter's samples are what is extracted."""
+    write_tones(tmp_path / "VEGAS", 2, "dog")
+    dataset = open_dataset(tmp_path / "VEGAS")
+    assert run(dataset).num_extracted == 2
+    assert not cache.coverage(config, dataset.sample_ids).missing
