@@ -76,19 +76,22 @@ class EmbeddingCache:
     def __contains__(self, config: CacheConfig) -> bool:
         return current_generation(self.path(config)) is not None
 
-    def reader(self, config: CacheConfig, *, verify: Verify = "never") -> EmbeddingReader:
+    def reader(
+        self, config: CacheConfig, *, verify: Verify = "never", counts_as_use: bool = True
+    ) -> EmbeddingReader:
         """A Mapping of the stored embeddings.
 
         Args:
             config: Identity of the store.
             verify: Whether values are compared with their checksums: see `EmbeddingReader`.
+            counts_as_use: Whether reading moves the store's time of last use and is counted.
 
         Raises:
             CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
         """
         if config not in self:
             raise CacheNotFoundError(str(self.explain(config)))
-        return EmbeddingReader(self.path(config), config, verify)
+        return EmbeddingReader(self.path(config), config, verify, counts_as_use=counts_as_use)
 
     def writer(
         self,
