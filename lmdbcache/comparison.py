@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ DEFAULT_TOLERANCE: Final = 1e-5
 _FEW: Final = 10
 _BYTES_AT_ONCE: Final = 4 << 20  # of float32 values, from each store
 _ROWS_AT_ONCE: Final = 1024
+
+# When and from which file the same embeddings were imported makes no difference between stores.
+_OF_IMPORT: Final = re.compile(r"imported_(from|at)(_\d+)?")
 
 _Differences = Mapping[str, tuple[Any, Any]]
 
@@ -51,7 +55,7 @@ class StoreComparison:
 
     Args:
         config: Fields of the identity that differ, each with both values.
-        provenance: The same of the provenance.
+        provenance: The same of the provenance, but for when and from which file they were imported.
         num_only_a: Samples that only the first has; `only_a` names a few.
         num_only_b: The same of the second.
         num_common: Samples that both have.
@@ -138,7 +142,7 @@ def compare_stores(
             first.path,
             second.path,
             first.config.differences(second.config),
-            _differences(first.metadata.provenance, second.metadata.provenance),
+            _provenance_differences(first.metadata.provenance, second.metadata.provenance),
             tolerance,
             values,
         )
@@ -146,8 +150,8 @@ def compare_stores(
     return found
 
 
-def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> _Differences:
-    names = sorted(a.keys() | b.keys())
+def _provenance_differences(a: Mapping[str, str], b: Mapping[str, str]) -> _Differences:
+    names = sorted(name for name in a.keys() | b.keys() if not _OF_IMPORT.fullmatch(name))
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lmdbcache.embedders.checkpoints import model_identity
+from lmdbcache.embedders.base import AudioModel
+from lmdbcache.embedders.registry import described_model
 
 __all__ = ["GivenConfig"]
 
@@ -27,13 +28,14 @@ class GivenConfig:
         ),
     ] = None
     model_name: Annotated[
-        Text, typer.Option(help="The same as a name, taken as it is.", show_default=False)
+        Text,
+        typer.Option(help="Name of the model in the cache, taken as it is.", show_default=False),
     ] = None
     output: Annotated[
         Text,
         typer.Option(
             help="pooler_output, last_hidden_state, or mean (over time); default: by the number "
-            "of dimensions.",
+            "of dimensions, and --model.",
             show_default=False,
         ),
     ] = None
@@ -64,20 +66,24 @@ class GivenConfig:
     front_end: Annotated[
         Text,
         typer.Option(
-            help="Name of the decoding and features; default: those of `lmdbcache extract`.",
+            help="Name of the decoding and features; default: those of `lmdbcache extract` with "
+            "--model.",
             show_default=False,
         ),
     ] = None
 
-    def fields(self) -> dict[str, Any]:
-        """The fields of a config that are given, by name.
+    def described(self) -> AudioModel | None:
+        """The model that is given; none of its weights are loaded.
 
         Raises:
-            ModelLoadError: The folder isn't a checkpoint.
+            ModelLoadError: The folder isn't a checkpoint, or nobody tells what the name stands for.
         """
-        name = self.model_name or (model_identity(self.model) if self.model else None)
+        return described_model(self.model) if self.model else None
+
+    def fields(self, model: AudioModel | None) -> dict[str, Any]:
+        """The fields of a config that are given, by name; the model is what `described` gave."""
         values = {
-            "model_name": name,
+            "model_name": self.model_name or (model.identity if model is not None else None),
             "output": self.output,
             "sample_rate": self.sample_rate,
             "duration": self.duration,

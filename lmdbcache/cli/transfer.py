@@ -78,7 +78,8 @@ def import_command(
     source isn't in the store as it is in the source, 3 if the disk is full.
     """
     opened = open_source(source, KeyChoice(keys, class_name))
-    fields = given.fields()
+    model = given.described()
+    fields = given.fields(model)
     if not ignore_metadata and not as_json and sys.stdin.isatty():
         fields |= _asked(opened, fields)
     if "dataset" not in fields and "dataset" not in opened.description.facts:
@@ -94,6 +95,7 @@ def import_command(
             squeeze=squeeze,
             ignore_metadata=ignore_metadata,
             weights_digest=weights_digest,
+            model=model,
             dry_run=dry_run,
             progress=report_progress,
         )
@@ -135,7 +137,8 @@ def _print_report(report: ImportReport) -> None:
     _say_some("not imported", [str(one) for one in report.refused])
     _say_some("stored with another value, kept", report.differing)
     say(_summary(report))
-    say(str(report.store))
+    if report.store is not None:
+        say(str(report.store))
 
 
 def _print_facts(report: ImportReport) -> None:

@@ -31,7 +31,15 @@ from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
 if TYPE_CHECKING:
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
-__all__ = ["FAMILIES", "PretrainedModel", "config_for", "find_model", "known_model", "ready_model"]
+__all__ = [
+    "FAMILIES",
+    "PretrainedModel",
+    "config_for",
+    "described_model",
+    "find_model",
+    "known_model",
+    "ready_model",
+]
 
 FAMILIES: Final[tuple[ModelFamily, ...]] = (AST, WAV2VEC2, WHISPER, CLAP)
 
@@ -203,7 +211,7 @@ def config_for(
         ConfigError: A value can't identify a cache.
         ModelLoadError: See `find_model`.
     """
-    described = _describe(model)
+    described = described_model(model)
     return CacheConfig(
         sample_rate=described.sample_rate if sample_rate is None else sample_rate,
         duration=duration,
@@ -216,8 +224,15 @@ def config_for(
     )
 
 
-def _describe(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
-    """`find_model` for who wants the identity only: the weights of a Hub model aren't read."""
+def described_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
+    """`find_model` for who wants the identity only: the weights of a Hub model aren't read.
+
+    Args:
+        model: As for `find_model`.
+
+    Raises:
+        ModelLoadError, ConfigError, MissingDependencyError: See `find_model`.
+    """
     if not isinstance(model, (str, os.PathLike)):
         return _checked(model)
     checkpoint = identify(model)

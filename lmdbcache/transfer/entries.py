@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,12 @@ from lmdbcache.storage.layout import canonical_sample_id
 from lmdbcache.storage.values import NUMPY_DTYPES
 from lmdbcache.transfer.descriptions import Description
 
-__all__ = ["Entry", "Listing", "Refusal", "Source", "identity", "numbers"]
+__all__ = ["Entry", "Listing", "Refusal", "Source", "dtype_name", "identity", "numbers"]
+
+# By numpy's names, torch's and those of safetensors.
+_NO_REAL_NUMBERS: Final = re.compile(
+    r"(complex|c\d|bool|str|bytes|object|datetime|timedelta|void|record|quint|qint).*"
+)
 
 
 @dataclass(slots=True)
@@ -65,7 +71,10 @@ class Listing:
         dtype: str | None,
         load: Callable[[], Any],
     ) -> None:
-        """Add one; an unusable sample id is noted as refused."""
+        """Add one; an unusable sample id, or what isn't real numbers, is noted as refused."""
+        if dtype is not None and _NO_REAL_NUMBERS.fullmatch(dtype):
+            self.refuse(name, f"dtype {dtype}; real numbers are needed")
+            return
         try:
             chosen = sample_id if isinstance(sample_id, str) else sample_id()
             canonical = canonical_sample_id(chosen)
@@ -112,6 +121,14 @@ def identity(path: Path, files: Iterable[Path]) -> str:
     size = sum(one.st_size for one in found)
     files_text = f"{len(found)} files, " if len(found) != 1 else ""
     return f"{path.name} ({files_text}{size} bytes, modified {when})"
+
+
+def dtype_name(value: Any) -> str | None:
+    """The dtype of an array or tensor as numpy names it, whatever its order of bytes."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or isinstance(dtype, np.dtype):
+        return None if dtype is None else dtype.name
+    return str(dtype).removeprefix("torch.")
 
 
 def numbers(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

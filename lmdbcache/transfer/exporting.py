@@ -93,7 +93,7 @@ def export_embeddings(
         cache = EmbeddingCache(cache)
     out = Path(out).expanduser().absolute()
     check_target(out, overwrite=overwrite)
-    with cache.reader(config, verify="always") as reader:
+    with cache.reader(config, verify="always", counts_as_use=False) as reader:
         chosen = choose(reader, config, classes, sample_ids)
         is_sharded = format in SHARD_FORMATS and out.suffix != f".{format}"
         _check_space(out, chosen, format)

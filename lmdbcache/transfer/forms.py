@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from lmdbcache.errors import TransferError
 from lmdbcache.transfer.entries import Listing
-from lmdbcache.transfer.keys import KeyReader
+from lmdbcache.transfer.keys import KeyReader, sample_id_in_class
 
 __all__ = [
     "CLASSES",
@@ -105,14 +105,16 @@ def add_rows(listing: Listing, rows: Rows, choice: KeyChoice) -> list[str]:
                 "is needed"
             )
     # Rows may share a name where the class tells them apart.
-    reader = choice.reader(rows.ids, is_exact=rows.is_exact)
-    for number, name in enumerate(rows.ids):
-        key = name
-        if rows.classes is not None and ":" not in name:
-            key = f"{name}:{rows.classes[number]}"
+    classes: Sequence[str | None] = rows.classes or [None] * rows.num_rows
+    classes = [None if ":" in name else one for name, one in zip(rows.ids, classes, strict=True)]
+    unclassed = [name for name, one in zip(rows.ids, classes, strict=True) if one is None]
+    reader = choice.reader(unclassed, is_exact=rows.is_exact)
+    for number, (name, class_name) in enumerate(zip(rows.ids, classes, strict=True)):
         listing.add(
-            key,
-            partial(reader.sample_id, key),
+            name if class_name is None else f"{name}:{class_name}",
+            partial(reader.sample_id, name)
+            if class_name is None
+            else partial(sample_id_in_class, name, class_name),
             rows.shape(number),
             rows.dtype,
             partial(rows.load, number),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.base import AudioModel
 from lmdbcache.errors import (
     ConfigError,
     DuplicateSampleError,
@@ -93,6 +94,7 @@ def import_source(
     squeeze: bool = False,
     ignore_metadata: bool = False,
     weights_digest: str | None = None,
+    model: AudioModel | None = None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
     batch_bytes: int = _BATCH_BYTES,
@@ -108,6 +110,8 @@ def import_source(
         squeeze: Take off a leading dimension of size 1, that of a batch of one.
         ignore_metadata: Where the file disagrees with `given`, take the latter.
         weights_digest: Digest of the weights that computed the embeddings, where known.
+        model: What computed them, where that is known: its output and front end are the defaults,
+            and it must be able to fill the store.
         dry_run: Read and check everything, store nothing.
         progress: Called with the number of embeddings done and in all.
         batch_bytes: Commit after so many bytes of embeddings.
@@ -119,7 +123,7 @@ def import_source(
         CacheError: See `import_embeddings`.
     """
     found = survey(source, squeeze=squeeze, ragged=ragged)
-    config, notes = agreed_config(found, given, ignore_metadata=ignore_metadata)
+    config, notes = agreed_config(found, given, ignore_metadata=ignore_metadata, model=model)
     origin, more = origin_of(source, cache, config, weights_digest)
     notes = [*source.notes, *notes, *more, *_doubts(found)]
     shape = cache.info(config).embedding_shape if config in cache else None
@@ -142,6 +146,7 @@ def import_source(
         run.refuse_stored(entries)
     if dry_run:
         run.go_through(entries, None, progress, batch_bytes)
+        run.conclude()
         return report
     cache.check_writable(config)
     run.check_room(entries)
@@ -154,6 +159,7 @@ def import_source(
     )
     with writer:
         run.go_through(entries, writer, progress, batch_bytes)
+    run.conclude()
     return report
 
 
@@ -210,8 +216,8 @@ class _Import:
         if stored:
             raise DuplicateSampleError(
                 f"{len(stored)} samples ({', '.join(stored[:3])}, …) are stored in "
-                f"{self.report.store} already; nothing was imported. Leave them out, or import "
-                "with --on-duplicate skip or overwrite"
+                f"{self.cache.path(self.report.config)} already; nothing was imported. Leave them "
+                "out, or import with --on-duplicate skip or overwrite"
             )
 
     def check_room(self, entries: list[Entry]) -> None:
@@ -224,7 +230,7 @@ class _Import:
             missing = len(self._reader_missing(ids)) / max(1, len(ids))
         needed = int(sum(sizes) * itemsize * missing)
         if needed:
-            folder = self.report.store
+            folder = self.cache.path(self.report.config)
             while not folder.exists():
                 folder = folder.parent
             check_room(folder, needed + RESERVE_BYTES, "this import")
@@ -245,6 +251,17 @@ class _Import:
             done += len(batch)
             if progress is not None:
                 progress(done, len(entries))
+
+    def conclude(self) -> None:
+        """Say what only showed when everything was read."""
+        if self.report.num_imported == 0 and self.report.config not in self.cache:
+            self.report.store = None
+        if zeros := self.report.zeros:
+            few = ", ".join(zeros[:3]) + (", …" if len(zeros) > 3 else "")
+            are, of = ("are", "clips") if len(zeros) > 1 else ("is", "a clip")
+            self.report.notes.append(
+                f"{len(zeros)} {are} all zeros, perhaps of {of} that failed: {few}"
+            )
 
     def _batches(self, entries: list[Entry], batch_bytes: int) -> Iterator[list[Entry]]:
         batch: list[Entry] = []
@@ -271,6 +288,8 @@ class _Import:
                 continue
             if self.shape is None:
                 self.shape = self.report.embedding_shape = array.shape
+            if not array.any():
+                self.report.zeros.append(entry.sample_id)
             arrays[entry.sample_id] = array
         return arrays
 
@@ -313,7 +332,8 @@ class _Import:
             self.report.differing.append(sample_id)
 
     def _reader(self) -> EmbeddingReader:
-        return self.cache.reader(self.report.config)
+        # To look whether all is there is no use of the store.
+        return self.cache.reader(self.report.config, counts_as_use=False)
 
     def _reader_missing(self, sample_ids: Any) -> list[str]:
         if self.report.config not in self.cache:

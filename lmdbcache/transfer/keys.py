@@ -6,10 +6,20 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final, Literal
 
+from lmdbcache.datasets.vegas_layout import CLASS_LABELS
 from lmdbcache.errors import InvalidSampleIdError, TransferError
 from lmdbcache.storage.layout import join_sample_id
 
-__all__ = ["KEY_ORDERS", "KeyOrder", "KeyReader", "file_id_in_class", "without_extension"]
+__all__ = [
+    "KEY_ORDERS",
+    "KeyOrder",
+    "KeyReader",
+    "file_id_in_class",
+    "is_vegas_clip",
+    "sample_id_in_class",
+    "with_colon",
+    "without_extension",
+]
 
 KeyOrder = Literal["auto", "file_id:class", "class:file_id"]
 KEY_ORDERS: Final = ("auto", "file_id:class", "class:file_id")
@@ -19,10 +29,13 @@ _EXTENSION: Final = re.compile(
     r"\.(wav|flac|mp3|ogg|opus|m4a|aac|aif|aiff|mp4|avi|mkv|webm|npy|pt)$", re.IGNORECASE
 )
 _DIGIT: Final = re.compile(r"\d")
+_VEGAS_CLIP: Final = re.compile(r"video_\d+")
 
 
 class KeyReader:
     """Reads keys such as `video_00001:dog`, `dog:video_00001.wav`, or without a class.
+
+    `file_id:class` is the form; `class:file_id` is read where names tell it, never by counts alone.
 
     Args:
         keys: All of them: in which order they name file and class is told by all together.
@@ -30,6 +43,9 @@ class KeyReader:
         order: Which comes first; `"auto"`: look.
         class_name: Class of keys that have none.
         is_exact: The keys are sample ids; nothing is looked at or taken off.
+
+    Raises:
+        TransferError: An unknown order, or the keys may be in either.
     """
 
     def __init__(
@@ -63,37 +79,55 @@ class KeyReader:
         file_id, class_name = self._parts(key)
         return join_sample_id(without_extension(file_id), class_name)
 
+    def _colon_form(self, key: str) -> str:
+        """`__` stands for the colon where nothing else tells the class."""
+        return key if self._hints.get(key) or self._class_name else with_colon(key)
+
     def _parts(self, key: str) -> tuple[str, str]:
         hint = self._hints.get(key)
+        shown, key = key, self._colon_form(key)
         if ":" not in key:
             class_name = hint or self._class_name
             if not class_name:
                 raise InvalidSampleIdError(
-                    f"{key!r} names no class: expected file_id:class, or for a file "
-                    "file_id__class; if all are of one class, give it (--class)"
+                    f"{key!r} names no class: expected file_id:class or file_id__class; if all "
+                    "are of one class, give it (--class)"
                 )
-            return key, class_name
+            return file_id_in_class(key, class_name), class_name
         if self._order == "class:file_id":
             class_name, _, file_id = key.partition(":")
         else:
             file_id, _, class_name = key.rpartition(":")
         if hint and hint.lower() != class_name.lower():
             raise InvalidSampleIdError(
-                f"{key!r} says class {class_name!r}, its value says {hint!r}"
+                f"the name {shown!r} says class {class_name!r}, its value has class_name {hint!r}: "
+                "correct one of them, or if the name is turned round, give the order (--keys)"
             )
         return file_id, class_name
 
     def _look(self, keys: Collection[Any]) -> KeyOrder:
-        named = [key for key in keys if isinstance(key, str) and ":" in key]
+        hinted = [
+            (key, self._hints[key].lower())
+            for key in keys
+            if isinstance(key, str) and ":" in key and key in self._hints
+        ]
+        named = [self._colon_form(key) for key in keys if isinstance(key, str)]
+        named = [key for key in named if ":" in key]
         heads = {key.partition(":")[0] for key in named}
         tails = {key.rpartition(":")[2] for key in named}
-        hinted = [(key, self._hints[key].lower()) for key in named if key in self._hints]
         if hinted:
             is_tail = all(key.rpartition(":")[2].lower() == hint for key, hint in hinted)
             is_head = all(key.partition(":")[0].lower() == hint for key, hint in hinted)
             reversed_order = is_head and not is_tail
         else:
-            reversed_order = _looks_reversed(heads, tails)
+            told = _told_by_names(heads, tails)
+            if told is None and _looks_reversed(heads, tails):
+                raise TransferError(
+                    f"names such as {named[0]!r} may be file_id:class ({len(tails)} classes) or "
+                    f"class:file_id ({len(heads)} classes): give --keys file_id:class or "
+                    "--keys class:file_id"
+                )
+            reversed_order = bool(told)
         if not reversed_order:
             return "file_id:class"
         self.notes.append(
@@ -114,6 +148,28 @@ def file_id_in_class(name: str, class_name: str) -> str:
     return name[len(known) + 1 :] if name.lower().startswith(f"{known}:") else name
 
 
+def sample_id_in_class(name: str, class_name: str) -> str:
+    """The sample id of a name that is known to be of a class.
+
+    Raises:
+        InvalidSampleIdError: They make none.
+    """
+    return join_sample_id(file_id_in_class(name, class_name), class_name)
+
+
+def with_colon(name: str) -> str:
+    """`video_00001__dog`, as files are named, as `video_00001:dog`."""
+    if ":" in name:
+        return name
+    file_id, underscores, class_name = name.rpartition("__")
+    return f"{file_id}:{class_name}" if underscores and file_id and class_name else name
+
+
+def is_vegas_clip(name: str) -> bool:
+    """Whether a name is one that VEGAS gives its clips, such as `video_00001`."""
+    return _VEGAS_CLIP.fullmatch(without_extension(name)) is not None
+
+
 def without_extension(name: str) -> str:
     """A file's name or path as a dataset's file id: `audios/video_00001.wav` → `video_00001`."""
     if not _EXTENSION.search(name):
@@ -121,9 +177,23 @@ def without_extension(name: str) -> str:
     return _EXTENSION.sub("", name.replace("\\", "/").rpartition("/")[2]) or name
 
 
+def _told_by_names(heads: set[str], tails: set[str]) -> bool | None:
+    """Whether names tell that classes come first; None if they don't tell."""
+    first = _are_vegas_classes(heads) or all(map(is_vegas_clip, tails))
+    last = _are_vegas_classes(tails) or all(map(is_vegas_clip, heads))
+    if first != last:
+        return first
+    files = [[bool(_EXTENSION.search(name)) for name in names] for names in (heads, tails)]
+    if any(files[0]) != any(files[1]):
+        return all(files[1]) or (None if any(files[1]) else False)
+    return None
+
+
+def _are_vegas_classes(names: set[str]) -> bool:
+    return all(name.lower() in CLASS_LABELS for name in names)
+
+
 def _looks_reversed(heads: set[str], tails: set[str]) -> bool:
-    if any(_EXTENSION.search(tail) for tail in tails):
-        return not any(_EXTENSION.search(head) for head in heads)
     if len(heads) != len(tails):
         # Files are many, classes few.
         return len(heads) < len(tails)

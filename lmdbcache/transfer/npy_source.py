@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import DatasetError, TransferError
-from lmdbcache.storage.layout import join_sample_id
 from lmdbcache.transfer.descriptions import Description, description_of_json
-from lmdbcache.transfer.entries import Listing, Source, numbers
+from lmdbcache.transfer.entries import Listing, Source, dtype_name, numbers
 from lmdbcache.transfer.forms import KeyChoice, first_of
-from lmdbcache.transfer.keys import file_id_in_class, without_extension
+from lmdbcache.transfer.keys import sample_id_in_class, with_colon, without_extension
 
 __all__ = ["MANIFEST", "read_folder_source", "read_manifest_source"]
 
@@ -91,7 +90,7 @@ class _ManifestFolder:
         for name, offset, key, shape, dtype in sorted(found, key=lambda one: one[:2]):
             self.listing.add(
                 f"{self.folder.name}/{key}",
-                partial(_in_class, key, self.class_name)
+                partial(sample_id_in_class, key, self.class_name)
                 if self.class_name
                 else partial(reader.sample_id, key),
                 shape,
@@ -172,14 +171,14 @@ def read_folder_source(path: Path, choice: KeyChoice) -> Source:
             continue
         try:
             embedding = _read_file(file)
-            shape, dtype = tuple(embedding.shape), str(embedding.dtype).removeprefix("torch.")
+            shape, dtype = tuple(embedding.shape), dtype_name(embedding)
         except (TransferError, DatasetError) as error:
             listing.refuse(shown, error)
             continue
         if file.parent == path:
             sample_id: Any = partial(reader.sample_id, _flat_key(file))
         else:
-            sample_id = partial(_in_class, file.name, file.parent.name)
+            sample_id = partial(sample_id_in_class, file.name, file.parent.name)
         listing.add(shown, sample_id, shape, dtype, partial(_read_file, file))
     deeper = list(path.glob("*/*/**/*.npy"))
     if deeper:
@@ -191,15 +190,7 @@ def read_folder_source(path: Path, choice: KeyChoice) -> Source:
 
 
 def _flat_key(file: Path) -> str:
-    name = without_extension(file.name)
-    if ":" in name:
-        return name
-    file_id, underscores, class_name = name.rpartition("__")
-    return f"{file_id}:{class_name}" if underscores and file_id and class_name else name
-
-
-def _in_class(name: str, class_name: str) -> str:
-    return join_sample_id(file_id_in_class(name, class_name), class_name)
+    return with_colon(without_extension(file.name))
 
 
 def _read_file(file: Path) -> Any:

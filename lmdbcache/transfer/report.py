@@ -20,7 +20,7 @@ class ImportReport:
     Args:
         source: Where the embeddings come from.
         kind: What that is, in words.
-        store: The store's folder.
+        store: The store's folder; None if it doesn't exist, for nothing was imported.
         config: Its identity.
         is_dry_run: Everything was read and checked, nothing was stored.
         classes: Class → number of samples of the source.
@@ -32,13 +32,14 @@ class ImportReport:
         num_verified: Read back from the store and equal to the source, bit for bit.
         num_bytes: Of the imported values.
         differing: Samples that are stored with other bits, and were kept.
+        zeros: Samples of the source whose embedding is all zeros; they are imported, too.
         refused: What wasn't imported, and why.
         notes: What was assumed or left out.
     """
 
     source: Path
     kind: str
-    store: Path
+    store: Path | None
     config: CacheConfig
     is_dry_run: bool
     classes: Mapping[str, int]
@@ -50,6 +51,7 @@ class ImportReport:
     num_verified: int = 0
     num_bytes: int = 0
     differing: list[str] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -63,7 +65,7 @@ class ImportReport:
         return {
             "source": str(self.source),
             "kind": self.kind,
-            "store": str(self.store),
+            "store": None if self.store is None else str(self.store),
             "fingerprint": self.config.fingerprint,
             "config": self.config.to_dict(),
             "is_dry_run": self.is_dry_run,
@@ -76,6 +78,8 @@ class ImportReport:
             "num_verified": self.num_verified,
             "num_bytes": self.num_bytes,
             "differing": list(self.differing),
+            "num_zeros": len(self.zeros),
+            "zeros": list(self.zeros),
             "refused": [{"name": one.name, "reason": one.reason} for one in self.refused],
             "notes": list(self.notes),
         }

@@ -14,7 +14,7 @@ from lmdbcache.embedding_forms import unwrapped
 from lmdbcache.errors import DatasetError, TransferError
 from lmdbcache.torch_files import read_tensor_dict
 from lmdbcache.transfer.descriptions import describe
-from lmdbcache.transfer.entries import Listing, Source
+from lmdbcache.transfer.entries import Listing, Source, dtype_name
 from lmdbcache.transfer.forms import (
     CLASSES,
     EMBEDDINGS,
@@ -26,7 +26,7 @@ from lmdbcache.transfer.forms import (
     first_of,
     text_list,
 )
-from lmdbcache.transfer.keys import file_id_in_class
+from lmdbcache.transfer.keys import file_id_in_class, is_vegas_clip
 
 __all__ = ["read_torch_source"]
 
@@ -84,7 +84,7 @@ def _rows(path: Path, held: str, values: Any, content: Mapping[Any, Any]) -> Row
         ids=text_list(content.get(first_of(content, IDS) or "")),
         classes=text_list(content.get(first_of(content, CLASSES) or "")),
         shape=lambda number: getattr(values[number], "shape", None),
-        dtype=_dtype(values),
+        dtype=dtype_name(values),
         load=values.__getitem__,
     )
 
@@ -92,7 +92,15 @@ def _rows(path: Path, held: str, values: Any, content: Mapping[Any, Any]) -> Row
 def _add_all(
     listing: Listing, values: Mapping[Any, Any], choice: KeyChoice, *, is_exact: bool
 ) -> list[str]:
-    flat, classes = _flattened(values)
+    several = [key for key, value in values.items() if _is_clip(key) and _is_class(value)]
+    for key in several:
+        listing.refuse(
+            key,
+            f"{len(values[key])} embeddings ({', '.join(map(repr, list(values[key])[:3]))}) of one "
+            "clip, which has one in a store: save a file for each of them, as a dict of "
+            "file_id:class and tensor, and import each with its own --output",
+        )
+    flat, classes = _flattened({k: v for k, v in values.items() if k not in several})
     hints = {key: name for key, name in classes.items() if name}
     reader = choice.reader(list(flat), hints, is_exact=is_exact)
     for key, value in flat.items():
@@ -105,7 +113,7 @@ def _add_all(
             shown,
             partial(reader.sample_id, key),
             tuple(embedding.shape),
-            _dtype(embedding),
+            dtype_name(embedding),
             partial(_same, embedding),
         )
     return reader.notes
@@ -129,6 +137,11 @@ def _flattened(values: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, str
     return flat, classes
 
 
+def _is_clip(key: Any) -> bool:
+    """Whether a name is that of a clip and not that of a class, which has no colon."""
+    return isinstance(key, str) and (":" in key or is_vegas_clip(key))
+
+
 def _is_class(value: Any) -> bool:
     """Whether this is a dict of one class's embeddings and not that of one embedding."""
     return (
@@ -137,11 +150,6 @@ def _is_class(value: Any) -> bool:
         and all(isinstance(one, (torch.Tensor, np.ndarray)) for one in value.values())
         and first_of(value, EMBEDDINGS) is None
     )
-
-
-def _dtype(value: Any) -> str | None:
-    dtype = getattr(value, "dtype", None)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _same(value: Any) -> Any:

@@ -10,10 +10,12 @@ import sys
 
 import numpy as np
 import pytest
+from embedders.small_folders import folder_of
 from small_disks import fill, small_disk
 from transfer.old_caches import save_folder, save_manifests, save_npz, save_seed, values
 
-from lmdbcache import CacheConfig, EmbeddingCache
+from lmdbcache import CacheConfig, EmbeddingCache, config_for
+from lmdbcache.config import DEFAULT_FRONT_END
 
 GIVEN = ("--sample-rate", 16000, "--duration", 5, "--model-name", "ast")
 
@@ -46,6 +48,61 @@ def test_what_was_imported_is_found(cli, data, tmp_path):
     assert cli("import", path).returncode == 0
     found = cli("coverage", data, "--model-name", "small", "--json")
     assert json.loads(found.stdout)["missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape", "options", "output"),
+    [
+        ("wav2vec2", (32,), [], "mean"),
+        ("wav2vec2", (32,), ["--model-name", "mine"], "mean"),
+        ("clap", (64,), [], "pooler_output"),
+        ("facebook/wav2vec2-base", (768,), [], "mean"),
+        ("facebook/wav2vec2-base", (249, 768), [], "last_hidden_state"),
+        ("ast", (8,), [], "pooler_output"),
+    ],
+)
+def test_the_model_says_front_end_and_output(cli, root, tmp_path, variant, shape, options, output):
+    """What is imported for a model is stored where an extraction with it looks."""
+    model = variant if "/" in variant or variant == "ast" else folder_of(variant)
+    rate, duration = (48000, 1.0) if variant == "clap" else (16000, 5.0)
+    facts = {"sample_rate": rate, "duration": duration, "model_name": ""}
+    path = save_npz(tmp_path / "old.npz", values(4, shape=shape), **facts)
+    result = cli("import", path, "--model", model, *options)
+    assert result.returncode == 0, result.stderr
+    name = options[1] if options else None
+    wanted = config_for(model, output=output, duration=duration, dataset="vegas", model_name=name)
+    assert list(root) == [wanted]
+    assert wanted.front_end in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "facts", "words"),
+    [
+        ("m/nosuch", {}, "not on this machine"),
+        ("./nosuch", {}, "no such folder"),
+        ("wav2vec2", {"shape": (8,)}, "gives embeddings of shape (32,) for output 'mean'"),
+        ("wav2vec2", {"shape": (32,), "output": "pooler_output"}, "mean, last_hidden_state"),
+        ("wav2vec2", {"shape": (32,), "front_end": DEFAULT_FRONT_END}, "that of AST"),
+    ],
+)
+def test_a_model_that_can_not_have_computed_them(refused, root, tmp_path, model, facts, words):
+    """A model that isn't there, or gives something else, is refused before anything is stored."""
+    path = save_npz(
+        tmp_path / "old.npz", values(4, shape=facts.get("shape", (8,))),
+        **{"model_name": "", **{k: v for k, v in facts.items() if k != "shape"}},
+    )  # fmt: skip
+    model = folder_of(model) if model == "wav2vec2" else model
+    assert words in refused("import", path, "--model", model)
+    assert root.stores() == []
+
+
+def test_no_store_is_named_where_none_is(cli, root, tmp_path):
+    """With nothing imported there is no path, and `store` is null."""
+    path = save_npz(tmp_path / "old.npz", {"nothing": np.ones(8, "f4")})
+    result = cli("import", path)
+    assert result.returncode == 1
+    assert str(root.root) not in result.stdout
+    assert json.loads(cli("import", path, "--json").stdout)["store"] is None
 
 
 def test_missing_options_are_named(refused, root, tmp_path):
