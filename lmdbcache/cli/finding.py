@@ -13,7 +13,7 @@ from lmdbcache.cli.options import Json, Root, Yes, find_folder
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets.vegas_layout import NAMESPACE
 from lmdbcache.errors import ConfigError
-from lmdbcache.read_figures import figures_of, reset_figures
+from lmdbcache.read_figures import ReadFigures, figures_of, reset_figures
 
 __all__ = ["explain_command", "stats_command"]
 
@@ -71,7 +71,7 @@ def stats_command(
         print_table(
             ("store", "hits", "misses", "hit rate, %"),
             [
-                (folder.name, found.hits, found.misses, f"{100 * found.hit_rate:.1f}")
+                (folder.name, found.hits, found.misses, _percent(found))
                 for folder, found in figures.items()
             ],
         )
@@ -79,4 +79,12 @@ def stats_command(
         for found in figures.values():
             rows = [(name, *numbers) for name, numbers in found.by_class.items()]
             print_table(("class", "hits", "misses"), [*rows, ("all", found.hits, found.misses)])
-            say(f"hit rate {100 * found.hit_rate:.1f} %")
+            say(
+                f"hit rate {_percent(found)} %"
+                if found.hits or found.misses
+                else "nothing was read"
+            )
+
+
+def _percent(found: ReadFigures) -> str:
+    return f"{100 * found.hit_rate:.1f}" if found.hits or found.misses else "-"
