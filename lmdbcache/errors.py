@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)             a field of a CacheConfig is no good
     ├── CacheNotFoundError (FileNotFoundError)   nothing is stored for this config
     ├── SampleNotFoundError (KeyError)       the newest commit doesn't have this sample
+    ├── MissingLabelError (KeyError)         a class of a training's samples has no label
     ├── InvalidSampleIdError (ValueError)    not a usable `file_id:class`
     ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or wrong dtype
     ├── DuplicateSampleError                 the sample is stored already and may not be replaced
@@ -43,6 +44,7 @@ __all__ = [
     "InvalidEmbeddingError",
     "InvalidSampleIdError",
     "MissingDependencyError",
+    "MissingLabelError",
     "ModelLoadError",
     "ProvenanceMismatchError",
     "ReadOnlyCacheError",
@@ -65,12 +67,18 @@ class CacheNotFoundError(CacheError, FileNotFoundError):
     """Nothing is stored for this config under this root."""
 
 
-class SampleNotFoundError(CacheError, KeyError):
-    """The newest commit of the store doesn't hold this sample."""
-
+class _MissingKeyError(CacheError, KeyError):
     def __str__(self) -> str:
         # KeyError would show the message's repr.
         return str(self.args[0]) if self.args else ""
+
+
+class SampleNotFoundError(_MissingKeyError):
+    """The newest commit of the store doesn't hold this sample."""
+
+
+class MissingLabelError(_MissingKeyError):
+    """A class of the samples that a training reads has no label."""
 
 
 class InvalidSampleIdError(CacheError, ValueError):
