@@ -67,18 +67,18 @@ class CacheNotFoundError(CacheError, FileNotFoundError):
     """Nothing is stored for this config under this root."""
 
 
-class _MissingKeyError(CacheError, KeyError):
+class SampleNotFoundError(CacheError, KeyError):
+    """The newest commit of the store doesn't hold this sample."""
+
     def __str__(self) -> str:
         # KeyError would show the message's repr.
         return str(self.args[0]) if self.args else ""
 
 
-class SampleNotFoundError(_MissingKeyError):
-    """The newest commit of the store doesn't hold this sample."""
-
-
-class MissingLabelError(_MissingKeyError):
+class MissingLabelError(CacheError, KeyError):
     """A class of the samples that a training reads has no label."""
+
+    __str__ = SampleNotFoundError.__str__
 
 
 class InvalidSampleIdError(CacheError, ValueError):
