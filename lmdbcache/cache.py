@@ -24,7 +24,7 @@ from lmdbcache.errors import (
 from lmdbcache.explanation import Explanation, explain_config, explain_sample, nearest_store
 from lmdbcache.failures import read_failures
 from lmdbcache.read_figures import ReadFigures, figures_of
-from lmdbcache.requirement import extraction_command, is_covered, shortfall
+from lmdbcache.requirement import how_to_fill, is_covered, shortfall
 from lmdbcache.storage.compaction import CompactionResult, compact
 from lmdbcache.storage.filesystems import check_local_for_writing
 from lmdbcache.storage.generations import current_generation, remove_store, write_lock
@@ -206,7 +206,7 @@ class EmbeddingCache:
             allow_failed: Leave out clips that failed when last tried: no run fills these.
             model: Checkpoint folder for the command in the message; needed for a model that isn't
                 on the Hub.
-            data_dir: The dataset's folder for that command; None takes `dataset.root_dir`.
+            data_dir: The dataset's folder for that command; None takes `dataset.root`.
 
         Returns:
             What is stored.
@@ -218,10 +218,8 @@ class EmbeddingCache:
         found = self.dataset_coverage(config, dataset)
         if is_covered(found, min_coverage, allow_failed=allow_failed):
             return found
-        command = extraction_command(
-            config, self.root, dataset, found, model=model, data_dir=data_dir
-        )
-        raise CoverageError(shortfall(found, min_coverage, str(self.explain(config)), command))
+        remedy = how_to_fill(config, self.root, dataset, found, model=model, data_dir=data_dir)
+        raise CoverageError(shortfall(found, min_coverage, str(self.explain(config)), remedy))
 
     def statistics(self, config: CacheConfig) -> ReadFigures:
         """Hits and misses of all processes, since the store was made or its figures were reset."""

@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)             a field of a CacheConfig is no good
     ├── CacheNotFoundError (FileNotFoundError)   nothing is stored for this config
     ├── SampleNotFoundError (KeyError)       the newest commit doesn't have this sample
+    ├── MissingLabelError (KeyError)         a class of a training's samples has no label
     ├── InvalidSampleIdError (ValueError)    not a usable `file_id:class`
     ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or wrong dtype
     ├── DuplicateSampleError                 the sample is stored already and may not be replaced
@@ -43,6 +44,7 @@ __all__ = [
     "InvalidEmbeddingError",
     "InvalidSampleIdError",
     "MissingDependencyError",
+    "MissingLabelError",
     "ModelLoadError",
     "ProvenanceMismatchError",
     "ReadOnlyCacheError",
@@ -71,6 +73,12 @@ class SampleNotFoundError(CacheError, KeyError):
     def __str__(self) -> str:
         # KeyError would show the message's repr.
         return str(self.args[0]) if self.args else ""
+
+
+class MissingLabelError(CacheError, KeyError):
+    """A class of the samples that a training reads has no label."""
+
+    __str__ = SampleNotFoundError.__str__
 
 
 class InvalidSampleIdError(CacheError, ValueError):

@@ -19,6 +19,7 @@ from lmdbcache.store_info import StoreInfo
 __all__ = ["Explanation", "explain_config", "explain_sample", "nearest_store"]
 
 _logger: Final = logging.getLogger("lmdbcache")
+_LITTLE: Final = 2  # fields; with more it is another model or dataset, and no slip
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,21 @@ class Explanation:
         """One line in the log `lmdbcache`: a warning if something else is stored."""
         level = logging.INFO if self.reason == "nothing_stored" else logging.WARNING
         _logger.log(level, "miss: %s", self.text)
+
+    def log_new_store(self) -> None:
+        """For who is about to make this store: a hint if one that differs little is there."""
+        if self.is_stored or self.reason == "nothing_stored":
+            return
+        if self.damaged:
+            self.log()  # perhaps it is the one that is asked for
+        elif self.nearest is not None and len(self.differences) <= _LITTLE:
+            told = ", ".join(
+                f"{name}: {mine!r} here, {theirs!r} there"
+                for name, (mine, theirs) in self.differences.items()
+            )
+            _logger.warning(
+                "new store; the nearest stored is %s (%s)", self.nearest.path.name, told
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

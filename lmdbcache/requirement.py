@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.layout import class_of
 
-__all__ = ["extraction_command", "is_covered", "shortfall"]
+__all__ = ["how_to_fill", "is_covered", "shortfall"]
 
 _SPLIT_RATIOS: Final = (0.7, 0.1, 0.2)  # those of the command line
 _NODE_SEED: Final = 42
@@ -38,14 +39,16 @@ def is_covered(found: DatasetCoverage, min_coverage: float, *, allow_failed: boo
     return found.num_present >= math.ceil(min_coverage * asked - 1e-9)
 
 
-def shortfall(found: DatasetCoverage, min_coverage: float, reason: str, command: str) -> str:
+def shortfall(
+    found: DatasetCoverage, min_coverage: float, reason: str, remedy: Sequence[str]
+) -> str:
     """What to tell if too little is stored.
 
     Args:
         found: What is.
         min_coverage: Share that must be.
         reason: What is stored of the config, one sentence.
-        command: What fills the gap.
+        remedy: Lines that say how the gap is filled.
     """
     told = (
         f"{found.num_present:,} of {found.num_asked:,} samples are stored "
@@ -53,18 +56,14 @@ def shortfall(found: DatasetCoverage, min_coverage: float, reason: str, command:
     )
     lines = [told, "", found.table()]
     if len(found.failed) < len(found.missing):
-        lines += ["", "This computes what is missing:", "", f"    {command}"]
-        if _FOLDER in command:
-            lines += [f"    ({_FOLDER}: give require data_dir= and the command names the folder)"]
-        if _CHECKPOINT in command:
-            lines += [f"    ({_CHECKPOINT}: give require model= and the command names the folder)"]
+        lines += ["", *remedy]
     if found.failed:
         lines += ["", f"{len(found.failed)} failed when last tried, such as {found.failed[0]!r}:"]
         lines += ["mend these clips, leave them out, or pass allow_failed=True (--allow-failed)"]
     return "\n".join(lines)
 
 
-def extraction_command(
+def how_to_fill(
     config: CacheConfig,
     root: Path,
     dataset: Any,
@@ -72,26 +71,94 @@ def extraction_command(
     *,
     model: str | os.PathLike[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-) -> str:
-    """The command line that computes what is missing, quoted for a shell.
+) -> list[str]:
+    """Lines with the command that computes what is missing, or with the Python that does.
 
     Args:
         config: The store's.
         root: The cache's.
-        dataset: Whose folder and selection are taken, as far as it has them.
+        dataset: Whose folder, options and selection are taken, as far as it has them.
         found: What is missing.
         model: Checkpoint folder or Hub name; None takes the config's name.
         data_dir: The dataset's folder; None takes the dataset's own.
     """
-    folder = data_dir or getattr(dataset, "root_dir", None)
+    datasets = _datasets_in(dataset)
+    for name in (getattr(each, "namespace", config.dataset) for each in datasets):
+        if name != config.dataset:
+            told = (
+                f"No run fills this: the dataset's namespace is {name!r}, the config's dataset is "
+                f"{config.dataset!r}. Ask with config.replace(dataset={name!r}), or open the "
+                f"dataset with namespace={config.dataset!r}"
+            )
+            return [told]
+    first = datasets[0] if datasets else None
+    options = getattr(first, "command_line_options", None)
+    if not config.dataset or (data_dir is None and first is not None and options is None):
+        return _in_python(config, dataset, model)
+    if len({_place(each) for each in datasets}) > 1:
+        return ["The datasets have several folders: ask for each of them, to see its command"]
+    own = getattr(first, "root", _FOLDER)
+    folder = str(own if data_dir is None else Path(data_dir).expanduser().absolute())
+    options = dict(options or {})
+    if folder != own or first is None:
+        options.setdefault("--namespace", config.dataset)  # not that of this folder's name
     # From any working directory; a name that begins with a dash is no option then.
-    words = ["lmdbcache", "extract", str(Path(folder).absolute()) if folder else _FOLDER]
-    words += ["--root", os.fspath(root)]
+    words = ["lmdbcache", "extract", _FOLDER if folder == _FOLDER else str(Path(folder).absolute())]
+    words += [word for pair in options.items() for word in pair]
+    words += ["--root", os.fspath(root), *_model_and_config(config, model)]
+    words += _selection(None if isinstance(dataset, Mapping) else first, found)
+    lines = ["This computes what is missing:", "", f"    {shlex.join(words)}"]
+    if _FOLDER in words:
+        lines += [f"    ({_FOLDER}: give require data_dir= and the command names the folder)"]
+    if _CHECKPOINT in words:
+        lines += [f"    ({_CHECKPOINT}: give require model= and the command names the folder)"]
+    return lines
+
+
+def _datasets_in(dataset: Any) -> list[Any]:
+    """The datasets that were given: this one, or those of a dict; sample ids are none."""
+    if isinstance(dataset, Mapping):
+        return [each for value in dataset.values() for each in _datasets_in(value)]
+    if not hasattr(dataset, "samples"):
+        dataset = getattr(dataset, "dataset", None)  # of a `CachedAudioDataset`
+    return [dataset] if hasattr(dataset, "samples") else []
+
+
+def _place(dataset: Any) -> tuple[str, ...]:
+    options = getattr(dataset, "command_line_options", None) or {}
+    return (str(getattr(dataset, "root", "")), *map(str, options.items()))
+
+
+def _in_python(
+    config: CacheConfig, dataset: Any, model: str | os.PathLike[str] | None
+) -> list[str]:
+    why = "The command line can't open this dataset"
+    if not config.dataset:
+        why = "The config has no dataset, which every store of the command line has"
+    chosen = _CHECKPOINT if model is None and "@" in config.model_name else model
+    given = "" if chosen is None else f", model={os.fspath(chosen)!r}"
+    if not _datasets_in(dataset):
+        return [
+            f"{why}; in Python, with clips, a dict of sample id → audio file:",
+            "",
+            f"    lmdbcache.extract(cache, config, clips{given})",
+        ]
+    each = " (for each dataset of the dict)" if isinstance(dataset, Mapping) else ""
+    name = "dataset" if each or hasattr(dataset, "samples") else "dataset.dataset"
+    return [
+        f"{why}; in Python this computes what is missing{each}:",
+        "",
+        "    from lmdbcache.extraction.samples import clips_of",
+        f"    lmdbcache.extract(cache, config, clips_of({name}.samples){given})",
+    ]
+
+
+def _model_and_config(config: CacheConfig, model: str | os.PathLike[str] | None) -> list[str]:
     if model is None:
-        words += ["--model", _CHECKPOINT if "@" in config.model_name else config.model_name]
+        words = ["--model", _CHECKPOINT if "@" in config.model_name else config.model_name]
     else:
         is_folder = Path(model).is_dir()
-        words += ["--model", str(Path(model).absolute()) if is_folder else os.fspath(model)]
+        words = ["--model", str(Path(model).absolute()) if is_folder else os.fspath(model)]
         if "@" not in config.model_name:
             words += ["--model-name", config.model_name]
     words += ["--output", config.output, "--sample-rate", str(config.sample_rate)]
@@ -100,8 +167,7 @@ def extraction_command(
         words += ["--compute-dtype", config.compute_dtype]
     if config.front_end != DEFAULT_FRONT_END:
         words += ["--front-end", config.front_end]
-    words += _selection(dataset, found)
-    return shlex.join(words)
+    return words
 
 
 def _selection(dataset: Any, found: DatasetCoverage) -> list[str]:
@@ -116,7 +182,7 @@ def _selection(dataset: Any, found: DatasetCoverage) -> list[str]:
         for name in sorted(found.by_class):
             words += ["--class", name]
     per_class = getattr(dataset, "num_samples_per_class", None)
-    if per_class and getattr(dataset, "samples_per_node", None) is None:
+    if per_class and per_class > 0 and getattr(dataset, "samples_per_node", None) is None:
         words += ["--samples-per-class", str(per_class)]
     if getattr(dataset, "node_split_seed", None) != _NODE_SEED:
         return words  # more than is missing, but all of it

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from extraction.clips import write_tones
 from small_ast import save_small_ast
+from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound
 from typer.testing import CliRunner
 
-from lmdbcache import CacheConfig, VEGASDataset, model_identity
+import lmdbcache
+from lmdbcache import CacheConfig, VEGASDataset, model_identity, open_dataset
 from lmdbcache.cli.main import app
 from lmdbcache.errors import ConfigError, CoverageError
 from lmdbcache.failures import ClipFailure, update_failures
@@ -27,7 +30,8 @@ class Clips:
     """A dataset by the protocol, its samples with split and node."""
 
     namespace = "mine"
-    root_dir = "/data/my clips"
+    root = "/data/my clips"
+    command_line_options: ClassVar = {"--dataset": "folder", "--namespace": "mine"}
 
     def __init__(self, sample_ids):
         self.samples = [
@@ -97,13 +101,17 @@ def test_failed_clips_are_counted_apart(filled, config, embeddings):
 
 def test_command_is_quoted_and_complete(filled, config):
     """Every field of the config, and folders with spaces, as one shell command."""
-    other = config.replace(duration=0.1 + 0.2, dtype="bfloat16", compute_dtype="float16")
+    other = config.replace(
+        duration=0.1 + 0.2, dtype="bfloat16", compute_dtype="float16", dataset="mine"
+    )
     with pytest.raises(CoverageError) as caught:
         filled.require(Clips(["a:b c", "b:x"]), other)
     words = command_of(caught.value)
     assert words[:2] == ["extract", "/data/my clips"]
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options == {
+        "--dataset": "folder",
+        "--namespace": "mine",
         "--root": str(filled.root),
         "--model": config.model_name,
         "--output": "pooler_output",
@@ -138,3 +146,130 @@ def test_command_fills_the_gap_and_nothing_else(cache, tmp_path, part):
         assert len(reader) == found.num_asked
     if not part:
         assert found.by_split == {"train": (14, 14), "val": (2, 2), "test": (4, 4)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint; not to be changed."""
+    return save_small_ast(tmp_path_factory.mktemp("model") / "small ast", max_length=128)
+
+
+def vegas(folder):
+    write_tones(folder, 2, "dog")
+    return open_dataset(folder)
+
+
+def vegas_of_another_name(folder):
+    write_tones(folder, 2, "dog")
+    return open_dataset(folder, namespace="half-of-vegas")
+
+
+def vegas_for_training(folder):
+    write_tones(folder, 2, "dog")
+    return VEGASDataset(folder, load_audio=False)
+
+
+def esc50(folder):
+    return open_dataset(make_esc50(folder))
+
+
+def vggsound_with_a_table_elsewhere(folder):
+    table = make_vggsound(folder) / "vggsound.csv"
+    return open_dataset(folder, table=table.rename(folder.parent / "other table.csv"))
+
+
+def folder_with_a_namespace(folder):
+    return open_dataset(make_audio_folder(folder, classes=["bell"]), namespace="mine")
+
+
+def folder_that_looks_like_hugging_face(folder):
+    make_audio_folder(folder, classes=["bell"])
+    (folder / "metadata.csv").write_text("file_name\n")
+    return open_dataset(folder, "folder")
+
+
+def hugging_face_with_columns(folder):
+    saved_table(folder)
+    columns = {"id_column": "key", "audio_column": "audio", "label_column": "label"}
+    return open_dataset(folder, **columns)
+
+
+def saved_table(folder):
+    tables = pytest.importorskip("huggingface_tables")
+    rows = [(name, tables.encoded(name, 0), None) for name in tables.CLASSES]
+    table = tables.table(rows, key=["a", "b", "c"])
+    table.save_to_disk(folder)
+    return table
+
+
+ADAPTERS = [
+    vegas,
+    vegas_of_another_name,
+    vegas_for_training,
+    esc50,
+    vggsound_with_a_table_elsewhere,
+    folder_with_a_namespace,
+    folder_that_looks_like_hugging_face,
+    hugging_face_with_columns,
+]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.__name__)
+def test_command_fills_the_gap_of_every_adapter(cache, tmp_path, model, adapter, monkeypatch):
+    """The dataset's folder and how it was opened are in the command, from any working directory."""
+    monkeypatch.chdir(tmp_path)
+    dataset = adapter(tmp_path / "my clips")
+    config = CacheConfig(duration=0.2, model_name=model_identity(model), dataset=dataset.namespace)
+    with pytest.raises(CoverageError) as caught:
+        cache.require(dataset, config, model=model)
+    monkeypatch.chdir("/")
+    result = CliRunner().invoke(app, [*command_of(caught.value), "--num-workers", "0"])
+    assert result.exit_code == 0, result.output
+    assert cache.require(dataset, config).num_asked == len(dataset.samples)
+    assert cache.require({"train": dataset}, config).num_asked == len(dataset.samples)
+
+
+def test_command_for_a_dataset_that_was_moved(cache, tmp_path, model):
+    """data_dir names the folder; the namespace stays that of the config."""
+    dataset = open_dataset(make_audio_folder(tmp_path / "here", classes=["bell"]))
+    config = CacheConfig(duration=0.2, model_name=model_identity(model), dataset="folder-here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    for asked in (dataset, {"train": dataset}, dataset.sample_ids):
+        with pytest.raises(CoverageError) as caught:
+            cache.require(asked, config, model=model, data_dir=tmp_path / "there")
+        assert str(tmp_path / "there") in command_of(caught.value)
+        result = CliRunner().invoke(app, [*command_of(caught.value), "--num-workers", "0"])
+        assert result.exit_code == 0, result.output
+        assert cache.require(asked, config).fraction == 1.0
+        cache.clear()
+
+
+def test_what_no_command_line_can_open(cache, tmp_path, model):
+    """A dataset in memory, or of a class of one's own: the Python way is told, and it works."""
+    in_memory = open_dataset(saved_table(tmp_path / "unused"), namespace="mine")
+
+    class Own:
+        namespace = "mine"
+        samples = in_memory.samples
+        sample_ids = in_memory.sample_ids
+
+    config = CacheConfig(duration=0.2, model_name=model_identity(model), dataset="mine")
+    for dataset in (in_memory, Own()):
+        with pytest.raises(CoverageError, match="in Python") as caught:
+            cache.require(dataset, config, model=model)
+        text = str(caught.value)
+        assert "lmdbcache extract" not in text
+        code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+        names = {"lmdbcache": lmdbcache, "cache": cache, "config": config, "dataset": dataset}
+        exec(code, names)
+        assert cache.require(dataset, config).num_present == 3
+        cache.clear()
+
+
+def test_another_namespace_than_the_config(cache, tmp_path, config):
+    """No command can fill that gap: the two names are told instead."""
+    dataset = open_dataset(make_audio_folder(tmp_path / "x", classes=["bell"]), namespace="mine")
+    for asked in (dataset, {"train": dataset}):
+        with pytest.raises(CoverageError, match=r"'mine'.*'vegas'") as caught:
+            cache.require(asked, config.replace(dataset="vegas"), model="ast")
+        assert "lmdbcache extract" not in str(caught.value)

@@ -10,8 +10,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lmdbcache import CacheConfig, EmbeddingDataset, TensorMapping, collate_embeddings
-from lmdbcache.errors import InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache import (
+    CacheConfig,
+    EmbeddingDataset,
+    TensorMapping,
+    collate_embeddings,
+    make_dataloader,
+)
+from lmdbcache.errors import InvalidEmbeddingError, MissingLabelError, SampleNotFoundError
 from lmdbcache.training import as_tensor
 
 LABELS = {"dog": 1, "drum": 0}
@@ -127,6 +133,12 @@ def test_labels_must_fit(reader):
         EmbeddingDataset(reader, labels=[1, 2, 3])
     with pytest.raises(KeyError, match="drum"):
         EmbeddingDataset(reader, labels={"dog": 1})
+    with pytest.raises(MissingLabelError, match=r"labels: none for 'drum'.*sample_ids") as caught:
+        make_dataloader(reader, 4, labels={"dog": 1})
+    assert isinstance(caught.value, KeyError)
+    assert "'dog'" not in str(caught.value).split(";", 1)[0]
+    dogs = [sample_id for sample_id in reader if sample_id.endswith(":dog")]
+    assert EmbeddingDataset(reader, dogs, labels={"dog": 1}).labels.tolist() == [1] * 10
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -73,40 +73,44 @@ def partition_command(
     """Show how a dataset is divided between nodes, and whether they share clips.
 
     Each node's samples are those that `extract --num-nodes N --node-split-id K` takes with the
-    same options. Exit code 1 if two nodes, or two splits, share a clip.
+    same options; with --node-split-id only that node is shown. Exit code 1 if two nodes, or two
+    splits, share a clip.
     """
-    whole, narrowing = dataset.opened.samples, dataset.narrowing
-    nodes = narrowing.nodes_of(dataset.opened)
+    whole, chosen = dataset.opened.samples, dataset.node_split_id
+    nodes = dict(enumerate(dataset.narrowing.nodes_of(dataset.opened)))
+    num_nodes = len(nodes)
+    if chosen is not None:
+        nodes = {chosen: nodes[chosen]}
     names = split_names(whole, dataset.split_by)
     parts = {}
-    for number, samples in enumerate(nodes):
+    for number, samples in nodes.items():
         for split in names or ("all",):
             part = split_of(samples, split, dataset.split_by, whole=whole)
             parts[f"node {number} {split}".removesuffix(" all")] = part
     audit = overlap_audit(parts, by_content=by_content)
-    counts = [Counter(sample["class_name"] for sample in samples) for samples in nodes]
+    counts = [Counter(sample["class_name"] for sample in samples) for samples in nodes.values()]
     classes = sorted(set().union(*counts))
     if as_json:
         print_json(
             {
                 "namespace": dataset.namespace,
-                "num_nodes": len(nodes),
+                "num_nodes": num_nodes,
                 "nodes": [
                     {"samples": len(samples), "classes": dict(sorted(count.items()))}
-                    for samples, count in zip(nodes, counts, strict=True)
+                    for samples, count in zip(nodes.values(), counts, strict=True)
                 ],
                 "audit": audit.to_dict(),
             }
         )
     else:
         print_table(
-            ("class", *(f"node {number}" for number in range(len(nodes))), "all"),
+            ("class", *(f"node {number}" for number in nodes), "sum"),
             [
                 *(
                     (name, *(count[name] for count in counts), sum(c[name] for c in counts))
                     for name in classes
                 ),
-                ("all", *map(len, nodes), sum(map(len, nodes))),
+                ("all", *map(len, nodes.values()), sum(map(len, nodes.values()))),
             ],
         )
         say("")

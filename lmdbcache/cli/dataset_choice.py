@@ -105,7 +105,10 @@ class DatasetChoice:
     ] = None
     node_split_id: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Only this node's samples, from 0.", rich_help_panel=_NODES),
+        typer.Option(
+            help="Only this node's samples, from 0; needs --num-nodes or --samples-per-node.",
+            rich_help_panel=_NODES,
+        ),
     ] = None
     num_nodes: Annotated[
         Optional[int],  # noqa: UP045
@@ -113,7 +116,10 @@ class DatasetChoice:
     ] = None
     samples_per_node: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Samples of each class that a node has.", rich_help_panel=_NODES),
+        typer.Option(
+            help="Samples of each class that a node has; partition needs --num-nodes, too.",
+            rich_help_panel=_NODES,
+        ),
     ] = None
     node_shares: Annotated[
         Optional[str],  # noqa: UP045

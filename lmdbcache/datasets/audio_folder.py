@@ -58,6 +58,7 @@ class AudioFolderDataset(ListedDataset):
             {class_name: number for number, class_name in enumerate(sorted(groups))},
             namespace_is_derived=namespace is None,
         )
+        self.can_be_opened_with()
         for class_name, parts in groups.items():
             for split, prefix, class_folder in parts:
                 more: dict[str, Any] = {"split": split} if split else {}

@@ -29,6 +29,10 @@ class AudioDataset(Protocol):
             `class_label` (int) and `audio_path` (str). Optional are `audio_source` (an
             `AudioSource`; then `audio_path` is only a name for people), `split` (str: the data
             set's own `"train"`, `"val"` or `"test"`) and `fold` (int).
+
+    Two more are optional. `root` (str) is the folder. `command_line_options` is a dict of option →
+    value with which the command line opens that folder as this dataset, `{"--dataset": "folder"}`,
+    or None where it can't; `EmbeddingCache.require` prints its command by these.
     """
 
     namespace: str

@@ -52,6 +52,7 @@ class ESC50Dataset(ListedDataset):
                 )
         name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
         super().__init__(folder, name, dict(sorted(labels.items(), key=lambda pair: pair[1])))
+        self.can_be_opened_with()
         there = {entry.name for entry in visible_entries(Path(folder, "audio"))}
         for line, row in rows:
             path = os.path.join(folder, "audio", row["filename"])  # noqa: PTH118

@@ -129,6 +129,10 @@ class HuggingFaceDataset(ListedDataset):
             class_labels,
             namespace_is_derived=namespace is None,
         )
+        if isinstance(source, (str, os.PathLike)):
+            self.can_be_opened_with(
+                audio_column=audio_column, label_column=label_column, id_column=id_column
+            )
         file_ids = _file_ids(splits, columns, row_classes, root)
         for split, table in splits.items():
             self._add_split(split, table, columns, file_ids[split], row_classes[split])

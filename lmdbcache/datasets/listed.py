@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
+from lmdbcache.datasets.reopening import reopening_options
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.storage.layout import canonical_class
@@ -42,6 +43,7 @@ class LeftOut:
 
     name: str
     reason: str
+    kind: str  # what many of them have in common: the reason without the names in it
 
 
 class ListedDataset:
@@ -61,6 +63,7 @@ class ListedDataset:
         samples: See `AudioDataset`.
         left_out: What isn't a sample though it looks like one, such as a listed file that is
             missing.
+        command_line_options: See `AudioDataset`; None until `can_be_opened_with` is called.
 
     Raises:
         DatasetError: Two classes have one name in a sample id.
@@ -81,6 +84,7 @@ class ListedDataset:
         self.namespace_is_derived = namespace_is_derived
         self.samples: list[Sample] = []
         self.left_out: list[LeftOut] = []
+        self.command_line_options: dict[str, str] | None = None
         self._names = _canonical_names(class_labels, root)
         self.class_labels: Mapping[str, int] = {
             self._names[name]: label for name, label in class_labels.items()
@@ -91,6 +95,17 @@ class ListedDataset:
     def sample_ids(self) -> list[str]:
         """`file_id:class` of every sample, in the order of `samples`."""
         return [sample_id_of(sample) for sample in self.samples]
+
+    def can_be_opened_with(self, **options: str | Path | None) -> None:
+        """Note that the command line opens the root as this dataset.
+
+        Args:
+            options: Its options besides `--dataset` and `--namespace`, such as `id_column`.
+        """
+        own = self.namespace_is_derived or self.namespace == self.kind
+        self.command_line_options = reopening_options(
+            self.kind, None if own else self.namespace, **options
+        )
 
     def add(self, file_id: str, class_name: str, audio_path: str, **fields: Any) -> None:
         """Take a clip in; one whose name can't be a sample id is left out.
@@ -115,7 +130,7 @@ class ListedDataset:
         try:
             sample_id = sample_id_of(sample)
         except InvalidSampleIdError as error:
-            self.leave_out(audio_path, str(error))
+            self.leave_out(audio_path, str(error), kind="no sample id")
             return
         if sample_id in self._paths:
             raise DatasetError(
@@ -125,9 +140,15 @@ class ListedDataset:
         self._paths[sample_id] = audio_path
         self.samples.append(sample)
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Note something that is no sample."""
-        self.left_out.append(LeftOut(shown(name), reason))
+    def leave_out(self, name: str, reason: str, *, kind: str = "") -> None:
+        """Note something that is no sample.
+
+        Args:
+            name: What to call it.
+            reason: Why.
+            kind: Under which it is counted, where the reason has names in it.
+        """
+        self.left_out.append(LeftOut(shown(name), reason, kind or reason))
 
     def finish(self) -> None:
         """Sort the samples by class and file id; without any the dataset is refused.
@@ -208,8 +229,13 @@ def _canonical_names(classes: Iterable[str], root: str) -> dict[str, str]:
 
 
 def _counts(left_out: list[LeftOut]) -> str:
-    """`3 left out: no such file; 1 left out: …`, most frequent first."""
-    reasons = Counter(item.reason for item in left_out)
-    shown_reasons = [f"{count} left out: {reason}" for reason, count in reasons.most_common(3)]
-    rest = sum(count for _, count in reasons.most_common()[3:])
-    return "; ".join([*shown_reasons, *([f"{rest} more left out"] if rest else [])])
+    """`3 left out: no label, such as …; 1 left out: …`, most frequent first."""
+    first = {item.kind: item for item in reversed(left_out)}
+    kinds = Counter(item.kind for item in left_out).most_common()
+    told = [f"{count} left out: {kind}{_example(first[kind])}" for kind, count in kinds[:3]]
+    rest = sum(count for _, count in kinds[3:])
+    return "; ".join([*told, *([f"{rest} more left out"] if rest else [])])
+
+
+def _example(item: LeftOut) -> str:
+    return f", such as {item.name}" + (f" ({item.reason})" if item.reason != item.kind else "")

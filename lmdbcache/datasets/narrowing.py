@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.classes import chosen_classes
 from lmdbcache.datasets.partitions import partition_samples
-from lmdbcache.datasets.splits import SPLITS, node_split, split_samples
+from lmdbcache.datasets.splits import SPLITS, node_split, split_samples, whole_number
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -43,11 +43,12 @@ class Narrowing:
     Args:
         classes: Names or labels to use; None for all.
         exclude: Names or labels to leave out.
-        samples_per_class: Use the first samples of each class only. Without effect beside
-            `samples_per_node`.
-        node_split_id: This node, from 0.
+        samples_per_class: Use the first samples of each class only, 1 or more. Without effect
+            beside `samples_per_node`.
+        node_split_id: This node, from 0; needs one of the next two, or both.
         num_nodes: Divide all samples between so many nodes.
-        samples_per_node: Or give each node so many samples of every class.
+        samples_per_node: Or give each node so many samples of every class. `num_nodes` beside it
+            only says how many nodes there are, which `nodes_of` has to know.
         node_shares: Divide between the nodes by these shares, see `partition_samples`.
         dirichlet: Divide between the nodes with this alpha, see `partition_samples`.
         min_per_node: Samples that a node has at least, with `node_shares` or `dirichlet`.
@@ -84,22 +85,21 @@ class Narrowing:
         return self._of_folds_and_split(self._of_node(self.of_classes(dataset)), dataset)
 
     def nodes_of(self, dataset: AudioDataset) -> list[list[Sample]]:
-        """What `of` gives for each node; `node_split_id` has no effect.
+        """What `of` gives for each node; `node_split_id` is only checked.
 
         Raises:
             DatasetError: A choice can't be used, or the number of nodes isn't given.
         """
         check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
         samples = self.of_classes(dataset)
-        if self.num_nodes is None or self.samples_per_node is not None:
-            raise DatasetError("num_nodes: how many nodes are there? (--num-nodes)")
-        nodes = partition_samples(
-            samples,
-            self.num_nodes,
-            **self._partition_rule(),
-            min_samples=self.min_per_node,
-            seed=self.node_seed,
-        )
+        if self.num_nodes is None:
+            beside = " beside samples_per_node" if self.samples_per_node is not None else ""
+            raise DatasetError(f"num_nodes: how many nodes are there? (--num-nodes){beside}")
+        self._check_node(self.num_nodes)
+        if self.samples_per_node is None:
+            nodes = self._partition(samples, self.num_nodes)
+        else:
+            nodes = [self._counted(samples, node) for node in range(self.num_nodes)]
         return [self._of_folds_and_split(node, dataset) for node in nodes]
 
     def of_classes(self, dataset: AudioDataset) -> list[Sample]:
@@ -108,6 +108,8 @@ class Narrowing:
         Raises:
             DatasetError: A class isn't one of the dataset's, or none of them has clips.
         """
+        if self.samples_per_class is not None:
+            whole_number("samples_per_class", self.samples_per_class, minimum=1)
         labels, name = dataset.class_labels, dataset.namespace
         wanted = chosen_classes(self.classes, labels, name) or list(labels)
         excluded = chosen_classes(self.exclude, labels, name) or []
@@ -132,25 +134,47 @@ class Narrowing:
             if divided:
                 raise DatasetError("node_split_id: which of the nodes is this one? From 0")
             return samples
-        if rule["by"] == "count" and not self.min_per_node:
-            return node_split(
-                samples,
-                self.node_split_id,
-                self.num_nodes,
-                self.samples_per_node,
-                self.node_seed,
-            )
-        if self.num_nodes is None or self.samples_per_node is not None:
-            raise DatasetError("num_nodes: needed, and not samples_per_node, to divide by shares")
-        parts = partition_samples(
-            samples, self.num_nodes, **rule, min_samples=self.min_per_node, seed=self.node_seed
-        )
-        if not 0 <= self.node_split_id < len(parts):
+        if self.num_nodes is not None:
+            self._check_node(self.num_nodes)
+        if self.samples_per_node is not None or (rule["by"] == "count" and not self.min_per_node):
+            return self._counted(samples, self.node_split_id)
+        if self.num_nodes is None:
+            raise DatasetError("num_nodes: needed to divide by shares (--num-nodes)")
+        return self._partition(samples, self.num_nodes)[self.node_split_id]
+
+    def _check_node(self, num_nodes: int) -> None:
+        nodes = whole_number("num_nodes", num_nodes, minimum=1)
+        node = self.node_split_id
+        if node is not None and not 0 <= node < nodes:
             raise DatasetError(
-                f"node_split_id: {self.node_split_id}; with num_nodes={len(parts)} it is 0 to "
-                f"{len(parts) - 1}"
+                f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
             )
-        return parts[self.node_split_id]
+
+    def _partition(self, samples: list[Sample], num_nodes: int) -> list[list[Sample]]:
+        return partition_samples(
+            samples,
+            num_nodes,
+            **self._partition_rule(),
+            min_samples=self.min_per_node,
+            seed=self.node_seed,
+        )
+
+    def _counted(self, samples: list[Sample], node: int) -> list[Sample]:
+        """A node's samples, by a number that each has or by an even division."""
+        if self.num_nodes is None and self.samples_per_node is None:
+            raise DatasetError(
+                "node_split_id: a node of how many (num_nodes, --num-nodes), or of how many "
+                "samples of each class (samples_per_node, --samples-per-node)?"
+            )
+        if self._partition_rule()["by"] != "count" or (
+            self.samples_per_node is not None and self.min_per_node
+        ):
+            raise DatasetError(
+                "samples_per_node: gives every node the same; leave it out to divide by "
+                "node_shares, dirichlet or min_per_node"
+            )
+        num_nodes = self.num_nodes if self.samples_per_node is None else None
+        return node_split(samples, node, num_nodes, self.samples_per_node, self.node_seed)
 
     def _partition_rule(self) -> dict[str, Any]:
         if self.node_shares is not None and self.dirichlet is not None:

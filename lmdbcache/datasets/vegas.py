@@ -18,7 +18,6 @@ from lmdbcache.datasets.vegas_collate import create_vegas_dataloader, vegas_coll
 from lmdbcache.datasets.vegas_layout import (
     CLASS_LABELS,
     LABEL_TO_CLASS,
-    NAMESPACE,
     read_captions,
     resolve_classes,
 )
@@ -104,7 +103,6 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
 
     CLASS_LABELS: ClassVar[dict[str, int]] = CLASS_LABELS
     LABEL_TO_CLASS: ClassVar[dict[int, str]] = LABEL_TO_CLASS
-    namespace = NAMESPACE
 
     train: VEGASDataset
     val: VEGASDataset
@@ -152,6 +150,7 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         ast_output: str | None = None,
     ) -> None:
         self.root_dir = str(Path(root_dir).expanduser())
+        self.root = str(Path(self.root_dir).absolute())
         self.enable_ast_cache, self.ast_output = enable_ast_cache, ast_output
         self.ast_cache_dir = str(ast_cache_dir or Path(self.root_dir) / "ast_cache")
         self.split, self.splits_to_load = checked_splits(split, splits_to_load)

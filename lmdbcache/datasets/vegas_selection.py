@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmdbcache.datasets.base import sample_id_of
 from lmdbcache.datasets.namespaces import chosen_namespace
 from lmdbcache.datasets.narrowing import NODE_SEED, SPLIT_SEED, first_of_each_class
+from lmdbcache.datasets.reopening import reopening_options
 from lmdbcache.datasets.splits import SPLITS, node_split, normalised_ratios, split_samples
 from lmdbcache.datasets.vegas_layout import (
     CLASS_LABELS,
@@ -32,10 +33,13 @@ _logger = logging.getLogger(__name__)
 class SelectionMixin:
     """Lists the clips, then narrows them: per class, to this node, to this split.
 
-    Attributes are the arguments of `VEGASDataset` of the same names.
+    Attributes are the arguments of `VEGASDataset` of the same names, and `root`, the absolute
+    path of `root_dir`.
     """
 
     root_dir: str
+    root: str
+    namespace: str = NAMESPACE
     audio_duration: float
     captions: dict[str, Any]
     num_samples_per_class: int | None
@@ -82,6 +86,11 @@ class SelectionMixin:
         """`file_id:class` of every sample, in the order of `samples`."""
         return [sample_id_of(sample) for sample in self.samples]
 
+    @property
+    def command_line_options(self) -> dict[str, str]:
+        """Option → value: how the command line opens the folder, without the selection."""
+        return reopening_options(NAMESPACE, None if self.namespace == NAMESPACE else self.namespace)
+
     def load_samples(self) -> list[Sample]:
         """List the files anew and give the samples of this node and split."""
         return self._of_split(self._of_node(self._list_files()))
@@ -111,7 +120,7 @@ class SelectionMixin:
 
     def _list_files(self) -> list[Sample]:
         samples = list_samples(
-            Path(self.root_dir),
+            Path(self.root),
             self.active_classes,
             audio_duration=self.audio_duration,
             captions=self.captions,
@@ -176,7 +185,6 @@ class VEGASSelection(SelectionMixin):
     """
 
     kind = "vegas"
-    namespace: str = NAMESPACE
 
     def __init__(
         self,
@@ -191,7 +199,8 @@ class VEGASSelection(SelectionMixin):
         samples_per_node: int | None = None,
         namespace: str | None = None,
     ) -> None:
-        self.root_dir = self.root = str(Path(root_dir).expanduser())
+        self.root_dir = str(Path(root_dir).expanduser())
+        self.root = str(Path(self.root_dir).absolute())
         if namespace is not None:
             self.namespace = chosen_namespace(namespace, self.kind)
         self.split, self.splits_to_load = checked_splits(split, None)

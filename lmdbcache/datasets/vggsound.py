@@ -74,6 +74,7 @@ class VGGSoundDataset(ListedDataset):
         name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
         classes = sorted({row.label for row in rows})
         super().__init__(folder, name, {label: number for number, label in enumerate(classes)})
+        self.can_be_opened_with(csv=None if table is None else path)
         files = _audio_files(folder, {row.file_id for row in rows})
         for row in rows:
             file_id = row.file_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +77,7 @@ def extract_or_load_ast_embeddings(
     seconds = dataset.audio_duration if duration is None else duration
     config = dataset.stored_config(rate, seconds, model_name, output)
     options.setdefault("model", model_name)
-    options.setdefault("dataset_root", dataset.root_dir)
+    options.setdefault("dataset_root", Path(dataset.root_dir).absolute())
     clips = clips_of(dataset.samples)
     if not dataset.enable_ast_cache:
         dataset.audio_embs_from_file, summary = _extract_to_memory(config, clips, options)

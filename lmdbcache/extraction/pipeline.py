@@ -94,8 +94,6 @@ def extract(  # noqa: PLR0913
     missing = run.look_at_sources(missing, recompute=recompute_changed)
     if missing:
         cache.check_writable(config)
-        if config not in cache:
-            cache.explain(config).log()  # a config that differs in one field may be a mistake
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
         if front_end is None or make_embedder is None:
@@ -106,6 +104,8 @@ def extract(  # noqa: PLR0913
             shape = None if make_embedder else found.embedding_shape(config)
             make_embedder = make_embedder or partial(found.make_embedder, config, device)
             run.check_space(missing, shape)
+        if config not in cache:
+            cache.explain(config).log_new_store()
         with place_among_runs(cache.path(config)) as place:
             run.work(
                 missing,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.errors import MissingLabelError
 from lmdbcache.hidden_states import ViewSelection
 from lmdbcache.storage.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.selection import Selection
 from lmdbcache.training.batches import CopyThreads, fetch_batch
 from lmdbcache.training.tensors import as_tensor
+
+_MOST_SHOWN: Final = 10
 
 __all__ = ["CollatedBatch", "EmbeddingDataset", "EmbeddingSource", "collate_embeddings"]
 
@@ -42,7 +45,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
 
     Raises:
         ValueError: Not as many labels as samples.
-        KeyError: A class has no label.
+        MissingLabelError: A class of the samples has no label; a `KeyError`, too.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
 
     def _label_tensor(self, labels: Sequence[int] | Mapping[str, int]) -> torch.Tensor:
         if isinstance(labels, Mapping):
-            labels = [labels[split_sample_id(sample_id)[1]] for sample_id in self.sample_ids]
+            labels = _labels_by_class(self.sample_ids, labels)
         if len(labels) != len(self.sample_ids):
             raise ValueError(f"{len(labels)} labels for {len(self.sample_ids)} samples")
         return torch.as_tensor(labels, dtype=torch.long)
@@ -134,6 +137,18 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             return as_tensor(self.selection.get_batch([index])[0])
         one: torch.Tensor = self.selection.get_batch([index])[0]
         return one
+
+
+def _labels_by_class(sample_ids: Sequence[str], labels: Mapping[str, int]) -> list[int]:
+    classes = [split_sample_id(sample_id)[1] for sample_id in sample_ids]
+    if missing := sorted(set(classes).difference(labels)):
+        shown = ", ".join(map(repr, missing[:_MOST_SHOWN]))
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        raise MissingLabelError(
+            f"labels: none for {shown}{more}; give a label for every class of the samples, or "
+            "sample_ids with those of the other classes only"
+        )
+    return [labels[name] for name in classes]
 
 
 class CollatedBatch(list[Any]):

@@ -11,6 +11,7 @@ import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
+from lmdbcache.failures import read_failures
 
 
 @pytest.fixture
@@ -143,6 +144,47 @@ def test_partition_finds_copies_between_splits(cli, tmp_path):
     assert "share by content: test/clip_0:bell" in result.stdout.replace("train/clip_0:bell = ", "")
 
 
+def test_partition_by_samples_per_node(cli, refused, esc50, options):
+    """Node k gets its K of every class, as extract takes them with either number beside K."""
+    arguments = ("--samples-per-node", 2)
+    assert "--num-nodes" in refused("partition", esc50, *arguments)
+    found = json.loads(cli("partition", esc50, *arguments, "--num-nodes", 2, "--json").stdout)
+    assert found["audit"]["is_disjoint"]
+    assert [set(node["classes"].values()) for node in found["nodes"]] == [{2}, {2}]
+    for more in ((), ("--num-nodes", 2)):
+        chosen = (*arguments, "--node-split-id", 1, *more)
+        one = json.loads(cli("dataset", esc50, *chosen, "--json").stdout)
+        assert one["classes"] == found["nodes"][1]["classes"]
+    line = refused("extract", esc50, *options, *arguments, "--num-nodes", 2, "--node-split-id", 2)
+    assert "it is 0 to 1" in line
+    assert "--samples-per-node" in refused("extract", esc50, *options, "--node-split-id", 2)
+
+
+def test_partition_shows_one_node(cli, refused, esc50):
+    """--node-split-id shows that node alone; out of range is an error."""
+    whole = json.loads(cli("partition", esc50, "--num-nodes", 3, "--json").stdout)
+    arguments = ("--num-nodes", 3, "--node-split-id", 1)
+    found = json.loads(cli("partition", esc50, *arguments, "--json").stdout)
+    assert found["nodes"] == [whole["nodes"][1]]
+    text = cli("partition", esc50, *arguments).stdout
+    assert "node 1" in text
+    assert "node 0" not in text
+    for number in (7, 3, -1):
+        line = refused("partition", esc50, "--num-nodes", 3, "--node-split-id", number)
+        assert "it is 0 to 2" in line
+
+
+@pytest.mark.parametrize("layout", ["esc50", "vegas", "folder"])
+@pytest.mark.parametrize("number", [0, -3])
+def test_samples_per_class_below_one(refused, esc50, data, tmp_path, layout, number):
+    """An error on every layout, not all samples."""
+    folder = {"esc50": esc50, "vegas": data}.get(layout)
+    folder = folder or make_audio_folder(tmp_path / "sounds", classes=["bell"])
+    for command, *more in (["dataset"], ["partition", "--num-nodes", 1]):
+        line = refused(command, folder, "--samples-per-class", number, *more)
+        assert f"samples_per_class: {number}" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -182,3 +224,27 @@ def test_no_heavy_imports(command, esc50):
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_failures_of_vegas_have_whole_paths(cli, data, options, tmp_path):
+    """As in every other layout, also where the folder was named by a relative path."""
+    (data / "dog" / "audios" / "broken.wav").write_bytes(b"no audio")
+    assert cli("extract", data.relative_to(tmp_path), *options).returncode == 1
+    (store,) = EmbeddingCache(tmp_path / "cache").stores()
+    (failure,) = read_failures(store.path)
+    assert failure.path == str(data / "dog" / "audios" / "broken.wav")
+
+
+def test_hint_at_the_nearest_store(cli, refused, esc50, options):
+    """Told for a new store that differs in few fields; not beside a usage error, not at others."""
+    options = (*options, "--class", "dog")
+    assert cli("extract", esc50, *options).stderr == ""
+    near = (*options[-2:], "--model", options[1], "--duration", "0.3", "--num-workers", "0")
+    assert "output" in refused("extract", esc50, *near, "--output", "foo")
+    hint = cli("extract", esc50, *near).stderr
+    assert "new store; the nearest stored" in hint
+    assert "duration: 0.3 here, 0.2 there" in hint
+    assert "miss" not in hint
+    other = ("--duration", "0.4", "--dtype", "float16")
+    chosen = (*options[:2], *options[-2:], "--num-workers", "0")
+    assert cli("extract", esc50, *chosen, *other, "--output", "mean").stderr == ""

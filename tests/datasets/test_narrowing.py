@@ -143,14 +143,14 @@ def test_half_a_choice_of_nodes_is_refused(esc50):
         ({"num_nodes": 3}, "node_split_id: which"),
         ({"samples_per_node": 3}, "node_split_id: which"),
         ({"dirichlet": 0.5, "num_nodes": 3}, "node_split_id: which"),
-        ({"node_split_id": 1}, "num_nodes=None, samples_per_node=None"),
+        ({"node_split_id": 1}, "node_split_id: a node of how many"),
         ({"node_split_id": 1, "dirichlet": 0.5}, "num_nodes: needed"),
         ({"node_split_id": 3, "num_nodes": 3}, "0 to 2"),
         ({"node_split_id": 3, "num_nodes": 3, "dirichlet": 1.0}, "0 to 2"),
         ({"node_split_id": 0, "num_nodes": 2, "dirichlet": 1.0, "node_shares": [1, 1]}, "one of"),
         (
             {"node_split_id": 0, "num_nodes": 2, "samples_per_node": 2, "dirichlet": 1.0},
-            "not sampl",
+            "samples_per_node: gives every node",
         ),
     ):
         with pytest.raises(DatasetError, match=words):

@@ -117,3 +117,6 @@ def test_a_class_with_a_colon_is_left_out_and_named(root):
     dataset = VGGSoundDataset(root)
     assert len(dataset.samples) == 8
     assert sum("holds a colon" in item.reason for item in dataset.left_out) == 4
+    # One line for all of these, with one of them as an example.
+    assert "4 left out: no sample id, such as " in str(dataset)
+    assert str(dataset).count("holds a colon") == 1
