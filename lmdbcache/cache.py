@@ -25,16 +25,16 @@ from lmdbcache.explanation import Explanation, explain_config, explain_sample, n
 from lmdbcache.failures import read_failures
 from lmdbcache.read_figures import ReadFigures, figures_of
 from lmdbcache.requirement import how_to_fill, is_covered, shortfall
-from lmdbcache.storage.compaction import CompactionResult, compact
-from lmdbcache.storage.filesystems import check_local_for_writing
-from lmdbcache.storage.generations import current_generation, remove_store, write_lock
-from lmdbcache.storage.hit_counts import counts_of
-from lmdbcache.storage.integrity import IntegrityReport, verify
-from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.checks.value_checks import Progress
+from lmdbcache.storage.counting.hit_counts import counts_of
+from lmdbcache.storage.files.filesystems import check_local_for_writing
+from lmdbcache.storage.files.generations import current_generation, remove_store, write_lock
+from lmdbcache.storage.format.layout import canonical_sample_id
+from lmdbcache.storage.maintenance.compaction import CompactionResult, compact
+from lmdbcache.storage.maintenance.integrity import IntegrityReport, verify
+from lmdbcache.storage.maintenance.repair import RepairReport, repair
 from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.storage.repair import RepairReport, repair
-from lmdbcache.storage.value_checks import Progress
-from lmdbcache.storage.verified_reads import Verify
+from lmdbcache.storage.reading.verified_reads import Verify
 from lmdbcache.storage.writer import EmbeddingWriter, OnDuplicate
 from lmdbcache.store_info import (
     StoreInfo,
@@ -153,17 +153,17 @@ class EmbeddingCache:
     def compact(
         self, config: CacheConfig, *, progress: Callable[[int, int], None] | None = None
     ) -> CompactionResult:
-        """Rewrite the store without unused pages. See `lmdbcache.storage.compaction.compact`."""
+        """Rewrite the store without unused pages. See `storage.maintenance.compaction`."""
         return compact(self.path(config), progress=progress)
 
     def verify(self, config: CacheConfig, progress: Progress | None = None) -> IntegrityReport:
-        """Check every value. See `lmdbcache.storage.integrity.verify`."""
+        """Check every value. See `storage.maintenance.integrity`."""
         return verify(self.path(config), progress)
 
     def repair(
         self, config: CacheConfig, *, dry_run: bool = False, progress: Progress | None = None
     ) -> RepairReport:
-        """Keep what is sound of a damaged store. See `lmdbcache.storage.repair.repair`."""
+        """Keep what is sound of a damaged store. See `storage.maintenance.repair`."""
         return repair(self.path(config), dry_run=dry_run, progress=progress)
 
     def coverage(self, config: CacheConfig, sample_ids: Iterable[str]) -> Coverage:

@@ -12,8 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage.checksums import stored_checksums
-from lmdbcache.storage.layout import sample_id_of_key
+from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.maintenance.checksums import stored_checksums
 from lmdbcache.storage.reader import EmbeddingReader
 
 __all__ = [

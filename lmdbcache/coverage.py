@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lmdbcache.storage.layout import class_of
+from lmdbcache.storage.format.layout import class_of
 from lmdbcache.storage.reader import EmbeddingReader
 
 __all__ = ["Coverage", "coverage_of"]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from lmdbcache.coverage import Coverage
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.layout import class_of
+from lmdbcache.storage.format.layout import class_of
 
 __all__ = ["CoverageRow", "DatasetCoverage", "Part", "dataset_coverage", "parts_of"]
 

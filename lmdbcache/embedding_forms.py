@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
-from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.format.layout import split_sample_id
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import Any, Final
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError
 from lmdbcache.failures import read_failures
-from lmdbcache.storage.absence import explain_sample_absence
-from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.counting.absence import explain_sample_absence
+from lmdbcache.storage.format.layout import canonical_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.storage.layout import CURRENT_NAME
+from lmdbcache.storage.format.layout import CURRENT_NAME
 
 __all__ = ["FAILURES_NAME", "ClipFailure", "read_failures", "update_failures"]
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.files.gather import MappedFile
+from lmdbcache.storage.format.row_parts import RowPart
 from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.storage.row_parts import RowPart
-from lmdbcache.storage.selection import Positions, Selection
+from lmdbcache.storage.reading.selection import Positions, Selection
 
 __all__ = ["HiddenStateView", "TokenLayout", "ViewSelection"]
 

@@ -9,9 +9,9 @@ from typing import Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.errors import CacheNotFoundError, StorageError
-from lmdbcache.storage.generations import is_being_written
-from lmdbcache.storage.leftovers import Leftover, find_leftovers, remove_leftovers
-from lmdbcache.storage.reader_slots import writing_processes
+from lmdbcache.storage.files.generations import is_being_written
+from lmdbcache.storage.files.reader_slots import writing_processes
+from lmdbcache.storage.maintenance.leftovers import Leftover, find_leftovers, remove_leftovers
 from lmdbcache.store_info import StoreInfo, users_of
 
 __all__ = [

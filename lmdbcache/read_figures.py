@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdbcache.errors import ReadOnlyCacheError
-from lmdbcache.storage.hit_counts import counts_of, reset_counts, store_counts, tree_counts
+from lmdbcache.storage.counting.hit_counts import counts_of, reset_counts, store_counts, tree_counts
 
 __all__ = ["EpochFigures", "ReadFigures", "figures_of", "reset_figures"]
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig
 from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.layout import class_of
+from lmdbcache.storage.format.layout import class_of
 
 __all__ = ["how_to_fill", "is_covered", "shortfall"]
 

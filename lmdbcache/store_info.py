@@ -12,11 +12,11 @@ from typing import Any
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
-from lmdbcache.storage.generations import current_generation
-from lmdbcache.storage.last_use import last_used, last_written
+from lmdbcache.storage.files.generations import current_generation
+from lmdbcache.storage.files.last_use import last_used, last_written
+from lmdbcache.storage.files.reader_slots import others
 from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.storage.reader_slots import others
-from lmdbcache.storage.space import space_use
+from lmdbcache.storage.reading.space import space_use
 
 __all__ = [
     "StoreInfo",

@@ -84,7 +84,10 @@ def test_unknown_name_is_an_attribute_error():
         "config",
         "cache",
         "training",
-        *(f"storage.{file.stem}" for file in STORAGE.glob("[!_]*.py")),
+        *(
+            ".".join(file.relative_to(STORAGE.parent).with_suffix("").parts)
+            for file in STORAGE.rglob("[!_]*.py")
+        ),
     ],
 )
 def test_every_module_lists_what_it_offers(module):

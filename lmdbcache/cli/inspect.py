@@ -19,7 +19,7 @@ from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.quantities import age
 from lmdbcache.failures import ClipFailure, read_failures
 from lmdbcache.requirement import is_covered
-from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo
 

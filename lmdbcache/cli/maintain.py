@@ -29,9 +29,9 @@ from lmdbcache.cli.options import (
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage.compaction import compact, plan_compaction
-from lmdbcache.storage.integrity import IntegrityReport, verify
-from lmdbcache.storage.repair import RepairReport, repair
+from lmdbcache.storage.maintenance.compaction import compact, plan_compaction
+from lmdbcache.storage.maintenance.integrity import IntegrityReport, verify
+from lmdbcache.storage.maintenance.repair import RepairReport, repair
 
 __all__ = ["compact_command", "repair_command", "verify_command"]
 

@@ -21,7 +21,7 @@ from lmdbcache.pruning import (
     prune,
     remove_leftovers_under,
 )
-from lmdbcache.storage.leftovers import Leftover
+from lmdbcache.storage.maintenance.leftovers import Leftover
 
 __all__ = ["prune_command"]
 

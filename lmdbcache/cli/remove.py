@@ -23,7 +23,7 @@ from lmdbcache.cli.options import (
 )
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import DatasetError, IntegrityError, SampleNotFoundError
-from lmdbcache.storage.layout import canonical_sample_id, join_sample_id, split_sample_id
+from lmdbcache.storage.format.layout import canonical_sample_id, join_sample_id, split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo, info_or_damage, users_of
 

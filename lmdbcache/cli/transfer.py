@@ -15,7 +15,7 @@ from lmdbcache.cli.options import Json, Progress, Root, Store, Yes, find_store
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets.vegas_layout import CLASS_LABELS, NAMESPACE
 from lmdbcache.errors import IntegrityError, TransferError
-from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.transfer.agreement import missing_fields
 from lmdbcache.transfer.entries import Source
 from lmdbcache.transfer.exporting import FORMATS, export_embeddings

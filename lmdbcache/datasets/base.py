@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from lmdbcache.storage.layout import join_sample_id
+from lmdbcache.storage.format.layout import join_sample_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

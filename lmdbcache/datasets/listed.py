@@ -12,7 +12,7 @@ from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.reopening import reopening_options
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
-from lmdbcache.storage.layout import canonical_class
+from lmdbcache.storage.format.layout import canonical_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.doctor.findings import Finding, note, ok, problem
-from lmdbcache.storage.filesystems import NETWORK_VARIABLE, Mount, is_network, mount_of
-from lmdbcache.storage.generations import RESERVE_BYTES
+from lmdbcache.storage.files.filesystems import NETWORK_VARIABLE, Mount, is_network, mount_of
+from lmdbcache.storage.files.generations import RESERVE_BYTES
 
 __all__ = ["check_root"]
 

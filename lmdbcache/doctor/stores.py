@@ -10,10 +10,10 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.doctor.findings import Finding, note, ok, problem
 from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.pruning import leftovers_under
-from lmdbcache.storage.checked_marker import is_known
-from lmdbcache.storage.generations import current_generation, is_being_written
-from lmdbcache.storage.opening import check_file_size
-from lmdbcache.storage.reader_slots import others, slot_use, writing_processes
+from lmdbcache.storage.files.checked_marker import is_known
+from lmdbcache.storage.files.generations import current_generation, is_being_written
+from lmdbcache.storage.files.opening import check_file_size
+from lmdbcache.storage.files.reader_slots import others, slot_use, writing_processes
 from lmdbcache.store_info import read_store_info
 
 __all__ = ["check_stores", "newest_file"]

@@ -21,7 +21,7 @@ from lmdbcache.extraction.samples import pairs_of
 from lmdbcache.extraction.space import ExtractionPlan, existing_parent, needed_bytes
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
-from lmdbcache.storage.generations import free_bytes
+from lmdbcache.storage.files.generations import free_bytes
 
 __all__ = ["default_num_workers", "extract", "plan_extraction"]
 

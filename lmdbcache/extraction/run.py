@@ -31,7 +31,7 @@ from lmdbcache.extraction.turns import order_of_units
 from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
 from lmdbcache.sources.checking import changed_clips, num_suspects
 from lmdbcache.sources.records import SourceRecorder
-from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.format.layout import canonical_sample_id
 from lmdbcache.storage.writer import EmbeddingWriter
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage.generations import RESERVE_BYTES, free_bytes
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.files.generations import RESERVE_BYTES, free_bytes
+from lmdbcache.storage.format.values import NUMPY_DTYPES
 
 __all__ = [
     "ExtractionPlan",

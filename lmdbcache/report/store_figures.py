@@ -16,7 +16,7 @@ from lmdbcache.report.neighbours import Neighbours, find_neighbours
 from lmdbcache.report.projection import EmbeddingMap, map_of
 from lmdbcache.report.sampling import class_of, in_stratified_order
 from lmdbcache.report.vectors import Vectors, read_vectors
-from lmdbcache.storage.compaction import plan_compaction
+from lmdbcache.storage.maintenance.compaction import plan_compaction
 from lmdbcache.store_info import StoreInfo
 
 __all__ = ["ClassSize", "StoreFigures", "figures_of_store"]

@@ -21,7 +21,7 @@ from lmdbcache.sources.records import (
     write_sources,
 )
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.layout import sample_key, split_sample_id
+from lmdbcache.storage.format.layout import sample_key, split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 
 __all__ = [

@@ -12,20 +12,20 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
-from lmdbcache.storage.absence import explain_sample_absence
-from lmdbcache.storage.batches import gather, offsets_of, remember_all, stack
-from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
+from lmdbcache.storage.counting.absence import explain_sample_absence
+from lmdbcache.storage.counting.hit_counts import adopt_ancestors, counts_of, own_lineage
+from lmdbcache.storage.counting.miss_log import note_misses
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.hit_counts import adopt_ancestors, counts_of, own_lineage
-from lmdbcache.storage.last_use import touch
-from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
-from lmdbcache.storage.located import LocatedValues, locate
-from lmdbcache.storage.metadata import StoreMetadata
-from lmdbcache.storage.miss_log import note_misses
-from lmdbcache.storage.pinning import PinnedStore
-from lmdbcache.storage.selection import Selection
-from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
-from lmdbcache.storage.verified_reads import (
+from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
+from lmdbcache.storage.files.last_use import touch
+from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
+from lmdbcache.storage.format.metadata import StoreMetadata
+from lmdbcache.storage.format.values import NUMPY_DTYPES, from_stored
+from lmdbcache.storage.reading.batches import gather, offsets_of, remember_all, stack
+from lmdbcache.storage.reading.located import LocatedValues, locate
+from lmdbcache.storage.reading.pinning import PinnedStore
+from lmdbcache.storage.reading.selection import Selection
+from lmdbcache.storage.reading.verified_reads import (
     Mismatch,
     Verify,
     check_mode,

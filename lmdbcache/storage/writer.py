@@ -10,11 +10,11 @@ from typing import Any, Final, Literal
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, DuplicateSampleError, InvalidEmbeddingError
-from lmdbcache.storage.collecting import CollectedEmbeddings
-from lmdbcache.storage.committing import BeforeCommit, Committer
-from lmdbcache.storage.layout import sample_key
-from lmdbcache.storage.pending import CommitLimits
-from lmdbcache.storage.values import as_stored, check_shape
+from lmdbcache.storage.format.layout import sample_key
+from lmdbcache.storage.format.values import as_stored, check_shape
+from lmdbcache.storage.writing.collecting import CollectedEmbeddings
+from lmdbcache.storage.writing.committing import BeforeCommit, Committer
+from lmdbcache.storage.writing.pending import CommitLimits
 
 __all__ = ["EmbeddingWriter", "OnDuplicate"]
 

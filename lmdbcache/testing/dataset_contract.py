@@ -26,7 +26,7 @@ from lmdbcache.datasets.overlaps import overlap_audit
 from lmdbcache.embedders.audio import load_waveform
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.extraction.samples import clips_of
-from lmdbcache.storage.layout import canonical_class, canonical_sample_id
+from lmdbcache.storage.format.layout import canonical_class, canonical_sample_id
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.hidden_states import ViewSelection
-from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
-from lmdbcache.storage.selection import Selection
+from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
+from lmdbcache.storage.reading.selection import Selection
 from lmdbcache.training.tensors import as_tensor
 
 __all__ = ["DTYPES", "CopyThreads", "fetch_batch", "shared_memory"]

@@ -11,9 +11,9 @@ import torch
 
 from lmdbcache.errors import MissingLabelError
 from lmdbcache.hidden_states import ViewSelection
-from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.storage.selection import Selection
+from lmdbcache.storage.reading.selection import Selection
 from lmdbcache.training.batches import CopyThreads, fetch_batch
 from lmdbcache.training.tensors import as_tensor
 

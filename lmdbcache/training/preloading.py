@@ -12,7 +12,7 @@ import torch
 
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, SampleNotFoundError
 from lmdbcache.hidden_states import HiddenStateView
-from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.format.layout import canonical_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.training.batches import DTYPES, shared_memory
 

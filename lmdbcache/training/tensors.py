@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.layout import split_sample_id
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.layout import split_sample_id
+from lmdbcache.storage.format.values import NUMPY_DTYPES
 
 __all__ = ["TensorMapping", "as_tensor"]
 

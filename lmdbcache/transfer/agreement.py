@@ -9,7 +9,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedding_forms import HIDDEN, output_of_dimensions
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.transfer.descriptions import Description
 from lmdbcache.transfer.survey import Shape, Survey
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.layout import canonical_sample_id
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.layout import canonical_sample_id
+from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.transfer.descriptions import Description
 
 __all__ = ["Entry", "Listing", "Refusal", "Source", "dtype_name", "identity", "numbers"]

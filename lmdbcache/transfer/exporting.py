@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import TransferError
-from lmdbcache.storage.generations import RESERVE_BYTES, check_room
+from lmdbcache.storage.files.generations import RESERVE_BYTES, check_room
 from lmdbcache.transfer.parts import Part
 from lmdbcache.transfer.placing import SHARD_FORMATS, appearing, check_target, shard_name
 from lmdbcache.transfer.selection import Chosen, choose

@@ -19,9 +19,9 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     TransferError,
 )
-from lmdbcache.storage.generations import RESERVE_BYTES, check_room
+from lmdbcache.storage.files.generations import RESERVE_BYTES, check_room
+from lmdbcache.storage.format.values import as_stored, check_shape
 from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.storage.values import as_stored, check_shape
 from lmdbcache.storage.writer import EmbeddingWriter, OnDuplicate
 from lmdbcache.transfer.agreement import agreed_config
 from lmdbcache.transfer.entries import Entry, Refusal, Source

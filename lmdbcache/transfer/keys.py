@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from lmdbcache.datasets.vegas_layout import CLASS_LABELS
 from lmdbcache.errors import InvalidSampleIdError, TransferError
-from lmdbcache.storage.layout import join_sample_id
+from lmdbcache.storage.format.layout import join_sample_id
 
 __all__ = [
     "KEY_ORDERS",

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import TransferError
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.transfer.descriptions import Description, describe, description_of_json
 from lmdbcache.transfer.entries import Listing, Source, numbers
 from lmdbcache.transfer.forms import (

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmdbcache.storage.layout import split_sample_id
+from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.transfer.optional import optional
 from lmdbcache.transfer.parts import Embeddings
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lmdbcache.errors import TransferError
-from lmdbcache.storage.engine_errors import translated_errors
-from lmdbcache.storage.generations import sync_file
+from lmdbcache.storage.files.engine_errors import translated_errors
+from lmdbcache.storage.files.generations import sync_file
 
 __all__ = ["SHARD_FORMATS", "appearing", "check_target", "shard_name"]
 

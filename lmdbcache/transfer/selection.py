@@ -9,7 +9,7 @@ from typing import Any
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import SampleNotFoundError, TransferError
-from lmdbcache.storage.layout import canonical_sample_id, split_sample_id
+from lmdbcache.storage.format.layout import canonical_sample_id, split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.transfer.descriptions import export_description
 from lmdbcache.transfer.parts import Embeddings

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lmdbcache.errors import CacheError, InvalidEmbeddingError
-from lmdbcache.storage.layout import split_sample_id
-from lmdbcache.storage.values import check_shape
+from lmdbcache.storage.format.layout import split_sample_id
+from lmdbcache.storage.format.values import check_shape
 from lmdbcache.transfer.entries import Entry, Refusal, Source
 
 __all__ = ["Shape", "Survey", "misfit", "squeezed", "survey"]

@@ -18,9 +18,9 @@ from storage.child_processes import peer_process
 from lmdbcache import EmbeddingCache
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
 from lmdbcache.pruning import PrunePolicy, plan_pruning, prune
-from lmdbcache.storage.generations import write_lock
-from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
-from lmdbcache.storage.metadata import checksum
+from lmdbcache.storage.files.generations import write_lock
+from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.format.metadata import checksum
 
 DAY = 86400
 

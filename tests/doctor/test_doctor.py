@@ -19,8 +19,8 @@ from lmdbcache.doctor import machine, root, software
 from lmdbcache.doctor.memory import memory_of
 from lmdbcache.doctor.stores import check_stores, newest_file
 from lmdbcache.errors import StorageError
-from lmdbcache.storage.filesystems import Mount
-from lmdbcache.storage.generations import write_lock
+from lmdbcache.storage.files.filesystems import Mount
+from lmdbcache.storage.files.generations import write_lock
 
 
 def by_subject(findings):

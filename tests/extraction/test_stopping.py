@@ -89,7 +89,7 @@ def test_what_no_commit_has_seen_is_committed(start, arguments, num_stored, numb
 
 def test_second_ctrl_c_ends_at_once(start, arguments, cache, config, num_stored):
     """While the first waits for another writer, a second one doesn't; the store stays sound."""
-    from lmdbcache.storage.generations import write_lock
+    from lmdbcache.storage.files.generations import write_lock
 
     command = start(*arguments, "--commit-seconds", 0.05, "--num-workers", 2)
     command.wait_until(num_stored)
@@ -176,7 +176,7 @@ def test_library_leaves_the_signal_handlers_alone(run, clips):
 
 def test_interrupted_in_the_last_commit(cache, config, ast_folder, clips, monkeypatch):
     """Ctrl-C in the middle of the final commit: it is done again, nothing is lost."""
-    from lmdbcache.storage import committing
+    from lmdbcache.storage.writing import committing
 
     put_embeddings, interrupts = committing._put_embeddings, [KeyboardInterrupt()]
 

@@ -11,7 +11,9 @@ from storage.child_processes import Peer, in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import StorageError
-from lmdbcache.storage import environment, opening, pinning
+from lmdbcache.storage import environment
+from lmdbcache.storage.files import opening
+from lmdbcache.storage.reading import pinning
 
 SMALL_MAP = 1 << 16
 

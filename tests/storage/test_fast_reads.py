@@ -23,9 +23,9 @@ from storage.child_processes import in_fork, numbered, write
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.errors import SampleNotFoundError
-from lmdbcache.storage import located
-from lmdbcache.storage.pages import UnreadablePagesError
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage.pages.pages import UnreadablePagesError
+from lmdbcache.storage.reading import located
 
 SAMPLE_IDS = [
     f"{name}{n}:{label}"

@@ -15,8 +15,13 @@ from storage.child_processes import numbered, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
-from lmdbcache.storage import filesystems
-from lmdbcache.storage.filesystems import NETWORK_VARIABLE, find_mount, is_network, parse_mounts
+from lmdbcache.storage.files import filesystems
+from lmdbcache.storage.files.filesystems import (
+    NETWORK_VARIABLE,
+    find_mount,
+    is_network,
+    parse_mounts,
+)
 
 MOUNTINFO = rb"""21 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 22 21 0:5 / /dev rw - devtmpfs devtmpfs rw
@@ -162,7 +167,7 @@ def test_mount_over_a_folder_is_noticed(filled, config, embeddings, tmp_path):
     code = """
 import ctypes, os, subprocess, sys
 from pathlib import Path
-from lmdbcache.storage import filesystems
+from lmdbcache.storage.files import filesystems
 place = Path(sys.argv[1])
 seen = []
 lookup = filesystems.find_mount

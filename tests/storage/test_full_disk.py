@@ -12,7 +12,9 @@ from storage.full_disks import fill_at_random
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage import committing, generations, located
+from lmdbcache.storage.files import generations
+from lmdbcache.storage.reading import located
+from lmdbcache.storage.writing import committing
 
 NAMES = [f"{n:03d}:x" for n in range(200)]
 
@@ -139,7 +141,7 @@ def test_compaction_is_refused(disk, cache, config):
 def test_compaction_that_runs_out_midway(disk, cache, config, monkeypatch):
     """Half a copy is removed at once, and its space is there again."""
     put(cache, config, 1)
-    monkeypatch.setattr("lmdbcache.storage.compaction.check_room", lambda *_: None)
+    monkeypatch.setattr("lmdbcache.storage.maintenance.compaction.check_room", lambda *_: None)
     fill(disk, 1 << 20)
     free = generations.free_bytes(disk)
     with pytest.raises(CacheFullError):

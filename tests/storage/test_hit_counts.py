@@ -23,9 +23,14 @@ from storage.child_processes import NOBODY, in_fork, peer_process
 from lmdbcache import EmbeddingCache, EmbeddingDataset, EmbeddingReader, collate_embeddings
 from lmdbcache.errors import SampleNotFoundError
 from lmdbcache.read_figures import EpochFigures
-from lmdbcache.storage import counter_files, hit_counts
-from lmdbcache.storage.counter_files import Counts, open_table, read_records
-from lmdbcache.storage.hit_counts import STATISTICS_VARIABLE, counts_of, store_counts, tree_counts
+from lmdbcache.storage.counting import counter_files, hit_counts
+from lmdbcache.storage.counting.counter_files import Counts, open_table, read_records
+from lmdbcache.storage.counting.hit_counts import (
+    STATISTICS_VARIABLE,
+    counts_of,
+    store_counts,
+    tree_counts,
+)
 
 SAMPLE_IDS = [f"{n:03d}:{'dog' if n % 4 else 'drum'}" for n in range(64)]
 VALUES = np.arange(64, dtype=np.float32)[:, None] * np.ones(16, np.float32)

@@ -14,8 +14,8 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError
-from lmdbcache.storage import collecting, committing
-from lmdbcache.storage.gather import BatchBuffers
+from lmdbcache.storage.files.gather import BatchBuffers
+from lmdbcache.storage.writing import collecting, committing
 
 SIZE = 1 << 18  # float32: 1 MiB
 NAMES = [f"{number:02d}:x" for number in range(12)]
@@ -107,7 +107,7 @@ def test_interpreter_that_ends_waits_for_the_background(cache, config):
     program = f"""
 import numpy as np, sys
 from lmdbcache import EmbeddingCache, CacheConfig
-from lmdbcache.storage import collecting
+from lmdbcache.storage.writing import collecting
 collecting._BACKGROUND_FROM_BYTES = 0
 writer = EmbeddingCache({str(cache.root)!r}).writer(CacheConfig(), commit_records=3)
 for number in range(3):

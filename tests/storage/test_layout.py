@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.layout import (
+from lmdbcache.storage.format.layout import (
     CHECKSUMS_NAME,
     METADATA_KEY,
     canonical_sample_id,

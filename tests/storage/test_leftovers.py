@@ -17,8 +17,8 @@ from lmdbcache import EmbeddingCache
 from lmdbcache.errors import StorageError
 from lmdbcache.sources.files import Source
 from lmdbcache.sources.records import write_sources
-from lmdbcache.storage.generations import is_being_written, write_lock
-from lmdbcache.storage.leftovers import find_leftovers, is_abandoned, remove_leftovers
+from lmdbcache.storage.files.generations import is_being_written, write_lock
+from lmdbcache.storage.maintenance.leftovers import find_leftovers, is_abandoned, remove_leftovers
 
 
 def make_old(path):

@@ -12,7 +12,7 @@ import pytest
 from storage.child_processes import NOBODY, in_fork, numbered, peer_process, read, write
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.storage import located
+from lmdbcache.storage.reading import located
 
 NAMES = list(numbered(0, 400))
 

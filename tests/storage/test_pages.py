@@ -8,8 +8,8 @@ import lmdb
 import numpy as np
 import pytest
 
-from lmdbcache.storage.layout import METADATA_KEY
-from lmdbcache.storage.pages import UnreadablePagesError, read_value_table
+from lmdbcache.storage.format.layout import METADATA_KEY
+from lmdbcache.storage.pages.pages import UnreadablePagesError, read_value_table
 
 
 def built(folder, items, **options):

@@ -19,7 +19,7 @@ from lmdbcache.errors import (
     CacheNotFoundError,
     IntegrityError,
 )
-from lmdbcache.storage.opening import check_file_size
+from lmdbcache.storage.files.opening import check_file_size
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 

@@ -17,7 +17,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     SampleNotFoundError,
 )
-from lmdbcache.storage import committing
+from lmdbcache.storage.writing import committing
 
 mapping_tests = pytest.importorskip("test.mapping_tests")
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lmdbcache import EmbeddingCache, EmbeddingReader
 from lmdbcache.cli.main import app
 from lmdbcache.errors import StorageError
-from lmdbcache.storage.pages import UnreadablePagesError, read_free_pages
+from lmdbcache.storage.pages.pages import UnreadablePagesError, read_free_pages
 
 NAMES = [f"{n:03d}:x" for n in range(200)]
 _held = []

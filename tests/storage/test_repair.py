@@ -10,8 +10,8 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
-from lmdbcache.storage import repair as repair_module
-from lmdbcache.storage.page_file import PageFile
+from lmdbcache.storage.maintenance import repair as repair_module
+from lmdbcache.storage.pages.page_file import PageFile
 
 NUM_SAMPLES = 300
 

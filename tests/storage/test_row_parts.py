@@ -7,9 +7,9 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import InvalidEmbeddingError
-from lmdbcache.storage.row_parts import RowPart
-from lmdbcache.storage.selection import Selection
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.row_parts import RowPart
+from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage.reading.selection import Selection
 
 NAMES = [f"{n}:x" for n in range(6)]
 ORDER = [5, 0, 0, 3]

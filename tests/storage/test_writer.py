@@ -22,7 +22,7 @@ from lmdbcache.errors import (
     ProvenanceMismatchError,
     WriterClosedError,
 )
-from lmdbcache.storage.commit_record import has_old_values, read_commit_record
+from lmdbcache.storage.pages.commit_record import has_old_values, read_commit_record
 
 ONES = np.ones(4, np.float32)
 

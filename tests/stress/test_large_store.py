@@ -14,14 +14,14 @@ import pytest
 from storage.child_processes import numbered, peer_process, write, write_until_killed
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.storage import located
+from lmdbcache.storage.reading import located
 
 pytestmark = pytest.mark.stress
 NUM_SAMPLES = 300_000
 FIRST_READS = """
 import json, sys, time
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.storage import located
+from lmdbcache.storage.reading import located
 walks, original, seconds = [], located.read_value_table, {}
 located.read_value_table = lambda *args: (walks.append(1), original(*args))[1]
 def timed(name, function):

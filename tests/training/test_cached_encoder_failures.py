@@ -18,7 +18,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     ReadOnlyCacheError,
 )
-from lmdbcache.storage.committing import Committer
+from lmdbcache.storage.writing.committing import Committer
 
 
 def test_nan_is_named_and_the_rest_kept(cache):

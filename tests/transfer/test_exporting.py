@@ -23,7 +23,7 @@ from lmdbcache.errors import (
     SampleNotFoundError,
     TransferError,
 )
-from lmdbcache.storage.values import NUMPY_DTYPES
+from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.transfer import exporting
 
 OUTS = [

@@ -1,0 +1,1 @@
+"""Whether a generation is sound, before LMDB sees it."""

@@ -1,0 +1,115 @@
+"""The first opening of a store that this machine didn't write: look at all of it before LMDB does.
+
+LMDB trusts its file: damaged pages of a copy would end the process or read wrong. What was found
+sound is remembered (`checked_marker`), so that it is looked at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lmdbcache.errors import IntegrityError
+from lmdbcache.storage.checks.checking import Findings, check_generation
+from lmdbcache.storage.files.checked_marker import is_known, mark_known
+from lmdbcache.storage.format.layout import sample_id_of_key
+
+__all__ = ["SKIP_VARIABLE", "check_first_opening"]
+
+_logger: Final = logging.getLogger(__name__)
+
+# "1": open as it is; "values": check LMDB's structure alone.
+SKIP_VARIABLE: Final = "LMDBCACHE_SKIP_FIRST_CHECK"
+_LONG_BYTES: Final = 1 << 30
+_refused: Final[dict[tuple[int, ...], str]] = {}  # by this process
+
+
+def check_first_opening(generation: Path) -> None:
+    """Check a generation that this machine neither made nor checked before.
+
+    Several processes that come at once wait for the one that checks.
+
+    Raises:
+        IntegrityError: It is damaged.
+        StorageError: It is written to faster than it can be checked.
+    """
+    if is_known(generation) or not (generation / "data.mdb").exists():
+        return  # LMDB is never given a missing file either
+    skipped = os.environ.get(SKIP_VARIABLE, "").lower()
+    if skipped not in ("", "0", "values"):
+        _logger.warning("%s is opened unchecked (%s=%s)", generation, SKIP_VARIABLE, skipped)
+        return
+    version = _version(generation)
+    if version in _refused:  # so that asking sample by sample costs one check
+        raise IntegrityError(_refused[version])
+    with _one_at_a_time(generation):
+        if not is_known(generation):
+            try:
+                _check(generation, with_values=skipped != "values")
+            except IntegrityError as error:
+                _refused[version] = str(error)
+                raise
+
+
+def _version(generation: Path) -> tuple[int, ...]:
+    """Changes with what the check looks at."""
+    version: tuple[int, ...] = ()
+    for name in ("data.mdb", "committed"):
+        with contextlib.suppress(FileNotFoundError):
+            status = (generation / name).stat()
+            version += (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return version
+
+
+def _check(generation: Path, *, with_values: bool) -> None:
+    path = generation / "data.mdb"
+    num_bytes = path.stat().st_size
+    _logger.log(
+        logging.WARNING if num_bytes > _LONG_BYTES else logging.INFO,
+        "first opening of %s on this machine: checking %d MiB (%s=1 skips it)",
+        generation.parent,
+        num_bytes >> 20,
+        SKIP_VARIABLE,
+    )
+    start = time.perf_counter()
+    findings = check_generation(generation, with_values=with_values)
+    if not findings.is_sound:
+        raise IntegrityError(_described(findings, generation.parent))
+    _logger.info("%s is sound (%.1f s)", generation.parent, time.perf_counter() - start)
+    if with_values:
+        mark_known(generation)
+
+
+def _described(findings: Findings, store: Path) -> str:
+    parts = []
+    if findings.structure:
+        parts.append(findings.structure[0])
+    bad = (*findings.damaged, *findings.missing)
+    if bad:
+        parts.append(f"{len(bad)} damaged embeddings, the first {sample_id_of_key(bad[0])!r}")
+    return (
+        f"{store} is damaged: {'; '.join(parts)}. `lmdbcache verify` lists all of it, "
+        "`lmdbcache repair` keeps what is sound"
+    )
+
+
+@contextlib.contextmanager
+def _one_at_a_time(generation: Path) -> Iterator[None]:
+    try:
+        # A descriptor for reading will do, and LMDB has no lock on this file.
+        descriptor = os.open(generation / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield  # the check says what is wrong
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without such locks: check twice
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

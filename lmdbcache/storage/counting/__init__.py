@@ -1,0 +1,1 @@
+"""How often samples were found, and which were not."""

@@ -1,0 +1,268 @@
+"""Which generation of a store is live, and who may change that.
+
+A store's folder holds `CURRENT` (the live generation's name), `writer.lock` (a flock that whoever
+commits, compacts or clears holds) and `gen-NNNNNN/`, each an LMDB environment with a lock file of
+its own. A data file never meets another generation's lock file: LMDB keeps the number of the
+newest transaction in there, and the wrong one shows an empty store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.storage.files.checked_marker import mark_known
+from lmdbcache.storage.format.layout import (
+    CURRENT_NAME,
+    GENERATION_NAME,
+    STATISTICS_NAME,
+    WRITER_LOCK_NAME,
+)
+from lmdbcache.storage.pages.commit_record import record_commit
+
+__all__ = [
+    "RESERVE_BYTES",
+    "check_room",
+    "create_generation",
+    "current_generation",
+    "free_bytes",
+    "is_being_written",
+    "point_at",
+    "publish_generation",
+    "remove_other_generations",
+    "remove_store",
+    "sync_file",
+    "write_lock",
+]
+
+_logger: Final = logging.getLogger(__name__)
+# What a commit leaves free beyond what it writes.
+RESERVE_BYTES: Final = 16 << 20
+_held_locks: Final[set[int]] = set()
+
+
+def current_generation(store: Path) -> Path | None:
+    """The live generation's folder, or None if nothing was ever committed here.
+
+    Raises:
+        IntegrityError: `CURRENT` doesn't name a generation.
+    """
+    try:
+        name = (store / CURRENT_NAME).read_bytes().decode("ascii", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"{store / CURRENT_NAME} can't be read ({error.strerror}). Check its permissions"
+        ) from None
+    if not GENERATION_NAME.fullmatch(name):
+        raise IntegrityError(
+            f"{store / CURRENT_NAME} holds {name[:40]!r} instead of a generation's name such as "
+            "'gen-000001'. If the folder has just one gen-* folder, write its name there"
+        )
+    return store / name
+
+
+@contextlib.contextmanager
+def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the store's writer lock; waits until others have released it.
+
+    Creates the store's folder. The lock file may be removed by whoever holds it (`remove_store`),
+    so the one that was locked must still be the one in the folder.
+
+    Raises:
+        ReadOnlyCacheError: The folder can't be written.
+        StorageError: Somebody holds it, and waiting wasn't asked for.
+    """
+    while True:
+        descriptor = _open_lock(store)
+        try:
+            _flock(descriptor, store, wait=wait)
+            try:
+                same = os.path.samestat(os.fstat(descriptor), (store / WRITER_LOCK_NAME).stat())
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield
+                return
+        finally:
+            _held_locks.discard(descriptor)
+            # Explicitly: a child forked meanwhile shares the lock, and closing alone keeps it.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def create_generation(store: Path) -> Path:
+    """Make the next generation's empty folder. The caller holds the writer lock."""
+    remove_other_generations(store)
+    current = current_generation(store)
+    number = int(current.name.removeprefix("gen-")) + 1 if current else 1
+    generation = store / f"gen-{number:06d}"
+    generation.mkdir()
+    return generation
+
+
+def publish_generation(store: Path, generation: Path) -> None:
+    """Make a generation the live one, durably and at once. The caller holds the writer lock.
+
+    It was made on this machine, from what is known to be sound.
+    """
+    record_commit(generation, is_new=True)
+    mark_known(generation)
+    sync_file(generation)
+    point_at(store, generation)
+
+
+def point_at(store: Path, generation: Path) -> None:
+    """Write `CURRENT`, durably and at once. The caller holds the writer lock."""
+    temporary = store / f"{CURRENT_NAME}.tmp"
+    try:
+        with temporary.open("w", encoding="ascii") as file:
+            file.write(f"{generation.name}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(store / CURRENT_NAME)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_file(store)
+    sync_file(store.parent)
+
+
+def remove_other_generations(store: Path) -> None:
+    """Remove generations that `CURRENT` doesn't name: a killed process left them, or they are old.
+
+    Processes that have one mapped go on reading it; its space is freed when they close it. The
+    caller holds the writer lock.
+    """
+    current = current_generation(store)
+    for folder in store.iterdir():
+        if GENERATION_NAME.fullmatch(folder.name) and folder != current:
+            if folder.is_symlink():
+                folder.unlink(missing_ok=True)  # never what it leads to
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write on the folder's file system."""
+    return shutil.disk_usage(folder).free
+
+
+def check_room(store: Path, needed: int, purpose: str) -> None:
+    """Refuse what the disk can't hold.
+
+    Raises:
+        CacheFullError: Fewer than `needed` bytes are free.
+    """
+    free = free_bytes(store)
+    if free < needed:
+        raise CacheFullError(
+            f"{store}: {free >> 20} MiB free, {purpose} needs {-(-needed >> 20)} MiB. Free space "
+            "and go on; what was committed is safe"
+        )
+
+
+def remove_store(store: Path) -> None:
+    """Remove a store. The caller holds the writer lock.
+
+    `CURRENT` goes first: from then on there is no store, whatever else is left.
+    """
+    (store / CURRENT_NAME).unlink(missing_ok=True)
+    sync_file(store)
+    remove_other_generations(store)
+    for child in store.iterdir():
+        if child.name == STATISTICS_NAME:
+            shutil.rmtree(child, ignore_errors=True)
+        elif child.name != WRITER_LOCK_NAME and child.is_file():
+            child.unlink()
+    (store / WRITER_LOCK_NAME).unlink(missing_ok=True)
+    # Another writer may have begun anew in the meantime, or a stranger keeps a file here.
+    with contextlib.suppress(OSError):
+        store.rmdir()
+
+
+def _open_lock(store: Path) -> int:
+    path = store / WRITER_LOCK_NAME
+    while True:
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # removed between the two calls
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ReadOnlyCacheError(
+                f"{error.filename or store} is a file where a folder is needed. "
+                "Choose another cache root"
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheFullError(f"{store}: the disk is full. Free space and go on") from None
+            raise ReadOnlyCacheError(
+                f"{store} can't be written ({error.strerror}). Check the permissions of this "
+                "folder, or choose another cache root"
+            ) from None
+
+
+def is_being_written(store: Path) -> bool:
+    """Whether somebody commits to, compacts, repairs or removes the store at this moment.
+
+    Nothing is made for that, and nobody has to wait.
+    """
+    try:
+        descriptor = os.open(store / WRITER_LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without such locks
+    finally:
+        # Explicitly: a child forked meanwhile would keep writers out for as long as it lives.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+    return False
+
+
+def _flock(descriptor: int, store: Path, *, wait: bool) -> None:
+    _held_locks.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise StorageError(
+                f"{store} is being written to. Try again when its writer has ended"
+            ) from None
+        _logger.debug("waiting for another writer of %s", store)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _close_inherited_locks() -> None:
+    for descriptor in _held_locks:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)

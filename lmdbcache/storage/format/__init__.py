@@ -1,0 +1,1 @@
+"""What lies in a store: names and keys, values, the metadata record."""

@@ -1,0 +1,209 @@
+"""The `metadata` record of a store: what was stored, from what, by what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from typing import Any, Final
+
+import msgpack
+import xxhash
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import (
+    ConfigError,
+    FormatVersionError,
+    IntegrityError,
+    ProvenanceMismatchError,
+)
+from lmdbcache.storage.format.layout import FORMAT_VERSION
+
+__all__ = ["StoreMetadata", "checksum", "new_checksum"]
+
+_MAX_RECORD_BYTES: Final = 64 * 1024
+_LIMITS: Final[dict[str, Any]] = {
+    "raw": False,
+    "strict_map_key": True,
+    "use_list": False,
+    "max_str_len": _MAX_RECORD_BYTES,
+    "max_bin_len": _MAX_RECORD_BYTES,
+    "max_array_len": 4096,
+    "max_map_len": 256,
+    "max_ext_len": 0,
+}
+_CONFIG_FIELDS: Final = tuple(field.name for field in fields(CacheConfig))
+
+# Two values of one of these under one config mean different embeddings for the same clip.
+_NOT_TO_BE_MIXED: Final = ("weights_digest", "feature_extractor")
+
+
+def checksum(key: bytes, value: bytes | memoryview) -> bytes:
+    """8 bytes: xxh3-64 of the value, seeded by the key's own xxh3-64, big-endian.
+
+    The seed makes a sound value under the wrong key fail too.
+    """
+    return xxhash.xxh3_64_digest(value, seed=xxhash.xxh3_64_intdigest(key))
+
+
+def new_checksum(key: bytes) -> Any:
+    """An empty digest that gives `checksum` once the value has been fed to it in pieces."""
+    return xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(key))
+
+
+@dataclass(frozen=True)
+class StoreMetadata:
+    """One store's metadata.
+
+    Args:
+        config: The identity of the store.
+        embedding_shape: Shape of every embedding; the first dimension is None if it may differ;
+            None as a whole until the first embedding is stored.
+        creation_time: ISO 8601, UTC.
+        dataset_root: Folder that the first writer read its clips from, for people.
+        provenance: Weights digest, model revision, library versions and the like.
+        format_version: Version of the layout on disk.
+    """
+
+    config: CacheConfig
+    embedding_shape: tuple[int | None, ...] | None = None
+    creation_time: str = ""
+    dataset_root: str = ""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def new(cls, config: CacheConfig, dataset_root: str = "") -> StoreMetadata:
+        """Metadata of a store that is created now."""
+        now = datetime.now(timezone.utc)
+        return cls(config, None, now.isoformat(timespec="seconds"), dataset_root)
+
+    def check_config(self, config: CacheConfig | None, store: object) -> None:
+        """Refuse a store that was written for another config; None takes any.
+
+        Raises:
+            IntegrityError: The two configs differ.
+        """
+        if config is not None and self.config != config:
+            raise IntegrityError(
+                f"{store} holds embeddings of another config "
+                f"({config.differences(self.config)}, asked and stored): was the folder renamed "
+                "by hand? Give it back its name"
+            )
+
+    def with_provenance(self, provenance: Mapping[str, str], store: object) -> StoreMetadata:
+        """A copy that holds both provenances.
+
+        Raises:
+            ProvenanceMismatchError: The two name different weights or different features.
+        """
+        for name in _NOT_TO_BE_MIXED:
+            here, there = self.provenance.get(name), provenance.get(name)
+            if here and there and here != there:
+                raise ProvenanceMismatchError(
+                    f"{store} was filled with {name} {here!r}, this run has {there!r}: their "
+                    "embeddings must not be mixed. Clear the store, or give the other model a "
+                    "model_name of its own"
+                )
+        # What is known of the store's first embeddings stays.
+        return replace(self, provenance={**provenance, **self.provenance})
+
+    def mixing(self, provenance: Mapping[str, str]) -> str | None:
+        """What to say when embeddings of known weights come to imported ones of unknown weights.
+
+        The rule of `with_provenance` can't tell them apart: one of the two digests is missing.
+        """
+        origin = self.provenance.get("imported_from")
+        digest = provenance.get("weights_digest")
+        if origin is None or digest is None or "weights_digest" in self.provenance:
+            return None
+        return (
+            f"holds embeddings imported from {origin}, and nothing tells which weights computed "
+            f"them; from now on it counts as filled with {digest}. If they were others, clear it, "
+            "and import under a model_name or front_end of its own"
+        )
+
+    def pack(self) -> bytes:
+        """The msgpack record.
+
+        Raises:
+            ConfigError: Too large to be read back.
+        """
+        record = {
+            "format_version": self.format_version,
+            **self.config.to_dict(),
+            "embedding_shape": self.embedding_shape,
+            "creation_time": self.creation_time,
+            "dataset_root": self.dataset_root,
+            "provenance": dict(self.provenance),
+        }
+        # Folder names and versions may hold bytes that aren't UTF-8: readable, not exact.
+        packed: bytes = msgpack.packb(
+            record, use_bin_type=True, unicode_errors="backslashreplace", default=str
+        )
+        if len(packed) > _MAX_RECORD_BYTES or len(self.provenance) > _LIMITS["max_map_len"]:
+            raise ConfigError(
+                f"provenance: {len(self.provenance)} entries, {len(packed)} bytes of metadata; "
+                f"{_LIMITS['max_map_len']} entries and {_MAX_RECORD_BYTES} bytes are the limit"
+            )
+        return packed
+
+    @classmethod
+    def unpack(cls, record: bytes, store: object) -> StoreMetadata:
+        """Read a record that may be damaged or foreign.
+
+        Raises:
+            FormatVersionError: Written in a version that this release doesn't know.
+            IntegrityError: Not a metadata record.
+        """
+        values = _unpack_map(record, store)
+        version = values.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{store} is in format version {version}; this lmdbcache reads up to "
+                f"{FORMAT_VERSION}. Upgrade lmdbcache"
+            )
+        try:
+            if version != FORMAT_VERSION:
+                raise ConfigError(f"format_version: {version!r}")
+            return cls(
+                config=CacheConfig(**{name: values[name] for name in _CONFIG_FIELDS}),
+                embedding_shape=_shape(values["embedding_shape"]),
+                creation_time=str(values["creation_time"]),
+                dataset_root=str(values["dataset_root"]),
+                provenance={str(k): str(v) for k, v in values["provenance"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise IntegrityError(
+                f"{store}: the metadata record lacks or garbles {error}. {_REMEDY}"
+            ) from None
+
+
+_REMEDY: Final = (
+    "Run `lmdbcache repair`, which looks for another copy of it, or clear this store and extract "
+    "again"
+)
+
+
+def _unpack_map(record: bytes, store: object) -> dict[str, Any]:
+    if len(record) > _MAX_RECORD_BYTES:
+        raise IntegrityError(f"{store}: a metadata record of {len(record)} bytes. {_REMEDY}")
+    try:
+        values = msgpack.unpackb(record, **_LIMITS)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise IntegrityError(
+            f"{store}: the metadata record can't be read ({error}). {_REMEDY}"
+        ) from None
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{store}: the metadata record isn't a map. {_REMEDY}")
+    return values
+
+
+def _shape(value: Any) -> tuple[int | None, ...] | None:
+    if value is None:
+        return None
+    free_first = value[:1] == (None,)
+    sizes = value[1:] if free_first else value
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ConfigError(f"embedding_shape: {value!r}")
+    return tuple(value)

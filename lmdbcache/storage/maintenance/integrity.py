@@ -1,0 +1,120 @@
+"""`verify`: all that is wrong with a store."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
+from lmdbcache.storage.checks.checking import (
+    Findings,
+    check_generation,
+    check_values,
+    placed_values,
+    structure_findings,
+)
+from lmdbcache.storage.checks.value_checks import Progress
+from lmdbcache.storage.environment import Snapshot, acquire, release
+from lmdbcache.storage.files.checked_marker import is_known, mark_known
+from lmdbcache.storage.files.forking import no_fork
+from lmdbcache.storage.files.generations import current_generation, write_lock
+from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.pages.page_file import PageFile
+
+__all__ = ["IntegrityReport", "verify"]
+
+
+@dataclass(frozen=True)
+class IntegrityReport:
+    """What `verify` found.
+
+    Args:
+        path: The store's folder.
+        num_embeddings: Embeddings that were looked at.
+        structure: What is wrong with the file and with LMDB's pages. What can still be found on
+            them was looked at nevertheless; more may be gone.
+        damaged: Sample ids whose value doesn't match its checksum, or has none.
+        missing: Sample ids of which only the checksum is left.
+    """
+
+    path: Path
+    num_embeddings: int
+    structure: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> int:
+        """How many checksums have no value."""
+        return len(self.missing)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.structure or self.damaged or self.missing)
+
+
+def verify(store: str | Path, progress: Progress | None = None) -> IntegrityReport:
+    """Check a store without trusting it: a damaged file can't take the process down.
+
+    LMDB gets to see the file only when its structure is found sound; writers wait until then.
+
+    Args:
+        store: The store's folder.
+        progress: Called with (values done, values in all).
+
+    Raises:
+        CacheNotFoundError: Nothing is stored here.
+        IntegrityError: data.mdb is missing, or nothing of it can be read.
+        StorageError: It is written to faster than it can be checked, and this user can't make
+            its writers wait.
+    """
+    store = Path(store).absolute()
+    _generation(store)
+    while True:
+        findings = _checked(store, progress)
+        if findings is not None:
+            return IntegrityReport(
+                store,
+                findings.num_embeddings,
+                findings.structure,
+                tuple(map(sample_id_of_key, findings.damaged)),
+                tuple(map(sample_id_of_key, findings.missing)),
+            )
+
+
+def _checked(store: Path, progress: Progress | None) -> Findings | None:
+    """What is wrong; None if a writer of this process came in between."""
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(contextlib.ExitStack())
+        try:
+            lock.enter_context(write_lock(store))
+        except ReadOnlyCacheError:
+            return check_generation(_generation(store), progress=progress)
+        generation = _generation(store)
+        structure = structure_findings(generation)
+        file = stack.enter_context(PageFile(generation / "data.mdb"))
+        values = placed_values(file, is_sound=not structure)
+        if structure or not is_known(generation):
+            findings = check_values(file, values, structure, progress)
+            if findings.is_sound:
+                mark_known(generation)
+            return findings
+        environment = acquire(generation)
+        stack.callback(release, environment)
+        with no_fork:
+            snapshot = Snapshot(environment)
+        stack.callback(snapshot.end)
+        # The snapshot keeps its pages from being used again: writers needn't wait any longer.
+        lock.close()
+        findings = check_values(file, values, progress=progress)
+        is_pinned = snapshot.transaction is not None
+        return findings if findings.is_sound or is_pinned else None
+
+
+def _generation(store: Path) -> Path:
+    generation = current_generation(store)
+    if generation is None:
+        raise CacheNotFoundError(f"nothing is stored in {store}")
+    return generation

@@ -1,0 +1,156 @@
+"""The newest commit of a generation, written down outside of LMDB's file: a copy of its meta page.
+
+LMDB falls back to the commit before without a word when the newer meta page is damaged. The record
+is written after LMDB has synchronised the commit and is itself never synchronised: a kill or a
+power cut can leave it behind data.mdb, or garbage, never ahead. It is derived and may be removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from lmdbcache.storage.pages.meta_pages import (
+    META_BYTES,
+    MetaPage,
+    newest,
+    parse_meta,
+    read_meta_pages,
+)
+
+__all__ = [
+    "contradiction",
+    "has_old_values",
+    "is_older_copy",
+    "read_commit_record",
+    "record_commit",
+    "trusted_meta",
+]
+
+_NAME: Final = "committed"
+_MAGIC: Final = b"lmdbcache last 1"
+
+_Metas = tuple[MetaPage | None, MetaPage | None]
+
+
+def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = True) -> None:
+    """Write down the newest commit. The caller holds the writer lock and has just committed.
+
+    Args:
+        generation: Its folder.
+        is_new: The generation was just made: no sample in it has an older value.
+        overwrites: Whether the commit may have replaced values.
+    """
+    # A full disk or a read-only folder costs the guard, not the commit.
+    with contextlib.suppress(OSError):
+        before, was_overwritten = _read(generation)
+        data = os.open(generation / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            meta = newest(read_meta_pages(data))
+        finally:
+            os.close(data)
+        if meta is None:
+            return
+        # Of a commit in between, by a killed writer or another program, nothing is known.
+        is_next = before is not None and before.transaction + 1 == meta.transaction
+        has_old = not is_new and (overwrites or was_overwritten or not is_next)
+        record = _MAGIC + meta.raw + bytes([has_old])
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(generation / _NAME, flags, 0o666)
+        try:
+            os.pwrite(descriptor, record + xxhash.xxh3_64_digest(record), 0)
+        finally:
+            os.close(descriptor)
+
+
+def read_commit_record(generation: Path) -> MetaPage | None:
+    """The meta page of the recorded commit; None if there is no record or it is damaged."""
+    return _read(generation)[0]
+
+
+def has_old_values(generation: Path, transaction: int) -> bool:
+    """Whether values may have been replaced in this generation up to this commit."""
+    record, was_overwritten = _read(generation)
+    return record is None or record.transaction != transaction or was_overwritten
+
+
+def _read(generation: Path) -> tuple[MetaPage | None, bool]:
+    try:
+        content = (generation / _NAME).read_bytes()
+    except OSError:
+        return None, True
+    end = len(_MAGIC) + META_BYTES + 1
+    record, digest = content[:end], content[end:]
+    if not record.startswith(_MAGIC) or digest != xxhash.xxh3_64_digest(record):
+        return None, True
+    raw = record[len(_MAGIC) : -1]
+    return parse_meta(raw, raw[0]), bool(record[-1])
+
+
+def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:
+    """What is wrong with the meta pages, or None.
+
+    Args:
+        record: Read before `metas`, so that a commit in between doesn't look like a loss.
+        metas: What `read_meta_pages` gave.
+    """
+    first, second = metas
+    latest = newest(metas)
+    if latest is not None and record is not None and is_older_copy(record, metas):
+        return (
+            f"is older than what was written here: commit {latest.transaction} is its last one, "
+            f"{record.transaction} was written. An older copy was put in its place"
+        )
+    if latest is not None and record is not None and latest.transaction < record.transaction:
+        return (
+            f"has lost its newest commit: {record.transaction} was written, "
+            f"{latest.transaction} is the last that can be read"
+        )
+    if first is None or second is None:
+        return f"has a damaged meta page ({0 if first is None else 1})"
+    if abs(first.transaction - second.transaction) > 1:
+        return (
+            f"has a damaged meta page: commits {first.transaction} and {second.transaction} "
+            "can't be neighbours"
+        )
+    for meta in (first, second) if record else ():
+        if record and meta.transaction == record.transaction and meta.raw != record.raw:
+            return f"has a damaged meta page, that of commit {meta.transaction}"
+    return None
+
+
+def is_older_copy(record: MetaPage | None, metas: _Metas) -> bool:
+    """Whether data.mdb is sound and of an earlier commit than the record: a copy put in place.
+
+    One damaged meta page looks different: it can't be read, or isn't the other one's neighbour; or
+    its number alone is wrong and the rest is the record's.
+    """
+    first, second = metas
+    if record is None or first is None or second is None:
+        return False
+    same_page = metas[record.transaction & 1]
+    num_flips = (same_page.transaction ^ record.transaction).bit_count() if same_page else 0
+    # Overwriting in rounds uses pages again: an older meta page can differ by its number alone.
+    is_renumbered = same_page and num_flips == 1 and same_page.raw[:-8] == record.raw[:-8]
+    neighbours = abs(first.transaction - second.transaction) == 1
+    return (
+        neighbours
+        and not is_renumbered
+        and max(first.transaction, second.transaction) < record.transaction
+    )
+
+
+def trusted_meta(record: MetaPage | None, metas: _Metas) -> MetaPage | None:
+    """The newest meta page that isn't known to be damaged; the record's if data.mdb's is."""
+    latest = newest(metas)
+    if record is None or (latest and contradiction(record, metas) is None):
+        return latest
+    if is_older_copy(record, metas):
+        return latest  # the record's pages were used for something else then
+    if latest and record.transaction + 1 == latest.transaction:
+        return latest  # killed between its commit and the record
+    return record

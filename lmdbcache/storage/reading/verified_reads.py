@@ -1,0 +1,219 @@
+"""Reading with verification: what is handed out matched its checksum after it was copied.
+
+The pages are looked at before LMDB is, and again under the pinned snapshot; from then on values and
+checksums are taken from their places in the mapped file, within its bounds. What is compared is
+the caller's own copy, so nothing can change between the look and the use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.errors import ConfigError, IntegrityError
+from lmdbcache.storage.checks.checking import metadata_findings
+from lmdbcache.storage.checks.value_checks import CHECKSUM_BYTES, CheckedValues, paired
+from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
+from lmdbcache.storage.files.gather import MappedFile
+from lmdbcache.storage.files.generations import current_generation
+from lmdbcache.storage.format.layout import CHECKSUMS_NAME
+from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.storage.format.values import from_stored
+from lmdbcache.storage.pages.meta_pages import MetaPage
+from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.pages.pages import UnreadablePagesError, read_named_table, read_value_table
+from lmdbcache.storage.reading.batches import gather, key_or_empty, stack
+from lmdbcache.storage.reading.located import LocatedValues, located_values
+
+__all__ = ["Mismatch", "Verify", "check_mode", "check_pages", "prepare", "read_batch", "read_one"]
+
+Verify = Literal["never", "first_read", "always"]
+
+_TRIES: Final = 5
+_REMEMBERED_ROWS: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Samples whose copied value doesn't match its checksum."""
+
+    sample_ids: list[str]
+
+    def error(self, store: Path) -> IntegrityError:
+        """What to raise for them."""
+        names = ", ".join(map(repr, self.sample_ids[:3]))
+        more = f" and {len(self.sample_ids) - 3} more" if len(self.sample_ids) > 3 else ""
+        return IntegrityError(
+            f"{names}{more}: the value stored in {store} doesn't match its checksum. Run "
+            f"`lmdbcache repair {store}`; the next extraction computes what that drops"
+        )
+
+
+@dataclass
+class _VerifiedValues:
+    """One snapshot's values with their checksums."""
+
+    located: LocatedValues
+    values: CheckedValues
+    checksums: bytes
+    # (n,) bool: was compared already and needn't be again; None compares at every read.
+    compared: npt.NDArray[np.bool_] | None
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def rows_of(self, sample_ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Row of each sample, -1 where there is none."""
+        try:
+            return np.fromiter(map(self.rows.__getitem__, sample_ids), np.int64, len(sample_ids))
+        except KeyError:
+            pass
+        rows = self.values.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
+        if len(self.rows) > _REMEMBERED_ROWS:
+            self.rows.clear()
+        if rows.size and rows.min() >= 0:
+            self.rows.update(zip(sample_ids, rows.tolist(), strict=True))
+        return rows
+
+    def mismatches(self, rows: npt.NDArray[np.int64], batch: npt.NDArray[Any]) -> list[int]:
+        """Positions in the batch of values that aren't as written."""
+        if self.compared is not None and self.compared[rows].all():
+            return []
+        raw = batch.reshape(-1).view(np.uint8).data
+        length = len(raw) // max(1, len(rows))
+        keys, has_checksum = self.values.table.keys, self.values.has_checksum
+        wrong = []
+        for index, row in enumerate(rows.tolist()):
+            value = raw[index * length : (index + 1) * length]
+            expected = self.checksums[CHECKSUM_BYTES * row : CHECKSUM_BYTES * (row + 1)]
+            if checksum(keys[row], value) != expected or not has_checksum[row]:
+                wrong.append(index)
+        if self.compared is not None and not wrong:
+            self.compared[rows] = True
+        return wrong
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode that doesn't exist.
+
+    Raises:
+        ConfigError: Not one of `Verify`.
+    """
+    if mode not in ("never", "first_read", "always"):
+        raise ConfigError(f"verify: {mode!r}; known are 'never', 'first_read', 'always'")
+
+
+def check_pages(store: Path) -> None:
+    """Look at the pages that lead to the values before LMDB follows them.
+
+    Raises:
+        IntegrityError: They are damaged.
+    """
+    for _ in range(_TRIES):
+        generation = current_generation(store)
+        path = (generation or store) / "data.mdb"
+        if not path.exists():
+            return  # opening says what is wrong
+        with PageFile(path) as file:
+            if file.meta is None:
+                return
+            transaction = file.meta.transaction
+            try:
+                _tables(file, MappedFile(path), transaction)
+                problems = metadata_findings(file)
+            except (UnreadablePagesError, OSError, ValueError) as error:
+                problems = [str(error)]
+        if not problems:
+            return
+        with PageFile(path) as file:
+            is_same = file.meta is not None and file.meta.transaction == transaction
+        if is_same and current_generation(store) == generation:
+            raise IntegrityError(f"{path} is damaged ({problems[0]}). {DAMAGE_REMEDY}")
+    # It is written to all the time, by somebody to whom it looks sound.
+
+
+def prepare(snapshot: Snapshot, mode: Verify) -> bool:
+    """Find a snapshot's values and checksums.
+
+    Returns:
+        False if two commits since have taken its meta page: a newer snapshot is needed.
+
+    Raises:
+        IntegrityError: Its pages are damaged.
+    """
+    path = snapshot.environment.generation / "data.mdb"
+    try:
+        with PageFile(path) as file:
+            file.meta = _meta_of(file, snapshot.id)
+            if file.meta is None:
+                return False
+            mapped = MappedFile(path)
+            if mapped.file_id != snapshot.environment.file:
+                return False
+            values = _tables(file, mapped, snapshot.id)
+    except FileNotFoundError:
+        return False
+    except (UnreadablePagesError, OSError, ValueError) as error:
+        with contextlib.suppress(OSError), PageFile(path) as file:
+            if _meta_of(file, snapshot.id) is None:
+                return False  # taken in the middle of this
+        raise IntegrityError(f"{path} is damaged ({error}). {DAMAGE_REMEDY}") from None
+    located = located_values(mapped, values.table, snapshot.metadata)
+    compared = np.zeros(len(values.table.keys), bool) if mode == "first_read" else None
+    snapshot.verified = _VerifiedValues(located, values, values.checksums.tobytes(), compared)
+    return True
+
+
+def read_batch(
+    snapshot: Snapshot, sample_ids: Sequence[str], out: npt.NDArray[Any] | None
+) -> npt.NDArray[Any] | list[str] | Mismatch:
+    """The embeddings of a prepared snapshot; what is absent; or what doesn't match."""
+    verified: _VerifiedValues = snapshot.verified
+    rows = verified.rows_of(sample_ids)
+    if rows.size and rows.min() < 0:
+        return [i for i, row in zip(sample_ids, rows.tolist(), strict=True) if row < 0]
+    table, located = verified.values.table, verified.located
+    if located.common_length:
+        batch = gather(located, table.offsets[rows], out)
+    else:
+        places = zip(table.offsets[rows].tolist(), table.lengths[rows].tolist(), strict=True)
+        views = [located.file.data[at : at + length] for at, length in places]
+        batch = stack(views, sample_ids, snapshot.metadata, out)
+    wrong = verified.mismatches(rows, batch)
+    return Mismatch([sample_ids[index] for index in wrong]) if wrong else batch
+
+
+def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str] | Mismatch:
+    """One embedding, as `read_batch`."""
+    verified: _VerifiedValues = snapshot.verified
+    rows = verified.rows_of([sample_id])
+    if rows[0] < 0:
+        return [sample_id]
+    table, located = verified.values.table, verified.located
+    offset, length = int(table.offsets[rows[0]]), int(table.lengths[rows[0]])
+    if located.common_length:
+        embedding = located.copy(offset)
+    else:
+        metadata = snapshot.metadata
+        view = located.file.data[offset : offset + length]
+        embedding = from_stored(sample_id, view, metadata.config.dtype, metadata.embedding_shape)
+    return Mismatch([sample_id]) if verified.mismatches(rows, embedding) else embedding
+
+
+def _meta_of(file: PageFile, transaction: int) -> MetaPage | None:
+    """The meta page of this transaction, unless a newer one has taken it."""
+    meta = file.metas[transaction & 1]
+    return meta if meta is not None and meta.transaction == transaction else None
+
+
+def _tables(file: PageFile, mapped: MappedFile, transaction: int) -> CheckedValues:
+    tree = file.find_named(CHECKSUMS_NAME)
+    if tree is None:
+        raise UnreadablePagesError("the checksums can't be found")
+    values = read_value_table(mapped.data, transaction)
+    return paired(values, read_named_table(mapped.data, transaction, tree), mapped.data)

@@ -1,0 +1,1 @@
+"""What a writer is made of."""
