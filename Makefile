@@ -28,7 +28,7 @@ demo: $(READY) ## the whole main job on a small dataset made here: extract, read
 
 test: $(READY) ## all tests but the long ones
 	@tools/install_test_programs.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 stress: $(READY) ## the long tests
 	$(BIN)/python -m pytest -m stress --timeout 3600
