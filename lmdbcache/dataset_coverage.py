@@ -167,7 +167,13 @@ def parts_of(dataset: Any) -> list[Part]:
             f"{type(dataset).__name__} isn't a dataset: give sample ids, a dataset with `samples`, "
             "or a dict of split → one of these"
         )
-    return [Part("", "", tuple(sample_ids))]
+    ids = tuple(sample_ids)
+    if strange := [one for one in ids if not isinstance(one, str)]:
+        raise ConfigError(
+            f"{str(strange[0])[:80]} isn't a sample id: give `file_id:class` texts, or the dataset "
+            "whose samples these are"
+        )
+    return [Part("", "", ids)]
 
 
 def _parts_of_mapping(dataset: Mapping[Any, Any]) -> list[Part]:

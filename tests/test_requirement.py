@@ -273,3 +273,10 @@ def test_another_namespace_than_the_config(cache, tmp_path, config):
         with pytest.raises(CoverageError, match=r"'mine'.*'vegas'") as caught:
             cache.require(asked, config.replace(dataset="vegas"), model="ast")
         assert "lmdbcache extract" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [[{"file_id": "a"}], {"train": [{"file_id": "a"}]}, "a:b", 7])
+def test_what_is_no_dataset_is_refused(cache, config, given):
+    """Samples in place of sample ids, one id, a number: an error that says what to give."""
+    with pytest.raises(ConfigError, match="sample id"):
+        cache.require(given, config)
