@@ -23,7 +23,6 @@ __all__ = [
     "load_model",
     "read_settings",
     "shape_of",
-    "stored_shape",
 ]
 
 MODEL_TYPE: Final = "audio-spectrogram-transformer"
@@ -99,17 +98,6 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 "preprocessor_config.json; take both from the same model"
             )
     return config, preprocessor
-
-
-def stored_shape(checkpoint: Checkpoint, output: str) -> tuple[int, ...] | None:
-    """Shape of one embedding by config.json alone; None if that isn't on this machine.
-
-    Raises:
-        ModelLoadError: See `read_settings`.
-    """
-    if not checkpoint.is_local:
-        return None
-    return shape_of(read_settings(Path(checkpoint.location))[0], output)
 
 
 def shape_of(config: dict[str, Any], output: str) -> tuple[int, ...] | None:

@@ -7,7 +7,7 @@ compute shouldn't pay. This module stays free of both at import.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -24,10 +24,14 @@ from lmdbcache.embedders.ast_checkpoint import (
 )
 from lmdbcache.embedders.base import check_num_samples, check_waveform
 from lmdbcache.embedders.checkpoints import fetch_checkpoint
-from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
+from lmdbcache.embedders.devices import check_compute_dtype, move_to_device
 from lmdbcache.embedders.pretrained import check_sample_rate, library_versions
-from lmdbcache.embedders.transformers_family import ModelFamily, Settings, check_output
-from lmdbcache.errors import ConfigError
+from lmdbcache.embedders.transformers_family import (
+    ModelFamily,
+    Settings,
+    TransformersEmbedder,
+    check_output,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +126,39 @@ class ASTFrontEnd:
         check_sample_rate(self.checkpoint, self.sample_rate, trained)
 
 
-class ASTEmbedder:
+class _ASTFamily(ModelFamily):
+    name = "AST"
+    model_types = (MODEL_TYPE,)
+    hub_prefixes = ("ast-",)
+    extractor_type = "ASTFeatureExtractor"
+    front_end_id = DEFAULT_FRONT_END
+    sample_rate = 16000
+    outputs = ("pooler_output", "last_hidden_state", "mean")
+
+    def check_settings(self, settings: Settings) -> None:
+        read_settings(settings.folder)
+
+    def embedding_shape(
+        self,
+        settings: Settings,
+        output: str,
+        num_samples: int,  # noqa: ARG002 - frames are padded or cut to one number
+    ) -> tuple[int, ...] | None:
+        return shape_of(settings.config, output)
+
+    def make_front_end(self, checkpoint: Checkpoint, config: CacheConfig) -> ASTFrontEnd:
+        return ASTFrontEnd(checkpoint, config.sample_rate)
+
+    def make_embedder(
+        self, checkpoint: Checkpoint, config: CacheConfig, device: str | None
+    ) -> ASTEmbedder:
+        return ASTEmbedder(checkpoint, config.output, device, config.compute_dtype)
+
+
+AST: Final = _ASTFamily()
+
+
+class ASTEmbedder(TransformersEmbedder):
     """Embeddings of a frozen `transformers.ASTModel`.
 
     The outputs, for a model with hidden_size H and T tokens (768 and 1214 as published):
@@ -148,7 +184,8 @@ class ASTEmbedder:
         MissingDependencyError: transformers, torch or a working torchaudio is missing.
     """
 
-    outputs: ClassVar[tuple[str, ...]] = ("pooler_output", "last_hidden_state", "mean")
+    family = AST
+    outputs = AST.outputs  # known without an instance
 
     def __init__(
         self,
@@ -163,7 +200,7 @@ class ASTEmbedder:
         self.output = output
         self.compute_dtype = compute_dtype
         self.checkpoint = fetch_checkpoint(checkpoint)
-        self._model = load_model(self.checkpoint)
+        self._model = self._load()
         self.device = move_to_device(self._model, device)
 
     @property
@@ -172,76 +209,17 @@ class ASTEmbedder:
         num_tokens, hidden_size = self._model.embeddings.position_embeddings.shape[1:]
         return (num_tokens, hidden_size) if self.output == "last_hidden_state" else (hidden_size,)
 
-    def embed(self, features: torch.Tensor) -> torch.Tensor:
-        """Embed a batch.
+    def _load(self) -> Any:
+        return load_model(self.checkpoint)
 
-        Args:
-            features: float32 tensor (batch, num_frames, num_mel_bins), on any device.
-
-        Returns:
-            float32 tensor (batch, *embedding_shape) on the CPU.
-
-        Raises:
-            ConfigError: The features haven't the shape that the model takes.
-        """
-        import torch
-
+    def _feature_shape(self) -> tuple[int, ...]:
         config = self._model.config
-        expected = (config.max_length, config.num_mel_bins)
-        if tuple(features.shape[1:]) != expected:
-            raise ConfigError(
-                f"features: shape {tuple(features.shape)}, but {self.checkpoint.identity} takes "
-                f"(batch, {expected[0]}, {expected[1]}); use its own ASTFrontEnd"
-            )
-        with torch.no_grad(), precision(self.device, self.compute_dtype):
-            result = self._model(features.to(self.device, torch.float32))
-            hidden = result.last_hidden_state
-            if self.output == "pooler_output":
-                embeddings = result.pooler_output
-            elif self.output == "mean":
-                embeddings = hidden[:, NUM_SPECIAL_TOKENS:].float().mean(dim=1)
-            else:
-                embeddings = hidden
-        on_cpu: torch.Tensor = embeddings.to("cpu", torch.float32)
-        return on_cpu
+        return (config.max_length, config.num_mel_bins)
 
-    def provenance(self) -> dict[str, str]:
-        """Weights, Hub revision where known, library versions, device type and compute dtype."""
-        return {
-            **self.checkpoint.provenance(),
-            **library_versions("torch", "transformers"),
-            "device": self.device.type,
-            "compute_dtype": self.compute_dtype,
-        }
-
-
-class _ASTFamily(ModelFamily):
-    name = "AST"
-    model_types = (MODEL_TYPE,)
-    hub_prefixes = ("ast-",)
-    extractor_type = "ASTFeatureExtractor"
-    front_end_id = DEFAULT_FRONT_END
-    sample_rate = 16000
-    outputs = ASTEmbedder.outputs
-
-    def check_settings(self, settings: Settings) -> None:
-        read_settings(settings.folder)
-
-    def embedding_shape(
-        self,
-        settings: Settings,
-        output: str,
-        num_samples: int,  # noqa: ARG002 - frames are padded or cut to one number
-    ) -> tuple[int, ...] | None:
-        return shape_of(settings.config, output)
-
-    def make_front_end(self, checkpoint: Checkpoint, config: CacheConfig) -> ASTFrontEnd:
-        return ASTFrontEnd(checkpoint, config.sample_rate)
-
-    def make_embedder(
-        self, checkpoint: Checkpoint, config: CacheConfig, device: str | None
-    ) -> ASTEmbedder:
-        return ASTEmbedder(checkpoint, config.output, device, config.compute_dtype)
-
-
-AST: Final = _ASTFamily()
+    def _embed(self, features: torch.Tensor) -> torch.Tensor:
+        result = self._model(features)
+        hidden: torch.Tensor = result.last_hidden_state
+        if self.output == "mean":
+            return hidden[:, NUM_SPECIAL_TOKENS:].float().mean(dim=1)
+        pooled: torch.Tensor = result.pooler_output
+        return pooled if self.output == "pooler_output" else hidden

@@ -10,9 +10,9 @@ import pytest
 from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, model_identity
-from lmdbcache.embedders.ast_checkpoint import stored_shape
 from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
 from lmdbcache.embedders.checkpoints import find_checkpoint
+from lmdbcache.embedders.registry import find_model
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction import space
 from lmdbcache.extraction.pipeline import plan_extraction
@@ -59,7 +59,8 @@ def test_shape_from_settings(tmp_path, output, max_length):
     """config.json alone tells the shape that the model then gives."""
     folder = save_small_ast(tmp_path / "ast", max_length=max_length)
     checkpoint = find_checkpoint(folder)
-    assert stored_shape(checkpoint, output) == ASTEmbedder(checkpoint, output).embedding_shape
+    told = find_model(folder).embedding_shape(CacheConfig(output=output))
+    assert told == ASTEmbedder(checkpoint, output).embedding_shape
 
 
 def test_published_shape(tmp_path):
@@ -67,9 +68,9 @@ def test_published_shape(tmp_path):
     folder = save_small_ast(tmp_path / "ast")
     (folder / "config.json").write_text('{"model_type": "audio-spectrogram-transformer"}')
     (folder / "preprocessor_config.json").write_text("{}")
-    checkpoint = find_checkpoint(folder)
-    assert stored_shape(checkpoint, "last_hidden_state") == (1214, 768)
-    assert stored_shape(checkpoint, "mean") == (768,)
+    told = find_model(folder).embedding_shape
+    assert told(CacheConfig(output="last_hidden_state")) == (1214, 768)
+    assert told(CacheConfig(output="mean")) == (768,)
 
 
 def test_too_little_space_is_told_before_the_model_loads(run, cache, config, clips, monkeypatch):
