@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
-import fcntl
 import json
 import os
 import pickle
 import shutil
 import signal
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_disks import fill, small_disk
-from storage.child_processes import NOBODY, in_fork, peer_process
+from storage.child_processes import in_fork, peer_process
+from storage.counted_samples import EACH_ONCE, SAMPLE_IDS, VALUES, figures
 
 from lmdbcache import EmbeddingCache, EmbeddingDataset, EmbeddingReader, collate_embeddings
 from lmdbcache.errors import SampleNotFoundError
 from lmdbcache.read_figures import EpochFigures
-from lmdbcache.storage.counting import counter_files, hit_counts
+from lmdbcache.storage.counting import hit_counts
 from lmdbcache.storage.counting.counter_files import Counts, open_table, read_records
 from lmdbcache.storage.counting.hit_counts import (
     STATISTICS_VARIABLE,
@@ -31,10 +27,6 @@ from lmdbcache.storage.counting.hit_counts import (
     store_counts,
     tree_counts,
 )
-
-SAMPLE_IDS = [f"{n:03d}:{'dog' if n % 4 else 'drum'}" for n in range(64)]
-VALUES = np.arange(64, dtype=np.float32)[:, None] * np.ones(16, np.float32)
-EACH_ONCE = {"dog": (48, 0), "drum": (16, 0)}
 
 
 @pytest.fixture
@@ -48,11 +40,6 @@ def store(cache, config):
 def reader(cache, config, store):
     with cache.reader(config) as reader:
         yield reader
-
-
-def figures(counts):
-    names = sorted({*counts.hits, *counts.misses})
-    return {name: (counts.hits[name], counts.misses[name]) for name in names}
 
 
 @pytest.mark.parametrize("verify", ["never", "always"])
@@ -176,43 +163,6 @@ def test_other_processes_are_kept_apart_and_added_up(cache, config, reader, stor
     assert len(list((store / "statistics").glob("*.counts"))) == 2
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_folder_that_cannot_be_written(config):
-    """Reading goes on, and this process's own figures are there."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    cache = EmbeddingCache(folder / "cache")
-    with cache.writer(config) as writer:
-        writer.put_batch(SAMPLE_IDS, VALUES)
-    store = cache.path(config)
-    codecs.lookup("ascii")  # Python's own files may lie where another user can't read
-
-    def read():
-        with cache.reader(config) as reader:
-            reader.get_batch(SAMPLE_IDS)
-        return figures(tree_counts(store)), figures(store_counts(store))
-
-    try:
-        assert in_fork(read, user=NOBODY) == (EACH_ONCE, EACH_ONCE)
-        assert not (store / "statistics").exists()
-    finally:
-        shutil.rmtree(folder)
-
-
-def test_full_disk(config, tmp_path):
-    """No room for the counters: reading goes on without a file."""
-    with small_disk(tmp_path / "disk", 64) as disk:
-        cache = EmbeddingCache(disk / "cache")
-        with cache.writer(config) as writer:
-            writer.put_batch(SAMPLE_IDS, VALUES)
-        with cache.reader(config) as reader:  # LMDB's own files are made by now
-            fill(disk, 8 << 10)
-            reader.get_batch(SAMPLE_IDS)
-            store = cache.path(config)
-            assert figures(tree_counts(store)) == EACH_ONCE
-            assert not list((store / "statistics").glob("*.*"))
-
-
 def test_switched_off(reader, store, monkeypatch):
     """LMDBCACHE_STATISTICS=0: nothing is counted and no file is made."""
     monkeypatch.setenv(STATISTICS_VARIABLE, "0")
@@ -222,19 +172,6 @@ def test_switched_off(reader, store, monkeypatch):
         reader["x:dog"]
     assert not (store / "statistics").exists()
     assert figures(store_counts(store)) == {}
-
-
-def test_damaged_files_are_no_error(reader, store):
-    """Whatever lies in the folder, reading and counting go on."""
-    folder = store / "statistics"
-    folder.mkdir()
-    (folder / "totals.json").write_text("{")
-    (folder / "a.counts").write_bytes(b"short")
-    (folder / "b.counts").write_bytes(b"lmdbcache counts 1\n".ljust(64 << 10, b"\xff"))
-    (folder / "old.tmp").write_bytes(b"")
-    reader.get_batch(SAMPLE_IDS)
-    assert figures(tree_counts(store)) == EACH_ONCE
-    assert not (folder / "old.tmp").exists()
 
 
 def test_cleared_and_made_again(cache, config, reader, store):
@@ -315,98 +252,6 @@ def test_threads_that_begin_at_once_share_one_file(cache, config, store, monkeyp
     for thread in threads:
         thread.join()
     assert len(begun) == len(set(map(id, tables))) == 1
-
-
-def read_all_and_count(root, config):
-    with EmbeddingCache(root).reader(config) as reader:
-        reader.get_batch(SAMPLE_IDS)
-    return figures(tree_counts(EmbeddingCache(root).path(config)))
-
-
-def test_a_lock_that_nobody_gives_back_delays_a_reader_and_no_more(
-    cache, config, store, monkeypatch
-):
-    """A stopped process holds the folder's lock: what is read is counted in memory."""
-    monkeypatch.setattr(counter_files, "_LOCK_SECONDS", 0.05)
-    (store / "statistics").mkdir()
-    with (store / "statistics" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert in_fork(lambda: read_all_and_count(cache.root, config)) == EACH_ONCE
-    assert in_fork(lambda: read_all_and_count(cache.root, config)) == EACH_ONCE
-    assert figures(store_counts(store)) == EACH_ONCE
-
-
-@pytest.mark.parametrize(
-    "text", ['{"hits": {"a": Infinity}, "misses": {}, "folded": []}', "[" * 100_000]
-)
-def test_totals_of_another_form_are_ignored(cache, config, store, text):
-    """Whatever is written there, reading goes on and counts."""
-    (store / "statistics").mkdir()
-    (store / "statistics" / "totals.json").write_text(text)
-    assert in_fork(lambda: read_all_and_count(cache.root, config)) == EACH_ONCE
-    assert figures(store_counts(store)) == EACH_ONCE
-
-
-def count_with_a_hole_on_a_full_disk(folder, disk):
-    fill(disk, 0)
-    with pytest.raises(OSError, match="o room|No space"):
-        open_table(folder, "b" * 16, ("z" * 16,)).hits[900] = 1
-
-
-def test_a_file_with_holes_is_no_danger_on_a_full_disk(tmp_path):
-    """What `rsync -S` made of a dead process's file is filled before it is counted in."""
-    with small_disk(tmp_path / "disk", 2) as disk:
-        folder = disk / "statistics"
-        in_fork(lambda: open_table(folder, "a" * 16, ("z" * 16,)) and None)
-        ancestor = open_table(folder, "z" * 16, ())  # keeps that file from being added up
-        with (folder / f"{'a' * 16}.counts").open("r+b") as file:
-            file.truncate(512)
-            file.truncate(64 << 10)
-        in_fork(lambda: count_with_a_hole_on_a_full_disk(folder, disk))
-        del ancestor
-
-
-def count_as_nobody(root, config, store):
-    with EmbeddingCache(root).reader(config) as reader:
-        reader.get_batch(SAMPLE_IDS)
-        (store / "statistics").chmod(0)  # its own
-        with pytest.raises(SampleNotFoundError):
-            reader["none:dog"]
-    return True
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-def test_a_folder_that_shuts_while_its_store_is_read(config):
-    """Whether the counter's file is still there can't be told: reading goes on."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        cache = EmbeddingCache(Path(folder) / "cache")
-        with cache.writer(config) as writer:
-            writer.put_batch(SAMPLE_IDS, VALUES)
-        for path in [cache.root, *cache.root.rglob("*")]:
-            path.chmod(0o777)
-        assert in_fork(lambda: count_as_nobody(cache.root, config, cache.path(config)), user=NOBODY)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-def test_files_of_another_user_are_left_alone(tmp_path):
-    """Who can't open them has a file of their own beside them."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        table = open_table(folder, "a" * 16, ())
-        table.hits[table.code_of("dog")] = 3
-        folder.chmod(0o777)
-        (folder / "lock").chmod(0o666)
-        (folder / f"{'a' * 16}.counts").chmod(0o600)
-        assert in_fork(lambda: count_beside(folder), user=NOBODY)
-        assert sum(sum(r.counts.hits.values()) for r in read_records(folder)[1]) == 5
-        del table
-
-
-def count_beside(folder):
-    table = open_table(folder, "b" * 16, ())
-    table.hits[table.code_of("dog")] = 2
-    return True
 
 
 def test_looking_makes_no_statistics(cache, config, store):
