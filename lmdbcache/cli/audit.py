@@ -10,7 +10,16 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
-from lmdbcache.cli.options import Json, Progress, Root, Store, find_folder
+from lmdbcache.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    NumWorkers,
+    Progress,
+    Root,
+    Store,
+    find_folder,
+)
 from lmdbcache.cli.verify_sources import clips_of_store
 from lmdbcache.errors import IntegrityError
 from lmdbcache.extraction.audit import AuditReport, audit
@@ -44,15 +53,9 @@ def audit_command(
             "stored as float16, 1e-2 as bfloat16 or computed in float16, 3e-2 in bfloat16.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips per forward pass.")] = 8,
-    num_workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Decoding processes; default: half of the cores, at most 8."),
-    ] = None,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
-    ] = None,
+    batch_size: BatchSize = 8,
+    num_workers: NumWorkers = None,
+    device: Device = None,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from lmdbcache.cli.capacity import show_capacity
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
-from lmdbcache.cli.options import Json, Progress, Root
+from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
@@ -30,15 +30,9 @@ def extract_command(
     choice: ConfigChoice,
     *,
     root: Root = None,
-    batch_size: Annotated[int, typer.Option(help="Clips per forward pass.")] = 8,
-    num_workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Decoding processes; default: half of the cores, at most 8."),
-    ] = None,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
-    ] = None,
+    batch_size: BatchSize = 8,
+    num_workers: NumWorkers = None,
+    device: Device = None,
     commit_seconds: Annotated[
         float, typer.Option(help="Commit at least this often; a kill loses no more.")
     ] = 10.0,

@@ -14,8 +14,11 @@ from lmdbcache.store_info import StoreInfo, info_or_damage
 
 __all__ = [
     "All",
+    "BatchSize",
+    "Device",
     "DryRun",
     "Json",
+    "NumWorkers",
     "Progress",
     "Root",
     "Store",
@@ -73,6 +76,15 @@ Store = Annotated[
         help="Fingerprint (its first digits do), or a store's folder name.",
         autocompletion=complete_store,
     ),
+]
+BatchSize = Annotated[int, typer.Option(help="Clips per forward pass.")]
+NumWorkers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Decoding processes; default: half of the cores, at most 8."),
+]
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
 ]
 Progress = Annotated[
     Optional[bool],  # noqa: UP045

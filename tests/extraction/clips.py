@@ -84,3 +84,15 @@ def write_bad(folder: Path) -> dict[str, tuple[str, str]]:
 def _bytes(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+class Steps:
+    """Features that cost nothing."""
+
+    min_samples = 1
+
+    def __call__(self, waveform):
+        return waveform[:400].reshape(4, 100)
+
+    def provenance(self):
+        return {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extraction.clips import tone, write, write_tones
+from extraction.clips import Steps, tone, write, write_tones
 
 from lmdbcache import CacheConfig, model_identity
 from lmdbcache.extraction import decoding
@@ -150,18 +150,6 @@ class Rival:
     def embed(self, features):
         self.store()
         return features.flatten(1)[:, :4].clone()
-
-    def provenance(self):
-        return {}
-
-
-class Steps:
-    """Features that cost nothing."""
-
-    min_samples = 1
-
-    def __call__(self, waveform):
-        return waveform[:400].reshape(4, 100)
 
     def provenance(self):
         return {}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 
 import pytest
+from extraction.clips import Steps
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.extraction.pipeline import extract
@@ -32,18 +33,6 @@ class SlowEmbedder:
         time.sleep(0.02 * len(features))
         os.write(self.log, b"x" * len(features))
         return features[:, :4, 0].clone()
-
-    def provenance(self):
-        return {}
-
-
-class Steps:
-    """Features that cost nothing."""
-
-    min_samples = 1
-
-    def __call__(self, waveform):
-        return waveform[:400].reshape(4, 100)
 
     def provenance(self):
         return {}
