@@ -74,17 +74,16 @@ class FeatureBatch:
 
 
 class _Units(torch.utils.data.Dataset[FeatureBatch]):
-    """The clips cut into fixed units, so that a batch doesn't depend on the number of workers."""
+    """Fixed units of clips, so that a batch doesn't depend on the number of workers."""
 
     def __init__(
         self,
-        clips: Sequence[Clip],
+        units: Sequence[Sequence[Clip]],
         front_end: FrontEnd,
-        batch_size: int,
         sample_rate: int,
         duration: float,
     ) -> None:
-        self.units = [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]
+        self.units = units
         self.front_end = front_end
         self.sample_rate = sample_rate
         self.duration = duration
@@ -187,10 +186,9 @@ def _kill(workers: list[Any]) -> None:
 
 
 def feature_batches(
-    clips: Sequence[Clip],
+    units: Sequence[Sequence[Clip]],
     front_end: FrontEnd,
     *,
-    batch_size: int,
     num_workers: int,
     sample_rate: int,
     duration: float,
@@ -200,22 +198,20 @@ def feature_batches(
     """Decode clips, in worker processes if any are asked for.
 
     Args:
-        clips: Cut into units of `batch_size`, in this order.
+        units: The clips of each batch.
         front_end: Waveform → features.
-        batch_size: Clips of a unit.
         num_workers: Worker processes; 0 decodes in this process.
         sample_rate: In Hz.
         duration: In seconds.
         order: Number of units → the order to take them in.
         is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
     """
-    units = _Units(clips, front_end, batch_size, sample_rate, duration)
     num_workers = min(num_workers, len(units))
     return FeatureBatches(
         torch.utils.data.DataLoader(
-            units,
+            _Units(units, front_end, sample_rate, duration),
             batch_size=None,
-            sampler=_Wanted(units.units, order, is_wanted),
+            sampler=_Wanted(units, order, is_wanted),
             num_workers=num_workers,
             worker_init_fn=_begin_worker,
             multiprocessing_context=_start_method() if num_workers else None,
@@ -229,7 +225,7 @@ class _Wanted(torch.utils.data.Sampler[int]):
 
     def __init__(
         self,
-        units: list[Sequence[Clip]],
+        units: Sequence[Sequence[Clip]],
         order: Callable[[int], Iterable[int]],
         is_wanted: Callable[[list[str]], bool],
     ) -> None:

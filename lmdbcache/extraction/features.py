@@ -46,10 +46,10 @@ def features_of(
             f'decoding clips needs the package {error.name}: pip install "lmdbcache[audio]"'
         ) from error
 
+    todo = [Clip(sample_id, path) for sample_id, path in clips]
     batches = feature_batches(
-        [Clip(sample_id, path) for sample_id, path in clips],
+        [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)],
         front_end,
-        batch_size=batch_size,
         num_workers=num_workers,
         sample_rate=config.sample_rate,
         duration=config.duration,

@@ -44,10 +44,10 @@ def extract(  # noqa: PLR0913
 ) -> ExtractionSummary:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
-    The missing clips, sorted by sample id, are cut into fixed batches, decoded in worker
-    processes, embedded, and committed every few seconds: a run that is killed loses at most what
-    wasn't committed, and the next one goes on from there. The model is only loaded when there is
-    something for it to do. A clip that can't be decoded is reported and never cached.
+    The clips, sorted by sample id, are cut into fixed batches; what is missing of each is decoded
+    in worker processes, embedded, and committed every few seconds: a run that is killed loses at
+    most what wasn't committed, and the next one goes on from there. The model is only loaded when
+    there is something for it to do. A clip that can't be decoded is reported and never cached.
 
     Ctrl-C (KeyboardInterrupt) and an exit from a signal handler commit what is computed and go on
     to the caller. Several runs of the same clips share the work: each begins elsewhere and leaves

@@ -28,6 +28,7 @@ from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.space import check_space
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import order_of_units
+from lmdbcache.extraction.units import units_of
 from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
 from lmdbcache.sources.checking import changed_clips, num_suspects
 from lmdbcache.sources.records import SourceRecorder
@@ -184,12 +185,16 @@ class Run:
                 f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
             ) from error
 
-        todo = [Clip(sample_id, source) for sample_id, source in missing.items()]
-        _logger.info("%d clips to extract, %d cached", len(todo), self.num_cached)
+        units = [
+            [Clip(sample_id, missing[sample_id]) for sample_id in unit]
+            for unit in units_of(self.paths, missing, batch_size)
+            if unit
+        ]
+        _logger.info("%d clips to extract, %d cached", len(missing), self.num_cached)
         # Before the workers are forked, so that what it imports is there for all of them.
         features = front_end.provenance()
         bar = ProgressBar(
-            self.num_cached + len(todo),
+            self.num_cached + len(missing),
             initial=self.num_cached,
             shown=self.progress,
             description=self.config.model_name.rsplit("/", 1)[-1],
@@ -202,9 +207,8 @@ class Run:
             return False
 
         batches = feature_batches(
-            todo,
+            units,
             front_end,
-            batch_size=batch_size,
             num_workers=num_workers,
             sample_rate=self.config.sample_rate,
             duration=self.config.duration,
