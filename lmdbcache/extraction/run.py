@@ -277,14 +277,18 @@ class Run:
         with _memory_errors(batch.num_clips):
             embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
         self.compute_seconds += time.perf_counter() - started
-        for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
-            self._recorder.note(sample_id, batch.sources.get(sample_id))
-            try:
-                writer.put(sample_id, embedding)
-            except InvalidEmbeddingError as error:
-                self.failures.append(ClipFailure(sample_id, str(self.paths[sample_id]), str(error)))
-            else:
-                self.num_silent += sample_id in batch.silent
+        # What is computed together is stored together: the rest of a unit, computed by another
+        # run, would be another batch.
+        with writer.together():
+            for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
+                self._recorder.note(sample_id, batch.sources.get(sample_id))
+                try:
+                    writer.put(sample_id, embedding)
+                except InvalidEmbeddingError as error:
+                    path = str(self.paths[sample_id])
+                    self.failures.append(ClipFailure(sample_id, path, str(error)))
+                else:
+                    self.num_silent += sample_id in batch.silent
 
     def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
         self.failures += batch.failures
@@ -306,7 +310,7 @@ class Run:
             )
         try:
             update_failures(self.cache.path(self.config), self.settled, self.failures)
-        except OSError as error:
+        except (OSError, CacheError) as error:
             # A full disk, say. The list is a convenience, and must not hide what went wrong.
             _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
 
