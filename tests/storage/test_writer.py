@@ -80,7 +80,7 @@ def test_exception_discards_what_was_not_committed(cache, config):
     "limit", [{"commit_records": 2}, {"commit_bytes": 1}, {"commit_seconds": 0}]
 )
 def test_together_is_one_commit(cache, config, limit):
-    """A commit that is due inside the block waits for its end, `put_batch` of much data included."""
+    """A commit that is due inside the block waits for its end, with `put_batch`, too."""
     many = np.ones((3, 1 << 20), np.float32)
     with cache.writer(config, **limit) as writer:
         with writer.together():
