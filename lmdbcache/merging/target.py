@@ -22,6 +22,7 @@ from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.format.layout import sample_id_of_key
 from lmdbcache.storage.format.metadata import StoreMetadata, checksum
 from lmdbcache.storage.format.values import from_stored
+from lmdbcache.storage.maintenance.checksums import checksums_of
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.reading.verified_reads import check_pages
 from lmdbcache.storage.writer import EmbeddingWriter
@@ -78,13 +79,7 @@ class StoredNow:
 
     def checksums(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The checksums of those that are stored."""
-
-        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> dict[bytes, bytes]:
-            database = snapshot.environment.checksums
-            found = {key: transaction.get(key, db=database) for key in keys}
-            return {key: bytes(value) for key, value in found.items() if value is not None}
-
-        return {} if self._reader is None else self._reader.read_pinned(read)
+        return {} if self._reader is None else checksums_of(self._reader, keys)
 
     def value(self, key: bytes) -> Ours | None:
         """Checksum and value of one; None if it isn't stored."""
