@@ -33,12 +33,14 @@ class Share:
     num_cores: int | None = None
 
     def __post_init__(self) -> None:
-        for rank, size in (("rank", "world_size"), ("local_rank", "local_world_size")):
-            if not 0 <= getattr(self, rank) < getattr(self, size):
-                raise ConfigError(
-                    f"{rank}: {getattr(self, rank)} with a {size} of {getattr(self, size)}; it "
-                    f"must be 0 or more and less than {size}"
-                )
+        if not 0 <= self.rank < self.world_size or self.local_rank < 0:
+            raise ConfigError(
+                f"rank: {self.rank} (local_rank {self.local_rank}) with a world_size of "
+                f"{self.world_size}; it must be 0 or more and less than world_size"
+            )
+        object.__setattr__(
+            self, "local_world_size", max(self.local_world_size, self.local_rank + 1)
+        )
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size}"

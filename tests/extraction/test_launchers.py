@@ -27,7 +27,7 @@ def test_shares_are_whole_units(asked, stored, unit_size, world_size):
         assert units_of(share, asked - stored, unit_size) == units[rank::world_size]
 
 
-@pytest.mark.parametrize("fields", [(2, 2), (-1, 2), (0, 0), (0, 2, 1, 1), (0, 2, -1, 2)])
+@pytest.mark.parametrize("fields", [(2, 2), (-1, 2), (0, 0), (0, 2, -1, 2)])
 def test_impossible_shares_are_refused(fields):
     """A rank counts from 0 and is less than the world size."""
     with pytest.raises(ConfigError, match="must be 0 or more and less than"):
@@ -131,7 +131,7 @@ def test_cores_of_a_slurm_task():
         ("slurm", of_srun(0, 2, ENVIRONMENT="BATCH"), "neither a task of srun"),
         ("auto", {"RANK": "1"}, "WORLD_SIZE isn't set"),
         ("auto", {"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
-        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "rank: 2 with a world_size of 2"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "rank: 2 .* with a world_size of 2"),
         ("auto", {"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT isn't set"),
         # A list of indexes, such as --array=1,3,7.
         ("auto", {**of_array(3, 3, first=1), "SLURM_ARRAY_TASK_MAX": "7"}, "--array=0-2"),
