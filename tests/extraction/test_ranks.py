@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lmdbcache.extraction.pipeline import extract
 from lmdbcache.extraction.shares import Share
 from lmdbcache.failures import read_failures
 from lmdbcache.merging import merge_stores
+from lmdbcache.storage.writing.committing import Committer
 
 TESTS = Path(__file__).resolve().parents[1]
 MARGIN = 2 * BATCH  # what a kill may cost: the unit under way, and one that isn't committed yet
@@ -122,6 +124,42 @@ def _extract(folder, clips, **options):
         batch_size=BATCH,
         **options,
     )
+
+
+def test_commits_fall_between_units(dataset_folder, tmp_path, monkeypatch):
+    """What is computed in one batch is stored in one transaction, however soon a commit is due."""
+    sizes = []
+    commit = Committer.commit
+
+    def note(self, pending, *shape):
+        sizes.append(len(pending.values))
+        return commit(self, pending, *shape)
+
+    monkeypatch.setattr(Committer, "commit", note)
+    clips = dict(sorted(clips_of(dataset_folder).items())[:22])
+    _extract(tmp_path, clips, num_workers=0, commit_seconds=0.0)
+    assert sizes == [4, 4, 4, 4, 4, 2]
+
+
+def test_a_stopped_rank_tells_of_its_share(start, dataset_folder, ast_folder, tmp_path):
+    """SIGTERM, as batch systems and torchrun send it: what is computed is kept, and how much."""
+    often = ("--batch-size", 1, "--commit-seconds", 0, "--num-workers", 1, "--class", "dog")
+    fixed = ("--root", tmp_path / "cache", "--model", ast_folder, "--duration", 0.5, *often)
+    staging = tmp_path / "staging"
+    command = start(
+        *("extract", dataset_folder, *fixed, "--rank", 1, "--world-size", 3, "--staging", staging)
+    )
+    command.wait_until(lambda: list(staging.rglob("CURRENT")))
+    command.signal(signal.SIGTERM)
+    assert command.wait() == 143
+    (line,) = command.err.splitlines()
+    found = re.fullmatch(
+        r"lmdbcache: rank 1 of 3: interrupted; (\d+) of 100 are stored; run the same command again "
+        "to go on",
+        line,
+    )
+    (store,) = {path.parent for path in staging.rglob("CURRENT")}
+    assert EmbeddingCache(store.parent).stores()[0].num_embeddings == int(found[1]) > 0
 
 
 def torchrun(*arguments, num_ranks=2, restarts=0):
