@@ -126,7 +126,9 @@ def _array(given: Mapping[str, str]) -> Share | None:
     last = _number(given, "SLURM_ARRAY_TASK_MAX", first + count - 1)
     step = (last - first) // (count - 1) if count > 1 else 1
     rank, rest = divmod(task - first, max(1, step))
-    if first + (count - 1) * step != last or rest or not 0 <= rank < count:
+    is_range = first + (count - 1) * step == last
+    is_range &= count == 1 or step == _number(given, "SLURM_ARRAY_TASK_STEP", step)
+    if not is_range or rest or not 0 <= rank < count:
         raise ConfigError(
             f"launcher: task {task} of a job array of {count} tasks from {first} to {last}: a list "
             "such as --array=1,3,7 doesn't tell the number of shares. Submit a range such as "
