@@ -12,7 +12,11 @@ import typer
 
 from lmdbcache.cli.console import speak_for
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.launchers import launched_by, share_from_environment
+from lmdbcache.extraction.launchers import (
+    is_on_several_machines,
+    launched_by,
+    share_from_environment,
+)
 from lmdbcache.extraction.shares import Share
 
 __all__ = ["LaunchChoice"]
@@ -78,4 +82,9 @@ class LaunchChoice:
                 )
         if not share.is_all:
             speak_for(str(share))
+            if self.staging is None and is_on_several_machines():
+                _logger.warning(
+                    "there are ranks on other machines, and each machine keeps what its own have "
+                    "computed; give --staging, a folder that all see, and merge"
+                )
         return share

@@ -13,7 +13,7 @@ from lmdbcache.cores import available_cores
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.shares import Share
 
-__all__ = ["LAUNCHERS", "launched_by", "share_from_environment"]
+__all__ = ["LAUNCHERS", "is_on_several_machines", "launched_by", "share_from_environment"]
 
 LAUNCHERS: Final = ("auto", "none", "slurm", "torchrun")
 _SEVERAL_TASKS: Final = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # 2(x3): two each on three machines
@@ -70,6 +70,16 @@ def launched_by(environment: Mapping[str, str] | None = None) -> str | None:
             if found is not None and not found.is_all:
                 return launcher
     return None
+
+
+def is_on_several_machines(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun or srun has started processes on other machines, too, as far as is told."""
+    given = os.environ if environment is None else environment
+    with suppress(ConfigError):
+        return _number(given, "GROUP_WORLD_SIZE", 1) > 1 or (
+            _srun(given) is not None and _number(given, "SLURM_STEP_NUM_NODES", 1) > 1
+        )
+    return False
 
 
 def _product(array: Share, tasks: Share) -> Share:

@@ -125,7 +125,7 @@ def extract(  # noqa: PLR0913
             shape = None if make_embedder else found.embedding_shape(config)
             make_embedder = make_embedder or partial(_embedder, found, config, device, run.share)
             run.check_space(shape)
-        if config not in cache and config not in run.cache:
+        if config not in cache and not run.num_cached:
             cache.explain(config).log_new_store()
         place = stack.enter_context(place_among_runs(run.cache.path(config), run.share))
         run.work(

@@ -106,6 +106,18 @@ def test_a_launcher_that_is_not_asked_for_is_named(cli, options):
     assert "this process takes all clips; --launcher torchrun takes its share" in result.stderr
 
 
+def test_several_machines_without_staging_are_told(cli, options, tmp_path):
+    """Each machine would keep a part, and nothing would bring them together."""
+    machines = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    launched = (*options, "--launcher", "auto", "--json")
+    warned = cli("extract", *launched, **machines)
+    assert counts(warned) == (0, 4, 2, 2)
+    assert "there are ranks on other machines" in warned.stderr
+    staged = cli("extract", *launched, "--staging", tmp_path / "staging", **machines)
+    assert counts(staged) == (0, 4, 2, 0)
+    assert staged.stderr == ""
+
+
 def test_auto_without_a_launcher_takes_everything(cli, options):
     """One script serves one process and many."""
     result = cli("extract", *options, "--launcher", "auto", "--json")

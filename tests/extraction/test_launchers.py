@@ -9,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbcache.cores import available_cores
+from lmdbcache.embedders.devices import device_of_rank
+from lmdbcache.embedders.registry import PretrainedModel
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.launchers import launched_by, share_from_environment
+from lmdbcache.extraction.launchers import (
+    is_on_several_machines,
+    launched_by,
+    share_from_environment,
+)
+from lmdbcache.extraction.pipeline import extract
 from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.units import units_of
 
@@ -142,6 +149,47 @@ def test_what_makes_no_sense_is_refused(launcher, environment, message):
     """A rank that isn't known is never taken for rank 0: its clips would be missing."""
     with pytest.raises(ConfigError, match=message):
         share_from_environment(launcher, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({**TORCHRUN, "GROUP_WORLD_SIZE": "1"}, False),
+        ({**TORCHRUN, "GROUP_WORLD_SIZE": "2"}, True),
+        (of_srun(0, 2, SLURM_STEP_NUM_NODES="2"), True),
+        (of_srun(0, 2, SLURM_STEP_NUM_NODES="2", ENVIRONMENT="BATCH"), False),
+    ],
+)
+def test_several_machines(environment, expected):
+    """As far as the launcher tells."""
+    assert is_on_several_machines(environment) == expected
+
+
+@pytest.mark.parametrize(("num_gpus", "expected"), [(0, None), (1, None), (2, "cuda:1")])
+def test_each_local_rank_has_a_gpu(num_gpus, expected, monkeypatch):
+    """The launcher's choice stands where it shows one alone; more ranks than GPUs take turns."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    assert device_of_rank(1) == device_of_rank(3) == expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, "cuda:1"), ("cpu", "cpu")])
+def test_the_model_goes_to_the_gpu_of_its_rank(
+    device, expected, monkeypatch, cache, clips, config, ast_folder
+):
+    """Unless a device is asked for."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    share, seen = Share(1, 4, 3, 4), []
+
+    def note(self, config, device=None):
+        seen.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PretrainedModel, "make_embedder", note)
+    with pytest.raises(KeyboardInterrupt):
+        options = {"batch_size": 1, "num_workers": 0, "share": share, "device": device}
+        extract(cache, config, clips, model=ast_folder, **options)
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize(
