@@ -58,7 +58,12 @@ class Share:
         Args:
             sample_ids: All samples of the extraction, in any order.
             unit_size: Clips of a unit.
+
+        Raises:
+            ConfigError: Units of no clips.
         """
+        if unit_size < 1:
+            raise ConfigError(f"batch_size: {unit_size}; it must be 1 or more")
         ordered = sorted(sample_ids)
         starts = range(self.rank * unit_size, len(ordered), self.world_size * unit_size)
         return [sample_id for at in starts for sample_id in ordered[at : at + unit_size]]

@@ -41,6 +41,12 @@ def test_impossible_shares_are_refused(fields):
         Share(*fields)
 
 
+def test_units_of_nothing_are_refused():
+    """In a dry run, too."""
+    with pytest.raises(ConfigError, match="batch_size: 0"):
+        Share(0, 2).of(["a:dog"], 0)
+
+
 def test_ranks_of_one_machine_share_its_cores(monkeypatch):
     """Decoding processes are chosen so that all ranks of a machine fit; never none."""
     monkeypatch.setattr("lmdbcache.extraction.shares.available_cores", lambda: 16)
