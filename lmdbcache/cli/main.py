@@ -18,6 +18,7 @@ from lmdbcache.cli import (
     finding,
     inspect,
     maintain,
+    merge,
     prune,
     remove,
     report,
@@ -42,6 +43,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "extract": extract.extract_command,
         "import": transfer.import_command,
         "export": transfer.export_command,
+        "merge": merge.merge_command,
     },
     "Look": {
         "ls": inspect.ls_command,
