@@ -20,6 +20,7 @@ from lmdbcache.cli import (
     maintain,
     merge,
     prune,
+    pull,
     remove,
     report,
     transfer,
@@ -44,6 +45,9 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "import": transfer.import_command,
         "export": transfer.export_command,
         "merge": merge.merge_command,
+    },
+    "Share": {
+        "pull": pull.pull_command,
     },
     "Look": {
         "ls": inspect.ls_command,

@@ -9,7 +9,7 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
-from lmdbcache.cli.merge import Conflicts, print_conflicts
+from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
 from lmdbcache.cli.options import Json, Progress, Root
 from lmdbcache.cli.transfer import listed_ids
 from lmdbcache.comparison import DEFAULT_TOLERANCE
@@ -111,18 +111,12 @@ def _print_report(report: PullReport) -> None:
 
 
 def _print_left_out(report: PullReport) -> None:
-    for line in [*map(str, report.problems), *(f"refused: {r}" for r in report.merged.refused)][
-        :_FEW
-    ]:
-        print_error(line)
+    for one in (*report.problems[:_FEW], *report.merged.refused[:_FEW]):
+        print_error(f"not imported: {one}")
     if report.problems:
         print_error(f"run `lmdbcache verify {report.url} --repair` where the embeddings are")
     for what, names in (("lost", report.lost), ("not shared there", report.absent)):
         if names:
             few = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
             print_error(f"{counted(len(names), 'sample')} {what}: {few}")
-    if report.merged.unresolved:
-        print_error(
-            f"{counted(len(report.merged.unresolved), 'conflict')} left as they were; "
-            "--on-conflict ours or theirs decides, --tolerance says what counts as equal"
-        )
+    print_unresolved(report.merged)

@@ -1,1 +1,6 @@
 """Embeddings shared between machines: push, pull and verify over any file system fsspec knows."""
+
+from lmdbcache.sharing.pull_report import PullReport
+from lmdbcache.sharing.pulling import pull
+
+__all__ = ["PullReport", "pull"]

@@ -6,6 +6,7 @@ import re
 from typing import Final
 from urllib.parse import urlsplit
 
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.errors import CacheNotFoundError, IntegrityError, RemoteError
 from lmdbcache.sharing.commits import (
     COMMIT_NAME,
@@ -15,9 +16,16 @@ from lmdbcache.sharing.commits import (
     decode_commit,
 )
 from lmdbcache.sharing.copies import CommitCopies
+from lmdbcache.sharing.history import History
 from lmdbcache.sharing.remote import Remote
 
-__all__ = ["find_fingerprint", "first_commit", "without_secrets"]
+__all__ = [
+    "copies_of",
+    "find_fingerprint",
+    "first_commit",
+    "pinned_state",
+    "without_secrets",
+]
 
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
 _FEW: Final = 10
@@ -78,6 +86,37 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
         f"{where}: none of {len(ids)} commits can be read ({why}). Run `lmdbcache verify "
         f"{without_secrets(remote.url)} --repair` where the embeddings are"
     )
+
+
+def copies_of(cache: EmbeddingCache, fingerprint: str) -> CommitCopies:
+    """The copies of commit files beside the store of this fingerprint, if there is one."""
+    folders = [one for one in cache.folders() if one.name.endswith(f"-{fingerprint}")]
+    return CommitCopies(folders[0] if folders else None)
+
+
+def pinned_state(
+    cache: EmbeddingCache, fingerprint: str | None, commit: str | None
+) -> History | None:
+    """The state that a whole commit id pins, if copies of all its commits are here.
+
+    It can't have changed: nobody has to be asked.
+    """
+    if not commit or not fingerprint or not _FINGERPRINT.fullmatch(fingerprint):
+        return None
+    copies, found, ahead = copies_of(cache, fingerprint), {}, [commit]
+    while ahead:
+        commit_id = ahead.pop()
+        if commit_id in found:
+            continue
+        data = copies.get(commit_id) if COMMIT_NAME.fullmatch(f"{commit_id}.json") else None
+        if data is None:
+            return None
+        try:
+            found[commit_id] = decode_commit(commit_id, data, fingerprint)
+        except IntegrityError:
+            return None
+        ahead += found[commit_id].parents
+    return History(fingerprint, found, {})
 
 
 def without_secrets(url: str) -> str:

@@ -42,7 +42,7 @@ class PullReport:
         heads: Ids of the newest commits that were seen; if it is one, it pins this state.
         num_samples: Samples that are shared and were asked for.
         num_present: Of these, stored before, with the same bytes.
-        num_settled: Of these, stored with other bytes, which an earlier pull has compared.
+        num_settled: Of these, shared with other bytes, too, which an earlier pull has compared.
         num_shards: Shards that hold the others.
         bytes_to_fetch: Of these shards, less what an earlier pull had fetched.
         bytes_fetched: Bytes of shards that came over the network.
@@ -109,9 +109,9 @@ class PullReport:
             f"{merged.num_new} of {self.num_samples} samples are new",
             f"{self.num_present + merged.num_same} were stored with the same bytes",
         ]
-        close = merged.num_close + self.num_settled
         counts = {
-            f"within {merged.tolerance:g} of what is stored": close,
+            f"within {merged.tolerance:g} of what is stored": merged.num_close,
+            "kept as compared before": self.num_settled,
             "in conflict": len(merged.conflicts),
             "refused": len(merged.refused),
             "lost in damaged files": len(self.lost),

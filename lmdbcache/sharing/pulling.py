@@ -16,7 +16,13 @@ from lmdbcache.sharing.commits import Commit
 from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.downloads import Downloads
 from lmdbcache.sharing.history import History, read_history
-from lmdbcache.sharing.places import find_fingerprint, first_commit, without_secrets
+from lmdbcache.sharing.places import (
+    copies_of,
+    find_fingerprint,
+    first_commit,
+    pinned_state,
+    without_secrets,
+)
 from lmdbcache.sharing.pull_report import Problem, PullReport
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.settled import Settled
@@ -86,7 +92,12 @@ def pull(
     selection = Selection(classes, sample_ids)
     remote = Remote(url, storage_options)
     asked = fingerprint.fingerprint if isinstance(fingerprint, CacheConfig) else fingerprint
-    first = first_commit(remote, find_fingerprint(remote, asked))
+    pinned = pinned_state(cache, asked, commit)
+    if pinned is not None:
+        first = pinned.find(commit or "")
+    else:
+        named = find_fingerprint(remote, asked)
+        first = first_commit(remote, named, copies_of(cache, named))
     merger = Merger(
         cache,
         first.config,
@@ -95,7 +106,7 @@ def pull(
         ragged=None in first.embedding_shape,
         dry_run=dry_run,
     )
-    run = _Pull(remote, cache, merger, progress)
+    run = _Pull(remote, cache, merger, pinned, progress)
     if dry_run:
         run.look(selection, commit)
         return run.report
@@ -111,7 +122,12 @@ class _Pull:
     """One pull on its way."""
 
     def __init__(
-        self, remote: Remote, cache: EmbeddingCache, merger: Merger, progress: Bytes | None
+        self,
+        remote: Remote,
+        cache: EmbeddingCache,
+        merger: Merger,
+        pinned: History | None,
+        progress: Bytes | None,
     ) -> None:
         self._remote = remote
         self._cache = cache
@@ -120,7 +136,8 @@ class _Pull:
         merged = merger.report
         self._config = merged.config
         self._fingerprint = self._config.fingerprint
-        self._history = History(self._fingerprint, {}, {})
+        self._pinned = pinned
+        self._all_history: History | None = None
         self._stored: dict[str, bytes] = {}
         self._refused_weights: set[str] = set()
         # Of the files that are dealt with, of the one at hand, of all.
@@ -138,8 +155,7 @@ class _Pull:
     def look(self, selection: Selection, commit: str | None) -> Plan:
         """Read what is shared and what is stored, and see what is missing."""
         report = self.report
-        history = read_history(self._remote, self._fingerprint, CommitCopies(report.path))
-        self._history = history
+        history = self._pinned or self._everything()
         if commit is not None:
             report.commit = history.find(commit).id
             history = history.at(report.commit)
@@ -200,7 +216,9 @@ class _Pull:
                     missed.update(wanted.versions)
                 self._bytes_before += entry.num_bytes
             # Of all that is shared, not of the state alone: a repair comes after what it repairs.
-            queue, missed = alternatives(self._history, missed, tried)
+            if not missed:
+                break
+            queue, missed = alternatives(self._everything(), missed, tried)
             lost |= missed
             self._bytes_in_all += sum(wanted.offer.entry.num_bytes for wanted in queue)
         for wanted, reason in failed:
@@ -208,6 +226,13 @@ class _Pull:
             listed = self.report.made_up_for if is_made_up_for else self.report.problems
             listed.append(Problem(wanted.offer.entry.path, reason))
         self.report.lost = sorted({sample_id for sample_id, _ in lost})
+
+    def _everything(self) -> History:
+        """All that is shared, read once."""
+        if self._all_history is None:
+            copies = CommitCopies(self.report.path)
+            self._all_history = read_history(self._remote, self._fingerprint, copies)
+        return self._all_history
 
     def _listed(self) -> dict[str, int]:
         return self._remote.list_files(f"{self._fingerprint}/shards")

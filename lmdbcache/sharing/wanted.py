@@ -73,7 +73,7 @@ class Plan:
         shards: In the order to import them.
         num_samples: Samples that are shared and asked for.
         num_present: Of these, stored with the same bytes.
-        num_settled: Of these, stored with other bytes, which an earlier pull has compared.
+        num_settled: Of these, shared with other bytes, too, which an earlier pull has compared.
         absent: Sample ids that are asked for and that nobody shares, sorted.
     """
 
@@ -138,7 +138,7 @@ def make_plan(
             plan.shards.append(Wanted(offer, tuple(rows)))
     _check_classes(offers, selection)
     plan.num_samples, plan.num_present = len(asked), len(present)
-    plan.num_settled = len(settled - present)
+    plan.num_settled = len(settled)
     plan.absent = sorted((selection.sample_ids or frozenset()) - asked)
     return plan
 
