@@ -99,7 +99,8 @@ class History:
         commit = self.find(text)
         ids = self.ancestors(commit.id) | {commit.id}
         closure = {id_: self.commits[id_] for id_ in ids if id_ in self.commits}
-        absent = {commit_path(one) for one in ids - closure.keys()}
+        gone = _withdrawn(closure.values())
+        absent = {commit_path(one) for one in ids - closure.keys() if one[-64:] not in gone}
         known = {path: why for path, why in self.problems.items() if path in absent}
         problems = {path: known.get(path, "isn't there") for path in absent}
         return History(self.fingerprint, closure, problems)
@@ -185,7 +186,7 @@ def read_history(
         RemoteError: The place can't be reached. A single file that can't be read is a problem of
             the history.
     """
-    copies = copies or CommitCopies(None)
+    copies = CommitCopies(None) if copies is None else copies
     listed = remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
     ids = sorted(match[1] for name in listed if (match := COMMIT_NAME.fullmatch(name)))
     commits, problems = {}, {}
@@ -198,13 +199,18 @@ def read_history(
             problems[commit_path(commit_id)] = str(error)
         if progress is not None:
             progress(done, len(ids))
+    gone = _withdrawn(commits.values())
     for commit in commits.values():
         for parent in commit.parents:
-            if parent not in commits:
+            if parent not in commits and parent[-64:] not in gone:
                 problems.setdefault(
                     commit_path(parent), f"isn't there, and {commit.id} builds on it"
                 )
     return History(fingerprint, commits, problems)
+
+
+def _withdrawn(commits: Iterable[Commit]) -> set[str]:
+    return {digest for commit in commits for digest in commit.withdrawn}
 
 
 def _read_commit(

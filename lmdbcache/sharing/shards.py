@@ -194,9 +194,7 @@ def encode_shard(
     is_ragged = None in embedding_shape
     lengths = tuple(len(embeddings[index]) for index in order) if is_ragged else None
     layout = _Layout(config, embedding_shape, ids, lengths)
-    data = bytearray(layout.num_bytes)
-    data[: len(layout.header)] = layout.header
-    checksums = []
+    checksums, pieces = [], [memoryview(layout.header)]
     for index, key, (first, last) in zip(order, layout.keys, layout.bounds(), strict=True):
         value = np.asarray(embeddings[index])
         raw = _raw(value)
@@ -206,10 +204,10 @@ def encode_shard(
                 f"{value.dtype}, the shard's are {embedding_shape} in {layout.dtype}"
             )
         checksums.append(checksum(key, raw))
-        data[first:last] = raw
-    whole = bytes(data)
-    digest = hashlib.sha256(whole).hexdigest()
-    return ShardEntry(digest, len(whole), ids, tuple(checksums), lengths), whole
+        pieces.append(raw)
+    data = b"".join(pieces)
+    digest = hashlib.sha256(data).hexdigest()
+    return ShardEntry(digest, len(data), ids, tuple(checksums), lengths), data
 
 
 def decode_shard(data: Buffer, name: str) -> ShardContent:
