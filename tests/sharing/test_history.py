@@ -89,8 +89,8 @@ def test_a_replaced_sample_counts_no_more(remote, config):
     assert name == new.sample_ids[0]
     put_commit(remote, config, [new], parents=[first.id], replaced={name: [old.checksums[0]]})
     history = read_history(remote, config.fingerprint)
-    assert [offer.rows for offer in history.offers()] == [(1, 2), (0,)]
-    assert history.checksums()[name] == {new.checksums[0]}
+    assert [list(offer.rows) for offer in history.offers()] == [[1, 2], [0]]
+    assert history.checksums().of(name) == {new.checksums[0]}
 
 
 def test_foreign_files_are_left_alone(remote, config):
