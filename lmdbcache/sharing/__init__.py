@@ -2,5 +2,6 @@
 
 from lmdbcache.sharing.pull_report import PullReport
 from lmdbcache.sharing.pulling import pull
+from lmdbcache.sharing.pushing import PushReport, push
 
-__all__ = ["PullReport", "pull"]
+__all__ = ["PullReport", "PushReport", "pull", "push"]

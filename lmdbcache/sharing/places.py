@@ -88,14 +88,14 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
     )
 
 
-def copies_of(cache: EmbeddingCache, fingerprint: str) -> CommitCopies:
-    """The copies of commit files beside the store of this fingerprint, if there is one."""
+def copies_of(cache: EmbeddingCache, fingerprint: str, url: str) -> CommitCopies:
+    """The copies of a place's commit files beside the store of this fingerprint, if there is one."""
     folders = [one for one in cache.folders() if one.name.endswith(f"-{fingerprint}")]
-    return CommitCopies(folders[0] if folders else None)
+    return CommitCopies(folders[0] if folders else None, url)
 
 
 def pinned_state(
-    cache: EmbeddingCache, fingerprint: str | None, commit: str | None
+    cache: EmbeddingCache, url: str, fingerprint: str | None, commit: str | None
 ) -> History | None:
     """The state that a whole commit id pins, if copies of all its commits are here.
 
@@ -103,7 +103,7 @@ def pinned_state(
     """
     if not commit or not fingerprint or not _FINGERPRINT.fullmatch(fingerprint):
         return None
-    copies, found, ahead = copies_of(cache, fingerprint), {}, [commit]
+    copies, found, ahead = copies_of(cache, fingerprint, url), {}, [commit]
     while ahead:
         commit_id = ahead.pop()
         if commit_id in found:

@@ -92,12 +92,12 @@ def pull(
     selection = Selection(classes, sample_ids)
     remote = Remote(url, storage_options)
     asked = fingerprint.fingerprint if isinstance(fingerprint, CacheConfig) else fingerprint
-    pinned = pinned_state(cache, asked, commit)
+    pinned = pinned_state(cache, remote.url, asked, commit)
     if pinned is not None:
         first = pinned.find(commit or "")
     else:
         named = find_fingerprint(remote, asked)
-        first = first_commit(remote, named, copies_of(cache, named))
+        first = first_commit(remote, named, copies_of(cache, named, remote.url))
     merger = Merger(
         cache,
         first.config,
@@ -230,7 +230,7 @@ class _Pull:
     def _everything(self) -> History:
         """All that is shared, read once."""
         if self._all_history is None:
-            copies = CommitCopies(self.report.path)
+            copies = CommitCopies(self.report.path, self._remote.url)
             self._all_history = read_history(self._remote, self._fingerprint, copies)
         return self._all_history
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 from lmdbcache.errors import CacheFullError, ConfigError, MissingDependencyError, RemoteError
 from lmdbcache.storage.files.generations import sync_file
 
-__all__ = ["Remote", "RemoteError", "is_url"]
+__all__ = ["Remote", "is_url", "without_secrets"]
 
 _logger: Final = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -58,6 +58,8 @@ class Remote:
 
     Picklable; a forked process connects anew. Threads may share it.
 
+    `place` is its URL without a password, for people.
+
     Args:
         url: `s3://bucket/folder`, `file:///mnt/shared/embeddings`, `ssh://host/folder`, …
         storage_options: For the fsspec file system; default: fsspec's configuration and the
@@ -77,6 +79,7 @@ class Remote:
         tries: int = _TRIES,
     ) -> None:
         self.url: Final = _checked(url)
+        self.place: Final = without_secrets(self.url)
         self.protocol: Final = self.url.partition("://")[0]
         self._options = dict(storage_options or {})
         self._tries = tries
@@ -87,7 +90,7 @@ class Remote:
         self._fsspec()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r})"
+        return f"{type(self).__name__}({self.place!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file_system": None, "_has_answered": False}
@@ -151,9 +154,9 @@ class Remote:
         try:
             data = self._try(fetch, path)
         except FileNotFoundError:
-            raise RemoteError(f"{self.url}/{path} isn't there (any more)") from None
+            raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
         if len(data) != num_bytes:
-            raise RemoteError(f"{self.url}/{path} gives {len(data)} of {num_bytes} bytes")
+            raise RemoteError(f"{self.place}/{path} gives {len(data)} of {num_bytes} bytes")
         return data
 
     def fetch(
@@ -184,10 +187,10 @@ class Remote:
             try:
                 data = self._try(piece, path)
             except FileNotFoundError:
-                raise RemoteError(f"{self.url}/{path} isn't there (any more)") from None
+                raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
             if not 0 < len(data) <= last - first:
                 raise RemoteError(
-                    f"{self.url}/{path} gives {len(data)} bytes where {last - first} of "
+                    f"{self.place}/{path} gives {len(data)} bytes where {last - first} of "
                     f"{num_bytes} should follow the first {first}"
                 )
             target.write(data)
@@ -229,8 +232,8 @@ class Remote:
             self._try(put, path)
         except FileNotFoundError as error:
             raise RemoteError(
-                f"{self.url}/{path} can't be written: {_first_line(error)}. Is there such a bucket "
-                "or folder? It isn't made for you"
+                f"{self.place}/{path} can't be written: {_first_line(error)}. Is there such a "
+                "bucket? It isn't made for you"
             ) from None
 
     def remove(self, path: str) -> None:
@@ -261,8 +264,8 @@ class Remote:
             except Exception as error:  # each file system has errors of its own
                 tries = self._tries if self._has_answered else min(self._tries, _FIRST_TRIES)
                 if number >= tries or _is_final(error):
-                    raise _translated(error, f"{self.url}/{path}".rstrip("/"), number) from error
-                _logger.info("%s/%s: %s; trying again", self.url, path, _first_line(error))
+                    raise _translated(error, f"{self.place}/{path}".rstrip("/"), number) from error
+                _logger.info("%s/%s: %s; trying again", self.place, path, _first_line(error))
                 self._file_system = None  # its connection may be the broken one
                 time.sleep(wait * random.uniform(0.5, 1.5))
                 wait *= 2
@@ -276,12 +279,20 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown and kept: without the password, if it has one."""
+    protocol, colon, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    user, at, name = host.rpartition("@")
+    return f"{protocol}{colon}{user.partition(':')[0]}{at}{name}{slash}{path}"
+
+
 def _checked(url: str) -> str:
     protocol, colon, rest = str(url).partition("://")
     if not colon or not protocol or "::" in url or (not rest.strip("/") and protocol != "memory"):
         raise ConfigError(
-            f"{url!r} isn't a place to share through; give a URL such as s3://bucket/folder, "
-            "ssh://host/folder or file:///mnt/shared"
+            f"{without_secrets(str(url))!r} isn't a place to share through; give a URL such as "
+            "s3://bucket/folder, ssh://host/folder or file:///mnt/shared"
         )
     return f"{protocol.lower()}://{rest.rstrip('/')}"
 
@@ -299,7 +310,7 @@ def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, 
     except ImportError as error:
         raise _missing(protocol, str(error)) from error
     except ValueError as error:
-        raise ConfigError(f"{url}: {_first_line(error)}") from None
+        raise ConfigError(f"{without_secrets(url)}: {_first_line(error)}") from None
     if protocol in ("s3", "s3a"):
         system.retries = 1  # of its own, inside each of ours
     return system, str(folder).rstrip("/")
