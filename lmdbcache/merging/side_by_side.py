@@ -22,7 +22,7 @@ from lmdbcache.storage.format.layout import sample_id_of_key
 __all__ = ["SideBySide"]
 
 _KEYS_AT_ONCE: Final = 4096
-_BATCH_BYTES: Final = 64 << 20
+_BATCH_BYTES: Final = 32 << 20
 _BATCH_RECORDS: Final = 16384
 
 # A key, with (number of the store, checksum) of each store that has it.
