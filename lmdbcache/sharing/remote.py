@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 _PIECE_BYTES: Final = 16 << 20
 _TRIES: Final = 5
-_FIRST_TRIES: Final = 2  # before the place has answered once: a wrong name is more likely
+_FIRST_TRIES: Final = 2  # before the place has answered once
 _FIRST_WAIT: Final = 0.5  # seconds; doubled each time
 # A connection that stands still isn't waited for longer than such a slow one would take.
 _PATIENCE_SECONDS: Final = 60.0
@@ -37,6 +37,7 @@ _SLOWEST_BYTES_PER_SECOND: Final = 64 << 10
 _WHOLE_OR_NOTHING: Final = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
 )
+_S3: Final = ("s3", "s3a")
 _EXTRAS: Final = {"s3": "lmdbcache[s3]", "s3a": "lmdbcache[s3]"}
 _PACKAGES: Final = {
     "gs": "gcsfs",
@@ -87,7 +88,7 @@ class Remote:
         self._file_system: Any = None
         self._pid = 0
         self._folder = ""
-        self._fsspec()
+        _check_known(self.place, self.protocol)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.place!r})"
@@ -214,7 +215,7 @@ class Remote:
                 _write_local(Path(target), data)
             elif self.protocol in _WHOLE_OR_NOTHING:
                 # s3fs would send two parts or more; one PUT is one request, and whole or nothing.
-                large = {"chunksize": len(data) + 1} if self.protocol in ("s3", "s3a") else {}
+                large = {"chunksize": len(data) + 1} if self.protocol in _S3 else {}
                 _call(system, "pipe_file", len(data), target, data, **large)
             else:
                 folder, name = posixpath.split(target)
@@ -233,7 +234,7 @@ class Remote:
         except FileNotFoundError as error:
             raise RemoteError(
                 f"{self.place}/{path} can't be written: {_first_line(error)}. Is there such a "
-                "bucket? It isn't made for you"
+                "bucket or mount? It isn't made for you"
             ) from None
 
     def remove(self, path: str) -> None:
@@ -254,7 +255,10 @@ class Remote:
         return self._file_system
 
     def _try(self, action: Callable[[Any], _Result], path: str) -> _Result:
-        wait, number = _FIRST_WAIT, 0
+        wait, number, tries = _FIRST_WAIT, 0, self._tries
+        if not self._has_answered:
+            # A wrong name is more likely; and botocore tries four times more by itself.
+            tries = min(tries, 1 if self.protocol in _S3 else _FIRST_TRIES)
         while True:
             number += 1
             try:
@@ -262,7 +266,6 @@ class Remote:
             except (FileNotFoundError, MissingDependencyError, ConfigError):
                 raise
             except Exception as error:  # each file system has errors of its own
-                tries = self._tries if self._has_answered else min(self._tries, _FIRST_TRIES)
                 if number >= tries or _is_final(error):
                     raise _translated(error, f"{self.place}/{path}".rstrip("/"), number) from error
                 _logger.info("%s/%s: %s; trying again", self.place, path, _first_line(error))
@@ -297,21 +300,28 @@ def _checked(url: str) -> str:
     return f"{protocol.lower()}://{rest.rstrip('/')}"
 
 
-def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+def _check_known(place: str, protocol: str) -> None:
+    """Whether there is a file system for this kind of URL; nothing is connected."""
     try:
         import fsspec
     except ModuleNotFoundError as error:
         raise _missing(protocol, "fsspec") from error
-    if protocol in ("s3", "s3a"):
-        # Many servers that speak S3 don't know the checksums that newer clients add.
-        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     try:
-        system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
+        fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         raise _missing(protocol, str(error)) from error
     except ValueError as error:
-        raise ConfigError(f"{without_secrets(url)}: {_first_line(error)}") from None
-    if protocol in ("s3", "s3a"):
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    import fsspec
+
+    if protocol in _S3:
+        # Many servers that speak S3 don't know the checksums that newer clients add.
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
+    if protocol in _S3:
         system.retries = 1  # of its own, inside each of ours
     return system, str(folder).rstrip("/")
 
