@@ -7,7 +7,6 @@ breaks on the way is tried again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import posixpath
@@ -15,10 +14,12 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
-from lmdbcache.errors import CacheFullError, ConfigError, MissingDependencyError, RemoteError
+from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
+from lmdbcache.sharing.remote_errors import first_line, is_final, missing_package, translated
 from lmdbcache.storage.files.generations import sync_file
 
 __all__ = ["Remote", "is_url", "without_secrets"]
@@ -38,20 +39,7 @@ _WHOLE_OR_NOTHING: Final = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
 )
 _S3: Final = ("s3", "s3a")
-_EXTRAS: Final = {"s3": "lmdbcache[s3]", "s3a": "lmdbcache[s3]"}
-_PACKAGES: Final = {
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-    "ssh": "sshfs",
-    "sftp": "sshfs",
-    "abfs": "adlfs",
-    "az": "adlfs",
-}
 _TEMPORARY_PREFIX: Final = ".uploading-"
-_FINAL_ERRNOS: Final = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-)
 
 
 class Remote:
@@ -118,9 +106,13 @@ class Remote:
         found = self._list(folder)
         return sorted(name for name, item in found.items() if item.get("type") == "directory")
 
-    def leftovers(self, folder: str) -> list[str]:
-        """Names of files that uploads have left behind, or are making now."""
-        return sorted(name for name in self._list(folder) if name.startswith(_TEMPORARY_PREFIX))
+    def leftovers(self, folder: str) -> dict[str, float | None]:
+        """Name → age in seconds of files that uploads have left behind, or are making now."""
+        return {
+            name: _age(item)
+            for name, item in sorted(self._list(folder).items())
+            if name.startswith(_TEMPORARY_PREFIX)
+        }
 
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         def listing(system: Any) -> list[dict[str, Any]]:
@@ -233,7 +225,7 @@ class Remote:
             self._try(put, path)
         except FileNotFoundError as error:
             raise RemoteError(
-                f"{self.place}/{path} can't be written: {_first_line(error)}. Is there such a "
+                f"{self.place}/{path} can't be written: {first_line(error)}. Is there such a "
                 "bucket or mount? It isn't made for you"
             ) from None
 
@@ -266,9 +258,9 @@ class Remote:
             except (FileNotFoundError, MissingDependencyError, ConfigError):
                 raise
             except Exception as error:  # each file system has errors of its own
-                if number >= tries or _is_final(error):
-                    raise _translated(error, f"{self.place}/{path}".rstrip("/"), number) from error
-                _logger.info("%s/%s: %s; trying again", self.place, path, _first_line(error))
+                if number >= tries or is_final(error):
+                    raise translated(error, f"{self.place}/{path}".rstrip("/"), number) from error
+                _logger.info("%s/%s: %s; trying again", self.place, path, first_line(error))
                 self._file_system = None  # its connection may be the broken one
                 time.sleep(wait * random.uniform(0.5, 1.5))
                 wait *= 2
@@ -305,11 +297,11 @@ def _check_known(place: str, protocol: str) -> None:
     try:
         import fsspec
     except ModuleNotFoundError as error:
-        raise _missing(protocol, "fsspec") from error
+        raise missing_package(protocol, "fsspec") from error
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        raise _missing(protocol, str(error)) from error
+        raise missing_package(protocol, str(error)) from error
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from None
 
@@ -326,19 +318,18 @@ def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, 
     return system, str(folder).rstrip("/")
 
 
-def _missing(protocol: str, why: str) -> MissingDependencyError:
-    package = _EXTRAS.get(protocol) or ("lmdbcache[share]" if why == "fsspec" else None)
-    package = package or _PACKAGES.get(protocol)
-    return MissingDependencyError(
-        f"{protocol}://: {why}: pip install " + (f'"{package}"' if package else "what it names")
-    )
-
-
 def _call(system: Any, method: str, num_bytes: int, *args: Any, **options: Any) -> Any:
     """Call a file system, and give up when nothing comes back for far too long."""
     if system.async_impl:
         options["timeout"] = _PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
     return getattr(system, method)(*args, **options)
+
+
+def _age(item: Mapping[str, Any]) -> float | None:
+    modified = item.get("mtime") or item.get("LastModified") or item.get("created")
+    if isinstance(modified, datetime):
+        modified = modified.timestamp()
+    return time.time() - modified if isinstance(modified, (int, float)) else None
 
 
 def _range(system: Any, path: str, first: int, last: int) -> bytes:
@@ -361,34 +352,3 @@ def _write_local(target: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_file(target.parent)
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether trying again is no use."""
-    if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError)):
-        return True
-    if isinstance(error, (TypeError, NotImplementedError, MemoryError)):
-        return True
-    if isinstance(error, OSError) and error.errno in _FINAL_ERRNOS:
-        return True
-    return any(word in type(error).__name__ for word in ("Credentials", "Token", "Permission"))
-
-
-def _translated(error: Exception, place: str, tries: int) -> CacheFullError | RemoteError:
-    reason = _first_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CacheFullError(f"{place}: the disk is full. Free space and go on")
-    if "Credentials" in type(error).__name__:
-        return RemoteError(
-            f"{place}: no credentials ({reason}). Set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or what this kind of place takes"
-        )
-    if isinstance(error, PermissionError) or "Permission" in type(error).__name__:
-        return RemoteError(f"{place}: permission denied ({reason}). Check the credentials")
-    often = f", tried {tries} times" if tries > 1 else ""
-    return RemoteError(f"{place}: {reason}{often}. Check the URL and the connection, and try again")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
