@@ -21,6 +21,7 @@ from lmdbcache.cli import (
     merge,
     prune,
     pull,
+    push,
     remove,
     report,
     transfer,
@@ -63,6 +64,9 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "audit": audit.audit_command,
         "repair": maintain.repair_command,
         "doctor": doctor.doctor_command,
+    },
+    "Share": {
+        "push": push.push_command,
     },
     "Make room": {
         "compact": maintain.compact_command,
