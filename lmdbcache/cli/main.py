@@ -47,9 +47,6 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "export": transfer.export_command,
         "merge": merge.merge_command,
     },
-    "Share": {
-        "pull": pull.pull_command,
-    },
     "Look": {
         "ls": inspect.ls_command,
         "info": inspect.info_command,
@@ -67,6 +64,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     },
     "Share": {
         "push": push.push_command,
+        "pull": pull.pull_command,
     },
     "Make room": {
         "compact": maintain.compact_command,
