@@ -18,7 +18,9 @@ from lmdbcache.cli import (
     finding,
     inspect,
     maintain,
+    merge,
     prune,
+    pull,
     push,
     remove,
     report,
@@ -43,6 +45,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "extract": extract.extract_command,
         "import": transfer.import_command,
         "export": transfer.export_command,
+        "merge": merge.merge_command,
     },
     "Look": {
         "ls": inspect.ls_command,
@@ -61,6 +64,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     },
     "Share": {
         "push": push.push_command,
+        "pull": pull.pull_command,
     },
     "Make room": {
         "compact": maintain.compact_command,
