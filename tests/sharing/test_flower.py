@@ -170,7 +170,7 @@ def test_clients_of_a_simulation_share_one_cache(flower, source):
     before = source.info(CONFIG).last_written
     flower.superlink("--simulation")
     printed = flower.run(
-        f'num-server-rounds=2 hidden-size={HIDDEN_SIZE} num-nodes=3 cache-root="{source.root}"'
+        f'num-server-rounds=1 hidden-size={HIDDEN_SIZE} num-nodes=3 cache-root="{source.root}"'
         f' fingerprint="{CONFIG.fingerprint}"',
         "--federation-config",
         "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2",
