@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -17,7 +18,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheFullError, ConfigError
 from lmdbcache.merging.finding import file_number, find_stores
 from lmdbcache.merging.merger import Merger
-from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal
+from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal, store_refusal
 from lmdbcache.merging.side_by_side import SideBySide
 from lmdbcache.merging.source_stores import SourceStore, open_source_store
 from lmdbcache.storage.format.metadata import StoreMetadata
@@ -126,7 +127,7 @@ class _Run:
                 # A store of the root may be the target: nobody else could write to it then.
                 store = open_source_store(path, stack, takes_lock=not is_below_root)
             except (CacheError, OSError) as error:
-                self._reports.refused.append(Refusal(os.fspath(path), None, str(error)))
+                self._reports.refused.append(store_refusal(path, error))
                 continue
             if path.resolve() == self._cache.path(store.config).resolve():
                 self._note_own(path)
@@ -146,9 +147,11 @@ class _Run:
                 self._merge_into(config, stores)
             except CacheFullError:
                 raise
-            except CacheError as error:
-                target = os.fspath(self._cache.path(config))
-                self._reports.refused.append(Refusal(target, None, str(error)))
+            except (CacheError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise CacheFullError(f"{error}. Free space and merge again") from None
+                target = self._cache.path(config)
+                self._reports.refused.append(store_refusal(target, error))
             self._done = done + sum(store.num_embeddings for store in stores)
             self._tell()
 
@@ -189,7 +192,7 @@ class _Run:
                 combined = known.with_provenance(store.metadata.provenance, report.path)
                 combined.pack()
             except CacheError as error:
-                report.refused.append(Refusal(os.fspath(store.path), None, f"not merged: {error}"))
+                report.refused.append(store_refusal(store.path, error))
                 continue
             if known.embedding_shape is None:
                 ragged = any(None in (s.metadata.embedding_shape or ()) for s in stores)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig
-from lmdbcache.errors import IntegrityError
+from lmdbcache.errors import CacheFullError, IntegrityError
 from lmdbcache.merging import Merger
 from lmdbcache.sources import (
     SOURCES_NAME,
@@ -18,6 +18,7 @@ from lmdbcache.sources import (
     SourceRecorder,
     adopt_sources,
     count_origins,
+    records,
 )
 from lmdbcache.sources.records import SourceRecords
 
@@ -112,6 +113,19 @@ def test_damaged_origins_are_an_error(statement, merged):
 def test_a_store_without_records(filled, config):
     """Nothing is made to look."""
     assert count_origins(filled.path(config)) == []
-    with SourceRecords(filled.path(config)) as records:
-        assert not records.has_origins
+    with SourceRecords(filled.path(config)) as opened:
+        assert not opened.has_origins
     assert not (filled.path(config) / SOURCES_NAME).exists()
+
+
+def test_a_full_disk_is_told_as_such(cache, monkeypatch):
+    """As our error for it, and nothing is merged: no embedding without its origin."""
+
+    def fails(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(records, "put_origins", fails)
+    config = CacheConfig(dataset="origins")
+    with pytest.raises(CacheFullError, match="disk is full"), Merger(cache, config) as merger:
+        merger.add(IDS, np.zeros((4, 8), np.float32), NODE)
+    assert cache.info(config).num_embeddings == 0
