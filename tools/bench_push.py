@@ -6,9 +6,9 @@ what is there is verified. The copy is `shutil.copyfile` of as many bytes, with 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,16 +41,20 @@ def copied(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    url, config = sys.argv[1], CacheConfig()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("--quick", action="store_true", help="Few: only tries the code.")
+    arguments = parser.parse_args()
+    url, config, number = arguments.url, CacheConfig(), 200 if arguments.quick else 28_109
     with tempfile.TemporaryDirectory() as folder:
         cache = EmbeddingCache(folder)
-        put(cache, config, 0, 28_109)
+        put(cache, config, 0, number)
         raw = Path(folder) / "raw"
         raw.write_bytes(os.urandom(1 << 20) * 83)
         timed("copy of 83 MiB", lambda: copied(raw, raw.with_name("copy")))
-        first = timed("push 28,109", lambda: push(cache, config, url))
+        first = timed(f"push {number:,}", lambda: push(cache, config, url))
         timed("push again", lambda: push(cache, config, url))
-        put(cache, config, 28_109, 100)
+        put(cache, config, number, 100)
         second = timed("push 100 more", lambda: push(cache, config, url))
         report = timed("verify", lambda: verify_remote(url))
     print(f"{first.num_shards} shards, {first.num_bytes} bytes; then {second.num_bytes} bytes")
