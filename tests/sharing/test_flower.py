@@ -1,4 +1,4 @@
-"""The Flower app of examples/flower, run by Flower: two nodes that pull, and a simulation."""
+"""The Flower app of docs/examples/flower, run by Flower: two nodes that pull, and a simulation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.sharing import push
 
 ROOT = Path(__file__).resolve().parents[2]
-APP = ROOT / "examples" / "flower"
+APP = ROOT / "docs" / "examples" / "flower"
 # Flower's packages clash with others, so it has an environment of its own.
 FLOWER = Path(sys.prefix) / "flower" / "bin"
 CONFIG = CacheConfig(dataset="vegas")
