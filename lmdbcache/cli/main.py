@@ -20,6 +20,8 @@ from lmdbcache.cli import (
     maintain,
     merge,
     prune,
+    pull,
+    push,
     remove,
     report,
     transfer,
@@ -59,6 +61,10 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "audit": audit.audit_command,
         "repair": maintain.repair_command,
         "doctor": doctor.doctor_command,
+    },
+    "Share": {
+        "push": push.push_command,
+        "pull": pull.pull_command,
     },
     "Make room": {
         "compact": maintain.compact_command,

@@ -16,7 +16,7 @@ from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.errors import CacheFullError
 from lmdbcache.merging import MergeReport, MergeReports, Refusal, merge_stores
 
-__all__ = ["Conflicts", "merge_command"]
+__all__ = ["Conflicts", "merge_command", "print_conflicts", "print_unresolved"]
 
 _FEW: int = 10
 
@@ -91,24 +91,35 @@ def _print_reports(reports: MergeReports) -> None:
 def _print_report(report: MergeReport) -> None:
     for note in report.notes:
         say(f"note: {note}")
-    if report.conflicts:
-        rows = [
-            (
-                c.sample_id,
-                c.kept,
-                c.ours.writer,
-                c.theirs.writer,
-                f"{c.max_abs:.3g}",
-                f"{c.cosine:.3g}",
-            )
-            for c in report.conflicts[:_FEW]
-        ]
-        headings = ("conflict", "kept", "ours", "theirs", "max. difference", "1 - cosine")
-        print_table(headings, rows, num_text_columns=4)
-        if len(report.conflicts) > _FEW:
-            say(f"… and {len(report.conflicts) - _FEW} more conflicts; see --json")
+    print_conflicts(report)
     say(f"{report}; {readable(report.num_bytes)}")
     _print_refused(report.refused)
+    print_unresolved(report)
+
+
+def print_conflicts(report: MergeReport) -> None:
+    """The first conflicts as a table: both origins, and how far apart they are."""
+    if not report.conflicts:
+        return
+    rows = [
+        (
+            c.sample_id,
+            c.kept,
+            c.ours.writer,
+            c.theirs.writer,
+            f"{c.max_abs:.3g}",
+            f"{c.cosine:.3g}",
+        )
+        for c in report.conflicts[:_FEW]
+    ]
+    headings = ("conflict", "kept", "ours", "theirs", "max. difference", "1 - cosine")
+    print_table(headings, rows, num_text_columns=4)
+    if len(report.conflicts) > _FEW:
+        say(f"… and {len(report.conflicts) - _FEW} more conflicts; see --json")
+
+
+def print_unresolved(report: MergeReport) -> None:
+    """Say how to decide the conflicts that nobody has decided."""
     if report.unresolved:
         print_error(
             f"{counted(len(report.unresolved), 'conflict')} in {report.path.name} left as they "
