@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.registry import config_for
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
     from lmdbcache.extraction.launchers import share_from_environment
+    from lmdbcache.extraction.on_ray import extract_on_ray
     from lmdbcache.extraction.pipeline import extract
     from lmdbcache.extraction.samples import clips_of
     from lmdbcache.extraction.shares import Share
@@ -79,6 +80,7 @@ __all__ = [
     "export_embeddings",
     "collate_mixed",
     "extract",
+    "extract_on_ray",
     "extract_or_load_ast_embeddings",
     "import_embeddings",
     "make_dataloader",
@@ -103,6 +105,7 @@ _LAZY = {
     "export_embeddings": "lmdbcache.transfer",
     "collate_mixed": "lmdbcache.datasets.cached_audio",
     "extract": "lmdbcache.extraction.pipeline",
+    "extract_on_ray": "lmdbcache.extraction.on_ray",
     "extract_or_load_ast_embeddings": "lmdbcache.extraction.dataset_run",
     "import_embeddings": "lmdbcache.transfer",
     "make_dataloader": "lmdbcache.training",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,12 +15,14 @@ from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.launching import LaunchChoice
 from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
 from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.ray_choice import RayChoice
 from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction.capacity import plan_capacity
 from lmdbcache.extraction.finishing import finish_with_other_ranks
+from lmdbcache.extraction.on_ray import extract_on_ray
 from lmdbcache.extraction.pipeline import extract, plan_extraction, stored_of_share
 from lmdbcache.extraction.space import ExtractionPlan
 
@@ -32,6 +34,7 @@ def extract_command(
     dataset: DatasetChoice,
     choice: ConfigChoice,
     launch: LaunchChoice,
+    ray: RayChoice,
     *,
     root: Root = None,
     batch_size: BatchSize = 8,
@@ -67,6 +70,7 @@ def extract_command(
     when run again. Exit code 1 if a clip failed, 3 if the disk is full.
     """
     share = launch.share
+    ray.check(launch.launcher, num_workers)
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
     dataset.check_namespace(cache, config)
@@ -78,7 +82,7 @@ def extract_command(
             model=choice.model,
             batch_size=batch_size,
             share=share,
-            staging=launch.staging,
+            staging=launch.folder,
         )
         _show_plan(shown, as_json=as_json)
         return
@@ -95,21 +99,21 @@ def extract_command(
         show_capacity(found, as_json=as_json)
         return
     try:
-        summary = extract(
-            cache,
-            config,
-            clips,
-            model=choice.model,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=device,
-            progress=progress,
-            dataset_root=dataset.data_dir.absolute(),
-            commit_seconds=commit_seconds,
-            recompute_changed=changed,
-            share=share,
-            staging=launch.staging,
-        )
+        common: dict[str, Any] = {
+            "model": choice.model,
+            "batch_size": batch_size,
+            "device": device,
+            "progress": progress,
+            "dataset_root": dataset.data_dir.absolute(),
+            "commit_seconds": commit_seconds,
+            "recompute_changed": changed,
+            "staging": launch.staging,
+        }
+        if launch.launcher == "ray":
+            summary = extract_on_ray(cache, config, clips, **common, **ray.options)
+        else:
+            own: dict[str, Any] = {"num_workers": num_workers, "share": share}
+            summary = extract(cache, config, clips, **common, **own)
     except KeyboardInterrupt:
         kept = _kept(cache, config, clips, launch, batch_size)
         raise Stopped(f"{kept}; run the same command again to go on") from None
@@ -134,7 +138,7 @@ def _kept(
 ) -> str:
     """What is on the disk now of this process's share, whoever has stored it."""
     num_cached, num_samples = stored_of_share(
-        cache, config, clips, batch_size=batch_size, share=launch.share, staging=launch.staging
+        cache, config, clips, batch_size=batch_size, share=launch.share, staging=launch.folder
     )
     return f"{num_cached} of {num_samples} are stored"
 

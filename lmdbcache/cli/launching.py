@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -34,7 +33,8 @@ class LaunchChoice:
         str,
         typer.Option(
             help="Take this process's share of the clips: torchrun (accelerate), slurm (srun, job "
-            "arrays), auto (whichever has started it), or none: all clips. See docs/cluster.md.",
+            "arrays), auto (whichever has started it), or none: all clips; ray: all clips on the "
+            "nodes of a Ray cluster. See docs/cluster.md and docs/ray.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "none"
@@ -49,13 +49,19 @@ class LaunchChoice:
         typer.Option(help="How many processes there are.", rich_help_panel=_PANEL),
     ] = None
     staging: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Option(
             help="Store in this folder, each process in a store of its own, to be merged into the "
-            "root later; for processes on several machines.",
+            "root later; for processes on several machines. With ray a folder or URL where "
+            "embeddings wait.",
             rich_help_panel=_PANEL,
         ),
     ] = None
+
+    @property
+    def folder(self) -> str | None:
+        """Where the stores of ranks lie, if there are any."""
+        return None if self.launcher == "ray" else self.staging
 
     @cached_property
     def share(self) -> Share:
@@ -64,12 +70,16 @@ class LaunchChoice:
         Raises:
             ConfigError: The options or the launcher's variables make no sense.
         """
+        if self.folder is not None and "://" in self.folder:
+            raise ConfigError(f"--staging: {self.folder!r}; ranks need a folder, ray takes a URL")
         if (self.rank is None) != (self.world_size is None):
             raise ConfigError("--rank and --world-size: give both, or --launcher")
         if self.rank is not None and self.world_size is not None:
             if self.launcher != "none":
                 raise ConfigError(f"--rank and --world-size: not with --launcher {self.launcher}")
             share = Share(self.rank, self.world_size)
+        elif self.launcher == "ray":
+            return Share()
         else:
             share = share_from_environment(self.launcher)
             launcher = launched_by() if self.launcher == "none" else None

@@ -24,7 +24,14 @@ from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
 from lmdbcache.failures import ClipFailure
 from lmdbcache.sources.files import Source, source_of
 
-__all__ = ["Clip", "FeatureBatch", "FeatureBatches", "feature_batches", "worker_errors"]
+__all__ = [
+    "Clip",
+    "FeatureBatch",
+    "FeatureBatches",
+    "decode_unit",
+    "feature_batches",
+    "worker_errors",
+]
 
 _WAIT_SECONDS: Final = 600.0  # a worker that gives nothing for so long is stuck
 _NEWS_SECONDS: Final = 1.0
@@ -92,36 +99,51 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         return len(self.units)
 
     def __getitem__(self, index: int) -> FeatureBatch:
-        batch = FeatureBatch()
-        features = []
-        for clip in self.units[index]:
-            # Before decoding: a file that is replaced meanwhile isn't the one remembered.
-            batch.sources[clip.sample_id] = source_of(clip.source)
-            try:
-                features.append(self._features(clip, batch))
-            except AudioDecodeError as error:
-                batch.failures.append(ClipFailure(clip.sample_id, str(clip.source), str(error)))
-            except CacheError as error:
-                # As a value: raised here it would reach the user inside a worker's traceback.
-                return FeatureBatch(error=error)
-            else:
-                batch.sample_ids.append(clip.sample_id)
-        if features:
-            batch.features = torch.from_numpy(np.stack(features))
-        return batch
+        try:
+            return decode_unit(self.units[index], self.front_end, self.sample_rate, self.duration)
+        except CacheError as error:
+            # As a value: raised here it would reach the user inside a worker's traceback.
+            return FeatureBatch(error=error)
 
-    def _features(self, clip: Clip, batch: FeatureBatch) -> Any:
-        waveform, num_valid = load_clip(clip.source, self.sample_rate, self.duration)
-        features = clip_features(
-            self.front_end,
-            waveform,
-            num_valid,
-            sample_rate=self.sample_rate,
-            name=shown(clip.source),
-        )
+
+def decode_unit(
+    clips: Sequence[Clip], front_end: FrontEnd, sample_rate: int, duration: float
+) -> FeatureBatch:
+    """The features of one unit's clips; those that give none are in the batch's `failures`.
+
+    Args:
+        clips: The unit.
+        front_end: Waveform → features.
+        sample_rate: In Hz.
+        duration: In seconds.
+
+    Raises:
+        CacheError: The front end can't be loaded.
+    """
+    batch = FeatureBatch()
+    features = []
+    for clip in clips:
+        # Before decoding: a file that is replaced meanwhile isn't the one remembered.
+        batch.sources[clip.sample_id] = source_of(clip.source)
+        try:
+            waveform, num_valid = load_clip(clip.source, sample_rate, duration)
+            found = clip_features(
+                front_end,
+                waveform,
+                num_valid,
+                sample_rate=sample_rate,
+                name=shown(clip.source),
+            )
+        except AudioDecodeError as error:
+            batch.failures.append(ClipFailure(clip.sample_id, str(clip.source), str(error)))
+            continue
+        features.append(found)
+        batch.sample_ids.append(clip.sample_id)
         if is_digital_silence(waveform):
             batch.silent.append(clip.sample_id)
-        return features
+    if features:
+        batch.features = torch.from_numpy(np.stack(features))
+    return batch
 
 
 class FeatureBatches(Iterator[FeatureBatch]):

@@ -49,7 +49,7 @@ def share_from_environment(
             )
         return share
     if launcher not in LAUNCHERS:
-        raise ConfigError(f"launcher: {launcher!r}; known are {', '.join(LAUNCHERS)}")
+        raise ConfigError(f"launcher: {launcher!r}; known are {', '.join(LAUNCHERS)}, ray")
     tasks = _torchrun(given) if launcher == "auto" else None
     tasks = tasks or _srun(given)
     array = _array(given)

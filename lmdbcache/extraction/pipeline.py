@@ -25,7 +25,14 @@ from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.storage.files.generations import free_bytes
 
-__all__ = ["default_num_workers", "extract", "plan_extraction", "stored_of_share"]
+__all__ = [
+    "check_duration",
+    "check_options",
+    "default_num_workers",
+    "extract",
+    "plan_extraction",
+    "stored_of_share",
+]
 
 
 def extract(  # noqa: PLR0913
@@ -92,12 +99,7 @@ def extract(  # noqa: PLR0913
         CacheFullError: The disk hasn't room for what is missing, which is found out before the
             model is loaded; or it became full: what was committed is kept.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: {batch_size}; it must be 1 or more")
-    if num_workers is not None and num_workers < 0:
-        raise ConfigError(f"num_workers: {num_workers}; it must be 0 or more")
-    if not commit_seconds >= 0:
-        raise ConfigError(f"commit_seconds: {commit_seconds}; it must be 0 or more")
+    check_options(batch_size, num_workers, commit_seconds)
     if recompute_changed and staging is not None:
         raise ConfigError(
             "recompute_changed: with a staging folder the root would keep the old embeddings; "
@@ -121,7 +123,7 @@ def extract(  # noqa: PLR0913
             # Here and not in a worker: its errors are for the user to read.
             found = ready_model(config.model_name if model is None else model, config)
             front_end = front_end or found.make_front_end(config)
-            _check_duration(config, front_end)
+            check_duration(config, front_end)
             shape = None if make_embedder else found.embedding_shape(config)
             make_embedder = make_embedder or partial(_embedder, found, config, device, run.share)
             run.check_space(shape)
@@ -221,7 +223,26 @@ def default_num_workers() -> int:
     return Share().decoding_processes()
 
 
-def _check_duration(config: CacheConfig, front_end: FrontEnd) -> None:
+def check_options(batch_size: int, num_workers: int | None, commit_seconds: float) -> None:
+    """Whether a run can have these.
+
+    Raises:
+        ConfigError: It can't; the message names the option.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size}; it must be 1 or more")
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"num_workers: {num_workers}; it must be 0 or more")
+    if not commit_seconds >= 0:
+        raise ConfigError(f"commit_seconds: {commit_seconds}; it must be 0 or more")
+
+
+def check_duration(config: CacheConfig, front_end: FrontEnd) -> None:
+    """Whether the clips are long enough for the front end.
+
+    Raises:
+        ConfigError: They aren't.
+    """
     if config.num_samples < front_end.min_samples:
         raise ConfigError(
             f"duration: {config.duration} s is {config.num_samples} samples; the front end needs "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
@@ -38,7 +38,7 @@ from lmdbcache.storage.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["Run"]
+__all__ = ["Run", "memory_errors"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class Run:
             stack.enter_context(bar)
             stack.callback(batches.close)
             stack.enter_context(worker_errors())
-            try:
+            with self._keeping():
                 for batch in batches:
                     wanted = set(self.still_missing(batch.sample_ids))
                     self._leave_out([i for i in batch.sample_ids if i not in wanted], bar)
@@ -258,19 +258,25 @@ class Run:
                             embedder = make_embedder()
                             self.check_space(embedder.embedding_shape)
                             self.writer = stack.enter_context(
-                                self._writer(features, embedder, commit_seconds)
+                                self._writer({**features, **embedder.provenance()}, commit_seconds)
                             )
                             self.built_model = True
                         self._embed(batch, embedder, self.writer)
                     self._count(batch, bar)
-                if self.writer is not None:
-                    self.writer.commit()
-            except BaseException as error:
-                # Each embedding stands for itself: what was computed is worth keeping.
-                self._commit_in_spite_of(error)
-                raise
-            finally:
-                self.record_failures()
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Commit at the end of what is done inside, however it ends."""
+        try:
+            yield
+            if self.writer is not None:
+                self.writer.commit()
+        except BaseException as error:
+            # Each embedding stands for itself: what was computed is worth keeping.
+            self._commit_in_spite_of(error)
+            raise
+        finally:
+            self.record_failures()
 
     def _description(self) -> str:
         name = self.config.model_name.rsplit("/", 1)[-1]
@@ -292,10 +298,8 @@ class Run:
         self.settled.update(sample_ids)
         bar.advance(len(sample_ids))
 
-    def _writer(
-        self, features: Mapping[str, str], embedder: Embedder, commit_seconds: float
-    ) -> EmbeddingWriter:
-        provenance = {**folder_provenance(self.model), **features, **embedder.provenance()}
+    def _writer(self, provenance: Mapping[str, str], commit_seconds: float) -> EmbeddingWriter:
+        provenance = {**folder_provenance(self.model), **provenance}
         if self.staging is not None:
             self.staging.check_provenance(provenance)
         return self.cache.writer(
@@ -309,9 +313,12 @@ class Run:
 
     def _embed(self, batch: FeatureBatch, embedder: Embedder, writer: EmbeddingWriter) -> None:
         started = time.perf_counter()
-        with _memory_errors(batch.num_clips):
+        with memory_errors(batch.num_clips):
             embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
         self.compute_seconds += time.perf_counter() - started
+        self._put(batch, embeddings, writer)
+
+    def _put(self, batch: FeatureBatch, embeddings: Iterable[Any], writer: EmbeddingWriter) -> None:
         # What is computed together is stored together: the rest of a unit, computed by another
         # run, would be another batch.
         with writer.together():
@@ -370,7 +377,15 @@ class Run:
 
 
 @contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """Around a forward pass: too little memory on the device is an error of ours.
+
+    Args:
+        batch_size: Clips of the batch.
+
+    Raises:
+        ExtractionError: Says what to do.
+    """
     import torch
 
     try:
