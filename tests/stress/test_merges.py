@@ -15,7 +15,7 @@ pytestmark = pytest.mark.stress
 
 def test_killed_merges(tmp_path):
     """None leaves a wrong embedding, or one without its origin; the next ones complete it."""
-    found = kill_merges(2026, tmp_path, 300)
+    found = kill_merges(2026, tmp_path, 200)
     print(dict(found))
     bad = ("wrong", "failed", "incomplete", "without origin")
     assert {name: found[name] for name in bad} == dict.fromkeys(bad, 0)
@@ -30,7 +30,7 @@ def test_damaged_sources(size, tmp_path, config):
         with cache.writer(config, on_duplicate="overwrite") as writer:
             writer.put_batch(values, [value + shift for value in values.values()])
     content = data_file(cache, config).read_bytes()
-    for files in (flips(content, 300, 1), flips(content, 300, 2, reach=64), cuts(content, 60, 3)):
+    for files in (flips(content, 150, 1), flips(content, 150, 2, reach=64), cuts(content, 20, 3)):
         found = outcomes(cache, config, values, files, merge_damaged)
         print(size, dict(found))
         assert set(found) <= {"complete", "partly"}, found
