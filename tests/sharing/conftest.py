@@ -1,67 +1,31 @@
-"""Servers of the session, and an empty place on each for a test."""
+"""A store to be shared, and a place to share it through."""
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
-from sharing.fault_proxy import FaultProxy
-from sharing.remotes import (
-    file_remote,
-    memory_remote,
-    moto_remote,
-    rclone_remote,
-    sftp_remote,
+from sharing.server_fixtures import (  # noqa: F401 - fixtures
+    command_forks,
+    moto,
+    on_file,
+    on_moto,
+    on_rclone,
+    on_sftp,
+    rclone,
+    sftp,
 )
-from sharing.servers import moto_server, rclone_server, sftp_server
-from sharing.tcp_proxy import TcpProxy
 
-
-@pytest.fixture(scope="session")
-def moto(tmp_path_factory):
-    with moto_server(tmp_path_factory.mktemp("moto")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def rclone(tmp_path_factory):
-    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def sftp(tmp_path_factory):
-    with sftp_server(tmp_path_factory.mktemp("sftp")) as server:
-        yield server
+from lmdbcache.sharing.remote import Remote
 
 
 @pytest.fixture
-def on_moto(moto):
-    """A bucket on moto, behind a proxy."""
-    proxy = FaultProxy(moto.port)
-    yield moto_remote(moto, proxy)
-    proxy.close()
-
-
-@pytest.fixture
-def on_rclone(rclone):
-    """A bucket on rclone, behind a proxy."""
-    proxy = FaultProxy(rclone.port)
-    yield rclone_remote(rclone, proxy)
-    proxy.close()
-
-
-@pytest.fixture
-def on_sftp(sftp):
-    """A folder on the SFTP server, behind a proxy."""
-    proxy = TcpProxy(sftp.port)
-    yield sftp_remote(sftp, proxy)
-    proxy.close()
-
-
-@pytest.fixture
-def on_file(tmp_path):
-    return file_remote(tmp_path / "shared")
+def remote(tmp_path):
+    """An empty folder on this machine."""
+    return Remote(f"file://{tmp_path}/shared")
 
 
 @pytest.fixture
 def in_memory():
-    return memory_remote()
+    """An empty place in this process's memory."""
+    return Remote(f"memory://{uuid.uuid4().hex}")

@@ -9,19 +9,19 @@ from urllib.parse import urlsplit
 import asyncssh
 
 if TYPE_CHECKING:
-    from sharing.remotes import Remote
+    from sharing.places import Place
 
 
-def put(remote: Remote, name: str, content: bytes) -> None:
-    asyncio.run(_transfer(remote, name, content))
+def put(place: Place, name: str, content: bytes) -> None:
+    asyncio.run(_transfer(place, name, content))
 
 
-def get(remote: Remote, name: str) -> bytes:
-    return asyncio.run(_transfer(remote, name, None))
+def get(place: Place, name: str) -> bytes:
+    return asyncio.run(_transfer(place, name, None))
 
 
-async def _transfer(remote: Remote, name: str, content: bytes | None) -> bytes:
-    url = urlsplit(remote.url)
+async def _transfer(place: Place, name: str, content: bytes | None) -> bytes:
+    url = urlsplit(place.url)
     async with (
         asyncssh.connect(
             url.hostname or "",

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from botocore.exceptions import ClientError
-from sharing.remotes import s3_client
+from sharing.places import s3_client
 
 CONTENT = os.urandom(100_000)
 

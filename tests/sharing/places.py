@@ -26,7 +26,7 @@ class Objects(Protocol):
 
 
 @dataclass
-class Remote:
+class Place:
     """One empty place of a test: its URL, how to get there, and what is there."""
 
     url: str
@@ -169,34 +169,34 @@ def s3_client(
     )
 
 
-def moto_remote(server: Server, proxy: FaultProxy) -> Remote:
+def moto_place(server: Server, proxy: FaultProxy) -> Place:
     """A bucket of its own; the proxy is only in the way of push and pull."""
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     client = s3_client(server.endpoint)
     client.create_bucket(Bucket=bucket)
     objects = S3Objects(client, bucket, "some/place")
-    return Remote(f"s3://{bucket}/some/place", objects, s3_environment(proxy.endpoint), proxy)
+    return Place(f"s3://{bucket}/some/place", objects, s3_environment(proxy.endpoint), proxy)
 
 
-def rclone_remote(server: Server, proxy: FaultProxy) -> Remote:
+def rclone_place(server: Server, proxy: FaultProxy) -> Place:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     assert server.folder is not None
     (server.folder / bucket).mkdir()
     objects = FolderObjects(server.folder / bucket / "some" / "place")
-    return Remote(f"s3://{bucket}/some/place", objects, s3_environment(proxy.endpoint), proxy)
+    return Place(f"s3://{bucket}/some/place", objects, s3_environment(proxy.endpoint), proxy)
 
 
-def sftp_remote(server: Server, proxy: TcpProxy) -> Remote:
+def sftp_place(server: Server, proxy: TcpProxy) -> Place:
     name = f"place-{uuid.uuid4().hex[:12]}"
     assert server.folder is not None
     url = f"ssh://{USER}:{PASSWORD}@127.0.0.1:{proxy.port}/{name}"
-    return Remote(url, FolderObjects(server.folder / name), proxy=proxy)
+    return Place(url, FolderObjects(server.folder / name), proxy=proxy)
 
 
-def file_remote(folder: Path) -> Remote:
-    return Remote(folder.as_uri(), FolderObjects(folder))
+def file_place(folder: Path) -> Place:
+    return Place(folder.as_uri(), FolderObjects(folder))
 
 
-def memory_remote() -> Remote:
+def memory_place() -> Place:
     name = f"place-{uuid.uuid4().hex[:12]}"
-    return Remote(f"memory://{name}", MemoryObjects(name))
+    return Place(f"memory://{name}", MemoryObjects(name))
