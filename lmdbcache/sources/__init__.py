@@ -8,11 +8,14 @@ from lmdbcache.sources.checking import (
     recorded_sources,
 )
 from lmdbcache.sources.files import Source, source_of
+from lmdbcache.sources.origins import THIS_STORE, Origin
 from lmdbcache.sources.records import SOURCES_NAME, SourceRecorder
 
 __all__ = [
     "SOURCES_NAME",
+    "THIS_STORE",
     "FoundSource",
+    "Origin",
     "Source",
     "SourceRecorder",
     "SourceReport",

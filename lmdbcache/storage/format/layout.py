@@ -10,6 +10,7 @@ from lmdbcache.errors import InvalidSampleIdError
 
 __all__ = [
     "CHECKSUMS_NAME",
+    "COMMIT_COPIES_NAME",
     "CURRENT_NAME",
     "FORMAT_VERSION",
     "GENERATION_NAME",
@@ -32,6 +33,7 @@ FORMAT_VERSION: Final = 1
 CURRENT_NAME: Final = "CURRENT"
 WRITER_LOCK_NAME: Final = "writer.lock"
 STATISTICS_NAME: Final = "statistics"
+COMMIT_COPIES_NAME: Final = "commits"
 GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
 
 # Both live in the main database beside the embeddings. Neither holds a colon, every embedding's
