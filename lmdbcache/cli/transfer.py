@@ -185,9 +185,10 @@ def export_command(
     store: Store,
     *,
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="A file, or for safetensors, parquet and webdataset a folder of shards.",
+            help="A file; for safetensors, parquet and webdataset also a folder of shards; for "
+            "these and lance also a URL.",
             show_default=False,
         ),
     ],

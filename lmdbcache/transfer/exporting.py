@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import TransferError
+from lmdbcache.sharing.remote import is_url
 from lmdbcache.storage.files.generations import RESERVE_BYTES, check_room
 from lmdbcache.transfer.parts import Embeddings, Part
 from lmdbcache.transfer.placing import SUFFIXES, appearing, check_target, shard_name
@@ -34,14 +35,14 @@ class ExportReport:
     """What an export wrote.
 
     Args:
-        path: The file, or the folder of shards.
+        path: The file, or the folder of shards; where that was a URL, the URL.
         format: Its format.
         num_embeddings: Embeddings in it.
         num_files: Files in it.
         num_bytes: Of these files.
     """
 
-    path: Path
+    path: Path | str
     format: str
     num_embeddings: int
     num_files: int
@@ -77,6 +78,8 @@ def export_embeddings(
         config: Which store.
         out: A file; for `"safetensors"`, `"parquet"` and `"webdataset"` (.tar) also a folder of
             shards, which is what a name without that ending means. `"lance"` is always a folder.
+            A URL that fsspec knows (`"s3://bucket/folder"`) is a folder of these four; shards are
+            made in the temporary folder of this machine and uploaded one by one.
         format: `"pt"` (a dict for `torch.load`), `"safetensors"`, `"npz"`, `"parquet"`, `"lance"`
             or `"webdataset"`. `"pt"`, and `"safetensors"` as a single file, need memory for all
             embeddings.
@@ -96,49 +99,83 @@ def export_embeddings(
         SampleNotFoundError: A sample isn't stored.
         IntegrityError: A stored value is damaged.
         CacheFullError: The disk is full; nothing is left there.
+        RemoteError: The URL's place can't be reached or refuses; shards that were done stay there.
         MissingDependencyError: A package is needed for this format.
     """
     if format not in FORMATS:
         raise TransferError(f"format: {format!r}; known are {', '.join(FORMATS)}")
     if not isinstance(cache, EmbeddingCache):
         cache = EmbeddingCache(cache)
-    out = Path(out).expanduser().absolute()
-    check_target(out, overwrite=overwrite)
+    plan = _Plan(format, num_shards, shard_bytes)
+    if is_url(str(out)):
+        plan.check_url(str(out))
+    else:
+        out = Path(out).expanduser().absolute()
+        check_target(out, overwrite=overwrite)
     with cache.reader(config, verify="always", counts_as_use=False) as reader:
         chosen = choose(reader, config, classes, sample_ids, shuffle)
-        is_sharded = format in SUFFIXES and out.suffix != SUFFIXES[format]
-        is_folder = is_sharded or format == "lance"
-        _check_shards(out, chosen, num_shards, is_folder=is_folder)
-        _check_space(out, chosen, format)
         count = _counter(progress, len(chosen.sample_ids))
-        with appearing(out, is_folder=is_folder) as target:
-            if format == "lance":
-                num_files = _write_lance(chosen, target, shard_bytes, num_shards, count)
-            elif num_shards is not None:
-                pieces = chosen.cut(num_shards)
-                for number, piece in enumerate(pieces, 1):
-                    _write(piece, format, target / shard_name(number, format), None, count)
-                num_files = num_shards
-            else:
-                first = target / shard_name(1, format) if is_sharded else target
-                limit = shard_bytes if is_sharded else None
-                num_files = _write(chosen, format, first, limit, count)
-            found = target.rglob("*") if is_folder else [target]
-            num_bytes = sum(file.stat().st_size for file in found if file.is_file())
+        if isinstance(out, Path):
+            is_folder = format == "lance" or plan.is_sharded(out)
+            plan.check_number(out, len(chosen.sample_ids), is_folder=is_folder)
+            _check_space(out, chosen, format)
+            with appearing(out, is_folder=is_folder) as target:
+                num_files = _write(chosen, plan, target, count, is_folder=is_folder)
+                found = target.rglob("*") if is_folder else [target]
+                num_bytes = sum(file.stat().st_size for file in found if file.is_file())
+        else:
+            from lmdbcache.transfer.uploading import uploading
+
+            plan.check_number(out, len(chosen.sample_ids), is_folder=True)
+            with uploading(out, overwrite=overwrite) as upload:
+                check_room(upload.folder, plan.room_for(chosen) + RESERVE_BYTES, "this export")
+                num_files = _write(
+                    chosen, plan, upload.folder, count, is_folder=True, finished=upload.put
+                )
+            num_bytes = upload.num_bytes
     return ExportReport(out, format, len(chosen.sample_ids), num_files, num_bytes)
 
 
-def _check_shards(out: Path, chosen: Chosen, num_shards: int | None, *, is_folder: bool) -> None:
-    if num_shards is None:
-        return
-    if not is_folder:
-        raise TransferError(
-            f"{out} is to be one file; shards need a folder: a name without an ending"
-        )
-    if not 1 <= num_shards <= len(chosen.sample_ids):
-        raise TransferError(
-            f"num_shards {num_shards}: must be 1 to {len(chosen.sample_ids)}, the number of samples"
-        )
+@dataclass(frozen=True)
+class _Plan:
+    """Which files an export writes."""
+
+    format: str
+    num_shards: int | None
+    shard_bytes: int
+
+    def is_sharded(self, out: Path) -> bool:
+        """Whether a name stands for a folder of shards."""
+        return self.format in SUFFIXES and out.suffix != SUFFIXES[self.format]
+
+    def check_url(self, url: str) -> None:
+        if self.format not in (*SUFFIXES, "lance"):
+            raise TransferError(
+                f"{url}: {self.format} is one file; export it to this machine and copy it"
+            )
+        if Path(url).suffix == SUFFIXES.get(self.format):
+            raise TransferError(f"{url}: a URL is that of a folder of shards; leave the ending out")
+
+    def check_number(self, out: Path | str, num_samples: int, *, is_folder: bool) -> None:
+        if self.num_shards is None:
+            return
+        if not is_folder:
+            raise TransferError(
+                f"{out} is to be one file; shards need a folder: a name without an ending"
+            )
+        if not 1 <= self.num_shards <= num_samples:
+            raise TransferError(
+                f"num_shards {self.num_shards}: must be 1 to {num_samples}, the number of samples"
+            )
+
+    def room_for(self, chosen: Chosen) -> int:
+        """Bytes of what is on this machine at a time, of an upload."""
+        num_bytes = _bytes_of(chosen, self.format)
+        if self.format == "lance":
+            return num_bytes
+        if self.num_shards is not None:
+            return num_bytes // self.num_shards
+        return min(num_bytes, 2 * self.shard_bytes)
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int) -> Count:
@@ -153,12 +190,17 @@ def _counter(progress: Callable[[int, int], None] | None, total: int) -> Count:
     return count
 
 
-def _check_space(out: Path, chosen: Chosen, kind: str) -> None:
+def _bytes_of(chosen: Chosen, kind: str) -> int:
     num_bytes = chosen.num_bytes
     if kind in _IN_FLOAT32 and chosen.reader.config.dtype == "bfloat16":
         num_bytes *= 2
     if kind == "webdataset":
         num_bytes += _TAR_BYTES * len(chosen.sample_ids)
+    return num_bytes
+
+
+def _check_space(out: Path, chosen: Chosen, kind: str) -> None:
+    num_bytes = _bytes_of(chosen, kind)
     check_room(out.parent, num_bytes + RESERVE_BYTES, "this export")
     in_memory = kind == "pt" or (kind == "safetensors" and out.suffix == ".safetensors")
     available = available_memory()
@@ -182,9 +224,34 @@ def available_memory() -> int | None:
     return None
 
 
-def _write_lance(
-    chosen: Chosen, target: Path, shard_bytes: int, num_shards: int | None, count: Count
+def _write(
+    chosen: Chosen,
+    plan: _Plan,
+    target: Path,
+    count: Count,
+    *,
+    is_folder: bool,
+    finished: Callable[[Path], None] = lambda _: None,
 ) -> int:
+    """Write all of it; `finished` is called with each shard.
+
+    Returns:
+        The number of files.
+    """
+    if plan.format == "lance":
+        return _write_lance(chosen, plan, target, count)
+    if not is_folder:
+        return _write_parts(chosen, plan.format, target, None, count, finished)
+    if plan.num_shards is None:
+        first = target / shard_name(1, plan.format)
+        return _write_parts(chosen, plan.format, first, plan.shard_bytes, count, finished)
+    for number, piece in enumerate(chosen.cut(plan.num_shards), 1):
+        shard = target / shard_name(number, plan.format)
+        _write_parts(piece, plan.format, shard, None, count, finished)
+    return plan.num_shards
+
+
+def _write_lance(chosen: Chosen, plan: _Plan, target: Path, count: Count) -> int:
     from lmdbcache.transfer.lance_writer import write_lance
 
     def batches() -> Iterator[tuple[list[str], Embeddings]]:
@@ -193,30 +260,43 @@ def _write_lance(
             count(len(ids))
 
     rows = len(chosen.sample_ids)
-    limit = shard_bytes * rows // chosen.num_bytes if num_shards is None else -(-rows // num_shards)
+    limit = plan.shard_bytes * rows // chosen.num_bytes
+    if plan.num_shards is not None:
+        limit = -(-rows // plan.num_shards)
     return write_lance(target, chosen.description, batches(), max(1, limit))
 
 
-def _write(chosen: Chosen, kind: str, first: Path, limit: int | None, count: Count) -> int:
-    """Write all of it, to one file or to numbered ones of about so many bytes.
+def _write_parts(
+    chosen: Chosen,
+    kind: str,
+    first: Path,
+    limit: int | None,
+    count: Count,
+    finished: Callable[[Path], None],
+) -> int:
+    """Write one file, or numbered ones of about so many bytes.
 
     Returns:
         The number of files.
     """
     step = _STEP_BYTES if limit is None else min(_STEP_BYTES, limit)
-    part, number, held, records = open_part(kind, first, chosen), 1, 0, 0
+    path, number, held, records = first, 1, 0, 0
+    part = open_part(kind, path, chosen)
     try:
         for ids, embeddings in chosen.batches(step):
             size = sum(array.nbytes for array in embeddings)
             is_full = held + size > (limit or math.inf) or records + len(ids) > _MAX_SHARD_RECORDS
             if limit is not None and held and is_full:
                 part.close()
+                finished(path)
                 number, held, records = number + 1, 0, 0
-                part = open_part(kind, first.with_name(shard_name(number, kind)), chosen)
+                path = first.with_name(shard_name(number, kind))
+                part = open_part(kind, path, chosen)
             part.add(ids, embeddings)
             held, records = held + size, records + len(ids)
             count(len(ids))
         part.close()
+        finished(path)
     except BaseException:
         part.abandon()
         raise

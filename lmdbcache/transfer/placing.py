@@ -14,7 +14,7 @@ from lmdbcache.errors import TransferError
 from lmdbcache.storage.files.engine_errors import translated_errors
 from lmdbcache.storage.files.generations import sync_file
 
-__all__ = ["SUFFIXES", "appearing", "check_target", "shard_name"]
+__all__ = ["SUFFIXES", "appearing", "check_target", "is_of_export", "shard_name"]
 
 # Of the formats that may be a folder of shards.
 SUFFIXES: Final = {"safetensors": ".safetensors", "parquet": ".parquet", "webdataset": ".tar"}
@@ -40,9 +40,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if out.is_dir() and not out.is_symlink():
         is_lance = (out / "_versions").is_dir()
         strange = [
-            file.name
-            for file in out.iterdir()
-            if not (file.name in _LANCE if is_lance else _is_ours(file))
+            file.name for file in out.iterdir() if not is_of_export(file.name, is_lance=is_lance)
         ]
         if strange:
             raise TransferError(
@@ -55,8 +53,11 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise TransferError(f"{out} exists; give --yes (overwrite=True) to replace it")
 
 
-def _is_ours(file: Path) -> bool:
-    return file.name.startswith("embeddings-") and file.suffix in SUFFIXES.values()
+def is_of_export(name: str, *, is_lance: bool) -> bool:
+    """Whether a file or folder in an export's folder is one that an export makes."""
+    if is_lance:
+        return name in _LANCE
+    return name.startswith("embeddings-") and Path(name).suffix in SUFFIXES.values()
 
 
 @contextmanager

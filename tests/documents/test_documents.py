@@ -71,6 +71,9 @@ AFTER_AN_EXTRACTION = {
     "trust.md",
 }
 
+# These speak of a bucket on a server that talks S3.
+WITH_A_BUCKET = {"streaming.md"}
+
 RUNNER = """
 import json, linecache, subprocess
 for number, (language, code) in enumerate(json.loads(open("blocks.json").read())):
@@ -94,6 +97,8 @@ def test_the_code_of_a_page_runs(page, reader_at_home, request):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
     if page.name in AFTER_AN_EXTRACTION:
         shutil.copytree(request.getfixturevalue("filled_cache"), "VEGAS.cache")
+    if page.name in WITH_A_BUCKET:
+        request.getfixturevalue("with_a_bucket")
     before = f"page = {page.read_text('utf-8')!r}\n" + of_page(BEGINNINGS, page)
     after = of_page(ENDINGS, page)
     (reader_at_home / "blocks.json").write_text(
