@@ -100,6 +100,8 @@ class _Tar:
         member = members[name]
         try:
             shape, dtype = _shape(member, file)
+            if dtype.kind not in "fiu" and dtype.name != "bfloat16":
+                raise ValueError(f"dtype {dtype.name}; real numbers are needed")
             facts = _facts(members.get("json"), file)
             sample_id = self._sample_id(key, facts)
         except (ValueError, RecursionError) as error:
