@@ -60,6 +60,13 @@ ENDINGS = {
         assert report.is_sound
         assert report.stores[0].num_looked_at == 20
     """,
+    "streaming.md": """
+        assert batch["embedding"].shape[1:] == embeddings.shape[1:] == (768,)
+        assert [ids[row_of[one]] for one in wanted] == wanted
+        assert torch.isfinite(loss)
+        from lmdbcache import EmbeddingCache
+        assert EmbeddingCache("copy.cache").reader(config) == cache.reader(config)
+    """,
 }
 
 # These speak of a cache that an extraction has filled; the others make what they need.
