@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from lmdbcache.transfer.webdataset_source import read_webdataset_source
 __all__ = ["open_source"]
 
 _TORCH: Final = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".torch")
+_URL: Final = re.compile(r"[a-z][a-z0-9+]+:/")  # a Path has one slash
 _KNOWN: Final = (
     "a .pt file with a dict, a .safetensors, .npz, .parquet or .tar file, a Lance dataset, or a "
     "folder with <class>/manifest.json, <class>/<file_id>.npy, <file_id>__<class>.npy, "
@@ -45,6 +47,8 @@ def open_source(path: str | Path, choice: KeyChoice) -> Source:
 
 
 def _file(path: Path, choice: KeyChoice) -> Source:
+    if not path.is_file() and _URL.match(str(path)):
+        raise TransferError(f"{path} is on another machine; copy it to this one, then import that")
     if not path.is_file():
         raise TransferError(f"{path} isn't there; expected {_KNOWN}")
     suffix = path.suffix.lower()

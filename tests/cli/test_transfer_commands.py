@@ -136,6 +136,7 @@ def test_disagreement_and_other_errors(refused, tmp_path, root):
     path = save_npz(tmp_path / "old.npz", values(), sample_rate=22050)
     assert "says 22050, 16000 is given" in refused("import", path, "--sample-rate", 16000)
     assert "isn't there" in refused("import", tmp_path / "nothing.npz")
+    assert "copy it to this one" in refused("import", "s3://bucket/shards")
     assert "on_duplicate: 'x'" in refused("import", path, "--on-duplicate", "x")
     path.write_bytes(b"junk")
     assert "not a whole .npz file" in refused("import", path)

@@ -143,6 +143,30 @@ def test_lance_reads_rows_and_samples(cache, place):
     assert "ScalarIndexQuery" in dataset.scanner(**plan).explain_plan()
 
 
+def test_options_in_place_of_variables(cache, bucket, moto, monkeypatch):  # noqa: F811
+    """What docs/streaming.md says that each library takes, with nothing in the environment."""
+    datasets, lance = pytest.importorskip("datasets"), pytest.importorskip("lance")
+    config, stored = filled_store(cache)
+    export_embeddings(cache, config, f"{bucket}/parquet", format="parquet")
+    export_embeddings(cache, config, f"{bucket}/lance", format="lance")
+    for variable in (*s3_environment(moto.endpoint), "AWS_ALLOW_HTTP"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    options = {"key": "k", "secret": "s", "endpoint_url": moto.endpoint}
+    rows = datasets.load_dataset(
+        "parquet", data_files=f"{bucket}/parquet/*.parquet", split="train", streaming=True,
+        storage_options=options,
+    )  # fmt: skip
+    assert_same({row["sample_id"]: row["embedding"] for row in rows.with_format("numpy")}, stored)
+    options = {
+        "aws_access_key_id": "k", "aws_secret_access_key": "s", "aws_endpoint": moto.endpoint,
+        "aws_region": "us-east-1", "allow_http": "true",
+    }  # fmt: skip
+    assert_same(
+        _by_id(lance.dataset(f"{bucket}/lance", storage_options=options).to_table()), stored
+    )
+
+
 @pytest.mark.parametrize(("dtype", "shape", "ragged"), FORMS)
 def test_lance_has_every_bit(cache, tmp_path, dtype, shape, ragged):
     """All dtypes, hidden states and different lengths, in several files."""
