@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from lmdbcache.config import CacheConfig
 from lmdbcache.sources.origins import Origin
 
-__all__ = ["Conflict", "MergeReport", "MergeReports", "OnConflict", "Refusal"]
+__all__ = ["Conflict", "MergeReport", "MergeReports", "OnConflict", "Refusal", "refusal"]
 
 OnConflict = Literal["error", "ours", "theirs"]
 
@@ -22,7 +24,7 @@ class Conflict(NamedTuple):
         sample_id: Whose.
         ours: Who computed the one that was stored, or that came first.
         theirs: Who computed the other.
-        max_abs: Largest difference of two elements.
+        max_abs: Largest difference of two elements; infinite if their shapes differ.
         cosine: 1 less the cosine of the angle between them; 0 is the same direction.
         kept: Which of them is stored now; `"none"`: two sources differ, and neither was taken.
     """
@@ -37,7 +39,9 @@ class Conflict(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         origins = {"ours": self.ours.to_dict(), "theirs": self.theirs.to_dict()}
-        return {**self._asdict(), **origins}
+        # Embeddings of different shapes are infinitely far apart, which JSON has no number for.
+        max_abs = self.max_abs if math.isfinite(self.max_abs) else None
+        return {**self._asdict(), "max_abs": max_abs, **origins}
 
 
 class Refusal(NamedTuple):
@@ -55,6 +59,11 @@ class Refusal(NamedTuple):
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.where, self.sample_id, self.reason)))
+
+
+def refusal(origin: Origin, sample_id: str, error: object) -> Refusal:
+    """Why one sample of this origin can't be merged."""
+    return Refusal(origin.writer, sample_id, str(error).removeprefix(f"{sample_id}: "))
 
 
 @dataclass
@@ -90,6 +99,12 @@ class MergeReport:
     conflicts: list[Conflict] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def note_close(self, differences: Iterable[float]) -> None:
+        """Count embeddings within the tolerance, by how far they are from what is kept."""
+        for difference in differences:
+            self.num_close += 1
+            self.largest_close = max(self.largest_close, difference)
 
     @property
     def unresolved(self) -> list[Conflict]:

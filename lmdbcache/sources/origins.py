@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 __all__ = [
-    "_SCHEMA",
     "THIS_STORE",
     "Origin",
     "forget_origins",
+    "has_origins",
     "put_origins",
     "read_origins",
 ]
@@ -44,6 +44,9 @@ class Origin(NamedTuple):
     detail: Mapping[str, str] = {}
     provenance: Mapping[str, str] = {}
 
+    def __hash__(self) -> int:
+        return hash((self.writer, *sorted(self.detail.items()), *sorted(self.provenance.items())))
+
     def __str__(self) -> str:
         return " ".join([self.writer, *(f"{name}={value}" for name, value in self.detail.items())])
 
@@ -66,22 +69,22 @@ def put_origins(
     written = list(written)
     for statement in _SCHEMA if written else ():
         connection.execute(statement)
-    numbers: dict[str, int] = {}
+    numbers: dict[int, int] = {}  # by object: few stand for many samples
     rows = []
     for sample_id, embedding, origin in written:
-        record = json.dumps(origin.to_dict(), sort_keys=True)
-        if record not in numbers:
+        if id(origin) not in numbers:
+            record = json.dumps(origin.to_dict(), sort_keys=True)
             connection.execute("INSERT OR IGNORE INTO origins (record) VALUES (?)", (record,))
             found = connection.execute("SELECT id FROM origins WHERE record = ?", (record,))
-            numbers[record] = found.fetchone()[0]
-        rows.append((sample_id, embedding, numbers[record]))
+            numbers[id(origin)] = found.fetchone()[0]
+        rows.append((sample_id, embedding, numbers[id(origin)]))
     if rows:
         connection.executemany("INSERT OR REPLACE INTO sample_origins VALUES (?, ?, ?)", rows)
 
 
 def forget_origins(connection: sqlite3.Connection, kept: Iterable[tuple[str, bytes]]) -> None:
     """Remove the rows of these samples but for the embedding named with each."""
-    if not _has_tables(connection):
+    if not has_origins(connection):
         return
     connection.executemany(
         "DELETE FROM sample_origins WHERE sample_id = ? AND embedding != ?", list(kept)
@@ -92,7 +95,7 @@ def read_origins(
     connection: sqlite3.Connection, ranges: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[str, bytes, Origin]]:
     """(sample id, checksum of the embedding, origin) of the samples in these ranges of ids."""
-    if not _has_tables(connection):
+    if not has_origins(connection):
         return
     known: dict[int, Origin] = {}
     for ends in ranges:
@@ -108,8 +111,8 @@ def read_origins(
             yield sample_id, embedding, known[number]
 
 
-def _has_tables(connection: sqlite3.Connection) -> bool:
-    """False while nothing has come from elsewhere."""
+def has_origins(connection: sqlite3.Connection) -> bool:
+    """Whether anything has ever come from elsewhere."""
     query = "SELECT count(*) FROM sqlite_master WHERE name IN ('origins', 'sample_origins')"
     return bool(connection.execute(query).fetchone()[0] == 2)
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import TransferError
-from lmdbcache.sharing.remote import is_url
+from lmdbcache.sharing.remote import is_url, without_secrets
 from lmdbcache.storage.files.generations import RESERVE_BYTES, check_room
 from lmdbcache.transfer.parts import Embeddings, Part
 from lmdbcache.transfer.placing import SUFFIXES, appearing, check_target, shard_name
@@ -35,7 +35,8 @@ class ExportReport:
     """What an export wrote.
 
     Args:
-        path: The file, or the folder of shards; where that was a URL, the URL.
+        path: The file, or the folder of shards; where that was a URL, the URL
+            without its password.
         format: Its format.
         num_embeddings: Embeddings in it.
         num_files: Files in it.
@@ -108,7 +109,8 @@ def export_embeddings(
         cache = EmbeddingCache(cache)
     plan = _Plan(format, num_shards, shard_bytes)
     if is_url(str(out)):
-        plan.check_url(str(out))
+        out = str(out)
+        plan.check_url(out)
     else:
         out = Path(out).expanduser().absolute()
         check_target(out, overwrite=overwrite)
@@ -132,7 +134,7 @@ def export_embeddings(
                 num_files = _write(
                     chosen, plan, upload.folder, count, is_folder=True, finished=upload.put
                 )
-            num_bytes = upload.num_bytes
+            num_bytes, out = upload.num_bytes, without_secrets(out)
     return ExportReport(out, format, len(chosen.sample_ids), num_files, num_bytes)
 
 
@@ -149,6 +151,7 @@ class _Plan:
         return self.format in SUFFIXES and out.suffix != SUFFIXES[self.format]
 
     def check_url(self, url: str) -> None:
+        url = without_secrets(url)
         if self.format not in (*SUFFIXES, "lance"):
             raise TransferError(
                 f"{url}: {self.format} is one file; export it to this machine and copy it"

@@ -41,12 +41,12 @@ class Upload:
         is_lance = "_versions" in folders
         if strange := [name for name in there if not is_of_export(name, is_lance=is_lance)]:
             raise TransferError(
-                f"{self._remote.url} has other files ({', '.join(strange[:3])}); choose another "
+                f"{self._remote.place} has other files ({', '.join(strange[:3])}); choose another "
                 "place"
             )
         if there and not overwrite:
             raise TransferError(
-                f"{self._remote.url} exists; give --yes (overwrite=True) to replace it"
+                f"{self._remote.place} exists; give --yes (overwrite=True) to replace it"
             )
         self._before = _files(self._remote)
 

@@ -88,6 +88,17 @@ def test_one_file_has_no_place_in_a_bucket(filled, config, url):
     assert there(url) == {}
 
 
+def test_a_password_is_not_told(filled, config, url):
+    """Neither by errors nor by the report, which may go to a log."""
+    name = url.removeprefix("memory://")
+    done = export_embeddings(filled, config, f"memory://me:pass@{name}", format="parquet")
+    assert done.path == f"memory://me@{name}"
+    for kind in ("parquet", "npz"):
+        with pytest.raises(TransferError) as caught:
+            export_embeddings(filled, config, f"memory://me:pass@{name}", format=kind)
+        assert "pass@" not in str(caught.value)
+
+
 def test_a_place_that_refuses(filled, config, url, monkeypatch):
     """An upload that fails ends the export; shards that were done stay, and --yes repeats it."""
     write = Remote.write
