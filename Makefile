@@ -27,7 +27,7 @@ demo: $(READY) ## the whole main job on a small dataset made here: extract, read
 	@$(BIN)/python tools/demo.py
 
 test: $(READY) ## all tests but the long ones
-	@tools/install_test_programs.sh
+	@VENV=$(VENV) tools/install_test_programs.sh
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 stress: $(READY) ## the long tests

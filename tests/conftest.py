@@ -12,8 +12,15 @@ from storage.child_processes import open_database_files
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.storage import environment
 
-# Kept for the next process that is started.
-HELPERS = ("resource_tracker", "forkserver", "command_server")
+# Kept for the next process that is started, or for the next test.
+HELPERS = (
+    "resource_tracker",
+    "forkserver",
+    "command_server",
+    "moto_server",
+    "rclone",
+    "sftp_server",
+)
 
 
 def child_processes() -> set[str]:

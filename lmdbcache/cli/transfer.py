@@ -34,7 +34,9 @@ _TYPES: dict[str, type] = {"sample_rate": int, "duration": float}
 def import_command(
     source: Annotated[
         Path,
-        typer.Argument(help="A .pt, .safetensors, .npz or .parquet file, or a folder of files."),
+        typer.Argument(
+            help="A .pt, .safetensors, .npz, .parquet or .tar file, or a folder of files."
+        ),
     ],
     given: GivenConfig,
     *,
@@ -183,9 +185,11 @@ def export_command(
     store: Store,
     *,
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="A file, or for safetensors and parquet a folder of shards.", show_default=False
+            help="A file; for safetensors, parquet and webdataset also a folder of shards; for "
+            "these and lance also a URL.",
+            show_default=False,
         ),
     ],
     format_: Annotated[
@@ -202,6 +206,14 @@ def export_command(
         typer.Option(help="Only the samples that this file lists, one in a line."),
     ] = None,
     shard_size: Annotated[int, typer.Option(help="MiB of embeddings in one shard.", min=1)] = 128,
+    num_shards: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="So many shards instead, of the same size.", show_default=False),
+    ] = None,
+    shuffle: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Random order, by this seed.", metavar="SEED", show_default=False),
+    ] = None,
     yes: Yes = False,
     progress: Progress = None,
     as_json: Json = False,
@@ -224,6 +236,8 @@ def export_command(
             sample_ids=_listed(ids),
             overwrite=yes,
             shard_bytes=shard_size << 20,
+            num_shards=num_shards,
+            shuffle=shuffle,
             progress=report_progress,
         )
     if as_json:

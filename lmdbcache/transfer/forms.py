@@ -77,7 +77,7 @@ class Rows:
     name: str
     num_rows: int
     ids: Sequence[str] | None
-    classes: Sequence[str] | None
+    classes: Sequence[str | None] | None
     shape: Callable[[int], tuple[int, ...] | None]
     dtype: str | None
     load: Callable[[int], Any]

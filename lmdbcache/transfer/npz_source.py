@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import TransferError
-from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.transfer.descriptions import Description, describe, description_of_json
 from lmdbcache.transfer.entries import Listing, Source, numbers
 from lmdbcache.transfer.forms import (
@@ -28,6 +27,7 @@ from lmdbcache.transfer.forms import (
     text_list,
 )
 from lmdbcache.transfer.forward import ForwardRows
+from lmdbcache.transfer.npy_header import meant_dtype, read_npy_header
 
 __all__ = ["LENGTHS", "read_npz_source"]
 
@@ -91,22 +91,10 @@ def _description(small: dict[str, Any], scalars: dict[str, Any]) -> Description:
 
 def _header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     with archive.open(member) as file:
-        shape, is_fortran, dtype = _read_header(file)
+        shape, is_fortran, dtype = read_npy_header(file)
     if is_fortran and len(shape) > 1:
         raise ValueError(f"{member} is in Fortran order; save it with numpy.ascontiguousarray")
-    return shape, NUMPY_DTYPES["bfloat16"] if dtype == np.dtype("V2") else dtype
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of numpy's format")
-    shape, is_fortran, dtype = read(file)
-    return shape, is_fortran, dtype
+    return shape, meant_dtype(dtype)
 
 
 def _whole(path: Path, archive: zipfile.ZipFile, member: str) -> npt.NDArray[Any]:
@@ -149,7 +137,7 @@ def _blocks(
     """The rows of an array in pieces of some MiB, or of one embedding where they differ."""
     try:
         with archive.open(member) as file:
-            shape, _, dtype = _read_header(file)
+            shape, _, dtype = read_npy_header(file)
             row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
             if lengths is None:
                 step = max(1, _BLOCK_BYTES // max(1, row_bytes))

@@ -10,8 +10,8 @@ from lmdbcache.errors import MissingDependencyError
 __all__ = ["optional"]
 
 
-def optional(module: str, purpose: str) -> Any:
-    """Import a module of the extra `formats`.
+def optional(module: str, purpose: str, *, extra: str = "formats") -> Any:
+    """Import a module of an extra.
 
     Raises:
         MissingDependencyError: It isn't installed.
@@ -20,5 +20,5 @@ def optional(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f'{purpose} needs the package {error.name}: pip install "lmdbcache[formats]"'
+            f'{purpose} needs the package {error.name}: pip install "lmdbcache[{extra}]"'
         ) from error

@@ -8,19 +8,23 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from lmdbcache.errors import TransferError
 from lmdbcache.storage.files.engine_errors import translated_errors
 from lmdbcache.storage.files.generations import sync_file
 
-__all__ = ["SHARD_FORMATS", "appearing", "check_target", "shard_name"]
+__all__ = ["SUFFIXES", "appearing", "check_target", "is_of_export", "shard_name"]
 
-SHARD_FORMATS = ("safetensors", "parquet")
+# Of the formats that may be a folder of shards.
+SUFFIXES: Final = {"safetensors": ".safetensors", "parquet": ".parquet", "webdataset": ".tar"}
+# What Lance makes in its folder.
+_LANCE: Final = {"data", "_versions", "_transactions", "_indices", "_deletions"}
 
 
-def shard_name(number: int, suffix: str) -> str:
+def shard_name(number: int, format: str) -> str:  # noqa: A002 - as in `export_embeddings`
     """The name of a file in a folder of shards; numbers from 1."""
-    return f"embeddings-{number:05d}.{suffix}"
+    return f"embeddings-{number:05d}{SUFFIXES[format]}"
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -34,7 +38,10 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if out.is_dir() and not out.is_symlink():
-        strange = [file.name for file in out.iterdir() if not _is_ours(file)]
+        is_lance = (out / "_versions").is_dir()
+        strange = [
+            file.name for file in out.iterdir() if not is_of_export(file.name, is_lance=is_lance)
+        ]
         if strange:
             raise TransferError(
                 f"{out} is a folder with other files ({', '.join(sorted(strange)[:3])}); choose "
@@ -46,8 +53,11 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise TransferError(f"{out} exists; give --yes (overwrite=True) to replace it")
 
 
-def _is_ours(file: Path) -> bool:
-    return file.name.startswith("embeddings-") and file.suffix.lstrip(".") in SHARD_FORMATS
+def is_of_export(name: str, *, is_lance: bool) -> bool:
+    """Whether a file or folder in an export's folder is one that an export makes."""
+    if is_lance:
+        return name in _LANCE
+    return name.startswith("embeddings-") and Path(name).suffix in SUFFIXES.values()
 
 
 @contextmanager
@@ -59,7 +69,7 @@ def appearing(out: Path, *, is_folder: bool) -> Iterator[Path]:
             if is_folder:
                 temporary.mkdir()
             yield temporary
-            for file in [*temporary.iterdir(), temporary] if is_folder else [temporary]:
+            for file in [*temporary.rglob("*"), temporary] if is_folder else [temporary]:
                 sync_file(file)
             _replace(temporary, out)
             sync_file(out.parent)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmdbcache.config import CacheConfig
@@ -48,6 +49,13 @@ class Chosen:
     def _row_bytes(self) -> int:
         return math.prod(n for n in self.shape if n is not None) * self.reader.dtype.itemsize
 
+    def cut(self, number: int) -> Iterator[Chosen]:
+        """So many pieces, one behind the other, whose lengths differ by one at most."""
+        for piece in range(number):
+            first, last = (len(self.sample_ids) * n // number for n in (piece, piece + 1))
+            lengths = None if self.lengths is None else self.lengths[first:last]
+            yield replace(self, sample_ids=self.sample_ids[first:last], lengths=lengths)
+
     def batches(self, most_bytes: int) -> Iterator[tuple[list[str], Embeddings]]:
         """Sample ids and embeddings in steps of about so many bytes."""
         if self.lengths is None:
@@ -73,8 +81,9 @@ def choose(
     config: CacheConfig,
     classes: Iterable[str] | None,
     sample_ids: Iterable[str] | None,
+    shuffle: int | None = None,
 ) -> Chosen:
-    """Some samples of a store, or all.
+    """Some samples of a store, or all; with a seed to shuffle by, in random order.
 
     Raises:
         SampleNotFoundError: One isn't stored.
@@ -100,6 +109,8 @@ def choose(
     shape = reader.embedding_shape
     if not ids or shape is None:
         raise TransferError(f"{reader.path}: no samples to export")
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(ids)
     lengths = [len(reader[one]) for one in ids] if None in shape else None
     description = export_description(config, shape, len(ids), reader.metadata.provenance)
     return Chosen(reader, ids, description, lengths)

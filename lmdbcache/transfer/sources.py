@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Final
@@ -9,19 +10,22 @@ from typing import Final
 from lmdbcache.errors import TransferError
 from lmdbcache.transfer.entries import Source
 from lmdbcache.transfer.forms import KeyChoice
+from lmdbcache.transfer.lance_source import is_lance_dataset, read_lance_source
 from lmdbcache.transfer.npy_source import MANIFEST, read_folder_source, read_manifest_source
 from lmdbcache.transfer.npz_source import read_npz_source
 from lmdbcache.transfer.optional import optional
 from lmdbcache.transfer.parquet_source import read_parquet_source
 from lmdbcache.transfer.safetensors_source import read_safetensors_source
+from lmdbcache.transfer.webdataset_source import read_webdataset_source
 
 __all__ = ["open_source"]
 
 _TORCH: Final = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".torch")
+_URL: Final = re.compile(r"[a-z][a-z0-9+]+:/")  # a Path has one slash
 _KNOWN: Final = (
-    "a .pt file with a dict, a .safetensors, .npz or .parquet file, or a folder with "
-    "<class>/manifest.json, <class>/<file_id>.npy, <file_id>__<class>.npy, *.safetensors or "
-    "*.parquet"
+    "a .pt file with a dict, a .safetensors, .npz, .parquet or .tar file, a Lance dataset, or a "
+    "folder with <class>/manifest.json, <class>/<file_id>.npy, <file_id>__<class>.npy, "
+    "*.safetensors, *.parquet or *.tar"
 )
 
 
@@ -43,6 +47,8 @@ def open_source(path: str | Path, choice: KeyChoice) -> Source:
 
 
 def _file(path: Path, choice: KeyChoice) -> Source:
+    if not path.is_file() and _URL.match(str(path)):
+        raise TransferError(f"{path} is on another machine; copy it to this one, then import that")
     if not path.is_file():
         raise TransferError(f"{path} isn't there; expected {_KNOWN}")
     suffix = path.suffix.lower()
@@ -52,6 +58,8 @@ def _file(path: Path, choice: KeyChoice) -> Source:
         return read_npz_source(path, choice)
     if suffix == ".parquet":
         return read_parquet_source(path, [path], choice)
+    if suffix == ".tar":
+        return read_webdataset_source(path, [path], choice)
     if suffix in _TORCH or _is_torch_archive(path):
         optional("torch", "reading a file of torch.save")
         from lmdbcache.transfer.torch_source import read_torch_source
@@ -66,12 +74,16 @@ def _file(path: Path, choice: KeyChoice) -> Source:
 
 
 def _folder(path: Path, choice: KeyChoice) -> Source:
+    if is_lance_dataset(path):
+        return read_lance_source(path, choice)
     if any(path.glob(f"*/{MANIFEST}")) or (path / MANIFEST).is_file():
         return read_manifest_source(path, choice)
     if shards := sorted(path.glob("*.safetensors")):
         return read_safetensors_source(path, shards, choice)
     if shards := sorted(path.glob("*.parquet")):
         return read_parquet_source(path, shards, choice)
+    if shards := sorted(path.glob("*.tar")):
+        return read_webdataset_source(path, shards, choice)
     if any(path.glob("*.npy")) or any(path.glob("*/*.npy")) or any(path.glob("*/*.pt")):
         return read_folder_source(path, choice)
     if found := sorted(file.name for file in path.iterdir() if file.suffix in _TORCH):

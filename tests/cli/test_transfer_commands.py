@@ -136,6 +136,7 @@ def test_disagreement_and_other_errors(refused, tmp_path, root):
     path = save_npz(tmp_path / "old.npz", values(), sample_rate=22050)
     assert "says 22050, 16000 is given" in refused("import", path, "--sample-rate", 16000)
     assert "isn't there" in refused("import", tmp_path / "nothing.npz")
+    assert "copy it to this one" in refused("import", "s3://bucket/shards")
     assert "on_duplicate: 'x'" in refused("import", path, "--on-duplicate", "x")
     path.write_bytes(b"junk")
     assert "not a whole .npz file" in refused("import", path)
@@ -194,7 +195,10 @@ def test_options_reach_the_import(cli, root, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "out"),
-    [("pt", "x.pt"), ("npz", "x.npz"), ("parquet", "shards"), ("safetensors", "x.safetensors")],
+    [
+        *(("pt", "x.pt"), ("npz", "x.npz"), ("parquet", "shards"), ("lance", "x.lance")),
+        *(("safetensors", "x.safetensors"), ("webdataset", "shards")),
+    ],
 )
 def test_export_and_back(cli, cache, configs, tmp_path, kind, out):
     """What one root exports another imports, without further options."""
@@ -204,6 +208,24 @@ def test_export_and_back(cli, cache, configs, tmp_path, kind, out):
     result = cli("import", tmp_path / out, root=tmp_path / "other")
     assert result.returncode == 0, result.stderr
     assert "note: " not in result.stdout
+    assert EmbeddingCache(tmp_path / "other").reader(configs[2]) == cache.reader(configs[2])
+
+
+def test_shards_in_random_order_at_a_url(cli, refused, cache, configs, tmp_path):
+    """--num-shards, --shuffle and a URL reach the export; what went wrong there is one line."""
+    store, url = configs[2].fingerprint, (tmp_path / "far").as_uri()
+    to = ("--format", "webdataset", "--out", url, "--num-shards", 3)
+    found = json.loads(cli("export", store, *to, "--shuffle", 5, "--json").stdout)
+    assert (found["path"], found["num_files"], found["num_embeddings"]) == (url, 3, 6)
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "far").iterdir()}
+    assert len(shards) == 3
+    assert "--yes" in refused("export", store, *to)
+    assert cli("export", store, *to, "--yes").stdout.startswith("6 embeddings in 3 files")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "far").iterdir()} != shards
+    assert "nosuch" in refused("export", store, *to[:2], "--out", "nosuch://x/y")
+    assert "copy it" in refused("export", store, "--format", "npz", "--out", url)
+    assert "1 to 6" in refused("export", store, *to[:2], "--out", f"{url}2", "--num-shards", 7)
+    assert cli("import", tmp_path / "far", root=tmp_path / "other").returncode == 0
     assert EmbeddingCache(tmp_path / "other").reader(configs[2]) == cache.reader(configs[2])
 
 

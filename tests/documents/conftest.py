@@ -10,6 +10,8 @@ from pathlib import Path
 
 import huggingface_tables as tables
 import pytest
+from sharing.places import s3_client, s3_environment
+from sharing.server_fixtures import moto  # noqa: F401 - a fixture
 from small_ast import save_small_ast
 from synthetic_layouts import make_esc50
 from synthetic_vegas import make_synthetic_vegas
@@ -94,3 +96,12 @@ def reader_at_home(world, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LMDBCACHE_ROOT", raising=False)
     return home
+
+
+@pytest.fixture
+def with_a_bucket(request, monkeypatch):
+    """An S3 server with a bucket `bucket`, which the environment names."""
+    endpoint = request.getfixturevalue("moto").endpoint
+    s3_client(endpoint).create_bucket(Bucket="bucket")
+    for variable, value in {**s3_environment(endpoint), "AWS_ALLOW_HTTP": "true"}.items():
+        monkeypatch.setenv(variable, value)

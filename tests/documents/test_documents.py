@@ -69,6 +69,13 @@ ENDINGS = {
         assert report.is_sound
         assert report.stores[0].num_looked_at == 20
     """,
+    "streaming.md": """
+        assert batch["embedding"].shape[1:] == embeddings.shape[1:] == (768,)
+        assert [ids[row_of[one]] for one in wanted] == wanted
+        assert torch.isfinite(loss)
+        from lmdbcache import EmbeddingCache
+        assert EmbeddingCache("copy.cache").reader(config) == cache.reader(config)
+    """,
 }
 
 # These speak of a cache that an extraction has filled; the others make what they need.
@@ -79,6 +86,9 @@ AFTER_AN_EXTRACTION = {
     "troubleshooting.md",
     "trust.md",
 }
+
+# These speak of a bucket on a server that talks S3.
+WITH_A_BUCKET = {"streaming.md"}
 
 RUNNER = """
 import json, linecache, os, subprocess
@@ -111,6 +121,8 @@ def test_the_code_of_a_page_runs(page, reader_at_home, request):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
     if page.name in AFTER_AN_EXTRACTION:
         shutil.copytree(request.getfixturevalue("filled_cache"), "VEGAS.cache")
+    if page.name in WITH_A_BUCKET:
+        request.getfixturevalue("with_a_bucket")
     before = f"page = {page.read_text('utf-8')!r}\n" + of_page(BEGINNINGS, page)
     after = of_page(ENDINGS, page)
     (reader_at_home / "blocks.json").write_text(

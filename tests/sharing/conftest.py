@@ -5,6 +5,16 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from sharing.server_fixtures import (  # noqa: F401 - fixtures
+    command_forks,
+    moto,
+    on_file,
+    on_moto,
+    on_rclone,
+    on_sftp,
+    rclone,
+    sftp,
+)
 
 from lmdbcache.sharing.remote import Remote
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import bench
+import bench_exports
 import bench_merge
 import bench_push
 import numpy as np
@@ -39,6 +40,19 @@ def test_tables_of_a_quick_run_are_complete(monkeypatch, capsys):
     ):
         assert words in text
     assert bench.DOCUMENT.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of webdataset
+def test_the_table_of_exports_is_complete(monkeypatch):
+    """Every way reads what it says; the document has the same rows."""
+    monkeypatch.setattr(bench_exports, "SIZE", 8)
+    sizes, figures = bench_exports.measure(300, 1)
+    assert sizes.keys() == {"cache", *bench_exports.FORMATS}
+    text = bench_exports.DOCUMENT.read_text("utf-8")
+    for way in (*bench_exports.READINGS, *(f"export to {kind}" for kind in bench_exports.FORMATS)):
+        assert figures[way][0] > 0
+        assert f"| {way} |" in text
 
 
 @pytest.mark.parametrize("name", ["Adapter", "PrefetchAdapter"])

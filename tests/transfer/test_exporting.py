@@ -29,6 +29,7 @@ from lmdbcache.transfer import exporting
 OUTS = [
     *(("pt", "x.pt"), ("npz", "x.npz"), ("parquet", "x.parquet"), ("parquet", "shards")),
     *(("safetensors", "x.safetensors"), ("safetensors", "shards")),
+    *(("webdataset", "x.tar"), ("webdataset", "shards"), ("lance", "x.lance")),
 ]
 
 
@@ -55,8 +56,9 @@ def test_there_and_back(cache, tmp_path, kind, out, dtype, ragged):
             writer.put(f"a:{n}/é:{'dog' if n % 2 else 'drum'}", generator.normal(size=shape))
     done = export_embeddings(cache, config, tmp_path / out, format=kind, shard_bytes=100)
     assert done.num_embeddings == 23
-    assert done.num_files == (len(left_in(tmp_path / out)) if out == "shards" else 1)
-    assert (done.num_files > 1) == (out == "shards")
+    shards = {"shards": tmp_path / out, "x.lance": tmp_path / out / "data"}.get(out)
+    assert done.num_files == (len(left_in(shards)) if shards else 1)
+    assert (done.num_files > 1) == (shards is not None)
     back = EmbeddingCache(tmp_path / "back")
     report = import_embeddings(tmp_path / out, back)
     assert (report.config, report.notes, report.num_verified) == (config, [], 23)
@@ -220,7 +222,7 @@ def test_a_full_disk(cache, config, tmp_path, monkeypatch, kind, out):
         writer.put_batch([f"v{n}:dog" for n in range(8)], np.ones((8, 1 << 18), np.float32))
     with small_disk(tmp_path / "disk", 40) as disk:
         fill(disk, 20 << 20)
-        with pytest.raises(CacheFullError, match="this export needs 24 MiB"):
+        with pytest.raises(CacheFullError, match="this export needs 2[45] MiB"):
             export_embeddings(cache, config, disk / out, format=kind)
         monkeypatch.setattr(exporting, "check_room", lambda *_: None)
         fill(disk, 2 << 20)
@@ -247,29 +249,37 @@ def test_more_than_fits_into_memory(filled, config, tmp_path, monkeypatch):
     for kind, out in (("pt", "x.pt"), ("safetensors", "x.safetensors")):
         with pytest.raises(TransferError, match="Export parquet, or safetensors to a folder"):
             export_embeddings(filled, config, tmp_path / out, format=kind)
-    for kind, out in (("parquet", "x.parquet"), ("npz", "x.npz"), ("safetensors", "shards")):
-        export_embeddings(filled, config, tmp_path / out, format=kind)
+    for kind, out in OUTS:
+        if out not in ("x.pt", "x.safetensors"):
+            export_embeddings(filled, config, tmp_path / f"{kind}-{out}", format=kind)
 
 
 @pytest.mark.parametrize(
-    ("module", "kind"), [("torch", "pt"), ("pyarrow", "parquet"), ("safetensors", "safetensors")]
+    ("module", "kind", "extra"),
+    [
+        *(("torch", "pt", "formats"), ("pyarrow", "parquet", "formats")),
+        *(("safetensors", "safetensors", "formats"), ("webdataset", "webdataset", "formats")),
+        *(("lance", "lance", "lance"), ("pyarrow", "lance", "lance")),
+    ],
 )
-def test_missing_packages(filled, config, tmp_path, monkeypatch, module, kind):
+def test_missing_packages(filled, config, tmp_path, monkeypatch, module, kind, extra):
     """The extra to install is named; .npz needs none."""
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"lmdbcache\[formats\]"):
+    with pytest.raises(ImportError, match=rf"lmdbcache\[{extra}\]"):
         export_embeddings(filled, config, tmp_path / "x", format=kind)
     assert left_in(tmp_path) == ["cache"]
     export_embeddings(filled, config, tmp_path / "x.npz", format="npz")
 
 
-@pytest.mark.parametrize("out", ["x.npz", "x.parquet", "x.safetensors", "x.pt"])
+@pytest.mark.parametrize("out", ["x.npz", "x.parquet", "x.safetensors", "x.pt", "x.tar"])
 def test_damaged_exports(filled, config, tmp_path, out):
     """A cut file is an error with its name, and nothing is stored."""
-    export_embeddings(filled, config, tmp_path / out, format=out.split(".")[1])
-    whole = (tmp_path / out).read_bytes()
+    kind = {"tar": "webdataset"}.get(out.split(".")[1], out.split(".")[1])
+    export_embeddings(filled, config, tmp_path / out, format=kind)
+    # The end of a tar is zeros.
+    whole = (tmp_path / out).read_bytes().rstrip(b"\0")
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / out).write_bytes(whole[:length])
         with pytest.raises(TransferError, match=out):

@@ -1,0 +1,167 @@
+"""A process that has imported the command line, s3fs and sshfs, and forks for each command.
+
+Several commands may run at once, and any of them can be killed. No torch: a fork takes 10 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 60.0
+
+
+class CommandForks:
+    """Starts `lmdbcache …`, each in a fork of one process."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            # `command_server` in the arguments tells that it isn't left behind by a test.
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), "command_server"],
+                pass_fds=[theirs.fileno()],
+            )
+        self._answers = self._ours.makefile("r")
+
+    def start(
+        self, arguments: list[str], environment: dict[str, str], folder: Path, output: Path
+    ) -> ForkedCommand:
+        """Start in `folder`; what it prints goes to `output.1` and `output.2`."""
+        options = {
+            "arguments": arguments,
+            "environment": environment,
+            "folder": str(folder),
+            "output": str(output),
+        }
+        return ForkedCommand(self, self.ask(start=options), output)
+
+    def ask(self, **request: Any) -> Any:
+        self._ours.sendall(json.dumps(request).encode() + b"\n")
+        answer = self._answers.readline()
+        assert answer, "the process that forks for commands has died"
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._answers.close()
+        self._ours.close()
+        self._process.wait(timeout=30)
+
+
+class ForkedCommand:
+    """One running or ended command."""
+
+    def __init__(self, forks: CommandForks, pid: int, output: Path) -> None:
+        self._forks = forks
+        self._output = output
+        self.pid = pid
+        self.returncode: int | None = None
+
+    @property
+    def stdout(self) -> str:
+        return Path(f"{self._output}.1").read_text("utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return Path(f"{self._output}.2").read_text("utf-8")
+
+    def is_running(self) -> bool:
+        if self.returncode is None:
+            self.returncode = self._forks.ask(poll=self.pid)
+        return self.returncode is None
+
+    def wait(self, seconds: float = PATIENCE) -> ForkedCommand:
+        """Wait for its end; a command that takes longer is killed, and the test fails."""
+        deadline = time.monotonic() + seconds
+        while self.is_running():
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGABRT)  # faulthandler says where it is
+                time.sleep(0.3)
+                self.kill()
+                raise AssertionError(f"still running after {seconds} s: {self.stderr[-3000:]}")
+            time.sleep(0.005)
+        return self
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, and wait for the end if it is SIGKILL."""
+        if self.is_running():
+            os.kill(self.pid, number)
+        while number == signal.SIGKILL and self.is_running():
+            time.sleep(0.002)
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer requests until the other side is gone; then end what still runs."""
+    import s3fs
+    import sshfs
+
+    import lmdbcache.cli.main
+
+    with contextlib.suppress(ImportError):
+        import lmdbcache.sharing.pulling
+        import lmdbcache.sharing.pushing
+        import lmdbcache.sharing.verifying
+
+    assert all((s3fs, sshfs, lmdbcache.cli.main))
+    running: set[int] = set()
+    for line in connection.makefile("r"):
+        request = json.loads(line)
+        if "start" in request:
+            sys.stdout.flush()
+            answer: int | None = os.fork()
+            if not answer:
+                connection.close()
+                _be_the_command(**request["start"])
+            running.add(answer or 0)
+        else:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+            running.discard(pid)
+        connection.sendall(json.dumps(answer).encode() + b"\n")
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _be_the_command(
+    arguments: list[str], environment: dict[str, str], folder: str, output: str
+) -> None:
+    import faulthandler
+
+    code: Any = 70
+    try:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        for descriptor, name in enumerate((os.devnull, f"{output}.1", f"{output}.2")):
+            flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            opened = os.open(name, flags, 0o600)
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        faulthandler.enable()
+        sys.argv = ["lmdbcache", *arguments]
+        from lmdbcache.cli.main import main
+
+        main()
+    except SystemExit as ended:
+        code = 0 if ended.code is None else ended.code
+    except BaseException:  # noqa: BLE001 - as Python itself would show it
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
