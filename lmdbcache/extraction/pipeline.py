@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,18 @@ from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
 from lmdbcache.extraction.samples import pairs_of
-from lmdbcache.extraction.space import ExtractionPlan, existing_parent, needed_bytes
+from lmdbcache.extraction.scaling import warnings_of
+from lmdbcache.extraction.space import (
+    ExtractionPlan,
+    estimated_bytes,
+    existing_parent,
+    needed_bytes,
+)
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.storage.files.generations import free_bytes
 
-__all__ = ["default_num_workers", "extract", "plan_extraction"]
+__all__ = ["default_num_workers", "extract", "plan_extraction", "plan_extractions"]
 
 
 def extract(  # noqa: PLR0913
@@ -142,28 +149,54 @@ def plan_extraction(
         DatasetError: Two files for one sample id.
         ModelLoadError: The folder isn't a checkpoint.
     """
-    run = Run(cache, config)
-    missing = run.plan(pairs_of(clips))
-    shape = run.known_shape()
+    return plan_extractions(cache, [config], clips, model=model)[0]
+
+
+def plan_extractions(
+    cache: EmbeddingCache,
+    configs: Sequence[CacheConfig],
+    clips: Clips | AudioDataset,
+    *,
+    model: str | os.PathLike[str] | AudioModel | None = None,
+) -> list[ExtractionPlan]:
+    """The plan of the same clips for each of these configs; see `plan_extraction`."""
+    run = Run(cache, configs[0])
+    run.plan(pairs_of(clips))
+    return [_plan(Run(cache, config), config, run, model) for config in configs]
+
+
+def _plan(
+    own: Run, config: CacheConfig, run: Run, model: str | os.PathLike[str] | AudioModel | None
+) -> ExtractionPlan:
+    """The plan of one config for the clips that `run` has looked at."""
+    missing: Collection[str] = run.paths
+    if config in own.cache:
+        missing = own.cache.coverage(config, run.paths).missing
+    shape = own.known_shape()
     if shape is None:
         found = known_model(config.model_name if model is None else model)
         if found is not None:
             found.check(config)
             shape = found.embedding_shape(config)
-    needed = None
-    if shape is not None or not missing:
-        needed = needed_bytes(missing, shape, config.dtype) if missing and shape else 0
-    store = cache.path(config)
-    return ExtractionPlan(
+    store = own.cache.path(config)
+    plan = ExtractionPlan(
         store=store,
         num_samples=len(run.asked),
-        num_cached=run.num_cached,
+        num_cached=len(run.paths) - len(missing),
         num_missing=len(missing),
         num_refused=len(run.failures),
         embedding_shape=shape,
-        bytes_needed=needed,
+        bytes_needed=None if missing else 0,
         bytes_free=free_bytes(existing_parent(store)),
     )
+    if shape is None:
+        return plan
+    plan = replace(
+        plan,
+        bytes_needed=needed_bytes(missing, shape, config.dtype) if missing else 0,
+        bytes_for_all=estimated_bytes(run.paths, shape, config.dtype),
+    )
+    return replace(plan, warnings=warnings_of(plan, config))
 
 
 def default_num_workers() -> int:

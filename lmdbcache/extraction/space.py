@@ -7,11 +7,14 @@ import mmap
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.errors import CacheFullError
 from lmdbcache.storage.files.generations import RESERVE_BYTES, free_bytes
 from lmdbcache.storage.format.values import NUMPY_DTYPES
+
+if TYPE_CHECKING:
+    from lmdbcache.extraction.scaling import ScalingWarning
 
 __all__ = [
     "ExtractionPlan",
@@ -46,6 +49,8 @@ class ExtractionPlan:
         embedding_shape: Shape of one embedding; None while the model isn't on this machine.
         bytes_needed: What has to be free, a reserve included; None if the shape isn't known.
         bytes_free: What this user may still write there.
+        bytes_for_all: What the embeddings of all samples take; None if the shape isn't known.
+        warnings: What of it this machine won't bear; what breaks first comes first.
     """
 
     store: Path
@@ -56,6 +61,8 @@ class ExtractionPlan:
     embedding_shape: tuple[int, ...] | None
     bytes_needed: int | None
     bytes_free: int
+    bytes_for_all: int | None = None
+    warnings: tuple[ScalingWarning, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -64,7 +71,12 @@ class ExtractionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "store": str(self.store), "fits": self.fits}
+        return {
+            **asdict(self),
+            "store": str(self.store),
+            "fits": self.fits,
+            "warnings": [warning.to_dict() for warning in self.warnings],
+        }
 
     def __str__(self) -> str:
         needed = "bytes not known before the model is on this machine"
