@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lmdbcache import CacheConfig, EmbeddingCache
+from lmdbcache.storage.files import gather
 from lmdbcache.storage.format.layout import class_of
 
 HIDDEN_SHAPE = (1214, 768)
@@ -60,12 +61,24 @@ def embeddings_of(numbers: np.ndarray, block: np.ndarray) -> np.ndarray:
 
 
 def check(batch: np.ndarray, numbers: np.ndarray) -> None:
-    assert batch.shape[0] == len(numbers)
-    assert (batch[:, 0] == numbers).all()
-    assert (batch[:, 1:] == block_of(batch.shape[1])[numbers % 1024, 1:]).all()
+    rows = batch.reshape(len(numbers), -1)
+    assert (rows[:, 0] == numbers).all()
+    if batch.ndim == 2:
+        assert (rows[:, 1:] == block_of(rows.shape[1])[numbers % 1024, 1:]).all()
+
+
+def store_in(root: str) -> tuple[EmbeddingCache, CacheConfig]:
+    """The only store under this root."""
+    cache = EmbeddingCache(root)
+    [config] = cache
+    return cache, config
 
 
 # ---- memory
+
+
+def batch_size(reader: Any) -> int:
+    return BATCH if len(reader.embedding_shape or ()) == 1 else 8
 
 
 def status_kib(*names: str) -> list[int]:
@@ -171,7 +184,7 @@ def hidden_config() -> CacheConfig:
 def first_reads(root: str, num_samples: str) -> Figures:
     """What a script does that opens a store and reads by sample id."""
     total, dice = int(num_samples), np.random.default_rng(os.getpid())
-    cache, config = EmbeddingCache(root), config_of()
+    cache, config = store_in(root)
     figures: Figures = {}
     with Watch() as watch:
         started = time.perf_counter()
@@ -197,7 +210,8 @@ def singles(root: str, num_samples: str) -> Figures:
     """Single random samples by id."""
     numbers = np.random.default_rng(os.getpid()).integers(0, int(num_samples), 3000)
     names = names_of(numbers)
-    with EmbeddingCache(root).reader(config_of()) as reader:
+    cache, config = store_in(root)
+    with cache.reader(config) as reader:
         reader[names[0]]
         with Watch() as watch:
             rows = [reader[name] for name in names]
@@ -209,7 +223,8 @@ def singles(root: str, num_samples: str) -> Figures:
 def table(root: str, num_samples: str) -> Figures:
     """Enough batches by id that the table of all places is made, or read."""
     total = int(num_samples)
-    with EmbeddingCache(root).reader(config_of()) as reader, Watch() as watch:
+    cache, config = store_in(root)
+    with cache.reader(config) as reader, Watch() as watch:
         longest = 0.0
         for start in range(0, total // 8, 4096):
             names = names_of(np.arange(start, min(start + 4096, total)) * 7919 % total)
@@ -224,7 +239,8 @@ def table(root: str, num_samples: str) -> Figures:
 def select_all(root: str, num_samples: str) -> Figures:
     """A selection of all samples: its list of ids, its places, the first batch."""
     total = int(num_samples)
-    with EmbeddingCache(root).reader(config_of()) as reader, Watch() as watch:
+    cache, config = store_in(root)
+    with cache.reader(config) as reader, Watch() as watch:
         selection = reader.select()
         selection.get_batch([0, total - 1])
     bytes_each = 2**20 * watch.figures["private, MiB"] / total
@@ -237,22 +253,22 @@ def epoch(root: str, num_samples: str, num_read: str) -> Figures:
     """A random subset by position, in batches: µs per sample, page tables per GiB touched."""
     total, count = int(num_samples), min(int(num_read), int(num_samples))
     numbers = np.random.default_rng(3).permutation(total)[:count]
-    with EmbeddingCache(root).reader(config_of()) as reader:
-        selection = reader.select(names_of(numbers))
-        check(selection.get_batch(np.arange(16)), numbers[:16])
+    cache, config = store_in(root)
+    with cache.reader(config) as reader:
+        selection, batch = reader.select(names_of(numbers)), batch_size(reader)
+        check(selection.get_batch(np.arange(8)), numbers[:8])
         with Watch() as watch:
-            for start in range(0, count, BATCH):
-                selection.get_batch(np.arange(start, min(start + BATCH, count)))
+            for start in range(0, count, batch):
+                selection.get_batch(np.arange(start, min(start + batch, count)))
         with Watch() as again:
-            for start in range(0, count, BATCH):
-                selection.get_batch(np.arange(start, min(start + BATCH, count)))
-        check(selection.get_batch(np.arange(count - 16, count)), numbers[-16:])
+            for start in range(0, count, batch):
+                selection.get_batch(np.arange(start, min(start + batch, count)))
+        check(selection.get_batch(np.arange(count - 8, count)), numbers[-8:])
     return {
         **watch.figures,
         "µs per sample": 1e6 * watch.figures["s"] / count,
         "CPU µs per sample": 1e6 * watch.figures["CPU s"] / count,
         "again, µs per sample": 1e6 * again.figures["s"] / count,
-        "touched, GiB": count * 4096 / 2**30,
     }
 
 
@@ -260,10 +276,12 @@ def epoch(root: str, num_samples: str, num_read: str) -> Figures:
 def page_tables(root: str, num_samples: str) -> Figures:
     """The whole map, read front to back in slices: what its page tables take."""
     total = int(num_samples)
-    with Watch() as watch, EmbeddingCache(root).reader(config_of()) as reader:
+    cache, config = store_in(root)
+    with Watch() as watch, cache.reader(config) as reader:
         selection = reader.select()
-        for start in range(0, total, BATCH):
-            selection.get_batch(np.arange(start, min(start + BATCH, total)))
+        batch = batch_size(reader)
+        for start in range(0, total, batch):
+            selection.get_batch(np.arange(start, min(start + batch, total)))
         watch._look()  # noqa: SLF001 - before the map goes
     mapped = max(path.stat().st_size for path in Path(root).rglob("data.mdb")) / 2**30
     each = watch.figures["page tables, MiB"] / mapped
@@ -271,19 +289,27 @@ def page_tables(root: str, num_samples: str) -> Figures:
 
 
 @step
-def evicted(root: str, num_samples: str, share: str, num_read: str = "4096") -> Figures:
-    """Random reads with this share of the file dropped from the page cache."""
-    total, count = int(num_samples), int(num_read)
+def evicted(root: str, num_samples: str, share: str, is_asked: str = "") -> Figures:
+    """Random batches with this share of the file dropped from the page cache.
+
+    That is how a store looks that is larger than the memory: of a file twice as large, half.
+    `is_asked` has it read as such a store is.
+    """
+    if is_asked:
+        gather.memory_limit = lambda: 0  # type: ignore[assignment]
+    total, count = int(num_samples), min(4096, int(num_samples))
+    numbers = np.random.default_rng(os.getpid()).permutation(total)[:count]
     left = evict(root, float(share))
-    numbers = np.random.default_rng(os.getpid()).integers(0, total, count)
-    with EmbeddingCache(root).reader(config_of()) as reader:
+    cache, config = store_in(root)
+    with cache.reader(config) as reader:
         selection = reader.select(names_of(numbers))
         # The places come from the kept table; nothing of the values is read for it.
         reader.num_read = total
         selection._look_up([0], lambda *_: True)  # noqa: SLF001
+        batch = batch_size(reader)
         with Watch() as watch:
-            for start in range(0, count, BATCH):
-                positions = np.arange(start, min(start + BATCH, count))
+            for start in range(0, count, batch):
+                positions = np.arange(start, min(start + batch, count))
                 check(selection.get_batch(positions), numbers[positions])
     return {
         **watch.figures,
@@ -293,16 +319,20 @@ def evicted(root: str, num_samples: str, share: str, num_read: str = "4096") -> 
 
 
 def evict(root: str, share: float) -> float:
-    """Drop a share of each MiB-sized piece of data.mdb; what is left of the file, 0 to 1."""
+    """Drop a share of data.mdb, in pieces of 2 MiB; returns what is left, 0 to 1."""
     [path] = Path(root).rglob("data.mdb")
-    size, piece = path.stat().st_size, 64 << 10
-    dice = np.random.default_rng(7)
+    size, piece = path.stat().st_size, 2 << 20
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        pieces = np.flatnonzero(dice.random(-(-size // piece)) < share)
-        for number in pieces.tolist():
-            os.posix_fadvise(descriptor, number * piece, piece, os.POSIX_FADV_DONTNEED)
+        for start in range(0, size, 64 << 20):
+            os.pread(descriptor, 64 << 20, start)
+        dropped = np.random.default_rng(7).random(-(-size // piece)) < share
+        if share >= 1:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            for number in np.flatnonzero(dropped).tolist():
+                os.posix_fadvise(descriptor, number * piece, piece, os.POSIX_FADV_DONTNEED)
         return resident_share(descriptor, size)
     finally:
         os.close(descriptor)
@@ -333,8 +363,9 @@ def coverage(root: str, num_samples: str) -> Figures:
     """Coverage of as many ids as there are, and of some that aren't."""
     total = int(num_samples)
     names = names_of(np.arange(total + 1000))
+    cache, config = store_in(root)
     with Watch() as watch:
-        found = EmbeddingCache(root).coverage(config_of(), names)
+        found = cache.coverage(config, names)
     assert (found.num_present, len(found.missing)) == (total, 1000)
     return {**watch.figures, **_each(watch, total)}
 
@@ -351,10 +382,10 @@ def list_stores(root: str, num_samples: str) -> Figures:
 @step
 def info(root: str, num_samples: str) -> Figures:
     """What `info` does: every key is looked at for its class."""
-    cache = EmbeddingCache(root)
+    cache, config = store_in(root)
     with Watch() as watch:
-        assert cache.info(config_of()).num_embeddings == int(num_samples)
-        with cache.reader(config_of()) as reader:
+        assert cache.info(config).num_embeddings == int(num_samples)
+        with cache.reader(config) as reader:
             classes = Counter(map(class_of, reader))
     assert sum(classes.values()) == int(num_samples)
     return {**watch.figures, **_each(watch, int(num_samples))}
@@ -363,8 +394,9 @@ def info(root: str, num_samples: str) -> Figures:
 @step
 def verify(root: str, num_samples: str) -> Figures:
     """`verify`: every value against its checksum."""
+    cache, config = store_in(root)
     with Watch() as watch:
-        report = EmbeddingCache(root).verify(config_of())
+        report = cache.verify(config)
     assert report.is_sound
     assert report.num_embeddings == int(num_samples)
     return {**watch.figures, **_each(watch, int(num_samples))}
@@ -375,7 +407,8 @@ def checksums(root: str, num_samples: str) -> Figures:
     """All keys with their checksums: what `diff`, `merge` and `push` begin with."""
     from lmdbcache.storage.maintenance.checksums import stored_checksums
 
-    with EmbeddingCache(root).reader(config_of()) as reader, Watch() as watch:
+    cache, config = store_in(root)
+    with cache.reader(config) as reader, Watch() as watch:
         count = sum(1 for _ in stored_checksums(reader))
     assert count == int(num_samples)
     return {**watch.figures, **_each(watch, count)}
@@ -384,8 +417,9 @@ def checksums(root: str, num_samples: str) -> Figures:
 @step
 def compact(root: str, num_samples: str) -> Figures:
     """`compact`."""
+    cache, config = store_in(root)
     with Watch() as watch:
-        result = EmbeddingCache(root).compact(config_of())
+        result = cache.compact(config)
     assert result.num_embeddings == int(num_samples)
     return {**watch.figures, "MB/s": result.bytes_after / 1e6 / watch.figures["s"]}
 

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from lmdbcache.config import CacheConfig
 from lmdbcache.extraction.space import ExtractionPlan, readable_size
 from lmdbcache.memory_limit import memory_limit
+from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES
 from lmdbcache.storage.format.values import NUMPY_DTYPES
 
 __all__ = [
@@ -33,8 +34,9 @@ DOCUMENT: Final = "docs/scaling.md"
 # One writer that stores in the order of the sample ids.
 _WRITE_SECONDS_EACH: Final = 8e-6
 _WRITE_BYTES_PER_SECOND: Final = 220e6
-# Eight bytes for each page, in LMDB's map and in ours.
-_TABLE_BYTES_PER_PAGE: Final = 2 * 8
+# Eight bytes for each page that is mapped: by us, and by LMDB, which comes by all pages of a store
+# of small values as it looks up their keys.
+_TABLE_BYTES_PER_PAGE: Final = 8
 # Ids of 18 characters and their places, in a process that reads by a list of samples.
 _LIST_BYTES_EACH: Final = 100
 # A dataset's samples, what is missing of them, and the units, in a process that extracts.
@@ -130,10 +132,11 @@ def growth_of(
         num_written: Embeddings that are to be written; None means all.
     """
     written = num_samples if num_written is None else num_written
+    num_maps = 1 if value_bytes >= LARGE_VALUE_BYTES else 2
     return Growth(
         store_bytes=store_bytes,
         write_seconds=written * (_WRITE_SECONDS_EACH + value_bytes / _WRITE_BYTES_PER_SECOND),
-        table_bytes=math.ceil(store_bytes / mmap.PAGESIZE) * _TABLE_BYTES_PER_PAGE,
+        table_bytes=num_maps * _TABLE_BYTES_PER_PAGE * math.ceil(store_bytes / mmap.PAGESIZE),
         list_bytes=num_samples * _LIST_BYTES_EACH,
         clip_bytes=num_samples * _CLIP_BYTES_EACH,
         check_seconds=num_samples * _CHECK_SECONDS_EACH + store_bytes / _CHECK_BYTES_PER_SECOND,
