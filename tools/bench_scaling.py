@@ -1,6 +1,7 @@
 """What grows with a store: three sizes measured, larger ones by formula; writes docs/scaling.md.
 
     python tools/bench_scaling.py [--folder DIR] [--json FILE]   # 17 GB of disk, some minutes
+    python tools/bench_scaling.py --growth                       # the formulas alone, at once
     python tools/bench_scaling.py --quick                        # tiny sizes; writes nothing
 
 Each step runs in a process of its own (tools/scaling_steps.py), some several times: of times
@@ -146,8 +147,7 @@ def growth_table() -> str:
     """What the formulas say of four sizes, pooled and hidden, as Markdown."""
     columns = {}
     for kind, shape in (("pooled", (768,)), ("hidden", HIDDEN_SHAPE)):
-        example = [name_of(number) for number in range(1000)]
-        each = estimated_bytes(example, shape, "float32") / len(example)
+        each = bytes_each(shape)
         for number in (*SIZES, LARGEST):
             growth = growth_of(number, round(number * each), 4 * math.prod(shape))
             columns[f"{_number(number)} {kind}"] = growth
@@ -165,6 +165,14 @@ def growth_table() -> str:
         cells = [form(getattr(growth, field)) for growth in columns.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def bytes_each(shape: tuple[int, ...]) -> float:
+    """What one more embedding takes on disk, as foretold."""
+    names = [name_of(number) for number in range(2000)]
+    return (
+        estimated_bytes(names, shape, "float32") - estimated_bytes(names[:1000], shape, "float32")
+    ) / 1000
 
 
 def readable_time(seconds: float) -> str:
@@ -189,9 +197,14 @@ def write_between(text: str, name: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing")
+    parser.add_argument("--growth", action="store_true", help="write the formulas' table alone")
     parser.add_argument("--folder", type=Path, help="where the data goes; default: the temp folder")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    if arguments.growth:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(write_between(text, "growth", growth_table()), encoding="utf-8")
+        return
     sizes, num_hidden = ((2000,), 8) if arguments.quick else (SIZES, NUM_HIDDEN)
     folder = arguments.folder or Path(tempfile.gettempdir())
     tables = {f"{_number(size)} pooled": measure(size, folder) for size in sizes}

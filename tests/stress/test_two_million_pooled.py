@@ -9,10 +9,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from bench_scaling import best, run_step
-from scaling_steps import name_of, store_in
-
-from lmdbcache.extraction.space import estimated_bytes
+from bench_scaling import best, bytes_each, run_step
+from scaling_steps import store_in
 
 pytestmark = pytest.mark.stress
 NUM_SAMPLES = 2_000_000
@@ -52,9 +50,7 @@ def step(root, record_property):
 def test_written(step, root):
     """One writer, as many bytes as foretold, and no more memory than for a small store."""
     figures = step("write")
-    example = [name_of(number) for number in range(1000)]
-    foretold = estimated_bytes(example, (768,), "float32") / len(example)
-    assert figures["bytes per embedding"] == pytest.approx(foretold, rel=0.01)
+    assert figures["bytes per embedding"] == pytest.approx(bytes_each((768,)), rel=0.01)
     assert figures["private peak, MiB"] < 64
 
 
