@@ -28,7 +28,7 @@ from lmdbcache.storage.files import gather
 from lmdbcache.storage.format.layout import class_of
 
 HIDDEN_SHAPE = (1214, 768)
-BATCH = 256
+BATCH, NUM_SINGLES = 256, 3000
 _EXACT = 1 << 24  # float32 holds the numbers below
 Figures = dict[str, float]
 STEPS: dict[str, Callable[..., Figures]] = {}
@@ -209,7 +209,7 @@ def first_reads(root: str, num_samples: str) -> Figures:
 @step
 def singles(root: str, num_samples: str) -> Figures:
     """Single random samples by id."""
-    numbers = np.random.default_rng(os.getpid()).integers(0, int(num_samples), 3000)
+    numbers = np.random.default_rng(os.getpid()).integers(0, int(num_samples), NUM_SINGLES)
     names = names_of(numbers)
     cache, config = store_in(root)
     with cache.reader(config) as reader:
