@@ -21,6 +21,7 @@ __all__ = [
     "SampleDifference",
     "StoreComparison",
     "compare_stores",
+    "difference_of",
 ]
 
 DEFAULT_TOLERANCE: Final = 1e-5
@@ -148,6 +149,16 @@ def compare_stores(
         )
         _Comparer(first, second, found).run(progress or (lambda *_: None))
     return found
+
+
+def difference_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, float]:
+    """How far two embeddings of one shape are apart, as `SampleDifference` has it.
+
+    Returns:
+        Largest difference of two elements; 1 less the cosine of the angle between them.
+    """
+    a, b = (value.reshape(1, -1).astype(np.float64) for value in (x, y))
+    return float(np.abs(a - b).max()), float(_cosine_distances(a, b)[0])
 
 
 def _provenance_differences(a: Mapping[str, str], b: Mapping[str, str]) -> _Differences:

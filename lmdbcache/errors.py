@@ -11,6 +11,7 @@
     ├── StorageError                         LMDB or the disk refused
     │   ├── CacheFullError                   the disk or the map is full
     │   ├── ReadOnlyCacheError               this process may not write here
+    │   ├── RemoteError                      a place to share through can't be reached, or refuses
     │   └── WriterClosedError                a writer used after close, or in another process
     ├── CoverageError                        too little of a dataset is stored to begin with it
     ├── IntegrityError                       what is on disk isn't what was written
@@ -48,6 +49,7 @@ __all__ = [
     "ModelLoadError",
     "ProvenanceMismatchError",
     "ReadOnlyCacheError",
+    "RemoteError",
     "SampleNotFoundError",
     "StorageError",
     "TransferError",
@@ -103,6 +105,10 @@ class CacheFullError(StorageError):
 
 class ReadOnlyCacheError(StorageError):
     """This process has no permission to write to the store."""
+
+
+class RemoteError(StorageError):
+    """A place that embeddings are shared through can't be reached, refuses, or lacks a file."""
 
 
 class WriterClosedError(StorageError):

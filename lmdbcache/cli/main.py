@@ -18,7 +18,10 @@ from lmdbcache.cli import (
     finding,
     inspect,
     maintain,
+    merge,
     prune,
+    pull,
+    push,
     remove,
     report,
     transfer,
@@ -42,6 +45,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "extract": extract.extract_command,
         "import": transfer.import_command,
         "export": transfer.export_command,
+        "merge": merge.merge_command,
     },
     "Look": {
         "ls": inspect.ls_command,
@@ -57,6 +61,10 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "audit": audit.audit_command,
         "repair": maintain.repair_command,
         "doctor": doctor.doctor_command,
+    },
+    "Share": {
+        "push": push.push_command,
+        "pull": pull.pull_command,
     },
     "Make room": {
         "compact": maintain.compact_command,

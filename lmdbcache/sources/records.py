@@ -20,6 +20,13 @@ from typing import Any, Final
 
 from lmdbcache.errors import FormatVersionError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.sources.files import Source
+from lmdbcache.sources.origins import (
+    Origin,
+    forget_origins,
+    has_origins,
+    put_origins,
+    read_origins,
+)
 
 __all__ = ["SOURCES_NAME", "SourceRecorder", "SourceRecords", "forget_sources", "write_sources"]
 
@@ -104,6 +111,28 @@ class SourceRecords:
                     found[sample_id] = Source(os.fsdecode(path), size, mtime_ns, digest, folder)
         return found
 
+    @property
+    def has_origins(self) -> bool:
+        """Whether anything has come from elsewhere."""
+        with _translated(self._path):
+            return self._connection is not None and has_origins(self._connection)
+
+    def origins(self, embeddings: Mapping[str, bytes]) -> dict[str, Origin]:
+        """Who computed these embeddings, of those that weren't computed in this store.
+
+        Args:
+            embeddings: See `of`.
+        """
+        connection = self._connection
+        if not embeddings or connection is None or not _version_of(connection, self._path):
+            return {}
+        with _translated(self._path):
+            return {
+                sample_id: origin
+                for sample_id, embedding, origin in read_origins(connection, _ranges(embeddings))
+                if embeddings.get(sample_id) == embedding
+            }
+
     def sizes_and_times(self, sample_ids: Collection[str]) -> list[tuple[str, int, int | None]]:
         """(sample id, size, mtime_ns) of what is recorded of these, whichever embedding it is of.
 
@@ -128,11 +157,8 @@ class SourceRecords:
         connection = self._connection
         if not sample_ids or connection is None or not _version_of(connection, self._path):
             return
-        ranges = [(min(sample_ids), max(sample_ids))]
-        if len(sample_ids) <= _FEW:  # they may lie far apart
-            ranges = [(sample_id, sample_id) for sample_id in sample_ids]
         query = f"SELECT {columns} FROM sources WHERE sample_id BETWEEN ? AND ?"
-        for ends in ranges:
+        for ends in _ranges(sample_ids):
             # All at once: a cursor that stays open keeps writers waiting.
             yield from connection.execute(query, ends).fetchall()
 
@@ -141,6 +167,7 @@ def write_sources(
     store: Path,
     written: Iterable[Written],
     *,
+    origins: Iterable[tuple[str, bytes | None, bytes, Origin]] = (),
     tidy: bool = True,
     busy_seconds: float = _BUSY_SECONDS,
 ) -> None:
@@ -150,6 +177,7 @@ def write_sources(
         store: The store's folder.
         written: (sample id, checksum of the embedding that is replaced or None, checksum of the
             new one, source) of each.
+        origins: The same with who computed it, of those that weren't computed in this store.
         tidy: Remove the records of still older embeddings of these samples; for whoever holds the
             writer lock.
         busy_seconds: How long to wait for others, if need be once to begin and once to end.
@@ -158,7 +186,7 @@ def write_sources(
         IntegrityError, StorageError: It can't be done.
     """
     path = store / SOURCES_NAME
-    written = list(written)
+    written, origins = list(written), list(origins)
     with _translated(path):
         _create(path)
         with contextlib.closing(_connect(path, busy_seconds)) as connection:
@@ -166,14 +194,16 @@ def write_sources(
                 connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
             if tidy:
+                kept = {row[0]: row[1] or b"" for row in (*written, *origins)}
                 connection.executemany(
-                    "DELETE FROM sources WHERE sample_id = ? AND embedding != ?",
-                    [(sample_id, replaced or b"") for sample_id, replaced, _, _ in written],
+                    "DELETE FROM sources WHERE sample_id = ? AND embedding != ?", list(kept.items())
                 )
+                forget_origins(connection, kept.items())
             connection.executemany(
                 "INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
                 list(_rows(connection, written)),
             )
+            put_origins(connection, [(name, new, origin) for name, _, new, origin in origins])
             connection.execute("COMMIT")
 
 
@@ -258,6 +288,12 @@ def _rows(
             source.mtime_ns,
             source.digest,
         )
+
+
+def _ranges(sample_ids: Collection[str]) -> list[tuple[str, str]]:
+    if len(sample_ids) <= _FEW:  # they may lie far apart
+        return [(sample_id, sample_id) for sample_id in sample_ids]
+    return [(min(sample_ids), max(sample_ids))]
 
 
 def _create(path: Path) -> None:

@@ -21,8 +21,10 @@ from typing import Final
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.files.checked_marker import mark_known
 from lmdbcache.storage.format.layout import (
+    COMMIT_COPIES_NAME,
     CURRENT_NAME,
     GENERATION_NAME,
+    PULLING_NAME,
     STATISTICS_NAME,
     WRITER_LOCK_NAME,
 )
@@ -181,7 +183,7 @@ def remove_store(store: Path) -> None:
     sync_file(store)
     remove_other_generations(store)
     for child in store.iterdir():
-        if child.name == STATISTICS_NAME:
+        if child.name in (STATISTICS_NAME, COMMIT_COPIES_NAME, PULLING_NAME):
             shutil.rmtree(child, ignore_errors=True)
         elif child.name != WRITER_LOCK_NAME and child.is_file():
             child.unlink()

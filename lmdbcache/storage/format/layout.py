@@ -10,12 +10,14 @@ from lmdbcache.errors import InvalidSampleIdError
 
 __all__ = [
     "CHECKSUMS_NAME",
+    "COMMIT_COPIES_NAME",
     "CURRENT_NAME",
     "FORMAT_VERSION",
     "GENERATION_NAME",
     "MAX_KEY_BYTES",
     "METADATA_KEY",
     "NUM_RESERVED_KEYS",
+    "PULLING_NAME",
     "STATISTICS_NAME",
     "WRITER_LOCK_NAME",
     "canonical_class",
@@ -32,6 +34,8 @@ FORMAT_VERSION: Final = 1
 CURRENT_NAME: Final = "CURRENT"
 WRITER_LOCK_NAME: Final = "writer.lock"
 STATISTICS_NAME: Final = "statistics"
+COMMIT_COPIES_NAME: Final = "commits"
+PULLING_NAME: Final = "pulling"
 GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
 
 # Both live in the main database beside the embeddings. Neither holds a colon, every embedding's

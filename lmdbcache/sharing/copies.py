@@ -1,0 +1,60 @@
+"""Copies of commit files beside a store."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from pathlib import Path
+
+from lmdbcache.sharing.commits import COMMIT_NAME
+from lmdbcache.storage.format.layout import COMMIT_COPIES_NAME
+
+__all__ = ["CommitCopies"]
+
+
+class CommitCopies:
+    """Copies of one place's commit files: they never change, so each is read once.
+
+    They lie in the store's folder and may be removed at any time.
+
+    Args:
+        store: The store's folder; None keeps nothing.
+        url: Of the place.
+    """
+
+    def __init__(self, store: Path | None, url: str = "") -> None:
+        place = hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        self._folder = None if store is None else store / COMMIT_COPIES_NAME / place
+
+    def get(self, commit_id: str) -> bytes | None:
+        """The bytes of a commit file, if a sound copy is there."""
+        if self._folder is None:
+            return None
+        try:
+            data = (self._folder / f"{commit_id}.json").read_bytes()
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == commit_id[-64:] else None
+
+    def keep(self, commit_id: str, data: bytes) -> None:
+        """Keep a copy, if that is possible."""
+        if self._folder is None or not self._folder.parent.parent.is_dir():
+            return
+        path = self._folder / f"{commit_id}.json"
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        with contextlib.suppress(OSError):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def ids(self) -> list[str]:
+        """What there are copies of, sorted."""
+        try:
+            names = [path.name for path in self._folder.iterdir()] if self._folder else []
+        except OSError:
+            return []
+        return sorted(match[1] for name in names if (match := COMMIT_NAME.fullmatch(name)))
