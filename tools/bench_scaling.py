@@ -1,6 +1,6 @@
 """What grows with a store: three sizes measured, larger ones by formula; writes docs/scaling.md.
 
-    python tools/bench_scaling.py [--folder DIR] [--json FILE]   # 17 GB of disk, some minutes
+    python tools/bench_scaling.py [--folder DIR] [--json FILE]   # 25 GB of disk, half an hour
     python tools/bench_scaling.py --growth                       # the formulas alone, at once
     python tools/bench_scaling.py --quick                        # tiny sizes; writes nothing
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,18 @@ ROWS = [
     ("`verify`, s", "verify", "CPU s", "{:.2f}"),
     ("its memory at most, MiB", "verify", "private peak, MiB", "{:.0f}"),
     ("`compact`, s", "compact", "CPU s", "{:.2f}"),
+    ("`merge` into another root, s", "merge", "CPU s", "{:.1f}"),
+    ("the same again, nothing new, s", "merge again", "CPU s", "{:.1f}"),
+    ("its memory at most, MiB", "merge", "private peak, MiB", "{:.0f}"),
+    ("`push` to a folder, s", "push", "CPU s", "{:.1f}"),
+    ("the same again, nothing new, s", "push again", "CPU s", "{:.1f}"),
+    ("its memory at most, MiB", "push", "private peak, MiB", "{:.0f}"),
+    ("there: bytes each", "push", "there, bytes each", "{:,.0f}"),
+    ("of these, in commits", "push", "commits, bytes each", "{:.0f}"),
+    ("files there", "push", "files", "{:.0f}"),
+    ("`pull` from a folder, s", "pull", "CPU s", "{:.1f}"),
+    ("the same again, nothing new, s", "pull again", "CPU s", "{:.1f}"),
+    ("its memory at most, MiB", "pull", "private peak, MiB", "{:.0f}"),
     ("random batches, all in memory, µs each of wall time", "evicted 0", "µs per sample", "{:.0f}"),
     ("half of it dropped, as such", "evicted 0.5", "µs per sample", "{:.0f}"),
     ("half of it dropped, asked ahead", "evicted 0.5 asked", "µs per sample", "{:.0f}"),
@@ -122,9 +135,14 @@ def measure(num_samples: int, folder: Path, *, is_hidden: bool = False) -> Table
             table["table"] = run_step("table", root, num_samples)
             table["table again"] = run_step("table", root, num_samples)
         for name, arguments, times in HIDDEN if is_hidden else POOLED:
-            runs = [run_step(name, root, num_samples, *arguments) for _ in range(times)]
+            runs = [
+                run_step(name, root, num_samples, *arguments)
+                for _ in range(times if num_samples in (*SIZES, NUM_HIDDEN) else 1)
+            ]
             table[" ".join([name, *arguments]) if name == "evicted" else name] = best(runs)
             print(num_samples, name, *arguments, file=sys.stderr)
+        if not is_hidden:
+            table |= beyond_one_store(root, num_samples, Path(scratch))
     for name in ("write", "write random", "singles", "list_stores"):
         if name in table:
             number = {"singles": NUM_SINGLES, "list_stores": 1}.get(name, num_samples)
@@ -132,6 +150,22 @@ def measure(num_samples: int, folder: Path, *, is_hidden: bool = False) -> Table
             table[name]["CPU ms"] = 1e3 * table[name]["CPU s"] / number
             table[name]["rate"] = number / table[name]["s"]
             table[name]["MB/s"] = table[name]["rate"] * value_bytes / 1e6
+    return table
+
+
+def beyond_one_store(root: Path, num_samples: int, scratch: Path) -> Table:
+    """Merged into another root, pushed to a folder and pulled from there; each once more."""
+    table: Table = {}
+    place = scratch / "place"
+    for name, store, target in (
+        ("merge", root, scratch / "merged"),
+        ("push", root, place),
+        ("pull", scratch / "pulled", place),
+    ):
+        for title in (name, f"{name} again"):
+            table[title] = run_step(name, store, num_samples, str(target))
+            print(num_samples, title, file=sys.stderr)
+        shutil.rmtree(scratch / "merged", ignore_errors=True)
     return table
 
 

@@ -425,6 +425,53 @@ def compact(root: str, num_samples: str) -> Figures:
     return {**watch.figures, "MB/s": result.bytes_after / 1e6 / watch.figures["s"]}
 
 
+# ---- beyond one store
+
+
+@step
+def merge(root: str, num_samples: str, target: str) -> Figures:
+    """The store into another root; when it is there, nothing is written."""
+    from lmdbcache.merging import merge_stores
+
+    with Watch() as watch:
+        [report] = merge_stores(EmbeddingCache(target), [root]).stores
+    assert report.num_new + report.num_same == int(num_samples)
+    return {**watch.figures, **_each(watch, int(num_samples)), "new": report.num_new}
+
+
+@step
+def push(root: str, num_samples: str, folder: str) -> Figures:
+    """The store to a shared folder; when it is there, nothing is moved."""
+    from lmdbcache.sharing import push
+
+    cache, config = store_in(root)
+    with Watch() as watch:
+        report = push(cache, config, Path(folder).absolute().as_uri())
+    assert report.num_pushed in (0, int(num_samples))
+    size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    commits = sum(path.stat().st_size for path in Path(folder).rglob("commits/*"))
+    return {
+        **watch.figures,
+        **_each(watch, int(num_samples)),
+        "new": report.num_pushed,
+        "there, bytes each": size / int(num_samples),
+        "commits, bytes each": commits / int(num_samples),
+        "files": sum(1 for path in Path(folder).rglob("*") if path.is_file()),
+    }
+
+
+@step
+def pull(root: str, num_samples: str, folder: str) -> Figures:
+    """From a shared folder into a new store; when it is there, nothing is moved."""
+    from lmdbcache.sharing import pull
+
+    with Watch() as watch:
+        report = pull(EmbeddingCache(root), Path(folder).absolute().as_uri())
+    cache, config = store_in(root)
+    assert cache.info(config).num_embeddings == int(num_samples)
+    return {**watch.figures, **_each(watch, int(num_samples)), "new": report.merged.num_new}
+
+
 def _each(watch: Watch, number: int) -> Figures:
     return {
         "µs each": 1e6 * watch.figures["s"] / number,

@@ -99,3 +99,26 @@ def test_compacted(step, root):
     assert len(list(root.rglob("data.mdb"))) == 1
     assert cache.size(config) < 1.01 * before
     assert step("first_reads", times=2)["private, MiB"] < 24
+
+
+def test_merged_into_another_root(step, folder):
+    """All of it once, with bounded memory; the second time nothing is written."""
+    merged = folder / "merged"
+    assert step("merge", merged)["new"] == NUM_SAMPLES
+    assert step("merge", merged)["new"] == 0
+    figures = step("first_reads", root=merged)
+    assert figures["private, MiB"] < 24
+    shutil.rmtree(merged)
+
+
+def test_pushed_and_pulled(step, folder):
+    """All of it once each way, and nothing the second time; the values arrive as they were."""
+    place, pulled = folder / "place", folder / "pulled"
+    pushed = step("push", place)
+    assert pushed["new"] == NUM_SAMPLES
+    assert pushed["there, bytes each"] < 1.03 * 4 * 768
+    assert step("push", place)["new"] == 0
+    assert step("pull", place, root=pulled)["new"] == NUM_SAMPLES
+    assert step("pull", place, root=pulled)["new"] == 0
+    step("first_reads", root=pulled)
+    assert step("verify", root=pulled)["peak bytes per id"] < 250
