@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import bench
-import bench_scaling
 import bench_merge
+import bench_scaling
 import numpy as np
 import peer_adapter
 import pytest
