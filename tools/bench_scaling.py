@@ -191,7 +191,7 @@ def growth_table() -> str:
     rows = [
         ("on disk; memory for random reads", "store_bytes", readable_size),
         ("one writer", "write_seconds", readable_time),
-        ("page tables, each process", "table_bytes", readable_size),
+        ("page tables, each process, at most", "table_bytes", readable_size),
         ("list of samples, each process", "list_bytes", readable_size),
         ("list of clips, each process of an extraction", "clip_bytes", readable_size),
         ("`verify`, first opening of a copy", "check_seconds", readable_time),

@@ -72,7 +72,7 @@ class Growth:
     Args:
         store_bytes: data.mdb. With as much memory random reads never wait for the disk.
         write_seconds: Of one writer.
-        table_bytes: Page tables of each process that has read everything.
+        table_bytes: Page tables of each process that has read everything, at most.
         list_bytes: The list of samples, in each process that reads by one.
         clip_bytes: The list of clips, in each process of an extraction.
         check_seconds: `verify`, or the first opening of a copy; a slow disk takes longer.
@@ -216,8 +216,8 @@ def _when_reading(growth: Growth, machine: Machine, smaller: str) -> Iterator[Sc
         growth.table_bytes,
         memory * _SHARE_OF_A_READER,
         "bytes",
-        f"each process that reads all of it takes {readable_size(growth.table_bytes)} for page "
-        f"tables. {smaller}or read in few processes: make_dataloader has none beside its own",
+        f"each process that reads all of it takes up to {readable_size(growth.table_bytes)} for "
+        f"page tables. {smaller}or read in few processes: make_dataloader has none beside its own",
     )
     yield ScalingWarning(
         "sample_list",
