@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.module_embedder import ModuleEmbedder
     from lmdbcache.embedders.registry import config_for
     from lmdbcache.extraction.dataset_run import extract_or_load_ast_embeddings
+    from lmdbcache.extraction.launchers import share_from_environment
     from lmdbcache.extraction.pipeline import extract
     from lmdbcache.extraction.samples import clips_of
+    from lmdbcache.extraction.shares import Share
     from lmdbcache.report import build_report
     from lmdbcache.training import (
         CachedEncoder,
@@ -65,6 +67,7 @@ __all__ = [
     "EpochFigures",
     "Explanation",
     "ReadFigures",
+    "Share",
     "StoreInfo",
     "TensorMapping",
     "TokenLayout",
@@ -82,6 +85,7 @@ __all__ = [
     "model_identity",
     "open_dataset",
     "preload",
+    "share_from_environment",
 ]
 
 _LAZY = {
@@ -89,6 +93,7 @@ _LAZY = {
     "CachedEncoder": "lmdbcache.training",
     "EmbeddingDataset": "lmdbcache.training",
     "ModuleEmbedder": "lmdbcache.embedders.module_embedder",
+    "Share": "lmdbcache.extraction.shares",
     "TensorMapping": "lmdbcache.training",
     "VEGASDataset": "lmdbcache.datasets.vegas",
     "build_report": "lmdbcache.report",
@@ -104,6 +109,7 @@ _LAZY = {
     "model_identity": "lmdbcache.embedders.checkpoints",
     "open_dataset": "lmdbcache.datasets.opening",
     "preload": "lmdbcache.training",
+    "share_from_environment": "lmdbcache.extraction.launchers",
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from lmdbcache.storage.files.generations import write_lock
 from lmdbcache.storage.format.layout import CURRENT_NAME
 
 __all__ = ["FAILURES_NAME", "ClipFailure", "read_failures", "update_failures"]
@@ -37,17 +38,37 @@ def read_failures(store: Path) -> list[ClipFailure]:
 def update_failures(store: Path, tried: Iterable[str], failures: Sequence[ClipFailure]) -> None:
     """Replace what the list says of the tried samples; written at once or not at all.
 
-    Where nothing is stored there is no list: a folder with nothing else in it would look like a
-    store. The run's summary has the failures.
+    Several runs may do so at once: each waits for the store's writer lock. Where nothing is stored
+    there is no list: a folder with nothing else in it would look like a store. The run's summary
+    has the failures.
+
+    Raises:
+        OSError, ReadOnlyCacheError: It can't be written.
     """
-    if not (store / CURRENT_NAME).exists():
-        return
     tried = set(tried)
-    kept = [failure for failure in read_failures(store) if failure.sample_id not in tried]
+    if _is_stored(store) and _updated(read_failures(store), tried, failures) is not None:
+        with write_lock(store):
+            # Again: somebody may have changed the list, or removed the store.
+            entries = _updated(read_failures(store), tried, failures)
+            if _is_stored(store) and entries is not None:
+                _write(store, entries)
+
+
+def _is_stored(store: Path) -> bool:
+    return (store / CURRENT_NAME).exists()
+
+
+def _updated(
+    before: list[ClipFailure], tried: set[str], failures: Sequence[ClipFailure]
+) -> list[ClipFailure] | None:
+    """The new list; None if it is the one before."""
+    kept = [failure for failure in before if failure.sample_id not in tried]
     entries = sorted([*kept, *failures], key=lambda failure: failure.sample_id)
+    return None if entries == before else entries
+
+
+def _write(store: Path, entries: list[ClipFailure]) -> None:
     path = store / FAILURES_NAME
-    if entries == read_failures(store):
-        return
     if not entries:
         path.unlink(missing_ok=True)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +22,12 @@ __all__ = [
     "progress_bar",
     "say",
     "sizes",
+    "speak_for",
 ]
 
 DISK_FULL: Final = 3  # exit code
 _FINGERPRINT_WIDTH: Final = 16
+_speaker: Final[list[str]] = []
 
 
 def say(text: str) -> None:
@@ -33,9 +36,25 @@ def say(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def speak_for(who: str) -> None:
+    """Put a name in front of errors and log lines: several processes share one output."""
+    _speaker.append(f"{who}: ")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Named(handler.formatter or logging.Formatter(), f"{who}: "))
+
+
+class _Named(logging.Formatter):
+    def __init__(self, formatter: logging.Formatter, name: str) -> None:
+        super().__init__()
+        self._formatter, self._name = formatter, name
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._name + self._formatter.format(record)
+
+
 def print_error(error: object) -> None:
     """One error, on standard error, in one line."""
-    text = f"lmdbcache: {' '.join(str(error).splitlines())}"
+    text = f"lmdbcache: {''.join(_speaker)}{' '.join(str(error).splitlines())}"
     encoding = sys.stderr.encoding or "utf-8"
     sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from lmdbcache.cli.capacity import show_capacity
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
+from lmdbcache.cli.launching import LaunchChoice
 from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.stopping import Stopped
@@ -18,7 +20,8 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction.capacity import plan_capacity
-from lmdbcache.extraction.pipeline import extract, plan_extraction
+from lmdbcache.extraction.finishing import finish_with_other_ranks
+from lmdbcache.extraction.pipeline import extract, plan_extraction, stored_of_share
 from lmdbcache.extraction.space import ExtractionPlan
 
 __all__ = ["extract_command"]
@@ -28,6 +31,7 @@ __all__ = ["extract_command"]
 def extract_command(
     dataset: DatasetChoice,
     choice: ConfigChoice,
+    launch: LaunchChoice,
     *,
     root: Root = None,
     batch_size: BatchSize = 8,
@@ -62,11 +66,21 @@ def extract_command(
     Stopped at any moment, by Ctrl-C or by a batch system's SIGTERM too, it goes on where it was
     when run again. Exit code 1 if a clip failed, 3 if the disk is full.
     """
+    share = launch.share
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
     dataset.check_namespace(cache, config)
     if dry_run:
-        _show_plan(plan_extraction(cache, config, clips, model=choice.model), as_json=as_json)
+        shown = plan_extraction(
+            cache,
+            config,
+            clips,
+            model=choice.model,
+            batch_size=batch_size,
+            share=share,
+            staging=launch.staging,
+        )
+        _show_plan(shown, as_json=as_json)
         return
     if plan:
         found = plan_capacity(
@@ -93,28 +107,36 @@ def extract_command(
             dataset_root=dataset.data_dir.absolute(),
             commit_seconds=commit_seconds,
             recompute_changed=changed,
+            share=share,
+            staging=launch.staging,
         )
     except KeyboardInterrupt:
-        raise Stopped(
-            f"{_kept(cache, config, clips)}; run the same command again to go on"
-        ) from None
+        kept = _kept(cache, config, clips, launch, batch_size)
+        raise Stopped(f"{kept}; run the same command again to go on") from None
     except CacheFullError as error:
-        raise CacheFullError(
-            f"{error}; {_kept(cache, config, clips)}; run the same command again after that"
-        ) from error
+        kept = _kept(cache, config, clips, launch, batch_size)
+        raise CacheFullError(f"{error}; {kept}; run the same command again after that") from error
     if as_json:
         print_json({**summary.to_dict(), "fingerprint": config.fingerprint})
     else:
         say(f"{summary}\n{summary.store}")
+    sys.stdout.flush()
+    finish_with_other_ranks(summary.exit_code)
     raise typer.Exit(summary.exit_code)
 
 
 def _kept(
-    cache: EmbeddingCache, config: CacheConfig, clips: list[tuple[str, str | AudioSource]]
+    cache: EmbeddingCache,
+    config: CacheConfig,
+    clips: list[tuple[str, str | AudioSource]],
+    launch: LaunchChoice,
+    batch_size: int,
 ) -> str:
-    """What is on the disk now, whoever has stored it."""
-    found = cache.coverage(config, [sample_id for sample_id, _ in clips])
-    return f"{found.num_present} of {found.num_asked} are stored"
+    """What is on the disk now of this process's share, whoever has stored it."""
+    num_cached, num_samples = stored_of_share(
+        cache, config, clips, batch_size=batch_size, share=launch.share, staging=launch.staging
+    )
+    return f"{num_cached} of {num_samples} are stored"
 
 
 def _show_plan(plan: ExtractionPlan, *, as_json: bool) -> None:

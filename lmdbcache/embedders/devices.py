@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["check_compute_dtype", "move_to_device", "precision"]
+__all__ = ["check_compute_dtype", "device_of_rank", "move_to_device", "precision"]
 
 
 def check_compute_dtype(compute_dtype: str) -> None:
@@ -49,6 +49,22 @@ def move_to_device(module: torch.nn.Module, device: str | torch.device | None) -
             "use 'cpu', 'cuda' or 'cuda:0'"
         ) from error
     return chosen
+
+
+def device_of_rank(local_rank: int) -> str | None:
+    """The GPU of one of several processes on this machine.
+
+    Args:
+        local_rank: Which of them, from 0. More processes than GPUs share them in turn.
+
+    Returns:
+        None where there are fewer than two to choose from: a launcher often shows each process its
+        own GPU alone.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    return f"cuda:{local_rank % num_gpus}" if num_gpus > 1 else None
 
 
 @contextlib.contextmanager

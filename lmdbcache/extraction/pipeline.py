@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.cores import available_cores
 from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.embedders.audio_source import Clips
 from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
+from lmdbcache.embedders.devices import device_of_rank
 from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
 from lmdbcache.extraction.samples import pairs_of
 from lmdbcache.extraction.scaling import warnings_of
+from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.space import (
     ExtractionPlan,
     estimated_bytes,
@@ -30,7 +33,13 @@ from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.storage.files.generations import free_bytes
 
-__all__ = ["default_num_workers", "extract", "plan_extraction", "plan_extractions"]
+__all__ = [
+    "default_num_workers",
+    "extract",
+    "plan_extraction",
+    "plan_extractions",
+    "stored_of_share",
+]
 
 
 def extract(  # noqa: PLR0913
@@ -48,6 +57,8 @@ def extract(  # noqa: PLR0913
     dataset_root: str | Path = "",
     commit_seconds: float = 10.0,
     recompute_changed: bool = False,
+    share: Share | None = None,
+    staging: str | os.PathLike[str] | None = None,
 ) -> ExtractionSummary:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
@@ -76,6 +87,11 @@ def extract(  # noqa: PLR0913
         commit_seconds: Commit at least this often.
         recompute_changed: Compute cached clips again, too, whose file has changed since, and
             replace their embeddings.
+        share: Take only these of the batches, as one of several processes, each of which takes its
+            own; see `share_from_environment`. They may start at different moments.
+        staging: Write to a store of this rank's own in this folder, for ranks on several machines;
+            what `cache` holds is left out, and so is what other ranks have staged before.
+            `lmdbcache merge` brings it into `cache`.
 
     Returns:
         What was done, failures included.
@@ -86,6 +102,7 @@ def extract(  # noqa: PLR0913
         ExtractionError: A decoding process died, or the device has too little memory.
         ModelLoadError: The model can't be loaded.
         ProvenanceMismatchError: The store was filled with other weights or features.
+        StorageError: The same rank runs already with this staging folder.
         CacheFullError: The disk hasn't room for what is missing, which is found out before the
             model is loaded; or it became full: what was committed is kept.
     """
@@ -95,12 +112,23 @@ def extract(  # noqa: PLR0913
         raise ConfigError(f"num_workers: {num_workers}; it must be 0 or more")
     if not commit_seconds >= 0:
         raise ConfigError(f"commit_seconds: {commit_seconds}; it must be 0 or more")
+    if recompute_changed and staging is not None:
+        raise ConfigError(
+            "recompute_changed: with a staging folder the root would keep the old embeddings; "
+            "extract the changed clips into the root itself"
+        )
     started = time.perf_counter()
-    run = Run(cache, config, progress=progress, dataset_root=dataset_root)
-    missing = run.plan(pairs_of(clips))
-    missing = run.look_at_sources(missing, recompute=recompute_changed)
-    if missing:
-        cache.check_writable(config)
+    run = Run(cache, config, progress=progress, dataset_root=dataset_root, share=share)
+    run.take(pairs_of(clips), batch_size)
+    with ExitStack() as stack:
+        if staging is not None:
+            stack.enter_context(run.stage(staging, batch_size).held())
+        missing = run.plan()
+        missing = run.look_at_sources(missing, recompute=recompute_changed)
+        if not missing:
+            run.record_failures()
+            return run.summary(time.perf_counter() - started)
+        run.cache.check_writable(config)
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
         if front_end is None or make_embedder is None:
@@ -109,23 +137,25 @@ def extract(  # noqa: PLR0913
             front_end = front_end or found.make_front_end(config)
             _check_duration(config, front_end)
             shape = None if make_embedder else found.embedding_shape(config)
-            make_embedder = make_embedder or partial(found.make_embedder, config, device)
-            run.check_space(missing, shape)
-        if config not in cache:
+            make_embedder = make_embedder or partial(_embedder, found, config, device, run.share)
+            run.check_space(shape)
+        if config not in cache and not run.num_cached:
             cache.explain(config).log_new_store()
-        with place_among_runs(cache.path(config)) as place:
-            run.work(
-                missing,
-                front_end,
-                make_embedder,
-                batch_size=batch_size,
-                num_workers=default_num_workers() if num_workers is None else num_workers,
-                commit_seconds=commit_seconds,
-                place=place,
-            )
-    else:
-        run.record_failures()
-    return run.summary(time.perf_counter() - started)
+        place = stack.enter_context(place_among_runs(run.cache.path(config), run.share))
+        run.work(
+            missing,
+            front_end,
+            make_embedder,
+            batch_size=batch_size,
+            num_workers=run.share.decoding_processes() if num_workers is None else num_workers,
+            commit_seconds=commit_seconds,
+            place=place,
+        )
+        return run.summary(time.perf_counter() - started)
+
+
+def _embedder(model: AudioModel, config: CacheConfig, device: str | None, share: Share) -> Embedder:
+    return model.make_embedder(config, device or device_of_rank(share.local_rank))
 
 
 def plan_extraction(
@@ -134,6 +164,9 @@ def plan_extraction(
     clips: Clips | AudioDataset,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
+    batch_size: int = 8,
+    share: Share | None = None,
+    staging: str | os.PathLike[str] | None = None,
 ) -> ExtractionPlan:
     """What `extract` would do, without doing it: the model isn't loaded, nothing is written.
 
@@ -143,13 +176,20 @@ def plan_extraction(
         clips: A dataset; or sample id (`file_id:class`) → audio file or `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
+        batch_size: Clips per forward pass.
+        share: See `extract`.
+        staging: See `extract`.
 
     Raises:
         ConfigError: The model has no such output.
         DatasetError: Two files for one sample id.
         ModelLoadError: The folder isn't a checkpoint.
     """
-    return plan_extractions(cache, [config], clips, model=model)[0]
+    run = Run(cache, config, share=share)
+    run.take(pairs_of(clips), batch_size)
+    if staging is not None:
+        run.stage(staging, batch_size, patience=0.0)
+    return _plan(run, model)
 
 
 def plan_extractions(
@@ -161,28 +201,29 @@ def plan_extractions(
 ) -> list[ExtractionPlan]:
     """The plan of the same clips for each of these configs; see `plan_extraction`."""
     run = Run(cache, configs[0])
-    run.plan(pairs_of(clips))
-    return [_plan(Run(cache, config), config, run, model) for config in configs]
+    run.take(pairs_of(clips), 1)
+    plans = []
+    for config in configs:
+        own = copy(run)  # of millions of clips the list takes long to make
+        own.config = config
+        plans.append(_plan(own, model))
+    return plans
 
 
-def _plan(
-    own: Run, config: CacheConfig, run: Run, model: str | os.PathLike[str] | AudioModel | None
-) -> ExtractionPlan:
-    """The plan of one config for the clips that `run` has looked at."""
-    missing: Collection[str] = run.paths
-    if config in own.cache:
-        missing = own.cache.coverage(config, run.paths).missing
-    shape = own.known_shape()
+def _plan(run: Run, model: str | os.PathLike[str] | AudioModel | None) -> ExtractionPlan:
+    config = run.config
+    missing = run.plan()
+    shape = run.known_shape()
     if shape is None:
         found = known_model(config.model_name if model is None else model)
         if found is not None:
             found.check(config)
             shape = found.embedding_shape(config)
-    store = own.cache.path(config)
+    store = run.cache.path(config)
     plan = ExtractionPlan(
         store=store,
         num_samples=len(run.asked),
-        num_cached=len(run.paths) - len(missing),
+        num_cached=run.num_cached,
         num_missing=len(missing),
         num_refused=len(run.failures),
         embedding_shape=shape,
@@ -194,14 +235,33 @@ def _plan(
     plan = replace(
         plan,
         bytes_needed=needed_bytes(missing, shape, config.dtype) if missing else 0,
-        bytes_for_all=estimated_bytes(run.paths, shape, config.dtype),
+        bytes_for_all=estimated_bytes(run.all_samples, shape, config.dtype),
     )
-    return replace(plan, warnings=warnings_of(plan, config))
+    num_written = len(run.missing_on_disk)
+    return replace(plan, warnings=warnings_of(plan, config, len(run.all_samples), num_written))
+
+
+def stored_of_share(
+    cache: EmbeddingCache,
+    config: CacheConfig,
+    clips: Clips | AudioDataset,
+    *,
+    batch_size: int = 8,
+    share: Share | None = None,
+    staging: str | os.PathLike[str] | None = None,
+) -> tuple[int, int]:
+    """(stored, asked): how many samples of a share are there now. The arguments are `extract`'s."""
+    run = Run(cache, config, share=share)
+    run.take(pairs_of(clips), batch_size)
+    if staging is not None:
+        run.stage(staging, batch_size, patience=0.0)  # a batch system is waiting for our end
+    run.plan()
+    return run.num_cached, len(run.paths)
 
 
 def default_num_workers() -> int:
     """Decoding processes that keep a model busy without taking its cores."""
-    return max(1, min(8, available_cores() // 2))
+    return Share().decoding_processes()
 
 
 def _check_duration(config: CacheConfig, front_end: FrontEnd) -> None:

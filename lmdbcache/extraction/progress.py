@@ -16,10 +16,17 @@ class ProgressBar:
         initial: Units done before.
         shown: None shows it if standard error is a terminal.
         description: What is being done.
+        line: Counted from 0, for the bars of several processes on one terminal.
     """
 
     def __init__(
-        self, total: int, *, initial: int = 0, shown: bool | None = None, description: str = ""
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        shown: bool | None = None,
+        description: str = "",
+        line: int | None = None,
     ) -> None:
         self._bar: Any = None
         if shown or (shown is None and sys.stderr.isatty()):
@@ -30,6 +37,7 @@ class ProgressBar:
                 initial=initial,
                 desc=description,
                 unit="clip",
+                position=line,
                 dynamic_ncols=True,
                 smoothing=0.1,
                 mininterval=0.1 if sys.stderr.isatty() else 5.0,

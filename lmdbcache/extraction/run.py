@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio_source import AudioSource, as_source
+from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
     CacheError,
-    DatasetError,
     ExtractionError,
     InvalidEmbeddingError,
-    InvalidSampleIdError,
     MissingDependencyError,
 )
 from lmdbcache.extraction.progress import ProgressBar
+from lmdbcache.extraction.samples import distinct_clips
+from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.space import check_space
+from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import order_of_units
 from lmdbcache.extraction.units import units_of
 from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
 from lmdbcache.sources.checking import changed_clips, num_suspects
 from lmdbcache.sources.records import SourceRecorder
-from lmdbcache.storage.format.layout import canonical_sample_id
 from lmdbcache.storage.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Run:
         *,
         progress: bool | None = None,
         dataset_root: str | Path = "",
+        share: Share | None = None,
     ) -> None:
         self.cache = cache
         self.config = config
@@ -70,30 +71,51 @@ class Run:
         self.changed: set[str] = set()
         self.num_suspects = 0
         self.model = ""
+        self.share = Share() if share is None else share
+        self.staging: Staging | None = None
+        self._all_samples: list[str] = []
+        self._missing_on_disk: Collection[str] = ()
         self._recorder = SourceRecorder(cache.path(config), dataset_root)
 
-    def plan(
-        self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]
-    ) -> dict[str, str | AudioSource]:
+    def take(
+        self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]], unit_size: int
+    ) -> None:
+        """Our share of these clips.
+
+        Raises:
+            DatasetError: Two files for one sample id.
+        """
+        paths, failures = distinct_clips(clips)
+        self._all_samples = list(paths)
+        ours = paths if self.share.is_all else self.share.of(paths, unit_size)
+        self.paths = {sample_id: paths[sample_id] for sample_id in ours}
+        if self.share.rank == 0:  # they are in no unit
+            self.failures = failures
+        self.asked = {*self.paths, *(failure.sample_id for failure in self.failures)}
+
+    def stage(self, folder: str | os.PathLike[str], unit_size: int, **options: float) -> Staging:
+        """Write to a store of our own in a staging folder; what the root holds is left out."""
+        self.staging = Staging(
+            folder, self.cache, self.config, self.share, self._all_samples, unit_size, **options
+        )
+        self.cache = self.staging.cache
+        self._recorder = SourceRecorder(self.cache.path(self.config), self.dataset_root)
+        return self.staging
+
+    def plan(self) -> dict[str, str | AudioSource]:
         """The missing clips by sample id, sorted."""
-        paths = self.paths
-        for sample_id, given in clips:
-            source = as_source(given)
-            try:
-                known = paths.setdefault(canonical_sample_id(sample_id), source)
-            except InvalidSampleIdError as error:
-                self.failures.append(ClipFailure(str(sample_id), str(source), str(error)))
-                continue
-            if known != source:
-                raise DatasetError(
-                    f"{str(known)!a} and {str(source)!a} have the same sample id {sample_id!r}; "
-                    "rename or leave out one of them"
-                )
-        self.asked = {*paths, *(failure.sample_id for failure in self.failures)}
-        missing = sorted(self.cache.coverage(self.config, paths).missing)
-        self.num_cached = len(paths) - len(missing)
-        self.settled = self.asked - set(missing)
-        return {sample_id: paths[sample_id] for sample_id in missing}
+        # Ranks that fill one store look at the space that all of them need.
+        asked = self.paths if self.staging or self.share.is_all else self._all_samples
+        missing = set(asked)
+        if self.config in self.cache:
+            missing = set(self.cache.coverage(self.config, asked).missing)
+        if self.staging is not None:
+            missing -= self.staging.stored(missing)
+        self._missing_on_disk = missing
+        ours = [sample_id for sample_id in sorted(self.paths) if sample_id in missing]
+        self.num_cached = len(self.paths) - len(ours)
+        self.settled = self.asked - set(ours)
+        return {sample_id: self.paths[sample_id] for sample_id in ours}
 
     def look_at_sources(
         self, missing: dict[str, str | AudioSource], *, recompute: bool
@@ -121,6 +143,8 @@ class Run:
         if not recompute:
             with suppress(CacheError):  # `verify --sources` tells what is wrong with the records
                 self.num_suspects = num_suspects(store, cached)
+                if self.staging is not None:
+                    self.num_suspects += num_suspects(self.staging.root_store, cached)
             return missing
         self.changed = set(changed_clips(store, cached))
         self.num_cached -= len(self.changed)
@@ -128,15 +152,27 @@ class Run:
         wanted = self.changed | missing.keys()
         return {sample_id: self.paths[sample_id] for sample_id in sorted(wanted)}
 
+    @property
+    def all_samples(self) -> list[str]:
+        """Those of all ranks."""
+        return self._all_samples
+
+    @property
+    def missing_on_disk(self) -> Collection[str]:
+        """What will be written to our store, by all that fill it."""
+        return self._missing_on_disk
+
     def known_shape(self) -> tuple[int, ...] | None:
         """Shape of the store's embeddings; None if there are none yet."""
-        if self.config not in self.cache:
-            return None
-        with self.cache.reader(self.config, counts_as_use=False) as reader:
-            shape = reader.embedding_shape
+        shape = None
+        if self.config in self.cache:
+            with self.cache.reader(self.config, counts_as_use=False) as reader:
+                shape = reader.embedding_shape
+        elif self.staging is not None:
+            shape = self.staging.shape()
         return None if shape is None or None in shape else tuple(size or 0 for size in shape)
 
-    def check_space(self, missing: Collection[str], shape: tuple[int, ...] | None) -> None:
+    def check_space(self, shape: tuple[int, ...] | None) -> None:
         """Refuse what the disk can't hold; without a shape nothing is known.
 
         Raises:
@@ -144,7 +180,10 @@ class Run:
         """
         shape = shape or self.known_shape()
         if shape is not None:
-            check_space(self.cache.path(self.config), missing, shape, self.config.dtype)
+            num_stores = self.staging.num_stores if self.staging else 1
+            sample_ids = {*self._missing_on_disk, *self.changed}
+            store = self.cache.path(self.config)
+            check_space(store, sample_ids, shape, self.config.dtype, num_stores)
 
     def still_missing(self, sample_ids: Iterable[str]) -> tuple[str, ...]:
         """Those that no other process has stored meanwhile, and those to be computed again."""
@@ -197,7 +236,8 @@ class Run:
             self.num_cached + len(missing),
             initial=self.num_cached,
             shown=self.progress,
-            description=self.config.model_name.rsplit("/", 1)[-1],
+            description=self._description(),
+            line=None if self.share.is_all else self.share.local_rank,
         )
 
         def is_wanted(sample_ids: list[str]) -> bool:
@@ -228,7 +268,7 @@ class Run:
                     if batch.features is not None:
                         if embedder is None or self.writer is None:
                             embedder = make_embedder()
-                            self.check_space(missing, embedder.embedding_shape)
+                            self.check_space(embedder.embedding_shape)
                             self.writer = stack.enter_context(
                                 self._writer(features, embedder, commit_seconds)
                             )
@@ -243,6 +283,10 @@ class Run:
                 raise
             finally:
                 self.record_failures()
+
+    def _description(self) -> str:
+        name = self.config.model_name.rsplit("/", 1)[-1]
+        return name if self.share.is_all else f"{name} {self.share.rank}/{self.share.world_size}"
 
     def _commit_in_spite_of(self, error: BaseException) -> None:
         if self.writer is None or not self.writer.num_pending:
@@ -263,9 +307,12 @@ class Run:
     def _writer(
         self, features: Mapping[str, str], embedder: Embedder, commit_seconds: float
     ) -> EmbeddingWriter:
+        provenance = {**folder_provenance(self.model), **features, **embedder.provenance()}
+        if self.staging is not None:
+            self.staging.check_provenance(provenance)
         return self.cache.writer(
             self.config,
-            provenance={**folder_provenance(self.model), **features, **embedder.provenance()},
+            provenance=provenance,
             dataset_root=self.dataset_root,
             replace=self.changed,  # and nothing else: another run's bits stay
             commit_seconds=commit_seconds,
@@ -277,14 +324,18 @@ class Run:
         with _memory_errors(batch.num_clips):
             embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
         self.compute_seconds += time.perf_counter() - started
-        for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
-            self._recorder.note(sample_id, batch.sources.get(sample_id))
-            try:
-                writer.put(sample_id, embedding)
-            except InvalidEmbeddingError as error:
-                self.failures.append(ClipFailure(sample_id, str(self.paths[sample_id]), str(error)))
-            else:
-                self.num_silent += sample_id in batch.silent
+        # What is computed together is stored together: the rest of a unit, computed by another
+        # run, would be another batch.
+        with writer.together():
+            for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
+                self._recorder.note(sample_id, batch.sources.get(sample_id))
+                try:
+                    writer.put(sample_id, embedding)
+                except InvalidEmbeddingError as error:
+                    path = str(self.paths[sample_id])
+                    self.failures.append(ClipFailure(sample_id, path, str(error)))
+                else:
+                    self.num_silent += sample_id in batch.silent
 
     def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
         self.failures += batch.failures
@@ -306,7 +357,7 @@ class Run:
             )
         try:
             update_failures(self.cache.path(self.config), self.settled, self.failures)
-        except OSError as error:
+        except (OSError, CacheError) as error:
             # A full disk, say. The list is a convenience, and must not hide what went wrong.
             _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
 
@@ -325,6 +376,8 @@ class Run:
             compute_seconds=self.compute_seconds,
             built_model=self.built_model,
             num_suspects=self.num_suspects,
+            rank=self.share.rank,
+            world_size=self.share.world_size,
         )
 
 

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterable, Mapping
 
 from lmdbcache.datasets.base import AudioDataset, Sample, source_of
-from lmdbcache.embedders.audio_source import AudioSource, Clips
+from lmdbcache.embedders.audio_source import AudioSource, Clips, as_source
+from lmdbcache.errors import DatasetError, InvalidSampleIdError
+from lmdbcache.failures import ClipFailure
+from lmdbcache.storage.format.layout import canonical_sample_id
 
-__all__ = ["clips_of", "pairs_of"]
+__all__ = ["clips_of", "distinct_clips", "pairs_of"]
 
 
 def clips_of(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
@@ -26,3 +29,28 @@ def pairs_of(
         return clips.items()
     samples = getattr(clips, "samples", None)
     return clips if samples is None else clips_of(samples)  # type: ignore[return-value]
+
+
+def distinct_clips(
+    clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]],
+) -> tuple[dict[str, str | AudioSource], list[ClipFailure]]:
+    """The clips by canonical sample id, and those whose sample id can't be stored.
+
+    Raises:
+        DatasetError: Two files for one sample id.
+    """
+    paths: dict[str, str | AudioSource] = {}
+    failures = []
+    for sample_id, given in clips:
+        source = as_source(given)
+        try:
+            known = paths.setdefault(canonical_sample_id(sample_id), source)
+        except InvalidSampleIdError as error:
+            failures.append(ClipFailure(str(sample_id), str(source), str(error)))
+            continue
+        if known != source:
+            raise DatasetError(
+                f"{str(known)!a} and {str(source)!a} have the same sample id {sample_id!r}; "
+                "rename or leave out one of them"
+            )
+    return paths, failures

@@ -144,18 +144,27 @@ def growth_of(
     )
 
 
-def warnings_of(plan: ExtractionPlan, config: CacheConfig) -> tuple[ScalingWarning, ...]:
-    """What of this plan this machine won't bear; nothing if the shape isn't known."""
+def warnings_of(
+    plan: ExtractionPlan, config: CacheConfig, num_samples: int, num_written: int
+) -> tuple[ScalingWarning, ...]:
+    """What of this plan this machine won't bear; nothing if the shape isn't known.
+
+    Args:
+        plan: Of one process.
+        config: The identity of the store.
+        num_samples: Of all processes.
+        num_written: Of these, those to be written to the store of the plan.
+    """
     if plan.embedding_shape is None or plan.bytes_for_all is None:
         return ()
-    store_bytes, missing = plan.bytes_for_all, plan.num_missing
+    store_bytes = plan.bytes_for_all
     growth = growth_of(
-        plan.num_samples,
+        num_samples,
         store_bytes,
         _value_bytes(plan.embedding_shape, config.dtype),
-        num_written=missing,
+        num_written=num_written,
     )
-    stored = store_bytes * (1 - missing / max(1, plan.num_samples))
+    stored = store_bytes * (1 - num_written / max(1, num_samples))
     machine = Machine(memory_limit(), plan.bytes_free + int(stored))
     return warnings_for(growth, machine, smaller=_smaller(plan.embedding_shape, config.dtype))
 

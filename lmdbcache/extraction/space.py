@@ -51,7 +51,8 @@ class ExtractionPlan:
         embedding_shape: Shape of one embedding; None while the model isn't on this machine.
         bytes_needed: What has to be free, a reserve included; None if the shape isn't known.
         bytes_free: What this user may still write there.
-        bytes_for_all: What the embeddings of all samples take; None if the shape isn't known.
+        bytes_for_all: What the embeddings of all samples take, those of other ranks included; None
+            if the shape isn't known.
         warnings: What of it this machine won't bear; what breaks first comes first.
     """
 
@@ -122,14 +123,25 @@ def needed_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: str
 
 
 def check_space(
-    store: Path, sample_ids: Collection[str], shape: tuple[int, ...], dtype: str
+    store: Path,
+    sample_ids: Collection[str],
+    shape: tuple[int, ...],
+    dtype: str,
+    num_stores: int = 1,
 ) -> None:
     """Refuse an extraction that the disk can't hold.
+
+    Args:
+        store: The store's folder.
+        sample_ids: Those to be stored.
+        shape: Of one embedding.
+        dtype: As it is stored.
+        num_stores: How many such stores other processes fill on the same disk, this one included.
 
     Raises:
         CacheFullError: Names the bytes needed, those free, and ways to need fewer.
     """
-    needed = needed_bytes(sample_ids, shape, dtype)
+    needed = needed_bytes(sample_ids, shape, dtype) * num_stores
     free = free_bytes(existing_parent(store))
     if needed <= free:
         return
@@ -138,8 +150,11 @@ def check_space(
         remedies.append("store less with output 'pooler_output' (--output)")
     if dtype == "float32":
         remedies.append("store half with dtype 'float16' (--dtype)")
+    number = f"{len(sample_ids)} embeddings of shape {shape}"
+    if num_stores > 1:
+        number += f" for each of {num_stores} ranks"
     raise CacheFullError(
-        f"{store}: {len(sample_ids)} embeddings of shape {shape} need {readable_size(needed)}, "
+        f"{store}: {number} need {readable_size(needed)}, "
         f"{readable_size(free)} are free. Nothing was computed: {', or '.join(remedies)}"
     )
 

@@ -27,6 +27,8 @@ class ExtractionSummary:
         compute_seconds: Wall time of the model's forward passes.
         built_model: Whether the model had to be loaded.
         num_suspects: Cached clips whose file has another size or time than when it was embedded.
+        rank: Which of the processes that share the clips, from 0; the figures are its own.
+        world_size: How many there are.
     """
 
     store: Path | None
@@ -39,6 +41,8 @@ class ExtractionSummary:
     compute_seconds: float = 0.0
     built_model: bool = False
     num_suspects: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def exit_code(self) -> int:
@@ -53,7 +57,8 @@ class ExtractionSummary:
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
         counts = f"{self.num_cached} were cached, {self.num_extracted} extracted"
         failed = f"{len(self.failures)} failed ({self.seconds:.1f} s{rate})"
-        lines = [f"{self.num_samples} samples: {counts}, {failed}"]
+        who = f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
+        lines = [f"{who}{self.num_samples} samples: {counts}, {failed}"]
         if self.num_silent:
             lines.append(f"{self.num_silent} of the extracted clips are digital silence")
         if self.num_suspects:

@@ -17,6 +17,8 @@ from typing import Final
 
 import xxhash
 
+from lmdbcache.extraction.shares import Share
+
 __all__ = ["order_of_units", "place_among_runs"]
 
 _MOST_RUNS: Final = 64
@@ -24,13 +26,17 @@ _GOLDEN_RATIO: Final = 0.618034
 
 
 @contextlib.contextmanager
-def place_among_runs(store: Path) -> Iterator[int]:
+def place_among_runs(store: Path, share: Share | None = None) -> Iterator[int]:
     """Which run of this store on this machine we are: 0 if there is no other, else 1, 2, ….
+
+    Ranks have different units and don't meet: only runs of the same share count.
 
     Only a hint for the order. An abstract socket's name leaves nothing on disk and is free again
     with its process; where there are none (macOS) every run is the first.
     """
     name = xxhash.xxh3_64_hexdigest(os.fsencode(store.resolve()))
+    if share is not None and not share.is_all:
+        name += f"-{share.rank}-{share.world_size}"
     with contextlib.ExitStack() as stack:
         place = 0
         while sys.platform == "linux" and place < _MOST_RUNS:

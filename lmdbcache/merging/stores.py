@@ -13,7 +13,8 @@ from typing import Final
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, CacheFullError, ConfigError
+from lmdbcache.errors import CacheError, CacheFullError, ConfigError, ReadOnlyCacheError
+from lmdbcache.merging.failed_clips import merge_failures
 from lmdbcache.merging.finding import file_number, find_stores
 from lmdbcache.merging.merger import Merger
 from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal
@@ -145,6 +146,11 @@ class _Run:
         merger = self._merger(config, stores)
         stores, provenance = self._fitting(stores, merger)
         SideBySide(merger, stores, provenance, self._detail, self._advance).run()
+        if not self._dry_run:
+            try:
+                merge_failures(self._cache, config, [store.path for store in stores])
+            except (OSError, ReadOnlyCacheError) as error:
+                merger.report.notes.append(f"the list of failed clips isn't complete: {error}")
 
     def _merger(self, config: CacheConfig, stores: list[SourceStore]) -> Merger:
         merger = self._mergers.get(config)

@@ -134,6 +134,8 @@ class EmbeddingWriter(CollectedEmbeddings):
     def put_batch(self, sample_ids: Iterable[str], embeddings: Iterable[Any]) -> int:
         """Add several embeddings. From 8 MiB on they are committed before this returns.
 
+        Inside `together` they are committed at the end of its block.
+
         Args:
             sample_ids: `(n,)` sample ids.
             embeddings: One for each. An array or tensor `(n, *embedding_shape)` is checked and
@@ -190,7 +192,7 @@ class EmbeddingWriter(CollectedEmbeddings):
             num_bytes = sum([getattr(row, "nbytes", 0) for row in embeddings])
         else:
             num_bytes = embeddings.nbytes
-        if num_bytes < _COMMITTED_AT_ONCE_BYTES or self._borrows:
+        if num_bytes < _COMMITTED_AT_ONCE_BYTES or self._borrows or self._is_together:
             yield
             return
         self._borrows = True

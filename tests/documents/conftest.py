@@ -17,6 +17,14 @@ from synthetic_vegas import make_synthetic_vegas
 from lmdbcache.config import DEFAULT_MODEL_NAME
 
 PACKAGE = Path(__file__).resolve().parents[2]
+# Stands in for SLURM's: two tasks, the options left out.
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+export SLURM_NTASKS=2
+for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit "${code:-0}"
+"""
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -64,8 +72,18 @@ def reader_at_home(world, tmp_path, monkeypatch) -> Path:
         shutil.copytree(world / name, home / name)
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, module in (("lmdbcache", "-m lmdbcache.cli.main"), ("python", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+    modules = {
+        "lmdbcache": "-m lmdbcache.cli.main",
+        "python": "",
+        "torchrun": "-m torch.distributed.run",
+        "accelerate": "-m accelerate.commands.accelerate_cli",
+    }
+    scripts = {
+        name: f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n'
+        for name, module in modules.items()
+    }
+    for name, script in {**scripts, "srun": SRUN}.items():
+        (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")

@@ -42,6 +42,15 @@ BEGINNINGS = {
 
 # What holds after a page's code.
 ENDINGS = {
+    "cluster.md": """
+        from lmdbcache import EmbeddingCache
+        stores = EmbeddingCache("VEGAS.cache").stores()
+        assert {s.config.output: s.num_embeddings for s in stores} == {
+            "pooler_output": 40, "mean": 40, "last_hidden_state": 40
+        }
+        (other,) = EmbeddingCache("other.staging").root.glob("world-2-*")
+        assert len(list(other.glob("rank-*"))) == 2
+    """,
     "hidden_states.md": """
         import re
         table = dict(re.findall(r"^\\| `(.*)` \\| (\\(.*\\)) \\|", page, re.MULTILINE))
@@ -72,14 +81,21 @@ AFTER_AN_EXTRACTION = {
 }
 
 RUNNER = """
-import json, linecache, subprocess
+import json, linecache, os, subprocess
 for number, (language, code) in enumerate(json.loads(open("blocks.json").read())):
     name = f"{language} block {number}"
     if language == "python":
         linecache.cache[name] = (len(code), None, code.splitlines(True), name)
         exec(compile(code, name, "exec"), globals())
     else:
-        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+        tasks = [{}]
+        if "#SBATCH --array" in code:  # of two tasks, whatever it says
+            array = {"COUNT": "2", "MIN": "0", "MAX": "1", "STEP": "1"}
+            tasks = [{**array, "ID": str(task)} for task in range(2)]
+        for task in tasks:
+            own = {f"SLURM_ARRAY_TASK_{name}": value for name, value in task.items()}
+            command = ["bash", "-euo", "pipefail", "-c", code]
+            subprocess.run(command, check=True, env={**os.environ, **own})
 """
 
 
@@ -87,6 +103,7 @@ def of_page(code: dict[str, str], page: Path) -> str:
     return textwrap.dedent(code.get(page.name, ""))
 
 
+@pytest.mark.timeout(600)  # the page on clusters starts twenty processes
 @pytest.mark.parametrize(
     "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
 )
@@ -101,7 +118,7 @@ def test_the_code_of_a_page_runs(page, reader_at_home, request):
     )
     (reader_at_home / "page.py").write_text(RUNNER)
     done = subprocess.run(
-        [sys.executable, "page.py"], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "page.py"], capture_output=True, text=True, timeout=580, check=False
     )
     assert done.returncode == 0, f"{page.name}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 

@@ -76,6 +76,61 @@ def test_exception_discards_what_was_not_committed(cache, config):
     assert list(cache.reader(config)) == ["a:x"]
 
 
+@pytest.mark.parametrize(
+    "limit", [{"commit_records": 2}, {"commit_bytes": 1}, {"commit_seconds": 0}]
+)
+def test_together_is_one_commit(cache, config, limit):
+    """A commit that is due inside the block waits for its end, with `put_batch`, too."""
+    many = np.ones((3, 1 << 20), np.float32)
+    with cache.writer(config, **limit) as writer:
+        with writer.together():
+            writer.put("a:x", many[0])
+            writer.put_batch(["b:x", "c:x", "d:x"], many)
+            assert writer.num_written == 0
+        assert (writer.num_written, writer.num_pending) == (4, 0)
+        many[:] = 2  # nothing of it was borrowed
+    with cache.reader(config) as reader:
+        assert all((value == 1).all() for value in reader.values())
+
+
+def test_exception_drops_what_was_put_together(cache, config):
+    """Nothing of the block is stored; what was collected before is, whatever happens after."""
+    with cache.writer(config, on_duplicate="overwrite", commit_records=3) as writer:
+        writer.put("a:x", ONES)
+        writer.put("b:x", ONES)
+        with pytest.raises(RuntimeError, match="stop"), writer.together():
+            writer.put("b:x", 2 * ONES)
+            writer.put("c:x", ONES)
+            writer.put("d:x", ONES)
+            raise RuntimeError("stop")
+        assert writer.num_pending == 2
+        writer.put("e:x", ONES)
+        assert writer.num_written == 3
+    with cache.reader(config) as reader:
+        assert list(reader) == ["a:x", "b:x", "e:x"]
+        assert (reader["b:x"] == 1).all()
+
+
+def test_a_failed_commit_loses_nothing_that_is_put_together(cache, config, monkeypatch):
+    """A commit that failed in the background meanwhile is tried again with the block's."""
+    large = np.ones((34, 1 << 18), np.float32)
+    with cache.writer(config, commit_bytes=33 << 20) as writer:
+        commit = writer._committer.commit
+
+        def fail(*_):
+            monkeypatch.setattr(writer._committer, "commit", commit)
+            raise OSError("full")
+
+        monkeypatch.setattr(writer._committer, "commit", fail)
+        for number, row in enumerate(large[:33]):
+            writer.put(f"{number:02d}:x", row)
+        writer._in_background.wait()
+        with pytest.raises(OSError, match="full"), writer.together():
+            writer.put("33:x", large[33])
+        assert writer.num_pending == 34
+    assert len(cache.reader(config)) == 34
+
+
 def test_duplicates_are_skipped(filled, config, embeddings):
     """A stored sample keeps its value, and put says so."""
     first = next(iter(embeddings))

@@ -39,6 +39,7 @@ class CollectedEmbeddings:
         self._limits = limits
         self._pending = PendingEmbeddings()
         self._borrows = False
+        self._is_together = False
         self._in_background: BackgroundCommit | None = None
         self._shape = committer.embedding_shape
         self._num_written = 0
@@ -87,6 +88,26 @@ class CollectedEmbeddings:
                 written += committed
                 self._forget_pending()
             return written
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is put inside goes into one transaction: all of it is stored, or nothing.
+
+        A commit that becomes due waits for the end of the block. An exception drops what the block
+        has put; what was collected before is kept. Don't commit inside.
+        """
+        with self._usable():
+            before = self._pending.copied()
+            self._is_together = True
+            try:
+                yield
+            except BaseException:
+                self._pending = before
+                raise
+            finally:
+                self._is_together = False
+            if self._pending.values:
+                self._commit_if_due()
 
     def discard(self) -> None:
         """Drop what was collected since the last commit."""
@@ -142,6 +163,8 @@ class CollectedEmbeddings:
     # ---- commits
 
     def _commit_if_due(self) -> None:
+        if self._is_together:
+            return
         if self._in_background is not None and self._in_background.is_done:
             self._settle()
         if not self._pending.is_due(self._limits):

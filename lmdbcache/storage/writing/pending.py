@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy.typing as npt
@@ -48,6 +48,10 @@ class PendingEmbeddings:
         for key in keys:
             if (value := self.values.pop(key, None)) is not None:
                 self.num_bytes -= value.nbytes
+
+    def copied(self) -> PendingEmbeddings:
+        """The same collection, which goes on by itself; the values are shared."""
+        return replace(self, values=dict(self.values))
 
     def own(self) -> None:
         """Copy what lies in somebody else's memory."""

@@ -1,0 +1,90 @@
+"""The options that share an extraction between processes, and who speaks in their output."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cli.console import speak_for
+from lmdbcache.errors import ConfigError
+from lmdbcache.extraction.launchers import (
+    is_on_several_machines,
+    launched_by,
+    share_from_environment,
+)
+from lmdbcache.extraction.shares import Share
+
+__all__ = ["LaunchChoice"]
+
+_PANEL = "Several processes"
+_logger = logging.getLogger(__name__)
+
+
+# typer reads these at run time, on Python 3.10, too: hence Optional.
+@dataclass(frozen=True)
+class LaunchChoice:
+    """Which of several processes this is, and where it stores."""
+
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help="Take this process's share of the clips: torchrun (accelerate), slurm (srun, job "
+            "arrays), auto (whichever has started it), or none: all clips. See docs/cluster.md.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "none"
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Which process this is, from 0, for any other launcher.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    world_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many processes there are.", rich_help_panel=_PANEL),
+    ] = None
+    staging: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Store in this folder, each process in a store of its own, to be merged into the "
+            "root later; for processes on several machines.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    @cached_property
+    def share(self) -> Share:
+        """The share of this process. From now on its lines on standard error name it.
+
+        Raises:
+            ConfigError: The options or the launcher's variables make no sense.
+        """
+        if (self.rank is None) != (self.world_size is None):
+            raise ConfigError("--rank and --world-size: give both, or --launcher")
+        if self.rank is not None and self.world_size is not None:
+            if self.launcher != "none":
+                raise ConfigError(f"--rank and --world-size: not with --launcher {self.launcher}")
+            share = Share(self.rank, self.world_size)
+        else:
+            share = share_from_environment(self.launcher)
+            launcher = launched_by() if self.launcher == "none" else None
+            if launcher is not None:
+                _logger.warning(
+                    "started by %s among others, this process takes all clips; --launcher %s takes "
+                    "its share",
+                    launcher,
+                    launcher,
+                )
+        if not share.is_all:
+            speak_for(str(share))
+            if self.staging is None and is_on_several_machines():
+                _logger.warning(
+                    "there are ranks on other machines, and each machine keeps what its own have "
+                    "computed; give --staging, a folder that all see, and merge"
+                )
+        return share

@@ -1,0 +1,208 @@
+"""A store of its own for each rank of an extraction on several machines, to be merged afterwards.
+
+LMDB wants one machine to use a store at a time. Below a staging folder that all machines see, each
+store has one process that writes and reads it; others look into it when that process has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
+from lmdbcache.extraction.shares import Share
+from lmdbcache.storage.files.filesystems import check_local_for_writing, is_on_network
+
+__all__ = ["Staging"]
+
+_logger: Final = logging.getLogger(__name__)
+
+# A batch system may start a task again before the old one has committed and ended.
+_PATIENCE_SECONDS: Final = 60.0
+_POLL_SECONDS: Final = 0.25
+_RUNNING_SUFFIX: Final = ".running"
+_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class Staging:
+    """Where a rank writes, and what it leaves out because the root or an earlier run has it.
+
+    The store lies in `FOLDER/world-<W>-batch-<B>-<digest of the clips>/rank-<R>/`, a cache root.
+    Ranks of one such group never have a unit in common. What ranks of other groups have stored,
+    at another world size, say, is left out.
+
+    Args:
+        folder: The staging folder, the same for all ranks.
+        root: Where the stores will be merged into.
+        config: The store's identity.
+        share: Which rank this is.
+        sample_ids: All samples of the extraction, those of other ranks included.
+        unit_size: Clips of a unit.
+        patience: How many seconds to wait for processes that are about to end.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        root: EmbeddingCache,
+        config: CacheConfig,
+        share: Share,
+        sample_ids: Iterable[str],
+        unit_size: int,
+        patience: float = _PATIENCE_SECONDS,
+    ) -> None:
+        self._patience = patience
+        self._folder = Path(folder).expanduser().absolute()
+        self._root = root
+        self._config = config
+        self._share = share
+        digest = xxhash.xxh3_64()
+        for sample_id in sorted(sample_ids):
+            digest.update(sample_id.encode("utf-8", "surrogatepass") + b"\n")
+        name = f"world-{share.world_size}-batch-{unit_size}-{digest.hexdigest()}"
+        self._group = self._folder / name
+        self.cache: Final = EmbeddingCache(self._group / f"rank-{share.rank}")
+        self._others: list[EmbeddingCache] = []
+
+    @property
+    def root_store(self) -> Path:
+        """The store that this one will be merged into."""
+        return self._root.path(self._config)
+
+    @property
+    def num_stores(self) -> int:
+        """How many such stores are filled on the same disk, as far as that is known."""
+        share = self._share
+        return share.world_size if is_on_network(self._folder) else share.local_world_size
+
+    def stored(self, sample_ids: Collection[str]) -> set[str]:
+        """Those of the samples that the root or a rank of another group has stored.
+
+        What can't be read there counts as not stored.
+
+        Raises:
+            CacheError: The root can't be read.
+        """
+        missing = set(self._root.coverage(self._config, sample_ids).missing)
+        self._others = [self._root]
+        deadline = time.monotonic() + self._patience
+        for other in sorted(self._folder.glob("world-*/rank-*")):
+            if not missing or other.parent == self._group:
+                continue
+            cache = EmbeddingCache(other)
+            try:
+                with self._at_rest(cache, deadline):
+                    if self._config in cache:
+                        missing = set(cache.coverage(self._config, missing).missing)
+                        self._others.append(cache)
+            except (CacheError, OSError) as error:
+                _logger.warning("what %s holds is computed again: %s", other, error)
+        return set(sample_ids) - missing
+
+    def shape(self) -> tuple[int | None, ...] | None:
+        """The embeddings' shape, by the first of the others that knows it."""
+        for cache in [self._root, *self._others]:
+            if self._config in cache:
+                with cache.reader(self._config, counts_as_use=False) as reader:
+                    if reader.embedding_shape is not None:
+                        return reader.embedding_shape
+        return None
+
+    def check_provenance(self, provenance: Mapping[str, str]) -> None:
+        """Refuse now what a merge would refuse after hours.
+
+        Raises:
+            ProvenanceMismatchError: The root was filled with other weights or features.
+        """
+        if self._config in self._root:
+            with self._root.reader(self._config, counts_as_use=False) as reader:
+                reader.metadata.with_provenance(provenance, self.root_store)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep this rank's store to this process.
+
+        Raises:
+            StorageError: The same rank runs already.
+            ReadOnlyCacheError: The folder can't be written.
+        """
+        path = _mark(self.cache, self._config)
+        check_local_for_writing(path.parent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ReadOnlyCacheError(
+                f"{path.parent} can't be written ({error.strerror}); choose another staging folder"
+            ) from None
+        try:
+            if not _lock(descriptor, fcntl.LOCK_EX, time.monotonic() + self._patience):
+                raise StorageError(
+                    f"{self._share} runs already ({_holder(path)}) and writes to {path.parent}. "
+                    "Wait for it or end it; each rank runs once"
+                )
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _at_rest(self, cache: EmbeddingCache, deadline: float) -> Iterator[None]:
+        """Wait until the rank that writes this store has ended.
+
+        Raises:
+            StorageError: It goes on.
+        """
+        path = _mark(cache, self._config)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield  # copied from elsewhere
+            return
+        try:
+            if not _lock(descriptor, fcntl.LOCK_SH, deadline):
+                raise StorageError(f"it is being written ({_holder(path)})")
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _mark(cache: EmbeddingCache, config: CacheConfig) -> Path:
+    """The file that is locked while the rank runs: beside the store, which may not exist yet."""
+    store = cache.path(config)
+    return store.with_name(store.name + _RUNNING_SUFFIX)
+
+
+def _lock(descriptor: int, kind: int, deadline: float) -> bool:
+    """Take a lock that ends with the process, on NFS, too; not shared with forked workers."""
+    while True:
+        try:
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _logger.debug("no locks here: %s", error)
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        else:
+            return True
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text("utf-8", "replace").strip() or "unknown"
+    return "unknown"

@@ -1,0 +1,214 @@
+"""Shares: whole units, each in one share; and what launchers say about them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmdbcache.cores import available_cores
+from lmdbcache.embedders.devices import device_of_rank
+from lmdbcache.embedders.registry import PretrainedModel
+from lmdbcache.errors import ConfigError
+from lmdbcache.extraction.launchers import (
+    is_on_several_machines,
+    launched_by,
+    share_from_environment,
+)
+from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction.shares import Share
+from lmdbcache.extraction.units import units_of
+
+_samples = st.sets(st.integers(0, 999).map(lambda number: f"{number:03d}:dog"), max_size=60)
+
+
+@given(_samples, _samples, st.integers(1, 9), st.integers(1, 7))
+def test_shares_are_whole_units(asked, stored, unit_size, world_size):
+    """Cut again, a share's samples are `units[rank::world_size]`, whatever is stored already."""
+    shuffled = random.sample(sorted(asked), len(asked))
+    units = units_of(asked, asked - stored, unit_size)
+    for rank in range(world_size):
+        share = Share(rank, world_size).of(shuffled, unit_size)
+        assert units_of(share, asked - stored, unit_size) == units[rank::world_size]
+
+
+@pytest.mark.parametrize("fields", [(2, 2), (-1, 2), (0, 0), (0, 2, -1, 2)])
+def test_impossible_shares_are_refused(fields):
+    """A rank counts from 0 and is less than the world size."""
+    with pytest.raises(ConfigError, match="must be 0 or more and less than"):
+        Share(*fields)
+
+
+def test_units_of_nothing_are_refused():
+    """In a dry run, too."""
+    with pytest.raises(ConfigError, match="batch_size: 0"):
+        Share(0, 2).of(["a:dog"], 0)
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch):
+    """Decoding processes are chosen so that all ranks of a machine fit; never none."""
+    monkeypatch.setattr("lmdbcache.extraction.shares.available_cores", lambda: 16)
+    assert Share().decoding_processes() == 8
+    assert Share(1, 8, 1, 4).decoding_processes() == 2
+    assert Share(1, 8, 1, 2, num_cores=12).decoding_processes() == 6
+    assert Share(31, 32, 31, 32).decoding_processes() == 1
+
+
+def of_srun(rank, size, **others):
+    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(size), **others}
+
+
+def of_array(task, count, first=0, step=1):
+    return {
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "SLURM_ARRAY_TASK_COUNT": str(count),
+        "SLURM_ARRAY_TASK_MIN": str(first),
+        "SLURM_ARRAY_TASK_MAX": str(first + (count - 1) * step),
+        "SLURM_ARRAY_TASK_STEP": str(step),
+    }
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "expected"),
+    [
+        ("auto", {}, Share()),
+        ("none", TORCHRUN, Share()),
+        ("auto", TORCHRUN, Share(5, 8, 1, 4)),
+        ("torchrun", {**TORCHRUN, **of_srun(0, 2)}, Share(5, 8, 1, 4)),
+        ("auto", {**TORCHRUN, **of_srun(1, 2)}, Share(5, 8, 1, 4)),
+        ("slurm", {**TORCHRUN, **of_srun(1, 2)}, Share(1, 2)),
+        ("auto", {"RANK": "1", "WORLD_SIZE": "2"}, Share(1, 2)),
+        ("auto", of_srun(3, 4), Share(3, 4)),
+        # The tasks of the step, not those of the whole job.
+        ("auto", of_srun(1, 8, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2"), Share(1, 2)),
+        # The batch script itself is no task.
+        ("auto", of_srun(0, 4, ENVIRONMENT="BATCH"), Share()),
+        ("auto", of_srun(2, 4, ENVIRONMENT="BATCH", SLURM_STEP_ID="0"), Share(2, 4)),
+        (
+            "auto",
+            of_srun(4, 5, SLURM_LOCALID="1", SLURM_NODEID="1", SLURM_STEP_TASKS_PER_NODE="3,2"),
+            Share(4, 5, 1, 2),
+        ),
+        (
+            "auto",
+            of_srun(5, 7, SLURM_LOCALID="1", SLURM_NODEID="2", SLURM_TASKS_PER_NODE="2(x3),1"),
+            Share(5, 7, 1, 2),
+        ),
+        ("auto", of_array(2, 8), Share(2, 8)),
+        ("slurm", of_array(7, 3, first=1, step=3), Share(2, 3)),
+        ("auto", of_array(5, 1, first=5), Share()),
+        # Each task of an array starts three of its own.
+        ("auto", {**of_array(2, 4, first=1), **of_srun(1, 3)}, Share(4, 12)),
+        ("slurm", {**of_array(4, 4, first=1), **of_srun(2, 3)}, Share(11, 12)),
+        ("auto", {**TORCHRUN, **of_array(1, 2)}, Share(13, 16, 1, 4)),
+        ("torchrun", {**TORCHRUN, **of_array(1, 2)}, Share(5, 8, 1, 4)),
+        ("auto", {**of_array(1, 2), **of_srun(0, 1, ENVIRONMENT="BATCH")}, Share(1, 2)),
+    ],
+)
+def test_shares_of_launchers(launcher, environment, expected):
+    """The rank and the world size that the variables say."""
+    assert share_from_environment(launcher, environment) == expected
+
+
+@pytest.mark.parametrize(("array", "tasks"), [(1, 1), (3, 1), (1, 4), (3, 4)])
+def test_every_share_is_taken_once(array, tasks):
+    """A job array whose tasks start several processes has each rank once."""
+    shares = [
+        share_from_environment("auto", {**of_array(2 + a, array, first=2), **of_srun(t, tasks)})
+        for a in range(array)
+        for t in range(tasks)
+    ]
+    assert sorted(share.rank for share in shares) == list(range(array * tasks))
+    assert {share.world_size for share in shares} == {array * tasks}
+
+
+def test_cores_of_a_slurm_task():
+    """`--cpus-per-task` is this task's alone, as far as the machine has them."""
+    share = share_from_environment("slurm", of_srun(0, 4, SLURM_CPUS_PER_TASK="1000"))
+    assert share.num_cores == available_cores()
+    assert share_from_environment("slurm", of_srun(0, 4, SLURM_CPUS_PER_TASK="1")).num_cores == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "message"),
+    [
+        ("mpi", {}, "known are auto, none, slurm, torchrun"),
+        ("torchrun", {}, "RANK and WORLD_SIZE aren't set"),
+        ("torchrun", of_srun(0, 2), "RANK and WORLD_SIZE aren't set"),
+        ("slurm", TORCHRUN, "neither a task of srun"),
+        ("slurm", of_srun(0, 2, ENVIRONMENT="BATCH"), "neither a task of srun"),
+        ("auto", {"RANK": "1"}, "WORLD_SIZE isn't set"),
+        ("auto", {"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "rank: 2 .* with a world_size of 2"),
+        ("auto", {"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT isn't set"),
+        # A list of indexes, such as --array=1,3,7.
+        ("auto", {**of_array(3, 3, first=1), "SLURM_ARRAY_TASK_MAX": "7"}, "--array=0-2"),
+        ("auto", {**of_array(2, 2, first=1), "SLURM_ARRAY_TASK_MAX": "7"}, "--array=0-1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(launcher, environment, message):
+    """A rank that isn't known is never taken for rank 0: its clips would be missing."""
+    with pytest.raises(ConfigError, match=message):
+        share_from_environment(launcher, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({**TORCHRUN, "GROUP_WORLD_SIZE": "1"}, False),
+        ({**TORCHRUN, "GROUP_WORLD_SIZE": "2"}, True),
+        (of_srun(0, 2, SLURM_STEP_NUM_NODES="2"), True),
+        (of_srun(0, 2, SLURM_STEP_NUM_NODES="2", ENVIRONMENT="BATCH"), False),
+    ],
+)
+def test_several_machines(environment, expected):
+    """As far as the launcher tells."""
+    assert is_on_several_machines(environment) == expected
+
+
+@pytest.mark.parametrize(("num_gpus", "expected"), [(0, None), (1, None), (2, "cuda:1")])
+def test_each_local_rank_has_a_gpu(num_gpus, expected, monkeypatch):
+    """The launcher's choice stands where it shows one alone; more ranks than GPUs take turns."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    assert device_of_rank(1) == device_of_rank(3) == expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, "cuda:1"), ("cpu", "cpu")])
+def test_the_model_goes_to_the_gpu_of_its_rank(
+    device, expected, monkeypatch, cache, clips, config, ast_folder
+):
+    """Unless a device is asked for."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    share, seen = Share(1, 4, 3, 4), []
+
+    def note(self, config, device=None):
+        seen.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PretrainedModel, "make_embedder", note)
+    with pytest.raises(KeyboardInterrupt):
+        options = {"batch_size": 1, "num_workers": 0, "share": share, "device": device}
+        extract(cache, config, clips, model=ast_folder, **options)
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (TORCHRUN, "torchrun"),
+        (of_srun(0, 2), "slurm"),
+        (of_srun(0, 1), None),
+        (of_srun(0, 2, ENVIRONMENT="BATCH"), None),
+        ({"RANK": "high"}, None),
+    ],
+)
+def test_who_has_started_this_process(environment, expected):
+    """Only a launcher that has started several."""
+    assert launched_by(environment) == expected
