@@ -6,7 +6,6 @@ import sys
 
 import bench
 import bench_merge
-import bench_scaling
 import numpy as np
 import peer_adapter
 import pytest
@@ -63,15 +62,3 @@ def test_the_benchmark_of_merging_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_merge.py", "--quick"])
     bench_merge.main()
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["200", "8"]
-
-
-def test_scaling_of_a_quick_run_has_its_figures(monkeypatch, capsys):
-    """Every step runs in a process of its own, and a quick run writes no document."""
-    before = bench_scaling.DOCUMENT.read_bytes()
-    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", "--quick"])
-    bench_scaling.main()
-    text = capsys.readouterr().out
-    for title, *_ in bench_scaling.ROWS:
-        assert f"| {title} | " in text
-    assert "| 2 k pooled | 8 hidden |" in text
-    assert bench_scaling.DOCUMENT.read_bytes() == before
