@@ -12,7 +12,15 @@ from typing import Any, Literal, NamedTuple
 from lmdbcache.config import CacheConfig
 from lmdbcache.sources.origins import Origin
 
-__all__ = ["Conflict", "MergeReport", "MergeReports", "OnConflict", "Refusal", "refusal"]
+__all__ = [
+    "Conflict",
+    "MergeReport",
+    "MergeReports",
+    "OnConflict",
+    "Refusal",
+    "refusal",
+    "store_refusal",
+]
 
 OnConflict = Literal["error", "ours", "theirs"]
 
@@ -64,6 +72,12 @@ class Refusal(NamedTuple):
 def refusal(origin: Origin, sample_id: str, error: object) -> Refusal:
     """Why one sample of this origin can't be merged."""
     return Refusal(origin.writer, sample_id, str(error).removeprefix(f"{sample_id}: "))
+
+
+def store_refusal(store: Path, error: object) -> Refusal:
+    """Why a store as a whole can't be merged, or be merged into."""
+    where = os.fspath(store)
+    return Refusal(where, None, str(error).removeprefix(f"{where}: "))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Final
 from lmdbcache.errors import CacheError
 from lmdbcache.merging.disputes import settle
 from lmdbcache.merging.merger import Merger
-from lmdbcache.merging.report import Refusal
+from lmdbcache.merging.report import Refusal, store_refusal
 from lmdbcache.merging.source_stores import SourceStore
 from lmdbcache.merging.target import Incoming
 from lmdbcache.sources.files import Source
@@ -86,7 +86,7 @@ class SideBySide:
                 yield key, number, expected
         except CacheError as error:
             # What came before is merged; `merge` goes on with the other stores.
-            self._report.refused.append(Refusal(os.fspath(store.path), None, str(error)))
+            self._report.refused.append(store_refusal(store.path, error))
 
     def _merge_chunk(self, chunk: list[_Holders]) -> None:
         if not chunk:

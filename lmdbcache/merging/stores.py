@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timezone
@@ -17,15 +19,16 @@ from lmdbcache.errors import CacheError, CacheFullError, ConfigError, ReadOnlyCa
 from lmdbcache.merging.failed_clips import merge_failures
 from lmdbcache.merging.finding import file_number, find_stores
 from lmdbcache.merging.merger import Merger
-from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal
+from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal, store_refusal
 from lmdbcache.merging.side_by_side import SideBySide
 from lmdbcache.merging.source_stores import SourceStore, open_source_store
 from lmdbcache.storage.format.metadata import StoreMetadata
 
 __all__ = ["merge_stores"]
 
-# Open at once; each takes two file descriptors. Those after them meet what these have left.
+# Open at once. Those after them meet what these have left.
 _STORES_AT_ONCE: Final = 128
+_DESCRIPTORS_PER_STORE, _OTHER_DESCRIPTORS = 5, 64
 
 Progress = Callable[[int, int], None]
 
@@ -66,10 +69,19 @@ def merge_stores(
     found = find_stores(sources)
     reports = MergeReports([], found.refused, found.notes)
     run = _Run(cache, tolerance, on_conflict, reports, dry_run=dry_run, progress=progress)
-    for start in range(0, len(found.stores), _STORES_AT_ONCE):
+    step = _stores_at_once()
+    for start in range(0, len(found.stores), step):
         with contextlib.ExitStack() as stack:
-            run.merge(run.open(found.stores[start : start + _STORES_AT_ONCE], configs, stack))
+            run.merge(run.open(found.stores[start : start + step], configs, stack))
     return reports
+
+
+def _stores_at_once() -> int:
+    """As many as this process may have open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _STORES_AT_ONCE
+    return max(1, min(_STORES_AT_ONCE, (limit - _OTHER_DESCRIPTORS) // _DESCRIPTORS_PER_STORE))
 
 
 class _Run:
@@ -116,7 +128,7 @@ class _Run:
                 # A store of the root may be the target: nobody else could write to it then.
                 store = open_source_store(path, stack, takes_lock=not is_below_root)
             except (CacheError, OSError) as error:
-                self._reports.refused.append(Refusal(os.fspath(path), None, str(error)))
+                self._reports.refused.append(store_refusal(path, error))
                 continue
             if path.resolve() == self._cache.path(store.config).resolve():
                 self._note_own(path)
@@ -136,9 +148,11 @@ class _Run:
                 self._merge_into(config, stores)
             except CacheFullError:
                 raise
-            except CacheError as error:
-                target = os.fspath(self._cache.path(config))
-                self._reports.refused.append(Refusal(target, None, str(error)))
+            except (CacheError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise CacheFullError(f"{error}. Free space and merge again") from None
+                target = self._cache.path(config)
+                self._reports.refused.append(store_refusal(target, error))
             self._done = done + sum(store.num_embeddings for store in stores)
             self._tell()
 
@@ -184,7 +198,7 @@ class _Run:
                 combined = known.with_provenance(store.metadata.provenance, report.path)
                 combined.pack()
             except CacheError as error:
-                report.refused.append(Refusal(os.fspath(store.path), None, f"not merged: {error}"))
+                report.refused.append(store_refusal(store.path, error))
                 continue
             if known.embedding_shape is None:
                 ragged = any(None in (s.metadata.embedding_shape or ()) for s in stores)

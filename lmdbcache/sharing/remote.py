@@ -40,6 +40,7 @@ _WHOLE_OR_NOTHING: Final = frozenset(
 )
 _S3: Final = ("s3", "s3a")
 _TEMPORARY_PREFIX: Final = ".uploading-"
+_inherited: Final[list[Any]] = []
 
 
 class Remote:
@@ -191,6 +192,27 @@ class Remote:
             if progress is not None:
                 progress(len(data))
 
+    def read_span(self, path: str, first: int, last: int) -> bytes:
+        """Some bytes of a file.
+
+        Args:
+            path: Below the place.
+            first: The first byte.
+            last: The one after the last.
+
+        Raises:
+            RemoteError: It isn't there, is shorter, or can't be read.
+        """
+        try:
+            data = self._try(lambda system: _range(system, self._path(path), first, last), path)
+        except FileNotFoundError:
+            raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
+        if len(data) != last - first:
+            raise RemoteError(
+                f"{self.place}/{path} gives {len(data)} of the {last - first} bytes from {first} on"
+            )
+        return data
+
     # ---- changing
 
     def write(self, path: str, data: bytes) -> None:
@@ -241,6 +263,9 @@ class Remote:
 
     def _fsspec(self) -> Any:
         """The file system, of this process alone and with no listing remembered."""
+        if self._pid != os.getpid() and self._file_system is not None:
+            # The parent's connections: ending them here would wait for a loop that isn't running.
+            _inherited.append(self._file_system)
         if self._file_system is None or self._pid != os.getpid():
             self._file_system, self._folder = _connect(self.url, self.protocol, self._options)
             self._pid = os.getpid()

@@ -133,6 +133,9 @@ class Repair:
         gone = {
             digest for commit in self._found.history.commits.values() for digest in commit.withdrawn
         }
+        # One place holds embeddings of one model, so what is known of some holds for all.
+        known = next(iter(self._found.history.commits.values()), None)
+        provenance = () if known is None else _Author.of(known).provenance
         number = 0
         for digest in self._found.unlisted:
             size = self._found.listed[f"{digest}.safetensors"]
@@ -145,7 +148,7 @@ class Repair:
             pairs = zip(entry.sample_ids, entry.checksums, strict=True)
             is_new = not all(one in there.of(name) for name, one in pairs)
             if content.config.fingerprint == self._folder and digest not in gone and is_new:
-                author = _Author(content.config, content.embedding_shape, self._writer)
+                author = _Author(content.config, content.embedding_shape, self._writer, provenance)
                 self._added.setdefault(author, []).append(entry)
                 number += 1
         for commit_id in lost:

@@ -18,7 +18,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lmdbcache.errors import FormatVersionError, IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.errors import (
+    CacheFullError,
+    FormatVersionError,
+    IntegrityError,
+    ReadOnlyCacheError,
+    StorageError,
+)
 from lmdbcache.sources.files import Source
 from lmdbcache.sources.origins import (
     Origin,
@@ -325,6 +331,8 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         # Locked, no permission, a full disk, an I/O error: the file itself may be sound.
+        if "disk is full" in str(error):
+            raise CacheFullError(f"{path}: the disk is full. Free space and go on") from None
         raise StorageError(
             f"{path}: {error}. Check its permissions and the space on its disk"
         ) from None
