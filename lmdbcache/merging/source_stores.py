@@ -6,6 +6,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,18 @@ class _SoundStore(SourceStore):
         check_pages(path)
         self._reader = stack.enter_context(EmbeddingReader(path, counts_as_use=False))
         super().__init__(path, self._reader.metadata, len(self._reader))
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Both databases have the same keys, in order; else a sample could be lost unnamed."""
+        for name, pair in zip_longest(self._reader, stored_checksums(self._reader)):
+            if name is None or pair is None or sample_id_of_key(pair[0]) != name:
+                raise IntegrityError(
+                    f"{self.path} is damaged (embeddings and checksums have different keys)"
+                )
 
     def checksums(self) -> Iterator[tuple[bytes, bytes]]:
-        last = b""
-        for key, expected in stored_checksums(self._reader):
-            if key <= last:
-                raise IntegrityError(f"{self.path} is damaged (keys out of order)")
-            last = key
-            yield key, expected
+        return stored_checksums(self._reader)
 
     def _bytes(self, key: bytes) -> Any:
         def read(_: Snapshot, transaction: lmdb.Transaction) -> bytes | None:

@@ -255,6 +255,27 @@ def test_a_damaged_value_comes_from_another_source(store, target, config):
     assert same(contents(target, config), expected)
 
 
+@pytest.mark.parametrize("to", [b"clip_00021:dpg", b"zlip_00021:dog", b"alip_00021:dog"])
+def test_a_damaged_key(to, store, config):
+    """Of an embedding or of its checksum: the sample is named, and all others are merged."""
+    values = numbered(0, 64)
+    cache = store("cache", values)
+    content, name = data_file(cache, config).read_bytes(), b"clip_00021:dog"
+    places = [at for at in range(len(content)) if content.startswith(name, at)]
+    assert len(places) >= 2
+    files = [content[:at] + to + content[at + len(name) :] for at in places]
+    for number, file in enumerate(files):
+        data_file(cache, config).write_bytes(file)
+        target = EmbeddingCache(cache.root.parent / f"target-{number}")
+        reports = merge_stores(target, [cache.root])
+        told = {refusal.sample_id for refusal in reports.stores[0].refused}
+        found = contents(target, config)
+        assert same(found, {name: values[name] for name in found})
+        assert set(values) - set(found) <= told
+        assert len(found) >= 63
+        assert reports.exit_code == 1 or len(found) == 64
+
+
 @pytest.mark.parametrize("is_foreign", [False, True])
 def test_damaged_stores(is_foreign, store, config):
     """Bits flipped and files cut anywhere: no wrong value comes in, none is lost without a word."""
