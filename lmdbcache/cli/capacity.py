@@ -24,6 +24,8 @@ def show_capacity(found: CapacityPlan, *, as_json: bool) -> None:
     say("")
     say(f"{plan}\n{plan.store}")
     say(_time(found))
+    for warning in found.warnings:
+        say(str(warning))
     raise typer.Exit(0 if plan.fits else DISK_FULL)
 
 

@@ -148,4 +148,6 @@ def _show_plan(plan: ExtractionPlan, *, as_json: bool) -> None:
         print_json(plan.to_dict())
     else:
         say(f"{plan}\n{plan.store}")
+        for warning in plan.warnings:
+            say(str(warning))
     raise typer.Exit(0 if plan.fits else DISK_FULL)

@@ -21,8 +21,9 @@ from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
 from lmdbcache.embedders.registry import PretrainedModel, known_model, ready_model
 from lmdbcache.errors import ExtractionError
 from lmdbcache.extraction.features import features_of
-from lmdbcache.extraction.pipeline import default_num_workers, plan_extraction
-from lmdbcache.extraction.space import ExtractionPlan, estimated_bytes
+from lmdbcache.extraction.pipeline import default_num_workers, plan_extractions
+from lmdbcache.extraction.scaling import ScalingWarning, speed_warnings
+from lmdbcache.extraction.space import ExtractionPlan
 
 __all__ = ["CapacityPlan", "Choice", "Speed", "measure_speed", "plan_capacity"]
 
@@ -39,15 +40,17 @@ class Choice:
     Args:
         output: What is stored of the model's output.
         dtype: How it is stored.
-        bytes_for_all: What the embeddings of all clips take; None while the model isn't on this
-            machine.
         plan: What is missing in this store, and the space that it needs.
     """
 
     output: str
     dtype: str
-    bytes_for_all: int | None
     plan: ExtractionPlan
+
+    @property
+    def bytes_for_all(self) -> int | None:
+        """What the embeddings of all clips take; None while the model isn't on this machine."""
+        return self.plan.bytes_for_all
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,20 @@ class CapacityPlan:
         """The time for all clips; None if that isn't known."""
         return self.speed.seconds_for(self.chosen.plan.num_samples) if self.speed else None
 
+    @property
+    def warnings(self) -> tuple[ScalingWarning, ...]:
+        """What of the chosen one this machine won't bear."""
+        plan = self.chosen.plan
+        if self.speed is None or plan.embedding_shape is None:
+            return plan.warnings
+        dtype = self.chosen.dtype
+        return (*plan.warnings, *speed_warnings(plan.embedding_shape, dtype, self.speed.together))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             **self.chosen.plan.to_dict(),
+            "warnings": [warning.to_dict() for warning in self.warnings],
             "output": self.chosen.output,
             "dtype": self.chosen.dtype,
             "seconds": self.seconds,
@@ -117,7 +130,6 @@ class CapacityPlan:
                 {
                     "output": choice.output,
                     "dtype": choice.dtype,
-                    "bytes_for_all": choice.bytes_for_all,
                     **choice.plan.to_dict(),
                 }
                 for choice in self.choices
@@ -156,10 +168,10 @@ def plan_capacity(
     found = known_model(named)
     outputs = dict.fromkeys((config.output, *(found.outputs if found else ())))
     dtypes = dict.fromkeys((config.dtype, *DTYPES))
-    choices = [
-        _choice(cache, config.replace(output=output, dtype=dtype), clips, model)
-        for output, dtype in itertools.product(outputs, dtypes)
-    ]
+    rows = list(itertools.product(outputs, dtypes))
+    configs = [config.replace(output=output, dtype=dtype) for output, dtype in rows]
+    plans = plan_extractions(cache, configs, clips, model=model)
+    choices = [Choice(*row, plan) for row, plan in zip(rows, plans, strict=True)]
     chosen = choices[0]
     speed, no_speed = None, ""
     if found is None or not _is_here(found):
@@ -188,18 +200,6 @@ def plan_capacity(
 
 def _is_here(model: AudioModel) -> bool:
     return not isinstance(model, PretrainedModel) or model.checkpoint.is_local
-
-
-def _choice(
-    cache: EmbeddingCache,
-    config: CacheConfig,
-    clips: Mapping[str, str | AudioSource],
-    model: str | os.PathLike[str] | AudioModel | None,
-) -> Choice:
-    plan = plan_extraction(cache, config, clips, model=model)
-    shape = plan.embedding_shape
-    taken = estimated_bytes(clips, shape, config.dtype) if shape is not None else None
-    return Choice(config.output, config.dtype, taken, plan)
 
 
 def measure_speed(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +21,14 @@ from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
 from lmdbcache.extraction.samples import pairs_of
+from lmdbcache.extraction.scaling import warnings_of
 from lmdbcache.extraction.shares import Share
-from lmdbcache.extraction.space import ExtractionPlan, existing_parent, needed_bytes
+from lmdbcache.extraction.space import (
+    ExtractionPlan,
+    estimated_bytes,
+    existing_parent,
+    needed_bytes,
+)
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.storage.files.generations import free_bytes
@@ -31,6 +39,7 @@ __all__ = [
     "default_num_workers",
     "extract",
     "plan_extraction",
+    "plan_extractions",
     "stored_of_share",
 ]
 
@@ -177,6 +186,29 @@ def plan_extraction(
     run.take(pairs_of(clips), batch_size)
     if staging is not None:
         run.stage(staging, batch_size, patience=0.0)
+    return _plan(run, model)
+
+
+def plan_extractions(
+    cache: EmbeddingCache,
+    configs: Sequence[CacheConfig],
+    clips: Clips | AudioDataset,
+    *,
+    model: str | os.PathLike[str] | AudioModel | None = None,
+) -> list[ExtractionPlan]:
+    """The plan of the same clips for each of these configs; see `plan_extraction`."""
+    run = Run(cache, configs[0])
+    run.take(pairs_of(clips), 1)
+    plans = []
+    for config in configs:
+        own = copy(run)  # of millions of clips the list takes long to make
+        own.config = config
+        plans.append(_plan(own, model))
+    return plans
+
+
+def _plan(run: Run, model: str | os.PathLike[str] | AudioModel | None) -> ExtractionPlan:
+    config = run.config
     missing = run.plan()
     shape = run.known_shape()
     if shape is None:
@@ -184,20 +216,26 @@ def plan_extraction(
         if found is not None:
             found.check(config)
             shape = found.embedding_shape(config)
-    needed = None
-    if shape is not None or not missing:
-        needed = needed_bytes(missing, shape, config.dtype) if missing and shape else 0
     store = run.cache.path(config)
-    return ExtractionPlan(
+    plan = ExtractionPlan(
         store=store,
         num_samples=len(run.asked),
         num_cached=run.num_cached,
         num_missing=len(missing),
         num_refused=len(run.failures),
         embedding_shape=shape,
-        bytes_needed=needed,
+        bytes_needed=None if missing else 0,
         bytes_free=free_bytes(existing_parent(store)),
     )
+    if shape is None:
+        return plan
+    plan = replace(
+        plan,
+        bytes_needed=needed_bytes(missing, shape, config.dtype) if missing else 0,
+        bytes_for_all=estimated_bytes(run.all_samples, shape, config.dtype),
+    )
+    num_written = len(run.missing_on_disk)
+    return replace(plan, warnings=warnings_of(plan, config, len(run.all_samples), num_written))
 
 
 def stored_of_share(

@@ -106,7 +106,9 @@ class Run:
         """The missing clips by sample id, sorted."""
         # Ranks that fill one store look at the space that all of them need.
         asked = self.paths if self.staging or self.share.is_all else self._all_samples
-        missing = set(self.cache.coverage(self.config, asked).missing)
+        missing = set(asked)
+        if self.config in self.cache:
+            missing = set(self.cache.coverage(self.config, asked).missing)
         if self.staging is not None:
             missing -= self.staging.stored(missing)
         self._missing_on_disk = missing
@@ -149,6 +151,16 @@ class Run:
         self.settled -= self.changed
         wanted = self.changed | missing.keys()
         return {sample_id: self.paths[sample_id] for sample_id in sorted(wanted)}
+
+    @property
+    def all_samples(self) -> list[str]:
+        """Those of all ranks."""
+        return self._all_samples
+
+    @property
+    def missing_on_disk(self) -> Collection[str]:
+        """What will be written to our store, by all that fill it."""
+        return self._missing_on_disk
 
     def known_shape(self) -> tuple[int, ...] | None:
         """Shape of the store's embeddings; None if there are none yet."""

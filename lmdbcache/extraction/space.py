@@ -7,11 +7,14 @@ import mmap
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.errors import CacheFullError
 from lmdbcache.storage.files.generations import RESERVE_BYTES, free_bytes
 from lmdbcache.storage.format.values import NUMPY_DTYPES
+
+if TYPE_CHECKING:
+    from lmdbcache.extraction.scaling import ScalingWarning
 
 __all__ = [
     "ExtractionPlan",
@@ -27,8 +30,10 @@ _PAGE_HEADER, _NODE_HEADER, _POINTER = 16, 8, 2
 _PAGE_NUMBER: Final = 8
 _CHECKSUM_BYTES: Final = 8
 # Pages that each commit replaces, and leaf pages that aren't full. In key order, as a run stores
-# its clips, this is enough; many small values in random order can take twice as much.
+# its clips, this is enough; many small values in random order can take twice as much. Keys leave
+# their pages half empty where they sort before that of the metadata.
 _LEAF_SLACK: Final = 1.5
+_KEY_SLACK: Final = 2.1
 _LARGEST_COMMIT: Final = 64 << 20
 _SOURCE_RECORD: Final = 256  # in sources.sqlite3; rather too much
 
@@ -46,6 +51,9 @@ class ExtractionPlan:
         embedding_shape: Shape of one embedding; None while the model isn't on this machine.
         bytes_needed: What has to be free, a reserve included; None if the shape isn't known.
         bytes_free: What this user may still write there.
+        bytes_for_all: What the embeddings of all samples take, those of other ranks included; None
+            if the shape isn't known.
+        warnings: What of it this machine won't bear; what breaks first comes first.
     """
 
     store: Path
@@ -56,6 +64,8 @@ class ExtractionPlan:
     embedding_shape: tuple[int, ...] | None
     bytes_needed: int | None
     bytes_free: int
+    bytes_for_all: int | None = None
+    warnings: tuple[ScalingWarning, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -64,7 +74,12 @@ class ExtractionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "store": str(self.store), "fits": self.fits}
+        return {
+            **asdict(self),
+            "store": str(self.store),
+            "fits": self.fits,
+            "warnings": [warning.to_dict() for warning in self.warnings],
+        }
 
     def __str__(self) -> str:
         needed = "bytes not known before the model is on this machine"
@@ -87,15 +102,16 @@ def estimated_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: 
     utf8 = (sample_id.encode("utf-8", "surrogatepass") for sample_id in sample_ids)
     key = sum(map(len, utf8)) / len(sample_ids)
     node = _NODE_HEADER + key + _POINTER
-    leaf = node + _CHECKSUM_BYTES
-    own = 0
+    keys = 2 * node + _CHECKSUM_BYTES
+    own = leaf = 0.0
     if _NODE_HEADER + key + size > (page - _PAGE_HEADER) // 2 - _POINTER:
         own = math.ceil((_PAGE_HEADER + size) / page) * page
-        leaf += node + _PAGE_NUMBER
+        keys += _PAGE_NUMBER
     else:
+        keys -= node
         per_page = (page - _PAGE_HEADER) // math.ceil(node + size)
-        leaf += page / per_page
-    return 8 * page + math.ceil(len(sample_ids) * (own + _LEAF_SLACK * leaf))
+        leaf = page / per_page
+    return 8 * page + math.ceil(len(sample_ids) * (own + _KEY_SLACK * keys + _LEAF_SLACK * leaf))
 
 
 def needed_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: str) -> int:

@@ -120,6 +120,34 @@ def test_dry_run(cli, data, options, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--plan"])
+def test_warnings_of_a_plan(data, options, tmp_path, option):
+    """What the machine won't bear is said after the plan, with the way out, and in JSON."""
+    code = (
+        "import sys\nfrom lmdbcache.cli.main import main\n"
+        "from lmdbcache.extraction import scaling\n"
+        "scaling.memory_limit = lambda: 4096\n"  # a very small machine
+        "sys.argv = ['lmdbcache', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    arguments = ["extract", data, *options, option, "--root", tmp_path / "cache"]
+
+    def run(*more):
+        command = [sys.executable, "-c", code, *map(str, [*arguments, *more])]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    warnings = [line for line in run().splitlines() if line.startswith("warning: ")]
+    (memory,) = [line for line in warnings if "of random reads will wait" in line]
+    assert "4.0 KiB of memory" in memory
+    assert "--dtype float16" in memory
+    assert memory.endswith("(docs/scaling.md)")
+    found = {entry["name"]: entry for entry in json.loads(run("--json"))["warnings"]}
+    assert len(found) == len(warnings)
+    assert (found["page_cache"]["limit"], found["page_cache"]["unit"]) == (4096, "bytes")
+
+
 def test_full_disk(cli, data, options, tmp_path):
     """Exit code 3, one line with the bytes and what is stored; again once there is room."""
     with small_disk(tmp_path / "disk", 32) as disk:

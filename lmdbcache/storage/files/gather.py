@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError
+from lmdbcache.memory_limit import memory_limit
 from lmdbcache.storage.files.engine_errors import truncated
 
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
@@ -96,6 +97,9 @@ class MappedFile:
         self.file_id = (status.st_dev, status.st_ino)
         self.data: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self._views: dict[int, npt.NDArray[np.void]] = {}
+        # Page faults wait for one place at a time, and read what lies around it, too. That fills
+        # the page cache of a file that fits, and ruins that of one that doesn't.
+        self.is_asked_for: Final = status.st_size > memory_limit()
 
     def value(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A view of one value; read-only, for as long as the snapshot is pinned."""
@@ -121,7 +125,7 @@ class MappedFile:
         Raises:
             IntegrityError: The file was truncated meanwhile.
         """
-        self.check_whole()
+        self.prepare(offsets, length)
         if length < LARGE_VALUE_BYTES and out is None:
             return self._view(length)[offsets]
         if out is None:
@@ -129,6 +133,16 @@ class MappedFile:
         for row, offset in zip(out, offsets.tolist(), strict=True):
             row[:] = self.data[offset : offset + length]
         return out
+
+    def prepare(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
+        """See that these values can be copied; if the memory can't hold the file, ask for them.
+
+        Raises:
+            IntegrityError: See `check_whole`.
+        """
+        self.check_whole()
+        if self.is_asked_for:
+            self.will_need(offsets, length)
 
     def check_whole(self) -> None:
         """Notice that something has truncated the file: reading beyond its end is SIGBUS.

@@ -76,6 +76,8 @@ class LocatedValues:
         if length >= LARGE_VALUE_BYTES:
             rows = self.file.gather(np.array([offset]), length)
             return rows.view(self.dtype).reshape(self.shape)
+        if self.file.is_asked_for:
+            self.file.will_need((offset,), length)
         copied: npt.NDArray[Any] = self.file.value(offset, self.dtype, self.shape).copy()
         return copied
 
@@ -113,6 +115,8 @@ def locate(
             table = read_value_table(file.data, snapshot.id)
             if count > _READ_AT_ONCE:
                 _write_table(table, identity, generation)
+                # Mapped, it costs this process no memory of its own.
+                table = _read_table(identity, generation) or table
         _check(table, file, count, transaction)
     except (UnreadablePagesError, OSError, ValueError) as error:
         _logger.info("%s: values are read through LMDB (%s)", generation, str(error))

@@ -137,8 +137,9 @@ class Selection:
             return None
 
         def read(located: LocatedValues, wanted: Offsets) -> _T:
-            located.file.check_whole()
-            copied = copy(located.file, *self._places(located, wanted))
+            places, length = self._places(located, wanted)
+            located.file.prepare(places, length)
+            copied = copy(located.file, places, length)
             self._count(located, _indices(positions))
             return copied
 

@@ -1,0 +1,71 @@
+"""A store that the memory can't hold: what is read is asked for ahead, and nothing beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lmdbcache import CacheConfig
+from lmdbcache.storage.files import gather
+from lmdbcache.storage.files.gather import MappedFile
+
+SHAPES = {"pooled": (300,), "hidden": (40, 512)}
+
+
+@pytest.fixture(params=SHAPES)
+def stored(request, cache):
+    """A reader's config, ids and values."""
+    config = CacheConfig(output=request.param)
+    values = np.random.default_rng(0).random((24, *SHAPES[request.param]), dtype=np.float32)
+    names = [f"clip_{number:02d}:x" for number in range(24)]
+    with cache.writer(config) as writer:
+        writer.put_batch(names, values)
+    return config, names, values
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked for, as (offsets, length)."""
+    calls = []
+    original = MappedFile.will_need
+
+    def will_need(self, offsets, length):
+        calls.append((list(offsets), length))
+        original(self, offsets, length)
+
+    monkeypatch.setattr(MappedFile, "will_need", will_need)
+    return calls
+
+
+def read_in_all_ways(reader, names, values):
+    selection = reader.select(names)
+    order = np.random.default_rng(1).permutation(len(names))
+    assert np.array_equal(selection.get_batch(order), values[order])
+    assert np.array_equal(reader.get_batch([names[i] for i in order]), values[order])
+    out = np.empty_like(values)
+    selection.get_batch(order, out)
+    assert np.array_equal(out, values[order])
+    for _ in range(3):
+        for number in order:
+            assert np.array_equal(reader[names[number]], values[number])
+
+
+def test_what_fits_is_not_asked_for(stored, cache, asked):
+    """A store that the page cache holds is read as ever."""
+    config, names, values = stored
+    with cache.reader(config) as reader:
+        read_in_all_ways(reader, names, values)
+    assert asked == []
+
+
+def test_what_does_not_fit_is_asked_for(stored, cache, asked, monkeypatch):
+    """Batches, single reads and given buffers ask for exactly their values, and give the same."""
+    config, names, values = stored
+    monkeypatch.setattr(gather, "memory_limit", lambda: 1 << 10)
+    with cache.reader(config) as reader:
+        read_in_all_ways(reader, names, values)
+        lengths = {length for _, length in asked}
+        assert lengths == {values[0].nbytes}
+        batches = [offsets for offsets, _ in asked if len(offsets) > 1]
+        assert [len(set(offsets)) for offsets in batches] == [24, 24, 24]
+        assert [len(offsets) for offsets, _ in asked].count(1) >= 24
