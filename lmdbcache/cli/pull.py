@@ -13,8 +13,11 @@ from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
 from lmdbcache.cli.options import Json, Progress, Root
 from lmdbcache.comparison import DEFAULT_TOLERANCE
+from lmdbcache.errors import ConfigError
+from lmdbcache.sharing.places import find_fingerprint, shared_fingerprints
 from lmdbcache.sharing.pull_report import PullReport
 from lmdbcache.sharing.pulling import pull
+from lmdbcache.sharing.remote import Remote
 
 __all__ = ["pull_command"]
 
@@ -34,6 +37,9 @@ def pull_command(
         ),
     ] = None,
     *,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All stores that are shared there.")
+    ] = False,
     root: Root = None,
     commit: Annotated[
         Optional[str],  # noqa: UP045
@@ -71,24 +77,35 @@ def pull_command(
     Stopped at any moment, it goes on where it was when run again. Exit code 1 if something was
     left out: a conflict, a damaged file, a sample that nobody shares; 3 if the disk is full.
     """
-    with progress_bar("pulling", shown=progress, in_bytes=True) as report_progress:
-        report = pull(
-            EmbeddingCache(root),
-            url,
-            fingerprint,
-            commit=commit,
-            on_conflict=on_conflict.value,
-            tolerance=tolerance,
-            classes=classes,
-            sample_ids=None if ids is None else ids_in(ids),
-            dry_run=dry_run,
-            progress=report_progress,
-        )
+    if everything and (fingerprint or commit):
+        raise ConfigError("--all takes all that is shared: leave out the fingerprint and --commit")
+    reports = []
+    for one in _all_shared(url) if everything else [fingerprint]:
+        with progress_bar("pulling", shown=progress, in_bytes=True) as report_progress:
+            report = pull(
+                EmbeddingCache(root),
+                url,
+                one,
+                commit=commit,
+                on_conflict=on_conflict.value,
+                tolerance=tolerance,
+                classes=classes,
+                sample_ids=None if ids is None else ids_in(ids),
+                dry_run=dry_run,
+                progress=report_progress,
+            )
+        reports.append(report)
+        if not as_json:
+            _print_report(report)
     if as_json:
-        print_json(report.to_dict())
-    else:
-        _print_report(report)
-    raise typer.Exit(report.exit_code)
+        found = [report.to_dict() for report in reports]
+        print_json(found if everything else found[0])
+    raise typer.Exit(max(report.exit_code for report in reports))
+
+
+def _all_shared(url: str) -> list[str]:
+    remote = Remote(url)
+    return shared_fingerprints(remote) or [find_fingerprint(remote, None)]  # says what is wrong
 
 
 def _print_report(report: PullReport) -> None:

@@ -23,10 +23,20 @@ __all__ = [
     "find_fingerprint",
     "first_commit",
     "pinned_state",
+    "shared_fingerprints",
 ]
 
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
 _FEW: Final = 10
+
+
+def shared_fingerprints(remote: Remote) -> list[str]:
+    """The stores that are shared at a place.
+
+    Raises:
+        RemoteError: The place can't be reached.
+    """
+    return sorted(name for name in remote.list_folders() if _FINGERPRINT.fullmatch(name))
 
 
 def find_fingerprint(remote: Remote, text: str | None) -> str:
@@ -36,7 +46,7 @@ def find_fingerprint(remote: Remote, text: str | None) -> str:
         CacheNotFoundError: None, or several; names what is there.
         RemoteError: The place can't be reached.
     """
-    there = [name for name in remote.list_folders() if _FINGERPRINT.fullmatch(name)]
+    there = shared_fingerprints(remote)
     asked = (text or "").strip().lower()
     found = [name for name in there if name.startswith(asked)]
     if len(found) == 1:
@@ -52,7 +62,7 @@ def find_fingerprint(remote: Remote, text: str | None) -> str:
         )
     what = f"{text!r} stands for {len(found)} stores" if text else f"{len(found)} stores are shared"
     raise CacheNotFoundError(
-        f"{what} at {where}: {_described(remote, found)}. Give the fingerprint of one"
+        f"{what} at {where}: {_described(remote, found)}. Give the fingerprint of one, or --all"
     )
 
 

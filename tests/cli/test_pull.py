@@ -95,3 +95,17 @@ def test_what_cannot_be_pulled_is_one_line(refused, place, arguments, words):
     """Each wrong argument is one line that says what is wrong, and nothing is stored."""
     share(place, CONFIG, some_embeddings(0, 3))
     assert words in refused("pull", *[one.format(url=place.url) for one in arguments])
+
+
+def test_all_that_is_shared(cli, place, root):
+    """`--all` pulls each store of a place; without it several are named."""
+    other = CacheConfig(dataset="vegas", sample_rate=8000)
+    for config in (CONFIG, other):
+        share(place, config, some_embeddings(0, 10))
+    refused = cli("pull", place.url)
+    assert refused.returncode == 1
+    assert "2 stores are shared" in refused.stderr
+    found = json.loads(cli("pull", place.url, "--all", "--json").stdout)
+    assert [one["num_samples"] for one in found] == [10, 10]
+    assert len(stored(root, CONFIG)) == len(stored(root, other)) == 10
+    assert cli("pull", place.url, "--all", CONFIG.fingerprint).returncode == 1
