@@ -19,6 +19,7 @@ from lmdbcache.cli import (
     inspect,
     maintain,
     prune,
+    push,
     remove,
     report,
     transfer,
@@ -57,6 +58,9 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "audit": audit.audit_command,
         "repair": maintain.repair_command,
         "doctor": doctor.doctor_command,
+    },
+    "Share": {
+        "push": push.push_command,
     },
     "Make room": {
         "compact": maintain.compact_command,

@@ -11,6 +11,7 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, say, sizes
+from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.options import (
     All,
     DryRun,
@@ -22,7 +23,7 @@ from lmdbcache.cli.options import (
     find_folders,
 )
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import DatasetError, IntegrityError, SampleNotFoundError
+from lmdbcache.errors import IntegrityError, SampleNotFoundError
 from lmdbcache.storage.format.layout import canonical_sample_id, join_sample_id, split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo, info_or_damage, users_of
@@ -108,7 +109,7 @@ class _Wish:
         return cls(
             frozenset(split_sample_id(join_sample_id("any", name))[1] for name in class_names),
             frozenset(map(canonical_sample_id, samples)),
-            frozenset(_ids_in(ids_file) if ids_file else ()),
+            frozenset(ids_in(ids_file) if ids_file else ()),
         )
 
     def means(self, sample_id: str) -> bool:
@@ -135,14 +136,6 @@ class _Selection:
             "num_removed": num_removed,
             "num_left": self.info.num_embeddings - num_removed,
         }
-
-
-def _ids_in(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise DatasetError(f"--ids {path}: not text in UTF-8; write one sample id a line") from None
-    return [canonical_sample_id(line.strip()) for line in lines if line.strip()]
 
 
 def _remove_embeddings(

@@ -54,7 +54,8 @@ class Commit:
         parents: Ids of the commits that it was made after.
         provenance: The writer's store's.
         shards: What it adds.
-        withdrawn: Digests of shards that its ancestors listed and that count no more.
+        withdrawn: Digests of shards that its ancestors listed and that count no more, and of
+            commits that are lost.
         replaced: Sample id → the checksums that its ancestors gave it and that count no more.
     """
 

@@ -14,13 +14,18 @@ __all__ = ["CommitCopies"]
 
 
 class CommitCopies:
-    """Copies of commit files in a store's folder: they never change, so each is read once.
+    """Copies of one place's commit files: they never change, so each is read once.
 
-    They may be removed at any time. None as the folder keeps nothing.
+    They lie in the store's folder and may be removed at any time.
+
+    Args:
+        store: The store's folder; None keeps nothing.
+        url: Of the place.
     """
 
-    def __init__(self, store: Path | None) -> None:
-        self._folder = None if store is None else store / COMMIT_COPIES_NAME
+    def __init__(self, store: Path | None, url: str = "") -> None:
+        place = hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        self._folder = None if store is None else store / COMMIT_COPIES_NAME / place
 
     def get(self, commit_id: str) -> bytes | None:
         """The bytes of a commit file, if a sound copy is there."""
@@ -34,13 +39,13 @@ class CommitCopies:
 
     def keep(self, commit_id: str, data: bytes) -> None:
         """Keep a copy, if that is possible."""
-        if self._folder is None or not self._folder.parent.is_dir():
+        if self._folder is None or not self._folder.parent.parent.is_dir():
             return
         path = self._folder / f"{commit_id}.json"
         temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         with contextlib.suppress(OSError):
             try:
-                self._folder.mkdir(exist_ok=True)
+                self._folder.mkdir(parents=True, exist_ok=True)
                 temporary.write_bytes(data)
                 temporary.replace(path)
             finally:

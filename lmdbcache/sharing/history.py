@@ -6,7 +6,7 @@ can't undo each other's work, and the order in which files arrive doesn't matter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from lmdbcache.config import CacheConfig
@@ -22,7 +22,7 @@ from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.shards import ShardEntry
 
-__all__ = ["History", "Offer", "read_history"]
+__all__ = ["History", "Offer", "SharedChecksums", "read_history"]
 
 _MAX_COMMIT_BYTES: Final = 256 << 20
 
@@ -38,7 +38,7 @@ class Offer(NamedTuple):
 
     commit: Commit
     entry: ShardEntry
-    rows: tuple[int, ...]
+    rows: Sequence[int]
 
 
 class History:
@@ -99,7 +99,8 @@ class History:
         commit = self.find(text)
         ids = self.ancestors(commit.id) | {commit.id}
         closure = {id_: self.commits[id_] for id_ in ids if id_ in self.commits}
-        absent = {commit_path(one) for one in ids - closure.keys()}
+        gone = _withdrawn(closure.values())
+        absent = {commit_path(one) for one in ids - closure.keys() if one[-64:] not in gone}
         known = {path: why for path, why in self.problems.items() if path in absent}
         problems = {path: known.get(path, "isn't there") for path in absent}
         return History(self.fingerprint, closure, problems)
@@ -124,21 +125,43 @@ class History:
     def offers(self) -> list[Offer]:
         """Every shard that counts, once, in the order of `ordered`."""
         gone = _Withdrawals(self)
-        found: dict[str, tuple[Commit, ShardEntry, set[int]]] = {}
+        found: dict[str, Offer] = {}
         for commit in self.ordered():
             for entry in commit.shards:
                 rows = gone.rows_left(commit, entry)
-                if rows:
-                    found.setdefault(entry.sha256, (commit, entry, set()))[2].update(rows)
-        return [Offer(commit, entry, tuple(sorted(rows))) for commit, entry, rows in found.values()]
+                there = found.get(entry.sha256)
+                if there is None and rows:
+                    found[entry.sha256] = Offer(commit, entry, rows)
+                elif there is not None and len(there.rows) < len(rows):
+                    # Replaced as the one listed it, and not as the other did.
+                    both = sorted({*there.rows, *rows})
+                    found[entry.sha256] = there._replace(rows=both)
+        return list(found.values())
 
-    def checksums(self) -> dict[str, set[bytes]]:
-        """Sample id → the checksums of what is shared for it; several mean a conflict."""
-        found: dict[str, set[bytes]] = {}
-        for _, entry, rows in self.offers():
+    def checksums(self) -> SharedChecksums:
+        """The checksums of what is shared, by sample id."""
+        return SharedChecksums(self.offers())
+
+
+class SharedChecksums:
+    """The checksums of what is shared, by sample id; most samples have one."""
+
+    def __init__(self, offers: Iterable[Offer]) -> None:
+        self._first: dict[str, bytes] = {}
+        self._others: dict[str, set[bytes]] = {}
+        for _, entry, rows in offers:
             for row in rows:
-                found.setdefault(entry.sample_ids[row], set()).add(entry.checksums[row])
-        return found
+                sample_id, found = entry.sample_ids[row], entry.checksums[row]
+                if self._first.setdefault(sample_id, found) != found:
+                    self._others.setdefault(sample_id, set()).add(found)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def of(self, sample_id: str) -> set[bytes]:
+        """The checksums shared for this sample; several mean a conflict."""
+        first = self._first.get(sample_id)
+        return set() if first is None else {first, *self._others.get(sample_id, ())}
 
 
 class _Withdrawals:
@@ -151,11 +174,11 @@ class _Withdrawals:
             if commit.withdrawn or commit.replaced
         ]
 
-    def rows_left(self, commit: Commit, entry: ShardEntry) -> Iterable[int]:
+    def rows_left(self, commit: Commit, entry: ShardEntry) -> Sequence[int]:
         later = [(gone, old) for ids, gone, old in self._by_commit if commit.id in ids]
         if any(entry.sha256 in gone for gone, _ in later):
             return ()
-        rows: Iterable[int] = range(len(entry.sample_ids))
+        rows: Sequence[int] = range(len(entry.sample_ids))
         for _, old in later:
             if old:
                 rows = [
@@ -185,7 +208,7 @@ def read_history(
         RemoteError: The place can't be reached. A single file that can't be read is a problem of
             the history.
     """
-    copies = copies or CommitCopies(None)
+    copies = CommitCopies(None) if copies is None else copies
     listed = remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
     ids = sorted(match[1] for name in listed if (match := COMMIT_NAME.fullmatch(name)))
     commits, problems = {}, {}
@@ -198,13 +221,18 @@ def read_history(
             problems[commit_path(commit_id)] = str(error)
         if progress is not None:
             progress(done, len(ids))
+    gone = _withdrawn(commits.values())
     for commit in commits.values():
         for parent in commit.parents:
-            if parent not in commits:
+            if parent not in commits and parent[-64:] not in gone:
                 problems.setdefault(
                     commit_path(parent), f"isn't there, and {commit.id} builds on it"
                 )
     return History(fingerprint, commits, problems)
+
+
+def _withdrawn(commits: Iterable[Commit]) -> set[str]:
+    return {digest for commit in commits for digest in commit.withdrawn}
 
 
 def _read_commit(

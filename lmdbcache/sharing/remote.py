@@ -7,7 +7,6 @@ breaks on the way is tried again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import posixpath
@@ -15,20 +14,22 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
-from lmdbcache.errors import CacheFullError, ConfigError, MissingDependencyError, RemoteError
+from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
+from lmdbcache.sharing.remote_errors import first_line, is_final, missing_package, translated
 from lmdbcache.storage.files.generations import sync_file
 
-__all__ = ["Remote", "RemoteError", "is_url"]
+__all__ = ["Remote", "is_url", "without_secrets"]
 
 _logger: Final = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _PIECE_BYTES: Final = 16 << 20
 _TRIES: Final = 5
-_FIRST_TRIES: Final = 2  # before the place has answered once: a wrong name is more likely
+_FIRST_TRIES: Final = 2  # before the place has answered once
 _FIRST_WAIT: Final = 0.5  # seconds; doubled each time
 # A connection that stands still isn't waited for longer than such a slow one would take.
 _PATIENCE_SECONDS: Final = 60.0
@@ -37,26 +38,16 @@ _SLOWEST_BYTES_PER_SECOND: Final = 64 << 10
 _WHOLE_OR_NOTHING: Final = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
 )
-_EXTRAS: Final = {"s3": "lmdbcache[s3]", "s3a": "lmdbcache[s3]"}
-_PACKAGES: Final = {
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-    "ssh": "sshfs",
-    "sftp": "sshfs",
-    "abfs": "adlfs",
-    "az": "adlfs",
-}
+_S3: Final = ("s3", "s3a")
 _TEMPORARY_PREFIX: Final = ".uploading-"
-_FINAL_ERRNOS: Final = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-)
 
 
 class Remote:
     """A place that embeddings are shared through.
 
     Picklable; a forked process connects anew. Threads may share it.
+
+    `place` is its URL without a password, for people.
 
     Args:
         url: `s3://bucket/folder`, `file:///mnt/shared/embeddings`, `ssh://host/folder`, …
@@ -77,6 +68,7 @@ class Remote:
         tries: int = _TRIES,
     ) -> None:
         self.url: Final = _checked(url)
+        self.place: Final = without_secrets(self.url)
         self.protocol: Final = self.url.partition("://")[0]
         self._options = dict(storage_options or {})
         self._tries = tries
@@ -84,10 +76,10 @@ class Remote:
         self._file_system: Any = None
         self._pid = 0
         self._folder = ""
-        self._fsspec()
+        _check_known(self.place, self.protocol)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r})"
+        return f"{type(self).__name__}({self.place!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file_system": None, "_has_answered": False}
@@ -114,9 +106,13 @@ class Remote:
         found = self._list(folder)
         return sorted(name for name, item in found.items() if item.get("type") == "directory")
 
-    def leftovers(self, folder: str) -> list[str]:
-        """Names of files that uploads have left behind, or are making now."""
-        return sorted(name for name in self._list(folder) if name.startswith(_TEMPORARY_PREFIX))
+    def leftovers(self, folder: str) -> dict[str, float | None]:
+        """Name → age in seconds of files that uploads have left behind, or are making now."""
+        return {
+            name: _age(item)
+            for name, item in sorted(self._list(folder).items())
+            if name.startswith(_TEMPORARY_PREFIX)
+        }
 
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         def listing(system: Any) -> list[dict[str, Any]]:
@@ -151,9 +147,9 @@ class Remote:
         try:
             data = self._try(fetch, path)
         except FileNotFoundError:
-            raise RemoteError(f"{self.url}/{path} isn't there (any more)") from None
+            raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
         if len(data) != num_bytes:
-            raise RemoteError(f"{self.url}/{path} gives {len(data)} of {num_bytes} bytes")
+            raise RemoteError(f"{self.place}/{path} gives {len(data)} of {num_bytes} bytes")
         return data
 
     def fetch(
@@ -184,10 +180,10 @@ class Remote:
             try:
                 data = self._try(piece, path)
             except FileNotFoundError:
-                raise RemoteError(f"{self.url}/{path} isn't there (any more)") from None
+                raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
             if not 0 < len(data) <= last - first:
                 raise RemoteError(
-                    f"{self.url}/{path} gives {len(data)} bytes where {last - first} of "
+                    f"{self.place}/{path} gives {len(data)} bytes where {last - first} of "
                     f"{num_bytes} should follow the first {first}"
                 )
             target.write(data)
@@ -211,7 +207,7 @@ class Remote:
                 _write_local(Path(target), data)
             elif self.protocol in _WHOLE_OR_NOTHING:
                 # s3fs would send two parts or more; one PUT is one request, and whole or nothing.
-                large = {"chunksize": len(data) + 1} if self.protocol in ("s3", "s3a") else {}
+                large = {"chunksize": len(data) + 1} if self.protocol in _S3 else {}
                 _call(system, "pipe_file", len(data), target, data, **large)
             else:
                 folder, name = posixpath.split(target)
@@ -229,8 +225,8 @@ class Remote:
             self._try(put, path)
         except FileNotFoundError as error:
             raise RemoteError(
-                f"{self.url}/{path} can't be written: {_first_line(error)}. Is there such a bucket "
-                "or folder? It isn't made for you"
+                f"{self.place}/{path} can't be written: {first_line(error)}. Is there such a "
+                "bucket or mount? It isn't made for you"
             ) from None
 
     def remove(self, path: str) -> None:
@@ -251,7 +247,10 @@ class Remote:
         return self._file_system
 
     def _try(self, action: Callable[[Any], _Result], path: str) -> _Result:
-        wait, number = _FIRST_WAIT, 0
+        wait, number, tries = _FIRST_WAIT, 0, self._tries
+        if not self._has_answered:
+            # A wrong name is more likely; and botocore tries four times more by itself.
+            tries = min(tries, 1 if self.protocol in _S3 else _FIRST_TRIES)
         while True:
             number += 1
             try:
@@ -259,10 +258,9 @@ class Remote:
             except (FileNotFoundError, MissingDependencyError, ConfigError):
                 raise
             except Exception as error:  # each file system has errors of its own
-                tries = self._tries if self._has_answered else min(self._tries, _FIRST_TRIES)
-                if number >= tries or _is_final(error):
-                    raise _translated(error, f"{self.url}/{path}".rstrip("/"), number) from error
-                _logger.info("%s/%s: %s; trying again", self.url, path, _first_line(error))
+                if number >= tries or is_final(error):
+                    raise translated(error, f"{self.place}/{path}".rstrip("/"), number) from error
+                _logger.info("%s/%s: %s; trying again", self.place, path, first_line(error))
                 self._file_system = None  # its connection may be the broken one
                 time.sleep(wait * random.uniform(0.5, 1.5))
                 wait *= 2
@@ -276,41 +274,48 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown and kept: without the password, if it has one."""
+    protocol, colon, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    user, at, name = host.rpartition("@")
+    return f"{protocol}{colon}{user.partition(':')[0]}{at}{name}{slash}{path}"
+
+
 def _checked(url: str) -> str:
     protocol, colon, rest = str(url).partition("://")
     if not colon or not protocol or "::" in url or (not rest.strip("/") and protocol != "memory"):
         raise ConfigError(
-            f"{url!r} isn't a place to share through; give a URL such as s3://bucket/folder, "
-            "ssh://host/folder or file:///mnt/shared"
+            f"{without_secrets(str(url))!r} isn't a place to share through; give a URL such as "
+            "s3://bucket/folder, ssh://host/folder or file:///mnt/shared"
         )
     return f"{protocol.lower()}://{rest.rstrip('/')}"
 
 
-def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+def _check_known(place: str, protocol: str) -> None:
+    """Whether there is a file system for this kind of URL; nothing is connected."""
     try:
         import fsspec
     except ModuleNotFoundError as error:
-        raise _missing(protocol, "fsspec") from error
-    if protocol in ("s3", "s3a"):
+        raise missing_package(protocol, "fsspec") from error
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise missing_package(protocol, str(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    import fsspec
+
+    if protocol in _S3:
         # Many servers that speak S3 don't know the checksums that newer clients add.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    try:
-        system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
-    except ImportError as error:
-        raise _missing(protocol, str(error)) from error
-    except ValueError as error:
-        raise ConfigError(f"{url}: {_first_line(error)}") from None
-    if protocol in ("s3", "s3a"):
+    system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
+    if protocol in _S3:
         system.retries = 1  # of its own, inside each of ours
     return system, str(folder).rstrip("/")
-
-
-def _missing(protocol: str, why: str) -> MissingDependencyError:
-    package = _EXTRAS.get(protocol) or ("lmdbcache[share]" if why == "fsspec" else None)
-    package = package or _PACKAGES.get(protocol)
-    return MissingDependencyError(
-        f"{protocol}://: {why}: pip install " + (f'"{package}"' if package else "what it names")
-    )
 
 
 def _call(system: Any, method: str, num_bytes: int, *args: Any, **options: Any) -> Any:
@@ -318,6 +323,13 @@ def _call(system: Any, method: str, num_bytes: int, *args: Any, **options: Any) 
     if system.async_impl:
         options["timeout"] = _PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
     return getattr(system, method)(*args, **options)
+
+
+def _age(item: Mapping[str, Any]) -> float | None:
+    modified = item.get("mtime") or item.get("LastModified") or item.get("created")
+    if isinstance(modified, datetime):
+        modified = modified.timestamp()
+    return time.time() - modified if isinstance(modified, (int, float)) else None
 
 
 def _range(system: Any, path: str, first: int, last: int) -> bytes:
@@ -340,34 +352,3 @@ def _write_local(target: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_file(target.parent)
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether trying again is no use."""
-    if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError)):
-        return True
-    if isinstance(error, (TypeError, NotImplementedError, MemoryError)):
-        return True
-    if isinstance(error, OSError) and error.errno in _FINAL_ERRNOS:
-        return True
-    return any(word in type(error).__name__ for word in ("Credentials", "Token", "Permission"))
-
-
-def _translated(error: Exception, place: str, tries: int) -> CacheFullError | RemoteError:
-    reason = _first_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CacheFullError(f"{place}: the disk is full. Free space and go on")
-    if "Credentials" in type(error).__name__:
-        return RemoteError(
-            f"{place}: no credentials ({reason}). Set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or what this kind of place takes"
-        )
-    if isinstance(error, PermissionError) or "Permission" in type(error).__name__:
-        return RemoteError(f"{place}: permission denied ({reason}). Check the credentials")
-    often = f", tried {tries} times" if tries > 1 else ""
-    return RemoteError(f"{place}: {reason}{often}. Check the URL and the connection, and try again")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT",
     "MAX_SHARD_SAMPLES",
     "SHARD_BYTES",
+    "SHARDS_NAME",
     "SHARD_NAME",
     "Shape",
     "ShardContent",
@@ -36,6 +37,7 @@ __all__ = [
     "checked_shape",
     "decode_shard",
     "encode_shard",
+    "row_bytes",
     "sound_rows",
 ]
 
@@ -43,6 +45,7 @@ FORMAT: Final = 1
 SHARD_BYTES: Final = 64 << 20  # of values
 # A safetensors header may have 100 MB; an id has up to 511 bytes, and escapes make more of them.
 MAX_SHARD_SAMPLES: Final = 50_000
+SHARDS_NAME: Final = "shards"
 SHARD_NAME: Final = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 _MAX_HEADER_BYTES: Final = 100_000_000
@@ -76,7 +79,12 @@ class ShardEntry:
     @property
     def path(self) -> str:
         """The file, below the fingerprint's folder."""
-        return f"shards/{self.sha256}.safetensors"
+        return f"{SHARDS_NAME}/{self.name}"
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return f"{self.sha256}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class _Layout:
             raise ConfigError(f"{len(lengths)} lengths for {len(self.keys)} samples")
         self.dtype = NUMPY_DTYPES[config.dtype]
         rest = [size for size in shape if size is not None]
-        self.row_bytes = math.prod(rest) * self.dtype.itemsize
+        self.row_bytes = row_bytes(config, shape)
         num_rows = len(self.keys) if lengths is None else sum(lengths)
         self.num_value_bytes = num_rows * self.row_bytes
         self.header = self._header(sample_ids, [num_rows, *rest])
@@ -194,9 +202,7 @@ def encode_shard(
     is_ragged = None in embedding_shape
     lengths = tuple(len(embeddings[index]) for index in order) if is_ragged else None
     layout = _Layout(config, embedding_shape, ids, lengths)
-    data = bytearray(layout.num_bytes)
-    data[: len(layout.header)] = layout.header
-    checksums = []
+    checksums, pieces = [], [memoryview(layout.header)]
     for index, key, (first, last) in zip(order, layout.keys, layout.bounds(), strict=True):
         value = np.asarray(embeddings[index])
         raw = _raw(value)
@@ -206,10 +212,16 @@ def encode_shard(
                 f"{value.dtype}, the shard's are {embedding_shape} in {layout.dtype}"
             )
         checksums.append(checksum(key, raw))
-        data[first:last] = raw
-    whole = bytes(data)
-    digest = hashlib.sha256(whole).hexdigest()
-    return ShardEntry(digest, len(whole), ids, tuple(checksums), lengths), whole
+        pieces.append(raw)
+    data = b"".join(pieces)
+    digest = hashlib.sha256(data).hexdigest()
+    return ShardEntry(digest, len(data), ids, tuple(checksums), lengths), data
+
+
+def row_bytes(config: CacheConfig, embedding_shape: Shape) -> int:
+    """Bytes of one embedding, or of one step of its first dimension where that differs."""
+    rest = [size for size in embedding_shape if size is not None]
+    return math.prod(rest) * NUMPY_DTYPES[config.dtype].itemsize
 
 
 def decode_shard(data: Buffer, name: str) -> ShardContent:

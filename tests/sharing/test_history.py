@@ -89,8 +89,8 @@ def test_a_replaced_sample_counts_no_more(remote, config):
     assert name == new.sample_ids[0]
     put_commit(remote, config, [new], parents=[first.id], replaced={name: [old.checksums[0]]})
     history = read_history(remote, config.fingerprint)
-    assert [offer.rows for offer in history.offers()] == [(1, 2), (0,)]
-    assert history.checksums()[name] == {new.checksums[0]}
+    assert [list(offer.rows) for offer in history.offers()] == [[1, 2], [0]]
+    assert history.checksums().of(name) == {new.checksums[0]}
 
 
 def test_foreign_files_are_left_alone(remote, config):
@@ -107,25 +107,26 @@ def test_copies_are_read_instead(remote, config, tmp_path):
     """A commit that was read once isn't read again, unless its copy is damaged."""
     (one,) = shards(config, 1)
     commit = put_commit(remote, config, [one])
-    copies = CommitCopies(tmp_path)
+    copies = CommitCopies(tmp_path, remote.url)
     expected = read_history(remote, config.fingerprint, copies).commits
     read = []
     original = remote.read
     remote.read = lambda path, size: read.append(path) or original(path, size)
     assert read_history(remote, config.fingerprint, copies).commits == expected
     assert read == []
-    copy = tmp_path / "commits" / f"{commit.id}.json"
+    (copy,) = tmp_path.glob(f"commits/*/{commit.id}.json")
     copy.write_bytes(copy.read_bytes()[:-1])
     assert read_history(remote, config.fingerprint, copies).commits == expected
     assert len(read) == 1
     assert copies.ids() == [commit.id]
+    assert CommitCopies(tmp_path, "memory://another").ids() == []
 
 
 def test_what_was_cut_shows_in_spite_of_a_copy(remote, config, tmp_path):
     """A LIST tells that the file is shorter now."""
     (one,) = shards(config, 1)
     commit = put_commit(remote, config, [one])
-    copies = CommitCopies(tmp_path)
+    copies = CommitCopies(tmp_path, remote.url)
     read_history(remote, config.fingerprint, copies)
     remote.write(f"{config.fingerprint}/{commit.path}", b"{}")
     assert commit.path in read_history(remote, config.fingerprint, copies).problems

@@ -1,0 +1,150 @@
+"""`lmdbcache push`: share stores through a folder or bucket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
+from lmdbcache.cli.id_lists import ids_in
+from lmdbcache.cli.options import All, Json, Progress, Root, Stores, find_folders
+from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
+from lmdbcache.sharing.push_report import PushReport
+from lmdbcache.sharing.pushing import push
+from lmdbcache.sharing.remote import Remote
+from lmdbcache.store_info import read_store_info
+
+__all__ = ["push_command"]
+
+_FEW = 10
+
+
+def push_command(
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="Where to: s3://bucket/folder, ssh://host/folder, file:///folder, or any other "
+            "that fsspec knows."
+        ),
+    ],
+    stores: Stores = None,
+    *,
+    root: Root = None,
+    everything: All = False,
+    own: Annotated[
+        bool,
+        typer.Option("--own", help="Only what was computed here, not what was pulled or merged."),
+    ] = False,
+    class_names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--class", help="Only this class; may be repeated.", show_default=False),
+    ] = None,
+    ids_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--ids", help="Only the samples that this file lists, one id a line."),
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Where a sample is there with another value, this one counts from now on.",
+        ),
+    ] = False,
+    writer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name that the commits carry; default: this host's.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be pushed.")
+    ] = False,
+    progress: Progress = None,
+    as_json: Json = False,
+) -> None:
+    """Upload what a place lacks of stores, so that others can pull it. Nothing there is changed.
+
+    Without STORES: the only one under the root. Embeddings derive from the audio, which may be
+    private: nothing is ever pushed unless this command is given. Exit code 1 if a stored value is
+    damaged; all others are pushed.
+    """
+    cache = EmbeddingCache(root)
+    Remote(url)  # a wrong one is told before any store is looked at
+    chosen = _folders(cache, stores, everything=everything)
+    ids = None if ids_file is None else ids_in(ids_file)
+    reports: list[PushReport] = []
+    failed = False
+    for folder in chosen:
+        try:
+            config = read_store_info(folder).config
+            if config is None:  # pragma: no cover - damage raises
+                raise IntegrityError(f"{folder} is damaged")
+            with progress_bar(folder.name, shown=progress) as bar:
+                report = push(
+                    cache,
+                    config,
+                    url,
+                    writer=writer,
+                    own=own,
+                    classes=class_names,
+                    sample_ids=ids,
+                    replace=replace,
+                    dry_run=dry_run,
+                    progress=bar,
+                )
+        except CacheError as error:
+            if len(chosen) == 1:
+                raise
+            print_error(error)
+            failed = True
+            if isinstance(error, RemoteError):
+                break
+            continue  # the other stores are pushed nevertheless
+        reports.append(report)
+        if not as_json:
+            _say_report(folder.name, report)
+    if as_json:
+        print_json([report.to_dict() for report in reports])
+    raise typer.Exit(1 if failed else max((one.exit_code for one in reports), default=0))
+
+
+def _folders(cache: EmbeddingCache, stores: list[str] | None, *, everything: bool) -> list[Path]:
+    if stores or everything:
+        return find_folders(cache, stores, everything=everything)
+    found = cache.folders()
+    if not found:
+        raise ConfigError(f"there is no store under {cache.root}; is --root right?")
+    if len(found) > 1:
+        raise ConfigError(
+            f"which of {len(found)} stores under {cache.root}? Name them, or give --all: "
+            f"{', '.join(folder.name for folder in found)}"
+        )
+    return found
+
+
+def _say_report(name: str, report: PushReport) -> None:
+    chosen = counted(report.num_chosen, "embedding")
+    if report.dry_run:
+        say(f"{name}: would push {report.num_pushed} of {chosen} to {report.url}")
+    elif report.num_pushed:
+        say(
+            f"{name}: pushed {report.num_pushed} of {chosen} to {report.url}, "
+            f"{counted(report.num_shards, 'shard')}, {sizes(report.num_bytes)} uploaded"
+        )
+    else:
+        say(f"{name}: nothing to push, {report.num_there} of {chosen} are at {report.url}")
+    if report.num_different:
+        say(f"  {counted(report.num_different, 'sample')} of these are there with another value")
+    for sample_id, why in list(report.damaged.items())[:_FEW]:
+        say(f"  damaged, not pushed: {sample_id}: {why}")
+    if len(report.damaged) > _FEW:
+        say(f"  … and {len(report.damaged) - _FEW} more; see --json")
+    for path, why in list(report.problems.items())[:_FEW]:
+        say(f"  there: {path}: {why}")
+    if report.problems:
+        say(f"  `lmdbcache verify {report.url} --repair` looks after these")
+    if report.commit:
+        say(f"  commit {report.commit}")
+    elif report.heads:
+        say(f"  several writers have pushed side by side: {', '.join(report.heads)}")
