@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ from typing import Any, Final
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError
 from lmdbcache.failures import read_failures
+from lmdbcache.sources.origins import Origin
+from lmdbcache.sources.records import SourceRecords
 from lmdbcache.storage.counting.absence import explain_sample_absence
-from lmdbcache.storage.format.layout import canonical_sample_id
+from lmdbcache.storage.format.layout import canonical_sample_id, sample_id_of_key, sample_key
+from lmdbcache.storage.maintenance.checksums import checksums_of
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo
 
@@ -38,6 +42,7 @@ class Explanation:
         nearest_names: Sample ids, or for `"class_absent"` classes, that are stored instead.
         stored_elsewhere: Other configs that have the sample.
         failure: Why the clip gave no embedding.
+        origin: Who computed the sample, if it came from another store.
         damaged: Stores under the root that can't be read.
     """
 
@@ -51,6 +56,7 @@ class Explanation:
     stored_elsewhere: tuple[CacheConfig, ...] = ()
     failure: str | None = None
     damaged: tuple[Path, ...] = ()
+    origin: Origin | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -93,6 +99,7 @@ class Explanation:
             "nearest_names": list(self.nearest_names),
             "stored_elsewhere": [config.fingerprint for config in self.stored_elsewhere],
             "failure": self.failure,
+            "origin": self.origin.to_dict() if self.origin else None,
             "damaged": [str(path) for path in self.damaged],
         }
 
@@ -169,7 +176,10 @@ def explain_sample(
         with EmbeddingReader(path, found.config, counts_as_use=False) as reader:
             if sample_id in reader:
                 text = f"{sample_id!r} is stored in {path.name}"
-                return Explanation("stored", text, found.config, sample_id)
+                origin = _origin_of(reader, sample_id)
+                if origin is not None:
+                    text += f". It came from {origin}"
+                return Explanation("stored", text, found.config, sample_id, origin=origin)
             failure = _failure_of(path, sample_id)
             absence = explain_sample_absence(sample_id, reader)
         reason, text, near = absence.reason, absence.text, absence.nearest
@@ -196,6 +206,15 @@ def explain_sample(
         failure,
         found.damaged,
     )
+
+
+def _origin_of(reader: EmbeddingReader, sample_id: str) -> Origin | None:
+    with contextlib.suppress(CacheError):  # damaged records concern nothing else
+        key = sample_key(sample_id)
+        found = {sample_id_of_key(key): value for value in checksums_of(reader, [key]).values()}
+        with SourceRecords(reader.path) as records:
+            return next(iter(records.origins(found).values()), None)
+    return None
 
 
 def _failure_of(store: Path, sample_id: str) -> str | None:

@@ -12,13 +12,24 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import counted, is_wide, print_json, print_table, say, sizes
+from lmdbcache.cli.console import (
+    counted,
+    is_wide,
+    print_error,
+    print_json,
+    print_table,
+    say,
+    sizes,
+)
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Root, Store, find_store
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.quantities import age
+from lmdbcache.errors import CacheError
 from lmdbcache.failures import ClipFailure, read_failures
 from lmdbcache.requirement import is_covered
+from lmdbcache.sources.origin_counts import count_origins
+from lmdbcache.sources.origins import Origin
 from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo
@@ -122,14 +133,19 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
     info = find_store(EmbeddingCache(root), store)
     failures = read_failures(info.path)
     classes: Counter[str] = Counter()
+    origins: list[tuple[Origin, int]] = []
     if info.config is not None:
         with EmbeddingReader(info.path, info.config, counts_as_use=False) as reader:
             classes.update(split_sample_id(sample_id)[1] for sample_id in reader)
+        origins = _origins(info)
     if as_json:
         found = [vars(failure) for failure in failures]
-        print_json({**info.to_dict(), "classes": dict(classes), "failures": found})
+        counted_origins = [{**origin.to_dict(), "embeddings": n} for origin, n in origins]
+        own = {"classes": dict(classes), "origins": counted_origins, "failures": found}
+        print_json({**info.to_dict(), **own})
     else:
         _print_info(info, classes, failures)
+        _print_origins(origins)
     raise typer.Exit(1 if info.damage else 0)
 
 
@@ -158,6 +174,24 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         say(f"failed: {failure.sample_id}: {failure.reason}")
     if len(failures) > _FEW:
         say(f"… and {len(failures) - _FEW} more failed clips; see --json")
+
+
+def _origins(info: StoreInfo) -> list[tuple[Origin, int]]:
+    try:
+        return count_origins(info.path)
+    except CacheError as error:
+        print_error(f"who computed its embeddings can't be told: {error}")
+        return []
+
+
+def _print_origins(origins: list[tuple[Origin, int]]) -> None:
+    """Where embeddings came from, if some came from elsewhere."""
+    if origins:
+        say("")
+        rows = [(str(origin), number) for origin, number in origins[:_FEW]]
+        print_table(("computed in", "embeddings"), rows)
+    if len(origins) > _FEW:
+        say(f"… and {len(origins) - _FEW} more; see --json")
 
 
 def _moment(moment: datetime | None) -> str:

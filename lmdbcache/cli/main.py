@@ -18,8 +18,10 @@ from lmdbcache.cli import (
     finding,
     inspect,
     maintain,
+    merge,
     prune,
     push,
+    pull,
     remove,
     report,
     transfer,
@@ -43,6 +45,10 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "extract": extract.extract_command,
         "import": transfer.import_command,
         "export": transfer.export_command,
+        "merge": merge.merge_command,
+    },
+    "Share": {
+        "pull": pull.pull_command,
     },
     "Look": {
         "ls": inspect.ls_command,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy.typing as npt
 
@@ -11,12 +12,12 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.comparison import DEFAULT_TOLERANCE, difference_of
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError, InvalidSampleIdError
-from lmdbcache.merging.report import Conflict, MergeReport, OnConflict, Refusal
-from lmdbcache.merging.target import Change, Incoming, MovedMeanwhileError, Ours, Target
+from lmdbcache.merging.report import Conflict, MergeReport, OnConflict, Refusal, refusal
+from lmdbcache.merging.target import Change, Incoming, MovedMeanwhileError, Ours, StoredNow, Target
 from lmdbcache.sources.files import Source
 from lmdbcache.sources.origins import THIS_STORE, Origin
 from lmdbcache.storage.format.layout import sample_key
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.storage.format.metadata import StoreMetadata, checksum
 from lmdbcache.storage.format.values import as_stored, check_shape
 
 __all__ = ["Merger"]
@@ -88,9 +89,21 @@ class Merger:
         Raises:
             InvalidSampleIdError: A sample id can't be stored.
         """
-        keys = {sample_key(sample_id): sample_id for sample_id in checksums}
-        stored = {**self._target.checksums(list(keys)), **self._would_be}
-        return [name for key, name in keys.items() if stored.get(key) != checksums[name]]
+        keys = {sample_id: sample_key(sample_id) for sample_id in checksums}
+        stored = self.stored(list(keys.values()))
+        return [name for name, key in keys.items() if stored.get(key) != bytes(checksums[name])]
+
+    def stored(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The checksums of those that are stored, or by a dry run would be."""
+        with self._target.now() as now:
+            stored = now.checksums(keys)
+        would_be = {key: self._would_be[key] for key in keys if key in self._would_be}
+        return {**would_be, **stored} if would_be else stored
+
+    def metadata(self) -> StoreMetadata | None:
+        """The store's metadata; None while there is no store."""
+        with self._target.now() as now:
+            return now.metadata
 
     def add(
         self,
@@ -128,13 +141,8 @@ class Merger:
             try:
                 given.append(self._incoming(sample_id, embedding, origin, expected, source))
             except (InvalidSampleIdError, InvalidEmbeddingError) as error:
-                self.refuse(origin, sample_id, error)
+                self.report.refused.append(refusal(origin, sample_id, error))
         self.add_incoming(given, origin.provenance)
-
-    def refuse(self, origin: Origin, sample_id: str | None, reason: object) -> None:
-        """Note what can't be merged."""
-        text = str(reason).removeprefix(f"{sample_id}: ")
-        self.report.refused.append(Refusal(origin.writer, sample_id, text))
 
     def add_incoming(self, given: Iterable[Incoming], provenance: Mapping[str, str]) -> None:
         """`add`, of several origins, in the stored form."""
@@ -162,10 +170,10 @@ class Merger:
         return Incoming(key, value, found, origin, source)
 
     def _merge(self, given: list[Incoming], provenance: Mapping[str, str]) -> None:
-        given = self._fitting(given)
         while given:
             outcome = _Outcome()
-            self._judge(given, outcome)
+            with self._target.now() as now:
+                self._judge(given, now, outcome)
             try:
                 if outcome.changes and not self.report.is_dry_run:
                     self._target.write(outcome.changes, provenance)
@@ -174,34 +182,26 @@ class Merger:
             self._note(outcome)
             return
 
-    def _fitting(self, given: list[Incoming]) -> list[Incoming]:
-        shape = self._target.shape()
-        fitting = []
+    def _judge(self, given: list[Incoming], now: StoredNow, outcome: _Outcome) -> None:
+        shape = now.metadata.embedding_shape if now.metadata is not None else None
+        stored = now.checksums([incoming.key for incoming in given])
         for incoming in given:
             if shape is None:
                 shape = self._target.shape_of_new(incoming.value)
             try:
                 check_shape(incoming.sample_id, incoming.value.shape, shape)
-                fitting.append(incoming)
             except InvalidEmbeddingError as error:
-                self.refuse(incoming.origin, incoming.sample_id, error)
-        return fitting
-
-    def _judge(self, given: list[Incoming], outcome: _Outcome) -> None:
-        stored = self._target.checksums([incoming.key for incoming in given])
-        differing = []
-        for incoming in given:
+                outcome.refused.append(refusal(incoming.origin, incoming.sample_id, error))
+                continue
             ours = stored.get(incoming.key, self._would_be.get(incoming.key))
             if ours is None:
-                outcome.new.append(incoming)
+                outcome.num_new += 1
+                outcome.num_bytes += incoming.value.nbytes
+                outcome.changes.append(Change(incoming, None))
             elif ours == incoming.checksum:
                 outcome.num_same += 1
             else:
-                differing.append(incoming)
-        outcome.changes = [Change(incoming, None) for incoming in outcome.new]
-        for incoming in differing:  # one by one: they may be large
-            ours_now = self._target.values([incoming.key]).get(incoming.key)
-            self._compare(incoming, ours_now, outcome)
+                self._compare(incoming, now.value(incoming.key), outcome)
 
     def _compare(self, incoming: Incoming, ours: Ours | None, outcome: _Outcome) -> None:
         name = incoming.sample_id
@@ -209,24 +209,26 @@ class Merger:
             reason = "the value that is stored is damaged: run `lmdbcache repair`, and merge again"
             outcome.refused.append(Refusal(str(self._target.path), name, reason))
             return
-        max_abs, cosine = difference_of(ours.value, incoming.value)
+        if ours.value.shape == incoming.value.shape:
+            max_abs, cosine = difference_of(ours.value, incoming.value)
+        else:  # of a ragged store
+            max_abs, cosine = math.inf, 1.0
         if max_abs <= self.report.tolerance:
             outcome.close.append(max_abs)
             return
         takes_theirs = self.report.on_conflict == "theirs"
         origin = self._target.origins({name: ours.checksum}).get(name, THIS_STORE)
-        kept: Any = "theirs" if takes_theirs else "ours"
+        kept: Literal["ours", "theirs"] = "theirs" if takes_theirs else "ours"
         outcome.conflicts.append(Conflict(name, origin, incoming.origin, max_abs, cosine, kept))
         if takes_theirs:
             outcome.changes.append(Change(incoming, ours.checksum))
 
     def _note(self, outcome: _Outcome) -> None:
         report = self.report
-        report.num_new += len(outcome.new)
-        report.num_bytes += sum(incoming.value.nbytes for incoming in outcome.new)
+        report.num_new += outcome.num_new
+        report.num_bytes += outcome.num_bytes
         report.num_same += outcome.num_same
-        report.num_close += len(outcome.close)
-        report.largest_close = max([report.largest_close, *outcome.close])
+        report.note_close(outcome.close)
         report.conflicts += outcome.conflicts
         report.refused += outcome.refused
         if report.is_dry_run:
@@ -238,7 +240,8 @@ class _Outcome:
     """What one look at the store says about some embeddings."""
 
     def __init__(self) -> None:
-        self.new: list[Incoming] = []
+        self.num_new = 0
+        self.num_bytes = 0
         self.num_same = 0
         self.close: list[float] = []
         self.conflicts: list[Conflict] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from lmdbcache.config import CacheConfig
 from lmdbcache.sources.origins import Origin
 
-__all__ = ["Conflict", "MergeReport", "MergeReports", "OnConflict", "Refusal"]
+__all__ = ["Conflict", "MergeReport", "MergeReports", "OnConflict", "Refusal", "refusal"]
 
 OnConflict = Literal["error", "ours", "theirs"]
 
@@ -57,6 +58,11 @@ class Refusal(NamedTuple):
         return ": ".join(filter(None, (self.where, self.sample_id, self.reason)))
 
 
+def refusal(origin: Origin, sample_id: str, error: object) -> Refusal:
+    """Why one sample of this origin can't be merged."""
+    return Refusal(origin.writer, sample_id, str(error).removeprefix(f"{sample_id}: "))
+
+
 @dataclass
 class MergeReport:
     """What came into one store.
@@ -90,6 +96,12 @@ class MergeReport:
     conflicts: list[Conflict] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def note_close(self, differences: Iterable[float]) -> None:
+        """Count embeddings within the tolerance, by how far they are from what is kept."""
+        for difference in differences:
+            self.num_close += 1
+            self.largest_close = max(self.largest_close, difference)
 
     @property
     def unresolved(self) -> list[Conflict]:

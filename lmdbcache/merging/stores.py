@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timezone
-from itertools import islice
 from pathlib import Path
+from typing import Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, CacheFullError
+from lmdbcache.errors import CacheError, CacheFullError, ConfigError
+from lmdbcache.merging.finding import file_number, find_stores
 from lmdbcache.merging.merger import Merger
 from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal
-from lmdbcache.sources.origins import Origin
-from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.store_info import is_store
+from lmdbcache.merging.side_by_side import SideBySide
+from lmdbcache.merging.source_stores import SourceStore, open_source_store
+from lmdbcache.storage.format.metadata import StoreMetadata
 
 __all__ = ["merge_stores"]
 
-_AT_ONCE = 2048
-_DEPTH = 4
+# Open at once; each takes two file descriptors. Those after them meet what these have left.
+_STORES_AT_ONCE: Final = 128
+
+Progress = Callable[[int, int], None]
 
 
 def merge_stores(
@@ -33,63 +37,180 @@ def merge_stores(
     tolerance: float = DEFAULT_TOLERANCE,
     on_conflict: OnConflict = "error",
     dry_run: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReports:
     """Merge stores into those of the same configs under one root.
+
+    What is damaged in a source is left out and told, the rest is merged. Committed batch by batch:
+    stopped at any moment, the same call goes on where it was.
 
     Args:
         cache: Where they go.
         sources: Stores, roots, or folders that hold roots.
         configs: Only stores of these; None takes all.
-        tolerance: See `Merger`.
-        on_conflict: See `Merger`.
+        tolerance: Largest difference of two elements that counts as none.
+        on_conflict: `"error"` leaves what is stored as it is, and takes neither of two sources
+            that differ; `"ours"` keeps what is stored, or the first source's; `"theirs"` takes
+            the last source's.
         dry_run: Only tell what would be done.
         progress: Called with (embeddings done, embeddings in all).
 
     Returns:
         What was merged and what wasn't.
+
+    Raises:
+        CacheFullError: The disk is full; what was committed stays.
+        ReadOnlyCacheError: The root can't be written.
     """
-    found = MergeReports()
-    reports: dict[CacheConfig, MergeReport] = {}
-    stores = [store for source in sources for store in _stores_under(Path(source), _DEPTH)]
-    for store in dict.fromkeys(stores):
+    found = find_stores(sources)
+    reports = MergeReports([], found.refused, found.notes)
+    run = _Run(cache, tolerance, on_conflict, reports, dry_run=dry_run, progress=progress)
+    paths = [path for path in found.stores if not run.is_own(path)]
+    for start in range(0, len(paths), _STORES_AT_ONCE):
+        with contextlib.ExitStack() as stack:
+            run.merge(_by_config(paths[start : start + _STORES_AT_ONCE], configs, reports, stack))
+    return reports
+
+
+def _by_config(
+    paths: Iterable[Path],
+    configs: Collection[CacheConfig] | None,
+    reports: MergeReports,
+    stack: contextlib.ExitStack,
+) -> dict[CacheConfig, list[SourceStore]]:
+    opened: dict[CacheConfig, list[SourceStore]] = {}
+    for path in paths:
         try:
-            with EmbeddingReader(store, counts_as_use=False) as reader:
-                config = reader.config
-                if configs is not None and config not in configs:
-                    continue
-                shape = reader.embedding_shape or ()
-                merger = Merger(
-                    cache,
-                    config,
-                    tolerance=tolerance,
-                    on_conflict=on_conflict,
-                    ragged=None in shape,
-                    dry_run=dry_run,
-                    dataset_root=reader.metadata.dataset_root,
-                )
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                detail = {"store": os.fspath(store), "merged_at": now}
-                origin = Origin(socket.gethostname(), detail, reader.metadata.provenance)
-                names = iter(reader)
-                while chunk := list(islice(names, _AT_ONCE)):
-                    merger.add(chunk, [reader[name] for name in chunk], origin)
-                    if progress is not None:
-                        progress(len(chunk), len(reader))
-                reports[config] = merger.report
-        except CacheFullError:
-            raise
-        except CacheError as error:
-            found.refused.append(Refusal(os.fspath(store), None, str(error)))
-    found.stores = list(reports.values())
-    return found
+            store = open_source_store(path, stack)
+        except (CacheError, OSError) as error:
+            reports.refused.append(Refusal(os.fspath(path), None, str(error)))
+            continue
+        if configs is None or store.config in configs:
+            opened.setdefault(store.config, []).append(store)
+    return opened
 
 
-def _stores_under(folder: Path, depth: int) -> list[Path]:
-    folder = folder.absolute()
-    if is_store(folder):
-        return [folder]
-    if not depth or not folder.is_dir():
-        return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir())
-    return [store for child in children for store in _stores_under(child, depth - 1)]
+class _Run:
+    """One call of `merge_stores`."""
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        tolerance: float,
+        on_conflict: OnConflict,
+        reports: MergeReports,
+        *,
+        dry_run: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._cache = cache
+        self._tolerance = tolerance
+        self._on_conflict: OnConflict = on_conflict
+        self._reports = reports
+        self._dry_run = dry_run
+        self._progress = progress
+        self._mergers: dict[CacheConfig, Merger] = {}
+        self._done = 0
+        self._total = 0
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._detail = {"merged_at": now, "merged_on": socket.gethostname()}
+        self._own = {number for store in cache.folders() if (number := file_number(store))}
+
+    def is_own(self, path: Path) -> bool:
+        """Whether this is a store under the root itself; then there is nothing to do."""
+        is_own = path.parent.resolve() == self._cache.root.resolve()
+        if is_own or file_number(path) in self._own:
+            self._reports.notes.append(f"{path} is a store of {self._cache.root} itself")
+            return True
+        return False
+
+    def merge(self, opened: Mapping[CacheConfig, list[SourceStore]]) -> None:
+        """Merge stores that are open, by their config."""
+        self._total += sum(store.num_embeddings for each in opened.values() for store in each)
+        for config, stores in opened.items():
+            done = self._done
+            try:
+                self._merge_into(config, stores)
+            except CacheFullError:
+                raise
+            except CacheError as error:
+                target = os.fspath(self._cache.path(config))
+                self._reports.refused.append(Refusal(target, None, str(error)))
+            self._done = done + sum(store.num_embeddings for store in stores)
+            self._tell()
+
+    def _merge_into(self, config: CacheConfig, stores: list[SourceStore]) -> None:
+        merger = self._merger(config, stores)
+        stores, provenance = self._fitting(stores, merger)
+        SideBySide(merger, stores, provenance, self._detail, self._advance).run()
+
+    def _merger(self, config: CacheConfig, stores: list[SourceStore]) -> Merger:
+        merger = self._mergers.get(config)
+        if merger is None:
+            merger = self._mergers[config] = Merger(
+                self._cache,
+                config,
+                tolerance=self._tolerance,
+                on_conflict=self._on_conflict,
+                ragged=any(None in (store.metadata.embedding_shape or ()) for store in stores),
+                dry_run=self._dry_run,
+                dataset_root=next(filter(None, (s.metadata.dataset_root for s in stores)), ""),
+            )
+            self._reports.stores.append(merger.report)
+        return merger
+
+    def _fitting(
+        self, stores: list[SourceStore], merger: Merger
+    ) -> tuple[list[SourceStore], Mapping[str, str]]:
+        """The stores that may be merged at all, and their provenance with the target's."""
+        report, fitting = merger.report, []
+        known = merger.metadata() or StoreMetadata.new(report.config)
+        for store in stores:
+            _tell_damage(store, report)
+            shape = store.metadata.embedding_shape
+            if shape is None:
+                report.notes.append(f"{store.path} is empty")
+                continue
+            try:
+                _check_shapes(store, known)
+                combined = known.with_provenance(store.metadata.provenance, report.path)
+                combined.pack()
+            except CacheError as error:
+                report.refused.append(Refusal(os.fspath(store.path), None, f"not merged: {error}"))
+                continue
+            if known.embedding_shape is None:
+                ragged = any(None in (s.metadata.embedding_shape or ()) for s in stores)
+                shape = (None, *shape[1:]) if ragged and shape else shape
+                combined = StoreMetadata(known.config, shape, provenance=combined.provenance)
+            known = combined
+            fitting.append(store)
+        return fitting, known.provenance
+
+    def _advance(self, number: int) -> None:
+        self._done += number
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+def _tell_damage(store: SourceStore, report: MergeReport) -> None:
+    where = os.fspath(store.path)
+    if store.damage is not None:
+        text = f"damaged; what is sound of it is merged ({store.damage})"
+        report.refused.append(Refusal(where, None, text))
+    report.refused += [Refusal(where, name, "damaged") for name in store.lost]
+
+
+def _check_shapes(store: SourceStore, known: StoreMetadata) -> None:
+    theirs, ours = store.metadata.embedding_shape or (), known.embedding_shape
+    if ours is None:
+        return
+    if len(theirs) != len(ours) or any(
+        a is not None and b is not None and a != b for a, b in zip(theirs, ours, strict=True)
+    ):
+        raise ConfigError(
+            f"its embeddings have shape {theirs}, those of the store {ours}. Another output or "
+            "length needs a config of its own"
+        )

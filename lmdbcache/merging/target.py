@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,13 +20,14 @@ from lmdbcache.sources.origins import Origin
 from lmdbcache.sources.records import SourceRecords, write_sources
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.format.layout import sample_id_of_key
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.storage.format.metadata import StoreMetadata, checksum
 from lmdbcache.storage.format.values import from_stored
+from lmdbcache.storage.maintenance.checksums import checksums_of
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.reading.verified_reads import check_pages
 from lmdbcache.storage.writer import EmbeddingWriter
 
-__all__ = ["Change", "Incoming", "MovedMeanwhileError", "Ours", "Target"]
+__all__ = ["Change", "Incoming", "MovedMeanwhileError", "Ours", "StoredNow", "Target"]
 
 _NO_LIMIT: Final = 1 << 62
 _STACKED_BELOW_BYTES: Final = 64 << 10
@@ -47,10 +49,10 @@ class Incoming(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """What the target has of one sample; `value` is None if it is damaged, and if nobody asked."""
+    """What the store has of one sample; `value` is None if it is damaged."""
 
     checksum: bytes
-    value: npt.NDArray[Any] | None = None
+    value: npt.NDArray[Any] | None
 
 
 class Change(NamedTuple):
@@ -62,6 +64,38 @@ class Change(NamedTuple):
 
 class MovedMeanwhileError(Exception):
     """Somebody else has written one of the samples since it was looked at; nothing was written."""
+
+
+class StoredNow:
+    """One look at a store that may not be there yet."""
+
+    def __init__(self, reader: EmbeddingReader | None) -> None:
+        self._reader = reader
+
+    @property
+    def metadata(self) -> StoreMetadata | None:
+        """Its metadata; None while there is no store."""
+        return self._reader.metadata if self._reader is not None else None
+
+    def checksums(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The checksums of those that are stored."""
+        return {} if self._reader is None else checksums_of(self._reader, keys)
+
+    def value(self, key: bytes) -> Ours | None:
+        """Checksum and value of one; None if it isn't stored."""
+
+        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> Ours | None:
+            expected = transaction.get(key, db=snapshot.environment.checksums)
+            if expected is None:
+                return None
+            value, expected = transaction.get(key), bytes(expected)
+            if value is None or checksum(key, value) != expected:
+                return Ours(expected, None)
+            metadata = snapshot.metadata
+            dtype, shape = metadata.config.dtype, metadata.embedding_shape
+            return Ours(expected, from_stored(sample_id_of_key(key), value, dtype, shape))
+
+        return None if self._reader is None else self._reader.read_pinned(read)
 
 
 class Target:
@@ -86,43 +120,22 @@ class Target:
         self._ragged = ragged
         self._dataset_root = dataset_root
         if config in cache:
-            # LMDB follows damaged pages into nowhere.
+            # LMDB follows damaged pages into nowhere: look before it does.
             check_pages(self.path)
 
-    def shape(self) -> tuple[int | None, ...] | None:
-        """Shape of its embeddings; None while there are none."""
-        reader = self._reader()
-        if reader is None:
-            return None
-        with reader:
-            return reader.embedding_shape
+    @contextlib.contextmanager
+    def now(self) -> Iterator[StoredNow]:
+        """What is stored now. Ends before anything is written, or old pages would be kept."""
+        with contextlib.ExitStack() as stack:
+            reader = None
+            with contextlib.suppress(CacheNotFoundError):
+                reader = stack.enter_context(self._cache.reader(self.config, counts_as_use=False))
+                reader.pinned()
+            yield StoredNow(reader)
 
     def shape_of_new(self, value: npt.NDArray[Any]) -> tuple[int | None, ...]:
-        """The shape that it gets with this as its first embedding."""
+        """The shape that a new store gets with this as its first embedding."""
         return (None, *value.shape[1:]) if self._ragged and value.shape else value.shape
-
-    def checksums(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """The stored checksums of those that are stored."""
-        reader = self._reader()
-        if reader is None:
-            return {}
-
-        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> dict[bytes, bytes]:
-            database = snapshot.environment.checksums
-            found = {key: transaction.get(key, db=database) for key in keys}
-            return {key: bytes(value) for key, value in found.items() if value is not None}
-
-        with reader:
-            return reader.read_pinned(read)
-
-    def values(self, keys: Sequence[bytes]) -> dict[bytes, Ours]:
-        """Checksums and values of those that are stored."""
-        reader = self._reader()
-        if reader is None:
-            return {}
-        with reader:
-            found = {key: reader.read_pinned(lambda s, t, k=key: _ours(s, t, k)) for key in keys}  # type: ignore[misc]
-        return {key: ours for key, ours in found.items() if ours is not None}
 
     def origins(self, checksums: Mapping[str, bytes]) -> dict[str, Origin]:
         """Who computed these, of those that weren't computed here."""
@@ -137,15 +150,15 @@ class Target:
             ProvenanceMismatchError: The store was filled with other weights.
             CacheFullError: The disk is full.
         """
-        expected = {change.incoming.sample_id: change.replaced for change in changes}
-        by_name = {change.incoming.sample_id: change.incoming for change in changes}
+        by_name = {change.incoming.sample_id: change for change in changes}
+        expected = {name: change.replaced for name, change in by_name.items()}
         has_written = False
 
         def before_commit(committed: Mapping[str, tuple[bytes | None, bytes]]) -> None:
             nonlocal has_written
-            if {name: pair[0] for name, pair in committed.items()} != expected:
+            if {name: replaced for name, (replaced, _) in committed.items()} != expected:
                 raise MovedMeanwhileError
-            rows = [(name, *pair, by_name[name]) for name, pair in committed.items()]
+            rows = [(name, *pair, by_name[name].incoming) for name, pair in committed.items()]
             write_sources(
                 self.path,
                 [(n, old, new, i.source) for n, old, new, i in rows if i.source is not None],
@@ -168,24 +181,6 @@ class Target:
             writer.put_batch(by_name, _batch([change.incoming.value for change in changes]))
         if not has_written:
             raise MovedMeanwhileError
-
-    def _reader(self) -> EmbeddingReader | None:
-        try:
-            return self._cache.reader(self.config, counts_as_use=False)
-        except CacheNotFoundError:
-            return None
-
-
-def _ours(snapshot: Snapshot, transaction: lmdb.Transaction, key: bytes) -> Ours | None:
-    expected = transaction.get(key, db=snapshot.environment.checksums)
-    value = transaction.get(key)
-    if expected is None and value is None:
-        return None
-    if expected is None or value is None or checksum(key, value) != bytes(expected):
-        return Ours(bytes(expected or b""))
-    metadata = snapshot.metadata
-    dtype, shape = metadata.config.dtype, metadata.embedding_shape
-    return Ours(bytes(expected), from_stored(sample_id_of_key(key), value, dtype, shape))
 
 
 def _batch(values: list[npt.NDArray[Any]]) -> Any:

@@ -8,6 +8,7 @@ from lmdbcache.sources.checking import (
     recorded_sources,
 )
 from lmdbcache.sources.files import Source, source_of
+from lmdbcache.sources.origin_counts import count_origins
 from lmdbcache.sources.origins import THIS_STORE, Origin
 from lmdbcache.sources.records import SOURCES_NAME, SourceRecorder
 
@@ -21,6 +22,7 @@ __all__ = [
     "SourceReport",
     "adopt_sources",
     "check_sources",
+    "count_origins",
     "recorded_sources",
     "source_of",
 ]

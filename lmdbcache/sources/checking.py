@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-import lmdb
-
 from lmdbcache.errors import IntegrityError
 from lmdbcache.sources.files import Source, SourceState, compare, source_of
 from lmdbcache.sources.records import (
@@ -20,8 +18,8 @@ from lmdbcache.sources.records import (
     forget_sources,
     write_sources,
 )
-from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.format.layout import sample_key, split_sample_id
+from lmdbcache.storage.maintenance.checksums import checksums_of
 from lmdbcache.storage.reader import EmbeddingReader
 
 __all__ = [
@@ -261,9 +259,6 @@ def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
 
 
 def _checksums(reader: EmbeddingReader, sample_ids: list[str]) -> dict[str, bytes]:
-    def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> dict[str, bytes]:
-        database = snapshot.environment.checksums
-        found = {i: transaction.get(sample_key(i), db=database) for i in sample_ids}
-        return {i: bytes(checksum) for i, checksum in found.items() if checksum is not None}
-
-    return reader.read_pinned(read)
+    keys = {sample_id: sample_key(sample_id) for sample_id in sample_ids}
+    found = checksums_of(reader, keys.values())
+    return {sample_id: found[key] for sample_id, key in keys.items() if key in found}

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 __all__ = [
-    "_SCHEMA",
     "THIS_STORE",
     "Origin",
     "forget_origins",
+    "has_origins",
     "put_origins",
     "read_origins",
 ]
@@ -81,7 +81,7 @@ def put_origins(
 
 def forget_origins(connection: sqlite3.Connection, kept: Iterable[tuple[str, bytes]]) -> None:
     """Remove the rows of these samples but for the embedding named with each."""
-    if not _has_tables(connection):
+    if not has_origins(connection):
         return
     connection.executemany(
         "DELETE FROM sample_origins WHERE sample_id = ? AND embedding != ?", list(kept)
@@ -92,7 +92,7 @@ def read_origins(
     connection: sqlite3.Connection, ranges: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[str, bytes, Origin]]:
     """(sample id, checksum of the embedding, origin) of the samples in these ranges of ids."""
-    if not _has_tables(connection):
+    if not has_origins(connection):
         return
     known: dict[int, Origin] = {}
     for ends in ranges:
@@ -108,8 +108,8 @@ def read_origins(
             yield sample_id, embedding, known[number]
 
 
-def _has_tables(connection: sqlite3.Connection) -> bool:
-    """False while nothing has come from elsewhere."""
+def has_origins(connection: sqlite3.Connection) -> bool:
+    """Whether anything has ever come from elsewhere."""
     query = "SELECT count(*) FROM sqlite_master WHERE name IN ('origins', 'sample_origins')"
     return bool(connection.execute(query).fetchone()[0] == 2)
 

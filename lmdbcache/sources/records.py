@@ -23,6 +23,7 @@ from lmdbcache.sources.files import Source
 from lmdbcache.sources.origins import (
     Origin,
     forget_origins,
+    has_origins,
     put_origins,
     read_origins,
 )
@@ -109,6 +110,12 @@ class SourceRecords:
                     folder = self._roots.get(root, "")
                     found[sample_id] = Source(os.fsdecode(path), size, mtime_ns, digest, folder)
         return found
+
+    @property
+    def has_origins(self) -> bool:
+        """Whether anything has come from elsewhere."""
+        with _translated(self._path):
+            return self._connection is not None and has_origins(self._connection)
 
     def origins(self, embeddings: Mapping[str, bytes]) -> dict[str, Origin]:
         """Who computed these embeddings, of those that weren't computed in this store.

@@ -24,6 +24,7 @@ from lmdbcache.storage.format.layout import (
     COMMIT_COPIES_NAME,
     CURRENT_NAME,
     GENERATION_NAME,
+    PULLING_NAME,
     STATISTICS_NAME,
     WRITER_LOCK_NAME,
 )
@@ -182,7 +183,7 @@ def remove_store(store: Path) -> None:
     sync_file(store)
     remove_other_generations(store)
     for child in store.iterdir():
-        if child.name in (STATISTICS_NAME, COMMIT_COPIES_NAME):
+        if child.name in (STATISTICS_NAME, COMMIT_COPIES_NAME, PULLING_NAME):
             shutil.rmtree(child, ignore_errors=True)
         elif child.name != WRITER_LOCK_NAME and child.is_file():
             child.unlink()

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_KEY_BYTES",
     "METADATA_KEY",
     "NUM_RESERVED_KEYS",
+    "PULLING_NAME",
     "STATISTICS_NAME",
     "WRITER_LOCK_NAME",
     "canonical_class",
@@ -34,6 +35,7 @@ CURRENT_NAME: Final = "CURRENT"
 WRITER_LOCK_NAME: Final = "writer.lock"
 STATISTICS_NAME: Final = "statistics"
 COMMIT_COPIES_NAME: Final = "commits"
+PULLING_NAME: Final = "pulling"
 GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
 
 # Both live in the main database beside the embeddings. Neither holds a colon, every embedding's

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import lmdb
 
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.reader import EmbeddingReader
 
-__all__ = ["stored_checksums"]
+__all__ = ["checksums_of", "stored_checksums"]
 
 _KEYS_PER_STEP = 4096
 
@@ -25,6 +25,17 @@ def stored_checksums(reader: EmbeddingReader) -> Iterator[tuple[bytes, bytes]]:
     ):
         yield from ((key, expected) for key, expected in items if b":" in key)
         after = items[-1][0]
+
+
+def checksums_of(reader: EmbeddingReader, keys: Collection[bytes]) -> dict[bytes, bytes]:
+    """The checksums of those of these keys that are stored."""
+
+    def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> dict[bytes, bytes]:
+        database = snapshot.environment.checksums
+        found = {key: transaction.get(key, db=database) for key in keys}
+        return {key: bytes(value) for key, value in found.items() if value is not None}
+
+    return reader.read_pinned(read)
 
 
 def _following(

@@ -33,7 +33,7 @@ from lmdbcache.storage.format.metadata import checksum
 from lmdbcache.storage.maintenance.salvage import Salvage, salvage
 from lmdbcache.storage.pages.page_file import PageFile
 
-__all__ = ["RepairReport", "repair"]
+__all__ = ["RepairReport", "generation_to_repair", "repair"]
 
 _COMMIT_BYTES: Final = 64 << 20
 _RESERVE_BYTES: Final = 16 << 20
@@ -88,7 +88,8 @@ def repair(
     if not (store / CURRENT_NAME).exists():
         raise CacheNotFoundError(f"nothing is stored in {store}")
     with write_lock(store):
-        generation, found = _damaged_generation(store)
+        generation = generation_to_repair(store)
+        found = _findings(generation)
         is_named = _current_or_none(store) is not None
         if found.is_sound:
             garbage = () if is_named else (f"{CURRENT_NAME} was garbage",)
@@ -131,11 +132,15 @@ def _current_or_none(store: Path) -> Path | None:
         return None
 
 
-def _damaged_generation(store: Path) -> tuple[Path, Findings]:
-    """The generation to repair, and what is wrong with it."""
+def generation_to_repair(store: Path) -> Path:
+    """The live generation, or the only one there is, if `CURRENT` holds garbage.
+
+    Raises:
+        IntegrityError: It holds garbage, and there are several or none.
+    """
     generation = _current_or_none(store)
     if generation is not None:
-        return generation, _findings(generation)
+        return generation
     folders = [child for child in store.iterdir() if GENERATION_NAME.fullmatch(child.name)]
     if len(folders) != 1:
         raise IntegrityError(
@@ -143,7 +148,7 @@ def _damaged_generation(store: Path) -> tuple[Path, Findings]:
             "the name of the right one there (the one with the lower number, if in doubt), and "
             "repair again"
         )
-    return folders[0], _findings(folders[0])
+    return folders[0]
 
 
 def _findings(generation: Path) -> Findings:

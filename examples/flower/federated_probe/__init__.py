@@ -1,0 +1,1 @@
+"""A linear probe that nodes train on embeddings they pull, or on one cache they share."""

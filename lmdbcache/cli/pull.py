@@ -1,0 +1,122 @@
+"""`lmdbcache pull`: what others have shared comes into a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
+from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
+from lmdbcache.cli.options import Json, Progress, Root
+from lmdbcache.cli.transfer import listed_ids
+from lmdbcache.comparison import DEFAULT_TOLERANCE
+from lmdbcache.sharing.pull_report import PullReport
+from lmdbcache.sharing.pulling import pull
+
+__all__ = ["pull_command"]
+
+_FEW: int = 10
+
+
+def pull_command(
+    url: Annotated[
+        str,
+        typer.Argument(help="Where they were pushed to: s3://bucket/folder, file:///mnt/shared, …"),
+    ],
+    fingerprint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(
+            help="Of the store, or its first digits; not needed if there is only one.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    root: Root = None,
+    commit: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The state to pull: a commit id, or its beginning; default: all that is there.",
+            show_default=False,
+        ),
+    ] = None,
+    classes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--class", help="Only this class; may be given several times."),
+    ] = None,
+    ids: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Only the samples that this file lists, one in a line."),
+    ] = None,
+    on_conflict: Annotated[
+        Conflicts,
+        typer.Option(
+            help="Where embeddings differ: error leaves what is stored, ours keeps it and says so, "
+            "theirs takes what is shared."
+        ),
+    ] = Conflicts.ERROR,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
+    ] = DEFAULT_TOLERANCE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be fetched.")
+    ] = False,
+    progress: Progress = None,
+    as_json: Json = False,
+) -> None:
+    """Bring embeddings that were pushed to a place into a store; only what is missing is fetched.
+
+    Stopped at any moment, it goes on where it was when run again. Exit code 1 if something was
+    left out: a conflict, a damaged file, a sample that nobody shares; 3 if the disk is full.
+    """
+    with progress_bar("pulling", shown=progress, in_bytes=True) as report_progress:
+        report = pull(
+            EmbeddingCache(root),
+            url,
+            fingerprint,
+            commit=commit,
+            on_conflict=on_conflict.value,
+            tolerance=tolerance,
+            classes=classes,
+            sample_ids=listed_ids(ids),
+            dry_run=dry_run,
+            progress=report_progress,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _print_report(report)
+    raise typer.Exit(report.exit_code)
+
+
+def _print_report(report: PullReport) -> None:
+    if report.is_dry_run:
+        say(
+            f"{counted(report.num_samples, 'sample')} shared, {report.num_present} stored with the "
+            f"same bytes: {counted(report.num_shards, 'shard')} to fetch, "
+            f"{sizes(report.bytes_to_fetch)}; nothing was fetched (--dry-run)"
+        )
+    else:
+        print_conflicts(report.merged)
+        say(f"{report}; {sizes(report.bytes_fetched)} fetched")
+    state = report.commit or (report.heads[0] if len(report.heads) == 1 else None)
+    say(f"commit {state}" if state else f"{len(report.heads)} newest commits, side by side")
+    if not report.is_dry_run:
+        say(str(report.path))
+    for problem in report.made_up_for[:_FEW]:
+        say(f"note: {problem}; other shards had its samples")
+    _print_left_out(report)
+
+
+def _print_left_out(report: PullReport) -> None:
+    for one in (*report.problems[:_FEW], *report.merged.refused[:_FEW]):
+        print_error(f"not imported: {one}")
+    if report.problems:
+        print_error(f"run `lmdbcache verify {report.url} --repair` where the embeddings are")
+    for what, names in (("lost", report.lost), ("not shared there", report.absent)):
+        if names:
+            few = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            print_error(f"{counted(len(names), 'sample')} {what}: {few}")
+    print_unresolved(report.merged)

@@ -1,0 +1,193 @@
+"""The stores that a merge reads: sound ones through LMDB, of damaged ones what is sound."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy.typing as npt
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import (
+    CacheError,
+    FormatVersionError,
+    IntegrityError,
+    InvalidSampleIdError,
+    ReadOnlyCacheError,
+)
+from lmdbcache.sources.files import Source
+from lmdbcache.sources.origins import Origin
+from lmdbcache.sources.records import SourceRecords
+from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.files.generations import write_lock
+from lmdbcache.storage.format.layout import sample_id_of_key, sample_key
+from lmdbcache.storage.format.metadata import StoreMetadata, checksum
+from lmdbcache.storage.format.values import as_stored, from_stored
+from lmdbcache.storage.maintenance.checksums import stored_checksums
+from lmdbcache.storage.maintenance.repair import generation_to_repair
+from lmdbcache.storage.maintenance.salvage import salvage
+from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage.reading.verified_reads import check_pages
+
+__all__ = ["SourceStore", "open_source_store"]
+
+
+class SourceStore(ABC):
+    """One store to read from, as of when it was opened; nothing of it is changed.
+
+    Args:
+        path: Its folder.
+        metadata: Its metadata record.
+        num_embeddings: How many can be read, as far as is known.
+        origin: Who computed what has no origin of its own.
+        damage: What is wrong with it as a whole, or None.
+        lost: Sample ids of damaged values.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: StoreMetadata,
+        num_embeddings: int,
+        damage: str | None = None,
+        lost: tuple[str, ...] = (),
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.num_embeddings = num_embeddings
+        self.damage = damage
+        self.lost = lost
+        self.records: SourceRecords | None = None
+        self.records_problem: str | None = None
+        self.origin = Origin(os.fspath(path), {}, metadata.provenance)
+
+    @property
+    def config(self) -> CacheConfig:
+        """Its identity."""
+        return self.metadata.config
+
+    @abstractmethod
+    def checksums(self) -> Iterator[tuple[bytes, bytes]]:
+        """(key, checksum) by key."""
+
+    @abstractmethod
+    def _bytes(self, key: bytes) -> Any:
+        """The stored buffer of a key, whether it is sound or not; None if it can't be read."""
+
+    def value(self, key: bytes, expected: bytes) -> npt.NDArray[Any]:
+        """The embedding of a key, in its stored form.
+
+        Raises:
+            CacheError: It isn't what was written; it can't be stored.
+        """
+        name = sample_id_of_key(key)
+        content = self._bytes(key)
+        if content is None or checksum(key, content) != expected:
+            raise IntegrityError("the value doesn't match its checksum")
+        if sample_key(name) != key:
+            raise InvalidSampleIdError(f"{name!r} isn't how a sample id is stored")
+        dtype, shape = self.config.dtype, self.metadata.embedding_shape
+        value = from_stored(name, content, dtype, shape)
+        return as_stored(name, value, dtype, copy=False)
+
+    def read_records(self, stack: contextlib.ExitStack) -> None:
+        """Open what is recorded beside the embeddings; damaged records concern nothing else."""
+        try:
+            self.records = stack.enter_context(SourceRecords(self.path))
+        except CacheError as error:
+            self.records_problem = str(error)
+
+    def origins(self, checksums: Mapping[str, bytes]) -> dict[str, Origin]:
+        """Who computed these, where the store knows of somebody else."""
+        return self._recorded("origins", checksums)
+
+    def sources(self, checksums: Mapping[str, bytes]) -> dict[str, Source]:
+        """Which files these were computed from, where the store knows."""
+        return self._recorded("of", checksums)
+
+    def _recorded(self, name: str, checksums: Mapping[str, bytes]) -> dict[str, Any]:
+        if self.records is None or self.records_problem is not None:
+            return {}
+        try:
+            found: dict[str, Any] = getattr(self.records, name)(checksums)
+        except CacheError as error:
+            self.records_problem = str(error)
+            return {}
+        return found
+
+
+class _SoundStore(SourceStore):
+    """Read through LMDB, from one snapshot."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        # LMDB follows damaged pages into nowhere: look before it does.
+        check_pages(path)
+        self._reader = stack.enter_context(EmbeddingReader(path, counts_as_use=False))
+        super().__init__(path, self._reader.metadata, len(self._reader))
+
+    def checksums(self) -> Iterator[tuple[bytes, bytes]]:
+        last = b""
+        for key, expected in stored_checksums(self._reader):
+            if key <= last:
+                raise IntegrityError(f"{self.path} is damaged (keys out of order)")
+            last = key
+            yield key, expected
+
+    def _bytes(self, key: bytes) -> Any:
+        def read(_: Snapshot, transaction: lmdb.Transaction) -> bytes | None:
+            value = transaction.get(key)
+            return None if value is None else bytes(value)
+
+        return self._reader.read_pinned(read)
+
+
+class _DamagedStore(SourceStore):
+    """What is sound in a damaged data.mdb, read without LMDB."""
+
+    def __init__(self, path: Path, damage: str, stack: contextlib.ExitStack) -> None:
+        with contextlib.suppress(ReadOnlyCacheError):  # whoever can't write can't wait for others
+            stack.enter_context(write_lock(path))
+        try:
+            self._file = stack.enter_context(PageFile(generation_to_repair(path) / "data.mdb"))
+            self._saved = salvage(self._file, path)
+        except OSError as error:
+            raise IntegrityError(f"data.mdb can't be read ({error.strerror})") from None
+        names = tuple(map(sample_id_of_key, self._saved.dropped))
+        metadata = StoreMetadata.unpack(self._saved.metadata, path)
+        super().__init__(path, metadata, len(self._saved.values), damage, names)
+
+    def checksums(self) -> Iterator[tuple[bytes, bytes]]:
+        yield from sorted(self._saved.checksums.items())
+
+    def _bytes(self, key: bytes) -> Any:
+        entry = self._saved.values[key]
+        return self._file.read(entry.offset, entry.length)
+
+
+def open_source_store(path: Path, stack: contextlib.ExitStack) -> SourceStore:
+    """Open a store to read from; `stack` closes it.
+
+    Raises:
+        CacheError: It can't be read at all.
+    """
+    try:
+        with contextlib.ExitStack() as own:
+            opened: SourceStore = _SoundStore(path, own)
+            opened.read_records(own)
+            stack.push(own.pop_all())
+            return opened
+    except FormatVersionError:
+        raise
+    except IntegrityError as error:
+        damage = str(error)
+    with contextlib.ExitStack() as own:
+        opened = _DamagedStore(path, damage, own)
+        opened.read_records(own)
+        stack.push(own.pop_all())
+        return opened

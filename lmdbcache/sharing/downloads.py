@@ -1,0 +1,176 @@
+"""Shards on their way into a store: fetched into files that a later pull goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError
+from lmdbcache.sharing.remote import Remote
+from lmdbcache.sharing.shards import ShardEntry
+from lmdbcache.storage.format.layout import COMMIT_COPIES_NAME, CURRENT_NAME, PULLING_NAME
+
+__all__ = ["Downloads"]
+
+_logger: Final = logging.getLogger(__name__)
+_LOCK_NAME: Final = "lock"
+_PART_NAME: Final = re.compile(r"[0-9a-f]{64}\.part")
+_STEP_BYTES: Final = 8 << 20
+
+
+class Downloads:
+    """The folder of one store that shards are fetched into.
+
+    One process at a time pulls into a store; others wait. A file is removed when its shard is
+    imported; what a killed pull has left is gone on with.
+
+    Args:
+        store: The store's folder.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self.folder: Final = store / PULLING_NAME
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder; waits for another pull.
+
+        Raises:
+            ReadOnlyCacheError: The folder can't be made.
+        """
+        while True:
+            with self._locked() as is_the_one:
+                # Whoever found nothing to do removes the folder, lock and all.
+                if is_the_one:
+                    yield
+                    return
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[bool]:
+        path = self.folder / _LOCK_NAME
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            yield False
+            return
+        except OSError as error:
+            raise ReadOnlyCacheError(f"{path} can't be made ({error.strerror})") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _logger.warning("waiting for another pull into %s", self._store.name)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                is_the_one = os.path.samestat(os.fstat(descriptor), path.stat())
+            except FileNotFoundError:
+                is_the_one = False
+            yield is_the_one
+        finally:
+            os.close(descriptor)
+
+    def bytes_there(self, entry: ShardEntry) -> int:
+        """How much of a shard an earlier pull has fetched."""
+        try:
+            return min(self._part(entry).stat().st_size, entry.num_bytes)
+        except OSError:
+            return 0
+
+    def fetch(
+        self,
+        remote: Remote,
+        fingerprint: str,
+        entry: ShardEntry,
+        progress: Callable[[int], None],
+    ) -> memoryview:
+        """The bytes of a shard, mapped from a file; their digest is what the commit says.
+
+        Args:
+            remote: Where the shard is.
+            fingerprint: Of the config.
+            entry: The shard.
+            progress: Called with the bytes of each piece.
+
+        Raises:
+            IntegrityError: What is there isn't what was pushed.
+            RemoteError: It can't be read.
+            CacheFullError: The disk is full; the piece that didn't fit is gone.
+        """
+        part, path = self._part(entry), f"{fingerprint}/{entry.path}"
+        with self._translated(part):
+            had = self.bytes_there(entry)
+            _append(remote, path, part, entry.num_bytes, progress)
+            if had and _digest(part) != entry.sha256:
+                # After a power cut, or a stranger's: what was there before may be the damage.
+                part.unlink()
+                progress(-entry.num_bytes)
+                _append(remote, path, part, entry.num_bytes, progress)
+            if _digest(part) != entry.sha256:
+                part.unlink()
+                raise IntegrityError(f"{entry.path} is damaged: its bytes don't have its digest")
+            with part.open("rb") as file:
+                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def discard(self, entry: ShardEntry) -> None:
+        """Remove the file of a shard."""
+        self._part(entry).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove what was fetched of shards that nobody asked for again.
+
+        Where nothing was imported, nothing is left behind.
+        """
+        with contextlib.suppress(OSError):
+            for child in self.folder.iterdir():
+                if _PART_NAME.fullmatch(child.name):
+                    child.unlink(missing_ok=True)
+        if not (self._store / CURRENT_NAME).exists():
+            for name in (COMMIT_COPIES_NAME, PULLING_NAME):
+                shutil.rmtree(self._store / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._store.rmdir()
+
+    def _part(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{entry.sha256}.part"
+
+    @contextlib.contextmanager
+    def _translated(self, part: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                part.unlink(missing_ok=True)
+                raise CacheFullError(
+                    f"{self._store}: the disk is full. What was imported is stored; free space "
+                    "and pull again to go on"
+                ) from None
+            raise ReadOnlyCacheError(f"{part} can't be written or read ({error})") from None
+
+
+def _append(
+    remote: Remote, path: str, part: Path, num_bytes: int, progress: Callable[[int], None]
+) -> None:
+    if part.exists() and part.stat().st_size > num_bytes:
+        part.unlink()
+    with part.open("ab") as file:
+        remote.fetch(path, file, num_bytes, progress)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_STEP_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

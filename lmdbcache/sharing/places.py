@@ -1,0 +1,142 @@
+"""Which stores are shared at a place."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import urlsplit
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.errors import CacheNotFoundError, IntegrityError, RemoteError
+from lmdbcache.sharing.commits import (
+    COMMIT_NAME,
+    COMMITS_NAME,
+    Commit,
+    commit_path,
+    decode_commit,
+)
+from lmdbcache.sharing.copies import CommitCopies
+from lmdbcache.sharing.history import History
+from lmdbcache.sharing.remote import Remote
+
+__all__ = [
+    "copies_of",
+    "find_fingerprint",
+    "first_commit",
+    "pinned_state",
+    "without_secrets",
+]
+
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+_FEW: Final = 10
+
+
+def find_fingerprint(remote: Remote, text: str | None) -> str:
+    """The one fingerprint at a place that a text is, or begins; without a text the only one.
+
+    Raises:
+        CacheNotFoundError: None, or several; names what is there.
+        RemoteError: The place can't be reached.
+    """
+    there = [name for name in remote.list_folders() if _FINGERPRINT.fullmatch(name)]
+    asked = (text or "").strip().lower()
+    found = [name for name in there if name.startswith(asked)]
+    if len(found) == 1:
+        return found[0]
+    where = without_secrets(remote.url)
+    if not there:
+        raise CacheNotFoundError(
+            f"nothing is shared at {where}; is the URL right? `lmdbcache push` puts a store there"
+        )
+    if not found:
+        raise CacheNotFoundError(
+            f"{text!r} isn't shared at {where}; there: {_described(remote, there)}"
+        )
+    what = f"{text!r} stands for {len(found)} stores" if text else f"{len(found)} stores are shared"
+    raise CacheNotFoundError(
+        f"{what} at {where}: {_described(remote, found)}. Give the fingerprint of one"
+    )
+
+
+def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None = None) -> Commit:
+    """The smallest commit that can be read: it tells config and shape.
+
+    Raises:
+        CacheNotFoundError: There is none.
+        IntegrityError: None can be read.
+        RemoteError: The place can't be reached.
+    """
+    listed = remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
+    ids = [
+        (size, found[1]) for name, size in listed.items() if (found := COMMIT_NAME.fullmatch(name))
+    ]
+    where = f"{without_secrets(remote.url)}/{fingerprint}"
+    if not ids:
+        raise CacheNotFoundError(f"{where} holds no commit: nothing was pushed, or it isn't done")
+    why = ""
+    for size, commit_id in sorted(ids):
+        try:
+            copy = None if copies is None else copies.get(commit_id)
+            path = f"{fingerprint}/{commit_path(commit_id)}"
+            data = remote.read(path, size) if copy is None else copy
+            return decode_commit(commit_id, data, fingerprint)
+        except (IntegrityError, RemoteError) as error:
+            why = str(error)
+    raise IntegrityError(
+        f"{where}: none of {len(ids)} commits can be read ({why}). Run `lmdbcache verify "
+        f"{without_secrets(remote.url)} --repair` where the embeddings are"
+    )
+
+
+def copies_of(cache: EmbeddingCache, fingerprint: str, url: str) -> CommitCopies:
+    """The copies of a place's commit files beside the store of this fingerprint, if there is one."""
+    folders = [one for one in cache.folders() if one.name.endswith(f"-{fingerprint}")]
+    return CommitCopies(folders[0] if folders else None, url)
+
+
+def pinned_state(
+    cache: EmbeddingCache, url: str, fingerprint: str | None, commit: str | None
+) -> History | None:
+    """The state that a whole commit id pins, if copies of all its commits are here.
+
+    It can't have changed: nobody has to be asked.
+    """
+    if not commit or not fingerprint or not _FINGERPRINT.fullmatch(fingerprint):
+        return None
+    copies, found, ahead = copies_of(cache, fingerprint, url), {}, [commit]
+    while ahead:
+        commit_id = ahead.pop()
+        if commit_id in found:
+            continue
+        data = copies.get(commit_id) if COMMIT_NAME.fullmatch(f"{commit_id}.json") else None
+        if data is None:
+            return None
+        try:
+            found[commit_id] = decode_commit(commit_id, data, fingerprint)
+        except IntegrityError:
+            return None
+        ahead += found[commit_id].parents
+    return History(fingerprint, found, {})
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown and kept: without user, password and access key."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    user, at, _ = parts.netloc.rpartition("@")
+    if not at or ":" not in user:
+        return url
+    return url.replace(f"{user}@", f"{user.partition(':')[0]}@", 1)
+
+
+def _described(remote: Remote, fingerprints: list[str]) -> str:
+    named = []
+    for fingerprint in fingerprints[:_FEW]:
+        try:
+            named.append(f"{fingerprint} ({first_commit(remote, fingerprint).config.slug})")
+        except (CacheNotFoundError, IntegrityError, RemoteError):
+            named.append(fingerprint)
+    more = len(fingerprints) - _FEW
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,121 @@
+"""What a pull brought into a store, and what it didn't."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmdbcache.config import CacheConfig
+from lmdbcache.merging import MergeReport
+
+__all__ = ["Problem", "PullReport"]
+
+
+class Problem(NamedTuple):
+    """A file at the place that can't be used.
+
+    Args:
+        path: Below the fingerprint's folder.
+        reason: Why.
+    """
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.path in self.reason else f"{self.path}: {self.reason}"
+
+
+@dataclass
+class PullReport:
+    """What came into one store.
+
+    Args:
+        path: The store's folder.
+        config: Its identity.
+        url: The place, without what is secret in it.
+        is_dry_run: Whether nothing was fetched.
+        merged: What became of the embeddings that were fetched.
+        commit: Id of the commit that was asked for; None: all that was there.
+        heads: Ids of the newest commits that were seen; if it is one, it pins this state.
+        num_samples: Samples that are shared and were asked for.
+        num_present: Of these, stored before, with the same bytes.
+        num_settled: Of these, shared with other bytes, too, which an earlier pull has compared.
+        num_shards: Shards that hold the others.
+        bytes_to_fetch: Of these shards, less what an earlier pull had fetched.
+        bytes_fetched: Bytes of shards that came over the network.
+        problems: Commits and shards that can't be used.
+        made_up_for: Damaged shards whose samples other shards had.
+        lost: Sample ids that only damaged shards have, sorted.
+        absent: Sample ids that were asked for and that nobody shares, sorted.
+    """
+
+    path: Path
+    config: CacheConfig
+    url: str
+    is_dry_run: bool
+    merged: MergeReport
+    commit: str | None = None
+    heads: tuple[str, ...] = ()
+    num_samples: int = 0
+    num_present: int = 0
+    num_settled: int = 0
+    num_shards: int = 0
+    bytes_to_fetch: int = 0
+    bytes_fetched: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    made_up_for: list[Problem] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all that was asked for is in the store, or was decided for what is; else 1."""
+        return 1 if self.problems or self.lost or self.absent or self.merged.exit_code else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": os.fspath(self.path),
+            "fingerprint": self.config.fingerprint,
+            "config": self.config.to_dict(),
+            "url": self.url,
+            "is_dry_run": self.is_dry_run,
+            "commit": self.commit,
+            "heads": list(self.heads),
+            "num_samples": self.num_samples,
+            "num_present": self.num_present,
+            "num_settled": self.num_settled,
+            "num_shards": self.num_shards,
+            "bytes_to_fetch": self.bytes_to_fetch,
+            "bytes_fetched": self.bytes_fetched,
+            "problems": [problem._asdict() for problem in self.problems],
+            "made_up_for": [problem._asdict() for problem in self.made_up_for],
+            "lost": self.lost,
+            "absent": self.absent,
+            "merged": self.merged.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        if self.is_dry_run:
+            return (
+                f"{self.num_samples} samples are shared, {self.num_present} are stored with the "
+                f"same bytes; {self.num_shards} shards, {self.bytes_to_fetch} bytes, to fetch"
+            )
+        merged = self.merged
+        parts = [
+            f"{merged.num_new} of {self.num_samples} samples are new",
+            f"{self.num_present + merged.num_same} were stored with the same bytes",
+        ]
+        counts = {
+            f"within {merged.tolerance:g} of what is stored": merged.num_close,
+            "kept as compared before": self.num_settled,
+            "in conflict": len(merged.conflicts),
+            "refused": len(merged.refused),
+            "lost in damaged files": len(self.lost),
+            "not shared": len(self.absent),
+        }
+        parts += [f"{number} {what}" for what, number in counts.items() if number]
+        return "; ".join([*parts, *map(str, self.problems[:3])])
