@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from sharing.command_forks import CommandForks
 from sharing.fault_proxy import FaultProxy
+from sharing.nodes import Node
 from sharing.places import (
     file_place,
     moto_place,
@@ -68,3 +69,16 @@ def command_forks():
     forks = CommandForks()
     yield forks
     forks.close()
+
+
+@pytest.fixture
+def nodes_at(tmp_path, command_forks):
+    """Makes nodes that share through a place."""
+
+    def make(place, number=2, **environment):
+        return [
+            Node(tmp_path / f"node-{index}", command_forks, place, environment)
+            for index in range(number)
+        ]
+
+    return make
