@@ -53,7 +53,10 @@ class Downloads:
             with self._locked() as is_the_one:
                 # Whoever found nothing to do removes the folder, lock and all.
                 if is_the_one:
-                    yield
+                    try:
+                        yield
+                    finally:
+                        self._leave_nothing()
                     return
 
     @contextlib.contextmanager
@@ -128,19 +131,24 @@ class Downloads:
         self._part(entry).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove what was fetched of shards that nobody asked for again.
+        """Remove what was fetched of shards that nobody asked for again."""
+        for part in self._parts():
+            part.unlink(missing_ok=True)
 
-        Where nothing was imported, nothing is left behind.
-        """
+    def _leave_nothing(self) -> None:
+        """Where nothing was imported or fetched, nothing is left behind."""
+        if (self._store / CURRENT_NAME).exists() or self._parts():
+            return
+        for name in (COMMIT_COPIES_NAME, PULLING_NAME):
+            shutil.rmtree(self._store / name, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for child in self.folder.iterdir():
-                if _PART_NAME.fullmatch(child.name):
-                    child.unlink(missing_ok=True)
-        if not (self._store / CURRENT_NAME).exists():
-            for name in (COMMIT_COPIES_NAME, PULLING_NAME):
-                shutil.rmtree(self._store / name, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self._store.rmdir()
+            self._store.rmdir()
+
+    def _parts(self) -> list[Path]:
+        try:
+            return [one for one in self.folder.iterdir() if _PART_NAME.fullmatch(one.name)]
+        except OSError:
+            return []
 
     def _part(self, entry: ShardEntry) -> Path:
         return self.folder / f"{entry.sha256}.part"

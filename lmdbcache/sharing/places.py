@@ -89,7 +89,7 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
 
 
 def copies_of(cache: EmbeddingCache, fingerprint: str, url: str) -> CommitCopies:
-    """The copies of a place's commit files beside the store of this fingerprint, if there is one."""
+    """The copies of a place's commit files that lie beside the store of this fingerprint."""
     folders = [one for one in cache.folders() if one.name.endswith(f"-{fingerprint}")]
     return CommitCopies(folders[0] if folders else None, url)
 

@@ -11,7 +11,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
-from lmdbcache.merging import Merger, OnConflict, Origin
+from lmdbcache.merging import Merger, OnConflict, Origin, Refusal
 from lmdbcache.sharing.commits import Commit
 from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.downloads import Downloads
@@ -251,7 +251,7 @@ class _Pull:
             self._add(wanted, content.embeddings)
         except ProvenanceMismatchError as error:
             self._refused_weights.add(weights)
-            self._merger.refuse(_origin(commit, self.report.url), None, error)
+            self._merger.report.refused.append(Refusal(commit.writer, None, str(error)))
         self.downloads.discard(entry)
 
     def _add(self, wanted: Wanted, embeddings: Any) -> None:

@@ -1,0 +1,326 @@
+"""`pull` under faults: cut, killed, damaged, full, at once; nothing is lost and nothing wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sharing.shared_samples import put_commit, shard_of, some_embeddings
+from sharing.shared_stores import assert_same, shard_file, share, stored
+from small_disks import empty, fill, small_disk
+
+from lmdbcache import EmbeddingCache
+from lmdbcache.errors import CacheFullError, RemoteError, StorageError
+from lmdbcache.sharing.downloads import Downloads
+from lmdbcache.sharing.pulling import pull
+from lmdbcache.sharing.remote import Remote
+from lmdbcache.storage.format.layout import PULLING_NAME
+
+LARGE = (64, 64)  # 16 KiB an embedding
+
+
+def part_of(cache, config, entry) -> Path:
+    return cache.path(config) / PULLING_NAME / f"{entry.sha256}.part"
+
+
+def begin(cache, config, entry, data) -> None:
+    """What a killed pull has left of a shard."""
+    part = part_of(cache, config, entry)
+    part.parent.mkdir(parents=True)
+    part.write_bytes(data)
+
+
+def test_a_cut_download_goes_on_where_it_was(remote, cache, config):
+    """What was fetched before isn't fetched again, and the file is gone afterwards."""
+    values = some_embeddings(0, 8)
+    entry, data = shard_of(config, values)
+    share(remote, config, values)
+    begin(cache, config, entry, data[:100])
+    report = pull(cache, remote.url)
+    assert report.bytes_to_fetch == report.bytes_fetched == entry.num_bytes - 100
+    assert_same(stored(cache, config), values)
+    assert not part_of(cache, config, entry).exists()
+
+
+@pytest.mark.parametrize("left", [b"\0" * 100, b"\0" * 10_000])
+def test_a_damaged_beginning_is_fetched_again(remote, cache, config, left):
+    """What a power cut left, or more than the shard has, costs a second look and no more."""
+    values = some_embeddings(0, 8)
+    share(remote, config, values)
+    begin(cache, config, shard_of(config, values)[0], left)
+    assert pull(cache, remote.url).exit_code == 0
+    assert_same(stored(cache, config), values)
+
+
+def test_a_connection_that_breaks_leaves_what_came(remote, cache, config, monkeypatch):
+    """A place that goes away: one error; what is imported stays, and the rest isn't begun anew."""
+    parts = [some_embeddings(10 * n, 10, shape=LARGE) for n in range(3)]
+    commit = share(remote, config, *parts)
+    plain, calls = Remote.fetch, []
+
+    def fetch(self, path, target, num_bytes, progress=None):
+        calls.append(path)
+        if len(calls) == 2:
+            plain(self, path, target, num_bytes // 2, progress)
+            raise RemoteError("the connection is gone")
+        plain(self, path, target, num_bytes, progress)
+
+    monkeypatch.setattr(Remote, "fetch", fetch)
+    plain_list = Remote.list_files
+
+    def list_files(self, folder):
+        if len(calls) == 2:
+            raise RemoteError("nobody answers")
+        return plain_list(self, folder)
+
+    monkeypatch.setattr(Remote, "list_files", list_files)
+    with pytest.raises(RemoteError, match="nobody answers"):
+        pull(cache, remote.url)
+    assert len(stored(cache, config)) == 10
+    calls.extend([""] * 5)
+    report = pull(cache, remote.url)
+    sizes = [entry.num_bytes for entry in commit.shards]
+    assert report.bytes_fetched == sum(sizes[1:]) - sizes[1] // 2
+    assert_same(stored(cache, config), {k: v for part in parts for k, v in part.items()})
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "longer", "other"])
+def test_a_bad_shard_is_reported_and_all_others_come(remote, cache, config, damage):
+    """Each sound shard is imported; the bad one's samples are listed; exit code 1."""
+    parts = [some_embeddings(10 * n, 10) for n in range(3)]
+    commit = share(remote, config, *parts)
+    bad = commit.shards[1]
+    path = shard_file(remote, config, bad)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    damaged = {"cut": data[:-1], "longer": data + b"\0", "other": b"x" * len(data)}
+    path.unlink() if damage == "gone" else path.write_bytes(damaged.get(damage, data))
+    report = pull(cache, remote.url)
+    assert report.exit_code == 1
+    assert [problem.path for problem in report.problems] == [bad.path]
+    assert report.lost == sorted(parts[1])
+    assert_same(stored(cache, config), {**parts[0], **parts[2]})
+    assert cache.verify(config).is_sound
+    path.write_bytes(shard_of(config, parts[1])[1])
+    assert pull(cache, remote.url).exit_code == 0
+    assert len(stored(cache, config)) == 30
+
+
+def test_another_shard_makes_up_for_a_bad_one(remote, cache, config):
+    """What a later repair has pushed again is taken from there, also for an older state."""
+    values = some_embeddings(0, 10)
+    commit = share(remote, config, values)
+    shard_file(remote, config, commit.shards[0]).unlink()
+    first, second = (dict(list(values.items())[part]) for part in (slice(6), slice(6, 10)))
+    share(remote, config, first, second, writer="repair", parents=[commit.id])
+    report = pull(cache, remote.url, commit=commit.id)
+    assert report.exit_code == 0
+    assert [problem.path for problem in report.made_up_for] == [commit.shards[0].path]
+    assert_same(stored(cache, config), values)
+
+
+def test_a_shard_that_is_not_what_its_commit_says(remote, cache, config):
+    """A shard of other samples under a right digest is refused as a whole."""
+    entry, data = shard_of(config, some_embeddings(0, 3))
+    liar = entry.__class__(
+        entry.sha256, entry.num_bytes, ("a:dog", "b:dog", "c:dog"), entry.checksums, None
+    )
+    remote.write(f"{config.fingerprint}/{entry.path}", data)
+    put_commit(remote, config, [liar])
+    report = pull(cache, remote.url)
+    assert (report.exit_code, report.lost) == (1, ["a:dog", "b:dog", "c:dog"])
+    assert config not in cache
+    assert not cache.path(config).exists()
+
+
+def test_a_damaged_commit_is_reported_and_the_others_count(remote, cache, config):
+    """One commit file that can't be read doesn't hide what the others list."""
+    one = share(remote, config, some_embeddings(0, 3))
+    share(remote, config, some_embeddings(3, 3), writer="node-b")
+    path = Path(remote.url.removeprefix("file://")) / config.fingerprint / one.path
+    path.write_bytes(path.read_bytes()[:-9])
+    report = pull(cache, remote.url)
+    assert (report.exit_code, report.merged.num_new) == (1, 3)
+    assert [problem.path for problem in report.problems] == [one.path]
+
+
+KILLED = """
+import os, signal, sys
+from lmdbcache.sharing import pulling, downloads
+from lmdbcache.sharing.pulling import pull
+from lmdbcache.sharing.remote import Remote
+from lmdbcache.storage.writing import committing
+import lmdbcache.sharing.remote as remote
+remote._PIECE_BYTES = 20_000
+left = int(sys.argv[3])
+def count(frame, event, argument):
+    global left
+    if event == "call" and "lmdbcache" in frame.f_code.co_filename:
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+pull(sys.argv[1] + "-warm", sys.argv[2])
+sys.setprofile(count)
+pull(sys.argv[1], sys.argv[2])
+sys.setprofile(None)
+print("calls", int(sys.argv[3]) - left)
+"""
+
+
+def run_killed(root, url, after):
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, str(root), url, str(after)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+
+
+def test_killed_at_any_moment(remote, tmp_path, config):
+    """kill -9 in the middle, and again: what is there is right, and the last pull completes it."""
+    parts = [some_embeddings(4 * n, 4, shape=LARGE) for n in range(3)]
+    share(remote, config, *parts)
+    expected = {k: v for part in parts for k, v in part.items()}
+    done = run_killed(tmp_path / "whole", remote.url, 10**9)
+    calls = int(done.stdout.split()[1])
+    cache = EmbeddingCache(tmp_path / "cache")
+    for share_of_calls in (0.15, 0.4, 0.45, 0.7, 0.9):
+        killed = run_killed(cache.root, remote.url, int(calls * share_of_calls))
+        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+        if config in cache:
+            found = stored(cache, config)
+            assert_same(found, {name: expected[name] for name in found})
+            assert len(found) % 4 == 0  # each shard is one transaction
+    assert pull(cache, remote.url).exit_code == 0
+    assert_same(stored(cache, config), expected)
+    assert cache.verify(config).is_sound
+
+
+def test_two_pulls_at_once_fetch_everything_once(remote, cache, config, caplog):
+    """The second waits for the first, and finds it all there."""
+    caplog.set_level(logging.WARNING)
+    values = some_embeddings(0, 30)
+    commit = share(remote, config, values)
+    reports = []
+    with Downloads(cache.path(config)).held():
+        pulls = [
+            threading.Thread(target=lambda: reports.append(pull(cache, remote.url)))
+            for _ in range(2)
+        ]
+        for one in pulls:
+            one.start()
+        while sum("waiting for another pull" in line for line in caplog.messages) < 2:
+            pass
+    for one in pulls:
+        one.join()
+    assert sum(report.bytes_fetched for report in reports) == commit.shards[0].num_bytes
+    assert_same(stored(cache, config), values)
+
+
+def test_two_pushers_in_conflict_are_both_named(remote, cache, config):
+    """`error` keeps what came first and names both; `theirs` ends at the later, and stays there."""
+    ours, theirs = some_embeddings(0, 3), some_embeddings(0, 3, seed=1)
+    one = share(remote, config, ours, writer="node-a")
+    two = share(remote, config, theirs, writer="node-b")
+    report = pull(cache, remote.url)
+    assert (report.exit_code, report.merged.num_new) == (1, 3)
+    first, second = sorted((one, two), key=lambda commit: commit.id)
+    for conflict in report.merged.conflicts:
+        assert conflict.ours.detail["commit"] == first.id
+        assert conflict.theirs.detail["commit"] == second.id
+        assert conflict.max_abs > 0
+    before, after = (ours, theirs) if first is one else (theirs, ours)
+    assert_same(stored(cache, config), before)
+    assert pull(cache, remote.url, on_conflict="theirs").exit_code == 0
+    assert_same(stored(cache, config), after)
+    again = pull(cache, remote.url, on_conflict="theirs")
+    assert (again.exit_code, again.bytes_fetched) == (0, 0)
+    assert_same(stored(cache, config), after)
+
+
+def test_what_differs_in_the_last_bits_is_fetched_once(remote, filled, config, embeddings):
+    """Within the tolerance ours is kept and counted; the next pull doesn't look again."""
+    near = {name: value + np.float32(1e-6) for name, value in embeddings.items()}
+    share(remote, config, near)
+    report = pull(filled, remote.url)
+    assert (report.exit_code, report.merged.num_close) == (0, 20)
+    again = pull(filled, remote.url)
+    assert (again.exit_code, again.bytes_fetched, again.num_settled) == (0, 0, 20)
+    closer = pull(filled, remote.url, tolerance=1e-9)
+    assert (closer.exit_code, len(closer.merged.conflicts)) == (1, 20)
+    assert_same(stored(filled, config), embeddings)
+
+
+def test_a_conflict_is_told_until_it_is_decided(remote, filled, config, embeddings):
+    """`error` tells it at every pull; `ours` decides it, and asks for no bytes again."""
+    share(remote, config, {"video_00001:dog": np.ones(8, "f4")})
+    for _ in range(2):
+        report = pull(filled, remote.url)
+        assert (report.exit_code, len(report.merged.conflicts)) == (1, 1)
+        assert report.merged.conflicts[0].ours.writer == "this store"
+    assert pull(filled, remote.url, on_conflict="ours").exit_code == 0
+    assert pull(filled, remote.url, on_conflict="ours").bytes_fetched == 0
+    assert_same(stored(filled, config), embeddings)
+
+
+def test_embeddings_of_other_weights_are_refused(remote, cache, config):
+    """Of two writers with different weights only those that fit the store come in; exit code 1."""
+    one, two = some_embeddings(0, 3), some_embeddings(3, 3)
+    with cache.writer(config, provenance={"weights_digest": "1"}) as writer:
+        writer.put("mine:dog", np.ones(8))
+    share(remote, config, one, provenance={"weights_digest": "1"})
+    share(remote, config, two, provenance={"weights_digest": "2"}, writer="node-b")
+    report = pull(cache, remote.url)
+    assert report.exit_code == 1
+    assert [refusal.where for refusal in report.merged.refused] == ["node-b"]
+    assert sorted(stored(cache, config)) == sorted([*one, "mine:dog"])
+
+
+def test_a_disk_without_room_is_refused_before(remote, tmp_path, config):
+    """Nothing is fetched where the embeddings don't fit."""
+    share(remote, config, some_embeddings(0, 10))
+    with small_disk(tmp_path / "disk", 40) as disk:
+        fill(disk, 4 << 20)
+        with pytest.raises(CacheFullError, match="this pull needs"):
+            pull(disk / "cache", remote.url)
+        assert not list((disk / "cache").rglob("*.part"))
+
+
+def test_a_disk_that_fills_up_keeps_what_was_imported(remote, tmp_path, config, monkeypatch):
+    """Full in the middle: an error of ours, what was committed stays, and the pull goes on."""
+    parts = [some_embeddings(60 * n, 60, shape=LARGE) for n in range(4)]
+    share(remote, config, *parts)
+    with small_disk(tmp_path / "disk", 64) as disk:
+        cache = EmbeddingCache(disk / "cache")
+        plain, calls = Downloads.fetch, []
+
+        def fetch(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                fill(disk, 300_000)
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(Downloads, "fetch", fetch)
+        with pytest.raises(CacheFullError):
+            pull(cache, remote.url)
+        assert len(stored(cache, config)) == 120
+        assert not list(cache.root.rglob("*.part"))
+        empty(disk)
+        assert pull(cache, remote.url).exit_code == 0
+        assert_same(stored(cache, config), {k: v for part in parts for k, v in part.items()})
+
+
+def test_a_root_that_cannot_be_written(remote, tmp_path, config):
+    """A file in the place of the root is said before anything is fetched."""
+    share(remote, config, some_embeddings(0, 3))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="is a file"):
+        pull(tmp_path / "file", remote.url)
