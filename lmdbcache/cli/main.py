@@ -20,8 +20,8 @@ from lmdbcache.cli import (
     maintain,
     merge,
     prune,
-    push,
     pull,
+    push,
     remove,
     report,
     transfer,
@@ -48,6 +48,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "merge": merge.merge_command,
     },
     "Share": {
+        "push": push.push_command,
         "pull": pull.pull_command,
     },
     "Look": {
@@ -64,9 +65,6 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "audit": audit.audit_command,
         "repair": maintain.repair_command,
         "doctor": doctor.doctor_command,
-    },
-    "Share": {
-        "push": push.push_command,
     },
     "Make room": {
         "compact": maintain.compact_command,
