@@ -8,8 +8,7 @@ from sharing.fault_proxy import FaultProxy
 from sharing.nodes import Node
 from sharing.places import (
     file_place,
-    moto_place,
-    rclone_place,
+    s3_place,
     sftp_place,
 )
 from sharing.servers import moto_server, rclone_server, sftp_server
@@ -38,7 +37,7 @@ def sftp(tmp_path_factory):
 def on_moto(moto):
     """A bucket on moto, behind a proxy."""
     proxy = FaultProxy(moto.port)
-    yield moto_place(moto, proxy)
+    yield s3_place(moto, proxy)
     proxy.close()
 
 
@@ -46,7 +45,7 @@ def on_moto(moto):
 def on_rclone(rclone):
     """A bucket on rclone, behind a proxy."""
     proxy = FaultProxy(rclone.port)
-    yield rclone_place(rclone, proxy)
+    yield s3_place(rclone, proxy)
     proxy.close()
 
 
