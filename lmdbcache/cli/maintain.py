@@ -27,8 +27,10 @@ from lmdbcache.cli.options import (
     find_folders,
 )
 from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.verify_remote import verify_shared
 from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
-from lmdbcache.errors import IntegrityError
+from lmdbcache.errors import ConfigError, IntegrityError
+from lmdbcache.sharing.remote import is_url
 from lmdbcache.storage.maintenance.compaction import compact, plan_compaction
 from lmdbcache.storage.maintenance.integrity import IntegrityReport, verify
 from lmdbcache.storage.maintenance.repair import RepairReport, repair
@@ -90,13 +92,26 @@ def verify_command(
     source_choice: SourceChoice,
     root: Root = None,
     everything: All = False,
+    repair_shared: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="With a URL: put what is damaged there right, from the stores here."
+        ),
+    ] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
     """Check every stored value against its checksum. Exit code 1 if something is wrong.
 
-    With --sources: whether the audio files are still those that were embedded.
+    With --sources: whether the audio files are still those that were embedded. With a URL in the
+    place of the first store: every file that was pushed there, of all stores or of those named.
     """
+    if stores and is_url(stores[0]):
+        verify_shared(
+            stores, EmbeddingCache(root), repair=repair_shared, progress=progress, as_json=as_json
+        )
+    if repair_shared:
+        raise ConfigError("--repair: give the URL that was pushed to; a store has `repair`")
     chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
     if source_choice.is_wanted:
         verify_sources(chosen, source_choice, progress=progress, as_json=as_json)

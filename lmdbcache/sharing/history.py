@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import ConfigError, IntegrityError, RemoteError
+from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError, RemoteError
 from lmdbcache.sharing.commits import (
     COMMIT_NAME,
     COMMITS_NAME,
@@ -48,14 +48,20 @@ class History:
         fingerprint: Of the config.
         commits: By id.
         problems: Commit files that are damaged, missing or foreign: path → what is wrong.
+        unread: Paths of those of them that may be sound: of a newer release, or refused.
     """
 
     def __init__(
-        self, fingerprint: str, commits: Mapping[str, Commit], problems: Mapping[str, str]
+        self,
+        fingerprint: str,
+        commits: Mapping[str, Commit],
+        problems: Mapping[str, str],
+        unread: Iterable[str] = (),
     ) -> None:
         self.fingerprint = fingerprint
         self.commits = dict(commits)
         self.problems = dict(problems)
+        self.unread = frozenset(unread)
         self._ordered: list[Commit] | None = None
 
     @property
@@ -211,7 +217,9 @@ def read_history(
     copies = CommitCopies(None) if copies is None else copies
     listed = remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
     ids = sorted(match[1] for name in listed if (match := COMMIT_NAME.fullmatch(name)))
-    commits, problems = {}, {}
+    commits: dict[str, Commit] = {}
+    problems: dict[str, str] = {}
+    unread = []
     for done, commit_id in enumerate(ids, 1):
         try:
             commits[commit_id] = _read_commit(
@@ -219,6 +227,8 @@ def read_history(
             )
         except (RemoteError, IntegrityError) as error:
             problems[commit_path(commit_id)] = str(error)
+            if isinstance(error, (RemoteError, FormatVersionError)):
+                unread.append(commit_path(commit_id))
         if progress is not None:
             progress(done, len(ids))
     gone = _withdrawn(commits.values())
@@ -228,7 +238,7 @@ def read_history(
                 problems.setdefault(
                     commit_path(parent), f"isn't there, and {commit.id} builds on it"
                 )
-    return History(fingerprint, commits, problems)
+    return History(fingerprint, commits, problems, unread)
 
 
 def _withdrawn(commits: Iterable[Commit]) -> set[str]:

@@ -37,6 +37,7 @@ __all__ = [
     "checked_shape",
     "decode_shard",
     "encode_shard",
+    "entry_of",
     "row_bytes",
     "sound_rows",
 ]
@@ -251,6 +252,19 @@ def decode_shard(data: Buffer, name: str) -> ShardContent:
     if len(data) != layout.num_bytes or bytes(data[: len(layout.header)]) != layout.header:
         raise IntegrityError(f"{name} isn't a whole shard of embeddings in its one form")
     return ShardContent(config, shape, tuple(about["sample_ids"]), layout.values(data))
+
+
+def entry_of(content: ShardContent, sha256: str, num_bytes: int) -> ShardEntry:
+    """How a commit lists a shard.
+
+    Args:
+        content: What it holds.
+        sha256: Digest of its bytes, in hex.
+        num_bytes: How many these are.
+    """
+    is_ragged = None in content.embedding_shape
+    lengths = tuple(len(value) for value in content.embeddings) if is_ragged else None
+    return ShardEntry(sha256, num_bytes, content.sample_ids, content.checksums(), lengths)
 
 
 def check_content(content: ShardContent, entry: ShardEntry, config: CacheConfig) -> None:
