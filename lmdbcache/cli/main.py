@@ -66,6 +66,10 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "repair": maintain.repair_command,
         "doctor": doctor.doctor_command,
     },
+    "Share": {
+        "push": push.push_command,
+        "pull": pull.pull_command,
+    },
     "Make room": {
         "compact": maintain.compact_command,
         "rm": remove.rm_command,

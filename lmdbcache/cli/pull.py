@@ -9,9 +9,9 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
+from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
 from lmdbcache.cli.options import Json, Progress, Root
-from lmdbcache.cli.transfer import listed_ids
 from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.sharing.pull_report import PullReport
 from lmdbcache.sharing.pulling import pull
@@ -80,7 +80,7 @@ def pull_command(
             on_conflict=on_conflict.value,
             tolerance=tolerance,
             classes=classes,
-            sample_ids=listed_ids(ids),
+            sample_ids=None if ids is None else ids_in(ids),
             dry_run=dry_run,
             progress=report_progress,
         )

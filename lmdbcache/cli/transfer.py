@@ -24,7 +24,7 @@ from lmdbcache.transfer.importing import import_source
 from lmdbcache.transfer.report import ImportReport
 from lmdbcache.transfer.sources import open_source
 
-__all__ = ["export_command", "import_command", "listed_ids"]
+__all__ = ["export_command", "import_command"]
 
 _FEW: int = 10
 _TYPES: dict[str, type] = {"sample_rate": int, "duration": float}
@@ -221,7 +221,7 @@ def export_command(
             out,
             format=format_,  # type: ignore[arg-type]
             classes=classes,
-            sample_ids=listed_ids(ids),
+            sample_ids=_listed(ids),
             overwrite=yes,
             shard_bytes=shard_size << 20,
             progress=report_progress,
@@ -236,12 +236,7 @@ def export_command(
         )
 
 
-def listed_ids(path: Path | None) -> list[str] | None:
-    """The lines of the file that `--ids` names; None without one.
-
-    Raises:
-        TransferError: It can't be read.
-    """
+def _listed(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:

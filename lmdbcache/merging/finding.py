@@ -10,11 +10,12 @@ from typing import Final
 
 from lmdbcache.errors import CacheError
 from lmdbcache.merging.report import Refusal
-from lmdbcache.storage.format.layout import GENERATION_NAME
+from lmdbcache.storage.format.layout import GENERATION_NAME, NUM_RESERVED_KEYS
 from lmdbcache.storage.maintenance.repair import generation_to_repair
+from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.store_info import is_store
 
-__all__ = ["FoundStores", "find_stores"]
+__all__ = ["FoundStores", "file_number", "find_stores"]
 
 _DEPTH: Final = 6  # of folders below a source
 
@@ -98,7 +99,7 @@ def _stores_under(folder: Path, depth: int, found: FoundStores) -> list[Path]:
 
 def _note_unnamed(folder: Path, generations: list[Path], found: FoundStores) -> None:
     """A folder with generations and no `CURRENT`: by the format, nothing is stored there."""
-    if any(holds_something(generation) for generation in generations):
+    if any(_holds_something(generation) for generation in generations):
         names = ", ".join(generation.name for generation in generations)
         found.refused.append(
             Refusal(
@@ -113,10 +114,12 @@ def _note_unnamed(folder: Path, generations: list[Path], found: FoundStores) -> 
         found.notes.append(f"{folder} is a store that was never written to: passed over")
 
 
-def holds_something(generation: Path) -> bool:
-    """Whether there may be embeddings in it."""
+def _holds_something(generation: Path) -> bool:
+    """Whether there may be embeddings in it: a store that is only just made has none."""
     try:
-        # Two meta pages, the metadata record and its checksum: a store that was only just made.
-        return (generation / "data.mdb").stat().st_size > 8 * os.sysconf("SC_PAGE_SIZE")
+        with PageFile(generation / "data.mdb") as file:
+            if file.meta is None:
+                return file.size > 0
+            return file.meta.main.num_entries > NUM_RESERVED_KEYS
     except OSError:
         return False

@@ -202,10 +202,23 @@ class Merger:
                 outcome.num_same += 1
             else:
                 self._compare(incoming, now.value(incoming.key), outcome)
+        if outcome.conflicts:
+            found = self._target.origins(outcome.ours)
+            outcome.conflicts = [
+                conflict._replace(ours=found.get(conflict.sample_id, THIS_STORE))
+                for conflict in outcome.conflicts
+            ]
 
     def _compare(self, incoming: Incoming, ours: Ours | None, outcome: _Outcome) -> None:
-        name = incoming.sample_id
-        if ours is None or ours.value is None:
+        name, takes_theirs = incoming.sample_id, self.report.on_conflict == "theirs"
+        if ours is None:
+            outcome.notes.append(f"{name}: this dry run met two embeddings, and compared neither")
+            return
+        if ours.value is None and takes_theirs:
+            outcome.notes.append(f"the stored value of {name} was damaged, and was replaced")
+            outcome.replace(incoming, ours)
+            return
+        if ours.value is None:
             reason = "the value that is stored is damaged: run `lmdbcache repair`, and merge again"
             outcome.refused.append(Refusal(str(self._target.path), name, reason))
             return
@@ -216,12 +229,12 @@ class Merger:
         if max_abs <= self.report.tolerance:
             outcome.close.append(max_abs)
             return
-        takes_theirs = self.report.on_conflict == "theirs"
-        origin = self._target.origins({name: ours.checksum}).get(name, THIS_STORE)
         kept: Literal["ours", "theirs"] = "theirs" if takes_theirs else "ours"
-        outcome.conflicts.append(Conflict(name, origin, incoming.origin, max_abs, cosine, kept))
         if takes_theirs:
-            outcome.changes.append(Change(incoming, ours.checksum))
+            outcome.replace(incoming, ours)
+        conflict = Conflict(name, THIS_STORE, incoming.origin, max_abs, cosine, kept)
+        outcome.conflicts.append(conflict)
+        outcome.ours[name] = ours.checksum
 
     def _note(self, outcome: _Outcome) -> None:
         report = self.report
@@ -231,6 +244,7 @@ class Merger:
         report.note_close(outcome.close)
         report.conflicts += outcome.conflicts
         report.refused += outcome.refused
+        report.notes += outcome.notes
         if report.is_dry_run:
             for change in outcome.changes:
                 self._would_be[change.incoming.key] = change.incoming.checksum
@@ -245,5 +259,11 @@ class _Outcome:
         self.num_same = 0
         self.close: list[float] = []
         self.conflicts: list[Conflict] = []
+        self.ours: dict[str, bytes] = {}  # checksums of what is stored, of the conflicts
         self.refused: list[Refusal] = []
+        self.notes: list[str] = []
         self.changes: list[Change] = []
+
+    def replace(self, incoming: Incoming, ours: Ours) -> None:
+        """Take it instead of what is stored."""
+        self.changes.append(Change(incoming, ours.checksum))

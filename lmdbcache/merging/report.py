@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ class Conflict(NamedTuple):
         sample_id: Whose.
         ours: Who computed the one that was stored, or that came first.
         theirs: Who computed the other.
-        max_abs: Largest difference of two elements.
+        max_abs: Largest difference of two elements; infinite if their shapes differ.
         cosine: 1 less the cosine of the angle between them; 0 is the same direction.
         kept: Which of them is stored now; `"none"`: two sources differ, and neither was taken.
     """
@@ -38,7 +39,9 @@ class Conflict(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         origins = {"ours": self.ours.to_dict(), "theirs": self.theirs.to_dict()}
-        return {**self._asdict(), **origins}
+        # Embeddings of different shapes are infinitely far apart, which JSON has no number for.
+        max_abs = self.max_abs if math.isfinite(self.max_abs) else None
+        return {**self._asdict(), "max_abs": max_abs, **origins}
 
 
 class Refusal(NamedTuple):

@@ -22,7 +22,7 @@ from lmdbcache.storage.format.layout import sample_id_of_key
 __all__ = ["SideBySide"]
 
 _KEYS_AT_ONCE: Final = 4096
-_BATCH_BYTES: Final = 64 << 20
+_BATCH_BYTES: Final = 32 << 20
 _BATCH_RECORDS: Final = 16384
 
 # A key, with (number of the store, checksum) of each store that has it.
@@ -59,6 +59,7 @@ class SideBySide:
         self._advance = advance
         self._batch: list[Incoming] = []
         self._num_bytes = 0
+        self._num_done = 0
         self._records: list[tuple[dict[str, Origin], dict[str, Source]]] = []
 
     def run(self) -> None:
@@ -94,21 +95,31 @@ class SideBySide:
         self._read_records(chunk)
         for key, holders in chunk:
             self._merge_key(key, holders, stored.get(key))
-        self._advance(sum(len(holders) for _, holders in chunk))
+            self._num_done += len(holders)
+        self._tell()
+
+    def _tell(self) -> None:
+        number, self._num_done = self._num_done, 0
+        self._advance(number)
 
     def _merge_key(
         self, key: bytes, holders: list[tuple[int, bytes]], stored: bytes | None
     ) -> None:
         """All that the sources have of one sample; equal ones are read once."""
+        takes_last = self._report.on_conflict == "theirs"
         different: dict[bytes, list[int]] = {}
         for number, expected in holders:
-            different.setdefault(expected, []).append(number)
-        self._report.num_same += len(different.pop(stored, ())) if stored is not None else 0
-        candidates = self._candidates(key, different)
-        if stored is not None or len(different) == 1:
-            for candidate in candidates:
+            if takes_last:  # then it is the last source that counts, whatever others repeat
+                different[expected] = [*different.pop(expected, ()), number]
+            else:
+                different.setdefault(expected, []).append(number)
+        is_disputed = len(different) > 1 and (stored is None or takes_last)
+        if not is_disputed:
+            self._report.num_same += len(different.pop(stored or b"", ()))
+            for candidate in self._candidates(key, different):
                 self._add(candidate)
             return
+        candidates = self._candidates(key, different)
         settled = settle(candidates, self._report.on_conflict, self._report.tolerance)
         self._report.note_close(settled.close)
         self._report.conflicts += settled.conflicts
@@ -156,3 +167,4 @@ class SideBySide:
     def _flush(self) -> None:
         batch, self._batch, self._num_bytes = self._batch, [], 0
         self._merger.add_incoming(batch, self._provenance)
+        self._tell()

@@ -150,9 +150,12 @@ class _SoundStore(SourceStore):
 class _DamagedStore(SourceStore):
     """What is sound in a damaged data.mdb, read without LMDB."""
 
-    def __init__(self, path: Path, damage: str, stack: contextlib.ExitStack) -> None:
-        with contextlib.suppress(ReadOnlyCacheError):  # whoever can't write can't wait for others
-            stack.enter_context(write_lock(path))
+    def __init__(
+        self, path: Path, damage: str, stack: contextlib.ExitStack, *, takes_lock: bool
+    ) -> None:
+        if takes_lock:
+            with contextlib.suppress(ReadOnlyCacheError):  # then it can't be had
+                stack.enter_context(write_lock(path))
         try:
             self._file = stack.enter_context(PageFile(generation_to_repair(path) / "data.mdb"))
             self._saved = salvage(self._file, path)
@@ -170,8 +173,15 @@ class _DamagedStore(SourceStore):
         return self._file.read(entry.offset, entry.length)
 
 
-def open_source_store(path: Path, stack: contextlib.ExitStack) -> SourceStore:
+def open_source_store(
+    path: Path, stack: contextlib.ExitStack, *, takes_lock: bool = True
+) -> SourceStore:
     """Open a store to read from; `stack` closes it.
+
+    Args:
+        path: Its folder.
+        stack: What closes it.
+        takes_lock: Whether nobody may write to it meanwhile, if it is damaged.
 
     Raises:
         CacheError: It can't be read at all.
@@ -187,7 +197,7 @@ def open_source_store(path: Path, stack: contextlib.ExitStack) -> SourceStore:
     except IntegrityError as error:
         damage = str(error)
     with contextlib.ExitStack() as own:
-        opened = _DamagedStore(path, damage, own)
+        opened = _DamagedStore(path, damage, own, takes_lock=takes_lock)
         opened.read_records(own)
         stack.push(own.pop_all())
         return opened

@@ -65,29 +65,10 @@ def merge_stores(
     found = find_stores(sources)
     reports = MergeReports([], found.refused, found.notes)
     run = _Run(cache, tolerance, on_conflict, reports, dry_run=dry_run, progress=progress)
-    paths = [path for path in found.stores if not run.is_own(path)]
-    for start in range(0, len(paths), _STORES_AT_ONCE):
+    for start in range(0, len(found.stores), _STORES_AT_ONCE):
         with contextlib.ExitStack() as stack:
-            run.merge(_by_config(paths[start : start + _STORES_AT_ONCE], configs, reports, stack))
+            run.merge(run.open(found.stores[start : start + _STORES_AT_ONCE], configs, stack))
     return reports
-
-
-def _by_config(
-    paths: Iterable[Path],
-    configs: Collection[CacheConfig] | None,
-    reports: MergeReports,
-    stack: contextlib.ExitStack,
-) -> dict[CacheConfig, list[SourceStore]]:
-    opened: dict[CacheConfig, list[SourceStore]] = {}
-    for path in paths:
-        try:
-            store = open_source_store(path, stack)
-        except (CacheError, OSError) as error:
-            reports.refused.append(Refusal(os.fspath(path), None, str(error)))
-            continue
-        if configs is None or store.config in configs:
-            opened.setdefault(store.config, []).append(store)
-    return opened
 
 
 class _Run:
@@ -114,15 +95,36 @@ class _Run:
         self._total = 0
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._detail = {"merged_at": now, "merged_on": socket.gethostname()}
-        self._own = {number for store in cache.folders() if (number := file_number(store))}
+        self._own = {number: store for store in cache.folders() if (number := file_number(store))}
 
-    def is_own(self, path: Path) -> bool:
-        """Whether this is a store under the root itself; then there is nothing to do."""
-        is_own = path.parent.resolve() == self._cache.root.resolve()
-        if is_own or file_number(path) in self._own:
-            self._reports.notes.append(f"{path} is a store of {self._cache.root} itself")
-            return True
-        return False
+    def open(
+        self,
+        paths: Iterable[Path],
+        configs: Collection[CacheConfig] | None,
+        stack: contextlib.ExitStack,
+    ) -> dict[CacheConfig, list[SourceStore]]:
+        """Open stores by their config; those of the root itself are passed over."""
+        opened: dict[CacheConfig, list[SourceStore]] = {}
+        for path in paths:
+            own = self._own.get(file_number(path) or (0, 0))
+            is_below_root = own is not None and own.resolve() == path.resolve()
+            if own is not None and not is_below_root:
+                self._note_own(path)
+                continue
+            try:
+                # A store of the root may be the target: nobody else could write to it then.
+                store = open_source_store(path, stack, takes_lock=not is_below_root)
+            except (CacheError, OSError) as error:
+                self._reports.refused.append(Refusal(os.fspath(path), None, str(error)))
+                continue
+            if path.resolve() == self._cache.path(store.config).resolve():
+                self._note_own(path)
+            elif configs is None or store.config in configs:
+                opened.setdefault(store.config, []).append(store)
+        return opened
+
+    def _note_own(self, path: Path) -> None:
+        self._reports.notes.append(f"{path} is a store of {self._cache.root} itself")
 
     def merge(self, opened: Mapping[CacheConfig, list[SourceStore]]) -> None:
         """Merge stores that are open, by their config."""

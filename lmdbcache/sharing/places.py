@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from urllib.parse import urlsplit
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.errors import CacheNotFoundError, IntegrityError, RemoteError
@@ -24,7 +23,6 @@ __all__ = [
     "find_fingerprint",
     "first_commit",
     "pinned_state",
-    "without_secrets",
 ]
 
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
@@ -43,7 +41,7 @@ def find_fingerprint(remote: Remote, text: str | None) -> str:
     found = [name for name in there if name.startswith(asked)]
     if len(found) == 1:
         return found[0]
-    where = without_secrets(remote.url)
+    where = remote.place
     if not there:
         raise CacheNotFoundError(
             f"nothing is shared at {where}; is the URL right? `lmdbcache push` puts a store there"
@@ -70,7 +68,7 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
     ids = [
         (size, found[1]) for name, size in listed.items() if (found := COMMIT_NAME.fullmatch(name))
     ]
-    where = f"{without_secrets(remote.url)}/{fingerprint}"
+    where = f"{remote.place}/{fingerprint}"
     if not ids:
         raise CacheNotFoundError(f"{where} holds no commit: nothing was pushed, or it isn't done")
     why = ""
@@ -84,7 +82,7 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
             why = str(error)
     raise IntegrityError(
         f"{where}: none of {len(ids)} commits can be read ({why}). Run `lmdbcache verify "
-        f"{without_secrets(remote.url)} --repair` where the embeddings are"
+        f"{remote.place} --repair` where the embeddings are"
     )
 
 
@@ -117,18 +115,6 @@ def pinned_state(
             return None
         ahead += found[commit_id].parents
     return History(fingerprint, found, {})
-
-
-def without_secrets(url: str) -> str:
-    """A URL as it may be shown and kept: without user, password and access key."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url
-    user, at, _ = parts.netloc.rpartition("@")
-    if not at or ":" not in user:
-        return url
-    return url.replace(f"{user}@", f"{user.partition(':')[0]}@", 1)
 
 
 def _described(remote: Remote, fingerprints: list[str]) -> str:

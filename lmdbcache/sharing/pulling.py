@@ -16,12 +16,12 @@ from lmdbcache.sharing.commits import Commit
 from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.downloads import Downloads
 from lmdbcache.sharing.history import History, read_history
+from lmdbcache.sharing.partial import Span, fetch_rows, spans_of
 from lmdbcache.sharing.places import (
     copies_of,
     find_fingerprint,
     first_commit,
     pinned_state,
-    without_secrets,
 )
 from lmdbcache.sharing.pull_report import Problem, PullReport
 from lmdbcache.sharing.remote import Remote
@@ -140,11 +140,10 @@ class _Pull:
         self._all_history: History | None = None
         self._stored: dict[str, bytes] = {}
         self._refused_weights: set[str] = set()
+        self._spans_of_shard: dict[str, list[Span]] = {}
         # Of the files that are dealt with, of the one at hand, of all.
         self._bytes_before = self._bytes_of_this = self._bytes_in_all = 0
-        self.report = PullReport(
-            merged.path, self._config, without_secrets(remote.url), merged.is_dry_run, merged
-        )
+        self.report = PullReport(merged.path, self._config, remote.place, merged.is_dry_run, merged)
         self.downloads = Downloads(merged.path)
         self._settled = Settled(
             self.downloads.folder / _SETTLED_NAME,
@@ -172,9 +171,9 @@ class _Pull:
         report.num_samples, report.num_present = plan.num_samples, plan.num_present
         report.num_settled, report.absent = plan.num_settled, plan.absent
         report.num_shards = len(plan.shards)
-        self._bytes_in_all = plan.num_bytes
+        self._bytes_in_all = sum(map(self._size, plan.shards))
         here = sum(self.downloads.bytes_there(wanted.offer.entry) for wanted in plan.shards)
-        report.bytes_to_fetch = plan.num_bytes - here
+        report.bytes_to_fetch = self._bytes_in_all - here
         return plan
 
     def check_room(self, plan: Plan) -> None:
@@ -214,13 +213,13 @@ class _Pull:
                         self._listed()
                     failed.append((wanted, str(error)))
                     missed.update(wanted.versions)
-                self._bytes_before += entry.num_bytes
+                self._bytes_before += self._size(wanted)
             # Of all that is shared, not of the state alone: a repair comes after what it repairs.
             if not missed:
                 break
             queue, missed = alternatives(self._everything(), missed, tried)
             lost |= missed
-            self._bytes_in_all += sum(wanted.offer.entry.num_bytes for wanted in queue)
+            self._bytes_in_all += sum(map(self._size, queue))
         for wanted, reason in failed:
             is_made_up_for = lost.isdisjoint(wanted.versions)
             listed = self.report.made_up_for if is_made_up_for else self.report.problems
@@ -244,15 +243,36 @@ class _Pull:
             return
         self._bytes_of_this = 0
         self._count(self.downloads.bytes_there(entry))
-        data = self.downloads.fetch(self._remote, self._fingerprint, entry, self._count_fetched)
-        content = decode_shard(data, entry.path)
-        check_content(content, entry, self._config)
+        embeddings = self._embeddings(wanted)
         try:
-            self._add(wanted, content.embeddings)
+            self._add(wanted, embeddings)
         except ProvenanceMismatchError as error:
             self._refused_weights.add(weights)
             self._merger.report.refused.append(Refusal(commit.writer, None, str(error)))
         self.downloads.discard(entry)
+
+    def _embeddings(self, wanted: Wanted) -> Any:
+        """The embeddings by row: of the whole shard, or of the rows that are wanted."""
+        entry = wanted.offer.entry
+        if spans := self._spans(wanted):
+            return fetch_rows(self._remote, wanted, spans, self._count_fetched)
+        data = self.downloads.fetch(self._remote, self._fingerprint, entry, self._count_fetched)
+        content = decode_shard(data, entry.path)
+        check_content(content, entry, self._config)
+        return content.embeddings
+
+    def _spans(self, wanted: Wanted) -> list[Span]:
+        """What to read of a shard that little is wanted of; nothing: the shard as a whole."""
+        entry = wanted.offer.entry
+        if entry.sha256 not in self._spans_of_shard:
+            begun = self.downloads.bytes_there(entry)
+            self._spans_of_shard[entry.sha256] = [] if begun else spans_of(wanted)
+        return self._spans_of_shard[entry.sha256]
+
+    def _size(self, wanted: Wanted) -> int:
+        """How many bytes are fetched of a shard, or were."""
+        spans = self._spans(wanted)
+        return sum(last - first for first, last in spans) or wanted.offer.entry.num_bytes
 
     def _add(self, wanted: Wanted, embeddings: Any) -> None:
         commit, entry, _ = wanted.offer

@@ -191,6 +191,27 @@ class Remote:
             if progress is not None:
                 progress(len(data))
 
+    def read_span(self, path: str, first: int, last: int) -> bytes:
+        """Some bytes of a file.
+
+        Args:
+            path: Below the place.
+            first: The first byte.
+            last: The one after the last.
+
+        Raises:
+            RemoteError: It isn't there, is shorter, or can't be read.
+        """
+        try:
+            data = self._try(lambda system: _range(system, self._path(path), first, last), path)
+        except FileNotFoundError:
+            raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
+        if len(data) != last - first:
+            raise RemoteError(
+                f"{self.place}/{path} gives {len(data)} of the {last - first} bytes from {first} on"
+            )
+        return data
+
     # ---- changing
 
     def write(self, path: str, data: bytes) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "decode_shard",
     "encode_shard",
     "entry_of",
+    "row_bounds",
     "row_bytes",
     "sound_rows",
 ]
@@ -288,6 +289,22 @@ def check_content(content: ShardContent, entry: ShardEntry, config: CacheConfig)
             f"{name}: {len(wrong)} embeddings aren't those that its commit lists, {wrong[0]!r} "
             "for one"
         )
+
+
+def row_bounds(
+    entry: ShardEntry, config: CacheConfig, embedding_shape: Shape
+) -> list[tuple[int, int]]:
+    """First and last byte of each embedding in the file of a shard.
+
+    Args:
+        entry: The shard as a commit lists it.
+        config: The store that it is of.
+        embedding_shape: Shape of one embedding.
+
+    Raises:
+        ConfigError: The samples can't be a shard.
+    """
+    return _Layout(config, embedding_shape, entry.sample_ids, entry.lengths).bounds()
 
 
 def sound_rows(

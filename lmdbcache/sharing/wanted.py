@@ -83,11 +83,6 @@ class Plan:
     num_settled: int = 0
     absent: list[str] = field(default_factory=list)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the shards' files."""
-        return sum(wanted.offer.entry.num_bytes for wanted in self.shards)
-
 
 def make_plan(
     history: History,

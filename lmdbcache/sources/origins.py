@@ -44,6 +44,9 @@ class Origin(NamedTuple):
     detail: Mapping[str, str] = {}
     provenance: Mapping[str, str] = {}
 
+    def __hash__(self) -> int:
+        return hash((self.writer, *sorted(self.detail.items()), *sorted(self.provenance.items())))
+
     def __str__(self) -> str:
         return " ".join([self.writer, *(f"{name}={value}" for name, value in self.detail.items())])
 
@@ -66,15 +69,15 @@ def put_origins(
     written = list(written)
     for statement in _SCHEMA if written else ():
         connection.execute(statement)
-    numbers: dict[str, int] = {}
+    numbers: dict[int, int] = {}  # by object: few stand for many samples
     rows = []
     for sample_id, embedding, origin in written:
-        record = json.dumps(origin.to_dict(), sort_keys=True)
-        if record not in numbers:
+        if id(origin) not in numbers:
+            record = json.dumps(origin.to_dict(), sort_keys=True)
             connection.execute("INSERT OR IGNORE INTO origins (record) VALUES (?)", (record,))
             found = connection.execute("SELECT id FROM origins WHERE record = ?", (record,))
-            numbers[record] = found.fetchone()[0]
-        rows.append((sample_id, embedding, numbers[record]))
+            numbers[id(origin)] = found.fetchone()[0]
+        rows.append((sample_id, embedding, numbers[id(origin)]))
     if rows:
         connection.executemany("INSERT OR REPLACE INTO sample_origins VALUES (?, ?, ?)", rows)
 

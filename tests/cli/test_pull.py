@@ -88,7 +88,7 @@ def test_what_is_damaged_or_absent_is_said(cli, place, root, tmp_path):
         (["{url}", "0000"], "isn't shared at"),
         (["{url}", "--commit", "zzz"], "isn't a commit"),
         (["{url}", "--class", "cow"], "nobody shares a sample of it"),
-        (["{url}", "--ids", "/nowhere"], "can't be read"),
+        (["{url}", "--ids", "/nowhere"], "No such file"),
     ],
 )
 def test_what_cannot_be_pulled_is_one_line(refused, place, arguments, words):

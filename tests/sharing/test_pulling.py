@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sharing.shared_samples import ragged_embeddings, some_embeddings
-from sharing.shared_stores import assert_same, share, stored
+from sharing.shared_stores import assert_same, shard_file, share, stored
 
 from lmdbcache.errors import CacheNotFoundError, ConfigError
-from lmdbcache.sharing.places import without_secrets
+from lmdbcache.sharing import partial
 from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.sharing.remote import Remote, without_secrets
 from lmdbcache.sources.records import SourceRecords
 from lmdbcache.storage.maintenance.checksums import stored_checksums
 
@@ -143,17 +143,43 @@ def test_fingerprints_that_cannot_be_found(remote, cache, config):
 def test_a_part_of_what_is_shared(remote, cache, config):
     """Classes and sample ids choose; only shards that hold some of them are fetched."""
     one, two = some_embeddings(0, 10), some_embeddings(10, 10)
-    commit = share(remote, config, one, two)
+    share(remote, config, one, two)
     asked = ["clip_00001:dog", "clip_00002:DRUM", "nobody:dog"]
     report = pull(cache, remote.url, sample_ids=asked)
     assert report.absent == ["nobody:dog"]
     assert report.exit_code == 1
-    assert report.bytes_fetched == commit.shards[0].num_bytes
+    assert report.num_shards == 1
     assert sorted(stored(cache, config)) == ["clip_00001:dog", "clip_00002:drum"]
     assert pull(cache, remote.url, classes=["Dog"]).exit_code == 0
     assert len(stored(cache, config)) == 11
     with pytest.raises(ConfigError, match="class cow: nobody shares .* there: dog, drum"):
         pull(cache, remote.url, classes=["cow"])
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (None, 4)])
+def test_a_few_large_embeddings_come_without_the_rest(remote, cache, config, monkeypatch, shape):
+    """Of a shard that little is wanted of, only these bytes are read, and checked."""
+    monkeypatch.setattr(partial, "_GAP_BYTES", 1)
+    ragged = None in shape
+    values = ragged_embeddings(10) if ragged else some_embeddings(0, 10, shape=shape)
+    (entry,) = share(remote, config, values, shape=shape).shards
+    asked = sorted(values)[3:5] + sorted(values)[8:9]
+    expected = {name: values[name] for name in asked}
+    num_bytes = sum(value.nbytes for value in expected.values())
+    seen = []
+    assert pull(cache, remote.url, sample_ids=asked, dry_run=True).bytes_to_fetch == num_bytes
+    report = pull(cache, remote.url, sample_ids=asked, progress=lambda *pair: seen.append(pair))
+    assert (report.exit_code, report.bytes_fetched) == (0, num_bytes)
+    assert seen[-1] == (num_bytes, num_bytes)
+    assert_same(stored(cache, config), expected)
+    path = shard_file(remote, config, entry)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    asked_too = [min(values), max(values)]
+    report = pull(cache, remote.url, sample_ids=[*asked, *asked_too])
+    assert (report.exit_code, report.lost) == (1, asked_too)
+    assert_same(stored(cache, config), expected)
 
 
 def test_a_dry_run_tells_the_bytes_and_stores_nothing(remote, cache, config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import bench
+import bench_merge
 import numpy as np
 import peer_adapter
 import pytest
@@ -54,3 +55,10 @@ def test_peer_adapter_gives_back_what_it_was_given(tmp_path, name):
         rows = torch.cat(batches).numpy()
         assert sorted(map(bytes, rows)) == sorted(map(bytes, written))
     adapter.reader.close()
+
+
+def test_the_benchmark_of_merging_runs(monkeypatch, capsys):
+    """A quick run has a row for each shape."""
+    monkeypatch.setattr(sys, "argv", ["bench_merge.py", "--quick"])
+    bench_merge.main()
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["200", "8"]

@@ -1,0 +1,265 @@
+"""`Merger`: what one `add` does with embeddings that are new, the same, close, far, or no good."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from merging.conftest import contents, numbered, same
+
+from lmdbcache.errors import (
+    ConfigError,
+    IntegrityError,
+    InvalidEmbeddingError,
+    ProvenanceMismatchError,
+)
+from lmdbcache.merging import THIS_STORE, Merger, Origin
+from lmdbcache.merging import target as target_module
+from lmdbcache.sources import Source, count_origins, recorded_sources
+from lmdbcache.sources.records import SourceRecords
+from lmdbcache.storage.format.layout import sample_key
+from lmdbcache.storage.format.metadata import checksum
+
+NODE = Origin("node-a", {"commit": "c1"}, {"weights_digest": "w1", "torch": "2"})
+
+
+def checksums_of(embeddings):
+    return [checksum(sample_key(name), value.tobytes()) for name, value in embeddings.items()]
+
+
+def add(merger, embeddings, origin=NODE, **options):
+    merger.add(list(embeddings), list(embeddings.values()), origin, **options)
+
+
+def test_new_embeddings_come_with_origin_and_source(target, config):
+    """A store is made; who computed each sample, and from which file, is kept with it."""
+    values = numbered(0, 20)
+    source = Source("a.wav", 10, 1, b"d" * 16, "/data")
+    with Merger(target, config, dataset_root="/data") as merger:
+        add(merger, values, checksums=checksums_of(values), sources={"clip_00003:dog": source})
+    assert same(contents(target, config), values)
+    assert (merger.report.num_new, merger.report.num_bytes, merger.report.exit_code) == (20, 640, 0)
+    info = target.info(config)
+    assert info.provenance == NODE.provenance
+    assert info.dataset_root == "/data"
+    assert count_origins(target.path(config)) == [(NODE, 20)]
+    found = {name: source for name, _, source in recorded_sources(target.path(config)) if source}
+    assert found == {"clip_00003:dog": source}
+
+
+def test_what_is_there_is_written_once(store, config):
+    """The same bytes are counted; nothing is committed, and what was computed here stays ours."""
+    values = numbered(0, 20)
+    cache = store("target", values)
+    before = cache.info(config).last_written
+    merger = Merger(cache, config)
+    assert merger.needed(dict(zip(values, checksums_of(values), strict=True))) == []
+    add(merger, values)
+    assert merger.report.num_same == 20
+    assert cache.info(config).last_written == before
+    assert count_origins(cache.path(config)) == []
+
+
+def test_close_ones_keep_ours(store, config):
+    """Within the tolerance ours stays, bit for bit, and the largest difference is told."""
+    values = numbered(0, 10)
+    cache = store("target", values)
+    merger = Merger(cache, config, tolerance=1e-3)
+    add(merger, {name: value + np.float32(5e-4) for name, value in values.items()})
+    assert same(contents(cache, config), values)
+    assert (merger.report.num_close, merger.report.exit_code) == (10, 0)
+    assert merger.report.largest_close == pytest.approx(5e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("choice", ["error", "ours", "theirs"])
+def test_conflicts(choice, store, config):
+    """Each is told with both origins and the difference; the choice decides; the rest is merged."""
+    values, merged = numbered(0, 10), numbered(10, 20)
+    cache = store("target", values)
+    add(Merger(cache, config), merged, Origin("first", {"commit": "c0"}))
+    theirs = {**numbered(8, 12, seed=1), **numbered(20, 25)}
+    merger = Merger(cache, config, on_conflict=choice)
+    add(merger, theirs)
+    report = merger.report
+    assert [c.sample_id for c in report.conflicts] == list(theirs)[:4]
+    assert [c.ours.writer for c in report.conflicts] == [THIS_STORE.writer] * 2 + ["first"] * 2
+    assert {c.theirs for c in report.conflicts} == {NODE}
+    assert {c.kept for c in report.conflicts} == {"theirs" if choice == "theirs" else "ours"}
+    worst = report.conflicts[0]
+    apart = np.abs(values[worst.sample_id] - theirs[worst.sample_id].astype(np.float64)).max()
+    assert worst.max_abs == pytest.approx(apart)
+    expected = {**values, **merged, **theirs}
+    if choice != "theirs":
+        expected |= {**values, **merged}
+    assert same(contents(cache, config), expected)
+    assert report.exit_code == (1 if choice == "error" else 0)
+    assert report.num_new == 5
+    assert _by_writer(cache, config)["node-a"] == (9 if choice == "theirs" else 5)
+    again = Merger(cache, config, on_conflict=choice)
+    add(again, theirs)
+    assert len(again.report.conflicts) == (0 if choice == "theirs" else 4)
+
+
+def _by_writer(cache, config):
+    return {origin.writer: number for origin, number in count_origins(cache.path(config))}
+
+
+def test_what_can_not_be_stored_is_refused_one_by_one(store, config):
+    """NaN, Inf, another shape, no sample id, a value that doesn't match: told; the rest is kept."""
+    cache = store("target", numbered(0, 2))
+    good = numbered(5, 8)
+    bad = {
+        "nan:dog": np.full(8, np.nan, np.float32),
+        "inf:dog": np.full(8, np.inf, np.float32),
+        "shape:dog": np.zeros(9, np.float32),
+        "no class": np.zeros(8, np.float32),
+        "nul\0:dog": np.zeros(8, np.float32),
+        "text:dog": np.array(["x"] * 8),
+    }
+    merger = Merger(cache, config)
+    given = {**bad, **good}
+    merger.add(list(given), list(given.values()), NODE)
+    assert {refusal.sample_id for refusal in merger.report.refused} == set(bad)
+    assert merger.report.num_new == 3
+    sums = checksums_of(numbered(20, 23))
+    add(merger, numbered(20, 23), checksums=[sums[0], b"other123", sums[2]])
+    assert merger.report.refused[-1].sample_id == "clip_00021:dog"
+    assert "checksum" in merger.report.refused[-1].reason
+    assert merger.report.exit_code == 1
+    assert set(contents(cache, config)) == {*numbered(0, 2), *good, *numbered(20, 23)} - {
+        "clip_00021:dog"
+    }
+
+
+def test_other_weights_are_refused_as_a_whole(store, config):
+    """The rule of writers holds: nothing is merged."""
+    cache = store("target", numbered(0, 2), provenance={"weights_digest": "w2"})
+    with pytest.raises(ProvenanceMismatchError, match="w2"):
+        add(Merger(cache, config), numbered(2, 4))
+    assert same(contents(cache, config), numbered(0, 2))
+
+
+def test_wrong_arguments(target, config):
+    """Each in one sentence, before anything is made."""
+    with pytest.raises(ConfigError, match="known are error, ours, theirs"):
+        Merger(target, config, on_conflict="both")
+    with pytest.raises(ConfigError, match="tolerance"):
+        Merger(target, config, tolerance=float("nan"))
+    with pytest.raises(InvalidEmbeddingError, match="2 embeddings"):
+        Merger(target, config).add(["a:x"], np.zeros((2, 3)), NODE)
+    assert not target.root.exists()
+
+
+def test_a_sample_twice_in_one_call(target, config):
+    """The first is stored; the same again is counted, another one is a conflict."""
+    value = np.ones((1, 8), np.float32)
+    merger = Merger(target, config)
+    merger.add(["a:x", "a:x", "A:X".lower()], np.concatenate([value, value, value * 2]), NODE)
+    report = merger.report
+    assert (report.num_new, report.num_same, len(report.conflicts)) == (1, 1, 1)
+    assert same(contents(target, config), {"a:x": value[0]})
+
+
+def test_ragged_and_bfloat16(target, config):
+    """Lengths may differ where the store is made so; a conflict may be one of shape."""
+    import ml_dtypes
+
+    config = config.replace(dtype="bfloat16", output="last_hidden_state")
+    values = {f"{n}:x": np.full((n, 4), n, ml_dtypes.bfloat16) for n in range(1, 6)}
+    merger = Merger(target, config, ragged=True)
+    add(merger, values)
+    assert same(contents(target, config), values)
+    assert target.info(config).embedding_shape == (None, 4)
+    add(merger, {"2:x": np.full((3, 4), 2, ml_dtypes.bfloat16)})
+    (conflict,) = merger.report.conflicts
+    assert conflict.max_abs == np.inf
+    assert conflict.to_dict()["max_abs"] is None
+    add(merger, {"9:x": np.zeros((3, 5), ml_dtypes.bfloat16)})
+    assert "shape" in merger.report.refused[0].reason
+
+
+def test_a_dry_run_writes_nothing(store, target, config):
+    """It tells the same, of what is there and of what it met before."""
+    merger = Merger(target, config, dry_run=True)
+    add(merger, numbered(0, 5))
+    add(merger, numbered(3, 8))
+    assert (merger.report.num_new, merger.report.num_same) == (8, 2)
+    assert not target.root.exists()
+    cache = store("other", numbered(0, 5))
+    merger = Merger(cache, config, dry_run=True, on_conflict="theirs")
+    add(merger, numbered(0, 6, seed=1))
+    assert (len(merger.report.conflicts), merger.report.num_new) == (5, 1)
+    assert same(contents(cache, config), numbered(0, 5))
+
+
+def test_others_write_in_between(store, config, monkeypatch):
+    """What somebody wrote between the look and the commit is compared, not passed over."""
+    cache = store("target", numbered(0, 2))
+    write = target_module.Target.write
+    rivals = [numbered(5, 7), numbered(7, 9, seed=1)]
+
+    def write_late(self, changes, provenance):
+        if rivals:
+            rival = rivals.pop(0)
+            with cache.writer(config) as writer:
+                writer.put_batch(rival, list(rival.values()))
+        write(self, changes, provenance)
+
+    monkeypatch.setattr(target_module.Target, "write", write_late)
+    merger = Merger(cache, config)
+    add(merger, numbered(4, 10))
+    report = merger.report
+    assert not rivals
+    assert (report.num_new, report.num_same, len(report.conflicts)) == (2, 2, 2)
+    expected = {**numbered(0, 2), **numbered(4, 10), **numbered(7, 9, seed=1)}
+    assert same(contents(cache, config), expected)
+
+
+def test_a_damaged_value_of_ours(store, config):
+    """It is compared with nothing: told, or replaced if theirs are to be taken."""
+    cache = store("target", numbered(0, 4))
+    path = cache.path(config) / "gen-000001" / "data.mdb"
+    content = bytearray(path.read_bytes())
+    content[content.index(numbered(2, 3)["clip_00002:drum"].tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+    merger = Merger(cache, config)
+    add(merger, numbered(0, 4, seed=1))
+    assert [r.sample_id for r in merger.report.refused] == ["clip_00002:drum"]
+    assert "repair" in merger.report.refused[0].reason
+    assert len(merger.report.conflicts) == 3
+    add(Merger(cache, config, on_conflict="theirs"), numbered(0, 4, seed=1))
+    assert same(contents(cache, config), numbered(0, 4, seed=1))
+
+
+def test_a_target_with_damaged_pages_is_refused(store, config):
+    """LMDB never gets to follow them."""
+    cache = store("target", numbered(0, 400))
+    path = cache.path(config) / "gen-000001" / "data.mdb"
+    content = bytearray(path.read_bytes())
+    for at in range(2 * 4096, len(content), 4096):
+        content[at + 10 : at + 16] = b"\xff" * 6
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match="repair"):
+        Merger(cache, config)
+
+
+def test_records_that_can_not_be_written_stop_the_merge(store, config):
+    """No embedding comes in without its origin."""
+    cache = store("target", numbered(0, 2))
+    (cache.path(config) / "sources.sqlite3").write_bytes(b"garbage" * 1000)
+    with pytest.raises(IntegrityError, match=r"sources\.sqlite3"):
+        add(Merger(cache, config), numbered(2, 4))
+    assert same(contents(cache, config), numbered(0, 2))
+
+
+def test_records_of_origins_follow_the_embedding(store, config):
+    """Overwritten here, an embedding is this store's again."""
+    cache = store("target", numbered(0, 2))
+    add(Merger(cache, config), numbered(2, 4))
+    rewritten = numbered(2, 3, seed=5)
+    with cache.writer(config, on_duplicate="overwrite") as writer:
+        writer.put_batch(rewritten, list(rewritten.values()))
+    assert _by_writer(cache, config) == {"node-a": 1, THIS_STORE.writer: 3}
+    cache.compact(config)
+    assert _by_writer(cache, config) == {"node-a": 1, THIS_STORE.writer: 3}
+    with SourceRecords(cache.path(config)) as records:
+        records.check()
