@@ -39,6 +39,14 @@ _WHOLE_OR_NOTHING: Final = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
 )
 _S3: Final = ("s3", "s3a")
+_SSH: Final = ("ssh", "sftp")
+# Without these a connection that stands still is waited for without end.
+_SSH_OPTIONS: Final = {
+    "connect_timeout": 30,
+    "login_timeout": 30,
+    "keepalive_interval": 15,
+    "keepalive_count_max": 3,
+}
 _TEMPORARY_PREFIX: Final = ".uploading-"
 
 
@@ -333,10 +341,19 @@ def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, 
     if protocol in _S3:
         # Many servers that speak S3 don't know the checksums that newer clients add.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    if protocol in _SSH and fsspec.get_filesystem_class(protocol).__name__ == "SSHFileSystem":
+        options = {**_SSH_OPTIONS, **fsspec.config.conf.get(protocol, {}), **options}
     system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     if protocol in _S3:
         system.retries = 1  # of its own, inside each of ours
+    if protocol in _SSH and hasattr(system, "loop"):
+        # asyncssh's tasks on a lost connection each print a traceback; the call itself raises.
+        system.loop.set_exception_handler(_note)
     return system, str(folder).rstrip("/")
+
+
+def _note(_: Any, context: Mapping[str, Any]) -> None:
+    _logger.debug("%s: %r", context.get("message"), context.get("exception"))
 
 
 def _call(system: Any, method: str, num_bytes: int, *args: Any, **options: Any) -> Any:

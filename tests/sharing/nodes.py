@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sharing.command_forks import CommandForks, ForkedCommand
+from sharing.command_forks import SIZES_VARIABLE, CommandForks, ForkedCommand
 from sharing.places import Place
 
 from lmdbcache import CacheConfig, EmbeddingCache
 
 CONFIG = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
 # Timeouts of seconds where users have a minute: tests of stalled connections wait for them.
-IMPATIENT = {"FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 2, "connect_timeout": 2}})}
+IMPATIENT = {
+    "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 2, "connect_timeout": 2}}),
+    "FSSPEC_SSH": json.dumps({"keepalive_interval": 1, "connect_timeout": 3, "login_timeout": 3}),
+}
+# 16 samples of 1 KiB in a shard, 2 shards in a commit; a wait before a new try is short.
+SIZES = {"shard_bytes": 1 << 14, "_SHARDS_PER_COMMIT": 2, "_PIECE_BYTES": 1 << 13}
+WAITS = {"_FIRST_WAIT": 0.01}
 
 
 def embeddings(first: int, number: int, *, size: int = 256, seed: int = 0) -> dict[str, Any]:
@@ -38,6 +44,7 @@ class Node:
     forks: CommandForks
     place: Place
     environment: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     num_commands: int = 0
 
     @property
@@ -69,6 +76,7 @@ class Node:
         self.num_commands += 1
         environment = {**os.environ, **self.place.environment, **self.environment}
         environment["LMDBCACHE_ROOT"] = str(self.cache.root)
+        environment[SIZES_VARIABLE] = json.dumps({**self.sizes, **WAITS})
         output = self.folder / f"output-{self.num_commands}"
         return self.forks.start([str(one) for one in arguments], environment, self.folder, output)
 

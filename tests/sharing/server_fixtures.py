@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sharing.command_forks import CommandForks
 from sharing.fault_proxy import FaultProxy
-from sharing.nodes import Node
+from sharing.nodes import IMPATIENT, SIZES, Node
 from sharing.places import (
     file_place,
     s3_place,
@@ -74,9 +74,9 @@ def command_forks():
 def nodes_at(tmp_path, command_forks):
     """Makes nodes that share through a place."""
 
-    def make(place, number=2, **environment):
+    def make(place, number=2, *, sizes=SIZES):
         return [
-            Node(tmp_path / f"node-{index}", command_forks, place, environment)
+            Node(tmp_path / f"node-{index}", command_forks, place, IMPATIENT, sizes)
             for index in range(number)
         ]
 
