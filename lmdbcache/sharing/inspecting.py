@@ -88,8 +88,8 @@ class Inspection:
             is_there = path.rpartition("/")[2] in there
             state: State = "damaged" if is_there else "missing"
             state = "unreadable" if path in self.history.unread else state
-            why = why.removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ")
-            self.report.findings.append(Finding(path, state, why))
+            reason = why.removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ")
+            self.report.findings.append(Finding(path, state, reason))
         noted = {found.path for found in self.report.findings}
         for commit_id in self.copies.ids():
             path = commit_path(commit_id)

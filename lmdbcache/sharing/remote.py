@@ -48,6 +48,7 @@ _SSH_OPTIONS: Final = {
     "keepalive_count_max": 3,
 }
 _TEMPORARY_PREFIX: Final = ".uploading-"
+_inherited: Final[list[Any]] = []
 
 
 class Remote:
@@ -270,6 +271,9 @@ class Remote:
 
     def _fsspec(self) -> Any:
         """The file system, of this process alone and with no listing remembered."""
+        if self._pid != os.getpid() and self._file_system is not None:
+            # The parent's connections: ending them here would wait for a loop that isn't running.
+            _inherited.append(self._file_system)
         if self._file_system is None or self._pid != os.getpid():
             self._file_system, self._folder = _connect(self.url, self.protocol, self._options)
             self._pid = os.getpid()

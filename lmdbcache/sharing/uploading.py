@@ -79,6 +79,7 @@ class Upload:
             done += num_looked_at
             if ids:
                 self._pending.append(self._shard(ids, values, listed))
+            del values  # before the next ones are read
             if self._is_time():
                 self._commit()
             if progress is not None:
