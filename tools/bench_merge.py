@@ -24,9 +24,8 @@ def main() -> None:
     shapes = {"pooled": (200, (8,)), "hidden": (8, (20, 8))}
     if not quick:
         shapes = {"pooled": (28_109, (768,)), "hidden": (300, (1214, 768))}
-    print(
-        "| what | copy, s | merge of 1, s | of 4, s | again, s | all close, s | all replaced, s |"
-    )
+    ways = ("copy", "merge of 1", "of 4", "of 4 again", "all close", "all replaced")
+    print("| what |", " | ".join(f"{way}, s" for way in ways), "|")
     print("|---|---|---|---|---|---|---|")
     for name, (number, shape) in shapes.items():
         with tempfile.TemporaryDirectory(prefix="merge-") as folder:

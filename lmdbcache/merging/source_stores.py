@@ -93,7 +93,7 @@ class SourceStore(ABC):
         if sample_key(name) != key:
             raise InvalidSampleIdError(f"{name!r} isn't how a sample id is stored")
         dtype, shape = self.config.dtype, self.metadata.embedding_shape
-        value = from_stored(name, content, dtype, shape)
+        value = from_stored(name, content, dtype, shape, copy=False)
         return as_stored(name, value, dtype, copy=False)
 
     def read_records(self, stack: contextlib.ExitStack) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timezone
@@ -23,8 +24,9 @@ from lmdbcache.storage.format.metadata import StoreMetadata
 
 __all__ = ["merge_stores"]
 
-# Open at once; each takes two file descriptors. Those after them meet what these have left.
+# Open at once. Those after them meet what these have left.
 _STORES_AT_ONCE: Final = 128
+_DESCRIPTORS_PER_STORE, _OTHER_DESCRIPTORS = 5, 64
 
 Progress = Callable[[int, int], None]
 
@@ -65,10 +67,19 @@ def merge_stores(
     found = find_stores(sources)
     reports = MergeReports([], found.refused, found.notes)
     run = _Run(cache, tolerance, on_conflict, reports, dry_run=dry_run, progress=progress)
-    for start in range(0, len(found.stores), _STORES_AT_ONCE):
+    step = _stores_at_once()
+    for start in range(0, len(found.stores), step):
         with contextlib.ExitStack() as stack:
-            run.merge(run.open(found.stores[start : start + _STORES_AT_ONCE], configs, stack))
+            run.merge(run.open(found.stores[start : start + step], configs, stack))
     return reports
+
+
+def _stores_at_once() -> int:
+    """As many as this process may have open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _STORES_AT_ONCE
+    return max(1, min(_STORES_AT_ONCE, (limit - _OTHER_DESCRIPTORS) // _DESCRIPTORS_PER_STORE))
 
 
 class _Run:

@@ -226,6 +226,9 @@ def read_history(
                 remote, fingerprint, commit_id, listed[f"{commit_id}.json"], copies
             )
         except (RemoteError, IntegrityError) as error:
+            if isinstance(error, RemoteError):
+                # Where nobody answers any more, all others would be tried in vain.
+                remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
             problems[commit_path(commit_id)] = str(error)
             if isinstance(error, (RemoteError, FormatVersionError)):
                 unread.append(commit_path(commit_id))

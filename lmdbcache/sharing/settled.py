@@ -7,21 +7,24 @@ fetch all of them again, only to find that once more. The file may be removed at
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 __all__ = ["Settled"]
 
 _OURS: Final = -1.0  # in the place of a tolerance: the stored one was chosen
+_RECORD: Final = np.dtype([("pair", "V16"), ("limit", "<f8")])
 
 
 class Settled:
     """The comparisons of one store.
 
     Args:
-        path: The file; none there is fine, and lines that can't be read don't count.
+        path: The file; none there is fine.
         tolerance: Largest difference that counts as none for this pull.
         keeps_ours: Whether a conflict is decided for what is stored.
     """
@@ -30,16 +33,18 @@ class Settled:
         self._path = path
         self._tolerance = tolerance
         self._keeps_ours = keeps_ours
-        self._limits: dict[tuple[str, str, str], float] = {}
+        self._limits: dict[bytes, float] = {}
         with contextlib.suppress(OSError):
-            for line in path.read_text("utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):
-                    sample_id, ours, theirs, limit = json.loads(line)
-                    self._limits[sample_id, ours, theirs] = float(limit)
+            data = path.read_bytes()
+            whole = np.frombuffer(data[: len(data) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
+            pairs = (pair.tobytes() for pair in whole["pair"])
+            self._limits = dict(zip(pairs, whole["limit"].tolist(), strict=True))
 
     def __call__(self, sample_id: str, ours: bytes, theirs: bytes) -> bool:
         """Whether these two were compared, with what counts today."""
-        limit = self._limits.get((sample_id, ours.hex(), theirs.hex()))
+        if not self._limits:
+            return False
+        limit = self._limits.get(_pair(sample_id, ours, theirs))
         if limit is None:
             return False
         return self._keeps_ours if limit == _OURS else limit <= self._tolerance
@@ -51,11 +56,18 @@ class Settled:
             pairs: What was compared.
             conflicts: The sample ids of those that were further apart than the tolerance.
         """
-        lines = []
-        for sample_id, ours, theirs in pairs:
-            limit = _OURS if sample_id in conflicts else self._tolerance
-            lines.append(json.dumps([sample_id, ours.hex(), theirs.hex(), limit]) + "\n")
-        if not lines:
+        found = {_pair(*pair): _OURS if pair[0] in conflicts else self._tolerance for pair in pairs}
+        new = {pair: limit for pair, limit in found.items() if self._limits.get(pair) != limit}
+        if not new:
             return
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        self._limits |= new
+        records = np.array(list(new.items()), _RECORD)
+        with contextlib.suppress(OSError), self._path.open("ab") as file:
+            # A record that was cut by a kill would put all after it out of step.
+            file.truncate(file.tell() // _RECORD.itemsize * _RECORD.itemsize)
+            file.write(records.tobytes())
+
+
+def _pair(sample_id: str, ours: bytes, theirs: bytes) -> bytes:
+    text = b"\0".join((ours.hex().encode(), theirs.hex().encode(), sample_id.encode()))
+    return hashlib.blake2b(text, digest_size=16).digest()

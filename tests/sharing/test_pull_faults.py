@@ -19,6 +19,7 @@ from small_disks import empty, fill, small_disk
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError, RemoteError, StorageError
 from lmdbcache.sharing.downloads import Downloads
+from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.pulling import pull
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.storage.format.layout import PULLING_NAME
@@ -154,6 +155,7 @@ def test_a_damaged_commit_is_reported_and_the_others_count(remote, cache, config
 KILLED = """
 import os, signal, sys
 from lmdbcache.sharing import pulling, downloads
+from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.pulling import pull
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.storage.writing import committing
@@ -257,6 +259,44 @@ def test_what_differs_in_the_last_bits_is_fetched_once(remote, filled, config, e
     closer = pull(filled, remote.url, tolerance=1e-9)
     assert (closer.exit_code, len(closer.merged.conflicts)) == (1, 20)
     assert_same(stored(filled, config), embeddings)
+
+
+def test_a_record_of_comparisons_that_was_cut_does_no_harm(remote, filled, config, embeddings):
+    """Half a record at the end, as a kill leaves it, and rubbish: what is whole still counts."""
+    near = {name: value + np.float32(1e-6) for name, value in embeddings.items()}
+    names = sorted(near)
+    share(remote, config, {name: near[name] for name in names[:10]})
+    pull(filled, remote.url)
+    path = filled.path(config) / PULLING_NAME / "compared"
+    path.write_bytes(path.read_bytes() + b"half a rec")
+    share(remote, config, {name: near[name] for name in names[10:]}, writer="node-b")
+    again = pull(filled, remote.url)
+    assert (again.num_settled, again.merged.num_close) == (10, 10)
+    assert pull(filled, remote.url).num_settled == 20
+    path.write_bytes(b"rubbish" * 100)
+    assert pull(filled, remote.url).merged.num_close == 20
+
+
+def test_a_place_that_goes_away_while_commits_are_read(remote, config, monkeypatch):
+    """One error, at once, and not a try for each of the commits that are left."""
+    for number in range(5):
+        share(remote, config, some_embeddings(number, 1), writer=f"node-{number}")
+    plain, read = Remote.list_files, []
+
+    def fail(self, path, num_bytes):
+        read.append(path)
+        raise RemoteError("the connection is gone")
+
+    def list_files(self, folder):
+        if read:
+            raise RemoteError("nobody answers")
+        return plain(self, folder)
+
+    monkeypatch.setattr(Remote, "read", fail)
+    monkeypatch.setattr(Remote, "list_files", list_files)
+    with pytest.raises(RemoteError, match="nobody answers"):
+        read_history(remote, config.fingerprint)
+    assert len(read) == 1
 
 
 def test_a_conflict_is_told_until_it_is_decided(remote, filled, config, embeddings):

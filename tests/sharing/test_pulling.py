@@ -15,8 +15,10 @@ from lmdbcache.sources.records import SourceRecords
 from lmdbcache.storage.maintenance.checksums import stored_checksums
 
 
-def test_a_pulled_store_is_what_was_shared(remote, cache, config):
+@pytest.mark.parametrize("kind", ["remote", "in_memory"])
+def test_a_pulled_store_is_what_was_shared(request, cache, config, kind):
     """Two shards come in bit for bit; the store is sound; again, nothing is fetched."""
+    remote = request.getfixturevalue(kind)
     one, two = some_embeddings(0, 10), some_embeddings(10, 5)
     share(remote, config, one, two)
     report = pull(cache, remote.url)

@@ -69,9 +69,14 @@ def as_stored(sample_id: str, embedding: Any, dtype: str, *, copy: bool = True) 
 
 
 def from_stored(
-    sample_id: str, value: Any, dtype: str, stored_shape: Sequence[int | None] | None
+    sample_id: str,
+    value: Any,
+    dtype: str,
+    stored_shape: Sequence[int | None] | None,
+    *,
+    copy: bool = True,
 ) -> npt.NDArray[Any]:
-    """An owned, writable copy of a stored buffer, in its shape.
+    """A stored buffer in its shape: an owned, writable copy, or a view of it.
 
     Raises:
         IntegrityError: The buffer's length isn't that of an embedding of this store.
@@ -86,8 +91,7 @@ def from_stored(
         else:
             view = np.ndarray(shape, wanted, value)  # type: ignore[arg-type]
         if view.nbytes == len(value):
-            copied: npt.NDArray[Any] = view.copy()
-            return copied
+            return view.copy() if copy else view
     except (ValueError, TypeError):
         pass
     raise IntegrityError(
