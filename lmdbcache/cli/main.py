@@ -47,10 +47,6 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "export": transfer.export_command,
         "merge": merge.merge_command,
     },
-    "Share": {
-        "push": push.push_command,
-        "pull": pull.pull_command,
-    },
     "Look": {
         "ls": inspect.ls_command,
         "info": inspect.info_command,

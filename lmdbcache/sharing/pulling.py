@@ -261,7 +261,10 @@ class _Pull:
         """The embeddings by row: of the whole shard, or of the rows that are wanted."""
         entry = wanted.offer.entry
         if spans := self._spans(wanted):
-            return fetch_rows(self._remote, wanted, spans, self._count_fetched)
+            try:
+                return fetch_rows(self._remote, wanted, spans, self._count_fetched)
+            except IntegrityError:  # on the way, or where it comes from: one look more
+                return fetch_rows(self._remote, wanted, spans, self._count_fetched)
         data = self.downloads.fetch(self._remote, self._fingerprint, entry, self._count_fetched)
         content = decode_shard(data, entry.path)
         check_content(content, entry, self._config)

@@ -8,7 +8,7 @@ from sharing.nodes import embeddings
 ITEMS = embeddings(0, 100)  # 7 shards, 4 commits
 
 
-@pytest.fixture(params=["on_moto", "on_rclone"])
+@pytest.fixture(params=["on_moto", pytest.param("on_rclone", marks=pytest.mark.stress)])
 def bucket(request):
     return request.getfixturevalue(request.param)
 
