@@ -27,7 +27,8 @@ class PushReport:
         num_bytes: Uploaded, in shards and commits.
         commits: Ids of the commits that were made; the last pins the state after this push.
         heads: Ids of the commits that nobody had built on when it began.
-        problems: Commit files that can't be used: path → why. What they list was pushed again.
+        problems: Commit files that can't be used and shards that aren't whole: path → why. What
+            they hold is pushed again by who has it.
         dry_run: Nothing was pushed, only looked at.
     """
 

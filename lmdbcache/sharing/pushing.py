@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lmdbcache.cache import EmbeddingCache
@@ -11,10 +11,10 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
 from lmdbcache.sharing.choosing import Choice, choose
 from lmdbcache.sharing.copies import CommitCopies
-from lmdbcache.sharing.history import History, SharedChecksums, read_history
+from lmdbcache.sharing.history import History, Offer, SharedChecksums, read_history
 from lmdbcache.sharing.push_report import PushReport
 from lmdbcache.sharing.remote import Remote
-from lmdbcache.sharing.shards import SHARD_BYTES
+from lmdbcache.sharing.shards import SHARD_BYTES, SHARDS_NAME
 from lmdbcache.sharing.uploading import Upload
 from lmdbcache.storage.format.metadata import StoreMetadata
 from lmdbcache.storage.reader import EmbeddingReader
@@ -77,12 +77,13 @@ def push(
         copies = CommitCopies(cache.path(config), remote.url)
         history = read_history(remote, config.fingerprint, copies)
         _check_same_kind(reader, history, remote)
-        there = history.checksums()
-        missing = _compare(choice, there, report, replace=replace)
         report.heads, report.problems = history.heads, history.problems
+        listed = remote.list_files(f"{config.fingerprint}/{SHARDS_NAME}")
+        there = SharedChecksums(_whole(history, listed, report))
+        missing = _compare(choice, there, report, replace=replace)
         if missing and not dry_run:
             upload = Upload(reader, remote, copies, history.heads, there, report, replace=replace)
-            upload.run(missing, shard_bytes, progress)
+            upload.run(missing, listed, shard_bytes, progress)
     return report
 
 
@@ -105,6 +106,18 @@ def _check_same_kind(reader: EmbeddingReader, history: History, remote: Remote) 
                 f"{place} holds embeddings of shape {commit.embedding_shape} (commit {commit.id}), "
                 f"the store of shape {shape}: another output or length needs a config of its own"
             )
+
+
+def _whole(history: History, listed: Mapping[str, int], report: PushReport) -> Iterator[Offer]:
+    """The shards that are there in their whole size; what others held is pushed again."""
+    for offer in history.offers():
+        size = listed.get(offer.entry.name)
+        if size == offer.entry.num_bytes:
+            yield offer
+        else:
+            found = "isn't there" if size is None else f"has {size} bytes"
+            why = f"{found}, and commit {offer.commit.id} lists {offer.entry.num_bytes}"
+            report.problems[offer.entry.path] = why
 
 
 def _compare(

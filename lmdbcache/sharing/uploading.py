@@ -69,11 +69,11 @@ class Upload:
     def run(
         self,
         missing: Mapping[str, bytes],
+        listed: Mapping[str, int],
         shard_bytes: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Upload these and commit them."""
-        listed = self._remote.list_files(f"{self._folder}/{SHARDS_NAME}")
+        """Upload these, but for shards that are listed already, and commit them."""
         done = 0
         for ids, values, num_looked_at in self._pieces(list(missing), shard_bytes):
             done += num_looked_at

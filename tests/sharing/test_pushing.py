@@ -300,6 +300,21 @@ def test_what_a_damaged_commit_listed_is_pushed_again(remote, cache, config):
     assert_shared(remote, config, values)
 
 
+def test_what_vanished_is_pushed_again(remote, cache, config):
+    """A commit isn't believed where a listing lacks its shard, or has less of it."""
+    values = some_embeddings(0, 30)
+    store(cache, config, values)
+    push(cache, config, remote.url, shard_bytes=32 * 10)
+    names = sorted(remote.list_files(f"{config.fingerprint}/shards"))
+    remote.remove(f"{config.fingerprint}/shards/{names[0]}")
+    remote.write(f"{config.fingerprint}/shards/{names[1]}", b"cut")
+    report = push(cache, config, remote.url, shard_bytes=32 * 10)
+    assert (report.num_there, report.num_pushed, report.num_uploaded) == (10, 20, 2)
+    assert sorted(report.problems) == [f"shards/{name}" for name in names[:2]]
+    assert_shared(remote, config, values)
+    assert not push(cache, config, remote.url).problems
+
+
 def test_a_foreign_commit_is_told_and_left_alone(remote, cache, config):
     """A commit of another config in this folder counts for nothing."""
     values = some_embeddings(0, 5)

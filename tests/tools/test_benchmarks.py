@@ -6,6 +6,7 @@ import sys
 
 import bench
 import bench_merge
+import bench_push
 import numpy as np
 import peer_adapter
 import pytest
@@ -62,3 +63,10 @@ def test_the_benchmark_of_merging_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_merge.py", "--quick"])
     bench_merge.main()
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["200", "8"]
+
+
+def test_the_benchmark_of_push_runs(capsys, monkeypatch, tmp_path):
+    """It pushes, adds, and finds all of it sound."""
+    monkeypatch.setattr(sys, "argv", ["bench_push.py", f"file://{tmp_path}/shared", "--quick"])
+    bench_push.main()
+    assert capsys.readouterr().out.endswith("sound\n")
