@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -220,7 +221,10 @@ def test_two_pulls_at_once_fetch_everything_once(remote, cache, config, caplog):
         for one in pulls:
             one.start()
         while sum("waiting for another pull" in line for line in caplog.messages) < 2:
-            pass
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert not reports
+        assert config not in cache
     for one in pulls:
         one.join()
     assert sum(report.bytes_fetched for report in reports) == commit.shards[0].num_bytes
