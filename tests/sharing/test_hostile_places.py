@@ -78,11 +78,16 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_commits_of_strangers(shared, kind):
+ALONE = [pytest.param([kind], marks=pytest.mark.stress, id=kind) for kind in HOSTILE]
+
+
+@pytest.mark.parametrize("kinds", [pytest.param([*HOSTILE], id="all"), *ALONE])
+def test_commits_of_strangers(shared, kinds):
     """The honest commit's samples come all the same; nothing crashes, nothing leaves its folder."""
     place, one, two = shared
-    put_commit(place, HOSTILE[kind](honest(place)))
+    record = honest(place)
+    for kind in kinds:
+        put_commit(place, HOSTILE[kind](record))
     before = place.contents()
     command = two.run("pull", place.url)
     assert command.returncode in (0, 1)
@@ -111,7 +116,7 @@ def test_names_of_strangers(shared):
     assert one.run("push", place.url).returncode in (0, 1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.stress)])
 def test_values_that_no_store_takes(shared, value):
     """A stranger's NaN is refused by name; all other samples come."""
     from lmdbcache.sharing.commits import new_commit
@@ -131,17 +136,19 @@ def test_values_that_no_store_takes(shared, value):
     assert two.holds({**ITEMS, **bad})
 
 
-@pytest.mark.parametrize("year", ["1970-01-01", "9999-12-31", "yesterday", ""])
-def test_clocks_do_not_matter(shared, year):
+def test_clocks_do_not_matter(shared):
     """Commits of any time count, in the order of their parents."""
     from lmdbcache.sharing.commits import new_commit
     from lmdbcache.sharing.shards import encode_shard
 
     place, _, two = shared
-    more = embeddings(100, 3)
-    entry, data = encode_shard(CONFIG, (256,), list(more), list(more.values()))
-    commit, record = new_commit(CONFIG, (256,), "elsewhere", year, shards=[entry])
-    place.objects.write(f"{CONFIG.fingerprint}/{entry.path}", data)
-    place.objects.write(f"{CONFIG.fingerprint}/{commit.path}", record)
+    everything = dict(ITEMS)
+    for number, year in enumerate(["1970-01-01", "9999-12-31", "yesterday", ""], 1):
+        more = embeddings(100 * number, 3)
+        entry, data = encode_shard(CONFIG, (256,), list(more), list(more.values()))
+        commit, record = new_commit(CONFIG, (256,), "elsewhere", year, shards=[entry])
+        place.objects.write(f"{CONFIG.fingerprint}/{entry.path}", data)
+        place.objects.write(f"{CONFIG.fingerprint}/{commit.path}", record)
+        everything |= more
     two.pull()
-    assert two.holds({**ITEMS, **more})
+    assert two.holds(everything)

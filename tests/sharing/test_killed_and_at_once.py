@@ -19,8 +19,8 @@ def sizes(few, many):
 
 @pytest.fixture(
     params=[
-        "on_moto",
         "on_file",
+        pytest.param("on_moto", marks=pytest.mark.stress),
         pytest.param("on_rclone", marks=pytest.mark.stress),
         pytest.param("on_sftp", marks=pytest.mark.stress),
     ]
@@ -87,10 +87,19 @@ def test_killed_pulls(place, nodes_at, number):
         assert [path.name for path in two.cache.path(CONFIG).glob("**/*.part")] == []
 
 
-@sizes(1, 15)
-def test_pushes_at_once(place, nodes_at, number):
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("on_moto", 1),
+        *[
+            pytest.param(kind, 15, marks=pytest.mark.stress)
+            for kind in ("on_moto", "on_rclone", "on_sftp", "on_file")
+        ],
+    ],
+)
+def test_pushes_at_once(request, nodes_at, kind, number):
     """Three nodes whose stores overlap push together while a fourth pulls: it gets all of it."""
-    dice = random.Random(fault_seed() + 2)
+    place, dice = request.getfixturevalue(kind), random.Random(fault_seed() + 2)
     *pushing, pulling = nodes_at(place, 4)
     everything = {}
     for round_number in range(number):
@@ -129,7 +138,7 @@ def test_two_pulls_into_one_store(on_moto, nodes_at):
     assert fetched == whole
 
 
-@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize("number", [2, pytest.param(15, marks=pytest.mark.stress)])
 def test_signals(on_moto, nodes_at, number):
     """Ctrl-C and SIGTERM end a push with one line; the next one goes on."""
     one, two = nodes_at(on_moto)

@@ -8,7 +8,8 @@ import pytest
 from sharing.nodes import embeddings
 from sharing.servers import ACCESS_KEY, PASSWORD, SECRET_KEY
 
-COMMANDS = ["push", "pull", "verify"]
+MORE = [pytest.param(command, marks=pytest.mark.stress) for command in ("push", "verify")]
+COMMANDS = ["pull", *MORE]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_wrong_credentials(on_rclone, nodes_at, command):
     assert len(on_rclone.proxy.requests) <= 4
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["push", "pull"])
 def test_no_credentials(on_moto, nodes_at, command):
     (node,) = nodes_at(on_moto, 1)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
