@@ -18,13 +18,13 @@ from lmdbcache import CacheConfig, EmbeddingCache
 CONFIG = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
 # Timeouts of seconds where users have a minute: tests of stalled connections wait for them.
 IMPATIENT = {
-    "AWS_MAX_ATTEMPTS": "2",
+    "AWS_MAX_ATTEMPTS": "4",
     "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 2, "connect_timeout": 2}}),
     "FSSPEC_SSH": json.dumps({"keepalive_interval": 1, "connect_timeout": 3, "login_timeout": 3}),
 }
 # 16 samples of 1 KiB in a shard, 2 shards in a commit; a wait before a new try is short.
 SIZES = {"shard_bytes": 1 << 14, "_SHARDS_PER_COMMIT": 2, "_PIECE_BYTES": 1 << 13}
-WAITS = {"_FIRST_WAIT": 0.01, "_PATIENCE_SECONDS": 5}
+WAITS = {"_FIRST_WAIT": 0.01, "_PATIENCE_SECONDS": 20}
 
 
 def embeddings(first: int, number: int, *, size: int = 256, seed: int = 0) -> dict[str, Any]:
