@@ -113,10 +113,9 @@ class Downloads:
         """
         part, path = self._part(entry), f"{fingerprint}/{entry.path}"
         with self._translated(part):
-            had = self.bytes_there(entry)
             _append(remote, path, part, entry.num_bytes, progress)
-            if had and _digest(part) != entry.sha256:
-                # After a power cut, or a stranger's: what was there before may be the damage.
+            if _digest(part) != entry.sha256:
+                # Damaged on the way, or here by a power cut, and not where it comes from.
                 part.unlink()
                 progress(-entry.num_bytes)
                 _append(remote, path, part, entry.num_bytes, progress)

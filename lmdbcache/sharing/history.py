@@ -259,8 +259,13 @@ def _read_commit(
         raise IntegrityError(
             f"{commit_path(commit_id)} has {num_bytes} bytes, too many for a commit"
         )
-    data = remote.read(f"{fingerprint}/{commit_path(commit_id)}", num_bytes)
-    commit = decode_commit(commit_id, data, fingerprint)
+    path = f"{fingerprint}/{commit_path(commit_id)}"
+    data = remote.read(path, num_bytes)
+    try:
+        commit = decode_commit(commit_id, data, fingerprint)
+    except IntegrityError:  # on the way, or where it comes from: one look more
+        data = remote.read(path, num_bytes)
+        commit = decode_commit(commit_id, data, fingerprint)
     copies.keep(commit_id, data)
     return commit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Final
 
@@ -67,7 +68,7 @@ def find_fingerprint(remote: Remote, text: str | None) -> str:
 
 
 def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None = None) -> Commit:
-    """The smallest commit that can be read: it tells config and shape.
+    """A commit that there is a copy of, or the smallest that can be read: config and shape.
 
     Raises:
         CacheNotFoundError: There is none.
@@ -81,12 +82,15 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
     where = f"{remote.place}/{fingerprint}"
     if not ids:
         raise CacheNotFoundError(f"{where} holds no commit: nothing was pushed, or it isn't done")
+    copies = copies or CommitCopies(None, remote.url)
+    for _, commit_id in sorted(ids):
+        if copy := copies.get(commit_id):
+            with contextlib.suppress(IntegrityError):
+                return decode_commit(commit_id, copy, fingerprint)
     why = ""
     for size, commit_id in sorted(ids):
         try:
-            copy = None if copies is None else copies.get(commit_id)
-            path = f"{fingerprint}/{commit_path(commit_id)}"
-            data = remote.read(path, size) if copy is None else copy
+            data = remote.read(f"{fingerprint}/{commit_path(commit_id)}", size)
             return decode_commit(commit_id, data, fingerprint)
         except (IntegrityError, RemoteError) as error:
             why = str(error)

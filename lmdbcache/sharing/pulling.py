@@ -138,6 +138,7 @@ class _Pull:
         self._fingerprint = self._config.fingerprint
         self._pinned = pinned
         self._all_history: History | None = None
+        self._there: dict[str, int] = {}
         self._stored: dict[str, bytes] = {}
         self._refused_weights: set[str] = set()
         self._spans_of_shard: dict[str, list[Span]] = {}
@@ -184,18 +185,23 @@ class _Pull:
         """
         if not plan.shards:
             return
+        self._there = self._listed()
+        # A shard that isn't there as its commit says is no reason to refuse all others.
+        coming = [one for one in plan.shards if _is_listed(one.offer.entry, self._there)]
         stored = 0.0
-        for _, entry, rows in [(*wanted.offer[:2], wanted.rows) for wanted in plan.shards]:
+        for _, entry, rows in [(*wanted.offer[:2], wanted.rows) for wanted in coming]:
             size = entry.num_bytes / len(entry.sample_ids)
             # A value of more than half a page gets pages of its own.
             stored += len(rows) * (math.ceil(size / _PAGE) * _PAGE if size > _PAGE / 2 else size)
-        entries = [wanted.offer.entry for wanted in plan.shards]
-        beside = max(entry.num_bytes - self.downloads.bytes_there(entry) for entry in entries)
+        entries = [wanted.offer.entry for wanted in coming]
+        beside = max(
+            (entry.num_bytes - self.downloads.bytes_there(entry) for entry in entries),
+            default=0,
+        )
         check_room(self.report.path, int(stored) + beside + RESERVE_BYTES, "this pull")
 
     def bring_in(self, plan: Plan) -> None:
         """Fetch, check and import shard after shard."""
-        there = self._listed() if plan.shards else {}
         queue, tried = list(plan.shards), set[str]()
         failed: list[tuple[Wanted, str]] = []
         lost: set[tuple[str, bytes]] = set()
@@ -205,7 +211,7 @@ class _Pull:
                 entry = wanted.offer.entry
                 tried.add(entry.sha256)
                 try:
-                    _check_listed(entry, there)
+                    _check_listed(entry, self._there)
                     self._import(wanted)
                 except (IntegrityError, RemoteError) as error:
                     if isinstance(error, RemoteError):
@@ -255,7 +261,10 @@ class _Pull:
         """The embeddings by row: of the whole shard, or of the rows that are wanted."""
         entry = wanted.offer.entry
         if spans := self._spans(wanted):
-            return fetch_rows(self._remote, wanted, spans, self._count_fetched)
+            try:
+                return fetch_rows(self._remote, wanted, spans, self._count_fetched)
+            except IntegrityError:  # on the way, or where it comes from: one look more
+                return fetch_rows(self._remote, wanted, spans, self._count_fetched)
         data = self.downloads.fetch(self._remote, self._fingerprint, entry, self._count_fetched)
         content = decode_shard(data, entry.path)
         check_content(content, entry, self._config)
@@ -315,6 +324,10 @@ class _Pull:
         self._bytes_of_this += num_bytes
         if self._progress is not None:
             self._progress(self._bytes_before + self._bytes_of_this, self._bytes_in_all)
+
+
+def _is_listed(entry: ShardEntry, there: Mapping[str, int]) -> bool:
+    return there.get(entry.path.rpartition("/")[2]) == entry.num_bytes
 
 
 def _check_listed(entry: ShardEntry, there: Mapping[str, int]) -> None:

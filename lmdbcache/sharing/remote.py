@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
 from lmdbcache.sharing.remote_errors import first_line, is_final, missing_package, translated
+from lmdbcache.sharing.ssh_connections import is_sshfs, quiet, read_range, ssh_options
 from lmdbcache.storage.files.generations import sync_file
 
 __all__ = ["Remote", "is_url", "without_secrets"]
@@ -337,16 +338,20 @@ def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, 
     if protocol in _S3:
         # Many servers that speak S3 don't know the checksums that newer clients add.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
+    system, folder = fsspec.core.url_to_fs(
+        url, skip_instance_cache=True, **ssh_options(protocol, options)
+    )
     if protocol in _S3:
         system.retries = 1  # of its own, inside each of ours
+    if is_sshfs(system):
+        quiet(system)
     return system, str(folder).rstrip("/")
 
 
 def _call(system: Any, method: str, num_bytes: int, *args: Any, **options: Any) -> Any:
     """Call a file system, and give up when nothing comes back for far too long."""
     if system.async_impl:
-        options["timeout"] = _PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
+        options["timeout"] = _limit(num_bytes)
     return getattr(system, method)(*args, **options)
 
 
@@ -357,11 +362,13 @@ def _age(item: Mapping[str, Any]) -> float | None:
     return time.time() - modified if isinstance(modified, (int, float)) else None
 
 
+def _limit(num_bytes: int) -> float:
+    return _PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
+
+
 def _range(system: Any, path: str, first: int, last: int) -> bytes:
-    if type(system).__name__ == "SSHFileSystem":  # its cat_file gives the whole file
-        with system.open(path, "rb") as file:
-            file.seek(first)
-            return bytes(file.read(last - first))
+    if is_sshfs(system):
+        return read_range(system, path, first, last, _limit(last - first))
     return bytes(_call(system, "cat_file", last - first, path, start=first, end=last))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 60.0
+SIZES_VARIABLE = "SIZES_OF_SHARING_TESTS"
 
 
 class CommandForks:
@@ -106,11 +107,6 @@ def serve(connection: socket.socket) -> None:
 
     import lmdbcache.cli.main
 
-    with contextlib.suppress(ImportError):
-        import lmdbcache.sharing.pulling
-        import lmdbcache.sharing.pushing
-        import lmdbcache.sharing.verifying
-
     assert all((s3fs, sshfs, lmdbcache.cli.main))
     running: set[int] = set()
     for line in connection.makefile("r"):
@@ -131,6 +127,17 @@ def serve(connection: socket.socket) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def _make_small(sizes: dict[str, Any]) -> None:
+    """Small shards, pieces and waits, so that a small store has many of them."""
+    from lmdbcache.sharing import pushing, remote, uploading
+
+    for module in (remote, uploading):
+        for name in sizes.keys() & vars(module).keys():
+            setattr(module, name, sizes[name])
+    if "shard_bytes" in sizes:
+        pushing.push.__kwdefaults__["shard_bytes"] = sizes["shard_bytes"]
+
+
 def _be_the_command(
     arguments: list[str], environment: dict[str, str], folder: str, output: str
 ) -> None:
@@ -147,6 +154,7 @@ def _be_the_command(
             os.dup2(opened, descriptor)
             os.close(opened)
         faulthandler.enable()
+        _make_small(json.loads(os.environ.pop(SIZES_VARIABLE, "{}")))
         sys.argv = ["lmdbcache", *arguments]
         from lmdbcache.cli.main import main
 

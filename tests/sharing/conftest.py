@@ -8,6 +8,7 @@ import pytest
 from sharing.server_fixtures import (  # noqa: F401 - fixtures
     command_forks,
     moto,
+    nodes_at,
     on_file,
     on_moto,
     on_rclone,

@@ -169,20 +169,12 @@ def s3_client(
     )
 
 
-def moto_place(server: Server, proxy: FaultProxy) -> Place:
+def s3_place(server: Server, proxy: FaultProxy) -> Place:
     """A bucket of its own; the proxy is only in the way of push and pull."""
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     client = s3_client(server.endpoint)
     client.create_bucket(Bucket=bucket)
     objects = S3Objects(client, bucket, "some/place")
-    return Place(f"s3://{bucket}/some/place", objects, s3_environment(proxy.endpoint), proxy)
-
-
-def rclone_place(server: Server, proxy: FaultProxy) -> Place:
-    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    assert server.folder is not None
-    (server.folder / bucket).mkdir()
-    objects = FolderObjects(server.folder / bucket / "some" / "place")
     return Place(f"s3://{bucket}/some/place", objects, s3_environment(proxy.endpoint), proxy)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from sharing.command_forks import CommandForks
 from sharing.fault_proxy import FaultProxy
+from sharing.nodes import IMPATIENT, SIZES, Node
 from sharing.places import (
     file_place,
-    moto_place,
-    rclone_place,
+    s3_place,
     sftp_place,
 )
 from sharing.servers import moto_server, rclone_server, sftp_server
@@ -37,7 +37,7 @@ def sftp(tmp_path_factory):
 def on_moto(moto):
     """A bucket on moto, behind a proxy."""
     proxy = FaultProxy(moto.port)
-    yield moto_place(moto, proxy)
+    yield s3_place(moto, proxy)
     proxy.close()
 
 
@@ -45,7 +45,7 @@ def on_moto(moto):
 def on_rclone(rclone):
     """A bucket on rclone, behind a proxy."""
     proxy = FaultProxy(rclone.port)
-    yield rclone_place(rclone, proxy)
+    yield s3_place(rclone, proxy)
     proxy.close()
 
 
@@ -68,3 +68,16 @@ def command_forks():
     forks = CommandForks()
     yield forks
     forks.close()
+
+
+@pytest.fixture
+def nodes_at(tmp_path, command_forks):
+    """Makes nodes that share through a place."""
+
+    def make(place, number=2, *, sizes=SIZES):
+        return [
+            Node(tmp_path / f"node-{index}", command_forks, place, IMPATIENT, sizes)
+            for index in range(number)
+        ]
+
+    return make

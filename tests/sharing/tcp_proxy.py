@@ -25,7 +25,7 @@ class TcpProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def fault(self, kind: str, way: str, after: int) -> None:
-        """ "cut" (once: what connects later works) or "stall" after so many bytes from now."""
+        """ "cut" or "stall" once, after so many bytes from now; what connects later works."""
         with self._lock:
             self._limit = (kind, way, self.num_bytes[way] + after)
 
@@ -93,6 +93,5 @@ class TcpProxy:
             kind, _, limit = self._limit
             if self.num_bytes[way] <= limit:
                 return ""
-            if kind == "cut":
-                self._limit = None
+            self._limit = None
             return kind

@@ -11,7 +11,7 @@ from sharing.places import s3_client
 CONTENT = os.urandom(100_000)
 
 
-@pytest.fixture(params=["on_moto", "on_rclone"])
+@pytest.fixture(params=["on_moto", pytest.param("on_rclone", marks=pytest.mark.stress)])
 def bucket(request):
     return request.getfixturevalue(request.param)
 

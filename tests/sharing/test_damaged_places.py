@@ -1,0 +1,101 @@
+"""Objects that are damaged, cut or gone: found, named, repaired; all others come meanwhile."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from sharing.nodes import CONFIG, embeddings
+from stress.figures import fault_seed
+
+ITEMS = embeddings(0, 100)  # 7 shards, 4 commits
+
+
+def sizes(few, many):
+    """A slice for every run, all of it under `make stress`."""
+    return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.stress)])
+
+
+@pytest.fixture(params=["on_moto", pytest.param("on_rclone", marks=pytest.mark.stress)])
+def bucket(request):
+    return request.getfixturevalue(request.param)
+
+
+def damage(place, dice):
+    """Flip a bit of an object, cut it, lengthen it, or remove it; returns its name."""
+    name = dice.choice(place.names())
+    content = place.objects.read(name)
+    kind = dice.randrange(5)
+    if kind == 0:
+        place.objects.remove(name)
+    elif kind == 1:
+        place.objects.write(name, content[: dice.randrange(len(content))])
+    elif kind == 2:
+        place.objects.write(name, content + b"\0" * dice.randrange(1, 100))
+    else:
+        place.flip(name, dice.randrange(len(content)), 1 << dice.randrange(8))
+    return name
+
+
+@sizes(1, 60)
+def test_damage_is_found_and_repaired(bucket, nodes_at, number):
+    """verify names it; who pulls gets nothing wrong; a repair brings everything back."""
+    dice = random.Random(fault_seed() + 3)
+    one, *others = nodes_at(bucket, 1 + number)
+    one.store(ITEMS)
+    one.push()
+    sound = bucket.contents()
+    for two in others:
+        damaged = {damage(bucket, dice) for _ in range(dice.randint(1, 3))}
+        damaged = {name for name in damaged if bucket.contents().get(name) != sound.get(name)}
+        report = one.report("verify", bucket.url, code=1 if damaged else 0)
+        assert report["is_sound"] is not bool(damaged)
+        # A shard that only a damaged commit lists is looked at when that is repaired.
+        commits = {name for name in damaged if "/commits/" in name}
+        named = str(report)
+        assert all(name.partition("/")[2] in named for name in commits or damaged), named
+        command = two.run("pull", bucket.url)
+        # Nobody who wasn't told of a commit can miss it, if none was built on it.
+        if any(name in bucket.names() for name in damaged):
+            assert command.returncode == 1, command.stdout + command.stderr
+        stored = two.stored()
+        assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
+        one.run("verify", bucket.url, "--repair")
+        assert one.report("verify", bucket.url)["is_sound"]
+        two.pull()
+        assert two.holds(ITEMS)
+
+
+def test_what_nobody_has_is_told(bucket, nodes_at):
+    """A repair without the embeddings keeps what is sound of a shard, and names what is lost."""
+    one, two, three = nodes_at(bucket, 3)
+    one.store(ITEMS)
+    one.push()
+    (name, *_) = bucket.names("shards/")
+    bucket.flip(name, -1)
+    command = two.run("verify", bucket.url, "--repair")
+    assert command.returncode == 1
+    three.pull()
+    lost = ITEMS.keys() - three.stored().keys()
+    assert len(lost) == 1
+    assert lost.pop() in command.stdout + command.stderr
+    assert one.push()["num_pushed"] == 1
+    three.pull()
+    assert three.holds(ITEMS)
+
+
+def test_a_damaged_local_value_is_never_pushed(on_moto, nodes_at):
+    """It is named, everything else is pushed, and the exit code is 1."""
+    one, two = nodes_at(on_moto)
+    one.store(ITEMS)
+    (data,) = one.cache.path(CONFIG).glob("gen-*/data.mdb")
+    value = ITEMS["clip_000050:drum"].tobytes()
+    content = bytearray(data.read_bytes())
+    at = content.index(value) + 9
+    with data.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([content[at] ^ 4]))
+    report = one.push(code=1)
+    assert list(report["damaged"]) == ["clip_000050:drum"]
+    two.pull()
+    assert two.holds({name: ITEMS[name] for name in ITEMS if name != "clip_000050:drum"})
