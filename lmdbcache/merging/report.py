@@ -77,7 +77,7 @@ def refusal(origin: Origin, sample_id: str, error: object) -> Refusal:
 def store_refusal(store: Path, error: object) -> Refusal:
     """Why a store as a whole can't be merged, or be merged into."""
     where = os.fspath(store)
-    return Refusal(where, None, str(error).removeprefix(f"{where}: "))
+    return Refusal(where, None, str(error).removeprefix(where).lstrip(": "))
 
 
 @dataclass
