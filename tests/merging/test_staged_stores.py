@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from merging.conftest import contents, numbered, same
 
 from lmdbcache.merging import merge_stores
 from lmdbcache.merging import stores as stores_module
+from lmdbcache.merging.report import store_refusal
 from lmdbcache.storage.files.running_lock import held_store
 
 
@@ -65,3 +67,16 @@ with held_store(pathlib.Path({str(path)!r}), 0.0):
             raise subprocess.CalledProcessError(process.wait(), command)
         yield process.pid
         process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("/a/store: is empty", "is empty"),
+        ("/a/store can't be written", "can't be written"),
+        ("/a/store/data.mdb is damaged", "/a/store/data.mdb is damaged"),
+    ],
+)
+def test_a_refusal_says_the_store_once(said, reason):
+    """The store's path isn't repeated; that of a file in it stays whole."""
+    assert store_refusal(Path("/a/store"), said) == ("/a/store", None, reason)
