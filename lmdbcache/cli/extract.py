@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -27,6 +28,8 @@ from lmdbcache.extraction.pipeline import extract, plan_extraction, stored_of_sh
 from lmdbcache.extraction.space import ExtractionPlan
 
 __all__ = ["extract_command"]
+
+_logger: Final = logging.getLogger(__name__)
 
 
 @grouped
@@ -87,6 +90,8 @@ def extract_command(
         _show_plan(shown, as_json=as_json)
         return
     if plan:
+        if not share.is_all or launch.folder is not None:
+            _logger.warning("--plan is for the clips of all ranks; --dry-run tells this one's")
         found = plan_capacity(
             cache,
             config,

@@ -101,12 +101,13 @@ def print_conflicts(report: MergeReport) -> None:
     """The first conflicts as a table: both origins, and how far apart they are."""
     if not report.conflicts:
         return
+    of_store = f"/{report.path.name}"  # the same for all, and long
     rows = [
         (
             c.sample_id,
             c.kept,
-            c.ours.writer,
-            c.theirs.writer,
+            c.ours.writer.removesuffix(of_store),
+            c.theirs.writer.removesuffix(of_store),
             f"{c.max_abs:.3g}",
             f"{c.cosine:.3g}",
         )

@@ -31,7 +31,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.extraction.decoding import Clip, FeatureBatch, decode_unit
-from lmdbcache.extraction.run import memory_errors
+from lmdbcache.extraction.memory_errors import memory_errors
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
 from lmdbcache.failures import ClipFailure
 from lmdbcache.storage.format.values import as_stored

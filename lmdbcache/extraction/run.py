@@ -18,10 +18,10 @@ from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
     CacheError,
-    ExtractionError,
     InvalidEmbeddingError,
     MissingDependencyError,
 )
+from lmdbcache.extraction.memory_errors import memory_errors
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.samples import distinct_clips
 from lmdbcache.extraction.shares import Share
@@ -38,7 +38,7 @@ from lmdbcache.storage.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["Run", "memory_errors"]
+__all__ = ["Run"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -386,25 +386,3 @@ class Run:
             rank=self.share.rank,
             world_size=self.share.world_size,
         )
-
-
-@contextmanager
-def memory_errors(batch_size: int) -> Iterator[None]:
-    """Around a forward pass: too little memory on the device is an error of ours.
-
-    Args:
-        batch_size: Clips of the batch.
-
-    Raises:
-        ExtractionError: Says what to do.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ExtractionError(
-            f"the device has too little memory for a batch of {batch_size} clips "
-            f"({str(error).splitlines()[0]}). What was computed is kept; run again with a smaller "
-            "batch_size"
-        ) from error

@@ -7,11 +7,8 @@ store has one process that writes and reads it; others look into it when that pr
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
-import socket
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +21,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
 from lmdbcache.extraction.shares import Share
 from lmdbcache.storage.files.filesystems import check_local_for_writing, is_on_network
+from lmdbcache.storage.files.running_lock import at_rest, held_store
 
 __all__ = ["Staging"]
 
@@ -31,9 +29,6 @@ _logger: Final = logging.getLogger(__name__)
 
 # A batch system may start a task again before the old one has committed and ended.
 _PATIENCE_SECONDS: Final = 60.0
-_POLL_SECONDS: Final = 0.25
-_RUNNING_SUFFIX: Final = ".running"
-_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Staging:
@@ -103,7 +98,7 @@ class Staging:
                 continue
             cache = EmbeddingCache(other)
             try:
-                with self._at_rest(cache, deadline):
+                with at_rest(cache.path(self._config), deadline):
                     if self._config in cache:
                         missing = set(cache.coverage(self._config, missing).missing)
                         self._others.append(cache)
@@ -138,71 +133,19 @@ class Staging:
             StorageError: The same rank runs already.
             ReadOnlyCacheError: The folder can't be written.
         """
-        path = _mark(self.cache, self._config)
-        check_local_for_writing(path.parent)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise ReadOnlyCacheError(
-                f"{path.parent} can't be written ({error.strerror}); choose another staging folder"
-            ) from None
-        try:
-            if not _lock(descriptor, fcntl.LOCK_EX, time.monotonic() + self._patience):
+        store = self.cache.path(self._config)
+        check_local_for_writing(store.parent)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(held_store(store, self._patience))
+            except StorageError as error:
                 raise StorageError(
-                    f"{self._share} runs already ({_holder(path)}) and writes to {path.parent}. "
-                    "Wait for it or end it; each rank runs once"
-                )
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                    f"{self._share} runs already ({error}) and writes to {store.parent}. Wait for "
+                    "it or end it; each rank runs once, and not while its store is merged"
+                ) from None
+            except OSError as error:
+                raise ReadOnlyCacheError(
+                    f"{store.parent} can't be written ({error.strerror}); choose another staging "
+                    "folder"
+                ) from None
             yield
-        finally:
-            os.close(descriptor)
-
-    @contextlib.contextmanager
-    def _at_rest(self, cache: EmbeddingCache, deadline: float) -> Iterator[None]:
-        """Wait until the rank that writes this store has ended.
-
-        Raises:
-            StorageError: It goes on.
-        """
-        path = _mark(cache, self._config)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            yield  # copied from elsewhere
-            return
-        try:
-            if not _lock(descriptor, fcntl.LOCK_SH, deadline):
-                raise StorageError(f"it is being written ({_holder(path)})")
-            yield
-        finally:
-            os.close(descriptor)
-
-
-def _mark(cache: EmbeddingCache, config: CacheConfig) -> Path:
-    """The file that is locked while the rank runs: beside the store, which may not exist yet."""
-    store = cache.path(config)
-    return store.with_name(store.name + _RUNNING_SUFFIX)
-
-
-def _lock(descriptor: int, kind: int, deadline: float) -> bool:
-    """Take a lock that ends with the process, on NFS, too; not shared with forked workers."""
-    while True:
-        try:
-            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                _logger.debug("no locks here: %s", error)
-                return True
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
-        else:
-            return True
-
-
-def _holder(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text("utf-8", "replace").strip() or "unknown"
-    return "unknown"

@@ -10,6 +10,7 @@ from typing import Final
 
 from lmdbcache.errors import CacheError
 from lmdbcache.merging.report import Refusal
+from lmdbcache.storage.files.running_lock import RUNNING_SUFFIX
 from lmdbcache.storage.format.layout import GENERATION_NAME, NUM_RESERVED_KEYS
 from lmdbcache.storage.maintenance.repair import generation_to_repair
 from lmdbcache.storage.pages.page_file import PageFile
@@ -18,6 +19,8 @@ from lmdbcache.store_info import is_store
 __all__ = ["FoundStores", "file_number", "find_stores"]
 
 _DEPTH: Final = 6  # of folders below a source
+# Left by ranks of a staged extraction, whether they had something to store or not.
+_RANKS: Final = [f"{below}*{RUNNING_SUFFIX}" for below in ("world-*/rank-*/", "rank-*/", "")]
 
 
 @dataclass
@@ -54,6 +57,9 @@ def find_stores(sources: Iterable[str | os.PathLike[str]]) -> FoundStores:
                 seen[number] = store
             found.stores.append(store)
         if len(found.stores) + len(found.refused) + len(found.notes) == before:
+            if any(path for ranks in _RANKS for path in folder.glob(ranks)):
+                found.notes.append(f"{folder}: the ranks had nothing to store")
+                continue
             found.refused.append(Refusal(os.fspath(folder), None, _nothing_in(folder)))
     return found
 

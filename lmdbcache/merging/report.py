@@ -77,7 +77,8 @@ def refusal(origin: Origin, sample_id: str, error: object) -> Refusal:
 def store_refusal(store: Path, error: object) -> Refusal:
     """Why a store as a whole can't be merged, or be merged into."""
     where = os.fspath(store)
-    return Refusal(where, None, str(error).removeprefix(f"{where}: "))
+    # The path isn't said twice; that of a file in the store is another one.
+    return Refusal(where, None, str(error).removeprefix(f"{where}: ").removeprefix(f"{where} "))
 
 
 @dataclass

@@ -7,7 +7,8 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
@@ -15,20 +16,29 @@ from typing import Final
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, CacheFullError, ConfigError, ReadOnlyCacheError
+from lmdbcache.errors import (
+    CacheError,
+    CacheFullError,
+    ConfigError,
+    ReadOnlyCacheError,
+    StorageError,
+)
 from lmdbcache.merging.failed_clips import merge_failures
 from lmdbcache.merging.finding import file_number, find_stores
 from lmdbcache.merging.merger import Merger
 from lmdbcache.merging.report import MergeReport, MergeReports, OnConflict, Refusal, store_refusal
 from lmdbcache.merging.side_by_side import SideBySide
 from lmdbcache.merging.source_stores import SourceStore, open_source_store
+from lmdbcache.storage.files.running_lock import at_rest
 from lmdbcache.storage.format.metadata import StoreMetadata
 
 __all__ = ["merge_stores"]
 
 # Open at once. Those after them meet what these have left.
 _STORES_AT_ONCE: Final = 128
-_DESCRIPTORS_PER_STORE, _OTHER_DESCRIPTORS = 5, 64
+_DESCRIPTORS_PER_STORE, _OTHER_DESCRIPTORS = 6, 64
+# A rank that was ended commits what it has.
+_PATIENCE_SECONDS: Final = 10.0
 
 Progress = Callable[[int, int], None]
 
@@ -108,6 +118,7 @@ class _Run:
         self._total = 0
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._detail = {"merged_at": now, "merged_on": socket.gethostname()}
+        self._deadline = time.monotonic() + _PATIENCE_SECONDS
         self._own = {number: store for store in cache.folders() if (number := file_number(store))}
 
     def open(
@@ -125,6 +136,7 @@ class _Run:
                 self._note_own(path)
                 continue
             try:
+                stack.enter_context(self._at_rest(path))
                 # A store of the root may be the target: nobody else could write to it then.
                 store = open_source_store(path, stack, takes_lock=not is_below_root)
             except (CacheError, OSError) as error:
@@ -135,6 +147,16 @@ class _Run:
             elif configs is None or store.config in configs:
                 opened.setdefault(store.config, []).append(store)
         return opened
+
+    @contextlib.contextmanager
+    def _at_rest(self, path: Path) -> Iterator[None]:
+        """No rank of a staged extraction, of this or another machine, writes it meanwhile."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(at_rest(path.resolve(), self._deadline))
+            except StorageError as error:
+                raise StorageError(f"{error}; merge again when that has ended") from None
+            yield
 
     def _note_own(self, path: Path) -> None:
         self._reports.notes.append(f"{path} is a store of {self._cache.root} itself")

@@ -92,6 +92,7 @@ WITH_A_BUCKET = {"streaming.md"}
 
 RUNNER = """
 import json, linecache, os, subprocess
+JOB = {"SLURM_TMPDIR": os.path.abspath("job")}  # nothing is left in /tmp
 for number, (language, code) in enumerate(json.loads(open("blocks.json").read())):
     name = f"{language} block {number}"
     if language == "python":
@@ -105,7 +106,7 @@ for number, (language, code) in enumerate(json.loads(open("blocks.json").read())
         for task in tasks:
             own = {f"SLURM_ARRAY_TASK_{name}": value for name, value in task.items()}
             command = ["bash", "-euo", "pipefail", "-c", code]
-            subprocess.run(command, check=True, env={**os.environ, **own})
+            subprocess.run(command, check=True, env={**os.environ, **JOB, **own})
 """
 
 

@@ -242,6 +242,15 @@ def test_root_that_is_a_file_is_refused(tmp_path, config):
     writer.discard()
 
 
+def test_root_that_can_not_be_made_is_refused(config):
+    """In /proc making a folder fails as if one above it had just been removed: no endless loop."""
+    writer = EmbeddingCache("/proc/cache").writer(config)
+    writer.put("a:x", ONES)
+    with pytest.raises(ReadOnlyCacheError, match="can't be written"):
+        writer.commit()
+    writer.discard()
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 40 MiB."""

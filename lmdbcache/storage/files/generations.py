@@ -48,6 +48,8 @@ __all__ = [
 _logger: Final = logging.getLogger(__name__)
 # What a commit leaves free beyond what it writes.
 RESERVE_BYTES: Final = 16 << 20
+# A folder that is gone again this often after it was made can't be made.
+_MOST_TRIES: Final = 1000
 _held_locks: Final[set[int]] = set()
 
 
@@ -195,18 +197,20 @@ def remove_store(store: Path) -> None:
 
 def _open_lock(store: Path) -> int:
     path = store / WRITER_LOCK_NAME
+    num_tries = 0
     while True:
+        num_tries += 1
         try:
             store.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # removed between the two calls
         except (FileExistsError, NotADirectoryError) as error:
             raise ReadOnlyCacheError(
                 f"{error.filename or store} is a file where a folder is needed. "
                 "Choose another cache root"
             ) from None
         except OSError as error:
+            if error.errno == errno.ENOENT and num_tries < _MOST_TRIES:
+                continue  # removed between the two calls
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheFullError(f"{store}: the disk is full. Free space and go on") from None
             raise ReadOnlyCacheError(
