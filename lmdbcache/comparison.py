@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.format.metadata import portable
 from lmdbcache.storage.maintenance.checksums import stored_checksums
 from lmdbcache.storage.reader import EmbeddingReader
 
@@ -56,7 +57,8 @@ class StoreComparison:
 
     Args:
         config: Fields of the identity that differ, each with both values.
-        provenance: The same of the provenance, but for when and from which file they were imported.
+        provenance: The same of the provenance, but for when and from which file they were imported
+            and for folders of this machine.
         num_only_a: Samples that only the first has; `only_a` names a few.
         num_only_b: The same of the second.
         num_common: Samples that both have.
@@ -162,6 +164,7 @@ def difference_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, floa
 
 
 def _provenance_differences(a: Mapping[str, str], b: Mapping[str, str]) -> _Differences:
+    a, b = portable(a), portable(b)
     names = sorted(name for name in a.keys() | b.keys() if not _OF_IMPORT.fullmatch(name))
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 

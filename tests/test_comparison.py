@@ -95,7 +95,9 @@ def test_other_dtypes_are_compared_as_float32(make, embeddings):
 
 def test_provenance_is_compared(make, embeddings):
     """Other versions are a difference; each is named with both values."""
-    a = make("a", embeddings, provenance={"torch": "2.13", "weights_digest": "x"})
+    a = make(
+        "a", embeddings, provenance={"torch": "2.13", "weights_digest": "x", "checkpoint": "/x"}
+    )
     b = make("b", embeddings, provenance={"torch": "2.14", "weights_digest": "x"})
     found = compare_stores(a, b)
     assert found.provenance == {"torch": ("2.13", "2.14")}

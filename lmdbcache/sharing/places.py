@@ -50,6 +50,9 @@ def find_fingerprint(remote: Remote, text: str | None) -> str:
     there = shared_fingerprints(remote)
     asked = (text or "").strip().lower()
     found = [name for name in there if name.startswith(asked)]
+    if len(found) > 1:
+        # A first push that hasn't ended leaves a folder in which nothing is shared yet.
+        found = [name for name in found if _commit_sizes(remote, name)] or found
     if len(found) == 1:
         return found[0]
     where = remote.place
@@ -75,10 +78,7 @@ def first_commit(remote: Remote, fingerprint: str, copies: CommitCopies | None =
         IntegrityError: None can be read.
         RemoteError: The place can't be reached.
     """
-    listed = remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
-    ids = [
-        (size, found[1]) for name, size in listed.items() if (found := COMMIT_NAME.fullmatch(name))
-    ]
+    ids = _commit_sizes(remote, fingerprint)
     where = f"{remote.place}/{fingerprint}"
     if not ids:
         raise CacheNotFoundError(f"{where} holds no commit: nothing was pushed, or it isn't done")
@@ -129,6 +129,13 @@ def pinned_state(
             return None
         ahead += found[commit_id].parents
     return History(fingerprint, found, {})
+
+
+def _commit_sizes(remote: Remote, fingerprint: str) -> list[tuple[int, str]]:
+    """(bytes, id) of each commit that is there."""
+    listed = remote.list_files(f"{fingerprint}/{COMMITS_NAME}")
+    found = [(size, COMMIT_NAME.fullmatch(name)) for name, size in listed.items()]
+    return [(size, match[1]) for size, match in found if match]
 
 
 def _described(remote: Remote, fingerprints: list[str]) -> str:

@@ -30,6 +30,7 @@ from lmdbcache.sharing.shards import ShardEntry, check_content, decode_shard
 from lmdbcache.sharing.wanted import Plan, Selection, Wanted, alternatives, make_plan
 from lmdbcache.storage.files.generations import RESERVE_BYTES, check_room
 from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.format.metadata import portable
 from lmdbcache.storage.maintenance.checksums import stored_checksums
 
 __all__ = ["pull"]
@@ -340,7 +341,7 @@ def _check_listed(entry: ShardEntry, there: Mapping[str, int]) -> None:
 
 def _origin(commit: Commit, url: str) -> Origin:
     detail = {"url": url, "commit": commit.id, "created": commit.created}
-    return Origin(commit.writer, detail, commit.provenance)
+    return Origin(commit.writer, detail, portable(commit.provenance))
 
 
 def _in_steps(rows: Sequence[int], row_bytes: int) -> Iterator[Sequence[int]]:

@@ -106,7 +106,19 @@ class Remote:
     def list_folders(self, folder: str = "") -> list[str]:
         """Names of the folders right in a folder, sorted."""
         found = self._list(folder)
+        if not found and self.protocol in _S3:
+            return self._folders_of_files(folder)
         return sorted(name for name, item in found.items() if item.get("type") == "directory")
+
+    def _folders_of_files(self, folder: str) -> list[str]:
+        """The same by the names of all files: some servers (s3rver) list no folder of folders."""
+        own = self._path(folder).rstrip("/") + "/"
+        try:
+            paths = self._try(lambda system: list(system.find(own)), folder)
+        except FileNotFoundError:
+            return []
+        below = [str(path).removeprefix(own) for path in paths if str(path).startswith(own)]
+        return sorted({path.partition("/")[0] for path in below if "/" in path})
 
     def leftovers(self, folder: str) -> dict[str, float | None]:
         """Name → age in seconds of files that uploads have left behind, or are making now."""

@@ -22,6 +22,7 @@ from lmdbcache.sharing.shards import (
     encode_shard,
     row_bytes,
 )
+from lmdbcache.storage.format.metadata import portable
 from lmdbcache.storage.reader import EmbeddingReader
 
 __all__ = ["Upload"]
@@ -178,7 +179,7 @@ class Upload:
             self._report.writer,
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
             parents=self._parents,
-            provenance=self._reader.metadata.provenance,
+            provenance=portable(self._reader.metadata.provenance),
             shards=self._pending,
             replaced=self._replaced() if self._replace else {},
         )

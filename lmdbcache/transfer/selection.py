@@ -11,6 +11,7 @@ from typing import Any
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import SampleNotFoundError, TransferError
 from lmdbcache.storage.format.layout import canonical_sample_id, split_sample_id
+from lmdbcache.storage.format.metadata import portable
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.transfer.descriptions import export_description
 from lmdbcache.transfer.parts import Embeddings
@@ -112,5 +113,5 @@ def choose(
     if shuffle is not None:
         random.Random(shuffle).shuffle(ids)
     lengths = [len(reader[one]) for one in ids] if None in shape else None
-    description = export_description(config, shape, len(ids), reader.metadata.provenance)
+    description = export_description(config, shape, len(ids), portable(reader.metadata.provenance))
     return Chosen(reader, ids, description, lengths)

@@ -142,6 +142,13 @@ def test_fingerprints_that_cannot_be_found(remote, cache, config):
     assert list(cache) == [other]
 
 
+def test_a_push_that_has_not_ended_is_no_second_store(remote, cache, config):
+    """A folder without a commit, by a first push that was killed or by somebody's tool."""
+    share(remote, config, some_embeddings(0, 2))
+    remote.write(f"{config.replace(duration=2.0).fingerprint}/shards/one", b"1")
+    assert pull(cache, remote.url).config == config
+
+
 def test_a_part_of_what_is_shared(remote, cache, config):
     """Classes and sample ids choose; only shards that hold some of them are fetched."""
     one, two = some_embeddings(0, 10), some_embeddings(10, 10)

@@ -18,7 +18,7 @@ from lmdbcache.errors import (
     SampleNotFoundError,
 )
 from lmdbcache.merging import Merger, Origin
-from lmdbcache.sharing import push, uploading
+from lmdbcache.sharing import pull, push, uploading
 from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.shards import check_content, decode_shard
@@ -363,3 +363,21 @@ def test_a_push_from_a_forked_process(remote, cache, config):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert_shared(remote, config, some_embeddings(0, 6))
+
+
+def test_no_folder_of_this_machine_is_shared(remote, cache, config, tmp_path):
+    """Neither where the model lies nor where the audio does; nor is one taken from others."""
+    path = "/home/somebody/models/ast"
+    provenance = {"checkpoint": path, "torch": "2.11"}
+    dataset_root = "/home/somebody/recordings"
+    store(cache, config, some_embeddings(0, 3), provenance=provenance, dataset_root=dataset_root)
+    push(cache, config, remote.url, writer="node-1")
+    pushed = [one.read_bytes() for one in (tmp_path / "shared").rglob("*") if one.is_file()]
+    assert len(pushed) == 2
+    assert not any(b"somebody" in one for one in pushed)
+    entry, data = shard_of(config, some_embeddings(3, 4), (8,))
+    remote.write(f"{config.fingerprint}/{entry.path}", data)
+    put_commit(remote, config, [entry], shape=(8,), provenance=provenance)
+    other = EmbeddingCache(tmp_path / "other")
+    assert pull(other, remote.url).merged.num_new == 7
+    assert other.info(config).provenance == {"torch": "2.11"}

@@ -124,3 +124,14 @@ def test_a_place_pickles_and_works_in_a_forked_process(place):
     if child == 0:
         os._exit(0 if place.list_files("") == {"x": 2} else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_folders_on_a_server_that_lists_none(in_memory, monkeypatch):
+    """s3rver lists nothing where there are only folders of folders: the files tell."""
+    in_memory.write("a/commits/one", b"1")
+    in_memory.write("b/shards/two", b"2")
+    monkeypatch.setattr(Remote, "_list", lambda *_: {})
+    monkeypatch.setattr(in_memory, "protocol", "s3")
+    assert in_memory.list_folders() == ["a", "b"]
+    assert in_memory.list_folders("a") == ["commits"]
+    assert in_memory.list_folders("c") == []

@@ -46,11 +46,12 @@ def left_in(folder):
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_there_and_back(cache, tmp_path, kind, out, dtype, ragged):
-    """Every bit, name, shape, the config and the provenance survive, without a word given."""
+    """Every bit, name, shape, the config and the provenance survive; no folder of this machine."""
     config = CacheConfig(dtype=dtype, model_name="m/Ü", dataset="d", front_end="x/1")
     generator = np.random.default_rng(1)
     provenance = {"weights_digest": "abc", "note": "é"}
-    with cache.writer(config, ragged=ragged, provenance=provenance) as writer:
+    of_here = {"checkpoint": "/home/me/ast"}
+    with cache.writer(config, ragged=ragged, provenance={**provenance, **of_here}) as writer:
         for n in range(23):
             shape = (int(generator.integers(1, 4)) if ragged else 2, 3)
             writer.put(f"a:{n}/é:{'dog' if n % 2 else 'drum'}", generator.normal(size=shape))
@@ -68,6 +69,7 @@ def test_there_and_back(cache, tmp_path, kind, out, dtype, ragged):
     for name in here:
         np.testing.assert_array_equal(here[name].view("u1"), there[name].view("u1"))
     assert back.info(config).provenance.items() >= provenance.items()
+    assert not back.info(config).provenance.keys() & of_here
     # Into the store itself, too: it is known that the weights are the same.
     assert import_embeddings(tmp_path / out, cache).num_present == 23
     assert left_in(tmp_path) == sorted(["back", "cache", out])

@@ -19,7 +19,7 @@ from lmdbcache.errors import (
 )
 from lmdbcache.storage.format.layout import FORMAT_VERSION
 
-__all__ = ["StoreMetadata", "checksum", "new_checksum"]
+__all__ = ["StoreMetadata", "checksum", "new_checksum", "portable"]
 
 _MAX_RECORD_BYTES: Final = 64 * 1024
 _LIMITS: Final[dict[str, Any]] = {
@@ -36,6 +36,8 @@ _CONFIG_FIELDS: Final = tuple(field.name for field in fields(CacheConfig))
 
 # Two values of one of these under one config mean different embeddings for the same clip.
 _NOT_TO_BE_MIXED: Final = ("weights_digest", "feature_extractor")
+# Folders of one machine: they mean nothing on another, and tell of its users.
+_OF_THIS_MACHINE: Final = ("checkpoint",)
 
 
 def checksum(key: bytes, value: bytes | memoryview) -> bytes:
@@ -49,6 +51,11 @@ def checksum(key: bytes, value: bytes | memoryview) -> bytes:
 def new_checksum(key: bytes) -> Any:
     """An empty digest that gives `checksum` once the value has been fed to it in pieces."""
     return xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(key))
+
+
+def portable(provenance: Mapping[str, str]) -> dict[str, str]:
+    """What of a provenance goes to others: all but where something lies on this machine."""
+    return {name: value for name, value in provenance.items() if name not in _OF_THIS_MACHINE}
 
 
 @dataclass(frozen=True)
