@@ -147,7 +147,7 @@ def test_a_damaged_store_of_another_rank_is_computed_again(stage, folder, caplog
     stage(0, 2)
     (data,) = folder.rglob("data.mdb")
     data.write_bytes(data.read_bytes()[:5000])
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "lmdbcache.extraction"):
         assert counts(stage(0, 1)) == (10, 0, 10)
     assert "rank-0 holds is computed again" in caplog.text
 
