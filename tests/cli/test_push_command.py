@@ -66,6 +66,19 @@ def test_a_part_is_pushed(cli, refused, cache, config, place, tmp_path):
     assert "cat" in refused("push", url, "--class", "cat")
 
 
+def test_a_wrong_option_is_one_line(refused, cache, config, place, tmp_path):
+    """A list that can't be read says what to give; an empty name isn't taken for the host's."""
+    _, url = place
+    store(cache, config, some_embeddings(0, 3))
+    for path in (tmp_path / "nope", tmp_path):
+        line = refused("push", url, "--ids", path)
+        assert "one sample id a line" in line
+        assert "Errno" not in line
+    for name in ("", "  ", "a" * 256):
+        assert "writer" in refused("push", url, "--writer", name)
+    assert not place[0].exists()
+
+
 def test_which_store_is_asked_for(cli, refused, cache, config, place):
     """One store needs no name; of several they are named, or all are meant."""
     _, url = place
