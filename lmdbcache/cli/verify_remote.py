@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import NoReturn
 
 import typer
@@ -56,15 +57,31 @@ def verify_shared(
     else:
         for store in report.stores:
             _say_report(store)
+            _say_given_up(store, report.url, cache)
         if not (report.is_sound or repair):
             say(f"`lmdbcache verify {report.url} --repair` puts right what the stores here can")
     raise typer.Exit(report.exit_code)
 
 
+def _say_given_up(store: SharedStoreReport, url: str, cache: EmbeddingCache) -> None:
+    if not store.given_up:
+        return
+    paths = ", ".join(store.given_up[:_FEW]) + (" …" if len(store.given_up) > _FEW else "")
+    say(f"  given up: {paths}; what only these told or held is shared no longer")
+    if any(folder.name.endswith(f"-{store.fingerprint}") for folder in cache.folders()):
+        root = shlex.quote(str(cache.root))
+        push = f"lmdbcache push {shlex.quote(url)} {store.fingerprint} --root {root}"
+        say(f"  `{push}` pushes again what is stored here of it")
+    else:
+        say(f"  who has its samples pushes them again: `lmdbcache push {shlex.quote(url)}`")
+
+
 def _say_report(store: SharedStoreReport) -> None:
     state = "sound" if store.is_sound else "DAMAGED"
+    if store.repaired:
+        state = "sound now" if store.is_sound else "REPAIRED IN PART"
     say(
-        f"{store.fingerprint}: {'sound now' if store.repaired and store.is_sound else state}, "
+        f"{store.fingerprint}: {state}, "
         f"{counted(store.num_samples, 'sample')} in {counted(store.num_shards, 'sound shard')}, "
         f"{counted(store.num_commits, 'commit')}, {sizes(store.num_bytes)}"
     )

@@ -24,6 +24,7 @@ __all__ = [
     "COMMITS_NAME",
     "COMMIT_NAME",
     "Commit",
+    "checked_writer",
     "commit_bytes",
     "commit_path",
     "decode_commit",
@@ -76,6 +77,17 @@ class Commit:
         return commit_path(self.id)
 
 
+def checked_writer(writer: str) -> str:
+    """A writer's name, if a commit can carry it.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    if not writer.strip() or len(writer) > 255 or not writer.isprintable():
+        raise ConfigError(f"writer: {writer!r}; give 1 to 255 printable characters")
+    return writer
+
+
 def writer_slug(writer: str) -> str:
     """The part of a writer's name that goes into a file's name."""
     plain = unicodedata.normalize("NFKD", writer).encode("ascii", "ignore").decode()
@@ -99,13 +111,11 @@ def new_commit(
     Raises:
         ConfigError: The writer's name can't be written down.
     """
-    if not writer.strip() or len(writer) > 255 or not writer.isprintable():
-        raise ConfigError(f"writer: {writer!r}; give 1 to 255 printable characters")
     commit = Commit(
         "",
         config,
         embedding_shape,
-        writer,
+        checked_writer(writer),
         created,
         tuple(sorted(set(parents))),
         dict(provenance or {}),

@@ -29,13 +29,20 @@ class CommitCopies:
 
     def get(self, commit_id: str) -> bytes | None:
         """The bytes of a commit file, if a sound copy is there."""
+        return None if self._folder is None else _sound(self._folder, commit_id)
+
+    def find(self, commit_id: str) -> bytes | None:
+        """The same, also of what was read by another URL: an id tells the bytes wherever they are.
+
+        A repair asks this: the place may have been pushed to by ssh and be repaired as a folder.
+        """
         if self._folder is None:
             return None
-        try:
-            data = (self._folder / f"{commit_id}.json").read_bytes()
-        except OSError:
-            return None
-        return data if hashlib.sha256(data).hexdigest() == commit_id[-64:] else None
+        found = self.get(commit_id)
+        with contextlib.suppress(OSError):
+            for folder in sorted(self._folder.parent.iterdir()):
+                found = found or _sound(folder, commit_id)
+        return found
 
     def keep(self, commit_id: str, data: bytes) -> None:
         """Keep a copy, if that is possible."""
@@ -58,3 +65,11 @@ class CommitCopies:
         except OSError:
             return []
         return sorted(match[1] for name in names if (match := COMMIT_NAME.fullmatch(name)))
+
+
+def _sound(folder: Path, commit_id: str) -> bytes | None:
+    try:
+        data = (folder / f"{commit_id}.json").read_bytes()
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == commit_id[-64:] else None

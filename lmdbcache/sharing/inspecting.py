@@ -20,10 +20,10 @@ from lmdbcache.sharing.shards import (
     decode_shard,
 )
 
-__all__ = ["Inspection", "download_shard"]
+__all__ = ["MOST_IN_MEMORY", "Inspection", "download_shard"]
 
 # No shard of ours comes near; of a stranger's that does, only the digest is looked at.
-_MOST_IN_MEMORY: Final = 1 << 30
+MOST_IN_MEMORY: Final = 1 << 30
 
 
 class Inspection:
@@ -158,7 +158,7 @@ def download_shard(remote: Remote, fingerprint: str, digest: str, num_bytes: int
         RemoteError: It can't be read.
         IntegrityError: Larger than any shard.
     """
-    if num_bytes > _MOST_IN_MEMORY:
+    if num_bytes > MOST_IN_MEMORY:
         raise IntegrityError(f"{num_bytes} bytes, too many for a shard")
     received = io.BytesIO()
     remote.fetch(f"{fingerprint}/{SHARDS_NAME}/{digest}.safetensors", received, num_bytes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +52,8 @@ class PullReport:
         made_up_for: Damaged shards whose samples other shards had.
         lost: Sample ids that only damaged shards have, sorted.
         absent: Sample ids that were asked for and that nobody shares, sorted.
+        outcomes: Number of samples by what became of them, each counted once: `"new"`, `"same"`,
+            `"close"`, `"settled"`, `"conflict"`, `"refused"`, `"lost"`; none of a dry run.
     """
 
     path: Path
@@ -69,6 +73,18 @@ class PullReport:
     made_up_for: list[Problem] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, outcomes: Mapping[str, AbstractSet[str]]) -> None:
+        """Note what became of the samples.
+
+        Args:
+            outcomes: Name → sample ids; one that is in several counts for the first of them.
+        """
+        counted: set[str] = set()
+        for name, sample_ids in outcomes.items():
+            self.outcomes[name] = len(sample_ids - counted)
+            counted |= sample_ids
 
     @property
     def exit_code(self) -> int:
@@ -95,6 +111,7 @@ class PullReport:
             "made_up_for": [problem._asdict() for problem in self.made_up_for],
             "lost": self.lost,
             "absent": self.absent,
+            "outcomes": self.outcomes,
             "merged": self.merged.to_dict(),
         }
 
@@ -104,18 +121,18 @@ class PullReport:
                 f"{self.num_samples} samples are shared, {self.num_present} are stored with the "
                 f"same bytes; {self.num_shards} shards, {self.bytes_to_fetch} bytes, to fetch"
             )
-        merged = self.merged
         parts = [
-            f"{merged.num_new} of {self.num_samples} samples are new",
-            f"{self.num_present + merged.num_same} were stored with the same bytes",
+            f"{self.outcomes.get('new', 0)} of {self.num_samples} samples are new",
+            f"{self.outcomes.get('same', 0)} were stored with the same bytes",
         ]
-        counts = {
-            f"within {merged.tolerance:g} of what is stored": merged.num_close,
-            "kept as compared before": self.num_settled,
-            "in conflict": len(merged.conflicts),
-            "refused": len(merged.refused),
-            "lost in damaged files": len(self.lost),
-            "not shared": len(self.absent),
+        names = {
+            f"within {self.merged.tolerance:g} of what is stored": "close",
+            "kept as compared before": "settled",
+            "in conflict": "conflict",
+            "refused": "refused",
+            "lost in damaged files": "lost",
         }
+        counts = {text: self.outcomes.get(name, 0) for text, name in names.items()}
+        counts["asked for and not shared"] = len(self.absent)
         parts += [f"{number} {what}" for what, number in counts.items() if number]
         return "; ".join([*parts, *map(str, self.problems[:3])])

@@ -141,6 +141,9 @@ class _Pull:
         self._all_history: History | None = None
         self._there: dict[str, int] = {}
         self._stored: dict[str, bytes] = {}
+        self._new: set[str] = set()
+        self._close: set[str] = set()
+        self._not_taken: set[str] = set()  # of refused weights
         self._refused_weights: set[str] = set()
         self._spans_of_shard: dict[str, list[Span]] = {}
         # Of the files that are dealt with, of the one at hand, of all.
@@ -232,6 +235,23 @@ class _Pull:
             listed = self.report.made_up_for if is_made_up_for else self.report.problems
             listed.append(Problem(wanted.offer.entry.path, reason))
         self.report.lost = sorted({sample_id for sample_id, _ in lost})
+        self._count_samples(plan)
+
+    def _count_samples(self, plan: Plan) -> None:
+        """Each sample once, by the most that there is to say of it."""
+        merged = self.report.merged
+        refused = {one.sample_id for one in merged.refused if one.sample_id is not None}
+        self.report.count(
+            {
+                "conflict": {one.sample_id for one in merged.conflicts},
+                "refused": refused | self._not_taken,
+                "lost": set(self.report.lost),
+                "new": self._new,
+                "close": self._close,
+                "settled": plan.settled,
+                "same": plan.present,
+            }
+        )
 
     def _everything(self) -> History:
         """All that is shared, read once."""
@@ -247,6 +267,7 @@ class _Pull:
         commit, entry, _ = wanted.offer
         weights = commit.provenance.get("weights_digest", "")
         if weights in self._refused_weights:
+            self._not_taken.update(sample_id for sample_id, _ in wanted.versions)
             return
         self._bytes_of_this = 0
         self._count(self.downloads.bytes_there(entry))
@@ -255,6 +276,7 @@ class _Pull:
             self._add(wanted, embeddings)
         except ProvenanceMismatchError as error:
             self._refused_weights.add(weights)
+            self._not_taken.update(sample_id for sample_id, _ in wanted.versions)
             self._merger.report.refused.append(Refusal(commit.writer, None, str(error)))
         self.downloads.discard(entry)
 
@@ -305,6 +327,7 @@ class _Pull:
         for row in rows:
             sample_id, theirs = entry.sample_ids[row], entry.checksums[row]
             ours = self._stored.get(sample_id)
+            (self._new if ours is None else self._close).add(sample_id)
             if ours is None or conflicts.get(sample_id) == "theirs":
                 self._stored[sample_id] = theirs
             elif ours != theirs:

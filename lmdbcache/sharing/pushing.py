@@ -10,6 +10,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
 from lmdbcache.sharing.choosing import Choice, choose
+from lmdbcache.sharing.commits import checked_writer
 from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.history import History, Offer, SharedChecksums, read_history
 from lmdbcache.sharing.push_report import PushReport
@@ -63,14 +64,16 @@ def push(
     Raises:
         CacheNotFoundError: Nothing is stored for this config.
         SampleNotFoundError: A sample isn't stored.
-        ConfigError: Not a URL, no such class, or the place holds embeddings of another shape.
+        ConfigError: Not a URL, no such class, no name for a writer, or the place holds embeddings
+            of another shape.
         ProvenanceMismatchError: The place holds embeddings of other weights.
         IntegrityError: The store is damaged. A single damaged value is reported instead.
         RemoteError: The place can't be reached or refuses.
         MissingDependencyError: A package is needed for this kind of URL.
     """
     remote = Remote(url, storage_options)
-    report = PushReport(remote.place, config.fingerprint, writer or default_writer())
+    name = default_writer() if writer is None else checked_writer(writer)
+    report = PushReport(remote.place, config.fingerprint, name)
     report.dry_run = dry_run
     with cache.reader(config, verify="always", counts_as_use=False) as reader:
         choice = choose(reader, own=own, classes=classes, sample_ids=sample_ids)

@@ -37,7 +37,7 @@ def is_final(error: Exception) -> bool:
     """Whether trying again is no use."""
     if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError)):
         return True
-    if isinstance(error, (TypeError, NotImplementedError, MemoryError)):
+    if isinstance(error, (TypeError, NotImplementedError, MemoryError)) or _is_host_key(error):
         return True
     if isinstance(error, OSError) and error.errno in _FINAL_ERRNOS:
         return True
@@ -56,8 +56,18 @@ def translated(error: Exception, place: str, tries: int) -> CacheFullError | Rem
         )
     if isinstance(error, PermissionError) or "Permission" in type(error).__name__:
         return RemoteError(f"{place}: permission denied ({reason}). Check the credentials")
+    if _is_host_key(error):
+        return RemoteError(
+            f"{place}: the host's key isn't the one in ~/.ssh/known_hosts, or isn't there "
+            f"({reason}). Connect with `ssh` once, compare the key it shows, and try again"
+        )
     often = f", tried {tries} times" if tries > 1 else ""
     return RemoteError(f"{place}: {reason}{often}. Check the URL and the connection, and try again")
+
+
+def _is_host_key(error: Exception) -> bool:
+    """Whether an SSH server isn't the one that is known by this name (asyncssh's error)."""
+    return type(error).__name__ == "HostKeyNotVerifiable"
 
 
 def first_line(error: BaseException) -> str:

@@ -43,6 +43,7 @@ class SharedStoreReport:
         repaired: Path → what was done about it.
         lost: Samples of damaged shards that nobody here has: to be pushed by who has them, or
             extracted again.
+        given_up: Of those repaired, what may have held more than could be kept.
         commits: Ids of the commits that the repair made.
     """
 
@@ -56,12 +57,14 @@ class SharedStoreReport:
     leftovers: list[str] = field(default_factory=list)
     repaired: dict[str, str] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
     commits: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
-        """Whether all is as it should be, now."""
-        return not self.lost and all(found.path in self.repaired for found in self.findings)
+        """Whether all is as it should be, now, and nothing was given up for that."""
+        is_whole = not self.lost and not self.given_up
+        return is_whole and all(found.path in self.repaired for found in self.findings)
 
 
 @dataclass

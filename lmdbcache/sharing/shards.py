@@ -40,6 +40,7 @@ __all__ = [
     "entry_of",
     "row_bounds",
     "row_bytes",
+    "rows_by_header",
     "sound_rows",
 ]
 
@@ -328,6 +329,29 @@ def sound_rows(
         if last <= len(view) and checksum(key, view[first:last]) == expected:
             found[sample_id] = layout.value(view[first:last])
     return found
+
+
+def rows_by_header(
+    data: Buffer, name: str, config: CacheConfig, embedding_shape: Shape
+) -> dict[str, npt.NDArray[Any] | None]:
+    """Sample id → embedding of a damaged shard by its own header, unchecked; None if it is cut off.
+
+    For a shard that no commit lists; see `sound_rows`.
+
+    Raises:
+        IntegrityError: Its header can't be read.
+    """
+    about = _about(data, name)
+    try:
+        ids, lengths = about["sample_ids"], about.get("lengths")
+        layout = _Layout(config, embedding_shape, ids, lengths)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{name}: its header is damaged ({error})") from None
+    view = memoryview(data)
+    return {
+        one: layout.value(view[first:last]) if last <= len(view) else None
+        for one, (first, last) in zip(ids, layout.bounds(), strict=True)
+    }
 
 
 def _raw(value: npt.NDArray[Any]) -> memoryview:

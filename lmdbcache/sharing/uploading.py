@@ -65,6 +65,7 @@ class Upload:
         self._replace = replace
         self._folder = report.fingerprint
         self._pending: list[ShardEntry] = []
+        self._sizes: dict[str, int] = {}  # of the commits that were made
         self._since = time.monotonic()
 
     def run(
@@ -187,6 +188,7 @@ class Upload:
         self._copies.keep(commit.id, data)
         report = self._report
         report.commits.append(commit.id)
+        self._sizes[commit.id] = len(data)
         report.num_bytes += len(data)
         report.num_shards += len(self._pending)
         report.num_pushed += len(samples)
@@ -204,9 +206,12 @@ class Upload:
 
     def _check_commits(self) -> None:
         listed = self._remote.list_files(f"{self._folder}/{COMMITS_NAME}")
-        for commit_id in self._report.commits:
-            if f"{commit_id}.json" not in listed:
+        for commit_id, num_bytes in self._sizes.items():
+            found = listed.get(f"{commit_id}.json")
+            if found != num_bytes:
+                state = "isn't there" if found is None else f"has {found} of {num_bytes} bytes"
                 raise RemoteError(
-                    f"{self._remote.place}/{self._folder}: commit {commit_id} isn't there, "
-                    "though it was written. Is somebody removing files there? Push again"
+                    f"{self._remote.place}/{self._folder}: commit {commit_id} {state}, though it "
+                    "was written. Is somebody changing files there? Push again, and "
+                    f"`lmdbcache verify {self._remote.place} --repair` if it stays so"
                 )

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.errors import CacheNotFoundError
+from lmdbcache.sharing.commits import checked_writer
 from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.inspecting import Inspection
 from lmdbcache.sharing.pushing import default_writer
@@ -50,16 +51,17 @@ def verify_remote(
     Raises:
         CacheNotFoundError: Nothing is shared there, or nothing with this fingerprint.
         RemoteError: The place can't be reached or refuses.
-        ConfigError: Not a URL.
+        ConfigError: Not a URL, or no name for a writer.
     """
     remote = Remote(url, storage_options)
     report = RemoteReport(remote.place)
+    name = default_writer() if writer is None else checked_writer(writer)
     cache = repair_from or known_to
     for one in _fingerprints(remote, fingerprint):
         inspection = Inspection(remote, one, CommitCopies(_folder(cache, one), remote.url))
         inspection.run(progress)
         if repair_from is not None:
-            Repair(inspection, repair_from, writer or default_writer()).run()
+            Repair(inspection, repair_from, name).run()
         report.stores.append(inspection.report)
     return report
 

@@ -75,6 +75,8 @@ class Plan:
         num_present: Of these, stored with the same bytes.
         num_settled: Of these, shared with other bytes, too, which an earlier pull has compared.
         absent: Sample ids that are asked for and that nobody shares, sorted.
+        present: Sample ids of `num_present`.
+        settled: Sample ids of `num_settled`.
     """
 
     shards: list[Wanted] = field(default_factory=list)
@@ -82,6 +84,8 @@ class Plan:
     num_present: int = 0
     num_settled: int = 0
     absent: list[str] = field(default_factory=list)
+    present: set[str] = field(default_factory=set)
+    settled: set[str] = field(default_factory=set)
 
 
 def make_plan(
@@ -134,6 +138,7 @@ def make_plan(
     _check_classes(offers, selection)
     plan.num_samples, plan.num_present = len(asked), len(present)
     plan.num_settled = len(settled)
+    plan.present, plan.settled = present, settled
     plan.absent = sorted((selection.sample_ids or frozenset()) - asked)
     return plan
 

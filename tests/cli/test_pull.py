@@ -64,6 +64,27 @@ def test_a_conflict_shows_both_origins(cli, place, root):
     assert stored(root, CONFIG)["clip_00001:dog"][0] != 1
 
 
+def test_the_counts_add_up(cli, place, root):
+    """Each sample is counted once, also if it is stored as one shares it and another doesn't."""
+    values = some_embeddings(0, 8)
+    with root.writer(CONFIG) as writer:
+        writer.put_batch(list(values)[:6], list(values.values())[:6])
+    share(place, CONFIG, values)
+    other = some_embeddings(0, 2, seed=1)
+    close = {name: value + np.float32(1e-7) for name, value in list(values.items())[2:5]}
+    share(place, CONFIG, other, close, writer="node-b")
+    expected = {"new": 2, "same": 1, "close": 3, "settled": 0}
+    expected |= {"conflict": 2, "refused": 0, "lost": 0}
+    result = cli("pull", place.url)
+    words = ("2 of 8 samples are new", "1 were stored with the same bytes", "3 within 1e-05 of")
+    for text in (*words, "2 in conflict"):
+        assert text in result.stdout
+    expected |= {"new": 0, "same": 3, "close": 0, "settled": 3}
+    found = json.loads(cli("pull", place.url, "--json").stdout)
+    assert found["outcomes"] == expected
+    assert sum(expected.values()) == found["num_samples"]
+
+
 def test_what_is_damaged_or_absent_is_said(cli, place, root, tmp_path):
     """A bad shard names the repair; a sample that nobody shares is named; the rest is imported."""
     commit = share(place, CONFIG, some_embeddings(0, 3), some_embeddings(3, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from sharing.shared_samples import some_embeddings
@@ -65,6 +66,19 @@ def test_a_part_is_pushed(cli, refused, cache, config, place, tmp_path):
     assert "cat" in refused("push", url, "--class", "cat")
 
 
+def test_a_wrong_option_is_one_line(refused, cache, config, place, tmp_path):
+    """A list that can't be read says what to give; an empty name isn't taken for the host's."""
+    _, url = place
+    store(cache, config, some_embeddings(0, 3))
+    for path in (tmp_path / "nope", tmp_path):
+        line = refused("push", url, "--ids", path)
+        assert "one sample id a line" in line
+        assert "Errno" not in line
+    for name in ("", "  ", "a" * 256):
+        assert "writer" in refused("push", url, "--writer", name)
+    assert not place[0].exists()
+
+
 def test_which_store_is_asked_for(cli, refused, cache, config, place):
     """One store needs no name; of several they are named, or all are meant."""
     _, url = place
@@ -105,6 +119,26 @@ def test_damage_is_found_and_repaired(cli, refused, cache, config, place, tmp_pa
     assert "pushed 1 of 5" in cli("push", url).stdout
     store_name = config.fingerprint
     assert "--repair" in refused("verify", store_name, "--repair")
+
+
+def test_what_is_given_up_is_never_called_sound(cli, cache, config, place):
+    """A commit and a shard that nothing can name any more: where they are, and what helps."""
+    folder, url = place
+    store(cache, config, some_embeddings(0, 5))
+    cli("push", url)
+    shutil.rmtree(cache.path(config) / "commits")
+    (shard,) = (folder / config.fingerprint / "shards").iterdir()
+    (commit,) = (folder / config.fingerprint / "commits").iterdir()
+    shard.write_bytes(b"nothing of it is left")
+    commit.write_bytes(commit.read_bytes()[:-9])
+    result = cli("verify", url, "--repair")
+    assert result.returncode == 1
+    assert "sound now" not in result.stdout
+    assert f"put aside as damaged/{shard.name}" in result.stdout
+    again = f"lmdbcache push {url} {config.fingerprint} --root {cache.root}"
+    assert f"`{again}`" in result.stdout
+    assert "pushed 5 of 5" in cli(*again.split()[1:]).stdout
+    assert cli("verify", url).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,22 @@ def test_a_shard_that_a_server_cut_is_uploaded_again(remote, cache, config, monk
         push(cache, config, remote.url)
 
 
+def test_a_commit_that_a_server_cut_is_told(remote, cache, config, monkeypatch):
+    """A push doesn't end well unless its commit is there in its whole size."""
+    store(cache, config, some_embeddings(0, 3))
+    original = Remote.write
+
+    def cutting(self, path, data):
+        original(self, path, data[:-9] if "/commits/" in path else data)
+
+    monkeypatch.setattr(Remote, "write", cutting)
+    with pytest.raises(RemoteError, match=r"commit .* has \d+ of \d+ bytes.*Push again"):
+        push(cache, config, remote.url)
+    monkeypatch.setattr(Remote, "write", original)
+    push(cache, config, remote.url)
+    assert_shared(remote, config, some_embeddings(0, 3))
+
+
 def test_two_that_push_at_once_lose_nothing(remote, tmp_path, config):
     """Overlapping stores, many shards: the place holds the union."""
     caches = [EmbeddingCache(tmp_path / name) for name in ("a", "b", "c")]

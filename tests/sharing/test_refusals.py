@@ -8,6 +8,9 @@ import pytest
 from sharing.nodes import embeddings
 from sharing.servers import ACCESS_KEY, PASSWORD, SECRET_KEY
 
+from lmdbcache.errors import RemoteError
+from lmdbcache.sharing.remote import Remote
+
 MORE = [pytest.param(command, marks=pytest.mark.stress) for command in ("push", "verify")]
 COMMANDS = ["pull", *MORE]
 
@@ -59,6 +62,17 @@ def test_wrong_password(on_sftp, nodes_at, command):
     line = refused(node, command, url)
     assert "wrong-word" not in line
     assert "permission denied" in line
+
+
+def test_an_unknown_host_key(on_sftp, tmp_path):
+    """Neither the URL nor the connection is wrong: the key and where it belongs are named."""
+    known = tmp_path / "known_hosts"
+    known.write_text("")
+    remote = Remote(on_sftp.url, {"known_hosts": str(known)})
+    with pytest.raises(RemoteError, match=r"~/\.ssh/known_hosts") as caught:
+        remote.list_folders()
+    assert "Check the URL" not in str(caught.value)
+    assert PASSWORD not in str(caught.value)
 
 
 def test_nobody_listens(on_moto, nodes_at, unused_port):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from sharing.shared_samples import ragged_embeddings, some_embeddings
 from sharing.test_pushing import assert_shared, files, shared, store
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.errors import CacheNotFoundError
+from lmdbcache.errors import CacheNotFoundError, RemoteError
 from lmdbcache.sharing import push, verify_remote
 from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.remote import Remote
@@ -158,7 +160,9 @@ def test_without_a_copy_its_shards_are_listed_anew(remote, cache, nobody, config
     change(remote, path, flip_last)
     assert len(shared(remote, config)) == 3
     report = verify_remote(remote.url, repair_from=nobody)
-    assert report.exit_code == 0
+    assert report.exit_code == 1  # whether it listed more than what is there, nobody can tell
+    assert (report.stores[0].given_up, report.lost) == ([path.partition("/")[2]], [])
+    assert report.stores[0].num_samples == 33
     assert_shared(remote, config, some_embeddings(0, 33))
     assert verify_remote(remote.url).is_sound
     history = read_history(remote, config.fingerprint)
@@ -176,6 +180,122 @@ def test_everything_at_once(remote, cache, nobody, config, pushed):
     assert verify_remote(remote.url, repair_from=cache).exit_code == 0
     assert verify_remote(remote.url, known_to=cache).is_sound
     assert_shared(remote, config, pushed)
+
+
+def commit_and_shard(remote, config, edit=flip_last):
+    """Damage the only commit and the first shard; returns the shard's name and sound bytes."""
+    path = paths(remote, config, "shards")[0]
+    folder, _, name = path.rpartition("/")
+    data = remote.read(path, remote.list_files(folder)[name])
+    change(remote, paths(remote, config, "commits")[0], flip_last)
+    change(remote, path, edit)
+    return name, data
+
+
+def forget_copies(cache, config):
+    shutil.rmtree(cache.path(config) / "commits")
+
+
+def test_without_a_copy_the_header_names_the_samples(remote, cache, config, pushed):
+    """Commit and shard damaged: the very bytes come from the store, and are listed anew."""
+    forget_copies(cache, config)
+    before = files(remote, config)
+    commit_and_shard(remote, config)
+    report = verify_remote(remote.url, repair_from=cache)
+    assert_shared(remote, config, pushed)
+    after = files(remote, config)
+    assert {name: at for name, at in before.items() if "shards" in name}.items() <= after.items()
+    assert (report.exit_code, report.lost) == (1, [])  # a commit was given up
+    assert (report.stores[0].num_samples, report.stores[0].num_unlisted) == (30, 0)
+    assert verify_remote(remote.url).is_sound
+
+
+def test_a_part_of_it_here_and_the_rest_in_the_file(remote, tmp_path, config, pushed):
+    """What the damaged file has right and what the store has make the very bytes together."""
+    victim = max(shared(remote, config), key=lambda one: one.encode())
+    part = EmbeddingCache(tmp_path / "part")
+    store(part, config, {victim: pushed[victim]})
+    (path,) = [one for one in paths(remote, config, "shards") if victim in str(_ids(remote, one))]
+    change(remote, path, flip_last)
+    change(remote, paths(remote, config, "commits")[0], flip_last)
+    report = verify_remote(remote.url, repair_from=part)
+    assert (report.exit_code, report.lost) == (1, [])
+    assert_shared(remote, config, pushed)
+
+
+def _ids(remote, path):
+    folder, _, name = path.rpartition("/")
+    return remote.read(path, remote.list_files(folder)[name])[:2000]
+
+
+def test_a_copy_of_another_url_restores_it(remote, cache, config, pushed):
+    """The copy that was kept under another name of the place is the same commit."""
+    copies = cache.path(config) / "commits"
+    (folder,) = copies.iterdir()
+    folder.rename(copies / "0123456789abcdef")
+    before = files(remote, config)
+    commit_and_shard(remote, config)
+    assert verify_remote(remote.url, repair_from=cache).exit_code == 0
+    assert files(remote, config) == before
+
+
+@pytest.mark.parametrize("damage", ["flipped in the header", "cut to nothing", "of another store"])
+def test_what_cannot_be_made_again_is_put_aside(remote, cache, config, pushed, damage):
+    """It is named, nothing is thrown away, the exit code is 1, and a push brings all back."""
+    forget_copies(cache, config)
+    edit = {
+        "flipped in the header": DAMAGES["flipped in the header"],
+        "cut to nothing": DAMAGES["empty"],
+        "of another store": lambda data: data.replace(b"clip_000", b"clip_900"),
+    }[damage]
+    name, data = commit_and_shard(remote, config, edit)
+    report = verify_remote(remote.url, repair_from=cache)
+    assert (report.exit_code, report.is_sound) == (1, False)
+    assert f"shards/{name}" in report.stores[0].given_up
+    folder = f"{config.fingerprint}/damaged"
+    size = remote.list_files(folder)[name]
+    assert remote.read(f"{folder}/{name}", size) == edit(data)
+    assert push(cache, config, remote.url).num_pushed == 10
+    assert_shared(remote, config, pushed)
+    assert verify_remote(remote.url).is_sound
+
+
+def test_putting_aside_writes_over_nothing(remote, nobody, config, pushed):
+    """A second file of the same name is kept beside the first."""
+    name = f"{'0' * 64}.safetensors"
+    for content in (b"one", b"two", b"two"):
+        remote.write(f"{config.fingerprint}/shards/{name}", content)
+        assert verify_remote(remote.url, repair_from=nobody).exit_code == 1
+    assert len(remote.list_files(f"{config.fingerprint}/damaged")) == 2
+
+
+def test_what_cannot_be_put_aside_stays(remote, nobody, config, pushed, monkeypatch):
+    """A place that takes no further file loses none."""
+    name = f"{config.fingerprint}/shards/{'0' * 64}.safetensors"
+    remote.write(name, b"one")
+    original = Remote.write
+
+    def refusing(self, path, data):
+        if "/damaged/" in path:
+            raise RemoteError("no")
+        original(self, path, data)
+
+    monkeypatch.setattr(Remote, "write", refusing)
+    assert verify_remote(remote.url, repair_from=nobody).exit_code == 1
+    assert name in paths(remote, config, "shards")
+
+
+def test_a_second_value_is_lost_by_name(remote, tmp_path, config, nobody):
+    """Another value of the same sample is no stand-in for the one that was damaged."""
+    one, two = EmbeddingCache(tmp_path / "a"), EmbeddingCache(tmp_path / "b")
+    store(one, config, some_embeddings(0, 1))
+    store(two, config, some_embeddings(0, 1, seed=1))
+    push(one, config, remote.url)
+    (path,) = paths(remote, config, "shards")
+    push(two, config, remote.url)
+    remote.remove(path)
+    report = verify_remote(remote.url, repair_from=nobody)
+    assert (report.exit_code, report.lost) == (1, ["clip_00000:drum"])
 
 
 def test_ragged_shards_are_made_again(remote, cache, nobody, config):
@@ -231,7 +351,7 @@ def _refuse(_):
 
 
 def test_unlisted_shards_and_leftovers(remote, cache, config, pushed, tmp_path):
-    """Of a push under way nothing is touched; damaged files that nobody lists go."""
+    """Of a push under way nothing is touched; damaged files that nobody lists are put aside."""
     folder = tmp_path / "shared" / config.fingerprint / "shards"
     (folder / ".uploading-00-x").write_bytes(b"half")
     (folder / f"{'0' * 64}.safetensors").write_bytes(b"not what its name says")
@@ -239,10 +359,12 @@ def test_unlisted_shards_and_leftovers(remote, cache, config, pushed, tmp_path):
     report = verify_remote(remote.url)
     assert report.exit_code == 1
     assert report.stores[0].leftovers == ["shards/.uploading-00-x"]
-    assert verify_remote(remote.url, repair_from=cache).exit_code == 0
+    assert verify_remote(remote.url, repair_from=cache).exit_code == 1
     assert (folder / ".uploading-00-x").exists()  # it is new: somebody may be at it
     assert (folder / "README").exists()
     assert not (folder / f"{'0' * 64}.safetensors").exists()
+    assert (folder.parent / "damaged" / f"{'0' * 64}.safetensors").exists()
+    assert verify_remote(remote.url).exit_code == 0
 
 
 def test_a_newer_release_is_left_alone(remote, cache, nobody, config, pushed):
