@@ -1,4 +1,4 @@
-"""What sshfs needs to be told: nothing is waited for without end, and no tracebacks are printed."""
+"""What sshfs needs to be told: hosts are known, no wait is endless, no tracebacks are printed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ __all__ = ["is_sshfs", "quiet", "read_range", "ssh_options"]
 _logger: Final = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _PROTOCOLS: Final = ("ssh", "sftp")
-# Without these a connection that stands still is waited for without end.
 _OPTIONS: Final = {
+    # asyncssh's own default, ~/.ssh/known_hosts; sshfs's is to trust any host.
+    "known_hosts": (),
+    # Without these a connection that stands still is waited for without end.
     "connect_timeout": 30,
     "login_timeout": 30,
     "keepalive_interval": 15,
@@ -23,7 +25,7 @@ _OPTIONS: Final = {
 
 
 def ssh_options(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for this protocol's file system: the given ones, and limits if it is sshfs's."""
+    """The options for this protocol's file system: the given ones, and ours if it is sshfs's."""
     import fsspec
 
     if protocol not in _PROTOCOLS:

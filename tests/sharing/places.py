@@ -182,7 +182,8 @@ def sftp_place(server: Server, proxy: TcpProxy) -> Place:
     name = f"place-{uuid.uuid4().hex[:12]}"
     assert server.folder is not None
     url = f"ssh://{USER}:{PASSWORD}@127.0.0.1:{proxy.port}/{name}"
-    return Place(url, FolderObjects(server.folder / name), proxy=proxy)
+    objects = FolderObjects(server.folder / name)
+    return Place(url, objects, {"HOME": str(server.folder.parent)}, proxy)
 
 
 def file_place(folder: Path) -> Place:

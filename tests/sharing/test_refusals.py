@@ -64,11 +64,10 @@ def test_wrong_password(on_sftp, nodes_at, command):
     assert "permission denied" in line
 
 
-def test_an_unknown_host_key(on_sftp, tmp_path):
+def test_an_unknown_host_key(on_sftp, tmp_path, monkeypatch):
     """Neither the URL nor the connection is wrong: the key and where it belongs are named."""
-    known = tmp_path / "known_hosts"
-    known.write_text("")
-    remote = Remote(on_sftp.url, {"known_hosts": str(known)})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    remote = Remote(on_sftp.url)
     with pytest.raises(RemoteError, match=r"~/\.ssh/known_hosts") as caught:
         remote.list_folders()
     assert "Check the URL" not in str(caught.value)
