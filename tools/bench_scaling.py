@@ -20,7 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scaling_steps import HIDDEN_SHAPE, NUM_SINGLES, name_of
+from scaling_samples import HIDDEN_SHAPE, name_of
+from scaling_steps import NUM_SINGLES
 
 from lmdbcache.extraction.scaling import growth_of
 from lmdbcache.extraction.space import estimated_bytes, readable_size

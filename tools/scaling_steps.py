@@ -2,19 +2,14 @@
 
     python tools/scaling_steps.py STEP ROOT NUM_SAMPLES [ARGUMENTS]
 
-prints one JSON object: the step's own figures, its seconds and its memory. Embedding number n holds
-n in its first place and the rest of row n % 1024 of a fixed random block, so that every read can be
-checked.
+prints one JSON object: the step's own figures, its seconds and its memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import resource
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,15 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page_cache import evict
+from process_watch import Figures, Watch
+from scaling_samples import (
+    HIDDEN_SHAPE,
+    block_of,
+    check,
+    config_of,
+    embeddings_of,
+    name_of,
+    names_of,
+    store_in,
+)
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.storage.files import gather
 from lmdbcache.storage.format.layout import class_of
 
-HIDDEN_SHAPE = (1214, 768)
 BATCH, NUM_SINGLES = 256, 3000
-_EXACT = 1 << 24  # float32 holds the numbers below
-Figures = dict[str, float]
 STEPS: dict[str, Callable[..., Figures]] = {}
 
 
@@ -39,95 +43,8 @@ def step(function: Callable[..., Figures]) -> Callable[..., Figures]:
     return function
 
 
-def name_of(number: int) -> str:
-    return f"clip_{number:09d}:{number % 309}"
-
-
-def names_of(numbers: Any) -> list[str]:
-    return [name_of(number) for number in np.asarray(numbers).tolist()]
-
-
-def config_of(width: int = 768) -> CacheConfig:
-    return CacheConfig(dataset="" if width == 768 else f"width-{width}")
-
-
-def block_of(width: int) -> np.ndarray:
-    return np.random.default_rng(0).random((1024, width), dtype=np.float32)
-
-
-def embeddings_of(numbers: np.ndarray, block: np.ndarray) -> np.ndarray:
-    rows = block[numbers % len(block)]
-    rows[:, 0] = numbers % _EXACT
-    return rows
-
-
-def check(batch: np.ndarray, numbers: np.ndarray) -> None:
-    rows = batch.reshape(len(numbers), -1)
-    assert (rows[:, 0] == numbers % _EXACT).all()
-    if batch.ndim == 2:
-        assert (rows[:, 1:] == block_of(rows.shape[1])[numbers % 1024, 1:]).all()
-
-
-def store_in(root: str) -> tuple[EmbeddingCache, CacheConfig]:
-    """The only store under this root."""
-    cache = EmbeddingCache(root)
-    [config] = cache
-    return cache, config
-
-
-# ---- memory
-
-
 def batch_size(reader: Any) -> int:
     return BATCH if len(reader.embedding_shape or ()) == 1 else 8
-
-
-def status_kib(*names: str) -> list[int]:
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return [int(re.findall(rf"{name}:\s+(\d+) kB", text)[0]) for name in names]
-
-
-class Watch:
-    """Seconds, CPU seconds, page tables and private memory of what runs within."""
-
-    def __init__(self) -> None:
-        self.figures: Figures = {}
-
-    def __enter__(self) -> Watch:
-        self._before = status_kib("RssAnon", "VmPTE")
-        self._peak, self._end = list(self._before), threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        self._cpu = self._cpu_seconds()
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        seconds, cpu = time.perf_counter() - self._started, self._cpu_seconds() - self._cpu
-        self._end.set()
-        self._thread.join()
-        self._look()
-        anonymous = status_kib("RssAnon")[0]
-        self.figures = {
-            "s": seconds,
-            "CPU s": cpu,
-            "private, MiB": (anonymous - self._before[0]) / 1024,
-            "private peak, MiB": (self._peak[0] - self._before[0]) / 1024,
-            "page tables, MiB": (self._peak[1] - self._before[1]) / 1024,
-        }
-
-    def _sample(self) -> None:
-        while not self._end.wait(0.02):
-            self._look()
-
-    def _look(self) -> None:
-        now = status_kib("RssAnon", "VmPTE")
-        self._peak = [max(pair) for pair in zip(self._peak, now, strict=True)]
-
-    @staticmethod
-    def _cpu_seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return used.ru_utime + used.ru_stime
 
 
 # ---- writing
@@ -317,43 +234,6 @@ def evicted(root: str, num_samples: str, share: str, is_asked: str = "") -> Figu
         "left in the page cache": left,
         "µs per sample": 1e6 * watch.figures["s"] / count,
     }
-
-
-def evict(root: str, share: float) -> float:
-    """Drop a share of data.mdb, in pieces of 2 MiB; returns what is left, 0 to 1."""
-    [path] = Path(root).rglob("data.mdb")
-    size, piece = path.stat().st_size, 2 << 20
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        for start in range(0, size, 64 << 20):
-            os.pread(descriptor, 64 << 20, start)
-        dropped = np.random.default_rng(7).random(-(-size // piece)) < share
-        if share >= 1:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        else:
-            for number in np.flatnonzero(dropped).tolist():
-                os.posix_fadvise(descriptor, number * piece, piece, os.POSIX_FADV_DONTNEED)
-        return resident_share(descriptor, size)
-    finally:
-        os.close(descriptor)
-
-
-def resident_share(descriptor: int, size: int) -> float:
-    """How much of a file the page cache holds, by mincore."""
-    import ctypes
-    import mmap
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as view:
-        array = np.frombuffer(view, np.uint8)
-        pages = -(-size // mmap.PAGESIZE)
-        answer = np.empty(pages, np.uint8)
-        address = ctypes.c_void_p(array.ctypes.data)
-        done = libc.mincore(address, ctypes.c_size_t(size), answer.ctypes.data_as(ctypes.c_void_p))
-        assert done == 0, os.strerror(ctypes.get_errno())
-        del array
-    return float((answer & 1).mean())
 
 
 # ---- looking after it

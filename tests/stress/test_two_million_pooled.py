@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 from bench_scaling import best, bytes_each, run_step
-from scaling_steps import store_in
+from scaling_samples import store_in
 
 pytestmark = pytest.mark.stress
 NUM_SAMPLES = 2_000_000
