@@ -15,8 +15,10 @@ from lmdbcache.store_info import StoreInfo, info_or_damage
 __all__ = [
     "All",
     "BatchSize",
+    "Classes",
     "Device",
     "DryRun",
+    "IdsFile",
     "Json",
     "NumWorkers",
     "Progress",
@@ -50,6 +52,20 @@ def complete_store(context: typer.Context, incomplete: str) -> list[tuple[str, s
 
 
 # typer reads these at run time, on Python 3.10, too.
+Classes = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--class", help="Only this class; may be given several times.", show_default=False
+    ),
+]
+IdsFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--ids",
+        help="Only the samples that this file lists, one in a line.",
+        show_default=False,
+    ),
+]
 Root = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -11,7 +10,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
 from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
-from lmdbcache.cli.options import Json, Progress, Root
+from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root
 from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.errors import ConfigError
 from lmdbcache.sharing.places import find_fingerprint, shared_fingerprints
@@ -48,14 +47,8 @@ def pull_command(
             show_default=False,
         ),
     ] = None,
-    classes: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--class", help="Only this class; may be given several times."),
-    ] = None,
-    ids: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Only the samples that this file lists, one in a line."),
-    ] = None,
+    classes: Classes = None,
+    ids: IdsFile = None,
     on_conflict: Annotated[
         Conflicts,
         typer.Option(

@@ -10,7 +10,7 @@ import typer
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
 from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.options import All, Json, Progress, Root, Stores, find_folders
+from lmdbcache.cli.options import All, Classes, IdsFile, Json, Progress, Root, Stores, find_folders
 from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
 from lmdbcache.sharing.push_report import PushReport
 from lmdbcache.sharing.pushing import push
@@ -38,14 +38,8 @@ def push_command(
         bool,
         typer.Option("--own", help="Only what was computed here, not what was pulled or merged."),
     ] = False,
-    class_names: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--class", help="Only this class; may be repeated.", show_default=False),
-    ] = None,
-    ids_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--ids", help="Only the samples that this file lists, one id a line."),
-    ] = None,
+    class_names: Classes = None,
+    ids_file: IdsFile = None,
     replace: Annotated[
         bool,
         typer.Option(

@@ -11,10 +11,11 @@ import typer
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say, sizes
 from lmdbcache.cli.given_config import GivenConfig
-from lmdbcache.cli.options import Json, Progress, Root, Store, Yes, find_store
+from lmdbcache.cli.id_lists import ids_in
+from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root, Store, Yes, find_store
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets.vegas_layout import CLASS_LABELS, NAMESPACE
-from lmdbcache.errors import IntegrityError, TransferError
+from lmdbcache.errors import IntegrityError
 from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.transfer.agreement import missing_fields
 from lmdbcache.transfer.entries import Source
@@ -197,14 +198,8 @@ def export_command(
         typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", show_default=False),
     ],
     root: Root = None,
-    classes: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--class", help="Only this class; may be given several times."),
-    ] = None,
-    ids: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Only the samples that this file lists, one in a line."),
-    ] = None,
+    classes: Classes = None,
+    ids: IdsFile = None,
     shard_size: Annotated[int, typer.Option(help="MiB of embeddings in one shard.", min=1)] = 128,
     num_shards: Annotated[
         Optional[int],  # noqa: UP045
@@ -233,7 +228,7 @@ def export_command(
             out,
             format=format_,  # type: ignore[arg-type]
             classes=classes,
-            sample_ids=_listed(ids),
+            sample_ids=None if ids is None else ids_in(ids),
             overwrite=yes,
             shard_bytes=shard_size << 20,
             num_shards=num_shards,
@@ -248,13 +243,3 @@ def export_command(
             f"{counted(report.num_embeddings, 'embedding')} in {files}, "
             f"{sizes(report.num_bytes)}: {report.path}"
         )
-
-
-def _listed(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TransferError(f"--ids {path} can't be read ({error})") from None
-    return [line.strip() for line in lines if line.strip()]
