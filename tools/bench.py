@@ -6,7 +6,6 @@ python tools/bench.py --quick    # tiny sizes, to see that it runs; writes nothi
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import bench_extraction
 import bench_reading
+from document_tables import table_command
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 PACKAGES = ("lmdb", "numpy", "torch", "transformers", "torchaudio", "soundfile", "soxr")
 TITLES = {
     "P": "P: 28,109 × (768,) float32, batches of 256",
@@ -57,16 +56,7 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing")
-    arguments = parser.parse_args()
-    text = tables(quick=arguments.quick)
-    print(text)
-    if not arguments.quick:
-        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-        print(f"\nwritten to {DOCUMENT}")
+    table_command(__doc__ or "", DOCUMENT, "tables", tables)
 
 
 if __name__ == "__main__":

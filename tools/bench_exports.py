@@ -6,7 +6,6 @@ python tools/bench_exports.py --quick    # tiny sizes, to see that it runs; writ
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import itertools
 import math
@@ -17,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from document_tables import table_command
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- exports: begin -->", "<!-- exports: end -->"
 PACKAGES = ("lmdb", "pyarrow", "datasets", "pylance", "webdataset", "torch")
 FORMATS = ("parquet", "lance", "webdataset")
 BATCH, WORKERS, SHARDS, SIZE = 256, 2, 8, 768
@@ -202,16 +201,7 @@ def table(*, quick: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing")
-    arguments = parser.parse_args()
-    text = table(quick=arguments.quick)
-    print(text)
-    if not arguments.quick:
-        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-        print(f"\nwritten to {DOCUMENT}")
+    table_command(__doc__ or "", DOCUMENT, "exports", table)
 
 
 if __name__ == "__main__":

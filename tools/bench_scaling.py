@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from document_tables import write_between
 from scaling_samples import HIDDEN_SHAPE, name_of
 from scaling_steps import NUM_SINGLES
 
@@ -223,13 +224,6 @@ def readable_time(seconds: float) -> str:
 
 def _number(number: int) -> str:
     return f"{number / 1e6:.0f} M" if number >= 1_000_000 else f"{number / 1e3:.0f} k"
-
-
-def write_between(text: str, name: str, content: str) -> str:
-    """The document with other content between two comments."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
