@@ -18,6 +18,7 @@ from typing import Final
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.shards import ShardEntry
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import COMMIT_COPIES_NAME, CURRENT_NAME, PULLING_NAME
 
 __all__ = ["Downloads"]
@@ -61,6 +62,7 @@ class Downloads:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
+        occupy_standard_descriptors()
         path = self.folder / _LOCK_NAME
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import class_of
 
 __all__ = [
@@ -176,6 +177,7 @@ def open_table(folder: Path, owner: str, ancestors: tuple[str, ...]) -> CounterT
     Raises:
         OSError: The folder can't be written, is locked for seconds, or the disk is full.
     """
+    occupy_standard_descriptors()
     folder.mkdir(exist_ok=True)
     with _locked(folder, fcntl.LOCK_EX):
         taken = _take_over(folder, owner, ancestors)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from lmdbcache.errors import IntegrityError
 from lmdbcache.memory_limit import memory_limit
 from lmdbcache.storage.files.engine_errors import truncated
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 
@@ -87,6 +88,7 @@ class MappedFile:
     """data.mdb of one generation, mapped as far as it reached when this was made."""
 
     def __init__(self, path: Path) -> None:
+        occupy_standard_descriptors()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)

@@ -20,6 +20,7 @@ from typing import Final
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.storage.files.checked_marker import mark_known
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import (
     COMMIT_COPIES_NAME,
     CURRENT_NAME,
@@ -196,6 +197,7 @@ def remove_store(store: Path) -> None:
 
 
 def _open_lock(store: Path) -> int:
+    occupy_standard_descriptors()
     path = store / WRITER_LOCK_NAME
     num_tries = 0
     while True:

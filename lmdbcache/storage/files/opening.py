@@ -19,6 +19,7 @@ from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError,
 from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
 from lmdbcache.storage.files.filesystems import check_local_for_reading, check_local_for_writing
 from lmdbcache.storage.files.reader_slots import holders
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.pages.commit_record import contradiction, read_commit_record
 from lmdbcache.storage.pages.meta_pages import MetaPage, newest, read_meta_pages
 
@@ -160,6 +161,7 @@ def open_environment(
         ReadOnlyCacheError: This user may not read it.
         StorageError: No address space is left, or it lies on a network file system.
     """
+    occupy_standard_descriptors()
     if write:
         check_local_for_writing(generation)
     data = generation / "data.mdb"

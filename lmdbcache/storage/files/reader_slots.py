@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lmdb
 
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import WRITER_LOCK_NAME
 
 __all__ = ["SlotUse", "holders", "others", "slot_use", "slots", "writing_processes"]
@@ -39,6 +40,7 @@ def slot_use(generation: Path) -> SlotUse | None:
     if not others(generation):
         return None
     processes = []
+    occupy_standard_descriptors()
     try:
         with lmdb.open(str(generation), readonly=True, create=False) as environment:
             num_slots = int(environment.max_readers())

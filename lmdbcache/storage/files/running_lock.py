@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import StorageError
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["RUNNING_SUFFIX", "at_rest", "held_store"]
 
@@ -40,6 +41,7 @@ def held_store(store: Path, patience: float) -> Iterator[None]:
         StorageError: Another process has it.
         OSError: The lock file can't be written.
     """
+    occupy_standard_descriptors()
     path = _file_beside(store)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -28,6 +28,7 @@ from lmdbcache.storage.counting.hit_counts import PlaceCounter, StoreCounts, cou
 from lmdbcache.storage.environment import Environment, Snapshot
 from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile
 from lmdbcache.storage.files.opening import file_id
+from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.format.metadata import StoreMetadata
 from lmdbcache.storage.format.values import NUMPY_DTYPES
@@ -186,6 +187,7 @@ def _digest(identity: _Identity, width: int, count: int, content: bytes | memory
 def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
     """The kept table of exactly this snapshot, mapped; None if there is none or it is damaged."""
     path = generation / f"{_PREFIX}{identity[1]}"
+    occupy_standard_descriptors()
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
