@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0
+PATIENCE = 240.0  # seconds; a guard against what hangs, on any machine
 SIZES_VARIABLE = "SIZES_OF_SHARING_TESTS"
 
 
@@ -32,6 +32,7 @@ class CommandForks:
                 pass_fds=[theirs.fileno()],
             )
         self._answers = self._ours.makefile("r")
+        self._is_asked = False
 
     def start(
         self, arguments: list[str], environment: dict[str, str], folder: Path, output: Path
@@ -46,16 +47,28 @@ class CommandForks:
         return ForkedCommand(self, self.ask(start=options), output)
 
     def ask(self, **request: Any) -> Any:
+        assert not self._is_asked, "a question before this one was interrupted"
+        self._is_asked = True
         self._ours.sendall(json.dumps(request).encode() + b"\n")
         answer = self._answers.readline()
         assert answer, "the process that forks for commands has died"
+        self._is_asked = False
         return json.loads(answer)
+
+    @property
+    def is_usable(self) -> bool:
+        """False once it has died, or a test was ended in the middle of a question."""
+        return not self._is_asked and self._process.poll() is None
 
     def close(self) -> None:
         """End the process."""
         self._answers.close()
         self._ours.close()
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class ForkedCommand:

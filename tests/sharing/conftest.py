@@ -7,6 +7,7 @@ import uuid
 import pytest
 from sharing.server_fixtures import (  # noqa: F401 - fixtures
     command_forks,
+    kept,
     moto,
     nodes_at,
     on_file,

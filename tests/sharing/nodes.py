@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sharing.command_forks import SIZES_VARIABLE, CommandForks, ForkedCommand
+from sharing.command_forks import PATIENCE, SIZES_VARIABLE, CommandForks, ForkedCommand
 from sharing.places import Place
 
 from lmdbcache import CacheConfig, EmbeddingCache
 
 CONFIG = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
-# Timeouts of seconds where users have a minute: tests of stalled connections wait for them.
+PATIENT = {"AWS_MAX_ATTEMPTS": "4"}
+# Timeouts of seconds where users have a minute, for the tests that wait for one. With them a busy
+# machine looks like a stalled connection, so no other test has them.
 IMPATIENT = {
-    "AWS_MAX_ATTEMPTS": "4",
-    "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 2, "connect_timeout": 2}}),
-    "FSSPEC_SSH": json.dumps({"keepalive_interval": 1, "connect_timeout": 3, "login_timeout": 3}),
+    **PATIENT,
+    "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 5, "connect_timeout": 5}}),
+    "FSSPEC_SSH": json.dumps({"keepalive_interval": 2, "connect_timeout": 9, "login_timeout": 9}),
 }
 # 16 samples of 1 KiB in a shard, 2 shards in a commit; a wait before a new try is short.
 SIZES = {"shard_bytes": 1 << 14, "_SHARDS_PER_COMMIT": 2, "_PIECE_BYTES": 1 << 13}
-WAITS = {"_FIRST_WAIT": 0.01, "_PATIENCE_SECONDS": 20}
+WAITS = {"_FIRST_WAIT": 0.01}
 
 
 def embeddings(first: int, number: int, *, size: int = 256, seed: int = 0) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Node:
         output = self.folder / f"output-{self.num_commands}"
         return self.forks.start([str(one) for one in arguments], environment, self.folder, output)
 
-    def run(self, *arguments: object, seconds: float = 60.0) -> ForkedCommand:
+    def run(self, *arguments: object, seconds: float = PATIENCE) -> ForkedCommand:
         """To its end; whatever happens, nobody is shown a traceback."""
         command = self.start(*arguments).wait(seconds)
         assert "Traceback" not in command.stderr, command.stderr

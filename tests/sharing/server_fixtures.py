@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from sharing.command_forks import CommandForks
 from sharing.fault_proxy import FaultProxy
-from sharing.nodes import IMPATIENT, SIZES, Node
+from sharing.nodes import IMPATIENT, PATIENT, SIZES, Node
 from sharing.places import (
     file_place,
     s3_place,
@@ -15,22 +17,51 @@ from sharing.servers import moto_server, rclone_server, sftp_server
 from sharing.tcp_proxy import TcpProxy
 
 
-@pytest.fixture(scope="session")
-def moto(tmp_path_factory):
-    with moto_server(tmp_path_factory.mktemp("moto")) as server:
-        yield server
+class Kept:
+    """What tests of the session share; one that has died takes no test down but its own."""
+
+    def __init__(self, start):
+        self._start, self._open, self._value = start, contextlib.ExitStack(), None
+
+    def get(self):
+        """The one that runs; another if there is none yet or it is broken."""
+        if self._value is None or not self._value.is_usable:
+            self.close()
+            self._value = self._open.enter_context(self._start())
+        return self._value
+
+    def close(self):
+        self._value = None
+        self._open.close()
 
 
 @pytest.fixture(scope="session")
-def rclone(tmp_path_factory):
-    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
-        yield server
+def kept(tmp_path_factory):
+    """Servers, and the process that commands are forked from, by name."""
+    kinds = {"moto": moto_server, "rclone": rclone_server, "sftp": sftp_server}
+    found = {
+        name: Kept(lambda name=name, server=server: server(tmp_path_factory.mktemp(name)))
+        for name, server in kinds.items()
+    }
+    found["forks"] = Kept(lambda: contextlib.closing(CommandForks()))
+    yield found
+    for one in found.values():
+        one.close()
 
 
-@pytest.fixture(scope="session")
-def sftp(tmp_path_factory):
-    with sftp_server(tmp_path_factory.mktemp("sftp")) as server:
-        yield server
+@pytest.fixture
+def moto(kept):
+    return kept["moto"].get()
+
+
+@pytest.fixture
+def rclone(kept):
+    return kept["rclone"].get()
+
+
+@pytest.fixture
+def sftp(kept):
+    return kept["sftp"].get()
 
 
 @pytest.fixture
@@ -62,21 +93,20 @@ def on_file(tmp_path):
     return file_place(tmp_path / "shared")
 
 
-@pytest.fixture(scope="session")
-def command_forks():
+@pytest.fixture
+def command_forks(kept):
     """Where commands are forked from."""
-    forks = CommandForks()
-    yield forks
-    forks.close()
+    return kept["forks"].get()
 
 
 @pytest.fixture
 def nodes_at(tmp_path, command_forks):
     """Makes nodes that share through a place."""
 
-    def make(place, number=2, *, sizes=SIZES):
+    def make(place, number=2, *, sizes=SIZES, is_impatient=False):
+        environment = IMPATIENT if is_impatient else PATIENT
         return [
-            Node(tmp_path / f"node-{index}", command_forks, place, IMPATIENT, sizes)
+            Node(tmp_path / f"node-{index}", command_forks, place, environment, sizes)
             for index in range(number)
         ]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROGRAMS = Path(sys.prefix) / "servers" / "bin"
-PATIENCE = 60.0
+PATIENCE = 240.0
 ACCESS_KEY, SECRET_KEY = "the-access-key", "the-secret-key"
 USER, PASSWORD = "someone", "the-password"
 _ADDRESS = re.compile(rb"(?:http://)?127\.0\.0\.1:(\d+)")
@@ -32,8 +32,13 @@ _ADDRESS = re.compile(rb"(?:http://)?127\.0\.0\.1:(\d+)")
 class Server:
     """A running server on this machine; a file server has a folder."""
 
+    process: subprocess.Popen[bytes]
     port: int
     folder: Path | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        return self.process.poll() is None
 
     @property
     def endpoint(self) -> str:
@@ -52,8 +57,8 @@ def program(name: str) -> str:
 def moto_server(folder: Path) -> Iterator[Server]:
     """An S3 server that keeps its buckets in memory, and lets in whoever has any credentials."""
     command = [program("moto_server"), "-H", "127.0.0.1", "-p", "0"]
-    with _running(command, folder / "moto.log") as port:
-        yield Server(port)
+    with _running(command, folder / "moto.log") as running:
+        yield Server(*running)
 
 
 @contextlib.contextmanager
@@ -65,8 +70,8 @@ def rclone_server(folder: Path) -> Iterator[Server]:
     command += ["--addr", "127.0.0.1:0", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
     # Its folders are only to be changed through it: `--dir-cache-time 0s` makes it hang at times.
     command.append(str(buckets))
-    with _running(command, folder / "rclone.log") as port:
-        yield Server(port)
+    with _running(command, folder / "rclone.log") as running:
+        yield Server(*running)
 
 
 @contextlib.contextmanager
@@ -77,13 +82,13 @@ def sftp_server(folder: Path) -> Iterator[Server]:
     home.mkdir()
     script = Path(__file__).with_name("sftp_server.py")
     command = [sys.executable, str(script), str(home), USER, PASSWORD]
-    with _running(command, folder / "sftp.log") as port:
-        yield Server(port, home)
+    with _running(command, folder / "sftp.log") as running:
+        yield Server(*running, home)
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log: Path) -> Iterator[int]:
-    """The port that the program says it listens on; it ends with this process."""
+def _running(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The program, and the port that it says it listens on; it ends with this process."""
     if setpriv := shutil.which("setpriv"):
         command = [setpriv, "--pdeathsig", "KILL", *command]
     with log.open("wb") as output:
@@ -91,7 +96,7 @@ def _running(command: list[str], log: Path) -> Iterator[int]:
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        yield _port(process, log)
+        yield process, _port(process, log)
     finally:
         process.kill()
         process.wait(PATIENCE)

@@ -7,13 +7,9 @@ import random
 import pytest
 from sharing.nodes import CONFIG, embeddings
 from stress.figures import fault_seed
+from stress.rounds import rounds
 
 ITEMS = embeddings(0, 100)  # 7 shards, 4 commits
-
-
-def sizes(few, many):
-    """A slice for every run, all of it under `make stress`."""
-    return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.stress)])
 
 
 @pytest.fixture(params=["on_moto", pytest.param("on_rclone", marks=pytest.mark.stress)])
@@ -37,33 +33,32 @@ def damage(place, dice):
     return name
 
 
-@sizes(1, 60)
-def test_damage_is_found_and_repaired(bucket, nodes_at, number):
+@rounds(60)
+def test_damage_is_found_and_repaired(bucket, nodes_at, round_number):
     """verify names it; who pulls gets nothing wrong; a repair brings everything back."""
-    dice = random.Random(fault_seed() + 3)
-    one, *others = nodes_at(bucket, 1 + number)
+    dice = random.Random(fault_seed() + 3 + 1000 * round_number)
+    one, two = nodes_at(bucket)
     one.store(ITEMS)
     one.push()
     sound = bucket.contents()
-    for two in others:
-        damaged = {damage(bucket, dice) for _ in range(dice.randint(1, 3))}
-        damaged = {name for name in damaged if bucket.contents().get(name) != sound.get(name)}
-        report = one.report("verify", bucket.url, code=1 if damaged else 0)
-        assert report["is_sound"] is not bool(damaged)
-        # A shard that only a damaged commit lists is looked at when that is repaired.
-        commits = {name for name in damaged if "/commits/" in name}
-        named = str(report)
-        assert all(name.partition("/")[2] in named for name in commits or damaged), named
-        command = two.run("pull", bucket.url)
-        # Nobody who wasn't told of a commit can miss it, if none was built on it.
-        if any(name in bucket.names() for name in damaged):
-            assert command.returncode == 1, command.stdout + command.stderr
-        stored = two.stored()
-        assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
-        one.run("verify", bucket.url, "--repair")
-        assert one.report("verify", bucket.url)["is_sound"]
-        two.pull()
-        assert two.holds(ITEMS)
+    damaged = {damage(bucket, dice) for _ in range(dice.randint(1, 3))}
+    damaged = {name for name in damaged if bucket.contents().get(name) != sound.get(name)}
+    report = one.report("verify", bucket.url, code=1 if damaged else 0)
+    assert report["is_sound"] is not bool(damaged)
+    # A shard that only a damaged commit lists is looked at when that is repaired.
+    commits = {name for name in damaged if "/commits/" in name}
+    named = str(report)
+    assert all(name.partition("/")[2] in named for name in commits or damaged), named
+    command = two.run("pull", bucket.url)
+    # Nobody who wasn't told of a commit can miss it, if none was built on it.
+    if any(name in bucket.names() for name in damaged):
+        assert command.returncode == 1, command.stdout + command.stderr
+    stored = two.stored()
+    assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
+    one.run("verify", bucket.url, "--repair")
+    assert one.report("verify", bucket.url)["is_sound"]
+    two.pull()
+    assert two.holds(ITEMS)
 
 
 def test_what_nobody_has_is_told(bucket, nodes_at):

@@ -76,7 +76,7 @@ PUSH_FAULTS = [
 @pytest.mark.parametrize("fault", PUSH_FAULTS, ids=str)
 def test_a_push_goes_on_after_faults(bucket, nodes_at, fault):
     """Everything arrives, once, whole, and the exit code is 0."""
-    one, two = nodes_at(bucket)
+    one, two = nodes_at(bucket, is_impatient=fault["kind"].startswith("stall"))
     one.store(ITEMS)
     one.push()
     clean = set(bucket.names("shards/"))
@@ -106,7 +106,7 @@ PULL_FAULTS = [
 @pytest.mark.parametrize("fault", PULL_FAULTS, ids=str)
 def test_a_pull_goes_on_after_faults(bucket, nodes_at, fault):
     """What the network damages or drops is fetched again, and nobody is told of damage there."""
-    one, two = nodes_at(bucket)
+    one, two = nodes_at(bucket, is_impatient=fault["kind"].startswith("stall"))
     one.store(ITEMS)
     one.push()
     met = bucket.proxy.fault(method="GET", **fault)
@@ -184,14 +184,14 @@ def test_a_push_that_gave_up_uploads_only_the_rest(bucket, nodes_at):
 @pytest.mark.parametrize("kind", ["cut", "stall"])
 def test_sftp_connections_that_break(on_sftp, nodes_at, kind, way):
     """One that is cut, or stands still, is made good by another, without a word."""
-    one, two = nodes_at(on_sftp)
+    one, two = nodes_at(on_sftp, is_impatient=True)
     one.store(ITEMS)
     if way == "down":
         one.push()
     node, command = (one, "push") if way == "up" else (two, "pull")
     on_sftp.proxy.clear()
     on_sftp.proxy.fault(kind, way, 30_000)
-    done = node.run(command, on_sftp.url, seconds=100)
+    done = node.run(command, on_sftp.url)
     assert (done.returncode, done.stderr) == (0, "")
     assert on_sftp.proxy.num_connections > 1
     two.pull()

@@ -8,13 +8,9 @@ import time
 import pytest
 from sharing.nodes import CONFIG, embeddings
 from stress.figures import fault_seed
+from stress.rounds import rounds
 
 ITEMS = embeddings(0, 160)  # 10 shards, 5 commits
-
-
-def sizes(few, many):
-    """A slice for every run, all of it under `make stress`."""
-    return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.stress)])
 
 
 @pytest.fixture(
@@ -46,60 +42,59 @@ def kill_some(node, command, dice, number):
             return
 
 
-@sizes(4, 60)
-def test_killed_pushes(place, nodes_at, number):
+@rounds(15)
+def test_killed_pushes(place, nodes_at, round_number):
     """Who pulls meanwhile gets sound values; the last push completes it, and nothing is twice."""
-    dice = random.Random(fault_seed())
+    dice = random.Random(fault_seed() + 1000 * round_number)
     one, two = nodes_at(place)
-    stored = 0
-    for round_number in range(max(1, number // 4)):
-        more = embeddings(160 * round_number, 160)
-        one.store(more)
-        stored += len(more)
+    for number in range(2):
+        one.store(embeddings(160 * number, 160))
+        everything = embeddings(0, 160 * (number + 1))
         for _ in kill_some(one, "push", dice, 4):
             if place.names("commits/"):
                 two.pull()
-                assert two.stored().keys() <= embeddings(0, stored).keys()
+                assert two.stored().keys() <= everything.keys()
         one.push()
         assert one.push()["num_pushed"] == 0
-        assert len(place.names(".safetensors")) <= 10 * (round_number + 1) + 3
+        assert len(place.names(".safetensors")) <= 10 * (number + 1) + 3
         two.pull()
-        assert two.holds(embeddings(0, stored))
+        assert two.holds(everything)
     assert two.report("verify", place.url)["is_sound"]
 
 
-@sizes(4, 60)
-def test_killed_pulls(place, nodes_at, number):
+@rounds(15)
+def test_killed_pulls(place, nodes_at, round_number):
     """What was imported stays, what was fetched is gone on with, and nothing is fetched twice."""
-    dice = random.Random(fault_seed() + 1)
-    one, *others = nodes_at(place, 2 + number // 4)
+    dice = random.Random(fault_seed() + 1 + 1000 * round_number)
+    one, two = nodes_at(place)
     one.store(ITEMS)
     one.push()
-    for two in others:
-        known = 0
-        for _ in kill_some(two, "pull", dice, 4):
-            stored = two.stored()
-            assert len(stored) >= known
-            assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
-            known = len(stored)
-        two.pull()
-        assert two.holds(ITEMS)
-        assert [path.name for path in two.cache.path(CONFIG).glob("**/*.part")] == []
+    known = 0
+    for _ in kill_some(two, "pull", dice, 4):
+        stored = two.stored()
+        assert len(stored) >= known
+        assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
+        known = len(stored)
+    two.pull()
+    assert two.holds(ITEMS)
+    assert [path.name for path in two.cache.path(CONFIG).glob("**/*.part")] == []
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"),
+    ("kind", "seed", "number"),
     [
-        ("on_moto", 1),
+        ("on_moto", 0, 1),
         *[
-            pytest.param(kind, 15, marks=pytest.mark.stress)
+            pytest.param(kind, seed, 3, marks=pytest.mark.stress)
             for kind in ("on_moto", "on_rclone", "on_sftp", "on_file")
+            for seed in range(5)
         ],
     ],
 )
-def test_pushes_at_once(request, nodes_at, kind, number):
+def test_pushes_at_once(request, nodes_at, kind, seed, number):
     """Three nodes whose stores overlap push together while a fourth pulls: it gets all of it."""
-    place, dice = request.getfixturevalue(kind), random.Random(fault_seed() + 2)
+    dice = random.Random(fault_seed() + 2 + 1000 * seed)
+    place = request.getfixturevalue(kind)
     *pushing, pulling = nodes_at(place, 4)
     everything = {}
     for round_number in range(number):
@@ -145,9 +140,8 @@ def test_signals(on_moto, nodes_at, number):
     one.store(ITEMS)
     on_moto.proxy.fault("stall answer", method="PUT", fits=lambda put: "commits" in put.path)
     running = one.start("push", on_moto.url)
-    deadline = time.monotonic() + 30
     while not any(put.fault for put in on_moto.proxy.select(answered=False)):
-        assert time.monotonic() < deadline
+        assert running.is_running(), running.stderr
         time.sleep(0.01)
     running.kill(number)
     running.wait()

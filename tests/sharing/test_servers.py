@@ -124,3 +124,15 @@ def test_sftp(on_sftp):
     with pytest.raises(Exception, match="(?i)connection"):
         get(on_sftp, "one")
     assert get(on_sftp, "one") == CONTENT
+
+
+def test_what_dies_takes_down_its_own_test_only(kept):
+    """The next test gets another server, and another process that forks for commands."""
+    server, forks = kept["moto"].get(), kept["forks"].get()
+    server.process.kill()
+    server.process.wait()
+    with pytest.raises(TypeError):
+        forks.ask(start=object())  # interrupted before the answer
+    assert kept["moto"].get().is_usable
+    assert kept["forks"].get() is not forks
+    assert kept["forks"].get().is_usable
