@@ -28,7 +28,7 @@ _NOT_A_CLASS: Final = frozenset({"audio", "audios", "clip", "clips", "wav", "wav
 
 
 class AudioFolderDataset(ListedDataset):
-    """`<root>/<class>/*.wav`, or flac, ogg, mp3; deeper folders belong to their class.
+    """`<root>/<class>/*.wav`, or any suffix that libsndfile reads; deeper folders belong to it.
 
     A file id is the path below the class folder without the suffix, so that `dog/a/1.wav` is
     `a/1:dog` and doesn't meet `dog/b/1.wav`. Where the folders right below the root are called

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.reopening import reopening_options
+from lmdbcache.embedders.audio_formats import is_readable
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.storage.format.layout import canonical_class
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "AUDIO_SUFFIXES",
     "LeftOut",
     "ListedDataset",
     "audio_file_id",
@@ -27,8 +27,6 @@ __all__ = [
     "own_split_name",
     "visible_entries",
 ]
-
-AUDIO_SUFFIXES: Final = (".wav", ".flac", ".ogg", ".mp3")
 
 _SPLIT_NAMES: Final = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -207,9 +205,9 @@ def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
 
 
 def audio_file_id(name: str) -> str | None:
-    """The name without its suffix if that is one of an audio file, else None."""
+    """The name without its suffix if that is one that can be decoded, else None."""
     stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
-    return stem if stem and suffix.lower() in AUDIO_SUFFIXES else None
+    return stem if stem and is_readable(suffix) else None
 
 
 def _canonical_names(classes: Iterable[str], root: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ _LAYOUTS: Final = {
     "esc50": "meta/esc50.csv and audio/*.wav",
     "vggsound": "vggsound.csv and <YouTube id>_<start, six digits>.wav",
     "huggingface": "a folder of save_to_disk, or one with parquet files",
-    "folder": "<class>/*.wav (or flac, ogg, mp3)",
+    "folder": "<class>/*.wav (or flac, ogg, opus, mp3, aiff, …)",
 }
 KINDS: Final = ("auto", *_LAYOUTS)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.classes import chosen_classes
+from lmdbcache.embedders.audio_formats import is_readable
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 __all__ = [
@@ -42,7 +43,6 @@ CLASS_LABELS: Final[dict[str, int]] = {
 }
 LABEL_TO_CLASS: Final[dict[int, str]] = {label: name for name, label in CLASS_LABELS.items()}
 
-_AUDIO_EXTENSIONS: Final = (".wav", ".flac", ".ogg", ".mp3")
 _IMAGE_EXTENSIONS: Final = (".jpg", ".jpeg", ".png")
 _VIDEO_EXTENSIONS: Final = (".mp4",)
 _LAYOUT: Final = "<root_dir>/<class>/audios/video_00001.wav"
@@ -93,9 +93,9 @@ def list_samples(
 def _class_samples(
     folder: Path, class_name: str, label: int, audio_duration: float, captions: Mapping[str, Any]
 ) -> list[Sample]:
-    audios = _files_by_stem(folder / "audios", _AUDIO_EXTENSIONS, unique=True)
-    images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS)
-    videos = _files_by_stem(folder / "videos", _VIDEO_EXTENSIONS)
+    audios = _files_by_stem(folder / "audios", is_readable, unique=True)
+    images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS.__contains__)
+    videos = _files_by_stem(folder / "videos", _VIDEO_EXTENSIONS.__contains__)
     clips = _read_video_info(folder / "video_info.csv")
     samples = []
     for file_id, path in audios.items():
@@ -127,7 +127,7 @@ def _class_samples(
 
 
 def _files_by_stem(
-    folder: Path, extensions: tuple[str, ...], *, unique: bool = False
+    folder: Path, is_wanted: Callable[[str], bool], *, unique: bool = False
 ) -> dict[str, Path]:
     """NFC-normalised stem → file, sorted; hidden files are left out."""
     if not folder.is_dir():
@@ -137,7 +137,7 @@ def _files_by_stem(
         names = sorted(entry.name for entry in entries if entry.is_file())
     for name in names:
         stem, extension = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
-        if name.startswith(".") or extension.lower() not in extensions:
+        if name.startswith(".") or not is_wanted(extension.lower()):
             continue
         file_id = unicodedata.normalize("NFC", stem)
         if unique and file_id in found:
