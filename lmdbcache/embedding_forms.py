@@ -9,6 +9,7 @@ import numpy as np
 
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
 from lmdbcache.storage.format.layout import split_sample_id
+from lmdbcache.storage.format.values import has_masked_elements
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def as_tensor(value: Any) -> torch.Tensor:
         value: Tensor, array, or a dict holding one under `embeddings` or `embedding`.
 
     Raises:
-        InvalidEmbeddingError: It is none of these.
+        InvalidEmbeddingError: It is none of these, or has masked elements.
     """
     import torch
 
@@ -46,6 +47,10 @@ def as_tensor(value: Any) -> torch.Tensor:
     value = unwrapped(value)
     if isinstance(value, torch.Tensor):
         return value.detach()
+    if has_masked_elements(value):
+        raise InvalidEmbeddingError(
+            "an audio embedding has masked elements, which have no value; fill them (`filled`)"
+        )
     if isinstance(value, np.ndarray):
         return tensor_of_array(value if value.flags.writeable else value.copy())
     raise InvalidEmbeddingError(
@@ -70,6 +75,8 @@ def checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
     import torch
 
     embedding = unwrapped(value)
+    if has_masked_elements(embedding):
+        raise InvalidEmbeddingError(f"{sample_id}: an embedding with masked elements has no value")
     if not isinstance(embedding, (torch.Tensor, np.ndarray)):
         raise InvalidEmbeddingError(
             f"{sample_id}: a {type(value).__name__} without a tensor or array in it"

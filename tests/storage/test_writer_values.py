@@ -98,6 +98,11 @@ def test_scalars_are_embeddings_of_shape_nothing(cache):
         ([[1.0], [1.0, 2.0]], "not an array"),
         (torch.zeros(2).to_sparse(), "not an array"),
         (torch.zeros(2, device="meta"), "not an array"),
+        (np.array(["2026-11-30"], "datetime64[D]"), "real numbers"),
+        (np.ma.masked_greater(np.arange(4.0), 2), "masked"),
+        ([np.ma.masked_greater(np.arange(4.0), 2)] * 2, "masked"),
+        ([1.0, np.ma.masked], "masked"),
+        (np.asmatrix(np.ones((1, 2))), "matrix"),
     ],
 )
 @pytest.mark.parametrize("dtype", NUMPY)
@@ -108,6 +113,38 @@ def test_unusable_embeddings_are_refused_by_name(cache, embedding, reason, dtype
         writer.put("vid:dog", embedding)
     writer.close()
     assert not cache.root.exists()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.ma.masked_equal(np.arange(8.0).reshape(2, 4), 5),
+        [np.arange(4.0), np.ma.masked_equal(np.arange(4.0), 1)],
+        torch.complex(torch.ones(2, 4), torch.ones(2, 4)),
+    ],
+)
+def test_unusable_rows_of_a_batch_are_refused_by_name(cache, rows):
+    """A batch isn't stored without its mask or its imaginary part."""
+    with (
+        pytest.raises(InvalidEmbeddingError, match=r"^(a|b):dog"),
+        cache.writer(CacheConfig()) as w,
+    ):
+        w.put_batch(["a:dog", "b:dog"], rows)
+    assert not cache.root.exists()
+    with pytest.raises(InvalidEmbeddingError):
+        cache.get_or_compute(CacheConfig(), ["a:dog", "b:dog"], lambda _: rows)
+    assert not cache.root.exists()
+
+
+def test_a_mask_without_masked_elements_hides_nothing(cache):
+    """Such an array is stored like any other."""
+    read = stored(cache, np.ma.masked_greater(np.arange(4.0), 9))
+    np.testing.assert_array_equal(read, np.arange(4, dtype=np.float32))
+
+
+def test_a_lazily_negated_tensor_is_stored(cache):
+    """The imaginary part of a conjugate has a sign that isn't in memory yet."""
+    assert stored(cache, torch.tensor([1 + 2j]).conj().imag).tolist() == [-2.0]
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e30])

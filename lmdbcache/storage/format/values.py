@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
 
-__all__ = ["NUMPY_DTYPES", "as_stored", "batch_array", "check_shape", "from_stored"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "as_stored",
+    "batch_array",
+    "check_shape",
+    "from_stored",
+    "has_masked_elements",
+]
 
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
@@ -38,9 +45,18 @@ def as_stored(sample_id: str, embedding: Any, dtype: str, *, copy: bool = True) 
         An owned, C-contiguous array of `NUMPY_DTYPES[dtype]`, same shape.
 
     Raises:
-        InvalidEmbeddingError: Not real numbers, empty, holds NaN or Inf, or is too large for
-            the stored dtype.
+        InvalidEmbeddingError: Not real numbers, empty, holds NaN, Inf or masked elements, or is
+            too large for the stored dtype.
     """
+    if has_masked_elements(embedding):
+        raise InvalidEmbeddingError(
+            f"{sample_id}: the embedding has masked elements, which have no value to store; fill "
+            "them (`filled`) or leave the sample out"
+        )
+    if isinstance(embedding, np.matrix):
+        raise InvalidEmbeddingError(
+            f"{sample_id}: a numpy.matrix is always 2-dimensional; give an array (`.A1`, `.A`)"
+        )
     try:
         is_tensor = _is_tensor(embedding)
         array = _tensor_to_array(embedding, dtype) if is_tensor else np.asarray(embedding)
@@ -138,6 +154,16 @@ def check_shape(
         )
 
 
+def has_masked_elements(value: Any) -> bool:
+    """Whether a numpy masked array, or one in a nested sequence, masks an element.
+
+    numpy and torch drop the mask and give what lies under it.
+    """
+    if isinstance(value, np.ndarray):
+        return np.ma.is_masked(value)
+    return isinstance(value, (list, tuple)) and any(map(has_masked_elements, value))
+
+
 def _is_tensor(value: Any) -> bool:
     # torch is never imported for this: who holds a tensor has imported it.
     torch = sys.modules.get("torch")
@@ -146,7 +172,7 @@ def _is_tensor(value: Any) -> bool:
 
 def _tensor_to_array(tensor: Any, dtype: str) -> npt.NDArray[Any]:
     torch = sys.modules["torch"]
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()  # a lazily negated one, such as `x.conj().imag`
     # torch's own cast is many times faster than numpy's; overflow still shows as Inf below.
     if dtype == "float16" and tensor.is_floating_point() and bool(tensor.isfinite().all()):
         cast = tensor.to(torch.float16)
