@@ -4,7 +4,7 @@
     ├── ConfigError (ValueError)             a field of a CacheConfig is no good
     ├── CacheNotFoundError (FileNotFoundError)   nothing is stored for this config
     ├── SampleNotFoundError (KeyError)       the newest commit doesn't have this sample
-    ├── MissingLabelError (KeyError)         a class of a training's samples has no label
+    ├── MissingLabelError (KeyError)         a sample of a training has no label
     ├── InvalidSampleIdError (ValueError)    not a usable `file_id:class`
     ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or wrong dtype
     ├── DuplicateSampleError                 the sample is stored already and may not be replaced
@@ -78,7 +78,7 @@ class SampleNotFoundError(CacheError, KeyError):
 
 
 class MissingLabelError(CacheError, KeyError):
-    """A class of the samples that a training reads has no label."""
+    """A sample that a training reads has no label."""
 
     __str__ = SampleNotFoundError.__str__
 

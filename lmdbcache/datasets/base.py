@@ -28,7 +28,8 @@ class AudioDataset(Protocol):
         samples: One dict per clip, holding at least `file_id` (str), `class_name` (str),
             `class_label` (int) and `audio_path` (str). Optional are `audio_source` (an
             `AudioSource`; then `audio_path` is only a name for people), `split` (str: the data
-            set's own `"train"`, `"val"` or `"test"`) and `fold` (int).
+            set's own `"train"`, `"val"` or `"test"`), `fold` (int) and `target` (a number or array
+            that is trained on in place of `class_label`).
 
     Two more are optional. `root` (str) is the folder. `command_line_options` is a dict of option →
     value with which the command line opens that folder as this dataset, `{"--dataset": "folder"}`,

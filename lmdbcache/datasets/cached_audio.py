@@ -16,6 +16,7 @@ from lmdbcache.embedders.base import clip_features
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
 from lmdbcache.failures import ClipFailure
 from lmdbcache.training.stored_embeddings import StoredEmbeddings
+from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
             its name or folder, `encoder.front_end`.
         on_decode_error: For a clip that gives no usable waveform: `"raise"`, or `"skip"` leaves it
             out of its batch, with the reason in the batch's `failures`. It is never cached.
+        labels: As for `EmbeddingDataset`; None takes the samples' `target`, else `class_label`.
 
     Raises:
-        ConfigError: An unknown `on_decode_error`.
+        ConfigError: An unknown `on_decode_error`, or labels that can't be one tensor.
+        MissingLabelError: A sample has no label.
         InvalidSampleIdError: A clip's sample id can't be stored.
     """
 
@@ -63,6 +66,7 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         *,
         front_end: Callable[[Any], Any] | None = None,
         on_decode_error: OnDecodeError = "raise",
+        labels: Targets | None = None,
     ) -> None:
         if on_decode_error not in ("raise", "skip"):
             raise ConfigError(f"on_decode_error: {on_decode_error!r}; known are 'raise', 'skip'")
@@ -71,6 +75,9 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.front_end: Final = front_end
         self.on_decode_error: Final[OnDecodeError] = on_decode_error
         self.sample_ids: Final = [sample_id_of(sample) for sample in dataset.samples]
+        if labels is None:
+            labels = [sample.get("target", sample["class_label"]) for sample in dataset.samples]
+        self.labels: Final = target_tensor(self.sample_ids, labels)
         self._stored = StoredEmbeddings(
             cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache), config
         )
@@ -104,11 +111,7 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._stored.close()
 
     def _item(self, index: int, hit: dict[str, Any] | None) -> dict[str, Any]:
-        sample = self.dataset.samples[index]
-        item = _Item(
-            sample_id=self.sample_ids[index],
-            label=torch.tensor(sample["class_label"], dtype=torch.long),
-        )
+        item = _Item(sample_id=self.sample_ids[index], label=self.labels[index])
         item.update(self._decoded(index) if hit is None else hit)
         return item
 
@@ -158,7 +161,7 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         A dict with
 
         - `sample_ids`: list of the samples, in order, without those that failed;
-        - `labels`: int64 `(batch,)`;
+        - `labels`: `(batch, *label_shape)`, int64 `(batch,)` for labels by class;
         - `mask`: bool `(batch,)`, True where an embedding was cached;
         - `embeddings`: `(hits, *embedding_shape)` of these, in order, if there are any;
         - `waveforms`: float32 `(misses, num_samples)`, or `features`, of the others, in order, if
@@ -171,7 +174,9 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
     usable = [item for item in items if "failure" not in item]
     batch: dict[str, Any] = {
         "sample_ids": [item["sample_id"] for item in usable],
-        "labels": torch.tensor([int(item["label"]) for item in usable], dtype=torch.long),
+        "labels": target_tensor(
+            [item["sample_id"] for item in usable], [item["label"] for item in usable]
+        ),
         "mask": torch.tensor(["embedding" in item for item in usable], dtype=torch.bool),
         "failures": [item["failure"] for item in items if "failure" in item],
     }

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.errors import MissingLabelError
 from lmdbcache.hidden_states import ViewSelection
-from lmdbcache.storage.format.layout import split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.reading.selection import Selection
 from lmdbcache.training.batches import CopyThreads, fetch_batch
+from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor
-
-_MOST_SHOWN: Final = 10
 
 __all__ = ["CollatedBatch", "EmbeddingDataset", "EmbeddingSource", "collate_embeddings"]
 
@@ -39,27 +36,30 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     Args:
         source: Where the embeddings are, such as `cache.reader(config)`.
         sample_ids: The samples, in order; None takes all that are stored.
-        labels: One label for each sample: a sequence of ints, or a Mapping of class name to label.
+        labels: One target for each sample: a sequence, array or tensor of numbers or of rows such
+            as multi-hot ones, or a Mapping of class name or sample id to target. Integers become
+            int64; floats and bools stay what they are.
         collated: Give DataLoader the batch itself instead of a list of samples. For
             `collate_fn=collate_embeddings` alone; small embeddings are read in half the time.
 
     Raises:
         ValueError: Not as many labels as samples.
-        MissingLabelError: A class of the samples has no label; a `KeyError`, too.
+        ConfigError: The labels aren't numbers, or differ in shape.
+        MissingLabelError: A sample has no label; a `KeyError`, too.
     """
 
     def __init__(
         self,
         source: EmbeddingReader | EmbeddingSource,
         sample_ids: Sequence[str] | None = None,
-        labels: Sequence[int] | Mapping[str, int] | None = None,
+        labels: Targets | None = None,
         *,
         collated: bool = False,
     ) -> None:
         self._source = source
         self.collated = collated
         self.selection = source.select(sample_ids)
-        self.labels = None if labels is None else self._label_tensor(labels)
+        self.labels = None if labels is None else target_tensor(self.sample_ids, labels)
         self._is_ragged: bool | None = None
 
     @property
@@ -80,13 +80,6 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             shape = getattr(self._source, "embedding_shape", None)
             self._is_ragged = None in (shape or ())
         return self._is_ragged
-
-    def _label_tensor(self, labels: Sequence[int] | Mapping[str, int]) -> torch.Tensor:
-        if isinstance(labels, Mapping):
-            labels = _labels_by_class(self.sample_ids, labels)
-        if len(labels) != len(self.sample_ids):
-            raise ValueError(f"{len(labels)} labels for {len(self.sample_ids)} samples")
-        return torch.as_tensor(labels, dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -139,18 +132,6 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         return one
 
 
-def _labels_by_class(sample_ids: Sequence[str], labels: Mapping[str, int]) -> list[int]:
-    classes = [split_sample_id(sample_id)[1] for sample_id in sample_ids]
-    if missing := sorted(set(classes).difference(labels)):
-        shown = ", ".join(map(repr, missing[:_MOST_SHOWN]))
-        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
-        raise MissingLabelError(
-            f"labels: none for {shown}{more}; give a label for every class of the samples, or "
-            "sample_ids with those of the other classes only"
-        )
-    return [labels[name] for name in classes]
-
-
 class CollatedBatch(list[Any]):
     """A batch that is collated already, and still a list of samples for any collate function.
 
@@ -169,7 +150,7 @@ def collate_embeddings(batch: Any) -> Any:
 
     Returns:
         `embeddings` of shape `(batch, *embedding_shape)`, or `(embeddings, labels)` with labels
-        of shape `(batch,)` int64.
+        of shape `(batch, *label_shape)`: int64 `(batch,)` for labels by class.
     """
     if isinstance(batch, CollatedBatch):
         return batch.collated

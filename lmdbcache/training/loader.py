@@ -16,6 +16,7 @@ from lmdbcache.errors import ConfigError
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.training.batches import CopyThreads
 from lmdbcache.training.dataset import EmbeddingDataset, EmbeddingSource
+from lmdbcache.training.targets import Targets
 
 __all__ = ["EmbeddingLoader", "make_dataloader"]
 
@@ -29,7 +30,7 @@ def make_dataloader(
     batch_size: int,
     *,
     sample_ids: Sequence[str] | None = None,
-    labels: Sequence[int] | Mapping[str, int] | None = None,
+    labels: Targets | None = None,
     shuffle: bool = False,
     seed: int = 0,
     drop_last: bool = False,
