@@ -358,7 +358,8 @@ _UNUSABLE: Final = (
 
 
 def _same_bits(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+    """Whether two values in the store's dtype are the same, down to the sign of a zero."""
+    if one.shape != other.shape:
         return False
     return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_tables as tables
 import pytest
 from sharing.places import s3_client, s3_environment
-from sharing.server_fixtures import moto  # noqa: F401 - a fixture
+from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
 from small_ast import save_small_ast
 from synthetic_layouts import make_esc50
 from synthetic_vegas import make_synthetic_vegas

@@ -12,7 +12,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     ProvenanceMismatchError,
 )
-from lmdbcache.merging import THIS_STORE, Merger, Origin
+from lmdbcache.merging import THIS_STORE, Merger, Origin, merge_stores
 from lmdbcache.merging import target as target_module
 from lmdbcache.sources import Source, count_origins, recorded_sources
 from lmdbcache.sources.records import SourceRecords
@@ -68,6 +68,19 @@ def test_close_ones_keep_ours(store, config):
     assert same(contents(cache, config), values)
     assert (merger.report.num_close, merger.report.exit_code) == (10, 0)
     assert merger.report.largest_close == pytest.approx(5e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize(("apart", "num_close"), [(0.25, 1), (0.25 + 2**-20, 0)])
+def test_the_tolerance_itself_is_close(store, target, config, apart, num_close):
+    """A difference of just the tolerance counts as none, stored or between two sources."""
+    zero, other = {"a:x": np.zeros(8, np.float32)}, {"a:x": np.full(8, apart, np.float32)}
+    one, two = store("one", zero), store("two", other)
+    found = [
+        merge_stores(target, [one.root, two.root], tolerance=0.25),
+        merge_stores(one, [two.root], tolerance=0.25),
+    ]
+    for (report,) in [reports.stores for reports in found]:
+        assert (report.num_close, len(report.conflicts)) == (num_close, 1 - num_close)
 
 
 @pytest.mark.parametrize("choice", ["error", "ours", "theirs"])
@@ -212,6 +225,28 @@ def test_others_write_in_between(store, config, monkeypatch):
     assert (report.num_new, report.num_same, len(report.conflicts)) == (2, 2, 2)
     expected = {**numbered(0, 2), **numbered(4, 10), **numbered(7, 9, seed=1)}
     assert same(contents(cache, config), expected)
+
+
+@pytest.mark.parametrize("is_theirs", [True, False])
+def test_others_replace_in_between(store, config, monkeypatch, is_theirs):
+    """What is replaced between the look and the commit is compared as it is by then."""
+    ours, theirs, rivals = ({"a:x": np.full(8, n, np.float32)} for n in (0, 1, 5))
+    cache = store("target", ours)
+    write = target_module.Target.write
+    rival = [theirs if is_theirs else rivals]
+
+    def write_late(self, changes, provenance):
+        if rival:
+            with cache.writer(config, on_duplicate="overwrite") as writer:
+                writer.put("a:x", rival.pop()["a:x"])
+        write(self, changes, provenance)
+
+    monkeypatch.setattr(target_module.Target, "write", write_late)
+    merger = Merger(cache, config, on_conflict="theirs")
+    add(merger, theirs)
+    assert same(contents(cache, config), theirs)
+    apart = [conflict.max_abs for conflict in merger.report.conflicts]
+    assert (merger.report.num_same, apart) == ((1, []) if is_theirs else (0, [4.0]))
 
 
 def test_a_damaged_value_of_ours(store, config):

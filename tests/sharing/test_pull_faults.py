@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lmdbcache.sharing.downloads import Downloads
 from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.pulling import pull
 from lmdbcache.sharing.remote import Remote
+from lmdbcache.sharing.verifying import verify_remote
 from lmdbcache.storage.format.layout import PULLING_NAME
 
 LARGE = (64, 64)  # 16 KiB an embedding
@@ -142,6 +144,20 @@ def test_a_shard_that_is_not_what_its_commit_says(remote, cache, config):
     assert not cache.path(config).exists()
 
 
+def test_a_shard_without_the_digest_of_its_name(remote, cache, config):
+    """A file under another digest is refused, though all checksums in it match the commit's."""
+    values = some_embeddings(0, 3)
+    entry, data = shard_of(config, values)
+    renamed = replace(entry, sha256="0" * 64)
+    remote.write(f"{config.fingerprint}/{renamed.path}", data)
+    put_commit(remote, config, [renamed])
+    report = pull(cache, remote.url)
+    assert [problem.path for problem in report.problems] == [renamed.path]
+    assert report.lost == sorted(values)
+    assert config not in cache
+    assert not verify_remote(remote.url).is_sound
+
+
 def test_a_damaged_commit_is_reported_and_the_others_count(remote, cache, config):
     """One commit file that can't be read doesn't hide what the others list."""
     one = share(remote, config, some_embeddings(0, 3))
@@ -159,6 +175,7 @@ from lmdbcache.sharing import pulling, downloads
 from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.pulling import pull
 from lmdbcache.sharing.remote import Remote
+from lmdbcache.sharing.verifying import verify_remote
 from lmdbcache.storage.writing import committing
 import lmdbcache.sharing.remote as remote
 remote._PIECE_BYTES = 20_000

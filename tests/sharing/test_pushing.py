@@ -157,6 +157,17 @@ def test_an_interrupted_push_goes_on(remote, cache, config, monkeypatch):
     assert_shared(remote, config, values)
 
 
+def test_the_last_commit_of_a_push_pins_all_of_it(remote, cache, tmp_path, config):
+    """However many commits a push makes, its last one stands for the whole store."""
+    values = some_embeddings(0, 30)
+    store(cache, config, values)
+    report = push(cache, config, remote.url, shard_bytes=32)
+    assert len(report.commits) > 2
+    other = EmbeddingCache(tmp_path / "other")
+    assert pull(other, remote.url, commit=report.commit).merged.num_new == 30
+    assert read_history(remote, config.fingerprint).heads == (report.commit,)
+
+
 def test_a_shard_that_a_server_cut_is_uploaded_again(remote, cache, config, monkeypatch):
     """No commit names a shard that isn't listed in its whole size."""
     values = some_embeddings(0, 10)

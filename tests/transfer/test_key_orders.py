@@ -95,6 +95,13 @@ def test_two_underscores_stand_for_the_colon(came_along, bring, stored, tmp_path
     assert found.keys() == {"a__b:dog", "c:dog"}
 
 
+def test_the_class_stands_behind_the_last_underscores(bring, stored, tmp_path):
+    """A file id may have two underscores itself: `a__b__dog` is the clip `a__b` of class dog."""
+    names = ["a__b__dog", "c__d__e__drum"]
+    found = stored(bring(save_torch(tmp_path / "old.pt", dict.fromkeys(names, ONE))))
+    assert found.keys() == {"a__b:dog", "c__d__e:drum"}
+
+
 def test_classes_beside_the_names_are_never_swapped(bring, stored, tmp_path):
     """A column of classes is one, whatever order is given for names."""
     path = tmp_path / "old.npz"

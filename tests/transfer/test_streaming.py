@@ -7,12 +7,13 @@ import urllib.parse
 import uuid
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sharing.places import s3_client, s3_environment
-from sharing.server_fixtures import moto  # noqa: F401 - a fixture
+from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings
 from lmdbcache.transfer.webdataset_keys import sample_id_of_key, webdataset_key
@@ -260,6 +261,20 @@ def test_the_order_and_the_number_of_shards(cache, tmp_path, kind):
         assert len(first) == 5
         assert first == second
     assert EmbeddingCache(tmp_path / "cache").reader(config).keys() == stored.keys()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_seed_shuffles(cache, tmp_path, seed):
+    """Seed 0 is one, too; without a seed samples are in the order of their ids."""
+    config, stored = filled_store(cache)
+    orders = []
+    for name, shuffle in (("plain", None), ("shuffled", seed)):
+        out = tmp_path / f"{name}.parquet"
+        export_embeddings(cache, config, out, format="parquet", shuffle=shuffle)
+        orders.append(pyarrow.parquet.read_table(out)["sample_id"].to_pylist())
+    assert orders[0] == sorted(stored)
+    assert orders[1] != orders[0]
+    assert sorted(orders[1]) == sorted(stored)
 
 
 def test_a_tar_is_the_same_every_time(cache, tmp_path):
