@@ -10,6 +10,7 @@
     ├── DuplicateSampleError                 the sample is stored already and may not be replaced
     ├── StorageError                         LMDB or the disk refused
     │   ├── CacheFullError                   the disk or the map is full
+    │   ├── NotRegularFileError (OSError)    a link, pipe or device where a store's file belongs
     │   ├── ReadOnlyCacheError               this process may not write here
     │   ├── RemoteError                      a place to share through can't be reached, or refuses
     │   └── WriterClosedError                a writer used after close, or in another process
@@ -47,6 +48,7 @@ __all__ = [
     "MissingDependencyError",
     "MissingLabelError",
     "ModelLoadError",
+    "NotRegularFileError",
     "ProvenanceMismatchError",
     "ReadOnlyCacheError",
     "RemoteError",
@@ -101,6 +103,10 @@ class StorageError(CacheError):
 
 class CacheFullError(StorageError):
     """The disk, or the memory map of the store, has no room for this commit."""
+
+
+class NotRegularFileError(StorageError, OSError):
+    """A link, named pipe, device or folder lies where a file of a store belongs, or the reverse."""
 
 
 class ReadOnlyCacheError(StorageError):

@@ -11,6 +11,7 @@ from typing import Final
 
 from lmdbcache.storage.files.generations import write_lock
 from lmdbcache.storage.format.layout import CURRENT_NAME
+from lmdbcache.storage.regular_files import read_file, replace_file
 
 __all__ = ["FAILURES_NAME", "ClipFailure", "read_failures", "update_failures"]
 
@@ -29,7 +30,7 @@ class ClipFailure:
 def read_failures(store: Path) -> list[ClipFailure]:
     """The clips of this store that failed when last tried; none if there is no list."""
     try:
-        entries = json.loads((store / FAILURES_NAME).read_text("utf-8"))["failures"]
+        entries = json.loads(read_file(store / FAILURES_NAME))["failures"]
         return [ClipFailure(**{k: str(v) for k, v in entry.items()}) for entry in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []  # derived: the next run makes it anew
@@ -75,8 +76,4 @@ def _write(store: Path, entries: list[ClipFailure]) -> None:
     # ASCII: a file name that isn't UTF-8 holds lone surrogates.
     text = json.dumps({"failures": [asdict(entry) for entry in entries]}, indent=1)
     temporary = store / f"{FAILURES_NAME}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text, encoding="ascii")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, text.encode("ascii"), temporary)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lmdbcache.sharing.commits import COMMIT_NAME
 from lmdbcache.storage.format.layout import COMMIT_COPIES_NAME
+from lmdbcache.storage.regular_files import check_folder, read_file, replace_file
 
 __all__ = ["CommitCopies"]
 
@@ -51,12 +52,10 @@ class CommitCopies:
         path = self._folder / f"{commit_id}.json"
         temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         with contextlib.suppress(OSError):
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(data)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            check_folder(self._folder.parent)
+            check_folder(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, data, temporary)
 
     def ids(self) -> list[str]:
         """What there are copies of, sorted."""
@@ -69,7 +68,7 @@ class CommitCopies:
 
 def _sound(folder: Path, commit_id: str) -> bytes | None:
     try:
-        data = (folder / f"{commit_id}.json").read_bytes()
+        data = read_file(folder / f"{commit_id}.json")
     except OSError:
         return None
     return data if hashlib.sha256(data).hexdigest() == commit_id[-64:] else None

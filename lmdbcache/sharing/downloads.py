@@ -10,16 +10,16 @@ import logging
 import mmap
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError
+from lmdbcache.errors import CacheFullError, IntegrityError, NotRegularFileError, ReadOnlyCacheError
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.shards import ShardEntry
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
+from lmdbcache.storage.files.generations import remove_entry
 from lmdbcache.storage.format.layout import COMMIT_COPIES_NAME, CURRENT_NAME, PULLING_NAME
+from lmdbcache.storage.regular_files import check_folder, open_file
 
 __all__ = ["Downloads"]
 
@@ -62,11 +62,13 @@ class Downloads:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        occupy_standard_descriptors()
         path = self.folder / _LOCK_NAME
         try:
+            check_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
+        except NotRegularFileError:
+            raise
         except FileNotFoundError:
             yield False
             return
@@ -79,7 +81,7 @@ class Downloads:
                 _logger.warning("waiting for another pull into %s", self._store.name)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
-                is_the_one = os.path.samestat(os.fstat(descriptor), path.stat())
+                is_the_one = os.path.samestat(os.fstat(descriptor), path.lstat())
             except FileNotFoundError:
                 is_the_one = False
             yield is_the_one
@@ -89,7 +91,7 @@ class Downloads:
     def bytes_there(self, entry: ShardEntry) -> int:
         """How much of a shard an earlier pull has fetched."""
         try:
-            return min(self._part(entry).stat().st_size, entry.num_bytes)
+            return min(self._part(entry).lstat().st_size, entry.num_bytes)
         except OSError:
             return 0
 
@@ -124,7 +126,7 @@ class Downloads:
             if _digest(part) != entry.sha256:
                 part.unlink()
                 raise IntegrityError(f"{entry.path} is damaged: its bytes don't have its digest")
-            with part.open("rb") as file:
+            with os.fdopen(open_file(part), "rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def discard(self, entry: ShardEntry) -> None:
@@ -141,7 +143,7 @@ class Downloads:
         if (self._store / CURRENT_NAME).exists() or self._parts():
             return
         for name in (COMMIT_COPIES_NAME, PULLING_NAME):
-            shutil.rmtree(self._store / name, ignore_errors=True)
+            remove_entry(self._store / name)
         with contextlib.suppress(OSError):
             self._store.rmdir()
 
@@ -158,6 +160,8 @@ class Downloads:
     def _translated(self, part: Path) -> Iterator[None]:
         try:
             yield
+        except NotRegularFileError:
+            raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 part.unlink(missing_ok=True)
@@ -171,15 +175,15 @@ class Downloads:
 def _append(
     remote: Remote, path: str, part: Path, num_bytes: int, progress: Callable[[int], None]
 ) -> None:
-    if part.exists() and part.stat().st_size > num_bytes:
+    if part.exists() and part.lstat().st_size > num_bytes:
         part.unlink()
-    with part.open("ab") as file:
+    with os.fdopen(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
         remote.fetch(path, file, num_bytes, progress)
 
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_file(path), "rb") as file:
         while piece := file.read(_STEP_BYTES):
             digest.update(piece)
     return digest.hexdigest()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+
+from lmdbcache.storage.regular_files import open_file, read_file
 
 __all__ = ["Settled"]
 
@@ -35,7 +38,7 @@ class Settled:
         self._keeps_ours = keeps_ours
         self._limits: dict[bytes, float] = {}
         with contextlib.suppress(OSError):
-            data = path.read_bytes()
+            data = read_file(path)
             whole = np.frombuffer(data[: len(data) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
             pairs = (pair.tobytes() for pair in whole["pair"])
             self._limits = dict(zip(pairs, whole["limit"].tolist(), strict=True))
@@ -62,10 +65,12 @@ class Settled:
             return
         self._limits |= new
         records = np.array(list(new.items()), _RECORD)
-        with contextlib.suppress(OSError), self._path.open("ab") as file:
-            # A record that was cut by a kill would put all after it out of step.
-            file.truncate(file.tell() // _RECORD.itemsize * _RECORD.itemsize)
-            file.write(records.tobytes())
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with os.fdopen(open_file(self._path, flags), "ab") as file:
+                # A record that was cut by a kill would put all after it out of step.
+                file.truncate(file.tell() // _RECORD.itemsize * _RECORD.itemsize)
+                file.write(records.tobytes())
 
 
 def _pair(sample_id: str, ours: bytes, theirs: bytes) -> bytes:

@@ -22,6 +22,7 @@ from lmdbcache.errors import (
     CacheFullError,
     FormatVersionError,
     IntegrityError,
+    NotRegularFileError,
     ReadOnlyCacheError,
     StorageError,
 )
@@ -33,6 +34,7 @@ from lmdbcache.sources.origins import (
     put_origins,
     read_origins,
 )
+from lmdbcache.storage.regular_files import check_file, open_file
 
 __all__ = ["SOURCES_NAME", "SourceRecorder", "SourceRecords", "forget_sources", "write_sources"]
 
@@ -84,6 +86,7 @@ class SourceRecords:
 
     def __enter__(self) -> SourceRecords:
         with _translated(self._path):
+            check_file(self._path)
             if self._path.exists():
                 connection = _connect(self._path)
                 try:
@@ -305,11 +308,13 @@ def _ranges(sample_ids: Collection[str]) -> list[tuple[str, str]]:
 def _create(path: Path) -> None:
     # SQLite would make it 0644 whatever the umask is: a group shares its stores.
     with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
+        os.close(open_file(path, os.O_CREAT | os.O_EXCL | os.O_RDWR))
 
 
 def _connect(path: Path, busy_seconds: float = _BUSY_SECONDS) -> sqlite3.Connection:
     """Open the file; without permission to write, for reading."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        check_file(path.with_name(path.name + suffix))
     uri = f"{path.absolute().as_uri()}?mode=rw"
     return sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None)
 
@@ -341,5 +346,7 @@ def _translated(path: Path) -> Iterator[None]:
             f"{path} is damaged ({error}); the embeddings aren't concerned. `lmdbcache verify "
             f"{path.parent.name} --sources --data-dir DATA_DIR --adopt` makes it anew"
         ) from None
+    except NotRegularFileError:
+        raise
     except OSError as error:
         raise ReadOnlyCacheError(f"{path} can't be written ({error.strerror})") from None

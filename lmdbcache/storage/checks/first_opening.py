@@ -19,6 +19,7 @@ from lmdbcache.errors import IntegrityError
 from lmdbcache.storage.checks.checking import Findings, check_generation
 from lmdbcache.storage.files.checked_marker import is_known, mark_known
 from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.regular_files import open_file
 
 __all__ = ["SKIP_VARIABLE", "check_first_opening"]
 
@@ -103,7 +104,7 @@ def _described(findings: Findings, store: Path) -> str:
 def _one_at_a_time(generation: Path) -> Iterator[None]:
     try:
         # A descriptor for reading will do, and LMDB has no lock on this file.
-        descriptor = os.open(generation / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(generation / "data.mdb")
     except OSError:
         yield  # the check says what is wrong
         return

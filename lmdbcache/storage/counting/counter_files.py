@@ -28,8 +28,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import class_of
+from lmdbcache.storage.regular_files import check_folder, open_file, read_file, replace_file
 
 __all__ = [
     "MAX_ANCESTORS",
@@ -177,7 +177,7 @@ def open_table(folder: Path, owner: str, ancestors: tuple[str, ...]) -> CounterT
     Raises:
         OSError: The folder can't be written, is locked for seconds, or the disk is full.
     """
-    occupy_standard_descriptors()
+    check_folder(folder)
     folder.mkdir(exist_ok=True)
     with _locked(folder, fcntl.LOCK_EX):
         taken = _take_over(folder, owner, ancestors)
@@ -192,7 +192,7 @@ def open_table(folder: Path, owner: str, ancestors: tuple[str, ...]) -> CounterT
 
 def read_records(folder: Path) -> tuple[Counts, list[Record]]:
     """What was added up of ended processes, and what each of the others has counted."""
-    if not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir():
         return Counts(), []
     try:
         with _locked(folder, fcntl.LOCK_SH):
@@ -207,6 +207,7 @@ def reset_records(folder: Path) -> None:
     Raises:
         OSError: The folder can't be written, or somebody has held its lock for seconds.
     """
+    check_folder(folder)
     if not folder.is_dir():
         return
     with _locked(folder, fcntl.LOCK_EX):
@@ -282,7 +283,7 @@ def _survey(folder: Path) -> tuple[set[str], dict[Path, tuple[int, Record]]]:
 
 def _lock_if_dead(path: Path) -> int | None:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = open_file(path, os.O_RDWR)
     except OSError:
         return None  # another user's, or just removed with its store
     try:
@@ -295,7 +296,8 @@ def _lock_if_dead(path: Path) -> int | None:
 
 def _create(folder: Path, owner: str, ancestors: tuple[str, ...]) -> tuple[Path, int]:
     temporary = folder / f"{owner}.tmp"
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    temporary.unlink(missing_ok=True)
+    descriptor = open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         head = _HEADER.pack(_MAGIC, 0, owner.encode(), "".join(ancestors[-MAX_ANCESTORS:]).encode())
         # All of it now: a page that finds no room later would be SIGBUS.
@@ -321,7 +323,7 @@ def _read_all(folder: Path) -> tuple[Counts, list[Record]]:
 def _read_record(path: Path) -> Record | None:
     """What another process has counted; None if it isn't such a file."""
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(read_file(path, _FILE_BYTES + 1))
     except OSError:
         return None
 
@@ -358,7 +360,7 @@ def _counts(names: list[str], hits: npt.NDArray[np.int64], misses: npt.NDArray[n
 
 def _read_totals(folder: Path) -> tuple[Counts, set[str]]:
     try:
-        content = json.loads((folder / _TOTALS_NAME).read_text("utf-8"))
+        content = json.loads(read_file(folder / _TOTALS_NAME))
         counts = Counts(
             *(
                 Counter({str(k): int(v) for k, v in content[part].items()})
@@ -373,13 +375,12 @@ def _read_totals(folder: Path) -> tuple[Counts, set[str]]:
 def _write_totals(folder: Path, totals: Counts, folded: set[str]) -> None:
     content = {"hits": totals.hits, "misses": totals.misses, "folded": sorted(folded)}
     temporary = folder / f"{_TOTALS_NAME}.tmp"
-    temporary.write_text(json.dumps(content), encoding="ascii")
-    temporary.replace(folder / _TOTALS_NAME)
+    replace_file(folder / _TOTALS_NAME, json.dumps(content).encode("ascii"), temporary)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
         _wait_for(descriptor, kind)
         yield

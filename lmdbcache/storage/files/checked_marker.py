@@ -18,6 +18,8 @@ from typing import Final
 
 import platformdirs
 
+from lmdbcache.storage.regular_files import open_file, read_file
+
 __all__ = ["is_known", "mark_known"]
 
 _logger: Final = logging.getLogger(__name__)
@@ -42,10 +44,10 @@ def mark_known(generation: Path) -> None:
     for path in (generation / _NAME, _own_marker(generation)):
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             if path.exists() and path.stat().st_size > _MAX_BYTES // 2:
                 flags |= os.O_TRUNC
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = open_file(path, flags)
             try:
                 # In front, too: a line that was cut short doesn't spoil this one.
                 os.write(descriptor, b"\n" + line + b"\n")
@@ -57,15 +59,14 @@ def mark_known(generation: Path) -> None:
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        with path.open("rb") as file:
-            return file.read(_MAX_BYTES).split(b"\n")
+        return read_file(path, _MAX_BYTES).split(b"\n")
     except OSError:
         return []
 
 
 def _line(generation: Path) -> bytes | None:
     try:
-        inode = (generation / "data.mdb").stat().st_ino
+        inode = (generation / "data.mdb").lstat().st_ino
     except OSError:
         return None
     return f"{_machine()} {inode}".encode()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lmdbcache.errors import IntegrityError
 from lmdbcache.memory_limit import memory_limit
 from lmdbcache.storage.files.engine_errors import truncated
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
+from lmdbcache.storage.regular_files import open_file
 
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 
@@ -88,8 +88,7 @@ class MappedFile:
     """data.mdb of one generation, mapped as far as it reached when this was made."""
 
     def __init__(self, path: Path) -> None:
-        occupy_standard_descriptors()
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(path)
         try:
             status = os.fstat(descriptor)
             self._map = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)

@@ -18,9 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.errors import (
+    CacheFullError,
+    IntegrityError,
+    NotRegularFileError,
+    ReadOnlyCacheError,
+    StorageError,
+)
 from lmdbcache.storage.files.checked_marker import mark_known
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import (
     COMMIT_COPIES_NAME,
     CURRENT_NAME,
@@ -30,6 +35,7 @@ from lmdbcache.storage.format.layout import (
     WRITER_LOCK_NAME,
 )
 from lmdbcache.storage.pages.commit_record import record_commit
+from lmdbcache.storage.regular_files import check_folder, open_file, read_file, replace_file
 
 __all__ = [
     "RESERVE_BYTES",
@@ -40,6 +46,7 @@ __all__ = [
     "is_being_written",
     "point_at",
     "publish_generation",
+    "remove_entry",
     "remove_other_generations",
     "remove_store",
     "sync_file",
@@ -51,6 +58,7 @@ _logger: Final = logging.getLogger(__name__)
 RESERVE_BYTES: Final = 16 << 20
 # A folder that is gone again this often after it was made can't be made.
 _MOST_TRIES: Final = 1000
+_MAX_NAME_BYTES: Final = 4096
 _held_locks: Final[set[int]] = set()
 
 
@@ -59,11 +67,14 @@ def current_generation(store: Path) -> Path | None:
 
     Raises:
         IntegrityError: `CURRENT` doesn't name a generation.
+        NotRegularFileError: `CURRENT` isn't a file, or the generation isn't a folder.
     """
     try:
-        name = (store / CURRENT_NAME).read_bytes().decode("ascii", errors="replace").strip()
+        name = read_file(store / CURRENT_NAME, _MAX_NAME_BYTES).decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except NotRegularFileError:
+        raise
     except OSError as error:
         raise StorageError(
             f"{store / CURRENT_NAME} can't be read ({error.strerror}). Check its permissions"
@@ -73,6 +84,7 @@ def current_generation(store: Path) -> Path | None:
             f"{store / CURRENT_NAME} holds {name[:40]!r} instead of a generation's name such as "
             "'gen-000001'. If the folder has just one gen-* folder, write its name there"
         )
+    check_folder(store / name)
     return store / name
 
 
@@ -92,7 +104,7 @@ def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
         try:
             _flock(descriptor, store, wait=wait)
             try:
-                same = os.path.samestat(os.fstat(descriptor), (store / WRITER_LOCK_NAME).stat())
+                same = os.path.samestat(os.fstat(descriptor), (store / WRITER_LOCK_NAME).lstat())
             except FileNotFoundError:
                 same = False
             if same:
@@ -129,16 +141,8 @@ def publish_generation(store: Path, generation: Path) -> None:
 
 def point_at(store: Path, generation: Path) -> None:
     """Write `CURRENT`, durably and at once. The caller holds the writer lock."""
-    temporary = store / f"{CURRENT_NAME}.tmp"
-    try:
-        with temporary.open("w", encoding="ascii") as file:
-            file.write(f"{generation.name}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(store / CURRENT_NAME)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    content, temporary = f"{generation.name}\n".encode("ascii"), store / f"{CURRENT_NAME}.tmp"
+    replace_file(store / CURRENT_NAME, content, temporary, durable=True)
     sync_file(store)
     sync_file(store.parent)
 
@@ -152,10 +156,19 @@ def remove_other_generations(store: Path) -> None:
     current = current_generation(store)
     for folder in store.iterdir():
         if GENERATION_NAME.fullmatch(folder.name) and folder != current:
-            if folder.is_symlink():
-                folder.unlink(missing_ok=True)  # never what it leads to
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+            remove_entry(folder)
+
+
+def remove_entry(path: Path) -> None:
+    """Remove a file, a link and not what it leads to, or a folder with all that is in it.
+
+    Raises:
+        OSError: A file or link can't be removed; of a folder, what can't be removed stays.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def free_bytes(folder: Path) -> int:
@@ -182,14 +195,14 @@ def remove_store(store: Path) -> None:
 
     `CURRENT` goes first: from then on there is no store, whatever else is left.
     """
-    (store / CURRENT_NAME).unlink(missing_ok=True)
+    remove_entry(store / CURRENT_NAME)
     sync_file(store)
     remove_other_generations(store)
+    own_folders = (STATISTICS_NAME, COMMIT_COPIES_NAME, PULLING_NAME)
     for child in store.iterdir():
-        if child.name in (STATISTICS_NAME, COMMIT_COPIES_NAME, PULLING_NAME):
-            shutil.rmtree(child, ignore_errors=True)
-        elif child.name != WRITER_LOCK_NAME and child.is_file():
-            child.unlink()
+        is_folder = child.is_dir() and not child.is_symlink()
+        if child.name in own_folders or (child.name != WRITER_LOCK_NAME and not is_folder):
+            remove_entry(child)
     (store / WRITER_LOCK_NAME).unlink(missing_ok=True)
     # Another writer may have begun anew in the meantime, or a stranger keeps a file here.
     with contextlib.suppress(OSError):
@@ -197,14 +210,15 @@ def remove_store(store: Path) -> None:
 
 
 def _open_lock(store: Path) -> int:
-    occupy_standard_descriptors()
     path = store / WRITER_LOCK_NAME
     num_tries = 0
     while True:
         num_tries += 1
         try:
             store.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            return open_file(path, os.O_RDWR | os.O_CREAT)
+        except NotRegularFileError:
+            raise
         except (FileExistsError, NotADirectoryError) as error:
             raise ReadOnlyCacheError(
                 f"{error.filename or store} is a file where a folder is needed. "
@@ -227,7 +241,7 @@ def is_being_written(store: Path) -> bool:
     Nothing is made for that, and nobody has to wait.
     """
     try:
-        descriptor = os.open(store / WRITER_LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(store / WRITER_LOCK_NAME)
     except OSError:
         return False
     try:

@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
+from lmdbcache.storage.regular_files import open_file
+
 __all__ = ["LAST_USE_NAME", "last_used", "last_written", "touch"]
 
 LAST_USE_NAME: Final = "last_used"
@@ -30,11 +32,10 @@ def touch(store: Path) -> None:
     # A read-only folder, a full disk, another user's marker: it stays as old as it is.
     with contextlib.suppress(OSError):
         try:
-            if time.time() - _SECONDS < marker.stat().st_mtime <= time.time():
+            if time.time() - _SECONDS < marker.lstat().st_mtime <= time.time():
                 return  # another process was here
         except FileNotFoundError:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            os.close(os.open(marker, flags, 0o666))
+            os.close(open_file(marker, os.O_WRONLY | os.O_CREAT))
         os.utime(marker, follow_symlinks=False)
 
 
@@ -50,7 +51,7 @@ def last_written(generation: Path) -> datetime | None:
 
 def _time_of(path: Path) -> datetime | None:
     try:
-        seconds = path.stat().st_mtime
+        seconds = path.lstat().st_mtime
         return datetime.fromtimestamp(seconds, timezone.utc)
     except (OSError, ValueError, OverflowError):
         return None

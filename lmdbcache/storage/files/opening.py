@@ -19,9 +19,10 @@ from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError,
 from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
 from lmdbcache.storage.files.filesystems import check_local_for_reading, check_local_for_writing
 from lmdbcache.storage.files.reader_slots import holders
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.pages.commit_record import contradiction, read_commit_record
 from lmdbcache.storage.pages.meta_pages import MetaPage, newest, read_meta_pages
+from lmdbcache.storage.regular_files import check_file, check_folder, open_file
+from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
 
 __all__ = [
     "check_file_size",
@@ -77,7 +78,7 @@ def file_problem(generation: Path) -> tuple[str | None, int]:
         # First: a commit in between makes the meta pages newer than this, which is fine.
         record = read_commit_record(generation)
         try:
-            with (generation / "data.mdb").open("rb", buffering=0) as file:
+            with os.fdopen(open_file(generation / "data.mdb"), "rb", buffering=0) as file:
                 metas = read_meta_pages(file.fileno())
                 # Last: a commit in between makes the file larger than the pages read here say.
                 size = os.fstat(file.fileno()).st_size
@@ -101,7 +102,7 @@ def file_problem(generation: Path) -> tuple[str | None, int]:
 def file_id(generation: Path) -> tuple[int, int] | None:
     """Which file data.mdb is; a cleared and remade generation of the same name differs."""
     try:
-        status = (generation / "data.mdb").stat()
+        status = (generation / "data.mdb").lstat()
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -129,7 +130,7 @@ def check_still_whole(
         # Before the file's size: a commit in between makes the file larger.
         least = known if is_first else _used_bytes(environment)
         try:
-            status = path.stat()
+            status = path.lstat()
         except OSError:
             return known  # unlinked: what is mapped stays as it is
         if (status.st_dev, status.st_ino) != opened:
@@ -158,6 +159,7 @@ def open_environment(
 
     Raises:
         IntegrityError: The file is missing, truncated or foreign.
+        NotRegularFileError: A link, pipe or device is in its place, or in the lock file's.
         ReadOnlyCacheError: This user may not read it.
         StorageError: No address space is left, or it lies on a network file system.
     """
@@ -252,7 +254,7 @@ def _open_in_step(
 
 def _newest_meta(generation: Path) -> MetaPage | None:
     try:
-        with (generation / "data.mdb").open("rb", buffering=0) as file:
+        with os.fdopen(open_file(generation / "data.mdb"), "rb", buffering=0) as file:
             return newest(read_meta_pages(file.fileno()))
     except OSError:
         return None
@@ -275,6 +277,10 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
         "mode": 0o666,
     }
     path = str(generation)
+    # LMDB follows links, and waits for a pipe's other end.
+    check_folder(generation)
+    for name in ("data.mdb", "lock.mdb"):
+        check_file(generation / name)
     if write:
         return lmdb.open(path, **options)
     if not check_local_for_reading(generation):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import lmdb
 
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import WRITER_LOCK_NAME
+from lmdbcache.storage.regular_files import check_file
+from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["SlotUse", "holders", "others", "slot_use", "slots", "writing_processes"]
 
@@ -42,6 +43,8 @@ def slot_use(generation: Path) -> SlotUse | None:
     processes = []
     occupy_standard_descriptors()
     try:
+        for name in ("data.mdb", "lock.mdb"):
+            check_file(generation / name)
         with lmdb.open(str(generation), readonly=True, create=False) as environment:
             num_slots = int(environment.max_readers())
             for line in environment.readers().splitlines():
@@ -90,7 +93,7 @@ def _lock_owners(files: Iterable[Path]) -> list[str]:
     """Process ids that hold a lock on one of the files, of all that this user may see."""
     processes: dict[str, None] = {}
     with contextlib.suppress(OSError):
-        inodes = {str(file.stat().st_ino) for file in files if file.exists()}
+        inodes = {str(file.lstat().st_ino) for file in files if file.exists()}
         for line in Path("/proc/locks").read_text().splitlines():
             # 1: POSIX  ADVISORY  READ 4711 08:01:393304 4711 4711
             fields = line.split()

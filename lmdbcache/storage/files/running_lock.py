@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import StorageError
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
+from lmdbcache.storage.regular_files import open_file, read_file
 
 __all__ = ["RUNNING_SUFFIX", "at_rest", "held_store"]
 
@@ -26,6 +26,7 @@ _logger: Final = logging.getLogger(__name__)
 
 RUNNING_SUFFIX: Final = ".running"
 _POLL_SECONDS: Final = 0.25
+_MAX_BYTES: Final = 4096
 _NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -38,13 +39,12 @@ def held_store(store: Path, patience: float) -> Iterator[None]:
         patience: How many seconds to wait for a process that is about to end.
 
     Raises:
-        StorageError: Another process has it.
+        StorageError: Another process has it, or the lock file isn't a file.
         OSError: The lock file can't be written.
     """
-    occupy_standard_descriptors()
     path = _file_beside(store)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
     try:
         if not _lock(descriptor, fcntl.LOCK_EX, time.monotonic() + patience):
             raise StorageError(_holder(path))
@@ -69,7 +69,7 @@ def at_rest(store: Path, deadline: float) -> Iterator[None]:
     """
     path = _file_beside(store)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(path)
     except FileNotFoundError:
         yield  # copied from elsewhere, or no staging store at all
         return
@@ -102,5 +102,5 @@ def _lock(descriptor: int, kind: int, deadline: float) -> bool:
 
 def _holder(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return path.read_text("utf-8", "replace").strip() or "unknown"
+        return read_file(path, _MAX_BYTES).decode("utf-8", "replace").strip() or "unknown"
     return "unknown"

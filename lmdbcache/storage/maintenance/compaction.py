@@ -206,4 +206,4 @@ def _count(environment: Environment, transaction: object) -> tuple[int, int]:
 
 
 def _allocated_bytes(generation: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in generation.iterdir())
+    return sum(file.lstat().st_blocks * 512 for file in generation.iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lmdbcache.errors import CacheError
 from lmdbcache.storage.files.generations import (
     current_generation,
     is_being_written,
+    remove_entry,
     remove_store,
     write_lock,
 )
@@ -187,7 +187,4 @@ def _size(path: Path) -> int:
 def _remove(path: Path) -> None:
     # A file that can't be removed now is found again the next time.
     with contextlib.suppress(OSError):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path)
+        remove_entry(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from lmdbcache.storage.format.layout import (
 from lmdbcache.storage.format.metadata import checksum
 from lmdbcache.storage.maintenance.salvage import Salvage, salvage
 from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.regular_files import check_folder
 
 __all__ = ["RepairReport", "generation_to_repair", "repair"]
 
@@ -85,7 +87,7 @@ def repair(
         IntegrityError: The metadata record is lost; nothing can be kept without it.
     """
     store = Path(store).absolute()
-    if not (store / CURRENT_NAME).exists():
+    if not os.path.lexists(store / CURRENT_NAME):
         raise CacheNotFoundError(f"nothing is stored in {store}")
     with write_lock(store):
         generation = generation_to_repair(store)
@@ -137,6 +139,7 @@ def generation_to_repair(store: Path) -> Path:
 
     Raises:
         IntegrityError: It holds garbage, and there are several or none.
+        NotRegularFileError: See `current_generation`.
     """
     generation = _current_or_none(store)
     if generation is not None:
@@ -148,6 +151,7 @@ def generation_to_repair(store: Path) -> Path:
             "the name of the right one there (the one with the lower number, if in doubt), and "
             "repair again"
         )
+    check_folder(folders[0])
     return folders[0]
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 import xxhash
 
+from lmdbcache.errors import NotRegularFileError
 from lmdbcache.storage.pages.meta_pages import (
     META_BYTES,
     MetaPage,
@@ -21,6 +22,7 @@ from lmdbcache.storage.pages.meta_pages import (
     parse_meta,
     read_meta_pages,
 )
+from lmdbcache.storage.regular_files import open_file, read_file
 
 __all__ = [
     "contradiction",
@@ -33,6 +35,7 @@ __all__ = [
 
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
+_MAX_BYTES: Final = 4096
 
 _Metas = tuple[MetaPage | None, MetaPage | None]
 
@@ -48,7 +51,7 @@ def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = 
     # A full disk or a read-only folder costs the guard, not the commit.
     with contextlib.suppress(OSError):
         before, was_overwritten = _read(generation)
-        data = os.open(generation / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+        data = open_file(generation / "data.mdb")
         try:
             meta = newest(read_meta_pages(data))
         finally:
@@ -59,8 +62,7 @@ def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = 
         is_next = before is not None and before.transaction + 1 == meta.transaction
         has_old = not is_new and (overwrites or was_overwritten or not is_next)
         record = _MAGIC + meta.raw + bytes([has_old])
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(generation / _NAME, flags, 0o666)
+        descriptor = open_file(generation / _NAME, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(descriptor, record + xxhash.xxh3_64_digest(record), 0)
         finally:
@@ -68,7 +70,11 @@ def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = 
 
 
 def read_commit_record(generation: Path) -> MetaPage | None:
-    """The meta page of the recorded commit; None if there is no record or it is damaged."""
+    """The meta page of the recorded commit; None if there is no record or it is damaged.
+
+    Raises:
+        NotRegularFileError: Something else than a file has its name.
+    """
     return _read(generation)[0]
 
 
@@ -80,7 +86,9 @@ def has_old_values(generation: Path, transaction: int) -> bool:
 
 def _read(generation: Path) -> tuple[MetaPage | None, bool]:
     try:
-        content = (generation / _NAME).read_bytes()
+        content = read_file(generation / _NAME, _MAX_BYTES)
+    except NotRegularFileError:
+        raise
     except OSError:
         return None, True
     end = len(_MAGIC) + META_BYTES + 1

@@ -21,6 +21,7 @@ from lmdbcache.storage.pages.commit_record import (
     trusted_meta,
 )
 from lmdbcache.storage.pages.meta_pages import MetaPage, Tree, parse_tree, read_meta_pages
+from lmdbcache.storage.regular_files import check_folder, open_file
 
 __all__ = ["Entry", "PageFile"]
 
@@ -48,13 +49,18 @@ class PageFile:
         path: The file.
 
     Raises:
-        OSError: It can't be opened.
+        NotRegularFileError, OSError: It can't be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        check_folder(path.parent)
+        self.descriptor = open_file(path)
         self.path = path
-        record = read_commit_record(path.parent)
+        try:
+            record = read_commit_record(path.parent)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
         self.metas = read_meta_pages(self.descriptor)
         self.size = os.fstat(self.descriptor).st_size
         self.meta: MetaPage | None = trusted_meta(record, self.metas)

@@ -28,11 +28,11 @@ from lmdbcache.storage.counting.hit_counts import PlaceCounter, StoreCounts, cou
 from lmdbcache.storage.environment import Environment, Snapshot
 from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile
 from lmdbcache.storage.files.opening import file_id
-from lmdbcache.storage.files.standard_descriptors import occupy_standard_descriptors
 from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.format.metadata import StoreMetadata
 from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.storage.pages.pages import UnreadablePagesError, ValueTable, read_value_table
+from lmdbcache.storage.regular_files import open_file, replace_file
 
 __all__ = ["LocatedValues", "locate", "located_values"]
 
@@ -187,15 +187,17 @@ def _digest(identity: _Identity, width: int, count: int, content: bytes | memory
 def _read_table(identity: _Identity, generation: Path) -> ValueTable | None:
     """The kept table of exactly this snapshot, mapped; None if there is none or it is damaged."""
     path = generation / f"{_PREFIX}{identity[1]}"
-    occupy_standard_descriptors()
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             head = file.read(_HEADER.size)
+            rest = np.memmap(file, np.uint8, "r")[_HEADER.size :].view(np.ndarray)
         magic, transaction, inode, width, count, digest = _HEADER.unpack(head)
         if (magic, transaction, inode) != (_MAGIC, identity[1], identity[0][1]):
             return None
         size = count * (16 + width)
-        content = np.memmap(path, np.uint8, "r", _HEADER.size, (size,)).view(np.ndarray)
+        if len(rest) < size:
+            return None
+        content = rest[:size]
     except (OSError, struct.error, TypeError, ValueError, OverflowError):
         return None
     if _digest(identity, width, count, content.data) != digest:
@@ -222,12 +224,10 @@ def _write_table(table: ValueTable, identity: _Identity, generation: Path) -> No
     temporary = generation / f".{_PREFIX}{identity[1]}.{os.getpid()}"
     # A cache of a cache: a full disk or a compaction meanwhile is no reason to fail.
     with contextlib.suppress(OSError):
-        temporary.write_bytes(head + content)
-        temporary.replace(path)
+        replace_file(path, head + content, temporary)
         for other in generation.glob(f"{_PREFIX}*"):
             if (
                 other.name[len(_PREFIX) :].isdigit()
                 and int(other.name[len(_PREFIX) :]) < identity[1]
             ):
                 other.unlink(missing_ok=True)
-    temporary.unlink(missing_ok=True)
