@@ -17,6 +17,7 @@ from typing import Final
 from lmdbcache.errors import CacheFullError, IntegrityError, NotRegularFileError, ReadOnlyCacheError
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.shards import ShardEntry
+from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.files.generations import remove_entry
 from lmdbcache.storage.format.layout import COMMIT_COPIES_NAME, CURRENT_NAME, PULLING_NAME
 from lmdbcache.storage.regular_files import check_folder, open_file
@@ -62,11 +63,11 @@ class Downloads:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        path = self.folder / _LOCK_NAME
+        path, stack = self.folder / _LOCK_NAME, contextlib.ExitStack()
         try:
             check_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
+            descriptor = stack.enter_context(opened_for_flock(path, os.O_RDWR | os.O_CREAT))
         except NotRegularFileError:
             raise
         except FileNotFoundError:
@@ -74,7 +75,7 @@ class Downloads:
             return
         except OSError as error:
             raise ReadOnlyCacheError(f"{path} can't be made ({error.strerror})") from None
-        try:
+        with stack:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -85,8 +86,6 @@ class Downloads:
             except FileNotFoundError:
                 is_the_one = False
             yield is_the_one
-        finally:
-            os.close(descriptor)
 
     def bytes_there(self, entry: ShardEntry) -> int:
         """How much of a shard an earlier pull has fetched."""

@@ -18,8 +18,8 @@ from typing import Final
 from lmdbcache.errors import IntegrityError
 from lmdbcache.storage.checks.checking import Findings, check_generation
 from lmdbcache.storage.files.checked_marker import is_known, mark_known
+from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.format.layout import sample_id_of_key
-from lmdbcache.storage.regular_files import open_file
 
 __all__ = ["SKIP_VARIABLE", "check_first_opening"]
 
@@ -102,15 +102,10 @@ def _described(findings: Findings, store: Path) -> str:
 
 @contextlib.contextmanager
 def _one_at_a_time(generation: Path) -> Iterator[None]:
-    try:
-        # A descriptor for reading will do, and LMDB has no lock on this file.
-        descriptor = open_file(generation / "data.mdb")
-    except OSError:
-        yield  # the check says what is wrong
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without such locks: check twice
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        # No such file: the check says so. A file system without such locks: it is checked twice.
+        with contextlib.suppress(OSError):
+            # A descriptor for reading will do, and LMDB has no lock on this file.
+            data = stack.enter_context(opened_for_flock(generation / "data.mdb"))
+            fcntl.flock(data, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)

@@ -28,6 +28,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.format.layout import class_of
 from lmdbcache.storage.regular_files import check_folder, open_file, read_file, replace_file
 
@@ -380,15 +381,9 @@ def _write_totals(folder: Path, totals: Counts, folded: set[str]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
-    descriptor = open_file(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
+    with opened_for_flock(folder / "lock", os.O_RDWR | os.O_CREAT) as descriptor:
         _wait_for(descriptor, kind)
         yield
-    finally:
-        # Explicitly: a child forked meanwhile shares the lock.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
 
 
 def _wait_for(descriptor: int, kind: int) -> None:

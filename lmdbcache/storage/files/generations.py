@@ -26,6 +26,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.storage.files.checked_marker import mark_known
+from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.format.layout import (
     COMMIT_COPIES_NAME,
     CURRENT_NAME,
@@ -35,7 +36,7 @@ from lmdbcache.storage.format.layout import (
     WRITER_LOCK_NAME,
 )
 from lmdbcache.storage.pages.commit_record import record_commit
-from lmdbcache.storage.regular_files import check_folder, open_file, read_file, replace_file
+from lmdbcache.storage.regular_files import check_folder, read_file, replace_file
 
 __all__ = [
     "RESERVE_BYTES",
@@ -59,7 +60,6 @@ RESERVE_BYTES: Final = 16 << 20
 # A folder that is gone again this often after it was made can't be made.
 _MOST_TRIES: Final = 1000
 _MAX_NAME_BYTES: Final = 4096
-_held_locks: Final[set[int]] = set()
 
 
 def current_generation(store: Path) -> Path | None:
@@ -100,8 +100,8 @@ def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
         StorageError: Somebody holds it, and waiting wasn't asked for.
     """
     while True:
-        descriptor = _open_lock(store)
-        try:
+        with contextlib.ExitStack() as stack:
+            descriptor = _open_lock(store, stack)
             _flock(descriptor, store, wait=wait)
             try:
                 same = os.path.samestat(os.fstat(descriptor), (store / WRITER_LOCK_NAME).lstat())
@@ -110,12 +110,6 @@ def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
             if same:
                 yield
                 return
-        finally:
-            _held_locks.discard(descriptor)
-            # Explicitly: a child forked meanwhile shares the lock, and closing alone keeps it.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
 
 def create_generation(store: Path) -> Path:
@@ -209,14 +203,14 @@ def remove_store(store: Path) -> None:
         store.rmdir()
 
 
-def _open_lock(store: Path) -> int:
+def _open_lock(store: Path, stack: contextlib.ExitStack) -> int:
     path = store / WRITER_LOCK_NAME
     num_tries = 0
     while True:
         num_tries += 1
         try:
             store.mkdir(parents=True, exist_ok=True)
-            return open_file(path, os.O_RDWR | os.O_CREAT)
+            return stack.enter_context(opened_for_flock(path, os.O_RDWR | os.O_CREAT))
         except NotRegularFileError:
             raise
         except (FileExistsError, NotADirectoryError) as error:
@@ -241,25 +235,16 @@ def is_being_written(store: Path) -> bool:
     Nothing is made for that, and nobody has to wait.
     """
     try:
-        descriptor = open_file(store / WRITER_LOCK_NAME)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with opened_for_flock(store / WRITER_LOCK_NAME) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False  # a file system without such locks
-    finally:
-        # Explicitly: a child forked meanwhile would keep writers out for as long as it lives.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        return False  # no such file, or a file system without such locks
     return False
 
 
 def _flock(descriptor: int, store: Path, *, wait: bool) -> None:
-    _held_locks.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -278,13 +263,3 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _close_inherited_locks() -> None:
-    for descriptor in _held_locks:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held_locks.clear()
-
-
-os.register_at_fork(after_in_child=_close_inherited_locks)
