@@ -64,6 +64,31 @@ def test_every_kind_of_difference(make, embeddings):
     )
 
 
+ROW = np.full((1, 4), 9.0)
+
+
+@pytest.mark.parametrize(
+    ("in_a", "in_b", "options"),
+    [
+        ({"new:x": ROW}, {}, {}),
+        ({}, {"new:x": ROW}, {}),
+        ({}, {"1:x": ROW}, {}),
+        ({}, {"1:x": np.ones((2, 4))}, {}),
+        ({}, {}, {"provenance": {"torch": "0.1"}}),
+        ({}, {}, {"duration": 9.0}),
+    ],
+    ids=["only in a", "only in b", "value", "shape", "provenance", "config"],
+)
+def test_any_one_difference_makes_stores_unequal(make, in_a, in_b, options):
+    """Of everything compared, a single thing that differs is enough; nothing else is counted."""
+    items = {f"{number}:x": np.full((1, 4), number) for number in range(3)}
+    a = make("a", {**items, **in_a}, ragged=True)
+    found = compare_stores(a, make("b", {**items, **in_b}, ragged=True, **options))
+    assert not found.is_equal
+    counts = (found.num_only_a, found.num_only_b, found.num_different, found.num_other_shape)
+    assert sum(counts) == (not options)
+
+
 def test_tolerance_decides_what_is_equal(make, embeddings):
     """Last-bit differences are equal by default and different with a tolerance of 0."""
     a = make("a", embeddings)

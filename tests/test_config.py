@@ -233,6 +233,23 @@ def test_differences_are_the_differing_fields():
     assert mine.differences(mine) == {}
 
 
-def test_num_samples_is_the_length_of_the_waveform():
-    """Sample rate times duration, rounded."""
-    assert CacheConfig(sample_rate=44100, duration=0.33).num_samples == 14553
+@pytest.mark.parametrize(
+    ("rate", "duration", "expected"),
+    [
+        (44100, 0.33, 14553),
+        (44100, 0.57, 25137),  # 25136.999999999996 as floats multiply
+        (22050, 0.03, 662),  # 661.5, to the even number
+        (3, 0.9, 3),
+    ],
+)
+def test_num_samples_is_the_length_of_the_waveform(rate, duration, expected):
+    """Sample rate times duration, to the nearest whole number."""
+    assert CacheConfig(sample_rate=rate, duration=duration).num_samples == expected
+
+
+def test_composed_and_decomposed_letters_are_one_name():
+    """A name typed on a Mac (a letter, then its accent) is the same text as anywhere else."""
+    composed, decomposed = "sch\u00f6ner/model", "scho\u0308ner/model"
+    assert composed != decomposed
+    assert CacheConfig(model_name=decomposed) == CacheConfig(model_name=composed)
+    assert CacheConfig(model_name=decomposed).model_name == composed

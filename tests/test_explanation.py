@@ -48,6 +48,39 @@ def test_config_names_the_nearest_and_the_fields_that_differ(filled, config):
         filled.reader(OTHER)
 
 
+@pytest.mark.parametrize("fuller", ["float16", "bfloat16"])
+def test_of_two_as_near_the_fuller_store_is_named(cache, config, fuller):
+    """Two stores differ in one field each: the one with more embeddings is the likelier."""
+    for dtype in ("float16", "bfloat16"):
+        with cache.writer(config.replace(dtype=dtype)) as writer:
+            for number in range(3 if dtype == fuller else 2):
+                writer.put(f"{number}:x", np.ones(3))
+    with cache.writer(config.replace(dtype="float16", duration=9)) as writer:
+        for number in range(9):  # fuller, but farther away
+            writer.put(f"{number}:x", np.ones(3))
+    found = explained(cache, config)
+    assert found.nearest.config.dtype == fuller
+    assert found.differences == {"dtype": ("float32", fuller)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_told"),
+    [
+        ({"duration": 10.0}, True),
+        ({"duration": 10.0, "dtype": "float16"}, True),
+        ({"duration": 10.0, "dtype": "float16", "output": "mean"}, False),
+    ],
+)
+def test_new_store_that_differs_little_is_told(filled, config, caplog, changes, is_told):
+    """One or two fields look like a slip and are named; three are another store."""
+    filled.explain(config.replace(**changes)).log_new_store()
+    assert len(caplog.records) == is_told
+    assert all(name in record.getMessage() for record in caplog.records for name in changes)
+    caplog.clear()
+    filled.explain(config).log_new_store()
+    assert not caplog.records
+
+
 def test_damaged_stores_are_named(filled, config):
     """A store that can't be read may be the one: both for itself and for its neighbour."""
     next(filled.path(config).rglob("data.mdb")).write_bytes(b"broken")

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 import lmdbcache
 from lmdbcache import CacheConfig, VEGASDataset, model_identity, open_dataset
 from lmdbcache.cli.main import app
+from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import ConfigError, CoverageError
 from lmdbcache.failures import ClipFailure, update_failures
+from lmdbcache.requirement import is_covered
 
 
 def command_of(error):
@@ -76,6 +78,47 @@ def test_too_little_is_stored(filled, config, embeddings):
         filled.require(wanted, config, min_coverage=95)
     with pytest.raises(ConfigError, match="isn't a dataset"):
         filled.require(7, config)
+
+
+@pytest.mark.parametrize(
+    ("num_stored", "num_asked", "min_coverage", "is_enough"),
+    [
+        (7, 100, 0.07, True),  # as floats multiply, 7.000000000000001 are asked for
+        (6, 100, 0.07, False),
+        (19, 20, 0.95, True),
+        (19, 20, 0.951, False),  # of 19.02 samples 19 are too few
+        (19, 20, 0.975, False),  # of 19.5, too
+        (0, 20, 0.0, True),
+        (20, 20, 1.0, True),
+        (19, 20, 1.0, False),
+    ],
+)
+def test_threshold_is_a_number_of_samples(num_stored, num_asked, min_coverage, is_enough):
+    """Enough is at least that share of what is asked for, and no rounding moves the threshold."""
+    names = [f"{number}:x" for number in range(num_asked)]
+    found = DatasetCoverage(num_asked, tuple(names[num_stored:]), {})
+    assert is_covered(found, min_coverage, allow_failed=False) is is_enough
+
+
+@pytest.mark.parametrize("min_coverage", [-0.01, 1.01, float("nan")])
+def test_threshold_outside_0_to_1_is_refused(filled, config, embeddings, min_coverage):
+    """A share is 0 to 1, even where everything is stored."""
+    with pytest.raises(ConfigError, match="min_coverage"):
+        filled.require(list(embeddings), config, min_coverage=min_coverage)
+
+
+def test_sample_listed_twice_is_one_sample(filled, config, embeddings):
+    """A part that names a sample twice asks for it once, stored or missing."""
+    asked = [*embeddings, *embeddings, "new:dog", "new:dog"]
+    with pytest.raises(CoverageError, match=r"all\s+20/21"):
+        filled.require({"train": asked}, config)
+    found = filled.require({"train": asked}, config, min_coverage=0.9)
+    assert (found.num_present, found.num_asked) == (20, 21)
+    assert found.by_split == {"train": (20, 21)}
+    assert {row.class_name: (row.num_present, row.num_asked) for row in found.rows} == {
+        "dog": (10, 11),
+        "drum": (10, 10),
+    }
 
 
 def test_nothing_is_stored_names_the_nearest_config(filled, config, embeddings):

@@ -88,11 +88,11 @@ def read_vectors(
     in_key_order = sorted(chosen)  # neighbours on disk
     for start in range(0, len(chosen), step):
         for sample_id, embedding in _read(reader, in_key_order[start : start + step], unreadable):
-            num_bytes += embedding.nbytes
             wide = embedding.astype(np.float32, copy=False)
             if not np.isfinite(wide).all():
                 not_finite.append(sample_id)
                 continue
+            num_bytes += embedding.nbytes
             rows[sample_id] = (_pooled(wide), _digest(embedding))
             flat = wide.reshape(-1)
             values.append(flat[:: math.ceil(flat.size / per_embedding)].copy())

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 
 from lmdbcache import EmbeddingCache
 
@@ -42,6 +43,30 @@ def test_diff_of_roots(cli, cache, configs, tmp_path):
     found = json.loads(cli("diff", cache.root, copy.root, "--json").stdout)
     assert found["only_a"] == [cache.path(configs[1]).name]
     assert [one["num_only_b"] for one in found["stores"]].count(1) == 1
+
+
+@pytest.mark.parametrize("more_in", ["first", "second"])
+@pytest.mark.parametrize("of", ["stores", "roots"])
+def test_a_sample_of_one_side_is_a_difference(cli, cache, configs, tmp_path, of, more_in):
+    """Exit code 1 and is_equal false, whichever side has more and whatever else is equal."""
+    copy = EmbeddingCache(tmp_path / "copy")
+    shutil.copytree(cache.root, copy.root)
+    with (cache if more_in == "first" else copy).writer(configs[0]) as writer:
+        writer.put("new:dog", np.ones(8))
+    sides = [one.path(configs[0]) if of == "stores" else one.root for one in (cache, copy)]
+    result = cli("diff", *sides, "--json")
+    assert result.returncode == 1, result.stderr
+    assert json.loads(result.stdout)["is_equal"] is False
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_store_of_one_root_is_a_difference(cli, cache, configs, tmp_path, lacks):
+    """All that both have is equal, and yet the roots aren't."""
+    copy = EmbeddingCache(tmp_path / "copy")
+    shutil.copytree(cache.root, copy.root)
+    (cache, copy)[lacks].clear(configs[1])
+    result = cli("diff", cache.root, copy.root, "--json")
+    assert (result.returncode, json.loads(result.stdout)["is_equal"]) == (1, False)
 
 
 def test_diff_of_configs(cli, cache, configs, tmp_path):

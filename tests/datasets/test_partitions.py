@@ -152,6 +152,21 @@ EXPECTED_IDS = [
 ]
 
 
+def test_ties_are_decided_the_same_way_everywhere():
+    """Of equal nodes the first gives, of equal classes the first by name; a remainder likewise."""
+    samples = make(rain=4, bell=4)
+    even = partition_samples(samples, 3, by="share", shares=[1, 1, 0])
+    topped = partition_samples(samples, 3, by="share", shares=[1, 1, 0], min_samples=1)
+    assert [len(part) for part in even] == [4, 4, 0]
+    assert [len(part) for part in topped] == [3, 4, 1]
+    assert topped[1] == even[1]
+    (moved,) = topped[2]
+    assert moved["class_name"] == "bell"
+    assert moved in even[0]
+    odd = partition_samples(make(bell=3), 2, by="share", shares=[1, 1])
+    assert [len(part) for part in odd] == [2, 1]
+
+
 def test_another_process_agrees():
     """Neither the hash seed of Python nor numpy's state matters."""
     code = (

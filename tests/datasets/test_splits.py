@@ -65,6 +65,23 @@ def test_familiar_numbers():
     assert sizes == [{"dog": n, "drum": n} for n in (7, 1, 2)]
 
 
+@pytest.mark.parametrize(
+    ("count", "ratios", "expected"),
+    [
+        (5, (0.5, 0.5, 0.0), [3, 2, 0]),
+        (5, (0.0, 0.5, 0.5), [0, 3, 2]),
+        (5, (0.5, 0.0, 0.5), [3, 0, 2]),
+        (1, (0.4, 0.3, 0.3), [1, 0, 0]),
+        (4, (1 / 3, 1 / 3, 1 / 3), [2, 1, 1]),
+        (5, (0.31, 0.3, 0.39), [2, 1, 2]),  # 1.55, 1.5, 1.95
+    ],
+)
+def test_remainders_and_ties(count, ratios, expected):
+    """The largest remainder gets the sample; of equal ones train before val before test."""
+    samples = make_samples(dog=count)
+    assert [len(split_samples(samples, split, *ratios)) for split in SPLITS] == expected
+
+
 def test_order_of_the_list_and_other_classes_do_not_matter():
     """Who is in a split depends on class, file id and seed alone."""
     samples = make_samples(dog=30, drum=17)

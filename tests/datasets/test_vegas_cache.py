@@ -296,6 +296,18 @@ def test_embeddings_from_a_torch_file(root, tmp_path, caplog):
     assert not (tmp_path / "ran").exists()
 
 
+def test_assigned_embeddings_win_over_the_file(root, tmp_path):
+    """`audio_embs` is what a script has just set; only what it lacks comes from the file."""
+    dataset = VEGASDataset(root, selected_classes=["dog"], split="all", load_audio=False)
+    from_file = embeddings_of(dataset)
+    torch.save(from_file, tmp_path / "embeddings.pt")
+    dataset.load_audio_embeddings_from_file(tmp_path / "embeddings.pt")
+    first, second = dataset.sample_ids[:2]
+    dataset.audio_embs = {first: torch.full((8,), 7.0)}
+    assert dataset[0]["audio_emb"].tolist() == [7.0] * 8
+    assert torch.equal(dataset[1]["audio_emb"], from_file[second])
+
+
 class Evil:
     """Would write a file if it were unpickled."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,43 @@ def test_perturbed_weights_are_found(run, check, clips, config, ast_folder):
     assert len(report.drifted) == len(clips)
     assert 1e-5 < report.samples[-1].relative_l2 < 1e-2
     assert check(make_embedder=Perturbed, tolerance=0.1).is_sound
+
+
+class Scaled(ASTEmbedder):
+    """Embeddings that are longer than they should be by a small part, and else the same."""
+
+    def __init__(self, folder, compute_dtype, part):
+        super().__init__(find_checkpoint(folder), compute_dtype=compute_dtype)
+        self._part = part
+
+    def _embed(self, features):
+        return super()._embed(features).float() * (1 + self._part)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype", "within", "beyond"),
+    [
+        # A relative step of the format is 2^-24, 2^-11 or 2^-8; a network amplifies it a few times.
+        ("float32", "float32", 3e-6, 1e-4),
+        ("float16", "float32", 2e-4, 4e-3),
+        ("bfloat16", "float32", 4e-3, 3e-2),
+        ("float32", "float16", 4e-3, 3e-2),
+        ("float32", "bfloat16", 1e-2, 1e-1),
+        ("bfloat16", "float16", 4e-3, 3e-2),
+        ("float16", "bfloat16", 1e-2, 1e-1),
+    ],
+)
+def test_tolerance_is_that_of_the_coarser_dtype(
+    run, check, clips, config, ast_folder, dtype, compute_dtype, within, beyond
+):
+    """What rounding explains, of storing or of computing, isn't drift; ten times that is."""
+    config = config.replace(dtype=dtype, compute_dtype=compute_dtype)
+    some = dict(list(clips.items())[:3])
+    run(some, config)
+    for part, is_sound in ((within, True), (beyond, False)):
+        report = check(config, make_embedder=partial(Scaled, ast_folder, compute_dtype, part))
+        assert report.is_sound is is_sound, report.samples[0].relative_l2
+        assert len(report.drifted) == (0 if is_sound else 3)
 
 
 def test_other_weights_are_named(run, check, clips, config, other_ast_folder):

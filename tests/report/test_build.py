@@ -12,6 +12,7 @@ from report.clusters import CONFIG, clustered, store
 
 from lmdbcache import EmbeddingCache, build_report
 from lmdbcache.errors import ConfigError, MissingDependencyError
+from lmdbcache.failures import ClipFailure, update_failures
 from lmdbcache.report import build, vectors
 
 
@@ -42,6 +43,20 @@ def test_facts_are_plain_and_those_of_the_cache(tmp_path):
     page = " ".join((tmp_path / "r.html").read_text("utf-8").split())
     assert "a sample of 20 of 60 embeddings" in page
     assert "No figures recorded." in page
+
+
+def test_failed_clips_are_counted_by_class(tmp_path):
+    """Each class has its own failures, even one with nothing stored; the largest class is first."""
+    cache = store(tmp_path / "cache", {**clustered(3, ["dog"]), **clustered(4, ["drum"])})
+    failed = ["x:dog", "y:dog", "z:cat"]
+    update_failures(cache.path(CONFIG), [], [ClipFailure(name, "x.wav", "bad") for name in failed])
+    (found,) = build.collect_report(cache).stores
+    assert [(one.name, one.num_embeddings, one.num_failed) for one in found.classes] == [
+        ("drum", 4, 0),
+        ("dog", 3, 2),
+        ("cat", 0, 1),
+    ]
+    assert found.num_failures == 3
 
 
 def test_hit_rates_are_shown(cache, tmp_path):

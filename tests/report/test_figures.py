@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 
 import numpy as np
@@ -56,6 +57,67 @@ def test_planted_neighbours_are_found(tmp_path):
     assert found.outliers[0].nearest == "video_00002:drum"
     assert found.zero_norms == ["zero:dog"]
     assert not any("zero:dog" in pair for pair in near)
+
+
+def test_equal_and_near_of_one_class_do_not_cross(tmp_path):
+    """Copies within a class and copies across two are told apart, in both lists."""
+    embeddings = clustered(12, ["dog", "drum"], hidden_size=32)
+    for number, name in ((1, "dog"), (2, "drum")):
+        embeddings[f"equal_{number}:{name}"] = embeddings[f"video_{number:05d}:dog"].copy()
+        near = embeddings[f"video_{number + 2:05d}:dog"] * np.float32(1.5)
+        embeddings[f"near_{number}:{name}"] = near
+    found = find_neighbours(vectors_of(tmp_path, embeddings), {})
+    assert {group.sample_ids[0]: group.crosses_classes for group in found.equal} == {
+        "equal_1:dog": False,
+        "equal_2:drum": True,
+    }
+    assert {pair.sample_ids[0]: pair.crosses_classes for pair in found.near} == {
+        "near_1:dog": False,
+        "near_2:drum": True,
+    }
+
+
+def outliers_by_hand(embeddings):
+    """(median distance, deviations by sample id) of one class, from the definitions."""
+    names = list(embeddings)
+    rows = np.stack([embeddings[name] for name in names]).astype(np.float64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    distances = np.sort(1 - rows @ rows.T, axis=1)[:, 1:6].mean(axis=1)  # [0] is the row itself
+    median = np.median(distances)
+    of_normal = statistics.NormalDist().inv_cdf(0.75)  # half of a normal distribution is nearer
+    spread = np.median(np.abs(distances - median)) / of_normal
+    return median, dict(zip(names, (distances - median) / spread, strict=True))
+
+
+def test_outliers_are_robust_standard_deviations_away(tmp_path):
+    """Distance, median and deviations are those of the definition; 5 is the least that is told."""
+    embeddings = clustered(60, ["dog"], hidden_size=12, spread=0.5, seed=3)
+    generator = np.random.default_rng(4)
+    for number in range(12):  # farther and farther away
+        away = embeddings["video_00000:dog"] + (1 + 0.25 * number) * generator.normal(size=12)
+        embeddings[f"away_{number}:dog"] = away.astype(np.float32)
+    median, deviations = outliers_by_hand(embeddings)
+    expected = {name: value for name, value in deviations.items() if value >= 5}
+    assert 2 <= len(expected) <= 11
+    assert any(3.2 < value < 5 for value in deviations.values())
+    found = find_neighbours(vectors_of(tmp_path, embeddings), {})
+    assert found.num_outliers == len(found.outliers) == len(expected)
+    assert {one.sample_id: one.deviations for one in found.outliers} == pytest.approx(
+        expected, rel=1e-3
+    )
+    assert found.outliers[0].median_distance == pytest.approx(median, rel=1e-4)
+    assert list(expected.values()) != sorted(expected.values(), reverse=True)
+    told = [one.deviations for one in found.outliers]
+    assert told == sorted(told, reverse=True)
+
+
+def test_a_class_of_nine_has_no_outliers(tmp_path):
+    """Of fewer than ten no median tells anything; of ten it does."""
+    embeddings = clustered(9, ["dog"], hidden_size=12)
+    embeddings["away:dog"] = -embeddings["video_00000:dog"]
+    assert find_neighbours(vectors_of(tmp_path / "10", embeddings), {}).num_outliers == 1
+    del embeddings["video_00008:dog"]
+    assert find_neighbours(vectors_of(tmp_path / "9", embeddings), {}).num_outliers == 0
 
 
 def test_leaks_come_first(tmp_path):
@@ -130,6 +192,24 @@ def test_distribution_of_extreme_numbers():
         assert np.all(np.diff(found.edges) > 0)
         assert np.isfinite(found.edges).all()
     assert distribution_of(np.empty(0)) is None
+
+
+def test_figures_of_a_distribution():
+    """Mean, standard deviation and percentiles of the numbers themselves, by hand."""
+    found = distribution_of(np.array([1.0, 3.0, 3.0, 9.0]))
+    assert (found.count, found.mean) == (4, 4.0)
+    assert found.standard_deviation == pytest.approx(3.0)  # (9 + 1 + 1 + 25) / 4 = 9
+    assert found.percentiles["0 %"] == 1.0
+    assert found.percentiles["50 %"] == 3.0
+    assert found.percentiles["100 %"] == 9.0
+
+
+def test_bytes_are_those_of_all_embeddings(tmp_path):
+    """The mean size of a ragged store is taken over everything read, not over the first few."""
+    generator = np.random.default_rng(0)
+    embeddings = {f"{n}:x": generator.normal(size=(n + 1, 8)) for n in range(40)}
+    vectors = vectors_of(tmp_path, embeddings, ragged=True)
+    assert vectors.mean_bytes == pytest.approx(8 * 4 * (1 + 40) / 2)  # 1 to 40 tokens of 8 floats
 
 
 def test_coverage_by_split(tmp_path):

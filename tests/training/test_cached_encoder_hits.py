@@ -10,6 +10,7 @@ import torch
 from training.encoders import (
     OWN,
     WIDTH,
+    CountingEncoder,
     ask,
     direct,
     names_of,
@@ -18,6 +19,7 @@ from training.encoders import (
 )
 
 from lmdbcache import CachedEncoder
+from lmdbcache.datasets.deferred import DeferredAudio, DeferredStack, LazyDict
 from lmdbcache.errors import (
     InvalidSampleIdError,
 )
@@ -136,6 +138,38 @@ def test_sample_ids_by_one_rule(encoder, model):
     with pytest.raises(InvalidSampleIdError, match="no colon"):
         encoder(waveforms_of([1, 2]), sample_ids=["a:dog", "no colon"])
     assert model.passes == [1]
+
+
+@pytest.mark.parametrize(
+    ("is_hit", "num_hits"), [([True, True], 2), ([True, False], 1), ([False, False], 0)]
+)
+def test_hits_of_a_mixed_batch_are_counted(encoder, is_hit, num_hits):
+    """Embeddings that came with the batch are hits, its misses are computed."""
+    given = {"embeddings": torch.ones(num_hits, WIDTH)} if num_hits else {}
+    misses = [number for number, hit in enumerate(is_hit) if not hit]
+    inputs = {"features": waveforms_of(misses)} if misses else {}
+    batch = {"sample_ids": names_of(range(2)), "mask": torch.tensor(is_hit), **given, **inputs}
+    found = encoder.complete(batch)
+    assert (encoder.num_hits, encoder.num_computed) == (num_hits, 2 - num_hits)
+    assert (found[torch.tensor(is_hit)] == 1).all()
+    assert torch.equal(found[~torch.tensor(is_hit)], direct(misses))
+
+
+def test_only_the_misses_of_a_lazy_batch_are_decoded(cache):
+    """The waveform of a hit stays a promise in VEGAS's batches, even when they are completed."""
+    hit = DeferredAudio("no such file.wav", OWN.sample_rate, OWN.duration)
+    waveform = torch.zeros(OWN.num_samples)
+    batch = LazyDict(
+        file_id=["a", "b"],
+        class_name=["x", "x"],
+        audio=DeferredStack((hit, waveform)),
+        audio_emb=torch.ones(1, WIDTH),
+        audio_emb_mask=torch.tensor([True, False]),
+    )
+    with CachedEncoder(CountingEncoder(OWN.num_samples), cache, OWN) as encoder:
+        assert encoder.complete(batch)[0].tolist() == [1] * WIDTH
+    assert batch.is_deferred("audio")
+    assert (encoder.num_hits, encoder.num_computed) == (1, 1)
 
 
 def test_an_empty_batch(encoder):
