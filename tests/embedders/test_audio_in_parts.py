@@ -1,0 +1,142 @@
+"""The length of a file is what decodes: files of several parts, mp3s without a length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from embedders.encoded_audio import RATE, SECONDS, InMemory, encoded, id3, tone, without_first_frame
+
+from lmdbcache.embedders.audio import decode
+from lmdbcache.errors import AudioDecodeError
+
+TAG = b"TAG" + b"\0" * 125
+APE = (b"APETAGEX" + (2000).to_bytes(4, "little") + (5032).to_bytes(4, "little")).ljust(5064, b"\0")
+OGG = ("OGG", "VORBIS"), ("OGG", "OPUS")
+
+
+def decoded(content: bytes, duration: float = 30.0) -> np.ndarray:
+    return decode(InMemory(content), RATE, duration)
+
+
+def frequencies(waveform: np.ndarray, num_parts: int) -> list[float]:
+    """The loudest frequency in the middle of each part, in Hz."""
+    found = []
+    for part in np.array_split(waveform, num_parts):
+        middle = part[len(part) // 4 : -len(part) // 4]
+        spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
+        found.append(float(np.argmax(spectrum)) * RATE / len(middle))
+    return found
+
+
+def mp3(frequency: float = 440.0, **options) -> bytes:
+    return encoded("MP3", "MPEG_LAYER_III", tone(frequency), **options)
+
+
+def loud_behind(seconds: float) -> np.ndarray:
+    """Silence, then noise: the first frames say nothing about the later ones' bit rate."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, RATE).astype(np.float32)
+    return np.concatenate([np.zeros(round(seconds * RATE), np.float32), noise])
+
+
+VARIABLE = {
+    "rising": encoded("MP3", "MPEG_LAYER_III", loud_behind(3), bitrate_mode="VARIABLE"),
+    "falling": encoded("MP3", "MPEG_LAYER_III", loud_behind(3)[::-1], bitrate_mode="VARIABLE"),
+    "rising, stereo": encoded(
+        "MP3", "MPEG_LAYER_III", np.stack([loud_behind(3)] * 2, 1), bitrate_mode="VARIABLE"
+    ),
+}
+AROUND = {
+    "nothing": (b"", b""),
+    "ID3v1": (b"", TAG),
+    "APE": (b"", APE),
+    "APE and ID3v1": (b"", APE + TAG),
+    "a picture": (id3(200_000), b""),
+    "two ID3v2": (id3(300), b""),
+    "zeros behind": (b"", bytes(4000)),
+}
+AROUND["two ID3v2"] = (id3(300) + id3(5000), TAG)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("has_header", [True, False])
+@pytest.mark.parametrize("kind", VARIABLE)
+def test_an_mp3_of_variable_bit_rate(kind, has_header, around):
+    """All of it is decoded, whatever its tags and with or without a header that counts frames."""
+    before, behind = AROUND[around]
+    content = VARIABLE[kind] if has_header else without_first_frame(VARIABLE[kind])
+    waveform, plain = decoded(before + content + behind), decoded(VARIABLE[kind])
+    assert len(plain) == 4 * RATE
+    # Without a header the encoder's own samples stay: two frames and the filter's.
+    assert 0 <= len(waveform) - len(plain) <= 0.2 * RATE
+    if has_header:
+        assert waveform.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("behind", [b"", TAG, TAG + id3(300), APE])
+@pytest.mark.parametrize("headers", ["both", "first", "second", "none"])
+def test_mp3s_behind_each_other(headers, behind):
+    """Every part is decoded, though the first header counts its own frames only."""
+    first, second = mp3(440.0), mp3(1200.0)
+    if headers in {"second", "none"}:
+        first = without_first_frame(first)
+    if headers in {"first", "none"}:
+        second = without_first_frame(second)
+    waveform = decoded(first + behind + second)
+    assert len(waveform) == pytest.approx(2 * SECONDS * RATE, abs=0.35 * RATE)
+    assert frequencies(waveform, 2) == pytest.approx([440.0, 1200.0], abs=10)
+    # Where the duration ends before the first part does, nothing else is looked at.
+    assert decoded(first + behind + second, 1.0).tobytes() == decoded(first, 1.0).tobytes()
+
+
+def test_a_cut_mp3_behind_another():
+    """It is refused, as is one whose first part is cut."""
+    first, second = mp3(440.0), mp3(1200.0)
+    for content in (first + second[:-3000], first[:-3000] + second, first + second[:-1]):
+        with pytest.raises(AudioDecodeError):
+            decoded(content)
+    whole = without_first_frame(first)
+    with pytest.raises(AudioDecodeError, match="inside a frame"):
+        decoded(whole[:-5])
+
+
+def test_mp3s_of_different_rates():
+    """They are refused with what to do."""
+    with pytest.raises(AudioDecodeError, match="different sample rates.*encode it anew"):
+        decoded(mp3() + encoded("MP3", "MPEG_LAYER_III", rate=16000))
+
+
+@pytest.mark.parametrize(("form", "subtype"), OGG)
+def test_chained_ogg_streams(form, subtype):
+    """Each link is decoded, and behind the duration none."""
+    links = [encoded(form, subtype, tone(each)) for each in (440.0, 900.0, 1500.0)]
+    waveform = decoded(b"".join(links))
+    assert waveform.tobytes() == b"".join(decoded(link).tobytes() for link in links)
+    assert frequencies(waveform, 3) == pytest.approx([440.0, 900.0, 1500.0], abs=10)
+    assert decoded(links[0] + links[1] + TAG).tobytes() == waveform[: 3 * RATE].tobytes()
+    assert len(decoded(links[0] + links[1] + links[2][:500], 2.0)) == 2 * RATE
+
+
+@pytest.mark.parametrize(("form", "subtype"), OGG)
+def test_a_cut_link(form, subtype):
+    """A chain is refused whichever of its links was cut, at a page's end or inside one."""
+    first, second = (encoded(form, subtype, tone(each)) for each in (440.0, 900.0))
+    last_page = second.rindex(b"OggS")
+    for content in (
+        first + second[:-10],
+        first + second[:last_page],
+        first[:-10] + second,
+        first[: first.rindex(b"OggS")] + second,
+        first + second[:10],
+    ):
+        with pytest.raises(AudioDecodeError):
+            decoded(content)
+
+
+@pytest.mark.parametrize(("form", "subtype"), OGG)
+def test_links_of_different_rates_or_channels(form, subtype):
+    """Other channels are mixed; another sample rate is refused with what to do."""
+    first = encoded(form, subtype, tone())
+    stereo = encoded(form, subtype, np.stack([tone(900.0)] * 2, 1))
+    assert len(decoded(first + stereo)) == pytest.approx(2 * SECONDS * RATE, abs=2)
+    with pytest.raises(AudioDecodeError, match="different sample rates.*encode it anew"):
+        decoded(first + encoded(form, subtype, rate=16000))

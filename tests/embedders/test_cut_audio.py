@@ -1,0 +1,214 @@
+"""A file that was cut off is refused; one whose length its writer left open is decoded."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import soundfile
+from embedders.encoded_audio import RATE, InMemory, chunk, encoded, id3, put, tone, wave_file
+
+from lmdbcache.embedders.audio import decode
+from lmdbcache.errors import AudioDecodeError
+
+WAVE_LIST = chunk(b"LIST", b"INFOISFT" + b"\x05\0\0\0abcde\0")
+KINDS = {
+    "wav": encoded("WAV", "PCM_16"),
+    "wav, 24 bits": encoded("WAV", "PCM_24"),
+    "wav, float": encoded("WAV", "FLOAT"),
+    "wav, A-law": encoded("WAV", "ALAW"),
+    "wav, ADPCM": encoded("WAV", "MS_ADPCM"),
+    "wav, GSM": encoded("WAV", "GSM610"),
+    "wav, extensible": encoded("WAVEX", "PCM_16"),
+    "wav, 8 bits and odd": encoded("WAV", "PCM_U8", tone()[:-1]),
+    "wav, big-endian": wave_file(tone(), ">"),
+    "wav, chunk before": wave_file(tone(), before=WAVE_LIST),
+    "wav, odd chunk before": wave_file(tone(), before=chunk(b"note", b"abc")),
+    "rf64": encoded("RF64", "PCM_16"),
+    "w64": encoded("W64", "PCM_16"),
+    "w64, ADPCM": encoded("W64", "IMA_ADPCM"),
+    "aiff": encoded("AIFF", "PCM_16"),
+    "aifc": encoded("AIFF", "FLOAT"),
+    "caf": encoded("CAF", "PCM_24"),
+    "caf, ALAC": encoded("CAF", "ALAC_16"),
+    "au": encoded("AU", "PCM_16"),
+    "au, G.723": encoded("AU", "G723_24"),
+    "ogg": encoded("OGG", "VORBIS"),
+    "opus": encoded("OGG", "OPUS"),
+    "flac": encoded("FLAC", "PCM_16"),
+    "flac with an ID3 tag": id3(300) + encoded("FLAC", "PCM_16"),
+    "mp3": encoded("MP3", "MPEG_LAYER_III"),
+    "mp3, variable": encoded("MP3", "MPEG_LAYER_III", bitrate_mode="VARIABLE"),
+    "mp3, 44.1 kHz": encoded("MP3", "MPEG_LAYER_III", rate=44100),
+    "mp3 with an ID3 tag": id3(3000) + encoded("MP3", "MPEG_LAYER_III"),
+    "voc": encoded("VOC", "PCM_16"),
+    "svx": encoded("SVX", "PCM_16"),
+    "nist": encoded("NIST", "PCM_16"),
+    "nist, A-law": encoded("NIST", "ALAW"),
+    "avr": encoded("AVR", "PCM_16"),
+    "mat4": encoded("MAT4", "FLOAT"),
+    "mat5": encoded("MAT5", "FLOAT"),
+    "mpc2k": encoded("MPC2K", "PCM_16"),
+    "htk": encoded("HTK", "PCM_16"),
+    "sds": encoded("SDS", "PCM_16"),
+    "wve": encoded("WVE", "ALAW"),
+}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def decoded(content: bytes, duration: float = 20.0) -> np.ndarray:
+    return decode(InMemory(content), RATE, duration)
+
+
+@by_kind
+def test_a_whole_file(kind, tmp_path):
+    """It decodes to its length, from a path and from bytes."""
+    path = tmp_path / "clip"
+    path.write_bytes(KINDS[kind])
+    waveform = decode(path, RATE, 20.0)
+    assert waveform.tobytes() == decoded(KINDS[kind]).tobytes()
+    assert len(waveform) == pytest.approx(1.5 * RATE, abs=0.1 * RATE)
+
+
+@by_kind
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_a_part_of_a_file(kind, kept, tmp_path):
+    """It is refused, wherever it was cut, from a path and from bytes."""
+    content = KINDS[kind][: round(kept * len(KINDS[kind]))]
+    path = tmp_path / "clip"
+    path.write_bytes(content)
+    for source in (path, InMemory(content)):
+        with pytest.raises(AudioDecodeError):
+            decode(source, RATE, 20.0)
+
+
+@by_kind
+def test_any_cut(kind):
+    """A file cut anywhere is refused, or decodes to what the whole file does."""
+    content, chance = KINDS[kind], random.Random(kind)
+    whole = decoded(content)
+    cuts = [*range(len(content) - 4, len(content)), *range(1, 100, 9)]
+    for cut in cuts + [chance.randrange(1, len(content)) for _ in range(15)]:
+        try:
+            waveform = decoded(content[:cut])
+        except AudioDecodeError:
+            continue
+        assert waveform.tobytes() == whole.tobytes(), f"cut at {cut} of {len(content)}"
+
+
+@pytest.mark.parametrize(
+    "kind", ["wav", "rf64", "w64", "aiff", "au", "nist", "ogg", "opus", "flac", "mp3"]
+)
+def test_a_cut_behind_the_duration(kind):
+    """What isn't needed isn't missed."""
+    forms = {"opus": "OGG", "ogg": "OGG"}
+    form = forms.get(kind, kind.upper())
+    subtype = "OPUS" if kind == "opus" else soundfile.default_subtype(form)
+    content = encoded(form, subtype, tone(seconds=12))
+    half = content[: len(content) // 2]
+    with pytest.raises(AudioDecodeError):
+        decoded(half, 9.0)
+    try:
+        waveform = decoded(half, 1.0)
+    except AudioDecodeError:
+        assert kind in {"ogg", "opus"}  # libsndfile looks for the last page first
+    else:
+        assert waveform.tobytes() == decoded(content, 1.0).tobytes()
+
+
+def test_what_lies_behind_the_audio_may_be_missing():
+    """A cut inside a chunk behind the audio costs nothing, nor does the padding of an odd one."""
+    content = wave_file(tone(), after=WAVE_LIST)
+    whole = decoded(content)
+    assert decoded(content[:-3]).tobytes() == whole.tobytes()
+    assert decoded(content[: -len(WAVE_LIST)]).tobytes() == whole.tobytes()
+    odd = KINDS["wav, 8 bits and odd"]
+    assert decoded(odd[:-1]).tobytes() == decoded(odd).tobytes()
+
+
+def _opened() -> dict[str, tuple[bytes, bytes]]:
+    """Files whose sizes say that they weren't known, and the same with sizes."""
+    found = {}
+    for kind, layout, value_of_none in (("wav", "<I", 0), ("wav, extensible", "<I", 0)):
+        content = KINDS[kind]
+        at = content.index(b"data") + 4
+        for size in (value_of_none, 0x7FFF_FFFF, 0x7FFF_F000, 0x8000_0000, 0xFFFF_FFFF):
+            for outer in (0, 36, size):
+                changed = put(put(content, at, layout, size), 4, "<I", outer)
+                found[f"{kind}: {size:#x} in {outer:#x}"] = (changed, content)
+    content = KINDS["wav, big-endian"]
+    found["rifx: 0"] = (put(content, content.index(b"data") + 4, ">I", 0), content)
+    content = KINDS["aiff"]
+    at, frames = content.index(b"SSND") + 4, content.index(b"COMM") + 10
+    for size in (0, 8, 0x7F00_0008, 0x7EFF_FFFE, 0xFFFF_FFFF):
+        changed = put(put(content, at, ">I", size), frames, ">I", size)
+        found[f"aiff: {size:#x}"] = (changed, content)
+    content = KINDS["w64"]
+    at = content.index(b"data") + 16
+    for size in (0, 24, 2**63 - 1, 2**64 - 1):
+        changed = put(put(content, at, "<Q", size), 16, "<Q", size)
+        found[f"w64: {size:#x}"] = (changed, content)
+    content = KINDS["rf64"]
+    at = content.index(b"ds64") + 8
+    for size in (0, 2**64 - 1):
+        changed = content
+        for place in (0, 8, 16):
+            changed = put(changed, at + place, "<Q", size)
+        found[f"rf64: {size:#x}"] = (changed, content)
+    content = KINDS["caf"]
+    at = content.index(b"data") + 4
+    for size in (-1, 0, 4):
+        found[f"caf: {size}"] = (put(content, at, ">q", size), content)
+    for size in (0, 0x7FFF_FFFF, 0xFFFF_FFFF):
+        found[f"au: {size:#x}"] = (put(KINDS["au"], 8, ">I", size), KINDS["au"])
+    return found
+
+
+OPENED = _opened()
+
+
+@pytest.mark.parametrize("kind", OPENED)
+def test_a_length_left_open(kind, tmp_path):
+    """What a pipe's writer or a stopped recorder leaves is read to the end of the file."""
+    content, whole = OPENED[kind]
+    assert content != whole
+    waveform, expected = decoded(content), decoded(whole)
+    # A container's padding may be read as a last sample.
+    assert len(expected) <= len(waveform) <= len(expected) + 2
+    assert waveform[: len(expected)].tobytes() == expected.tobytes()
+    path = tmp_path / "clip"
+    path.write_bytes(content)
+    assert decode(path, RATE, 20.0).tobytes() == waveform.tobytes()
+
+
+@pytest.mark.parametrize("after", [b"", WAVE_LIST, WAVE_LIST * 3])
+def test_no_audio_at_all(after):
+    """A size of 0 with other chunks behind it is a file without samples."""
+    with pytest.raises(AudioDecodeError, match="0 frames"):
+        decoded(wave_file(tone()[:0], after=after))
+
+
+def test_flac_of_unknown_length():
+    """One sentence says what to do: nothing can tell whether it is whole."""
+    content = bytearray(KINDS["flac"])
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    with pytest.raises(AudioDecodeError, match="doesn't say how long it is"):
+        decoded(bytes(content))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "ALAC" not in kind])
+def test_damaged_headers(kind):
+    """Bytes written over at random give a finite waveform or AudioDecodeError."""
+    content, chance = KINDS[kind], random.Random(kind)
+    for _ in range(40):
+        changed = bytearray(content)
+        for _ in range(chance.randint(1, 6)):
+            changed[chance.randrange(min(160, len(changed)))] = chance.randrange(256)
+        try:
+            waveform = decoded(bytes(changed), 5.0)
+        except AudioDecodeError:
+            continue
+        assert np.isfinite(waveform).all()
+        assert waveform.size
