@@ -30,9 +30,11 @@ from lmdbcache.storage.reading.verified_reads import (
     Verify,
     check_mode,
     check_pages,
+    has_samples,
     prepare,
     read_batch,
     read_one,
+    stored_keys,
 )
 
 __all__ = ["EmbeddingReader"]
@@ -188,11 +190,13 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         except InvalidSampleIdError:
             return False
         return self.read_pinned(
-            lambda snapshot, txn: _has(snapshot, txn, key), lambda found: not found
+            lambda snapshot, txn: self._has(snapshot, txn, key), lambda found: not found
         )
 
     def __len__(self) -> int:
         def count(snapshot: Snapshot, transaction: lmdb.Transaction) -> int:
+            if self.verify != "never":
+                return len(stored_keys(snapshot))
             num_values = int(transaction.stat()["entries"]) - NUM_RESERVED_KEYS
             num_checksums = int(transaction.stat(snapshot.environment.checksums)["entries"]) - 1
             # A damaged meta page may count to the stars; list() makes room for as many.
@@ -223,6 +227,10 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             after = keys[-1]
 
     def _keys_after(self, after: bytes) -> list[bytes]:
+        if self.verify != "never":
+            return self.read_pinned(
+                lambda snapshot, _: stored_keys(snapshot, after, _KEYS_PER_STEP)
+            )
         return self.read_pinned(lambda _, transaction: _keys_after(transaction, after))
 
     def __eq__(self, other: object) -> bool:
@@ -313,7 +321,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             absent = []
             for sample_id in asked:
                 try:
-                    stored = _has(snapshot, transaction, sample_key(sample_id))
+                    stored = self._has(snapshot, transaction, sample_key(sample_id))
                 except InvalidSampleIdError:
                     stored = False
                 if not stored:
@@ -332,6 +340,12 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         if isinstance(found, Mismatch):
             raise found.error(self._store)
         return found
+
+    def _has(self, snapshot: Snapshot, transaction: lmdb.Transaction, key: bytes) -> bool:
+        if self.verify != "never":
+            return has_samples(snapshot, [sample_id_of_key(key)])[0]
+        # The checksum is 8 bytes; fetching the embedding itself would touch all of its pages.
+        return transaction.get(key, db=snapshot.environment.checksums) is not None
 
     def _locate(self, snapshot: Snapshot, transaction: lmdb.Transaction) -> LocatedValues | None:
         return locate(snapshot, transaction, self.num_read, is_counted=self.counts_reads)
@@ -367,11 +381,6 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         if len(self) > _EXPLAINED_UP_TO:
             return f"{sample_id!r} isn't stored"
         return explain_sample_absence(sample_id, self).text
-
-
-def _has(snapshot: Snapshot, transaction: lmdb.Transaction, key: bytes) -> bool:
-    # The checksum is 8 bytes; fetching the embedding itself would touch all of its pages.
-    return transaction.get(key, db=snapshot.environment.checksums) is not None
 
 
 def _keys_after(transaction: lmdb.Transaction, after: bytes) -> list[bytes]:

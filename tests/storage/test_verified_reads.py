@@ -109,3 +109,86 @@ def test_verified_reads_beside_a_writer(cache, config):
         reader.refresh()
         assert (reader.get_batch(names) == 60).all()
     assert rounds > 2
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Two hundred embeddings: several leaf pages under a branch page, in both databases."""
+    return {f"{n:03d}:dog": np.full(100, n + 1, np.float32) for n in range(200)}
+
+
+def damaged_files(content):
+    """Files of which a damaged page hides keys: name → content."""
+    pages = [content[at : at + 4096] for at in range(0, len(content), 4096)]
+    kinds = {number: pages[number][10] for number in range(2, len(pages))}
+    for number, kind in kinds.items():
+        at, lower = number * 4096, int.from_bytes(pages[number][12:14], "little")
+        if kind == 2 and lower > 18:  # a leaf that says it has one entry less
+            yield f"leaf {number}", _changed(content, at + 12, lower - 2)
+        if kind == 1:  # separators that send those who look for a key past its leaf
+            for pointer in range(18, lower, 2):
+                node = at + int.from_bytes(pages[number][pointer : pointer + 2], "little")
+                flipped = int.from_bytes(content[node + 8 : node + 10], "little") ^ 0x100
+                yield f"branch {number}, {pointer}", _changed(content, node + 8, flipped)
+    for sample_id in (b"000:dog", b"007:dog", b"150:dog"):
+        start = 0
+        while (start := content.find(sample_id, start + 1)) > 0:
+            yield f"key at {start}", _changed(content, start + 1, 0x3A30 ^ start & 1)
+
+
+def _changed(content, at, number):
+    return content[:at] + number.to_bytes(2, "little") + content[at + 2 :]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pages_that_hide_keys_are_no_miss(cache, config, many, mode):
+    """Whatever was stored is read right, or is an error: it is never said to be absent."""
+    with cache.writer(config) as writer:
+        writer.put_batch(many, many.values())
+    data, names = data_file(cache, config), list(many)
+    content = data.read_bytes()
+    tried = {name: damaged for name, damaged in damaged_files(content) if damaged != content}
+    assert len([name for name in tried if name.startswith("leaf")]) > 6
+    assert len([name for name in tried if name.startswith("branch")]) > 6
+    assert len([name for name in tried if name.startswith("key")]) >= 6
+
+    def absent(reader):
+        return {
+            "one": any(_is_absent(lambda name=name: reader[name]) for name in names[::25]),
+            "batch": _is_absent(lambda: reader.get_batch(names)),
+            "in": _is_absent(lambda: _check(all(name in reader for name in names))),
+            "missing": _is_absent(lambda: _check(not reader.missing(names))),
+            "all": _is_absent(lambda: _check(set(names) <= set(reader))),
+            "number": _is_absent(lambda: _check(len(reader) == len(names))),
+        }
+
+    def examine():
+        found = {}
+        for name, damaged in tried.items():
+            data.write_bytes(damaged)
+            with cache.reader(config, verify=mode) as reader:
+                found[name] = [way for way, is_absent in absent(reader).items() if is_absent]
+        return {name: ways for name, ways in found.items() if ways}
+
+    assert in_fork(examine) == {}
+    data.write_bytes(content)
+    with cache.reader(config, verify=mode) as reader:
+        assert list(reader) == names
+        assert len(reader) == 200
+        assert reader.missing([*names, "200:dog"]) == ["200:dog"]
+        assert "200:dog" not in reader
+
+
+def _check(is_as_written):
+    if not is_as_written:
+        raise SampleNotFoundError
+
+
+def _is_absent(ask):
+    try:
+        ask()
+    except SampleNotFoundError:
+        return True
+    except IntegrityError:
+        pass
+    return False

@@ -6,7 +6,7 @@ import inspect
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,8 @@ def _read(
     try:
         with EmbeddingReader(victim.store, victim.plan.config, **options) as reader:
             found = _found(reader, victim.names)
+            if options and mode != "never" and (hidden := _called_absent(reader, victim.names)):
+                figures.problem("hidden", f"{hidden} ({mode}), {case}")
     except CacheError:
         found = {}
     figures.add("reads with values" if found else "reads refused")
@@ -233,6 +235,35 @@ def _found(reader: Any, names: list[str]) -> dict[str, list[Any]]:
             take(sample_ids, ways)
     _walk(reader)
     return found
+
+
+def _called_absent(reader: Any, names: list[str]) -> list[str]:
+    """The ways of asking by which something stored is said never to have been stored."""
+    ways = {
+        "one by one": lambda: [reader[name] for name in names],
+        "batch": lambda: reader.get_batch(names),
+        "in": lambda: _assert_found(all(name in reader for name in names)),
+        "missing": lambda: _assert_found(not reader.missing(names)),
+        "all": lambda: _assert_found(set(names) <= set(reader)),
+        "number": lambda: _assert_found(len(reader) == len(names)),
+        "select": lambda: _assert_found(set(names) <= set(reader.select().sample_ids)),
+    }
+    return [way for way, ask in ways.items() if _says_absent(ask)]
+
+
+def _assert_found(is_found: bool) -> None:
+    if not is_found:
+        raise SampleNotFoundError
+
+
+def _says_absent(ask: Callable[[], Any]) -> bool:
+    try:
+        ask()
+    except SampleNotFoundError:
+        return True
+    except CacheError:
+        pass
+    return False
 
 
 def _batches(reader: Any, sample_ids: list[str]) -> Iterator[Any]:

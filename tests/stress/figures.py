@@ -11,7 +11,7 @@ DEFAULT_SEED = 20_26
 SHOWN_PROBLEMS = 10
 
 # What must not happen, whatever the test.
-FAILURES = ("lost", "wrong", "crashed", "hung", "backwards", "unsound", "stale slots")
+FAILURES = ("lost", "wrong", "hidden", "crashed", "hung", "backwards", "unsound", "stale slots")
 
 
 def fault_seed() -> int:

@@ -23,7 +23,7 @@ from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.files.gather import MappedFile
 from lmdbcache.storage.files.generations import current_generation
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME
+from lmdbcache.storage.format.layout import CHECKSUMS_NAME, NUM_RESERVED_KEYS, sample_id_of_key
 from lmdbcache.storage.format.metadata import checksum
 from lmdbcache.storage.format.values import from_stored
 from lmdbcache.storage.pages.meta_pages import MetaPage
@@ -32,7 +32,17 @@ from lmdbcache.storage.pages.pages import UnreadablePagesError, read_named_table
 from lmdbcache.storage.reading.batches import gather, key_or_empty, stack
 from lmdbcache.storage.reading.located import LocatedValues, located_values
 
-__all__ = ["Mismatch", "Verify", "check_mode", "check_pages", "prepare", "read_batch", "read_one"]
+__all__ = [
+    "Mismatch",
+    "Verify",
+    "check_mode",
+    "check_pages",
+    "has_samples",
+    "prepare",
+    "read_batch",
+    "read_one",
+    "stored_keys",
+]
 
 Verify = Literal["never", "first_read", "always"]
 
@@ -42,7 +52,7 @@ _REMEMBERED_ROWS: Final = 1 << 16
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Samples whose copied value doesn't match its checksum."""
+    """Samples whose copied value doesn't match its checksum, or can't be found."""
 
     sample_ids: list[str]
 
@@ -51,7 +61,7 @@ class Mismatch:
         names = ", ".join(map(repr, self.sample_ids[:3]))
         more = f" and {len(self.sample_ids) - 3} more" if len(self.sample_ids) > 3 else ""
         return IntegrityError(
-            f"{names}{more}: the value stored in {store} doesn't match its checksum. Run "
+            f"{names}{more}: the value stored in {store} is damaged or lost. Run "
             f"`lmdbcache repair {store}`; the next extraction computes what that drops"
         )
 
@@ -66,6 +76,7 @@ class _VerifiedValues:
     # (n,) bool: was compared already and needn't be again; None compares at every read.
     compared: npt.NDArray[np.bool_] | None
     rows: dict[str, int] = field(default_factory=dict)
+    without_value: frozenset[bytes] = frozenset()
 
     def rows_of(self, sample_ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Row of each sample, -1 where there is none."""
@@ -79,6 +90,14 @@ class _VerifiedValues:
         if rows.size and rows.min() >= 0:
             self.rows.update(zip(sample_ids, rows.tolist(), strict=True))
         return rows
+
+    def absent(
+        self, sample_ids: Sequence[str], rows: npt.NDArray[np.int64]
+    ) -> list[str] | Mismatch:
+        """Samples without a row: never stored, or those of them whose checksum is there alone."""
+        absent = [i for i, row in zip(sample_ids, rows.tolist(), strict=True) if row < 0]
+        lost = [i for i in absent if key_or_empty(i) in self.without_value]
+        return Mismatch(lost) if lost else absent
 
     def mismatches(self, rows: npt.NDArray[np.int64], batch: npt.NDArray[Any]) -> list[int]:
         """Positions in the batch of values that aren't as written."""
@@ -165,8 +184,43 @@ def prepare(snapshot: Snapshot, mode: Verify) -> bool:
         raise IntegrityError(f"{path} is damaged ({error}). {DAMAGE_REMEDY}") from None
     located = located_values(mapped, values.table, snapshot.metadata)
     compared = np.zeros(len(values.table.keys), bool) if mode == "first_read" else None
-    snapshot.verified = _VerifiedValues(located, values, values.checksums.tobytes(), compared)
+    snapshot.verified = _VerifiedValues(
+        located,
+        values,
+        values.checksums.tobytes(),
+        compared,
+        without_value=frozenset(values.without_value),
+    )
     return True
+
+
+def stored_keys(snapshot: Snapshot, after: bytes = b"", limit: int | None = None) -> list[bytes]:
+    """Return the keys of a prepared snapshot's embeddings in order.
+
+    Args:
+        snapshot: Prepared.
+        after: Only those that follow this key.
+        limit: At most so many.
+
+    Raises:
+        IntegrityError: Some of them can't be found any more.
+    """
+    verified: _VerifiedValues = snapshot.verified
+    if lost := verified.without_value:
+        names = [sample_id_of_key(key) for key in sorted(lost)]
+        raise Mismatch(names).error(snapshot.environment.generation.parent)
+    keys = verified.values.table.keys
+    first = int(np.searchsorted(keys, np.bytes_(after), "right"))
+    found: list[bytes] = keys[first : None if limit is None else first + limit].tolist()
+    return found
+
+
+def has_samples(snapshot: Snapshot, sample_ids: Sequence[str]) -> list[bool]:
+    """Return of each sample whether it is stored, by a prepared snapshot; damage isn't absence."""
+    verified: _VerifiedValues = snapshot.verified
+    rows = verified.rows_of(sample_ids).tolist()
+    lost = verified.without_value
+    return [row >= 0 or key_or_empty(i) in lost for i, row in zip(sample_ids, rows, strict=True)]
 
 
 def read_batch(
@@ -176,7 +230,7 @@ def read_batch(
     verified: _VerifiedValues = snapshot.verified
     rows = verified.rows_of(sample_ids)
     if rows.size and rows.min() < 0:
-        return [i for i, row in zip(sample_ids, rows.tolist(), strict=True) if row < 0]
+        return verified.absent(sample_ids, rows)
     table, located = verified.values.table, verified.located
     if located.common_length:
         batch = gather(located, table.offsets[rows], out)
@@ -193,7 +247,7 @@ def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str]
     verified: _VerifiedValues = snapshot.verified
     rows = verified.rows_of([sample_id])
     if rows[0] < 0:
-        return [sample_id]
+        return verified.absent([sample_id], rows)
     table, located = verified.values.table, verified.located
     offset, length = int(table.offsets[rows[0]]), int(table.lengths[rows[0]])
     if located.common_length:
@@ -213,7 +267,16 @@ def _meta_of(file: PageFile, transaction: int) -> MetaPage | None:
 
 def _tables(file: PageFile, mapped: MappedFile, transaction: int) -> CheckedValues:
     tree = file.find_named(CHECKSUMS_NAME)
-    if tree is None:
+    if tree is None or file.meta is None:
         raise UnreadablePagesError("the checksums can't be found")
     values = read_value_table(mapped.data, transaction)
-    return paired(values, read_named_table(mapped.data, transaction, tree), mapped.data)
+    sums = read_named_table(mapped.data, transaction, tree)
+    # What a damaged page leaves out would look as if it had never been stored.
+    found = (len(values.keys), len(sums.keys))
+    stored = (file.meta.main.num_entries - NUM_RESERVED_KEYS, tree.num_entries - 1)
+    if found != stored:
+        raise UnreadablePagesError(
+            f"its pages lead to {found[0]} embeddings and {found[1]} checksums of {stored[0]} and "
+            f"{stored[1]}"
+        )
+    return paired(values, sums, mapped.data)
