@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from lmdbcache.datasets.huggingface_columns import Columns, choose_columns, labels_of
+from lmdbcache.datasets.huggingface_columns import Labels, choose_columns, labels_of
+from lmdbcache.datasets.huggingface_ids import column_ids, content_ids, opened_file
 from lmdbcache.datasets.listed import ListedDataset, own_split_name
 from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 __all__ = ["HuggingFaceDataset", "RowSource"]
 
 # Names of loaders, which many datasets share.
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
-
-
-_logger = logging.getLogger(__name__)
 
 
 class _Table:
@@ -72,7 +68,7 @@ class RowSource:
             return io.BytesIO(value["bytes"])
         if not value.get("path"):
             raise OSError("the row has neither bytes nor a path")
-        return Path(value["path"]).open("rb")
+        return opened_file(value["path"])
 
     def __str__(self) -> str:
         return self.name
@@ -86,16 +82,21 @@ class HuggingFaceDataset(ListedDataset):
 
     The class is the label column's (`ClassLabel`, text, or whole numbers); rows without a label
     are left out. Labels of a `ClassLabel` are its own, those of text are positions in the sorted
-    list of all texts, over all splits. A file id is the id column's value; without one the name
-    of the row's file, if every row of the dataset has one and no two of a class share it, else
-    `<split>-<row>`. Rows that are known by their number must keep it: a dataset that was
-    shuffled or filtered is refused.
+    list of all texts, over all splits.
+
+    A column with several labels in each row (a list of `ClassLabel` or of text) gives every sample
+    the class `multilabel` and a `target`: a bool array with one place for each of `target_names`.
+
+    A file id is the id column's value; without one a digest of the row's audio file, which is the
+    same after `select`, `shuffle`, `filter` and in every process. Of two rows with the same audio
+    and class the second is left out. For digests all audio is read when the dataset is opened.
 
     Args:
         source: `Dataset`, `DatasetDict`, or a folder.
         audio_column: None takes the only column of type `Audio`, else the one called `audio`.
         label_column: None takes the only `ClassLabel`, else one called `label`, `class`, ….
-        id_column: See above.
+        id_column: See above. `"<audio column>.path"` takes the names of the rows' files, without
+            suffix, if no two of a class share one.
         namespace: None makes one from the folder's name, or from the dataset's.
 
     Raises:
@@ -122,44 +123,83 @@ class HuggingFaceDataset(ListedDataset):
             raise DatasetError(
                 "this Hugging Face dataset has no name of its own; give one with namespace="
             )
-        class_labels, row_classes = labels_of(splits, columns.label, root)
+        labels = labels_of(splits, columns.label, root)
         super().__init__(
             root,
             chosen_namespace(namespace, self.kind) if namespace else derived_namespace("hf", name),
-            class_labels,
+            labels.class_labels,
             namespace_is_derived=namespace is None,
         )
         if isinstance(source, (str, os.PathLike)):
             self.can_be_opened_with(
                 audio_column=audio_column, label_column=label_column, id_column=id_column
             )
-        file_ids = _file_ids(splits, columns, row_classes, root)
+        self.target_names = labels.target_names
+        audio = {split: _audio_only(table, columns.audio, root) for split, table in splits.items()}
+        if columns.id is None:
+            wanted = {
+                split: [name is not None for name in part] for split, part in labels.classes.items()
+            }
+            file_ids = content_ids(audio, columns.audio, wanted, root)
+        else:
+            file_ids = column_ids(splits, audio, columns.id, root)
+        self._first_rows: dict[tuple[str, str], tuple[str, Any]] | None = (
+            {} if columns.id is None else None
+        )
         for split, table in splits.items():
-            self._add_split(split, table, columns, file_ids[split], row_classes[split])
+            source = _Table(
+                audio[split],
+                columns.audio,
+                f"{table._fingerprint}:{split}",  # noqa: SLF001 - no public name
+            )
+            self._add_split(split, source, file_ids[split], labels)
+        self._first_rows = None
         self.finish()
 
-    def _add_split(
-        self,
-        split: str,
-        table: Any,
-        columns: Columns,
-        file_ids: list[str],
-        classes: list[str | None],
-    ) -> None:
-        audio = _Table(
-            _audio_only(table, columns.audio),
-            columns.audio,
-            f"{table._fingerprint}:{split}",  # noqa: SLF001 - no public name
-        )
-        more = {"split": own_split_name(split)} if split else {}
+    @property
+    def targets(self) -> dict[str, Any]:
+        """Sample id → target, where the label column has several labels in each row; else empty.
+
+        For the `labels` of `make_dataloader` and `EmbeddingDataset`.
+        """
+        return {
+            sample_id: sample["target"]
+            for sample_id, sample in zip(self.sample_ids, self.samples, strict=True)
+            if "target" in sample
+        }
+
+    def _add_split(self, split: str, table: _Table, file_ids: list[str], labels: Labels) -> None:
         place = f"{shown(self.root)}, split {split}" if split else shown(self.root)
-        for row, (file_id, class_name) in enumerate(zip(file_ids, classes, strict=True)):
+        for row, (file_id, class_name) in enumerate(
+            zip(file_ids, labels.classes[split], strict=True)
+        ):
             name = f"{place}, row {row}"
             if class_name is None:
                 self.leave_out(name, "no label")
                 continue
-            source = RowSource(audio, row, name)
-            self.add(file_id, class_name, name, audio_source=source, **more)
+            more: dict[str, Any] = {"split": own_split_name(split)} if split else {}
+            target = None
+            if labels.targets is not None:
+                target = more["target"] = labels.targets[split][row]
+            if not self._is_repeated(file_id, class_name, name, target):
+                self.add(
+                    file_id, class_name, name, audio_source=RowSource(table, row, name), **more
+                )
+
+    def _is_repeated(self, file_id: str, class_name: str, name: str, target: Any) -> bool:
+        """Leave a row out whose audio and class are those of one before it."""
+        if self._first_rows is None:
+            return False
+        first, other = self._first_rows.setdefault((file_id, class_name), (name, target))
+        if first == name:
+            return False
+        differs = target is not None and (target != other).any()
+        self.leave_out(
+            name,
+            f"the same audio as {first}" + (", with other labels" if differs else ""),
+            kind="the same audio as another row" + (", with other labels" if differs else ""),
+        )
+        return True
 
 
 def _opened(source: Any) -> tuple[str, str, dict[str, Any]]:
@@ -224,64 +264,16 @@ def _no_bars_in_a_pipe(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _audio_only(table: Any, column: str) -> Any:
+def _audio_only(table: Any, column: str, root: str) -> Any:
     """The audio column alone, to be read undecoded."""
     import datasets
 
-    return (
-        table.with_format(None)
-        .select_columns([column])
-        .cast_column(column, datasets.Audio(decode=False))
-    )
-
-
-def _file_ids(
-    splits: Mapping[str, Any],
-    columns: Columns,
-    classes: Mapping[str, list[str | None]],
-    root: str,
-) -> dict[str, list[str]]:
-    """Split → the file id of each row."""
-    if columns.id is not None:
-        found = {}
-        for split, table in splits.items():
-            values = table.with_format(None).select_columns([columns.id])[:][columns.id]
-            if None in values:
-                raise DatasetError(
-                    f"{shown(root)}: column {columns.id!r} is empty in row {values.index(None)}"
-                )
-            found[split] = [str(value) for value in values]
-        return found
-    names = {split: _file_names(table, columns.audio) for split, table in splits.items()}
-    used = Counter(
-        (name, class_name)
-        for split in splits
-        for name, class_name in zip(names[split], classes[split], strict=True)
-    )
-    if all(all(part) for part in names.values()) and max(used.values(), default=0) <= 1:
-        return names
-    _logger.warning(
-        "%s: rows have no names of their own and are known by their number; give id_column "
-        "(--id-column) if the dataset may change",
-        shown(root),
-    )
-    return {split: _row_numbers(split, table, root) for split, table in splits.items()}
-
-
-def _file_names(table: Any, column: str) -> list[str]:
-    """The stem of each row's path, empty where it has none; no audio is read."""
-    name = f"{column}.path"
-    paths = _audio_only(table, column).flatten().select_columns([name])[:][name]
-    return [Path(path).stem if path else "" for path in paths]
-
-
-def _row_numbers(split: str, table: Any, root: str) -> list[str]:
-    known = (table.info.splits or {}).get(split)
-    whole = known is None or known.num_examples == len(table)
-    if not whole or table._indices is not None:  # noqa: SLF001 - no public name
+    alone = table.with_format(None).select_columns([column])
+    try:
+        return alone.cast_column(column, datasets.Audio(decode=False))
+    except Exception as error:  # of pyarrow or of the library, by the column's type
         raise DatasetError(
-            f"{shown(root)}: rows were selected, shuffled or filtered, so their numbers don't "
-            "name them; give id_column (--id-column)"
-        )
-    before = f"{split}-" if split else ""
-    return [f"{before}{row:08d}" for row in range(len(table))]
+            f"{shown(root)}: column {column!r} holds {table.features[column]!s:.80}; audio is read "
+            "from encoded files, so it has to hold their bytes or paths (the feature `Audio`), "
+            "not arrays of samples"
+        ) from error

@@ -204,7 +204,11 @@ class DatasetContract:
 
 def _plain(sample: Sample) -> dict[str, Any]:
     """The sample without its source, which need only compare equal within one opening."""
-    return {name: value for name, value in sample.items() if name != "audio_source"}
+    return {
+        name: np.asarray(value).tolist() if name == "target" else value
+        for name, value in sample.items()
+        if name != "audio_source"
+    }
 
 
 def _decoded(sample: Sample) -> NDArray[np.float32]:

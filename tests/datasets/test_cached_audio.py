@@ -349,7 +349,7 @@ def test_a_broken_clip_without_a_file(cache):
     from lmdbcache.datasets.huggingface import HuggingFaceDataset
 
     rows = [("bell", encoded("bell", 0), "0.wav"), ("wind", b"no audio", "1.wav")]
-    clips = HuggingFaceDataset(table(rows), namespace="sounds")
+    clips = HuggingFaceDataset(table(rows), id_column="audio.path", namespace="sounds")
     dataset = CachedAudioDataset(clips, cache, OWN, on_decode_error="skip")
     batch = next(iter(batches_of(dataset)))
     (failure,) = batch["failures"]

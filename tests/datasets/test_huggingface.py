@@ -37,8 +37,8 @@ def rows(count=4, *, paths=True):
 
 
 def test_classes_ids_and_splits_are_the_datasets(saved):
-    """Labels are the ClassLabel's, ids the file names, `validation` is val."""
-    dataset = HuggingFaceDataset(saved)
+    """Labels are the ClassLabel's, ids the file names where asked for, `validation` is val."""
+    dataset = HuggingFaceDataset(saved, id_column="audio.path")
     assert dataset.class_labels == {"siren": 0, "bell": 1, "wind": 2}
     assert "train_bell_0:bell" in dataset.sample_ids
     assert {sample["split"] for sample in dataset.samples} == {"train", "val"}
@@ -128,37 +128,21 @@ def test_rows_without_a_label_are_left_out():
     assert item.reason == "no label"
 
 
-def test_ids_by_column_by_file_name_and_by_number():
-    """The id column wins; file names do if each row has one of its own; else rows are numbered."""
+def test_ids_by_column_and_by_file_name():
+    """The id column's values, or the files' names; a row without one is an error."""
     by_column = table(rows(), id=["p", "q", "r", "s"])
     ids = HuggingFaceDataset(by_column, id_column="id", namespace="x").sample_ids
     assert ids == ["q:bell", "p:siren", "s:siren", "r:wind"]
-    assert "clip0:siren" in HuggingFaceDataset(table(rows()), namespace="x").sample_ids
-    same = [(name, content, "audio.wav") for name, content, _ in rows()]
-    assert "00000003:siren" in HuggingFaceDataset(table(same), namespace="x").sample_ids
-    split = table(rows(paths=False), split="train")
-    assert "train-00000003:siren" in HuggingFaceDataset(split, namespace="x").sample_ids
+    named = HuggingFaceDataset(table(rows()), id_column="audio.path", namespace="x")
+    assert "clip0:siren" in named.sample_ids
     missing = table(rows(), id=["p", None, "r", "s"])
     with pytest.raises(DatasetError, match="column 'id' is empty in row 1"):
         HuggingFaceDataset(missing, id_column="id", namespace="x")
-
-
-def test_numbers_of_a_shuffled_dataset_are_refused():
-    """Row numbers mean something else after a shuffle; ids and file names don't."""
-    numbered = table(rows(paths=False), split="train")
-    whole = len(numbered)
-    numbered.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", 0, whole)})
-    assert len(HuggingFaceDataset(numbered, namespace="x").samples) == whole
-    for part in (numbered.select([3, 1, 0]), numbered.select(range(1, 3))):
-        with pytest.raises(DatasetError, match=r"shuffled or filtered.*--id-column"):
-            HuggingFaceDataset(part, namespace="x")
-    named = table(rows())
-    shuffled = HuggingFaceDataset(named.select([3, 0, 2, 1]), namespace="x")
-    plain = HuggingFaceDataset(named, namespace="x")
-    assert shuffled.sample_ids == plain.sample_ids
-    for mine, other in zip(shuffled.samples, plain.samples, strict=True):
-        heard = [load_waveform(source_of(sample), 16000, 0.1).tobytes() for sample in (mine, other)]
-        assert heard[0] == heard[1]
+    with pytest.raises(DatasetError, match=r"'audio.path' is empty in row 0"):
+        HuggingFaceDataset(table(rows(paths=False)), id_column="audio.path", namespace="x")
+    same = [(CLASSES[0], content, "audio.wav") for _, content, _ in rows()]
+    with pytest.raises(DatasetError, match="same sample id"):
+        HuggingFaceDataset(table(same), id_column="audio.path", namespace="x")
 
 
 def test_two_rows_of_one_id_are_refused():

@@ -32,12 +32,16 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """Datasets `VEGAS/`, `ESC-50/` and `sounds/`, a model `my-ast/`, also as the Hub's AST."""
+    """Datasets of several layouts, and a model `my-ast/`, also as the Hub's AST."""
     folder = tmp_path_factory.mktemp("documents")
     make_synthetic_vegas(folder / "VEGAS", clips_per_class=4, duration=1.0, broken=False)
     make_esc50(folder / "ESC-50")
     rows = [(name, tables.encoded(name, 0), None) for name in tables.CLASSES]
     tables.table(rows, key=["a", "b", "c"]).save_to_disk(folder / "sounds")
+    tags = [["dog"], ["car", "rain"], []]
+    feature = tables.datasets.Sequence(tables.datasets.Value("string"))
+    several = tables.table(rows).remove_columns("label").add_column("tags", tags, feature=feature)
+    several.rename_column("tags", "labels").save_to_disk(folder / "tagged")
     save_small_ast(folder / "my-ast", max_length=128, hidden_size=32)
     repository = folder / "hub" / f"models--{DEFAULT_MODEL_NAME.replace('/', '--')}"
     shutil.copytree(folder / "my-ast", repository / "snapshots" / REVISION)
@@ -70,7 +74,7 @@ def reader_at_home(world, tmp_path, monkeypatch) -> Path:
     """A copy of the world as the working folder, and the programs that the documents call."""
     home = tmp_path / "home"
     home.mkdir()
-    for name in ("VEGAS", "my-ast", "ESC-50", "sounds"):
+    for name in ("VEGAS", "my-ast", "ESC-50", "sounds", "tagged"):
         shutil.copytree(world / name, home / name)
     programs = tmp_path / "programs"
     programs.mkdir()
