@@ -106,6 +106,7 @@ def _common(
     if not verbose:
         # Its summary says the same, on standard output.
         logging.getLogger("lmdbcache.extraction").setLevel(logging.ERROR)
+        logging.getLogger("lmdbcache.extraction.decoding").setLevel(logging.WARNING)
 
 
 def main() -> None:

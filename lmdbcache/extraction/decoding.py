@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -33,6 +35,7 @@ __all__ = [
     "worker_errors",
 ]
 
+_logger: Final = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 600.0  # a worker that gives nothing for so long is stuck
 _NEWS_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 5.0
@@ -66,6 +69,17 @@ class FeatureBatch:
     silent: list[str] = field(default_factory=list)
     sources: dict[str, Source | None] = field(default_factory=dict)
     error: CacheError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Out of a worker as bytes in its pipe. As a tensor the features would go through /dev/shm,
+        # which containers keep small; where it is full, torch loses the batch without a word.
+        features = None if self.features is None else self.features.numpy()
+        return {**self.__dict__, "features": features}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.features is not None:
+            self.features = torch.from_numpy(self.features)
 
     @property
     def num_clips(self) -> int:
@@ -103,7 +117,16 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
             return decode_unit(self.units[index], self.front_end, self.sample_rate, self.duration)
         except CacheError as error:
             # As a value: raised here it would reach the user inside a worker's traceback.
-            return FeatureBatch(error=error)
+            return FeatureBatch(error=_picklable(error))
+
+
+def _picklable(error: CacheError) -> CacheError:
+    """The error, or what it says: torch loses what can't be pickled, and would wait for it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises
+        return ExtractionError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def decode_unit(
@@ -153,8 +176,13 @@ class FeatureBatches(Iterator[FeatureBatch]):
     can be committed first.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader[FeatureBatch]) -> None:
-        self._loader = loader
+    def __init__(
+        self,
+        make_loader: Callable[[int], torch.utils.data.DataLoader[FeatureBatch]],
+        num_workers: int,
+    ) -> None:
+        self._make_loader = make_loader
+        self._loader = make_loader(num_workers)
         self._batches: Any = None
         self._workers: list[Any] = []
 
@@ -181,7 +209,16 @@ class FeatureBatches(Iterator[FeatureBatch]):
         return batch
 
     def _start_workers(self) -> None:  # the command line lets no signal interrupt it
-        with _no_signals():
+        before = set(multiprocessing.active_children())
+        try:
+            with _no_signals():
+                self._batches = iter(self._loader)
+        except Exception as error:  # no more processes, or a front end that can't be pickled
+            if not self._loader.num_workers:
+                raise
+            _kill([child for child in multiprocessing.active_children() if child not in before])
+            _decodes_here(f"decoding processes can't be started ({error})")
+            self._loader = self._make_loader(0)
             self._batches = iter(self._loader)
         self._workers = list(getattr(self._batches, "_workers", ()))
 
@@ -199,6 +236,10 @@ class FeatureBatches(Iterator[FeatureBatch]):
         finally:
             patience.cancel()
             _kill(workers)
+
+
+def _decodes_here(reason: str) -> None:
+    _logger.warning("%s; clips are decoded in this process, one after the other", reason)
 
 
 def _kill(workers: list[Any]) -> None:
@@ -222,15 +263,16 @@ def feature_batches(
     Args:
         units: The clips of each batch.
         front_end: Waveform → features.
-        num_workers: Worker processes; 0 decodes in this process.
+        num_workers: Worker processes; 0 decodes in this process, as does a process that can't
+            start any, with a warning.
         sample_rate: In Hz.
         duration: In seconds.
         order: Number of units → the order to take them in.
         is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
     """
-    num_workers = min(num_workers, len(units))
-    return FeatureBatches(
-        torch.utils.data.DataLoader(
+
+    def make_loader(num_workers: int) -> torch.utils.data.DataLoader[FeatureBatch]:
+        return torch.utils.data.DataLoader(
             _Units(units, front_end, sample_rate, duration),
             batch_size=None,
             sampler=_Wanted(units, order, is_wanted),
@@ -239,7 +281,22 @@ def feature_batches(
             multiprocessing_context=_start_method() if num_workers else None,
             timeout=_WAIT_SECONDS if num_workers else 0,
         )
-    )
+
+    num_workers = min(num_workers, len(units))
+    if num_workers and (reason := _why_no_workers()):
+        _decodes_here(reason)
+        num_workers = 0
+    return FeatureBatches(make_loader, num_workers)
+
+
+def _why_no_workers() -> str | None:
+    if multiprocessing.current_process().daemon:
+        return "this process is daemonic (of a Pool or a DataLoader) and can't start others"
+    try:
+        multiprocessing.Lock()
+    except OSError as error:  # /dev/shm is full, read-only or missing
+        return f"decoding processes need semaphores in /dev/shm ({error})"
+    return None
 
 
 class _Wanted(torch.utils.data.Sampler[int]):

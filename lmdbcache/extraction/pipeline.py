@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -82,7 +84,8 @@ def extract(  # noqa: PLR0913
         front_end: Waveform → features; None takes the model's.
         make_embedder: Called once, when the first features are there; None builds the model.
         batch_size: Clips per forward pass.
-        num_workers: Decoding processes; None chooses, 0 decodes in this process.
+        num_workers: Decoding processes; None chooses, 0 decodes in this process. So does a process
+            that can't start others, with a warning; if it was forked by a pool, on one thread.
         device: Where the model runs; None takes a CUDA GPU if there is one.
         progress: Show a bar; None does if standard error is a terminal.
         dataset_root: Kept in the store's metadata.
@@ -126,6 +129,7 @@ def extract(  # noqa: PLR0913
             run.record_failures()
             return run.summary(time.perf_counter() - started)
         run.cache.check_writable(config)
+        _use_one_thread_in_a_forked_pool()
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
         if front_end is None or make_embedder is None:
@@ -149,6 +153,13 @@ def extract(  # noqa: PLR0913
             place=place,
         )
         return run.summary(time.perf_counter() - started)
+
+
+def _use_one_thread_in_a_forked_pool() -> None:
+    """The parent's OpenMP threads aren't here, and a model would wait for them for ever."""
+    process, torch = multiprocessing.current_process(), sys.modules.get("torch")
+    if torch is not None and process.daemon and type(process).__name__ == "ForkProcess":
+        torch.set_num_threads(1)
 
 
 def _embedder(model: AudioModel, config: CacheConfig, device: str | None, share: Share) -> Embedder:

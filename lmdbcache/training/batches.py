@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.errors import CacheFullError
 from lmdbcache.hidden_states import ViewSelection
 from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
 from lmdbcache.storage.reading.selection import Selection
@@ -118,12 +119,23 @@ def _memory(num_bytes: int, *, shared: bool, pinned: bool) -> torch.Tensor:
 
 
 def shared_memory(num_bytes: int) -> torch.Tensor:
-    """(num_bytes,) uint8 that other processes can be handed without a copy."""
+    """(num_bytes,) uint8 that other processes can be handed without a copy.
+
+    Raises:
+        CacheFullError: There isn't so much shared memory.
+    """
     new_shared: Any = getattr(torch.UntypedStorage, "_new_shared", None)
-    if new_shared is None:  # not public; torch's default_collate uses it, too
-        plain: torch.Tensor = torch.empty(num_bytes, dtype=torch.uint8)
-        return plain.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
-    storage = new_shared(num_bytes, device="cpu")
+    try:
+        if new_shared is None:  # not public; torch's default_collate uses it, too
+            plain: torch.Tensor = torch.empty(num_bytes, dtype=torch.uint8)
+            return plain.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+        storage = new_shared(num_bytes, device="cpu")
+    except RuntimeError as error:
+        raise CacheFullError(
+            f"{num_bytes / (1 << 20):.1f} MiB of shared memory can't be had ({error}). Enlarge "
+            "/dev/shm (docker run --shm-size=8g, or --ipc=host), or read the store without preload "
+            "and with num_workers=0"
+        ) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))
 
 

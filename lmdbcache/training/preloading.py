@@ -40,7 +40,7 @@ def preload(
         progress: Called with the number of embeddings of each step.
 
     Raises:
-        CacheFullError: More than `max_bytes`.
+        CacheFullError: More than `max_bytes`, or than there is of shared memory.
         InvalidEmbeddingError: The embeddings have no common shape.
         SampleNotFoundError: Names what the store lacks.
     """
