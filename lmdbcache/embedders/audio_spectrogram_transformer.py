@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["AST", "ASTEmbedder", "ASTFrontEnd"]
 
 _WINDOW_MILLISECONDS: Final = 25.0
+_HOP_MILLISECONDS: Final = 10
 
 
 class ASTFrontEnd:
@@ -137,6 +138,12 @@ class _ASTFamily(ModelFamily):
 
     def check_settings(self, settings: Settings) -> None:
         read_settings(settings.folder)
+
+    def max_samples(self, settings: Settings) -> int:
+        """`max_length` frames of 10 ms: its extractor drops the frames beyond them."""
+        found = settings.preprocessor
+        rate = int(found.get("sampling_rate", self.sample_rate))
+        return int(found.get("max_length", 1024)) * rate * _HOP_MILLISECONDS // 1000
 
     def embedding_shape(
         self,

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from lmdbcache.embedders.audio import is_digital_silence, load_clip
+from lmdbcache.embedders.audio import DecodeReport, is_digital_silence, load_clip
 from lmdbcache.embedders.audio_source import AudioSource, shown
 from lmdbcache.embedders.base import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError
@@ -59,6 +59,7 @@ class FeatureBatch:
         features: Their features, `(len(sample_ids), ...)` float32, or None if none did.
         failures: The clips that didn't.
         silent: The sample ids of digital silence among `sample_ids`.
+        cancelled: Those whose channels cancel when they are mixed to mono.
         sources: What their files were like right before they were decoded.
         error: What ends the whole run, such as a front end that can't be loaded.
     """
@@ -67,6 +68,7 @@ class FeatureBatch:
     features: torch.Tensor | None = None
     failures: list[ClipFailure] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
     sources: dict[str, Source | None] = field(default_factory=dict)
     error: CacheError | None = None
 
@@ -148,8 +150,9 @@ def decode_unit(
     for clip in clips:
         # Before decoding: a file that is replaced meanwhile isn't the one remembered.
         batch.sources[clip.sample_id] = source_of(clip.source)
+        report = DecodeReport()
         try:
-            waveform, num_valid = load_clip(clip.source, sample_rate, duration)
+            waveform, num_valid = load_clip(clip.source, sample_rate, duration, report)
             found = clip_features(
                 front_end,
                 waveform,
@@ -164,6 +167,8 @@ def decode_unit(
         batch.sample_ids.append(clip.sample_id)
         if is_digital_silence(waveform):
             batch.silent.append(clip.sample_id)
+        if report.is_cancelled:
+            batch.cancelled.append(clip.sample_id)
     if features:
         batch.features = torch.from_numpy(np.stack(features))
     return batch

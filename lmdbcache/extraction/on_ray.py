@@ -280,7 +280,12 @@ class _RayRun(Run):
             if found is not None:
                 kept = [i for i in found.sample_ids if i in missing]
                 rows = dict(zip(found.sample_ids, found.embeddings, strict=True))
-                batch = FeatureBatch(kept, silent=list(found.silent), sources=found.sources)
+                batch = FeatureBatch(
+                    kept,
+                    silent=list(found.silent),
+                    cancelled=list(found.cancelled),
+                    sources=found.sources,
+                )
                 if kept:
                     embeddings = np.stack([rows[i] for i in kept])
                     self._store(batch, embeddings, found.provenance)

@@ -194,6 +194,7 @@ class EmbedUnits:
             {sample_id: batch.sources.get(sample_id) for sample_id in batch.sample_ids},
             tuple(batch.silent),
             answer.provenance,
+            tuple(batch.cancelled),
         )
         answer.staged, answer.embeddings = job.staging.put(staged), None
 

@@ -65,7 +65,8 @@ class Run:
         self.failures: list[ClipFailure] = []
         self.num_cached = 0
         self.writer: EmbeddingWriter | None = None
-        self.num_silent = 0
+        self.silent: list[str] = []
+        self.cancelled: list[str] = []
         self.compute_seconds = 0.0
         self.built_model = False
         self.changed: set[str] = set()
@@ -342,14 +343,15 @@ class Run:
                     path = str(self.paths[sample_id])
                     self.failures.append(ClipFailure(sample_id, path, str(error)))
                 else:
-                    self.num_silent += sample_id in batch.silent
+                    self.silent += [sample_id] if sample_id in batch.silent else []
+                    self.cancelled += [sample_id] if sample_id in batch.cancelled else []
 
     def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
         self.failures += batch.failures
         self.settled.update(batch.sample_ids, [failure.sample_id for failure in batch.failures])
         for failure in batch.failures:
             _logger.info("%s: %s", failure.sample_id, failure.reason)
-        bar.note(failed=len(self.failures), silent=self.num_silent)
+        bar.note(failed=len(self.failures), silent=len(self.silent))
         bar.advance(batch.num_clips)
 
     def record_failures(self) -> None:
@@ -377,7 +379,8 @@ class Run:
             num_samples=len(self.asked),
             num_cached=len(self.asked) - num_extracted - num_failed,
             num_extracted=num_extracted,
-            num_silent=self.num_silent,
+            silent=tuple(sorted(self.silent)),
+            cancelled=tuple(sorted(self.cancelled)),
             failures=tuple(sorted(self.failures, key=lambda failure: failure.sample_id)),
             seconds=seconds,
             compute_seconds=self.compute_seconds,

@@ -43,6 +43,7 @@ class StagedUnit:
         sources: What the files were like right before they were decoded.
         silent: The sample ids of digital silence.
         provenance: Of the model and its features.
+        cancelled: The sample ids of clips whose channels cancel when they are mixed.
     """
 
     sample_ids: tuple[str, ...]
@@ -50,6 +51,7 @@ class StagedUnit:
     sources: dict[str, Source | None] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
+    cancelled: tuple[str, ...] = ()
 
 
 class StagingPlace:
@@ -132,6 +134,7 @@ class StagingPlace:
             "format": _FORMAT,
             "provenance": unit.provenance,
             "silent": list(unit.silent),
+            "cancelled": list(unit.cancelled),
             "sources": {name: _record(source) for name, source in unit.sources.items()},
         }
         data = json.dumps(record).encode("ascii") + b"\n" + shard
@@ -157,13 +160,14 @@ class StagingPlace:
             sources = {name: _source(one) for name, one in record["sources"].items()}
             provenance = {str(key): str(value) for key, value in record["provenance"].items()}
             silent = tuple(map(str, record["silent"]))
+            cancelled = tuple(map(str, record.get("cancelled", ())))  # absent in older units
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{self}/{self._folder}/{name} isn't a unit ({error})") from None
         content = decode_shard(shard, name)
         if content.config != self._config:
             raise IntegrityError(f"{self}/{self._folder}/{name} is of another store")
         embeddings: Any = content.embeddings
-        return StagedUnit(content.sample_ids, embeddings, sources, silent, provenance)
+        return StagedUnit(content.sample_ids, embeddings, sources, silent, provenance, cancelled)
 
     def remove(self, name: str) -> None:
         """Remove a unit; none there is fine.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lmdbcache.failures import FAILURES_NAME, ClipFailure
 
 __all__ = ["ExtractionSummary"]
+
+_NUM_NAMED: Final = 5
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class ExtractionSummary:
         num_samples: Distinct samples asked for.
         num_cached: Of these, stored before the run, or by another process meanwhile.
         num_extracted: Embeddings added by the run.
-        num_silent: Of these, clips of digital silence.
+        silent: The sample ids of digital silence among them.
+        cancelled: Those whose channels cancel when they are mixed to mono: the mix has less than a
+            thousandth (-30 dB) of the channels' mean energy.
         failures: Clips without an embedding, with reasons.
         seconds: Wall time of the run.
         compute_seconds: Wall time of the model's forward passes.
@@ -35,7 +39,8 @@ class ExtractionSummary:
     num_samples: int
     num_cached: int
     num_extracted: int = 0
-    num_silent: int = 0
+    silent: tuple[str, ...] = ()
+    cancelled: tuple[str, ...] = ()
     failures: tuple[ClipFailure, ...] = ()
     seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -45,13 +50,19 @@ class ExtractionSummary:
     world_size: int = 1
 
     @property
+    def num_silent(self) -> int:
+        """Number of extracted clips that are digital silence."""
+        return len(self.silent)
+
+    @property
     def exit_code(self) -> int:
         """0, or 1 if a clip failed."""
         return 1 if self.failures else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "store": None if self.store is None else os.fspath(self.store)}
+        store = None if self.store is None else os.fspath(self.store)
+        return {**asdict(self), "store": store, "num_silent": self.num_silent}
 
     def __str__(self) -> str:
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
@@ -59,8 +70,14 @@ class ExtractionSummary:
         failed = f"{len(self.failures)} failed ({self.seconds:.1f} s{rate})"
         who = f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
         lines = [f"{who}{self.num_samples} samples: {counts}, {failed}"]
-        if self.num_silent:
-            lines.append(f"{self.num_silent} of the extracted clips are digital silence")
+        for sample_ids, what in (
+            (self.silent, "are digital silence"),
+            (self.cancelled, "have channels that cancel when they are mixed to mono"),
+        ):
+            if sample_ids:
+                named = ", ".join(sample_ids[:_NUM_NAMED])
+                more = ", …" if len(sample_ids) > _NUM_NAMED else ""
+                lines.append(f"{len(sample_ids)} of the extracted clips {what}: {named}{more}")
         if self.num_suspects:
             name = self.store.name if self.store else ""
             lines.append(

@@ -63,6 +63,8 @@ def test_cached_run(cli, filled, data, options):
         "num_cached": 6,
         "num_extracted": 0,
         "num_silent": 0,
+        "silent": [],
+        "cancelled": [],
         "failures": [],
         "compute_seconds": 0.0,
         "built_model": False,

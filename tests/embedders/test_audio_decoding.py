@@ -10,7 +10,13 @@ import pytest
 import soundfile
 import soxr
 
-from lmdbcache.embedders.audio import decode, fit, is_digital_silence, load_waveform
+from lmdbcache.embedders.audio import (
+    DecodeReport,
+    decode,
+    fit,
+    is_digital_silence,
+    load_waveform,
+)
 from lmdbcache.errors import AudioDecodeError
 
 
@@ -176,3 +182,15 @@ def test_digital_silence_means_every_sample_is_zero(tmp_path):
     soundfile.write(tmp_path / "one.wav", quiet, 16000)
     assert not is_digital_silence(decode(tmp_path / "one.wav", 16000, 1.0))
     assert is_digital_silence(np.array([0.0, -0.0], dtype=np.float32))
+
+
+@pytest.mark.parametrize("form", [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])
+def test_channels_that_cancel_are_reported(tmp_path, form):
+    """Opposite channels are noticed from files of any coding, and below 30 dB only."""
+    path, left = tmp_path / "clip", sine(16000, 1)
+    for factor, cancels in ((-1.0, True), (-0.96, True), (-0.9, False), (0.5, False)):
+        samples = np.stack([left, np.float32(factor) * left], axis=1)
+        soundfile.write(path, samples, 16000, format=form[0], subtype=form[1])
+        report = DecodeReport()
+        decode(path, 16000, 1.0, report)
+        assert report.is_cancelled == cancels, factor

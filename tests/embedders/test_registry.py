@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from embedders.small_folders import folder_of
 from safetensors.torch import load_file, save_file
+from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, config_for, model_identity
 from lmdbcache.embedders import find_model
@@ -184,13 +186,26 @@ def test_the_front_end_of_another_family_is_refused(variant):
     ready_model(folder_of(variant), config.replace(front_end="my-own-name/1"))
 
 
-@pytest.mark.parametrize(("variant", "limit"), [("whisper", 2), ("clap", 2)])
+@pytest.mark.parametrize(("variant", "limit"), [("ast", 1.28), ("whisper", 2), ("clap", 2)])
 def test_clips_longer_than_the_model_takes(variant, limit):
-    """Are refused: Whisper would drop the end, CLAP take a random part."""
+    """Are refused: AST and Whisper would drop the end, CLAP take a random part."""
     model = find_model(folder_of(variant))
     model.check(config_for(folder_of(variant), duration=limit))
     with pytest.raises(ConfigError, match=f"duration: 2.5 s .* {limit} s or less"):
         model.check(config_for(folder_of(variant), duration=2.5))
+
+
+def test_the_window_of_the_published_ast(tmp_path):
+    """1024 frames are 10.24 s, and no frame of so long a clip is dropped."""
+    folder = save_small_ast(tmp_path / "ast", hidden_size=16, num_hidden_layers=1)
+    model, config = find_model(folder), config_for(folder, duration=10.24)
+    model.check(config)
+    with pytest.raises(ConfigError, match=r"duration: 10.25 s .* 10.24 s or less"):
+        ready_model(folder, config.replace(duration=10.25))
+    front_end, clip = model.make_front_end(config), np.zeros(config.num_samples, np.float32)
+    silence = front_end(clip)
+    clip[-300:] = 0.5
+    assert not np.array_equal(front_end(clip), silence)
 
 
 def test_a_wrong_sample_rate():

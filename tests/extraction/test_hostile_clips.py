@@ -162,3 +162,38 @@ def test_nothing_stored_leaves_no_folder(run, cache, config, bad):
     assert len(summary.failures) == 3 * len(bad)
     assert not cache.root.exists()
     assert "more in `failures` (--json)" in str(summary)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_silent_and_cancelled_clips_are_named(run, stored, tmp_path, num_workers):
+    """They are stored as any other, and listed in the summary, its JSON and its text."""
+    left, right = tone(300), tone(500)
+    written = {
+        "opposite": np.stack([left, -left], 1),
+        "nearly opposite": np.stack([left, -0.98 * left], 1),
+        "opposite in pairs": np.stack([left, right, -left, -right], 1),
+        "one side": np.stack([left, 0 * left], 1),
+        "wide": np.stack([left, -0.5 * left], 1),
+        "one of eight": np.stack([left, *[0 * left] * 7], 1),
+        "stereo": np.stack([left, right], 1),
+        "mono": left,
+        "silent": 0 * left,
+        "silent stereo": np.stack([0 * left] * 2, 1),
+    }
+    clips = {
+        f"{name}:dog": str(write(tmp_path / f"{name}.wav", samples, subtype="FLOAT"))
+        for name, samples in written.items()
+    }
+    summary = run(clips, num_workers=num_workers)
+    assert stored().keys() == clips.keys()
+    cancelled = ["nearly opposite:dog", "opposite in pairs:dog", "opposite:dog"]
+    assert list(summary.cancelled) == cancelled
+    # What cancels exactly is embedded as silence.
+    silent = ["opposite:dog", "silent stereo:dog", "silent:dog"]
+    assert list(summary.silent) == silent
+    assert summary.num_silent == 3
+    found = json.loads(json.dumps(summary.to_dict()))
+    assert (found["silent"], found["cancelled"], found["num_silent"]) == (silent, cancelled, 3)
+    assert all(name in str(summary) for name in (*silent, *cancelled))
+    again = run(clips)
+    assert again.silent == again.cancelled == ()
