@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import ConfigError, DuplicateSampleError, InvalidEmbeddingError
+from lmdbcache.errors import (
+    ConfigError,
+    DuplicateSampleError,
+    InvalidEmbeddingError,
+    StorageError,
+)
 from lmdbcache.storage.format.layout import sample_key
 from lmdbcache.storage.format.values import as_stored, check_shape
 from lmdbcache.storage.writing.collecting import CollectedEmbeddings
@@ -134,7 +139,8 @@ class EmbeddingWriter(CollectedEmbeddings):
     def put_batch(self, sample_ids: Iterable[str], embeddings: Iterable[Any]) -> int:
         """Add several embeddings. From 8 MiB on they are committed before this returns.
 
-        Inside `together` they are committed at the end of its block.
+        They may be committed in several transactions. Inside `together` they are committed in one,
+        at the end of its block or later.
 
         Args:
             sample_ids: `(n,)` sample ids.
@@ -216,9 +222,15 @@ class EmbeddingWriter(CollectedEmbeddings):
 
         Raises:
             CacheFullError: No room for the pages that change; nothing was removed.
+            StorageError: Called inside `together`.
         """
         keys = {sample_key(sample_id) for sample_id in sample_ids}
         with self._usable():
+            if self._is_together:
+                raise StorageError(
+                    f"{self._store}: remove() inside together() would be a transaction of its own. "
+                    "Call it before or after the block"
+                )
             self._settle()
             removed = self._committer.remove(keys)
             self._pending.drop(keys)

@@ -12,7 +12,7 @@ from storage.child_processes import numbered, peer_process, write
 from storage.damage import data_file
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.errors import CacheFullError, InvalidSampleIdError
+from lmdbcache.errors import CacheFullError, InvalidSampleIdError, StorageError
 
 DOGS = [f"video_{n:05d}:dog" for n in range(1, 20, 2)]
 DRUMS = [f"video_{n:05d}:drum" for n in range(0, 20, 2)]
@@ -135,7 +135,8 @@ def remove_and_restore(root, config, sample_ids, begun):
         while True:
             begun.touch()
             writer.remove(sample_ids)
-            writer.put_batch(sample_ids, [everything[name] for name in sample_ids])
+            with writer.together():  # by itself a batch may be committed in pieces, after a time
+                writer.put_batch(sample_ids, [everything[name] for name in sample_ids])
             writer.commit()
 
 
@@ -174,3 +175,15 @@ def test_full_disk_removes_nothing(tmp_path, config):
             remove(cache.root, config, list(numbered(0, 50)))
         with cache.reader(config) as reader:
             assert len(reader) == 100
+
+
+def test_removal_inside_a_unit_is_refused(filled, config):
+    """It would be a transaction of its own, and a failing unit would bring back what it dropped."""
+    with filled.writer(config) as writer:
+        writer.put("new:dog", np.ones(8))
+        with pytest.raises(StorageError), writer.together():
+            writer.remove(["new:dog", DOGS[0]])
+        assert writer.num_pending == 1
+        assert writer.remove(["new:dog", DOGS[0]]) == 1
+    with filled.reader(config) as reader:
+        assert reader.missing(["new:dog", *DOGS]) == ["new:dog", DOGS[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from stress.killing_removers import kill_removers
 from stress.killing_writers import kill_creators, kill_writers
 
 
@@ -24,3 +25,20 @@ def test_kills_while_a_store_is_made(count_faults, tmp_path, number):
     """The store is absent or opens, and the next writer goes on."""
     figures = count_faults(kill_creators, str(tmp_path), number)
     assert figures.counts["kills"] >= number
+
+
+@sizes(30, 600)
+def test_killed_removals_leave_whole_units(count_faults, tmp_path, number):
+    """What was removed never comes back, and each unit of ragged embeddings is there as a whole."""
+    limits = {"commit_records": 40}
+    figures = count_faults(kill_removers, str(tmp_path), number, 300, limits)
+    assert figures.counts["kills"] >= number
+    assert figures.counts["steps"] > number
+
+
+@pytest.mark.stress
+def test_killed_removals_beside_commits_in_the_background(count_faults, tmp_path):
+    """The same with units that a thread commits while the next ones are collected."""
+    limits = {"commit_bytes": 33 << 20}
+    figures = count_faults(kill_removers, str(tmp_path), 60, 1 << 18, limits)
+    assert figures.counts["steps"] > 60
