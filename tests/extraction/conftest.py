@@ -83,8 +83,8 @@ def start(tmp_path):
     """Start the command line in a process of its own; what is left running is killed."""
     started = []
 
-    def start(*arguments):
-        command = Command(tmp_path / f"command-{len(started)}", arguments)
+    def start(*arguments, prepare=None):
+        command = Command(tmp_path / f"command-{len(started)}", arguments, prepare)
         started.append(command)
         return command
 

@@ -1,6 +1,7 @@
 """The command line in processes that tests start, interrupt and kill.
 
 They are forked from a server that has transformers imported, which saves each of them seconds.
+How fast a run is decides nothing: one that is to be interrupted stands still before its end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,16 +28,25 @@ _context.set_forkserver_preload(
         "transformers.models.audio_spectrogram_transformer.feature_extraction_audio_spectrogram_transformer",
     ]
 )
-PATIENCE = 120.0
+PATIENCE = 240.0  # seconds; a guard against what hangs, on any machine
+HELD = "held"
 
 
 class Command:
     """One run of `lmdbcache …` in a session of its own."""
 
-    def __init__(self, folder: Path, arguments: Iterable[object]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Iterable[object],
+        prepare: Callable[[Path], object] | None = None,
+    ) -> None:
+        """`prepare` is called in the process before the command, with the folder."""
         folder.mkdir()
         self.folder = folder
-        self.process = _context.Process(target=_main, args=(folder, list(map(str, arguments))))
+        self.process = _context.Process(
+            target=_main, args=(folder, list(map(str, arguments)), prepare)
+        )
         self.process.start()
 
     @property
@@ -64,6 +74,15 @@ class Command:
             assert self.process.is_alive(), f"ended early: {self.out} {self.err}"
             assert time.monotonic() < deadline, f"still waiting: {self.err}"
             time.sleep(0.005)
+
+    def is_held(self) -> bool:
+        """Whether `hold_after` or `call_after` has done what it does."""
+        return (self.folder / HELD).exists()
+
+    def waits_for_a_lock(self) -> bool:
+        """Whether it hangs in a `flock` that another process holds."""
+        waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return any(words[1] == "->" and int(words[5]) == self.process.pid for words in waiting)
 
     def members(self) -> list[int]:
         """The living processes of its session: itself and its workers."""
@@ -95,7 +114,41 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def _main(folder: Path, arguments: list[str]) -> None:
+def call_after(number: int, function: Callable[[], object], folder: Path) -> None:
+    """In this process: call a function once so many batches have been embedded."""
+    from lmdbcache.embedders.transformers_family import TransformersEmbedder
+
+    plain, calls = TransformersEmbedder.embed, []
+
+    def embed(self: Any, features: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number + 1:
+            (folder / HELD).touch()
+            function()
+        return plain(self, features)
+
+    TransformersEmbedder.embed = embed  # type: ignore[method-assign]
+
+
+def hold_after(number: int, folder: Path) -> None:
+    """In this process: embed so many batches, then wait to be stopped."""
+    call_after(number, _wait_for_ever, folder)
+
+
+def signal_workers(number: int, most: int | None = None) -> None:
+    """Send a signal to the processes that this one has started with multiprocessing, or to some."""
+    for worker in multiprocessing.active_children()[:most]:
+        os.kill(worker.pid or 0, number)
+
+
+def _wait_for_ever() -> None:
+    while True:
+        time.sleep(60)
+
+
+def _main(
+    folder: Path, arguments: list[str], prepare: Callable[[Path], object] | None = None
+) -> None:
     os.setsid()
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
@@ -106,6 +159,8 @@ def _main(folder: Path, arguments: list[str]) -> None:
     from lmdbcache.cli.main import main
 
     torch.set_num_threads(1)  # two runs at once would spend their time waiting for each other
+    if prepare is not None:
+        prepare(folder)
 
     sys.argv = ["lmdbcache", *arguments]
     try:
