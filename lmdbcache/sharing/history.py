@@ -87,14 +87,13 @@ class History:
             for commit in self.commits.values()
             if asked and (commit.id.startswith(asked) or commit.id[-64:].startswith(asked))
         ]
-        exact = [commit for commit in found if asked in (commit.id, commit.id[-64:])]
-        if len(found) != 1 and len(exact) != 1:
+        if len(found) != 1:
             which = f"stands for {len(found)} commits" if found else "isn't a commit"
             raise ConfigError(
                 f"commit {text!r} {which} of {self.fingerprint}; there are "
                 f"{len(self.commits)}: {_few(sorted(self.commits))}"
             )
-        return (exact or found)[0]
+        return found[0]
 
     def at(self, text: str) -> History:
         """The state that a commit pins: itself and all its ancestors.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -131,13 +131,11 @@ class Upload:
                 self._report.damaged[sample_id] = str(error)
         return sound, values
 
-    def _shard(
-        self, ids: list[str], values: Values, listed: Mapping[str, int] | None = None
-    ) -> ShardEntry:
-        """Upload the shard of these samples, unless it is listed."""
+    def _shard(self, ids: list[str], values: Values, listed: Collection[str] = ()) -> ShardEntry:
+        """Upload the shard of these samples, unless it is listed; `_check_shards` sees its size."""
         reader = self._reader
         entry, data = encode_shard(reader.config, reader.embedding_shape or (), ids, values)
-        if (listed or {}).get(entry.name) != entry.num_bytes:
+        if entry.name not in listed:
             self._remote.write(f"{self._folder}/{entry.path}", data)
             self._report.num_bytes += len(data)
             self._report.num_uploaded += 1

@@ -204,11 +204,14 @@ def test_a_dry_run_writes_nothing(store, target, config):
     assert same(contents(cache, config), numbered(0, 5))
 
 
-def test_others_write_in_between(store, config, monkeypatch):
-    """What somebody wrote between the look and the commit is compared, not passed over."""
+@pytest.mark.parametrize(
+    ("first", "second", "counts"), [((5, 7), (7, 9), (2, 2, 2)), ((4, 8), (8, 10), (0, 4, 2))]
+)
+def test_others_write_in_between(store, config, monkeypatch, first, second, counts):
+    """What somebody wrote between the look and the commit is compared: some of it, or all."""
     cache = store("target", numbered(0, 2))
     write = target_module.Target.write
-    rivals = [numbered(5, 7), numbered(7, 9, seed=1)]
+    rivals = [numbered(*first), numbered(*second, seed=1)]
 
     def write_late(self, changes, provenance):
         if rivals:
@@ -222,8 +225,8 @@ def test_others_write_in_between(store, config, monkeypatch):
     add(merger, numbered(4, 10))
     report = merger.report
     assert not rivals
-    assert (report.num_new, report.num_same, len(report.conflicts)) == (2, 2, 2)
-    expected = {**numbered(0, 2), **numbered(4, 10), **numbered(7, 9, seed=1)}
+    assert (report.num_new, report.num_same, len(report.conflicts)) == counts
+    expected = {**numbered(0, 2), **numbered(4, 10), **numbered(*second, seed=1)}
     assert same(contents(cache, config), expected)
 
 

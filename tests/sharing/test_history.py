@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 from sharing.shared_samples import put_commit, shard_of, some_embeddings
+from sharing.shared_stores import share
 
 from lmdbcache.errors import ConfigError
 from lmdbcache.sharing.copies import CommitCopies
 from lmdbcache.sharing.history import read_history
+from lmdbcache.sharing.pulling import pull
+from lmdbcache.sharing.remote import Remote
 
 
 def shards(config, number):
@@ -48,6 +51,25 @@ def test_an_id_is_found_by_its_beginning_or_digest(remote, config):
     for text in ("node-a", "f" * 64, ""):
         with pytest.raises(ConfigError, match="commit"):
             history.find(text)
+
+
+def test_what_one_branch_replaces_another_may_still_share(remote, tmp_path, config):
+    """A shard that two writers list counts for the one whose value nobody has replaced."""
+    old, new = some_embeddings(0, 3), some_embeddings(0, 1, seed=1)
+    for writers in (("a", "b"), ("b", "a")):
+        place = Remote(f"{remote.url}-{writers[0]}")
+        one = share(place, config, old, writer=writers[0])
+        share(place, config, old, writer=writers[1])
+        (entry,) = one.shards
+        share(
+            *(place, config, new),
+            writer="c",
+            parents=[one.id],
+            replaced={entry.sample_ids[0]: [entry.checksums[0]]},
+        )
+        merged = pull(tmp_path / f"cache-{writers[0]}", place.url).merged
+        assert merged.num_new == 3
+        assert [conflict.sample_id for conflict in merged.conflicts] == [entry.sample_ids[0]]
 
 
 def test_a_missing_or_damaged_parent_is_told(remote, config):

@@ -23,6 +23,7 @@ from lmdbcache.sharing.history import read_history
 from lmdbcache.sharing.remote import Remote
 from lmdbcache.sharing.shards import check_content, decode_shard
 from lmdbcache.storage.files.generations import current_generation
+from lmdbcache.storage.format.metadata import checksum
 
 
 def store(cache, config, values, **options):
@@ -245,6 +246,17 @@ def test_a_damaged_value_is_never_pushed(remote, cache, config):
     assert_shared(remote, config, {name: v for name, v in values.items() if name != victim})
 
 
+def test_a_damaged_key_is_never_pushed(remote, cache, config):
+    """It is named, also where another sample is called what it should be called; others go."""
+    values = {f"v:{name}": np.full(8, n, np.float32) for n, name in enumerate(["aog", "dog", "x"])}
+    store(cache, config, values)
+    path = current_generation(cache.path(config)) / "data.mdb"
+    path.write_bytes(path.read_bytes().replace(b"v:aog", b"v:Dog"))
+    report = push(cache, config, remote.url)
+    assert (list(report.damaged), report.exit_code) == (["v:Dog"], 1)
+    assert_shared(remote, config, {name: values[name] for name in ("v:dog", "v:x")})
+
+
 def test_own_leaves_out_what_came_from_elsewhere(remote, cache, config):
     """What was merged or pulled isn't pushed again with --own."""
     mine, theirs = some_embeddings(0, 5), some_embeddings(5, 5)
@@ -285,8 +297,12 @@ def test_another_value_is_pushed_beside_or_in_the_place_of_the_old_one(remote, t
     assert {len(values) for values in shared(remote, config).values()} == {1, 2}
     assert push(two, config, remote.url).num_pushed == 0
     assert push(one, config, remote.url).num_pushed == 0
-    assert push(two, config, remote.url, replace=True).num_pushed == 3
+    replacing = push(two, config, remote.url, replace=True)
+    assert replacing.num_pushed == 3
     assert_shared(remote, config, {**old, **new})
+    commits = read_history(remote, config.fingerprint).commits
+    taken_back = {name: [*found] for name, found in commits[replacing.commit].replaced.items()}
+    assert taken_back == {name: [checksum(name.encode(), old[name].tobytes())] for name in new}
     assert push(two, config, remote.url, replace=True).num_pushed == 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -14,9 +16,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_disks import fill, small_disk
+from transfer.old_caches import FACTS
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings, import_embeddings
 from lmdbcache.errors import (
+    CacheError,
     CacheFullError,
     CacheNotFoundError,
     IntegrityError,
@@ -189,6 +193,24 @@ def test_nothing_is_replaced_unasked(filled, config, tmp_path, kind, out):
     assert left_in(tmp_path) == sorted(["back", "cache", out])
 
 
+def test_an_export_that_cannot_take_its_place(filled, config, tmp_path, monkeypatch):
+    """The folder that it was to replace is back under its name."""
+    out, rename = tmp_path / "shards", Path.rename
+    export_embeddings(filled, config, out, format="parquet", num_shards=2)
+
+    def fail(self, target):
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, "no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((OSError, CacheError)):
+        export_embeddings(filled, config, out, format="parquet", num_shards=2, overwrite=True)
+    monkeypatch.undo()
+    assert import_embeddings(out, tmp_path / "back").num_imported == 20
+    assert left_in(tmp_path) == ["back", "cache", "shards"]
+
+
 def test_other_files_are_never_replaced(filled, config, tmp_path):
     """A folder with something else in it is left alone, asked or not."""
     (tmp_path / "out").mkdir()
@@ -326,6 +348,16 @@ def test_others_files_of_these_formats(tmp_path):
         assert {n: a.tolist() for n, a in found.items()} == {
             n: a.tolist() for n, a in arrays.items()
         }
+
+
+@pytest.mark.parametrize("lengths", [[-1, 4], [0, 3], [1, 1], [1, 3]])
+def test_lengths_that_make_no_embeddings(tmp_path, lengths):
+    """Below 1, or not the rows that there are: nothing of the file is imported."""
+    np.savez(
+        tmp_path / "x.npz", embeddings=np.ones((3, 8), "f4"), lengths=lengths, ids=["a:x", "b:x"]
+    )
+    with pytest.raises(TransferError, match="don't fit together"):
+        import_embeddings(tmp_path / "x.npz", tmp_path / "cache", FACTS)
 
 
 def test_columns_that_are_not_there(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from small_disks import empty, fill, small_disk
 from transfer.old_caches import FACTS, save_folder, save_manifests, save_seed, save_torch, values
 
-from lmdbcache import CacheConfig, EmbeddingCache, import_embeddings
+from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings, import_embeddings
 from lmdbcache.errors import (
     CacheFullError,
     ConfigError,
@@ -74,6 +74,14 @@ def test_a_whole_config(came_along, tmp_path):
     arrays = values()
     report = came_along(save_torch(tmp_path / "old.pt", arrays), arrays, config)
     assert report.config == config
+
+
+def test_the_dtype_to_store_in_is_a_choice(bring, cache, tmp_path):
+    """An export of float32 may be stored as float16: that contradicts nothing."""
+    config = bring(save_seed(tmp_path / "old.pt")).config
+    export_embeddings(cache, config, tmp_path / "new.npz", format="npz")
+    report = bring(tmp_path / "new.npz", {"dtype": "float16"})
+    assert (report.config, report.num_imported) == (config.replace(dtype="float16"), 12)
 
 
 def test_dry_run_says_the_same_and_stores_nothing(bring, cache, tmp_path):
