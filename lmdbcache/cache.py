@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.coverage import Coverage, coverage_of
@@ -23,6 +22,7 @@ from lmdbcache.errors import (
 )
 from lmdbcache.explanation import Explanation, explain_config, explain_sample, nearest_store
 from lmdbcache.failures import read_failures
+from lmdbcache.home import expand_user, user_cache_folder
 from lmdbcache.read_figures import ReadFigures, figures_of
 from lmdbcache.requirement import how_to_fill, is_covered, shortfall
 from lmdbcache.storage.checks.value_checks import Progress
@@ -58,11 +58,14 @@ class EmbeddingCache:
 
     Args:
         root: The cache directory; else `$LMDBCACHE_ROOT`, else the platform's cache directory.
+
+    Raises:
+        ConfigError: No root is given, and the user has no home directory.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
-        chosen = root or os.environ.get(ROOT_VARIABLE) or platformdirs.user_cache_dir("lmdbcache")
-        self.root: Final = Path(chosen).expanduser().absolute()
+        chosen = root or os.environ.get(ROOT_VARIABLE) or user_cache_folder()
+        self.root: Final = expand_user(chosen).absolute()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({os.fspath(self.root)!r})"

@@ -12,6 +12,7 @@ from typing import Any, Final
 from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig
 from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import ConfigError
+from lmdbcache.home import expand_user
 from lmdbcache.storage.format.layout import class_of
 
 __all__ = ["how_to_fill", "is_covered", "shortfall"]
@@ -98,7 +99,7 @@ def how_to_fill(
     if len({_place(each) for each in datasets}) > 1:
         return ["The datasets have several folders: ask for each of them, to see its command"]
     own = getattr(first, "root", _FOLDER)
-    folder = str(own if data_dir is None else Path(data_dir).expanduser().absolute())
+    folder = str(own if data_dir is None else expand_user(data_dir).absolute())
     options = dict(options or {})
     if folder != own or first is None:
         options.setdefault("--namespace", config.dataset)  # not that of this folder's name

@@ -15,6 +15,7 @@ from lmdbcache.cli.options import Json, Progress, Root, complete_store, find_fol
 from lmdbcache.comparison import DEFAULT_TOLERANCE, StoreComparison, compare_stores
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
+from lmdbcache.home import expand_user
 from lmdbcache.store_info import is_store, read_store_info
 
 __all__ = ["diff_command"]
@@ -77,7 +78,7 @@ def diff_command(
 
 
 def _side(cache: EmbeddingCache, text: str) -> Path | CacheConfig:
-    path = Path(text).expanduser()
+    path = expand_user(text)
     if path.is_file():
         try:
             content = json.loads(path.read_text("utf-8"))

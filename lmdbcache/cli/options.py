@@ -10,6 +10,7 @@ import typer
 
 from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError
+from lmdbcache.home import expand_user
 from lmdbcache.store_info import StoreInfo, info_or_damage
 
 __all__ = [
@@ -167,6 +168,6 @@ def find_folder(cache: EmbeddingCache, text: str) -> Path:
 def _means(text: str, store: Path) -> bool:
     if os.sep in text:
         # A path is that folder alone: a store of another root may have the same name.
-        return Path(text).expanduser().resolve() == store.resolve()
+        return expand_user(text).resolve() == store.resolve()
     digits = store.name.rpartition("-")[2]
     return text == store.name or (text != "" and digits.startswith(text.lower()))

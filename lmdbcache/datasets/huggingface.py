@@ -20,6 +20,7 @@ from lmdbcache.datasets.listed import ListedDataset, own_split_name
 from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, MissingDependencyError
+from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -213,7 +214,7 @@ def _opened(source: Any) -> tuple[str, str, dict[str, Any]]:
         ) from error
     root = ""
     if isinstance(source, (str, os.PathLike)):
-        root = os.path.abspath(os.path.expanduser(os.fspath(source)))  # noqa: PTH100, PTH111
+        root = os.path.abspath(expand_user(source))  # noqa: PTH100
         source = _loaded(datasets, Path(root))
     if isinstance(source, datasets.Dataset):
         splits = {str(source.split or ""): source}

@@ -13,6 +13,7 @@ from lmdbcache.datasets.reopening import reopening_options
 from lmdbcache.embedders.audio_formats import is_readable
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
+from lmdbcache.home import expand_user
 from lmdbcache.storage.format.layout import canonical_class
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def checked_folder(root: str | Path, expected: str) -> str:
     Raises:
         DatasetError: It isn't a folder.
     """
-    folder = os.path.abspath(os.path.expanduser(os.fspath(root)))  # noqa: PTH100, PTH111
+    folder = os.path.abspath(expand_user(root))  # noqa: PTH100
     if not os.path.isdir(folder):  # noqa: PTH112
         raise DatasetError(f"{shown(folder)} isn't a folder; expected is {expected}")
     return folder

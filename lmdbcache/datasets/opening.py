@@ -17,6 +17,7 @@ from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.datasets.vggsound import VGGSoundDataset, find_table
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
+from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,7 @@ def recognise(
     Raises:
         DatasetError: None or several; the message names the layouts.
     """
-    root = Path(folder).expanduser()
+    root = expand_user(folder)
     if not root.is_dir():
         raise DatasetError(f"{shown(root)} isn't a folder. {_expected()}")
     found = [kind for kind, test in _SIGNS.items() if test(root)]
@@ -158,9 +159,7 @@ _SIGNS: Final[dict[str, Callable[[Path], bool]]] = {
 
 
 def _open_vegas(root: str | Path, *, namespace: str | None) -> VEGASSelection:
-    present = [
-        name for name in CLASS_LABELS if (Path(root).expanduser() / name / "audios").is_dir()
-    ]
+    present = [name for name in CLASS_LABELS if (expand_user(root) / name / "audios").is_dir()]
     # Classes that aren't there are told by the narrowing, if they are wanted.
     return VEGASSelection(root, selected_classes=present or None, namespace=namespace)
 

@@ -24,6 +24,7 @@ from lmdbcache.datasets.vegas_layout import (
 from lmdbcache.datasets.vegas_selection import SelectionMixin, checked_splits, split_ratios
 from lmdbcache.datasets.visual import ImageToTensor, load_image, load_video
 from lmdbcache.embedding_forms import as_tensor
+from lmdbcache.home import expand_user
 from lmdbcache.torch_files import read_tensor_dict, read_text_embeddings
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         load_video: bool = False,
         ast_output: str | None = None,
     ) -> None:
-        self.root_dir = str(Path(root_dir).expanduser())
+        self.root_dir = str(expand_user(root_dir))
         self.root = str(Path(self.root_dir).absolute())
         self.enable_ast_cache, self.ast_output = enable_ast_cache, ast_output
         self.ast_cache_dir = str(ast_cache_dir or Path(self.root_dir) / "ast_cache")

@@ -19,6 +19,7 @@ from lmdbcache.datasets.vegas_layout import (
     resolve_classes,
 )
 from lmdbcache.errors import DatasetError
+from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -199,7 +200,7 @@ class VEGASSelection(SelectionMixin):
         samples_per_node: int | None = None,
         namespace: str | None = None,
     ) -> None:
-        self.root_dir = str(Path(root_dir).expanduser())
+        self.root_dir = str(expand_user(root_dir))
         self.root = str(Path(self.root_dir).absolute())
         if namespace is not None:
             self.namespace = chosen_namespace(namespace, self.kind)

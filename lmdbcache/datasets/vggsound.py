@@ -17,6 +17,7 @@ from lmdbcache.datasets.listed import (
 from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
+from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +65,7 @@ class VGGSoundDataset(ListedDataset):
         self, root: str | Path, *, table: str | Path | None = None, namespace: str | None = None
     ) -> None:
         folder = checked_folder(root, _LAYOUT)
-        path = find_table(folder) if table is None else Path(table).expanduser()
+        path = find_table(folder) if table is None else expand_user(table)
         if path is None:
             raise DatasetError(
                 f"{shown(folder)} has no vggsound.csv; name the table with table (--csv). "

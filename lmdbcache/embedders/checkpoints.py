@@ -16,6 +16,7 @@ import xxhash
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import MissingDependencyError, ModelLoadError
+from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -216,14 +217,14 @@ def fetch_settings(checkpoint: Checkpoint) -> Path:
 
 def folder_provenance(model: str | os.PathLike[str]) -> dict[str, str]:
     """For a store's provenance: where a model's folder lies, so that an audit finds it again."""
-    folder = Path(model).expanduser()
+    folder = expand_user(model)
     return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
     """The folder meant, or None for a Hub name or alias."""
     text = os.fspath(name_or_folder)
-    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    path = expand_user(text) if text.startswith("~") else Path(text)
     is_path = (
         isinstance(name_or_folder, os.PathLike)
         or text.startswith((".", os.sep, "~"))

@@ -15,13 +15,13 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, IntegrityError
+from lmdbcache.home import expand_user
 from lmdbcache.sharing.remote import Remote, is_url
 from lmdbcache.sharing.shards import decode_shard, encode_shard
 from lmdbcache.sources.files import Source
@@ -69,7 +69,7 @@ class StagingPlace:
     def __init__(self, place: str | os.PathLike[str], config: CacheConfig) -> None:
         text = os.fspath(place)
         if not is_url(text):
-            text = f"file://{Path(text).expanduser().absolute()}"
+            text = f"file://{expand_user(text).absolute()}"
         self._remote = Remote(text)
         self._config = config
         self._folder = f"{config.fingerprint}/units"

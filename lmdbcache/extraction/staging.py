@@ -20,6 +20,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
 from lmdbcache.extraction.shares import Share
+from lmdbcache.home import expand_user
 from lmdbcache.storage.files.filesystems import check_local_for_writing, is_on_network
 from lmdbcache.storage.files.running_lock import at_rest, held_store
 
@@ -59,7 +60,7 @@ class Staging:
         patience: float = _PATIENCE_SECONDS,
     ) -> None:
         self._patience = patience
-        self._folder = Path(folder).expanduser().absolute()
+        self._folder = expand_user(folder).absolute()
         self._root = root
         self._config = config
         self._share = share

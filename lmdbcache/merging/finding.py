@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheError
+from lmdbcache.home import expand_user
 from lmdbcache.merging.report import Refusal
 from lmdbcache.storage.files.running_lock import RUNNING_SUFFIX
 from lmdbcache.storage.format.layout import GENERATION_NAME, NUM_RESERVED_KEYS
@@ -46,7 +47,7 @@ def find_stores(sources: Iterable[str | os.PathLike[str]]) -> FoundStores:
     found = FoundStores()
     seen: dict[tuple[int, int], Path] = {}
     for source in sources:
-        folder = Path(source).expanduser().absolute()
+        folder = expand_user(source).absolute()
         before = len(found.stores) + len(found.refused) + len(found.notes)
         for store in _stores_under(folder, _DEPTH, found):
             number = file_number(store)

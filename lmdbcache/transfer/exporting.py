@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import TransferError
+from lmdbcache.home import expand_user
 from lmdbcache.sharing.remote import is_url, without_secrets
 from lmdbcache.storage.files.generations import RESERVE_BYTES, check_room
 from lmdbcache.transfer.parts import Embeddings, Part
@@ -112,7 +113,7 @@ def export_embeddings(
         out = str(out)
         plan.check_url(out)
     else:
-        out = Path(out).expanduser().absolute()
+        out = expand_user(out).absolute()
         check_target(out, overwrite=overwrite)
     with cache.reader(config, verify="always", counts_as_use=False) as reader:
         chosen = choose(reader, config, classes, sample_ids, shuffle)

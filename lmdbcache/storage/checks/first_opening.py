@@ -17,6 +17,7 @@ from typing import Final
 
 from lmdbcache.errors import IntegrityError
 from lmdbcache.storage.checks.checking import Findings, check_generation
+from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.files.checked_marker import is_known, mark_known
 from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.format.layout import sample_id_of_key
@@ -28,6 +29,7 @@ _logger: Final = logging.getLogger(__name__)
 # "1": open as it is; "values": check LMDB's structure alone.
 SKIP_VARIABLE: Final = "LMDBCACHE_SKIP_FIRST_CHECK"
 _LONG_BYTES: Final = 1 << 30
+_SECONDS_BETWEEN_NEWS: Final = 15.0
 _refused: Final[dict[tuple[int, ...], str]] = {}  # by this process
 
 
@@ -40,9 +42,10 @@ def check_first_opening(generation: Path) -> None:
         IntegrityError: It is damaged.
         StorageError: It is written to faster than it can be checked.
     """
-    if is_known(generation) or not (generation / "data.mdb").exists():
-        return  # LMDB is never given a missing file either
     skipped = os.environ.get(SKIP_VARIABLE, "").lower()
+    with_values = skipped != "values"
+    if is_known(generation, with_values=with_values) or not (generation / "data.mdb").exists():
+        return  # LMDB is never given a missing file either
     if skipped not in ("", "0", "values"):
         _logger.warning("%s is opened unchecked (%s=%s)", generation, SKIP_VARIABLE, skipped)
         return
@@ -50,9 +53,9 @@ def check_first_opening(generation: Path) -> None:
     if version in _refused:  # so that asking sample by sample costs one check
         raise IntegrityError(_refused[version])
     with _one_at_a_time(generation):
-        if not is_known(generation):
+        if not is_known(generation, with_values=with_values):
             try:
-                _check(generation, with_values=skipped != "values")
+                _check(generation, with_values=with_values)
             except IntegrityError as error:
                 _refused[version] = str(error)
                 raise
@@ -79,12 +82,25 @@ def _check(generation: Path, *, with_values: bool) -> None:
         SKIP_VARIABLE,
     )
     start = time.perf_counter()
-    findings = check_generation(generation, with_values=with_values)
+    findings = check_generation(
+        generation, with_values=with_values, progress=_logged(generation.parent)
+    )
     if not findings.is_sound:
         raise IntegrityError(_described(findings, generation.parent))
     _logger.info("%s is sound (%.1f s)", generation.parent, time.perf_counter() - start)
-    if with_values:
-        mark_known(generation)
+    mark_known(generation, with_values=with_values)
+
+
+def _logged(store: Path) -> Progress:
+    last = time.monotonic()
+
+    def log(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_NEWS:
+            last = time.monotonic()
+            _logger.warning("checked %d of %d embeddings of %s", done, total, store)
+
+    return log
 
 
 def _described(findings: Findings, store: Path) -> str:
@@ -107,5 +123,9 @@ def _one_at_a_time(generation: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             # A descriptor for reading will do, and LMDB has no lock on this file.
             data = stack.enter_context(opened_for_flock(generation / "data.mdb"))
-            fcntl.flock(data, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _logger.info("another process checks %s; waiting for it", generation.parent)
+                fcntl.flock(data, fcntl.LOCK_EX)
         yield

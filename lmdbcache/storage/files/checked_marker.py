@@ -1,8 +1,9 @@
-"""Which machines know a generation: they made it, or have checked all of it.
+"""Which machines know a generation: they made it, or have checked it.
 
-The marker `checked` has one line per machine, `<digest of the machine> <inode of data.mdb>`. A
-copy has another inode, so a copied marker doesn't vouch for it. Where the folder can't be written
-the line is kept in the user's cache directory. Both are derived and may be removed.
+The marker `checked` has one line per machine, `<digest of the machine> <inode of data.mdb>`, and
+`structure` behind it where the values weren't looked at. A copy has another inode, so a copied
+marker doesn't vouch for it. Where the folder can't be written the line is kept in a folder of the
+user's: the cache directory, else one for temporary files. All are derived and may be removed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import hashlib
 import logging
 import os
 import platform
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import platformdirs
-
+from lmdbcache.errors import ConfigError
+from lmdbcache.home import user_cache_folder
+from lmdbcache.storage.pages.commit_record import read_commit_record
 from lmdbcache.storage.regular_files import open_file, read_file
 
 __all__ = ["is_known", "mark_known"]
@@ -25,36 +29,51 @@ __all__ = ["is_known", "mark_known"]
 _logger: Final = logging.getLogger(__name__)
 
 _NAME: Final = "checked"
+_STRUCTURE_ALONE: Final = b" structure"
 _MAX_BYTES: Final = 1 << 16
 
 
-def is_known(generation: Path) -> bool:
-    """Whether this machine made or checked the generation."""
-    line = _line(generation)
-    if line is None:
-        return False
-    return any(line in _lines(path) for path in (generation / _NAME, _own_marker(generation)))
+def is_known(generation: Path, *, with_values: bool = True) -> bool:
+    """Whether this machine made or checked the generation.
+
+    Args:
+        generation: Its folder.
+        with_values: Its values, too, and not LMDB's structure alone.
+    """
+    for path, line in _markers(generation):
+        lines = _lines(path)
+        if line in lines or (not with_values and line + _STRUCTURE_ALONE in lines):
+            return True
+    return False
 
 
-def mark_known(generation: Path) -> None:
-    """Remember that this machine made the generation, or found all of it sound."""
-    line = _line(generation)
-    if line is None or is_known(generation):
+def mark_known(generation: Path, *, with_values: bool = True) -> None:
+    """Remember that this machine made the generation, or found it sound.
+
+    Args:
+        generation: Its folder.
+        with_values: Whether its values were looked at, too.
+    """
+    if is_known(generation, with_values=with_values):
         return
-    for path in (generation / _NAME, _own_marker(generation)):
+    for path, line in _markers(generation, make=True):
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             if path.exists() and path.stat().st_size > _MAX_BYTES // 2:
                 flags |= os.O_TRUNC
             descriptor = open_file(path, flags)
             try:
                 # In front, too: a line that was cut short doesn't spoil this one.
-                os.write(descriptor, b"\n" + line + b"\n")
+                ending = b"" if with_values else _STRUCTURE_ALONE
+                os.write(descriptor, b"\n" + line + ending + b"\n")
             finally:
                 os.close(descriptor)
             return
-    _logger.warning("%s: can't remember that it was checked; the next process checks again", path)
+    _logger.warning(
+        "%s: nowhere to remember that it was checked; the next process checks again. Let this user "
+        "write to its home directory or to /tmp",
+        generation,
+    )
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -64,17 +83,49 @@ def _lines(path: Path) -> list[bytes]:
         return []
 
 
-def _line(generation: Path) -> bytes | None:
+def _markers(generation: Path, *, make: bool = False) -> Iterator[tuple[Path, bytes]]:
+    """Where a generation may be remembered, the best place first, and by which line."""
     try:
-        inode = (generation / "data.mdb").lstat().st_ino
+        status = (generation / "data.mdb").lstat()
     except OSError:
-        return None
-    return f"{_machine()} {inode}".encode()
-
-
-def _own_marker(generation: Path) -> Path:
+        return
+    line = f"{_machine()} {status.st_ino}"
+    yield generation / _NAME, line.encode()
+    # Another image may be mounted at this path, and have given its file the same inode.
+    commit = hashlib.blake2b(repr(read_commit_record(generation)).encode(), digest_size=8)
+    line += f" {status.st_size} {status.st_mtime_ns} {commit.hexdigest()}"
     name = hashlib.blake2b(os.fsencode(generation), digest_size=16).hexdigest()
-    return Path(platformdirs.user_cache_dir("lmdbcache")) / "checked" / name
+    for folder in _own_folders(make=make):
+        yield folder / name, line.encode()
+
+
+def _own_folders(*, make: bool) -> Iterator[Path]:
+    with contextlib.suppress(ConfigError):
+        folder = user_cache_folder() / _NAME
+        if make:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    everybodys = (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp", "/dev/shm")
+    for parent in dict.fromkeys(filter(None, everybodys)):
+        folder = Path(parent) / f"lmdbcache-{os.geteuid()}"
+        if make:
+            with contextlib.suppress(OSError):
+                folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_absolute() and _is_private(folder):
+            yield folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody else can have put a marker or a link there."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and (status.st_uid, status.st_mode & 0o077) == (
+        os.geteuid(),
+        0,
+    )
 
 
 @functools.cache
