@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.comparison import compare_stores
+from lmdbcache.comparison import compare_stores, difference_of
 
 
 @pytest.fixture
@@ -98,6 +98,44 @@ def test_tolerance_decides_what_is_equal(make, embeddings):
     assert (found.is_equal, found.num_different, len(found.worst)) == (False, 20, 10)
 
 
+def test_difference_of_just_the_tolerance_is_close(make):
+    """The tolerance is the largest difference that counts as none."""
+    a, b = make("a", {"1:x": np.zeros(4)}), make("b", {"1:x": np.full(4, 0.5)})
+    assert compare_stores(a, b, tolerance=0.5).num_close == 1
+    assert compare_stores(a, b, tolerance=0.4999).num_different == 1
+
+
+def test_the_ten_furthest_are_named(make):
+    """Of many that differ, and of many on one side, ten are named: the furthest, and the first."""
+    apart = [3, 14, 1, 15, 9, 2, 6, 5, 13, 8, 7, 12, 4, 11, 10]
+    items = {f"{number:02d}:x": np.zeros(4) for number in range(15)}
+    changed = {f"{number:02d}:x": np.full(4, far) for number, far in enumerate(apart)}
+    found = compare_stores(make("a", items), make("b", changed))
+    assert [one.max_abs for one in found.worst] == list(range(15, 5, -1))
+    more = {f"{number:02d}:y": np.zeros(4) for number in range(12)}
+    found = compare_stores(make("c", {**items, **more}), make("d", items))
+    assert (found.num_only_a, found.only_a) == (12, sorted(more)[:10])
+
+
+def test_equal_bytes_of_other_dtypes_are_other_values(make):
+    """The two bytes of 1.0 in float16 are 2^-7 in bfloat16: equal checksums say nothing then."""
+    a = make("a", {"1:x": np.ones(8)}, dtype="float16")
+    b = make("b", {"1:x": np.full(8, 2.0**-7)}, dtype="bfloat16")
+    found = compare_stores(a, b)
+    assert (found.num_equal, found.num_different) == (0, 1)
+    assert found.worst[0].max_abs == 1 - 2.0**-7
+
+
+def test_cosine_of_nearly_equal_vectors_is_no_less_than_0():
+    """Rounding doesn't bring two vectors closer than the same direction."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        vector = generator.normal(size=8).astype(np.float32)
+        max_abs, cosine = difference_of(vector, vector * np.float32(1 + 1e-6))
+        assert 0 < max_abs < 1e-5
+        assert 0 <= cosine < 1e-9
+
+
 def test_without_values_checksums_tell(make, embeddings):
     """--no-values: equal and unequal bits, no figures; of other dtypes nothing."""
     a = make("a", embeddings)
@@ -126,8 +164,12 @@ def test_provenance_is_compared(make, embeddings):
     b = make("b", embeddings, provenance={"torch": "2.14", "weights_digest": "x"})
     found = compare_stores(a, b)
     assert found.provenance == {"torch": ("2.13", "2.14")}
-    assert not found.is_equal
-    assert found.num_equal == 20
+    provenance = {"imported_at": "2026", "imported_from_2": "x.npz", "imported_from_tool": "x"}
+    c = make("c", embeddings, provenance={"torch": "2.13", **provenance})
+    d = make("d", embeddings, provenance={"torch": "2.13"})
+    assert compare_stores(c, d).provenance == {"imported_from_tool": ("x", None)}
+    assert not compare_stores(a, b).is_equal
+    assert compare_stores(a, b).num_equal == 20
 
 
 def test_shapes(make):
