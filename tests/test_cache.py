@@ -140,6 +140,17 @@ def test_clear_leaves_what_it_does_not_know(filled, config):
     assert config not in filled
 
 
+def test_only_stores_of_this_root_are_removed(filled, config, tmp_path):
+    """Another root's store, and a folder that isn't one, are refused and stay."""
+    other = EmbeddingCache(tmp_path / "other")
+    (other.root / "sub").mkdir(parents=True)
+    for folder in (filled.path(config), other.root / "sub", other.root / "absent"):
+        with pytest.raises(CacheNotFoundError):
+            other.remove(folder)
+    assert (other.root / "sub").is_dir()
+    assert filled.info(config).num_embeddings == 20
+
+
 def test_writer_goes_on_after_a_clear(cache, config):
     """A commit after the store was cleared makes a new one."""
     with cache.writer(config) as writer:
@@ -175,9 +186,10 @@ def test_get_or_compute_returns_what_is_stored(cache):
 
 
 def test_get_or_compute_refuses_a_wrong_number(cache, config):
-    """A compute function that loses a sample stores nothing."""
-    with pytest.raises(InvalidEmbeddingError, match="2 embeddings for 3 samples"):
-        cache.get_or_compute(config, ["a:x", "b:x", "c:x"], lambda _: np.ones((2, 4)))
+    """A compute function that loses a sample, or makes one up, stores nothing."""
+    for number in (2, 4):
+        with pytest.raises(InvalidEmbeddingError, match=f"{number} embeddings for 3 samples"):
+            cache.get_or_compute(config, ["a:x", "b:x", "c:x"], lambda _, n=number: np.ones((n, 4)))
     with pytest.raises(InvalidEmbeddingError, match=r"b:x.*NaN"):
         cache.get_or_compute(config, ["a:x", "b:x"], lambda _: [np.ones(2), [1, np.nan]])
     with pytest.raises(InvalidSampleIdError):

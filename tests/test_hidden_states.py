@@ -148,8 +148,34 @@ def test_valid_steps_of_ast():
     seconds = {5.0: 49, 10.0: 99, 10.24: 101, 0.1: 1, 0.175: 1, 0.275: 2}
     for duration, steps in seconds.items():
         assert layout.num_valid_steps(CacheConfig(duration=duration)) == steps
-    with pytest.raises(ConfigError, match="1213 tokens"):
-        layout.num_steps(1213)
+    for num_tokens in (1213, 2, 1):  # no whole number of steps, and none at all
+        with pytest.raises(ConfigError, match=f"{num_tokens} tokens"):
+            layout.num_steps(num_tokens)
+
+
+@pytest.mark.parametrize("duration", [0.475, 5.0])  # exactly the four steps, and far more
+def test_clip_longer_than_the_model_s_window_is_valid_throughout(cache, hidden, duration):
+    """No more steps are valid than there are: all frames, and nothing behind them."""
+    config = HIDDEN.replace(duration=duration)
+    with cache.writer(config) as writer:
+        writer.put_batch(NAMES, hidden)
+    with cache.reader(config) as reader:
+        valid = HiddenStateView(reader, "valid").get_batch(NAMES)
+        np.testing.assert_array_equal(valid, hidden[:, 2:])
+        mean = HiddenStateView(reader, "valid_mean").get_batch(NAMES)
+        np.testing.assert_allclose(mean, hidden[:, 2:].mean(1), atol=1e-6)
+
+
+def test_means_are_taken_in_float32(cache):
+    """A sum that float16 can't hold still has its mean."""
+    config = small_config("float16")
+    with cache.writer(config) as writer:
+        writer.put("a:x", np.full((50, 6), 30_000.0))
+    with cache.reader(config) as reader:
+        for name in ("mean", "valid_mean", "pooler_output"):
+            assert HiddenStateView(reader, name)["a:x"].tolist() == [30_000.0] * 6
+            (one,) = HiddenStateView(reader, name).get_batch(["a:x"]).tolist()
+            assert one == [30_000.0] * 6
 
 
 def test_padding_does_not_reach_valid_tokens_input(tmp_path):
@@ -172,9 +198,12 @@ def test_padding_does_not_reach_valid_tokens_input(tmp_path):
     assert not torch.equal(first[:, valid], second[:, valid])
 
 
-def test_another_model_s_layout(cache):
+@pytest.mark.parametrize(
+    "front_end", ["own/1", CacheConfig().front_end.replace("ast-fbank/1", "log-mel/1")]
+)
+def test_another_model_s_layout(cache, front_end):
     """One token per step and none in front: mean and frames; the rest is no view of it."""
-    config = small_config().replace(front_end="own/1", model_name="own", duration=0.1)
+    config = small_config().replace(front_end=front_end, model_name="own", duration=0.1)
     hidden = np.random.default_rng(0).normal(size=(3, 20, 4)).astype(np.float32)
     with cache.writer(config) as writer:
         writer.put_batch(NAMES[:3], hidden)
@@ -208,6 +237,11 @@ def test_not_hidden_states(filled, config):
     """A store of pooled embeddings is refused by name, and so is a layout that doesn't fit."""
     with filled.reader(config) as reader, pytest.raises(ConfigError, match="pooler_output of"):
         HiddenStateView(reader, "cls")
+    deeper = HIDDEN.replace(dataset="deeper")
+    with filled.writer(deeper) as writer:
+        writer.put("a:x", np.ones((2, 14, 3)))
+    with filled.reader(deeper) as reader, pytest.raises(ConfigError, match="of shape"):
+        HiddenStateView(reader, "mean")
     with filled.writer(HIDDEN) as writer:
         writer.put("a:x", np.ones((7, 3)))
     with filled.reader(HIDDEN) as reader:
