@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import xxhash
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import check_num_samples, check_waveform
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
 from lmdbcache.embedders.pretrained import library_versions
 from lmdbcache.embedders.transformers_family import check_output
+from lmdbcache.embedders.weights_watch import WatchedWeights
 from lmdbcache.errors import CacheError, ConfigError, ExtractionError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class _RunningModule:
         first = next(iter(_tensors(source.module)), None)
         here = torch.device("cpu") if first is None else first.device
         self.device = here if device is None else move_to_device(source.module, device)
-        self._digest = _weights_digest(source.module)
+        self._weights = WatchedWeights(source.module)
         self._shape: tuple[int, ...] | None = None
 
     @property
@@ -260,6 +260,7 @@ class _RunningModule:
         import torch
 
         module = self._source.module
+        self._weights.check()
         with (
             _in_eval_mode(module),
             torch.no_grad(),
@@ -267,13 +268,14 @@ class _RunningModule:
         ):
             batch = features.to(self.device, torch.float32, copy=True)
             result = self._source._result(self._config.output, batch)  # noqa: SLF001
+        self._weights.computed()
         on_cpu: torch.Tensor = result.detach().to("cpu", torch.float32)
         return on_cpu
 
     def provenance(self) -> dict[str, str]:
         kind = type(self._source.module)
         return {
-            "weights_digest": self._digest,
+            "weights_digest": self._weights.digest,
             "module": f"{kind.__module__}.{kind.__qualname__}",
             **library_versions("torch"),
             "device": self.device.type,
@@ -296,19 +298,6 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _weights_digest(module: torch.nn.Module) -> str:
-    """16 hex digits over name, dtype, shape and bytes of every parameter and buffer."""
-    import torch
-
-    digest = xxhash.xxh3_64()
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, tensor in sorted(named.items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy().data)
-    return str(digest.hexdigest())
 
 
 def _as_it_is(result: Any) -> Any:

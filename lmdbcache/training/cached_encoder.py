@@ -86,7 +86,7 @@ class CachedEncoder(torch.nn.Module):
         select_output: Takes the embeddings from what the model returns; None takes a tensor as it
             is, else the attribute or item named `config.output`.
         provenance: Kept in the store's metadata. A `weights_digest` here is believed; else an
-            embedder tells its own, and a module's is taken over its state_dict.
+            embedder tells its own, and a module's is taken over all its weights.
         device: Where the model runs and embeddings are returned; None: returned where the module
             is, else on the CPU, and a model known by its name runs on a CUDA GPU if there is one.
         commit_seconds: Commit at least this often, while it is used.
@@ -98,7 +98,8 @@ class CachedEncoder(torch.nn.Module):
     Raises:
         ConfigError: A model in training or with parameters that require grad, or one that doesn't
             fit the config.
-        ProvenanceMismatchError: The store was filled with other weights.
+        ProvenanceMismatchError: The store was filled with other weights. When called: the weights
+            changed since the first computation.
     """
 
     def __init__(

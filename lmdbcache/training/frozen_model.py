@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import xxhash
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.weights_watch import WatchedWeights
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError
 from lmdbcache.training.model_by_name import ModelByName
 
-__all__ = ["FrozenModel", "state_digest"]
+__all__ = ["FrozenModel"]
 
 
 class FrozenModel:
@@ -39,6 +39,7 @@ class FrozenModel:
         self.by_name: Final = ModelByName(model, config) if ModelByName.is_one(model) else None
         self._factory: Any = model if self.by_name is None and _is_factory(model) else None
         self._model: Any = None
+        self._weights: WatchedWeights | None = None
         if self._factory is None and self.by_name is None:
             _check_frozen(model)
             self._take(model)
@@ -73,6 +74,7 @@ class FrozenModel:
 
         Raises:
             ConfigError: It is being trained, or doesn't fit the config.
+            ProvenanceMismatchError: Its weights changed.
         """
         if self.by_name is not None:
             self.by_name.check_frozen()
@@ -87,6 +89,8 @@ class FrozenModel:
             if self._device is not None:
                 self.move(self._device)
         _check_frozen(self._model)
+        if self._weights is not None:
+            self._weights.check()
 
     def _take(self, model: Any) -> None:
         if not callable(model) and not _is_embedder(model):
@@ -105,15 +109,15 @@ class FrozenModel:
             if isinstance(value, str) and _is_embedder(model) and value != asked:
                 raise ConfigError(f"{name}: {asked!r} in the config, {value!r} in the embedder")
         self._model = model
+        if isinstance(model, torch.nn.Module) and not _is_embedder(model):
+            self._weights = WatchedWeights(model)
 
     def provenance(self) -> dict[str, str]:
         """What is known of the weights: an embedder's own words, a module's digest."""
         if _is_embedder(self._model):
             folder = {} if self.by_name is None else self.by_name.provenance()
             return {**folder, **self._model.provenance()}
-        if isinstance(self._model, torch.nn.Module):
-            return {"weights_digest": state_digest(self._model)}
-        return {}
+        return {} if self._weights is None else {"weights_digest": self._weights.digest}
 
     def run(
         self, inputs: Sequence[Any], named: Mapping[str, Any], num_samples: int
@@ -140,6 +144,8 @@ class FrozenModel:
         with torch.no_grad(), _own_precision(device, dtype):
             result = (self._model.embed if is_embedder else self._model)(*inputs, **named)
             embeddings = self._embeddings_of(result).detach()
+        if self._weights is not None:
+            self._weights.computed()
         found = len(embeddings) if embeddings.ndim else 0
         if found != num_samples:
             raise InvalidEmbeddingError(
@@ -164,20 +170,6 @@ class FrozenModel:
             f"output: the model returned a {type(result).__name__}{has}, without a tensor "
             f"{output!r}; give select_output=, a function that takes the embeddings from it"
         )
-
-
-def state_digest(module: torch.nn.Module) -> str:
-    """Digest over the names, dtypes, shapes and bytes of a module's state_dict.
-
-    Another digest than a checkpoint's, which is taken over its files.
-    """
-    digest = xxhash.xxh3_64()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().data)
-    return f"state:{digest.hexdigest()}"
 
 
 _AMBIGUOUS: Final = (

@@ -22,11 +22,11 @@ from training.encoders import (
 
 from lmdbcache import CacheConfig, CachedEncoder
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, weights_digest
+from lmdbcache.embedders.module_weights import module_digest
 from lmdbcache.errors import (
     ConfigError,
     ProvenanceMismatchError,
 )
-from lmdbcache.training.frozen_model import state_digest
 
 
 def test_our_embedder_with_its_front_end(cache, tmp_path):
@@ -89,8 +89,8 @@ def test_other_weights_are_refused(encoder, cache):
         assert torch.equal(ask(other, [1]), direct([1]))  # nothing shows it yet
         with pytest.raises(ProvenanceMismatchError, match="provenance="):
             ask(other, [1, 2])
-    digest = state_digest(CountingEncoder())
-    assert cache.info(OWN).provenance["weights_digest"] == digest == state_digest(build())
+    digest = module_digest(CountingEncoder())
+    assert cache.info(OWN).provenance["weights_digest"] == digest == module_digest(build())
     believed = CachedEncoder(
         CountingEncoder(seed=1), cache, OWN, provenance={"weights_digest": digest}
     )
