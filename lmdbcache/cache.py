@@ -103,6 +103,7 @@ class EmbeddingCache:
         on_duplicate: OnDuplicate = "skip",
         ragged: bool = False,
         provenance: Mapping[str, str] | None = None,
+        without_provenance: bool = False,
         dataset_root: str | Path = "",
         **commit_limits: Any,
     ) -> EmbeddingWriter:
@@ -113,6 +114,7 @@ class EmbeddingCache:
             on_duplicate=on_duplicate,
             ragged=ragged,
             provenance=provenance,
+            without_provenance=without_provenance,
             dataset_root=dataset_root,
             **commit_limits,
         )
@@ -233,6 +235,9 @@ class EmbeddingCache:
         config: CacheConfig,
         sample_ids: Sequence[str],
         compute: Callable[[list[str]], Sequence[Any] | npt.NDArray[Any]],
+        *,
+        provenance: Mapping[str, str] | None = None,
+        without_provenance: bool = False,
     ) -> npt.NDArray[Any]:
         """The embeddings of these samples; what isn't stored is computed once and stored.
 
@@ -241,6 +246,8 @@ class EmbeddingCache:
             sample_ids: Sample ids; repeats are fine and computed once.
             compute: Called with the missing sample ids, if there are any; returns one embedding
                 for each, in their order (array, tensor, or sequence of these).
+            provenance: See `EmbeddingWriter`.
+            without_provenance: See `EmbeddingWriter`.
 
         Returns:
             `(len(sample_ids), *embedding_shape)`, stored dtype, in the order asked for. A computed
@@ -249,6 +256,8 @@ class EmbeddingCache:
         Raises:
             InvalidSampleIdError: A sample id can't be stored.
             InvalidEmbeddingError: `compute` returned another number of embeddings, or NaN.
+            ProvenanceMismatchError: Something is missing, and the store was filled with other
+                weights, or with known ones and `provenance` states none; before `compute`.
         """
         asked = [canonical_sample_id(sample_id) for sample_id in sample_ids]
         missing = list(self.coverage(config, asked).missing)
@@ -262,12 +271,15 @@ class EmbeddingCache:
                 else:
                     counts.hit(sample_id)
         if missing:
-            computed = compute(list(missing))
-            if len(computed) != len(missing):
-                raise InvalidEmbeddingError(
-                    f"compute returned {len(computed)} embeddings for {len(missing)} samples"
-                )
-            with self.writer(config) as writer:
+            with self.writer(
+                config, provenance=provenance, without_provenance=without_provenance
+            ) as writer:
+                writer.check_provenance()
+                computed = compute(list(missing))
+                if len(computed) != len(missing):
+                    raise InvalidEmbeddingError(
+                        f"compute returned {len(computed)} embeddings for {len(missing)} samples"
+                    )
                 writer.put_batch(missing, computed)
         if not asked and config not in self:
             return np.empty((0,), np.float32)

@@ -149,6 +149,8 @@ class ASTCacheMixin:
         model_name: str = "ast",
         embedding_shape: tuple[int, ...] | None = None,
         output: str | None = None,
+        *,
+        without_provenance: bool = False,
     ) -> bool:
         """Store embeddings; what is stored already is skipped.
 
@@ -161,6 +163,8 @@ class ASTCacheMixin:
             embedding_shape: Refuse embeddings of any other shape.
             output: None: `ast_output`, or else by the number of dimensions: hidden states for two
                 and more, the pooled output for one.
+            without_provenance: Add to a store that `extract` filled, although nothing shows that
+                the same weights computed these. Otherwise that is refused.
 
         Returns:
             True if all of them are stored now. Refused ones (NaN, wrong shape, …) are logged by
@@ -175,7 +179,9 @@ class ASTCacheMixin:
         try:
             output = output or self.ast_output or output_of(embeddings)
             config = self.cache_config(sample_rate, duration, model_name, output)
-            refused = self._put_all(config, embeddings, embedding_shape)
+            refused = self._put_all(
+                config, embeddings, embedding_shape, without_provenance=without_provenance
+            )
         except (CacheError, OSError) as error:
             _logger.error("AST embeddings can't be saved: %s", str(error))
             return False
@@ -192,10 +198,15 @@ class ASTCacheMixin:
         config: CacheConfig,
         embeddings: Mapping[str, Any],
         embedding_shape: tuple[int, ...] | None,
+        *,
+        without_provenance: bool,
     ) -> int:
         refused = 0
         with self._cache().writer(
-            config, on_duplicate="skip", dataset_root=self.root_dir
+            config,
+            on_duplicate="skip",
+            without_provenance=without_provenance,
+            dataset_root=self.root_dir,
         ) as writer:
             for sample_id, value in embeddings.items():
                 try:

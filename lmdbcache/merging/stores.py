@@ -208,7 +208,7 @@ class _Run:
     ) -> tuple[list[SourceStore], Mapping[str, str]]:
         """The stores that may be merged at all, and their provenance with the target's."""
         report, fitting = merger.report, []
-        known = merger.metadata() or StoreMetadata.new(report.config)
+        target = known = merger.metadata() or StoreMetadata.new(report.config)
         for store in stores:
             _tell_damage(store, report)
             shape = store.metadata.embedding_shape
@@ -217,6 +217,7 @@ class _Run:
                 continue
             try:
                 _check_shapes(store, known)
+                target.check_stated(store.metadata.provenance, report.path)
                 combined = known.with_provenance(store.metadata.provenance, report.path)
                 combined.pack()
             except CacheError as error:

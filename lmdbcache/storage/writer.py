@@ -50,6 +50,8 @@ class EmbeddingWriter(CollectedEmbeddings):
         ragged: Let the first dimension differ between embeddings. Only looked at when the store
             is new.
         provenance: Kept in the metadata; other weights than the store's are refused.
+        without_provenance: Add to a store with a `weights_digest` although `provenance` states
+            none. Otherwise that is refused, as the embeddings could be another model's.
         dataset_root: Kept in the metadata of a new store.
         commit_bytes: Commit when this much is collected.
         commit_records: Commit when this many embeddings are collected.
@@ -67,6 +69,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         on_duplicate: OnDuplicate = "skip",
         ragged: bool = False,
         provenance: Mapping[str, str] | None = None,
+        without_provenance: bool = False,
         dataset_root: str | Path = "",
         commit_bytes: int = 64 << 20,
         commit_records: int = 2048,
@@ -88,6 +91,7 @@ class EmbeddingWriter(CollectedEmbeddings):
             config,
             on_duplicate=on_duplicate,
             provenance={str(name): str(value) for name, value in (provenance or {}).items()},
+            without_provenance=without_provenance,
             dataset_root=str(dataset_root),
             replaced=self._replaced,
             before_commit=before_commit,
@@ -105,6 +109,15 @@ class EmbeddingWriter(CollectedEmbeddings):
         """The store's identity."""
         return self._config
 
+    def check_provenance(self) -> None:
+        """Refuse before anything is computed what `put` would refuse: unstated weights.
+
+        Raises:
+            ProvenanceMismatchError: The store has a `weights_digest`, and `provenance` states none.
+        """
+        with self._usable():
+            self._committer.check_stated()
+
     def put(self, sample_id: str, embedding: Any) -> bool:
         """Add one embedding to the next commit.
 
@@ -120,6 +133,7 @@ class EmbeddingWriter(CollectedEmbeddings):
             InvalidSampleIdError: Not a usable sample id.
             InvalidEmbeddingError: NaN, Inf, or another shape than the store's.
             DuplicateSampleError: Stored already, with `on_duplicate="error"`.
+            ProvenanceMismatchError: See `check_provenance`.
         """
         key = sample_key(sample_id)
         with self._usable():
@@ -130,6 +144,7 @@ class EmbeddingWriter(CollectedEmbeddings):
                         "with on_duplicate='skip' or 'overwrite'"
                     )
                 return False
+            self._committer.check_stated()
             value = as_stored(sample_id, embedding, self._config.dtype, copy=not self._borrows)
             self._check_shape(sample_id, value.shape)
             self._pending.put(key, value)
@@ -175,6 +190,8 @@ class EmbeddingWriter(CollectedEmbeddings):
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
         keys = [sample_key(sample_id) for sample_id in sample_ids]
         known = self._known([key for key in keys if not self._replaces(key)])
+        if len(known) < len(set(keys)):
+            self._committer.check_stated()
         try:
             if known and self._on_duplicate == "error":
                 raise InvalidEmbeddingError

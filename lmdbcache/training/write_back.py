@@ -124,7 +124,8 @@ class WriteBack:
         """Open the writer of this process, before anything is computed for it.
 
         Raises:
-            ProvenanceMismatchError: The store was filled with other weights.
+            ProvenanceMismatchError: The store was filled with other weights, or with known ones
+                and the provenance states none.
             ReadOnlyCacheError: This user may not write there.
         """
         if self._writer is None:
@@ -133,6 +134,7 @@ class WriteBack:
             self._writer = cache.writer(
                 config, provenance=provenance, commit_seconds=self._commit_seconds
             )
+            self._writer.check_provenance()
 
     def add(self, sample_ids: Sequence[str], embeddings: npt.NDArray[Any]) -> None:
         """Have these committed before long; from now on `find` has them.

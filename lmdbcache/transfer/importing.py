@@ -155,6 +155,7 @@ def import_source(
         on_duplicate=on_duplicate,
         ragged=shape is not None and None in shape,
         provenance=origin,
+        without_provenance=True,  # `origin_of` has decided
         dataset_root="",
     )
     with writer:

@@ -115,6 +115,22 @@ class StoreMetadata:
         # What is known of the store's first embeddings stays.
         return replace(self, provenance={**provenance, **self.provenance})
 
+    def check_stated(self, provenance: Mapping[str, str], store: object) -> None:
+        """Refuse embeddings of unstated weights where the store's own are known.
+
+        Raises:
+            ProvenanceMismatchError: The store has a weights digest, the provenance has none.
+        """
+        digest = self.provenance.get("weights_digest")
+        if digest and not provenance.get("weights_digest"):
+            raise ProvenanceMismatchError(
+                f"{store} was filled with weights_digest {digest!r}, and these embeddings don't "
+                "state which weights computed them. If they are the same, write with "
+                f"provenance={{'weights_digest': {digest!r}}}; if they are others, give them a "
+                "model_name of their own; to mix them knowingly, write with "
+                "without_provenance=True"
+            )
+
     def mixing(self, provenance: Mapping[str, str]) -> str | None:
         """What to say when embeddings of known weights come to imported ones of unknown weights.
 

@@ -54,6 +54,7 @@ class Committer:
         config: The store's identity.
         on_duplicate: See `EmbeddingWriter`.
         provenance: See `EmbeddingWriter`.
+        without_provenance: See `EmbeddingWriter`.
         dataset_root: Kept in the metadata of a new store.
         replaced: Keys that are overwritten whatever `on_duplicate` says.
         before_commit: See `EmbeddingWriter`.
@@ -66,6 +67,7 @@ class Committer:
         *,
         on_duplicate: str,
         provenance: Mapping[str, str],
+        without_provenance: bool = False,
         dataset_root: str,
         replaced: Collection[bytes] = frozenset(),
         before_commit: BeforeCommit | None = None,
@@ -77,6 +79,8 @@ class Committer:
         self._overwrites = on_duplicate == "overwrite" or bool(replaced)
         self._replaced = replaced
         self._provenance = dict(provenance)
+        self._without_provenance = without_provenance
+        self._known: StoreMetadata | None = None
         self._dataset_root = dataset_root
         self._before_commit = before_commit
         self._num_commits = 0
@@ -88,6 +92,15 @@ class Committer:
         StoreMetadata.new(config, dataset_root).with_provenance(self._provenance, "").pack()
         with contextlib.suppress(CacheNotFoundError), no_fork:
             self._adopt(acquire_current(store))
+
+    def check_stated(self) -> None:
+        """Refuse early what `commit` would refuse: embeddings of unstated weights.
+
+        Raises:
+            ProvenanceMismatchError: See `EmbeddingWriter`.
+        """
+        if self._known is not None and not self._without_provenance:
+            self._known.check_stated(self._provenance, self.store)
 
     def stored(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of the keys that the newest commit has; from any thread."""
@@ -190,6 +203,8 @@ class Committer:
         try:
             stored = environment.read_metadata(transaction)
             stored.check_config(self._config, self.store)
+            if not self._without_provenance:
+                stored.check_stated(self._provenance, self.store)
             if stored.embedding_shape is not None:
                 shape = stored.embedding_shape
             metadata = replace(
@@ -278,6 +293,7 @@ class Committer:
         metadata = environment.newest_metadata()
         metadata.check_config(self._config, self.store)
         metadata.with_provenance(self._provenance, self.store)
+        self._known = metadata
         self.embedding_shape = metadata.embedding_shape
         return environment
 
@@ -286,6 +302,7 @@ class Committer:
         generation = create_generation(self.store)
         environment = acquire(generation, write=True, create=True)
         self._holder.take(environment)
+        self._known = None
         self.embedding_shape = None
         metadata = StoreMetadata.new(self._config, self._dataset_root)
         with translated_errors(self.store), environment.env.begin(write=True) as transaction:
