@@ -208,7 +208,7 @@ class _Run:
     ) -> tuple[list[SourceStore], Mapping[str, str]]:
         """The stores that may be merged at all, and their provenance with the target's."""
         report, fitting = merger.report, []
-        target = known = merger.metadata() or StoreMetadata.new(report.config)
+        known = merger.metadata() or StoreMetadata.new(report.config)
         for store in stores:
             _tell_damage(store, report)
             shape = store.metadata.embedding_shape
@@ -217,12 +217,16 @@ class _Run:
                 continue
             try:
                 _check_shapes(store, known)
-                target.check_stated(store.metadata.provenance, report.path)
                 combined = known.with_provenance(store.metadata.provenance, report.path)
                 combined.pack()
             except CacheError as error:
                 report.refused.append(store_refusal(store.path, error))
                 continue
+            if known.states_weights and not store.metadata.states_weights:
+                report.notes.append(
+                    f"{store.path} doesn't state which weights computed its embeddings; those of "
+                    f"{report.path} are known"
+                )
             if known.embedding_shape is None:
                 ragged = any(None in (s.metadata.embedding_shape or ()) for s in stores)
                 shape = (None, *shape[1:]) if ragged and shape else shape

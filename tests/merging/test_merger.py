@@ -294,7 +294,7 @@ def test_records_of_origins_follow_the_embedding(store, config):
     cache = store("target", numbered(0, 2))
     add(Merger(cache, config), numbered(2, 4))
     rewritten = numbered(2, 3, seed=5)
-    with cache.writer(config, on_duplicate="overwrite") as writer:
+    with cache.writer(config, on_duplicate="overwrite", without_provenance=True) as writer:
         writer.put_batch(rewritten, list(rewritten.values()))
     assert _by_writer(cache, config) == {"node-a": 1, THIS_STORE.writer: 3}
     cache.compact(config)

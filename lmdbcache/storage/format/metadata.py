@@ -85,6 +85,11 @@ class StoreMetadata:
         now = datetime.now(timezone.utc)
         return cls(config, None, now.isoformat(timespec="seconds"), dataset_root)
 
+    @property
+    def states_weights(self) -> bool:
+        """Whether it is known which weights computed the embeddings."""
+        return bool(self.provenance.get("weights_digest"))
+
     def check_config(self, config: CacheConfig | None, store: object) -> None:
         """Refuse a store that was written for another config; None takes any.
 
