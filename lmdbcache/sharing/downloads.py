@@ -174,8 +174,6 @@ class Downloads:
 def _append(
     remote: Remote, path: str, part: Path, num_bytes: int, progress: Callable[[int], None]
 ) -> None:
-    if part.exists() and part.lstat().st_size > num_bytes:
-        part.unlink()
     with os.fdopen(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
         remote.fetch(path, file, num_bytes, progress)
 

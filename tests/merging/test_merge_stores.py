@@ -90,6 +90,32 @@ def test_sources_that_differ_from_each_other(choice, store, target, config):
     assert same(contents(target, config), expected)
 
 
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize(("choice", "taken"), [("theirs", 1), ("ours", 0)])
+def test_the_last_source_counts_whatever_an_earlier_one_repeats(
+    store, target, config, choice, taken, is_stored
+):
+    """Of values 1, 2 and 1 the last is 1, also where 0 is stored; the first stored one is ours."""
+    sources = [
+        store(f"source-{number}", {"a:x": np.full(8, value, np.float32)})
+        for number, value in enumerate((1, 2, 1))
+    ]
+    if is_stored:
+        store("target", {"a:x": np.zeros(8, np.float32)})
+    merge_stores(target, [source.root for source in sources], on_conflict=choice)
+    expected = taken if is_stored else 1
+    assert same(contents(target, config), {"a:x": np.full(8, expected, np.float32)})
+
+
+def test_links_that_lead_round_in_a_circle(store, target, config, tmp_path):
+    """A folder that links to one above it holds its stores once."""
+    source = store("roots/a", numbered(0, 5))
+    (tmp_path / "roots" / "back").symlink_to(tmp_path / "roots")
+    reports = merge_stores(target, [source.root.parent])
+    assert [counts(report) for report in reports.stores] == [(5, 0, 0, 0, 0)]
+    assert (reports.notes, reports.refused) == ([], [])
+
+
 def test_every_embedding_is_accounted_for(store, target, config):
     """New, same, close, in conflict or refused: the sum is what the sources hold."""
     store("target", {**numbered(0, 30), **numbered(60, 70, seed=2)})

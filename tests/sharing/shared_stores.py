@@ -6,6 +6,9 @@ from pathlib import Path
 
 from sharing.shared_samples import put_commit, shard_of
 
+from lmdbcache.sharing.history import read_history
+from lmdbcache.sharing.shards import check_content, decode_shard
+
 
 def share(remote, config, *parts, writer="node-a", **more):
     """Push each part as one shard, all with one commit."""
@@ -33,3 +36,31 @@ def assert_same(found, expected):
 def shard_file(remote, config, entry):
     """The file of a shard, at a place that is a folder."""
     return Path(remote.url.removeprefix("file://")) / config.fingerprint / entry.path
+
+
+def store(cache, config, values, **options):
+    """Put these into the store."""
+    with cache.writer(config, **options) as writer:
+        for sample_id, value in values.items():
+            writer.put(sample_id, value)
+
+
+def shared(remote, config):
+    """Sample id → the values that are shared, in the order of the history."""
+    found = {}
+    for commit, entry, rows in read_history(remote, config.fingerprint).offers():
+        data = remote.read(f"{config.fingerprint}/{entry.path}", entry.num_bytes)
+        content = decode_shard(data, entry.path)
+        check_content(content, entry, commit.config)
+        for row in rows:
+            found.setdefault(content.sample_ids[row], []).append(content.embeddings[row])
+    return found
+
+
+def assert_shared(remote, config, values):
+    """Exactly these are shared, bit for bit, each once."""
+    found = shared(remote, config)
+    assert found.keys() == values.keys()
+    for sample_id, (value,) in found.items():
+        assert value.dtype == values[sample_id].dtype
+        assert value.tobytes() == values[sample_id].tobytes()

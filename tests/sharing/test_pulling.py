@@ -74,6 +74,27 @@ def test_only_shards_with_something_missing_are_fetched(remote, cache, config):
     assert (report.merged.num_new, report.num_present) == (3, 10)
 
 
+def test_what_two_shards_hold_is_fetched_once(remote, cache, config):
+    """A shard of which another brings everything isn't fetched."""
+    values = some_embeddings(0, 10)
+    few = dict(list(values.items())[:4])
+    share(remote, config, values, few)
+    report = pull(cache, remote.url)
+    assert (report.num_shards, report.merged.num_new, report.merged.num_same) == (1, 10, 0)
+
+
+def test_a_damaged_copy_of_a_commit_costs_another_look(remote, cache, config):
+    """What lies beside the store is compared with its digest, and read anew."""
+    share(remote, config, some_embeddings(0, 3))
+    pull(cache, remote.url)
+    (copy,) = cache.root.rglob("commits/**/*.json")
+    data = bytearray(copy.read_bytes())
+    data[20] ^= 1
+    copy.write_bytes(data)
+    report = pull(cache, remote.url)
+    assert (report.exit_code, report.problems, report.num_present) == (0, [], 3)
+
+
 def test_commit_files_are_read_once(remote, cache, config, monkeypatch):
     """The second pull reads the new commit alone."""
     share(remote, config, some_embeddings(0, 3))

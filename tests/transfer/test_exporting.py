@@ -182,6 +182,14 @@ def test_a_part_of_a_store(filled, config, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_a_sample_that_is_asked_for_twice(filled, config, tmp_path):
+    """It is exported once, in whichever spelling."""
+    ids = ["video_00001:dog", "video_00001:DOG", "video_00002:drum"]
+    done = export_embeddings(filled, config, tmp_path / "x.npz", format="npz", sample_ids=ids)
+    assert done.num_embeddings == 2
+    assert import_embeddings(tmp_path / "x.npz", tmp_path / "back").num_imported == 2
+
+
 @pytest.mark.parametrize(("kind", "out"), OUTS)
 def test_nothing_is_replaced_unasked(filled, config, tmp_path, kind, out):
     """An earlier export stays until overwrite is given; then the new one is there as a whole."""
