@@ -6,7 +6,7 @@
     ├── SampleNotFoundError (KeyError)       the newest commit doesn't have this sample
     ├── MissingLabelError (KeyError)         a sample of a training has no label
     ├── InvalidSampleIdError (ValueError)    not a usable `file_id:class`
-    ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or wrong dtype
+    ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or dtype; not reproducible
     ├── DuplicateSampleError                 the sample is stored already and may not be replaced
     ├── StorageError                         LMDB or the disk refused
     │   ├── CacheFullError                   the disk or the map is full
@@ -23,6 +23,8 @@
     └── ExtractionError                      the run as a whole can't go on
         ├── ModelLoadError                   a checkpoint or its front end can't be loaded
         ├── AudioDecodeError                 one clip gives no usable waveform
+        │   └── FrontEndError                the front end gives no usable features of one clip
+        ├── ModuleError (RuntimeError)       a module fails on a batch of features
         └── MissingDependencyError (ImportError)  an optional package is needed here
 
 Each is built from one message (what, where, what to do next), as torch's DataLoader demands of
@@ -42,12 +44,14 @@ __all__ = [
     "DuplicateSampleError",
     "ExtractionError",
     "FormatVersionError",
+    "FrontEndError",
     "IntegrityError",
     "InvalidEmbeddingError",
     "InvalidSampleIdError",
     "MissingDependencyError",
     "MissingLabelError",
     "ModelLoadError",
+    "ModuleError",
     "NotRegularFileError",
     "ProvenanceMismatchError",
     "ReadOnlyCacheError",
@@ -90,7 +94,7 @@ class InvalidSampleIdError(CacheError, ValueError):
 
 
 class InvalidEmbeddingError(CacheError, ValueError):
-    """An embedding holds NaN or Inf, or its shape or dtype doesn't fit the store."""
+    """An embedding can't be stored: NaN or Inf, another shape or dtype, or not reproducible."""
 
 
 class DuplicateSampleError(CacheError):
@@ -155,6 +159,14 @@ class ModelLoadError(ExtractionError):
 
 class AudioDecodeError(ExtractionError):
     """One clip gives no usable waveform."""
+
+
+class FrontEndError(AudioDecodeError):
+    """A front end fails on one clip, or gives no array of numbers."""
+
+
+class ModuleError(ExtractionError, RuntimeError):
+    """A module fails on a batch of features."""
 
 
 class MissingDependencyError(ExtractionError, ImportError):

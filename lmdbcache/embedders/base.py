@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from lmdbcache.errors import AudioDecodeError, ConfigError
+from lmdbcache.errors import AudioDecodeError, CacheError, ConfigError, FrontEndError
+from lmdbcache.storage.format.values import has_masked_elements
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,13 @@ __all__ = [
     "AudioModel",
     "Embedder",
     "FrontEnd",
+    "as_features",
     "check_num_samples",
     "check_waveform",
     "clip_features",
     "compute_features",
+    "first_line",
+    "front_end_name",
 ]
 
 
@@ -35,8 +39,10 @@ class FrontEnd(Protocol):
 
     An instance is pickled to the workers: keep it small, and build what is heavy at first use.
 
-    A front end with an attribute `takes_num_valid = True` is called with `num_valid`, too: how many
-    samples came from the file; the rest are the zeros that the clip was padded with.
+    It is called with the clip padded with zeros to the config's duration. A front end with an
+    attribute `takes_num_valid = True` is called with `num_valid` as well: how many of the samples
+    came from the file. A plain function, without these methods, gets the samples of the clip
+    without padding.
     """
 
     @property
@@ -51,7 +57,8 @@ class FrontEnd(Protocol):
             waveform: float32 array (num_samples,), mono.
 
         Returns:
-            float32 array of one shape for all clips of equal length.
+            Array of numbers, see `as_features`. Clips whose features differ in shape or dtype go
+            through the model in separate forward passes.
         """
         ...
 
@@ -78,7 +85,8 @@ class Embedder(Protocol):
         """Embed a batch.
 
         Args:
-            features: float32 tensor (batch, ...), the front end's features stacked.
+            features: Tensor (batch, ...), the front end's features stacked: float32, or the
+                integers, bools or complex64 that it gave.
 
         Returns:
             float32 tensor (batch, *embedding_shape) on the CPU.
@@ -161,38 +169,85 @@ def check_num_samples(num_samples: int, min_samples: int, sample_rate: int) -> N
         )
 
 
-def compute_features(
-    front_end: Any, waveform: NDArray[np.float32], num_valid: int
-) -> NDArray[np.float32]:
-    """The features of one clip, by any front end.
+def as_features(found: Any) -> NDArray[Any]:
+    """What a front end returned, as an array for the model.
 
     Args:
-        front_end: A `FrontEnd`.
+        found: Array, tensor (any device, with or without grad), number, or nested list of numbers.
+
+    Returns:
+        Contiguous array of the same shape. Floats become float32 and complex numbers complex64;
+        integers and bools keep their dtype.
+
+    Raises:
+        FrontEndError: Anything else: None, text, objects, a tuple or dict of arrays, masked
+            elements, or no element at all.
+    """
+    if hasattr(found, "detach"):  # a tensor; torch isn't imported here
+        tensor = found.detach().cpu().resolve_conj().resolve_neg()
+        found = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+    if has_masked_elements(found):
+        raise FrontEndError("its features have masked elements; fill them (`filled`)")
+    kind = type(found).__name__
+    if isinstance(found, tuple) and any(hasattr(part, "shape") for part in found):
+        raise FrontEndError(f"its features are a {kind} of arrays; return one array")
+    array: NDArray[Any] = np.asarray(found)
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "biufc":
+        raise FrontEndError(
+            f"its features are of type {kind} and dtype {array.dtype}; return one array of numbers"
+        )
+    if not array.size:
+        raise FrontEndError(f"its features are empty: shape {array.shape}")
+    with np.errstate(over="ignore"):  # beyond float32 is Inf, which is refused
+        dtype = {"f": np.dtype(np.float32), "c": np.dtype(np.complex64)}.get(array.dtype.kind)
+        array = array.astype(dtype or array.dtype.newbyteorder("="), copy=False)
+    return np.require(array, requirements=["C", "W"])
+
+
+def compute_features(front_end: Any, waveform: NDArray[np.float32], num_valid: int) -> NDArray[Any]:
+    """Call a front end on one clip.
+
+    Args:
+        front_end: A `FrontEnd`, which gets the padded waveform, with `num_valid` if it takes it;
+            or a function of the waveform, which gets the samples of the clip without padding.
         waveform: float32 array (num_samples,), padded at its end.
         num_valid: How many samples of it aren't padding.
+
+    Returns:
+        See `as_features`.
+
+    Raises:
+        FrontEndError: The front end returns no array of numbers.
     """
-    features: NDArray[np.float32]
     if getattr(front_end, "takes_num_valid", False):
-        features = front_end(waveform, num_valid=num_valid)
+        found = front_end(waveform, num_valid=num_valid)
+    elif hasattr(front_end, "provenance") or waveform.ndim != 1:
+        found = front_end(waveform)
     else:
-        features = front_end(waveform)
-    return features
+        found = front_end(waveform[:num_valid].copy())  # a function may work in place
+    return as_features(found)
 
 
 def clip_features(
     front_end: Any, waveform: NDArray[np.float32], num_valid: int, *, sample_rate: int, name: str
-) -> NDArray[np.float32]:
-    """The features of a clip, by the rules of the extraction.
+) -> NDArray[Any]:
+    """Compute the features of a clip, by the rules of the extraction.
 
     Args:
-        front_end: A `FrontEnd`, or a function of the waveform.
+        front_end: See `compute_features`.
         waveform: float32 array (num_samples,), padded at its end.
         num_valid: How many samples of it aren't padding.
         sample_rate: Of the waveform, in Hz.
         name: What to call the clip in a message.
 
+    Returns:
+        See `as_features`.
+
     Raises:
         AudioDecodeError: The clip is too short for the front end, or its features hold NaN or Inf.
+        FrontEndError: The front end fails on this clip, or returns no array of numbers.
     """
     shortest = max(1, getattr(front_end, "min_samples", 1))
     if num_valid < shortest:
@@ -200,7 +255,30 @@ def clip_features(
             f"{name}: too short: {num_valid} samples at {sample_rate} Hz; the front end needs "
             f"{shortest}"
         )
-    features = compute_features(front_end, waveform, num_valid)
-    if not np.isfinite(np.asarray(features)).all():
+    who = front_end_name(front_end)
+    try:
+        features = compute_features(front_end, waveform, num_valid)
+    except FrontEndError as error:
+        raise FrontEndError(f"{name}: the front end {who}: {error}") from error
+    except CacheError:
+        raise
+    except Exception as error:
+        raise FrontEndError(
+            f"{name}: the front end {who} failed on a waveform of {num_valid} samples "
+            f"({first_line(error)}); call it on such a waveform by hand"
+        ) from error
+    if not np.isfinite(features).all():
         raise AudioDecodeError(f"{name}: its features hold NaN or Inf")
     return features
+
+
+def front_end_name(front_end: Any) -> str:
+    """What to call a front end in a message: its id, or the function's name."""
+    own = getattr(front_end, "identity", None) or getattr(front_end, "__name__", None)
+    return str(own or type(front_end).__name__)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of what it says, for a message of one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import check_num_samples, check_waveform
+from lmdbcache.embedders.base import (
+    as_features,
+    check_num_samples,
+    check_waveform,
+    clip_features,
+    first_line,
+)
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
 from lmdbcache.embedders.pretrained import library_versions
 from lmdbcache.embedders.transformers_family import check_output
 from lmdbcache.embedders.weights_watch import WatchedWeights
-from lmdbcache.errors import CacheError, ConfigError, ExtractionError, MissingDependencyError
+from lmdbcache.errors import (
+    AudioDecodeError,
+    CacheError,
+    ConfigError,
+    MissingDependencyError,
+    ModuleError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ModuleEmbedder"]
 
-_DECODING: Final = "soundfile+soxr-hq+mono-mean+zero-pad"
-_WAVEFORM: Final = "waveform/1"
+_DECODING: Final = "soundfile+soxr-hq+mono-mean"
+_WAVEFORM: Final = "zero-pad+waveform/1"
 _DEFAULT_OUTPUT: Final = "embedding"
 
 
@@ -37,9 +49,11 @@ class ModuleEmbedder:
         config = config_for(embedder, duration=2.0, dataset="esc50")
         extract(cache, config, clips, model=embedder)
 
-    The module is called with a float32 batch of features, in eval mode and without gradients;
-    afterwards each of its submodules is in the mode it was in before. It stays on its device unless
-    `extract` is told another one.
+    The module is called with a batch of features, in eval mode and without gradients; afterwards
+    each of its submodules is in the mode it was in before. It stays on its device unless
+    `extract` is told another one. Floating-point features are cast to the dtype of the module's
+    weights (float16 for `module.half()`); integers and bools stay as they are. Embeddings are
+    float32.
 
     A store's identity has `name` and the front end's id; a digest of the weights is kept in its
     provenance, and a store filled with other weights is refused. The digest doesn't see code: give
@@ -49,9 +63,12 @@ class ModuleEmbedder:
         module: (batch, ...) → tensor (batch, *embedding_shape), or whatever `outputs` takes.
         name: The model's name in caches.
         sample_rate: Of the waveforms that it takes, in Hz.
-        front_end: float32 waveform (num_samples,) → array of features, of one shape for clips of
-            equal length. Called in worker processes: a function or an object that pickles, where
-            processes are spawned. None gives the module the waveform itself.
+        front_end: float32 waveform (num_valid,), the samples of the clip, cut at the config's
+            duration and not padded → array of features: floats (handed on as float32), complex
+            numbers (as complex64), integers or bools (as they are). Clips whose features differ in
+            shape go through the module in separate forward passes. Called in worker processes: a
+            function or an object that pickles, where processes are spawned. None gives the module
+            the waveform itself, padded with zeros to the config's duration, (num_samples,).
         front_end_id: Names the front end and its version; wanted with `front_end`.
         outputs: Name of each output → what takes it from the module's result. None: the result is
             a tensor, and is called `"embedding"`.
@@ -135,9 +152,15 @@ class ModuleEmbedder:
                     "config_for(embedder) makes the right config"
                 )
 
-    def embedding_shape(self, config: CacheConfig) -> tuple[int, ...]:
-        """Shape of one embedding, found by running the module on one clip of noise."""
-        return self.make_embedder(config).embedding_shape
+    def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
+        """Shape of one embedding, found by running the module on one clip of noise.
+
+        None if the front end or the module fails on noise, which says little about real clips.
+        """
+        try:
+            return self.make_embedder(config).embedding_shape
+        except (AudioDecodeError, ModuleError):
+            return None
 
     def make_front_end(self, config: CacheConfig) -> FrontEnd:
         """The front end; the same for every config that `check` lets pass."""
@@ -171,6 +194,12 @@ class ModuleEmbedder:
                 "give outputs={name: function} that takes a tensor (batch, ...) from the module's "
                 "result"
             )
+        if result.is_complex():
+            raise ConfigError(
+                f"outputs: {output!r} of {self.identity} is {result.dtype}; a store holds real "
+                "numbers. Give outputs={name: function} that makes real numbers of it, such as "
+                "torch.view_as_real"
+            )
         return result
 
 
@@ -193,25 +222,17 @@ class _CallableFrontEnd:
     def min_samples(self) -> int:
         return self._min_samples
 
-    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    @property
+    def takes_num_valid(self) -> bool:
+        # The module itself gets the padding, too.
+        return self.function is not None
+
+    def __call__(self, waveform: NDArray[np.float32], num_valid: int | None = None) -> NDArray[Any]:
         check_waveform(waveform)
-        check_num_samples(len(waveform), self.min_samples, self.sample_rate)
         # A copy: a function may work on what it is given.
-        features: Any = np.array(waveform, dtype=np.float32)
-        if self.function is not None:
-            try:
-                features = self.function(features)
-            except CacheError:
-                raise
-            except Exception as error:
-                # As one of ours it crosses from a worker process as a single line.
-                raise ExtractionError(
-                    f"the front end {self.identity} failed on a waveform of {len(waveform)} "
-                    f"samples ({type(error).__name__}: {error}); call it on such a waveform by hand"
-                ) from error
-        if hasattr(features, "detach"):
-            features = features.detach().cpu().numpy()
-        return np.array(features, dtype=np.float32)
+        samples = np.array(waveform[:num_valid], dtype=np.float32)
+        check_num_samples(len(samples), self.min_samples, self.sample_rate)
+        return samples if self.function is None else as_features(self.function(samples))
 
     def provenance(self) -> dict[str, str]:
         return {
@@ -233,6 +254,7 @@ class _RunningModule:
                 'install it with: pip install "lmdbcache[audio]"'
             ) from error
         self._source = source
+        self.module: Final = source.module
         self._config = config
         first = next(iter(_tensors(source.module)), None)
         here = torch.device("cpu") if first is None else first.device
@@ -251,8 +273,13 @@ class _RunningModule:
 
             # Not zeros: a front end may divide by a clip's loudness.
             noise = np.random.default_rng(0).uniform(-0.5, 0.5, self._config.num_samples)
-            front_end = self._source.make_front_end(self._config)
-            features = front_end(noise.astype(np.float32))
+            features = clip_features(
+                self._source.make_front_end(self._config),
+                noise.astype(np.float32),
+                len(noise),
+                sample_rate=self._config.sample_rate,
+                name="a clip of noise",
+            )
             self._shape = tuple(self.embed(torch.from_numpy(features)[None]).shape[1:])
         return self._shape
 
@@ -261,13 +288,25 @@ class _RunningModule:
 
         module = self._source.module
         self._weights.check()
+        dtype = _input_dtype(module, features)
         with (
             _in_eval_mode(module),
             torch.no_grad(),
             precision(self.device, self._config.compute_dtype),
         ):
-            batch = features.to(self.device, torch.float32, copy=True)
-            result = self._source._result(self._config.output, batch)  # noqa: SLF001
+            batch = features.to(self.device, dtype, copy=True)
+            try:
+                result = self._source._result(self._config.output, batch)  # noqa: SLF001
+            except (CacheError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if type(error).__name__ == "AcceleratorError":  # the device can't go on
+                    raise
+                raise ModuleError(
+                    f"{self._source.identity} fails on features of shape {tuple(batch.shape)}, "
+                    f"{dtype}, on {self.device} ({first_line(error)}); call it on such a batch by "
+                    "hand"
+                ) from error
         self._weights.computed()
         on_cpu: torch.Tensor = result.detach().to("cpu", torch.float32)
         return on_cpu
@@ -293,6 +332,17 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
         # Not module.train(): a frozen part of a model in training stays in eval mode.
         for part, training in modes:
             part.training = training
+
+
+def _input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
+    """The dtype to cast features to: that of the weights, unless the features are no floats."""
+    import torch
+
+    known = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    weights = next((part.dtype for part in _tensors(module) if part.dtype in known), torch.float32)
+    if features.is_complex():
+        return torch.complex128 if weights == torch.float64 else torch.complex64
+    return weights if features.is_floating_point() else features.dtype
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -248,9 +248,11 @@ def _computed(
     ) as batches:
         for batch in batches:
             failed.update({failure.sample_id: failure.reason for failure in batch.failures})
-            if batch.features is not None:
-                embeddings = embedder.embed(batch.features).numpy()
-                computed += zip(batch.sample_ids, embeddings, strict=True)
+            for positions, features in batch.groups():
+                embeddings = embedder.embed(features).numpy()
+                computed += zip(
+                    [batch.sample_ids[position] for position in positions], embeddings, strict=True
+                )
             if progress is not None:
                 progress(len(computed) + len(failed), len(paths))
     return computed, failed

@@ -268,7 +268,8 @@ def _first_features(batches: Iterator[Any], seconds: float) -> tuple[Any, float]
     started = time.perf_counter()
     for batch in batches:
         if features is None:  # the process was started for these, and builds its extractor
-            features, started = batch.features, time.perf_counter()
+            features = next((stacked for _, stacked in batch.groups()), None)
+            started = time.perf_counter()
             continue
         number += batch.num_clips
         if number >= _CLIPS_OF_FRONT_END or time.perf_counter() - started > seconds:
@@ -284,9 +285,9 @@ def _embedded(
     """(clips, seconds), without the first batches, which the workers had to be started for."""
     number, started = 0, time.perf_counter()
     for index, batch in enumerate(batches):
-        if batch.features is not None:
-            embedder.embed(batch.features)
-            number += len(batch.features)
+        for positions, features in batch.groups():
+            embedder.embed(features)
+            number += len(positions)
         if index == num_first - 1:
             number, started = 0, time.perf_counter()
         elif index >= num_first and time.perf_counter() - started > seconds:

@@ -23,6 +23,7 @@ from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.embedders.audio_source import AudioSource, Clips
 from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedders.checkpoints import identify
+from lmdbcache.embedders.module_embedder import ModuleEmbedder
 from lmdbcache.embedders.registry import ready_model
 from lmdbcache.errors import (
     ConfigError,
@@ -127,7 +128,8 @@ def extract_on_ray(  # noqa: PLR0913
     given = config.model_name if model is None else model
     found = ready_model(given, config)  # its errors are for the user to read, before Ray starts
     check_duration(config, found.make_front_end(config))
-    run.check_space(found.embedding_shape(config))
+    shape = found.embedding_shape(config)
+    run.check_space(shape)
     digest = None
     if isinstance(given, (str, os.PathLike)):
         run.model = os.fspath(given)
@@ -136,7 +138,16 @@ def extract_on_ray(  # noqa: PLR0913
         digest = found.checkpoint.weights_digest  # type: ignore[attr-defined]
     if config not in cache:
         cache.explain(config).log_new_store()
-    pipeline = UnitPipeline(address, num_actors, batch_size, given, digest, device)
+    pipeline = UnitPipeline(
+        address,
+        num_actors,
+        batch_size,
+        given,
+        digest,
+        device,
+        shape=shape if isinstance(found, ModuleEmbedder) else None,
+        is_proven=run.known_shape() is not None,
+    )
     run.compute(missing, pipeline, place, commit_seconds)
     return run.summary(time.perf_counter() - started)
 
@@ -179,11 +190,13 @@ class _RayRun(Run):
         with contextlib.ExitStack() as self._stack:
             self._stack.enter_context(self._bar)
             with self._keeping():
+                self._is_front_end_proven = self.known_shape() is not None
                 self._store_leftovers(missing)
                 left = self._left_of(units)
                 if left:
                     ray = self._stack.enter_context(connected(pipeline.address))
                     self._passes(ray, left, pipeline)
+                self._check_front_end(is_last=True)
 
     def _passes(self, ray: Any, left: dict[int, list[str]], pipeline: UnitPipeline) -> None:
         for _ in range(_MOST_PASSES):

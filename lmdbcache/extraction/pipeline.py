@@ -19,6 +19,7 @@ from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.embedders.audio_source import Clips
 from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
 from lmdbcache.embedders.devices import device_of_rank
+from lmdbcache.embedders.module_embedder import ModuleEmbedder
 from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
@@ -69,7 +70,8 @@ def extract(  # noqa: PLR0913
     The clips, sorted by sample id, are cut into fixed batches; what is missing of each is decoded
     in worker processes, embedded, and committed every few seconds: a run that is killed loses at
     most what wasn't committed, and the next one goes on from there. The model is only loaded when
-    there is something for it to do. A clip that can't be decoded is reported and never cached.
+    there is something for it to do. A clip that can't be decoded, or that the front end or the
+    model fails on, is reported and never cached.
 
     Ctrl-C (KeyboardInterrupt) and an exit from a signal handler commit what is computed and go on
     to the caller. Several runs of the same clips share the work: each begins elsewhere and leaves
@@ -104,7 +106,12 @@ def extract(  # noqa: PLR0913
     Raises:
         ConfigError: The config doesn't fit the model.
         DatasetError: Two files for one sample id.
-        ExtractionError: A decoding process died, or the device has too little memory.
+        ExtractionError: A decoding process died, the device has too little memory, or the front end
+            fails on every clip.
+        InvalidEmbeddingError: The model answers differently for the same clip, or with the same
+            embedding for different clips; looked at when it has embedded its first clips, before
+            any is stored.
+        ModuleError: A module fails on all of the first clips.
         ModelLoadError: The model can't be loaded.
         ProvenanceMismatchError: The store was filled with other weights or features.
         StorageError: The same rank runs already with this staging folder.
@@ -132,6 +139,7 @@ def extract(  # noqa: PLR0913
         _use_one_thread_in_a_forked_pool()
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
+        measured = None
         if front_end is None or make_embedder is None:
             # Here and not in a worker: its errors are for the user to read.
             found = ready_model(config.model_name if model is None else model, config)
@@ -140,6 +148,8 @@ def extract(  # noqa: PLR0913
             shape = None if make_embedder else found.embedding_shape(config)
             make_embedder = make_embedder or partial(_embedder, found, config, device, run.share)
             run.check_space(shape)
+            # A module's was measured; a family's is an estimate of what it will be.
+            measured = shape if isinstance(found, ModuleEmbedder) else None
         if config not in cache and not run.num_cached:
             cache.explain(config).log_new_store()
         place = stack.enter_context(place_among_runs(run.cache.path(config), run.share))
@@ -151,6 +161,7 @@ def extract(  # noqa: PLR0913
             num_workers=run.share.decoding_processes() if num_workers is None else num_workers,
             commit_seconds=commit_seconds,
             place=place,
+            shape=measured,
         )
         return run.summary(time.perf_counter() - started)
 

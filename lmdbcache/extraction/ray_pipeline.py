@@ -40,6 +40,8 @@ class UnitPipeline:
         model: What nodes find the model by.
         weights_digest: What its files must have there.
         device: See `extract_on_ray`.
+        shape: That every embedding has to have; None takes any.
+        is_proven: Whether the store has embeddings of this model.
     """
 
     def __init__(
@@ -50,11 +52,15 @@ class UnitPipeline:
         model: str | AudioModel,
         weights_digest: str | None,
         device: str | None,
+        *,
+        shape: tuple[int, ...] | None = None,
+        is_proven: bool = False,
     ) -> None:
         self.address = address
         self.batch_size = batch_size
         self._num_actors, self._device = num_actors, device
         self._model, self._weights_digest = model, weights_digest
+        self._shape, self._is_proven = shape, is_proven
 
     @contextlib.contextmanager
     def answers(
@@ -92,6 +98,8 @@ class UnitPipeline:
                 ledger,
                 _MOST_BEGINNINGS,
                 place,
+                self._shape,
+                self._is_proven,
             )
             rows = stack.enter_context(contextlib.closing(self._rows(ray, job, units, pool)))
             yield rows

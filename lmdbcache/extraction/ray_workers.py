@@ -21,17 +21,18 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
+from lmdbcache.embedders.base import AudioModel, FrontEnd
 from lmdbcache.embedders.registry import PretrainedModel, ready_model
 from lmdbcache.errors import (
     CacheError,
     ExtractionError,
     InvalidEmbeddingError,
     ModelLoadError,
+    ModuleError,
     StorageError,
 )
 from lmdbcache.extraction.decoding import Clip, FeatureBatch, decode_unit
-from lmdbcache.extraction.memory_errors import memory_errors
+from lmdbcache.extraction.forward_passes import ForwardPasses
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
 from lmdbcache.failures import ClipFailure
 from lmdbcache.storage.format.values import as_stored
@@ -57,6 +58,8 @@ class Job:
         ledger: The actor that is a `Ledger`.
         most_beginnings: How often a unit is tried whose process dies.
         staging: Where embeddings are put; None sends them back.
+        shape: That every embedding has to have; None takes any.
+        is_proven: Whether the store has embeddings of this model.
     """
 
     run: str
@@ -68,6 +71,8 @@ class Job:
     ledger: Any
     most_beginnings: int
     staging: StagingPlace | None = None
+    shape: tuple[int, ...] | None = None
+    is_proven: bool = False
 
 
 @dataclass
@@ -141,7 +146,7 @@ class EmbedUnits:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._embedder: Embedder | None = None
+        self._passes: ForwardPasses | None = None
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """One row."""
@@ -160,19 +165,19 @@ class EmbedUnits:
 
     def _embed(self, answer: UnitAnswer) -> None:
         batch, job = answer.batch, self._job
-        if self._embedder is None:
+        if self._passes is None:
             torch.set_num_threads(job.num_threads)
             if job.staging is not None and not job.staging.has_mark(job.run):
                 raise StorageError(
                     f"{job.staging} on this node isn't the place that the run was started with; "
                     "--staging has to be a folder that all nodes share, or a URL"
                 )
-            self._embedder = _model_of(job).make_embedder(job.config, job.device)
+            embedder = _model_of(job).make_embedder(job.config, job.device)
+            self._passes = ForwardPasses(embedder, job.config, job.shape, is_proven=job.is_proven)
         started = time.perf_counter()
-        with memory_errors(batch.num_clips):
-            given = self._embedder.embed(batch.features)  # type: ignore[arg-type]
+        given = self._passes.embed(batch)
         answer.seconds = time.perf_counter() - started
-        answer.provenance = {**answer.provenance, **self._embedder.provenance()}
+        answer.provenance = {**answer.provenance, **self._passes.embedder.provenance()}
         rows = []
         for sample_id, embedding in zip(list(batch.sample_ids), given, strict=True):
             try:
@@ -231,6 +236,8 @@ def _as_value(answer: UnitAnswer) -> Iterator[None]:
         yield
     except CacheError as error:
         answer.error = type(error)(f"on node {socket.gethostname()}: {error}")
+        if isinstance(error, ModuleError):
+            answer.trace = traceback.format_exc()
     except Exception as error:  # noqa: BLE001 - of a model of the user's own
         text = str(error).splitlines()
         answer.error = ExtractionError(

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,10 +19,11 @@ from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
     CacheError,
+    ExtractionError,
     InvalidEmbeddingError,
     MissingDependencyError,
 )
-from lmdbcache.extraction.memory_errors import memory_errors
+from lmdbcache.extraction.equal_embeddings import EqualEmbeddings
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.samples import distinct_clips
 from lmdbcache.extraction.shares import Share
@@ -37,10 +39,13 @@ from lmdbcache.storage.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
+    from lmdbcache.extraction.forward_passes import ForwardPasses
 
 __all__ = ["Run"]
 
 _logger: Final = logging.getLogger(__name__)
+
+_FRONT_END_TRIALS: Final = 32  # a front end that fails on so many first clips fails on all
 
 
 class Run:
@@ -67,6 +72,7 @@ class Run:
         self.writer: EmbeddingWriter | None = None
         self.silent: list[str] = []
         self.cancelled: list[str] = []
+        self.equal = EqualEmbeddings()
         self.compute_seconds = 0.0
         self.built_model = False
         self.changed: set[str] = set()
@@ -77,6 +83,8 @@ class Run:
         self._all_samples: list[str] = []
         self._missing_on_disk: Collection[str] = ()
         self._recorder = SourceRecorder(cache.path(config), dataset_root)
+        self._num_front_end_errors = 0
+        self._is_front_end_proven = False
 
     def take(
         self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]], unit_size: int
@@ -202,6 +210,7 @@ class Run:
         num_workers: int,
         commit_seconds: float,
         place: int,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
         """Decode, embed and store what is missing.
 
@@ -213,6 +222,7 @@ class Run:
             num_workers: Decoding processes.
             commit_seconds: Commit at least this often.
             place: Which of the runs that fill this store; decides where to begin.
+            shape: That every embedding has to have; None takes any.
 
         Raises:
             CacheError: See `lmdbcache.extraction.pipeline.extract`.
@@ -220,6 +230,7 @@ class Run:
         # torch is needed from here on, not for a run that has nothing to do.
         try:
             from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
+            from lmdbcache.extraction.forward_passes import ForwardPasses
         except ModuleNotFoundError as error:
             raise MissingDependencyError(
                 f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
@@ -256,7 +267,8 @@ class Run:
             order=partial(order_of_units, place=place),
             is_wanted=is_wanted,
         )
-        embedder: Embedder | None = None
+        is_proven = self._is_front_end_proven = self.known_shape() is not None
+        passes: ForwardPasses | None = None
         with ExitStack() as stack:
             stack.enter_context(bar)
             stack.callback(batches.close)
@@ -267,15 +279,18 @@ class Run:
                     self._leave_out([i for i in batch.sample_ids if i not in wanted], bar)
                     batch.keep(wanted)
                     if batch.features is not None:
-                        if embedder is None or self.writer is None:
+                        if passes is None or self.writer is None:
                             embedder = make_embedder()
-                            self.check_space(embedder.embedding_shape)
                             self.writer = stack.enter_context(
                                 self._writer({**features, **embedder.provenance()}, commit_seconds)
                             )
                             self.built_model = True
-                        self._embed(batch, embedder, self.writer)
+                            passes = ForwardPasses(
+                                embedder, self.config, shape, is_proven=is_proven
+                            )
+                        self._embed(batch, passes, self.writer)
                     self._count(batch, bar)
+                self._check_front_end(is_last=True)
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -324,11 +339,20 @@ class Run:
             before_commit=self._recorder,
         )
 
-    def _embed(self, batch: FeatureBatch, embedder: Embedder, writer: EmbeddingWriter) -> None:
+    def _embed(self, batch: FeatureBatch, passes: ForwardPasses, writer: EmbeddingWriter) -> None:
         started = time.perf_counter()
-        with memory_errors(batch.num_clips):
-            embeddings = embedder.embed(batch.features)  # type: ignore[arg-type]
+        try:
+            embeddings = passes.embed(batch)
+        except InvalidEmbeddingError:
+            writer.discard()  # of the same model
+            raise
+        if not self.compute_seconds and embeddings:
+            self.check_space(tuple(embeddings[0].shape))
         self.compute_seconds += time.perf_counter() - started
+        batch.failures = [
+            replace(failure, path=failure.path or str(self.paths[failure.sample_id]))
+            for failure in batch.failures
+        ]
         self._put(batch, embeddings, writer)
 
     def _put(self, batch: FeatureBatch, embeddings: Iterable[Any], writer: EmbeddingWriter) -> None:
@@ -345,6 +369,7 @@ class Run:
                 else:
                     self.silent += [sample_id] if sample_id in batch.silent else []
                     self.cancelled += [sample_id] if sample_id in batch.cancelled else []
+                    self.equal.note(sample_id, embedding, batch.audio.get(sample_id))
 
     def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
         self.failures += batch.failures
@@ -353,6 +378,22 @@ class Run:
             _logger.info("%s: %s", failure.sample_id, failure.reason)
         bar.note(failed=len(self.failures), silent=len(self.silent))
         bar.advance(batch.num_clips)
+        self._is_front_end_proven |= batch.num_features > 0
+        self._num_front_end_errors += batch.num_front_end_errors
+        self._check_front_end()
+
+    def _check_front_end(self, *, is_last: bool = False) -> None:
+        """End a run whose front end fails on every clip, instead of trying all of them.
+
+        Raises:
+            ExtractionError: It has failed on all so far, which are enough or all there are.
+        """
+        enough = 2 if is_last else _FRONT_END_TRIALS
+        if not self._is_front_end_proven and self._num_front_end_errors >= enough:
+            raise ExtractionError(
+                f"the front end fails on each of {self._num_front_end_errors} clips, and nothing "
+                f"is stored yet: {self.failures[-1].reason}"
+            )
 
     def record_failures(self) -> None:
         """Keep the list of failed clips beside the store, and say so."""
@@ -381,6 +422,7 @@ class Run:
             num_extracted=num_extracted,
             silent=tuple(sorted(self.silent)),
             cancelled=tuple(sorted(self.cancelled)),
+            equal=self.equal.groups(),
             failures=tuple(sorted(self.failures, key=lambda failure: failure.sample_id)),
             seconds=seconds,
             compute_seconds=self.compute_seconds,

@@ -26,6 +26,8 @@ class ExtractionSummary:
         silent: The sample ids of digital silence among them.
         cancelled: Those whose channels cancel when they are mixed to mono: the mix has less than a
             thousandth (-30 dB) of the channels' mean energy.
+        equal: Sample ids of extracted clips that have one and the same embedding although they
+            sound different, a group for each such embedding.
         failures: Clips without an embedding, with reasons.
         seconds: Wall time of the run.
         compute_seconds: Wall time of the model's forward passes.
@@ -41,6 +43,7 @@ class ExtractionSummary:
     num_extracted: int = 0
     silent: tuple[str, ...] = ()
     cancelled: tuple[str, ...] = ()
+    equal: tuple[tuple[str, ...], ...] = ()
     failures: tuple[ClipFailure, ...] = ()
     seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -55,6 +58,11 @@ class ExtractionSummary:
         return len(self.silent)
 
     @property
+    def num_equal(self) -> int:
+        """Clips in `equal`."""
+        return sum(map(len, self.equal))
+
+    @property
     def exit_code(self) -> int:
         """0, or 1 if a clip failed."""
         return 1 if self.failures else 0
@@ -62,7 +70,8 @@ class ExtractionSummary:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         store = None if self.store is None else os.fspath(self.store)
-        return {**asdict(self), "store": store, "num_silent": self.num_silent}
+        counts = {"num_silent": self.num_silent, "num_equal": self.num_equal}
+        return {**asdict(self), "store": store, **counts}
 
     def __str__(self) -> str:
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
@@ -73,6 +82,7 @@ class ExtractionSummary:
         for sample_ids, what in (
             (self.silent, "are digital silence"),
             (self.cancelled, "have channels that cancel when they are mixed to mono"),
+            (sum(self.equal, ()), "have the embedding of another one that sounds different"),
         ):
             if sample_ids:
                 named = ", ".join(sample_ids[:_NUM_NAMED])

@@ -72,7 +72,7 @@ def test_config():
     config = config_for(embedder, duration=DURATION)
     assert config.model_name == "my-net/1"
     assert config.output == "pooled"
-    assert config.front_end == "soundfile+soxr-hq+mono-mean+zero-pad+frames-80/1"
+    assert config.front_end == "soundfile+soxr-hq+mono-mean+frames-80/1"
     plain = config_for(ModuleEmbedder(Net(), name="my-net/1", sample_rate=16000))
     assert plain.output == "embedding"
     assert plain.front_end == "soundfile+soxr-hq+mono-mean+zero-pad+waveform/1"

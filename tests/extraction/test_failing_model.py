@@ -20,7 +20,7 @@ class Failing(ASTEmbedder):
     num_batches = 0
 
     def embed(self, features):
-        self.num_batches += 1
+        self.num_batches += not torch.equal(features[0], features[1])  # copies of one clip
         embeddings = super().embed(features)
         if self.num_batches == 3:
             if isinstance(self.accident, BaseException):

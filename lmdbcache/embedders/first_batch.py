@@ -1,0 +1,119 @@
+"""Whether a model's embeddings belong to their clips: looked at once, at its first batch.
+
+Needs torch only through what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lmdbcache.errors import InvalidEmbeddingError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["NUM_REPEATS", "check_distinct", "check_repeats", "tolerance_of"]
+
+NUM_REPEATS: Final = 8  # a small embedding comes through weak dropout unchanged now and then
+
+# Relative L2 distance of the same clip in another batch: float32 moves by about 1e-6, bfloat16 by
+# 1e-2; dropout and statistics of the batch by several percent.
+_FLOAT32_TOLERANCE: Final = 1e-3
+_TF32_TOLERANCE: Final = 1e-2
+_HALF_TOLERANCE: Final = 5e-2
+# Activations are rounded to 8 bits by the range of the whole batch.
+_QUANTIZED_TOLERANCE: Final = 1e-1
+_ROUNDING: Final = 1e-6  # of an element, where embeddings are close to zero
+
+
+def tolerance_of(module: Any, compute_dtype: str, *, may_use_tf32: bool = False) -> float:
+    """The relative L2 distance that rounding explains.
+
+    Args:
+        module: The `torch.nn.Module` that computes, or anything else.
+        compute_dtype: The config's.
+        may_use_tf32: Whether it runs on a GPU as the program has set it up.
+    """
+    tolerance = _TF32_TOLERANCE if may_use_tf32 else _FLOAT32_TOLERANCE
+    parts = list(module.modules()) if hasattr(module, "modules") else []
+    weights = list(module.parameters()) if hasattr(module, "parameters") else []
+    if compute_dtype != "float32" or any(part.element_size() < 4 for part in weights):
+        tolerance = _HALF_TOLERANCE
+    if any("quantized" in type(part).__module__ for part in parts):
+        tolerance = _QUANTIZED_TOLERANCE
+    return tolerance
+
+
+def check_repeats(
+    embedding: torch.Tensor, embed_again: Callable[[], torch.Tensor], tolerance: float, model: str
+) -> None:
+    """Embed a clip of the first batch again, several times and without the others, and compare.
+
+    Args:
+        embedding: As computed in the first batch. The batch's last clip shows the most: a module
+            that takes the batch for time mixes earlier clips into later ones.
+        embed_again: Gives the same clip's embedding several times, (n, ...).
+        tolerance: See `tolerance_of`.
+        model: Its name.
+
+    Raises:
+        InvalidEmbeddingError: The model answers differently.
+    """
+    first = _numbers(embedding)
+    if not np.isfinite(first).all():
+        return
+    again = _numbers(embed_again())
+    if all(_is_close(first, other, tolerance) for other in again):
+        return
+    if not _is_close(again, _numbers(embed_again()), tolerance):
+        raise InvalidEmbeddingError(
+            f"{model} gives another embedding each time it is called with the same clip, so none "
+            "is stored. Something random is left on, such as dropout "
+            "(`F.dropout(x, training=True)`), noise or random cropping: switch it off"
+        )
+    raise InvalidEmbeddingError(
+        f"{model} gives a clip another embedding by itself than among other clips, so none is "
+        "stored. It mixes the clips of a batch: BatchNorm without running statistics "
+        "(`track_running_stats=False`), normalization over the batch, or a wrong batch axis. Make "
+        "each embedding depend on its clip only"
+    )
+
+
+def check_distinct(heard: Sequence[tuple[Any, Any]], model: str) -> None:
+    """Refuse one and the same embedding for different audio.
+
+    Args:
+        heard: For the first clips that aren't silent (embedding, what is equal where the audio is).
+        model: Its name.
+
+    Raises:
+        InvalidEmbeddingError: All embeddings are equal, and not all audio.
+    """
+    num_different = len({audio for _, audio in heard})
+    first, *others = [_numbers(embedding) for embedding, _ in heard]
+    if num_different < 2 or not np.isfinite(first).all():
+        return
+    if all(np.array_equal(first, other) for other in others):
+        raise InvalidEmbeddingError(
+            f"{model} gives {num_different} different clips the same embedding, so none is stored. "
+            "Its output doesn't depend on its input: look at the output that is taken, at weights "
+            "that are zero or weren't loaded, and at what the front end returns"
+        )
+
+
+def _numbers(embedding: Any) -> NDArray[Any]:
+    if hasattr(embedding, "detach"):
+        embedding = embedding.detach().cpu()
+        embedding = embedding.double() if embedding.is_floating_point() else embedding
+    return np.asarray(embedding)
+
+
+def _is_close(a: NDArray[Any], b: NDArray[Any], tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False
+    bound = tolerance * np.linalg.norm(a.ravel()) + _ROUNDING * np.sqrt(a.size)
+    return bool(np.linalg.norm((a - b).ravel()) <= bound)

@@ -1,0 +1,183 @@
+"""Models whose embeddings don't belong to their clips: refused at the first batch, or named."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from extraction.clips import RATE, tone, write, write_tones
+
+from lmdbcache import ModuleEmbedder, config_for, extract
+from lmdbcache.errors import InvalidEmbeddingError
+
+
+class Net(torch.nn.Module):
+    """Waveforms → (batch, 8), pooled over frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layer = torch.nn.Linear(80, 8)
+
+    def forward(self, waveforms):
+        return self.layer(waveforms.unflatten(1, (-1, 80))).square().mean(dim=1)
+
+
+class Dropout(Net):
+    def forward(self, waveforms):
+        return torch.nn.functional.dropout(super().forward(waveforms), 0.3, training=True)
+
+
+class Noise(Net):
+    def forward(self, waveforms):
+        return super().forward(waveforms + 0.05 * torch.randn_like(waveforms))
+
+
+class BatchStatistics(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8, track_running_stats=False)
+
+    def forward(self, waveforms):
+        return self.norm(super().forward(waveforms))
+
+
+class BatchStatisticsOverTime(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(80, track_running_stats=False)
+
+    def forward(self, waveforms):
+        frames = self.norm(waveforms.unflatten(1, (-1, 80)).transpose(1, 2))
+        return self.layer(frames.transpose(1, 2)).square().mean(dim=1)
+
+
+class Attention(Net):
+    """Attends over the batch, as with a forgotten `batch_first`."""
+
+    def forward(self, waveforms):
+        hidden = super().forward(waveforms)
+        return torch.softmax(hidden @ hidden.T, dim=1) @ hidden
+
+
+class BatchAsTime(Net):
+    """A recurrent layer that takes the batch for its time: `batch_first` is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = torch.nn.LSTM(8, 8)
+
+    def forward(self, waveforms):
+        hidden = self.layer(waveforms.unflatten(1, (-1, 80)))
+        return self.recurrent(hidden)[0].mean(dim=1)
+
+
+class Constant(Net):
+    def forward(self, waveforms):
+        return torch.ones(len(waveforms), 8)
+
+
+class PartlyConstant(Net):
+    def forward(self, waveforms):
+        return torch.cat([torch.ones(len(waveforms), 7), super().forward(waveforms)[:, :1]], dim=1)
+
+
+class Quantized(Net):
+    """Activations in 8 bits, by the range of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.ao.quantization.quantize_dynamic(
+            torch.nn.Sequential(self.layer), {torch.nn.Linear}, dtype=torch.qint8
+        )
+
+
+@pytest.fixture
+def run(cache):
+    def run(module, clips, **options):
+        embedder = ModuleEmbedder(module, name=type(module).__name__, sample_rate=RATE)
+        config = config_for(embedder, duration=0.5)
+        options = {"num_workers": 0, "progress": False, "batch_size": 4, **options}
+        return extract(cache, config, clips, model=embedder, **options)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Dropout, Noise, BatchStatistics, BatchStatisticsOverTime, Attention, BatchAsTime, Constant],
+)
+def test_what_answers_differently_is_refused(run, cache, clips, module):
+    """Random, mixing the clips of a batch, or deaf: our error, and nothing is stored."""
+    with pytest.raises(InvalidEmbeddingError, match=module.__name__):
+        run(module(), clips)
+    assert cache.stores() == []
+
+
+@pytest.mark.parametrize("module", [Dropout, Noise, Constant])
+def test_one_clip_a_batch_hides_nothing(run, cache, clips, module):
+    """What the second batch brings to light leaves nothing of the first."""
+    with pytest.raises(InvalidEmbeddingError):
+        run(module(), clips, batch_size=1)
+    assert cache.stores() == []
+
+
+@pytest.mark.parametrize("module", [Net, PartlyConstant, Quantized])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_rounding_is_no_difference(run, clips, module, batch_size):
+    """Another batch size moves last bits, in 8 bits more; one equal number isn't all of them."""
+    summary = run(module(), clips, batch_size=batch_size)
+    assert (summary.num_extracted, summary.equal) == (len(clips), ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_to_half_precision_is_no_difference(run, clips, dtype):
+    """Nor are half-precision weights."""
+    assert run(Net().to(dtype), clips).num_extracted == len(clips)
+
+
+def test_it_costs_one_clip_a_run(run, clips):
+    """A few forward passes of one clip, however many batches."""
+    sizes = []
+
+    class Counting(Net):
+        def forward(self, waveforms):
+            sizes.append(len(waveforms))
+            return super().forward(waveforms)
+
+    run(Counting(), clips, batch_size=2)
+    assert sizes == [1, 2, *[2] * 4, 2, 2, 2, 2]  # the first for the embedding's shape
+
+
+def test_silent_clips_and_copies_may_have_equal_embeddings(run, tmp_path):
+    """Only different sounds are expected to differ."""
+    silence, sound = np.zeros(8000, np.float32), tone(300)
+    written = {"a": silence, "b": silence, "c": silence, "d": sound, "e": sound, "f": 1e-6 * sound}
+    clips = {f"{i}:x": write(tmp_path / f"{i}.wav", one) for i, one in written.items()}
+    summary = run(Net(), clips)
+    assert (summary.num_extracted, summary.equal) == (6, ())
+
+
+def test_equal_embeddings_of_different_clips_are_named(run, tmp_path):
+    """Counted, in words and in JSON; they are stored all the same."""
+
+    class Gate(Net):
+        """Quiet clips all sound alike to it."""
+
+        def forward(self, waveforms):
+            loud = waveforms.abs().amax(dim=1, keepdim=True) > 0.2
+            return super().forward(waveforms) * loud
+
+    clips = write_tones(tmp_path, 4)
+    for number in range(3):
+        quiet = write(tmp_path / f"quiet_{number}.wav", 0.1 * tone(900 + 50 * number))
+        clips[f"zz_{number}:dog"] = str(quiet)
+    summary = run(Gate(), clips)
+    assert summary.num_extracted == 7
+    assert summary.equal == (("zz_0:dog", "zz_1:dog", "zz_2:dog"),)
+    assert summary.num_equal == json.loads(json.dumps(summary.to_dict()))["num_equal"] == 3
+    assert "zz_0:dog" in str(summary)
+    assert summary.exit_code == 0
