@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from embedders.encoded_audio import RATE, SECONDS, InMemory, encoded, id3, tone, without_first_frame
 
-from lmdbcache.embedders.audio import decode
+from lmdbcache.embedders.audio import DecodeReport, decode
 from lmdbcache.errors import AudioDecodeError
 
 TAG = b"TAG" + b"\0" * 125
@@ -114,6 +114,16 @@ def test_chained_ogg_streams(form, subtype):
     assert frequencies(waveform, 3) == pytest.approx([440.0, 900.0, 1500.0], abs=10)
     assert decoded(links[0] + links[1] + TAG).tobytes() == waveform[: 3 * RATE].tobytes()
     assert len(decoded(links[0] + links[1] + links[2][:500], 2.0)) == 2 * RATE
+
+
+def test_a_part_whose_channels_cancel_is_reported():
+    """Silence before it doesn't hide it; a part that can be heard does."""
+    opposite = encoded("OGG", "OPUS", np.stack([tone(), -tone()], 1))
+    for first, is_cancelled in ((0 * tone(), True), (tone(), False)):
+        report = DecodeReport()
+        content = encoded("OGG", "OPUS", first) + opposite
+        decode(InMemory(content), RATE, 30.0, report)
+        assert report.is_cancelled is is_cancelled
 
 
 @pytest.mark.parametrize(("form", "subtype"), OGG)
