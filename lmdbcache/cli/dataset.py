@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -12,10 +12,13 @@ from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets.base import Sample
+from lmdbcache.datasets.listed import LeftOut, left_out_counts
 from lmdbcache.datasets.narrowing import split_names, split_of, split_source
 from lmdbcache.datasets.overlaps import overlap_audit
 
 __all__ = ["dataset_command", "partition_command"]
+
+_MOST_GROUPS: Final = 20
 
 
 @grouped
@@ -42,9 +45,11 @@ def dataset_command(
         "folds": dict(sorted(Counter(s["fold"] for s in samples if "fold" in s).items())),
     }
     if as_json:
-        found = [vars(item) for item in left_out]
+        found = [item.to_dict() for item in left_out]
+        counts = left_out_counts(left_out)
         labels = {name: opened.class_labels[name] for name in sorted(classes)}
-        print_json({**facts, "classes": dict(classes), "labels": labels, "left_out": found})
+        shown = {"left_out": found, "left_out_counts": counts}
+        print_json({**facts, "classes": dict(classes), "labels": labels, **shown})
         return
     for name in ("splits", "folds"):
         facts[name] = ", ".join(f"{part}: {size}" for part, size in facts[name].items())
@@ -55,9 +60,26 @@ def dataset_command(
         ("class", "label", "clips"),
         [(name, opened.class_labels[name], count) for name, count in sorted(classes.items())],
     )
+    _print_left_out(left_out)
     if list_left_out:
         for item in left_out:
             say(f"left out: {item.name}: {item.reason}")
+
+
+def _print_left_out(left_out: list[LeftOut]) -> None:
+    """How many files and rows of each kind, class and suffix are left out."""
+    if not left_out:
+        return
+    groups = Counter((item.kind, item.class_name, item.suffix) for item in left_out).most_common()
+    say("")
+    print_table(
+        ("left out", "class", "suffix", "number"),
+        [(*group, number) for group, number in groups[:_MOST_GROUPS]],
+        num_text_columns=3,
+    )
+    if len(groups) > _MOST_GROUPS:
+        rest = sum(number for _, number in groups[_MOST_GROUPS:])
+        say(f"… and {rest} more of other kinds, classes and suffixes; see --json")
 
 
 @grouped

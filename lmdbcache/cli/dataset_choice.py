@@ -6,14 +6,14 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Final, Optional
+from typing import Annotated, Any, Final, Optional
 
 import typer
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import AudioDataset, Sample, sample_id_of
-from lmdbcache.datasets.listed import LeftOut
+from lmdbcache.datasets.listed import LeftOut, left_out_counts
 from lmdbcache.datasets.namespaces import check_namespace
 from lmdbcache.datasets.narrowing import NODE_SEED, Narrowing, split_names
 from lmdbcache.datasets.opening import open_dataset
@@ -202,11 +202,19 @@ class DatasetChoice:
             DatasetError: The folder or a choice can't be used.
         """
         samples = self.narrowing.of(self.opened)
+        self._warn_of_left_out()
+        return samples
+
+    def _warn_of_left_out(self) -> None:
         if self.left_out:
             _logger.warning(
                 "%s; `lmdbcache dataset … --left-out` lists what is left out", self.opened
             )
-        return samples
+
+    @property
+    def left_out_counts(self) -> dict[str, Any]:
+        """How much is left out, by kind, suffix and class."""
+        return left_out_counts(self.left_out)
 
     def clips(self) -> list[tuple[str, str | AudioSource]]:
         """(sample id, audio file or source) of the clips that are chosen.
@@ -224,6 +232,7 @@ class DatasetChoice:
         """
         names = split_names(self.opened.samples, self.split_by) if each else ()
         parts = {name: replace(self.narrowing, split=name) for name in names or (self.split,)}
+        self._warn_of_left_out()
         return {
             name: [sample_id_of(sample) for sample in part.of(self.opened)]
             for name, part in parts.items()

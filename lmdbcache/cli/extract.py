@@ -126,7 +126,8 @@ def extract_command(
         kept = _kept(cache, config, clips, launch, batch_size)
         raise CacheFullError(f"{error}; {kept}; run the same command again after that") from error
     if as_json:
-        print_json({**summary.to_dict(), "fingerprint": config.fingerprint})
+        more = {"fingerprint": config.fingerprint, "left_out": dataset.left_out_counts}
+        print_json({**summary.to_dict(), **more})
     else:
         say(f"{summary}\n{summary.store}")
     sys.stdout.flush()

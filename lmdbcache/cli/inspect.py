@@ -240,7 +240,8 @@ def coverage_command(
     by_split = by_split and dataset.split == "all"
     found = cache.dataset_coverage(config, dataset.ids_by_split(each=by_split))
     if as_json:
-        print_json({"fingerprint": config.fingerprint, **found.to_dict()})
+        more = {"left_out": dataset.left_out_counts}
+        print_json({"fingerprint": config.fingerprint, **found.to_dict(), **more})
     else:
         if config not in cache:
             say(str(cache.explain(config)))
@@ -255,6 +256,8 @@ def coverage_command(
             ],
         )
         say(f"{found.num_present} of {found.num_asked} stored ({100 * found.fraction:.1f} %)")
+        if dataset.left_out:
+            say(f"{len(dataset.left_out)} files or rows of the dataset are left out")
         if found.failed:
             say(f"{len(found.failed)} of the missing failed when last tried; no run fills them")
         if list_missing:

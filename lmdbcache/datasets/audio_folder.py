@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.datasets.listed import (
-    ListedDataset,
+from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
+from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
+from lmdbcache.datasets.scanning import (
+    Entry,
+    LeaveOut,
+    audio_below,
     audio_file_id,
-    checked_folder,
-    own_split_name,
+    entries_of,
+    usable_entries,
     visible_entries,
 )
-from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 
@@ -24,6 +27,8 @@ __all__ = ["AudioFolderDataset", "looks_like_classes"]
 
 _LAYOUT: Final = "<root>/<class>/clip.wav"
 _SPLITS: Final = ("train", "val", "test")
+_VEGAS_AUDIO: Final = "audios"
+_VEGAS_VISUAL: Final = ("img", "videos")
 _NOT_A_CLASS: Final = frozenset({"audio", "audios", "clip", "clips", "wav", "wavs", "data"})
 
 
@@ -33,8 +38,12 @@ class AudioFolderDataset(ListedDataset):
     A file id is the path below the class folder without the suffix, so that `dog/a/1.wav` is
     `a/1:dog` and doesn't meet `dog/b/1.wav`. Where the folders right below the root are called
     train, val or test (or one of their usual variants) and hold class folders, they are the
-    clips' `split`, and part of the file id: `train/1:dog`. Hidden names and other suffixes are
-    ignored. Labels are positions in the sorted list of the class folders that hold audio.
+    clips' `split`, and part of the file id: `train/1:dog`. Labels are positions in the sorted list
+    of the class folders that hold audio. Audio that is passed over is in `left_out`: other
+    suffixes, hidden names, files outside a class folder.
+
+    In a folder laid out like VEGAS, `<class>/audios/1.wav` is `audios/1:<class>`, and the class's
+    folders `img` and `videos` are ignored.
 
     Args:
         root: Folder that holds one folder per class.
@@ -48,7 +57,9 @@ class AudioFolderDataset(ListedDataset):
 
     def __init__(self, root: str | Path, *, namespace: str | None = None) -> None:
         folder = checked_folder(root, _LAYOUT)
-        groups = _class_folders(folder)
+        passed_over: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        entries_of(folder)  # raises where it can't be listed
+        groups = _class_folders(folder, lambda *names, **more: passed_over.append((names, more)))
         name = os.path.basename(os.path.realpath(folder))  # noqa: PTH119
         super().__init__(
             folder,
@@ -59,77 +70,86 @@ class AudioFolderDataset(ListedDataset):
             namespace_is_derived=namespace is None,
         )
         self.can_be_opened_with()
-        for class_name, parts in groups.items():
-            for split, prefix, class_folder in parts:
+        for names, about in passed_over:
+            self.leave_out(*names, **about)
+        for class_name, clips in groups.items():
+            for split, file_id, path in clips:
                 more: dict[str, Any] = {"split": split} if split else {}
-                for file_id, path in _files_below(class_folder):
-                    self.add(prefix + file_id, class_name, path, **more)
-        for entry in visible_entries(folder):
-            if entry.is_file() and audio_file_id(entry.name):
-                self.leave_out(entry.path, "not in a class folder")
+                self.add(file_id, class_name, path, **more)
         self.finish()
 
 
 def looks_like_classes(root: str | Path) -> bool:
-    """Whether folders right below the root, or below its splits, hold audio files themselves.
+    """Return whether folders right below the root, or below its splits, hold audio files.
 
-    Folders that seem to hold all clips of a dataset whose table is missing don't count.
+    Folders that seem to hold all clips of a dataset whose table is missing don't count. Files in a
+    folder `audios` of a class, as in VEGAS, do.
     """
     for entry in _folders(root):
         below = _folders(entry.path) if own_split_name(entry.name) in _SPLITS else []
         if any(
-            each.name.lower() not in _NOT_A_CLASS and _holds_audio(each.path)
+            each.name.lower() not in _NOT_A_CLASS
+            and (_holds_clips(each.path) or _holds_clips(f"{each.path}/{_VEGAS_AUDIO}"))
             for each in (entry, *below)
         ):
             return True
     return False
 
 
-def _folders(folder: str | Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in visible_entries(folder) if entry.is_dir()]
+def _folders(folder: str | Path) -> list[Entry]:
+    return [entry for entry in visible_entries(folder) if entry.is_folder]
 
 
-def _holds_audio(folder: str) -> bool:
-    return any(audio_file_id(entry.name) for entry in visible_entries(folder) if entry.is_file())
+def _holds_clips(folder: str) -> bool:
+    return any(audio_file_id(entry.name) for entry in visible_entries(folder) if entry.is_file)
 
 
-def _has_audio_below(folder: str) -> bool:
-    return next(_files_below(folder), None) is not None
-
-
-def _class_folders(folder: str) -> dict[str, list[tuple[str, str, str]]]:
-    """Class → (split, beginning of the file ids, folder), of the folders that hold audio."""
-    below = [entry for entry in _folders(folder) if _has_audio_below(entry.path)]
+def _class_folders(folder: str, leave_out: LeaveOut) -> dict[str, list[tuple[str, str, str]]]:
+    """Class → (split, file id, path) of each clip, of the folders that hold some."""
+    parts = list(_usable_folders(folder, leave_out))
+    splits = [part for part in parts if _has_clips_below(part.path)]
     groups: dict[str, list[tuple[str, str, str]]] = {}
-    if not _are_splits(below):
-        return {entry.name: [("", "", entry.path)] for entry in below}
-    for part in below:
-        for entry in _folders(part.path):
-            if _has_audio_below(entry.path):
-                place = (own_split_name(part.name), f"{part.name}/", entry.path)
-                groups.setdefault(entry.name, []).append(place)
+    if _are_splits(splits):
+        for part in splits:
+            for entry in _usable_folders(part.path, leave_out):
+                for file_id, path in _clips(entry, leave_out):
+                    clip = (own_split_name(part.name), f"{part.name}/{file_id}", path)
+                    groups.setdefault(entry.name, []).append(clip)
+        parts = [part for part in parts if part not in splits]
+    for entry in parts:
+        for file_id, path in _clips(entry, leave_out):
+            groups.setdefault(entry.name, []).append(("", file_id, path))
     return groups
 
 
-def _are_splits(folders: list[os.DirEntry[str]]) -> bool:
+def _usable_folders(folder: str, leave_out: LeaveOut) -> Iterator[Entry]:
+    """The folders in a folder; what else looks like audio is left out."""
+    for entry in usable_entries(folder, leave_out):
+        if entry.is_folder:
+            yield entry
+        elif audio_file_id(entry.name):
+            leave_out(entry.path, "not in a class folder")
+
+
+def _clips(entry: Entry, leave_out: LeaveOut) -> Iterator[tuple[str, str]]:
+    """(file id, path) of a class folder's clips."""
+    is_like_vegas = _holds_clips(f"{entry.path}/{_VEGAS_AUDIO}")
+    return audio_below(
+        entry.path, leave_out, entry.name, skipped=_VEGAS_VISUAL if is_like_vegas else ()
+    )
+
+
+def _has_clips_below(folder: str) -> bool:
+    return next(audio_below(folder, lambda *_, **__: None, ""), None) is not None
+
+
+def _are_splits(folders: list[Entry]) -> bool:
     if not folders or any(own_split_name(entry.name) not in _SPLITS for entry in folders):
         return False
-    flat = [entry for entry in folders if _holds_audio(entry.path)]
+    flat = [entry for entry in folders if _holds_clips(entry.path)]
     if flat and len(folders) > 1:
         raise DatasetError(
             f"{shown(flat[0].path)} holds audio files without a class folder; expected is "
             f"<root>/{shown(flat[0].name)}/<class>/clip.wav or {_LAYOUT}"
         )
     return not flat
-
-
-def _files_below(folder: str) -> Iterator[tuple[str, str]]:
-    """(path below the folder without suffix, path) of each audio file; links aren't followed."""
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.relpath(path, folder)
-        for name in sorted(names):
-            stem = None if name.startswith(".") else audio_file_id(name)
-            if stem:
-                file_id = stem if below == "." else f"{below}/{stem}".replace(os.sep, "/")
-                yield file_id, os.path.join(path, name)  # noqa: PTH118

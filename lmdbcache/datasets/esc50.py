@@ -7,8 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from lmdbcache.datasets.listed import ListedDataset, audio_file_id, checked_folder, visible_entries
+from lmdbcache.datasets.listed import ListedDataset, checked_folder
 from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
+from lmdbcache.datasets.scanning import (
+    Entry,
+    audio_file_id,
+    check_table,
+    entries_of,
+    leave_out_all,
+    pass_over,
+    usable_entries,
+)
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ESC50Dataset"]
 
 _TABLE: Final = Path("meta", "esc50.csv")
+_UNLISTED: Final = "not in the table of the dataset"
 _LAYOUT: Final = "<root>/meta/esc50.csv and <root>/audio/1-100032-A-0.wav"
 
 
@@ -53,25 +63,45 @@ class ESC50Dataset(ListedDataset):
         name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
         super().__init__(folder, name, dict(sorted(labels.items(), key=lambda pair: pair[1])))
         self.can_be_opened_with()
-        there = {entry.name for entry in visible_entries(Path(folder, "audio"))}
+        audio = Path(folder, "audio")
+        there = {entry.name: entry for entry in entries_of(audio)}
         for line, row in rows:
-            path = os.path.join(folder, "audio", row["filename"])  # noqa: PTH118
-            if row["filename"] not in there:
-                self.leave_out(path, "listed, but not on disk")
+            name, category = row["filename"], row["category"]
+            path = os.path.join(audio, name)  # noqa: PTH118
+            entry = there.get(name)
+            if entry is None:
+                self.leave_out(path, "listed, but not on disk", class_name=category)
+                continue
+            if not entry.is_file or not audio_file_id(name):
+                if not pass_over(entry, self.leave_out, category):
+                    self.leave_out(path, "listed, but no audio file", class_name=category)
                 continue
             self.add(
-                audio_file_id(row["filename"]) or row["filename"],
-                row["category"],
+                audio_file_id(name) or name,
+                category,
                 path,
                 fold=_whole(table, line, "fold", row["fold"]),
                 esc10=(row.get("esc10") or "").strip().lower() == "true",
             )
+        listed = {row["filename"] for _, row in rows}
+        unlisted = [entry for name, entry in there.items() if name not in listed]
+        self._leave_out_the_rest(folder, unlisted)
         self.finish()
+
+    def _leave_out_the_rest(self, folder: str, unlisted: list[Entry]) -> None:
+        """Note audio that the table doesn't list."""
+        unlisted = [entry for entry in unlisted if not pass_over(entry, self.leave_out)]
+        for entry in (*unlisted, *usable_entries(folder, self.leave_out, skipped=("audio",))):
+            if entry.is_folder:
+                leave_out_all(entry.path, self.leave_out, _UNLISTED)
+            elif audio_file_id(entry.name):
+                self.leave_out(entry.path, _UNLISTED)
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of the table."""
     needed = ("filename", "fold", "target", "category")
+    check_table(table)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)

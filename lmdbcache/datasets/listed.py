@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.reopening import reopening_options
-from lmdbcache.embedders.audio_formats import is_readable
+from lmdbcache.datasets.scanning import suffix_of
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.home import expand_user
 from lmdbcache.storage.format.layout import canonical_class
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 __all__ = [
     "LeftOut",
     "ListedDataset",
-    "audio_file_id",
     "checked_folder",
+    "left_out_counts",
     "own_split_name",
-    "visible_entries",
+    "summary_of",
 ]
 
 _SPLIT_NAMES: Final = {
@@ -43,6 +43,22 @@ class LeftOut:
     name: str
     reason: str
     kind: str  # what many of them have in common: the reason without the names in it
+    class_name: str = ""  # the class folder that it lies in, or the class that a table gives it
+
+    @property
+    def suffix(self) -> str:
+        """The file's suffix in lower case, with the dot; empty where it has none."""
+        return suffix_of(self.name)
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "reason": self.reason,
+            "kind": self.kind,
+            "class": self.class_name,
+            "suffix": self.suffix,
+        }
 
 
 class ListedDataset:
@@ -129,7 +145,7 @@ class ListedDataset:
         try:
             sample_id = sample_id_of(sample)
         except InvalidSampleIdError as error:
-            self.leave_out(audio_path, str(error), kind="no sample id")
+            self.leave_out(audio_path, str(error), kind="no sample id", class_name=name)
             return
         if sample_id in self._paths:
             raise DatasetError(
@@ -139,15 +155,16 @@ class ListedDataset:
         self._paths[sample_id] = audio_path
         self.samples.append(sample)
 
-    def leave_out(self, name: str, reason: str, *, kind: str = "") -> None:
+    def leave_out(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
         """Note something that is no sample.
 
         Args:
             name: What to call it.
             reason: Why.
             kind: Under which it is counted, where the reason has names in it.
+            class_name: Its class, if it has one.
         """
-        self.left_out.append(LeftOut(shown(name), reason, kind or reason))
+        self.left_out.append(LeftOut(shown(name), reason, kind or reason, shown(class_name)))
 
     def finish(self) -> None:
         """Sort the samples by class and file id; without any the dataset is refused.
@@ -165,7 +182,7 @@ class ListedDataset:
         classes = len({sample["class_name"] for sample in self.samples})
         text = f"{self.kind}: {len(self.samples)} clips of {classes} classes in {self.root}"
         if self.left_out:
-            text += f"; {_counts(self.left_out)}"
+            text += f"; {summary_of(self.left_out)}"
         return text
 
     def __repr__(self) -> str:
@@ -189,28 +206,6 @@ def checked_folder(root: str | Path, expected: str) -> str:
     return folder
 
 
-def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, by name, without hidden names.
-
-    Raises:
-        DatasetError: It can't be listed.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DatasetError(
-            f"{shown(folder)} can't be listed ({error.strerror}); check its permissions"
-        ) from None
-    return (entry for entry in found if not entry.name.startswith("."))
-
-
-def audio_file_id(name: str) -> str | None:
-    """The name without its suffix if that is one that can be decoded, else None."""
-    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
-    return stem if stem and is_readable(suffix) else None
-
-
 def _canonical_names(classes: Iterable[str], root: str) -> dict[str, str]:
     """Class as the dataset writes it → as it stands in a sample id."""
     names: dict[str, str] = {}
@@ -227,8 +222,22 @@ def _canonical_names(classes: Iterable[str], root: str) -> dict[str, str]:
     return names
 
 
-def _counts(left_out: list[LeftOut]) -> str:
-    """`3 left out: no label, such as …; 1 left out: …`, most frequent first."""
+def left_out_counts(left_out: Iterable[LeftOut]) -> dict[str, Any]:
+    """Return how much is left out: `count`, and `by_kind`, `by_suffix`, `by_class`.
+
+    Each of the three is a dict of name → number, most frequent first, without what has no name.
+    """
+    items = list(left_out)
+    parts = {
+        "by_kind": Counter(item.kind for item in items),
+        "by_suffix": Counter(item.suffix for item in items if item.suffix),
+        "by_class": Counter(item.class_name for item in items if item.class_name),
+    }
+    return {"count": len(items), **{name: dict(part.most_common()) for name, part in parts.items()}}
+
+
+def summary_of(left_out: list[LeftOut]) -> str:
+    """Return `3 left out: no label, such as …; 1 left out: …`, most frequent first."""
     first = {item.kind: item for item in reversed(left_out)}
     kinds = Counter(item.kind for item in left_out).most_common()
     told = [f"{count} left out: {kind}{_example(first[kind])}" for kind, count in kinds[:3]]

@@ -11,8 +11,9 @@ from lmdbcache.datasets.audio_folder import AudioFolderDataset, looks_like_class
 from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.datasets.esc50 import ESC50Dataset
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
-from lmdbcache.datasets.listed import audio_file_id, visible_entries
-from lmdbcache.datasets.vegas_layout import CLASS_LABELS
+from lmdbcache.datasets.listed import summary_of
+from lmdbcache.datasets.scanning import audio_file_id, entries_of, visible_entries
+from lmdbcache.datasets.vegas_layout import CLASS_LABELS, has_class, meant_class
 from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.datasets.vggsound import VGGSoundDataset, find_table
 from lmdbcache.embedders.audio_source import shown
@@ -119,14 +120,31 @@ def recognise(
         )
     if found:
         return found[0]
-    flat = any(audio_file_id(entry.name) for entry in visible_entries(root) if entry.is_file())
+    entries_of(root)  # raises where it can't be listed
+    _check_spelling(root)
+    flat = any(audio_file_id(entry.name) for entry in visible_entries(root) if entry.is_file)
     if not flat and looks_like_classes(root):
         return "folder"
     raise DatasetError(f"{shown(root)}: no dataset recognised. {_expected()}")
 
 
+def _check_spelling(root: Path) -> None:
+    """Refuse a folder of VEGAS all of whose class folders have other names than in VEGAS."""
+    meant = {
+        entry.name: meant_class(entry.name)
+        for entry in visible_entries(root)
+        if entry.is_folder and has_class(root, entry.name)
+    }
+    renamed = [f"{shown(name)!a} to {known!r}" for name, known in meant.items() if known]
+    if renamed:
+        raise DatasetError(
+            f"{shown(root)} looks like VEGAS with other names of classes: rename "
+            f"{', '.join(renamed)}. If it is another dataset, open it with kind 'folder'"
+        )
+
+
 def _is_vegas(root: Path) -> bool:
-    return any((root / name / "audios").is_dir() for name in CLASS_LABELS)
+    return any(has_class(root, name) for name in CLASS_LABELS)
 
 
 def _is_esc50(root: Path) -> bool:
@@ -140,13 +158,13 @@ def _is_vggsound(root: Path) -> bool:
 def _is_huggingface(root: Path) -> bool:
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return True
-    folders = [root, *(Path(entry.path) for entry in visible_entries(root) if entry.is_dir())]
+    folders = [root, *(Path(entry.path) for entry in visible_entries(root) if entry.is_folder)]
     names = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
     return any(
         entry.name.endswith(".parquet") or entry.name in names
         for folder in folders
         for entry in visible_entries(folder)
-        if entry.is_file()
+        if entry.is_file
     )
 
 
@@ -159,9 +177,15 @@ _SIGNS: Final[dict[str, Callable[[Path], bool]]] = {
 
 
 def _open_vegas(root: str | Path, *, namespace: str | None) -> VEGASSelection:
-    present = [name for name in CLASS_LABELS if (expand_user(root) / name / "audios").is_dir()]
-    # Classes that aren't there are told by the narrowing, if they are wanted.
-    return VEGASSelection(root, selected_classes=present or None, namespace=namespace)
+    folder = expand_user(root)
+    present = [name for name in CLASS_LABELS if has_class(folder, name)]
+    # A class that isn't there is reported by the narrowing, if it is asked for.
+    dataset = VEGASSelection(root, selected_classes=present or None, namespace=namespace)
+    if not dataset.samples and dataset.left_out:
+        raise DatasetError(
+            f"{shown(dataset.root)}: vegas: no clips found; {summary_of(dataset.left_out)}"
+        )
+    return dataset
 
 
 _OPENERS: Final[dict[str, Callable[..., AudioDataset]]] = {

@@ -13,11 +13,13 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import sample_id_of
 from lmdbcache.datasets.class_statistics import ClassStatisticsMixin
 from lmdbcache.datasets.deferred import DeferredAudio, LazyDict
+from lmdbcache.datasets.listed import summary_of
 from lmdbcache.datasets.vegas_cache import ASTCacheMixin
 from lmdbcache.datasets.vegas_collate import create_vegas_dataloader, vegas_collate_fn
 from lmdbcache.datasets.vegas_layout import (
     CLASS_LABELS,
     LABEL_TO_CLASS,
+    NO_SAMPLE_ID,
     read_captions,
     resolve_classes,
 )
@@ -186,6 +188,8 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         self.audio_embedding_file = audio_embedding_file
         self.use_saved_audio_embeddings = use_saved_audio_embeddings
         self._reload()
+        if passed_over := [item for item in self.left_out if item.kind != NO_SAMPLE_ID]:
+            _logger.warning("%s: %s", self.root_dir, summary_of(passed_over))
         if split is None:
             self._make_parts()
         if audio_embedding_file is not None and use_saved_audio_embeddings:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import logging
 import os
+import re
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.classes import chosen_classes
-from lmdbcache.embedders.audio_formats import is_readable
+from lmdbcache.datasets.scanning import (
+    Entry,
+    LeaveOut,
+    audio_file_id,
+    leave_out_all,
+    usable_entries,
+    visible_entries,
+)
+from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
 __all__ = [
     "CLASS_LABELS",
     "LABEL_TO_CLASS",
     "NAMESPACE",
+    "NO_SAMPLE_ID",
+    "has_class",
     "list_samples",
+    "meant_class",
     "read_captions",
     "resolve_classes",
 ]
@@ -45,6 +58,8 @@ LABEL_TO_CLASS: Final[dict[int, str]] = {label: name for name, label in CLASS_LA
 
 _IMAGE_EXTENSIONS: Final = (".jpg", ".jpeg", ".png")
 _VIDEO_EXTENSIONS: Final = (".mp4",)
+_NO_AUDIO: Final = ("img", "videos")
+NO_SAMPLE_ID: Final = "no sample id"
 _LAYOUT: Final = "<root_dir>/<class>/audios/video_00001.wav"
 
 _logger = logging.getLogger(__name__)
@@ -56,9 +71,14 @@ def resolve_classes(classes: str | int | Iterable[str | int] | None) -> list[str
 
 
 def list_samples(
-    root: Path, classes: Mapping[str, int], *, audio_duration: float, captions: Mapping[str, Any]
+    root: Path,
+    classes: Mapping[str, int],
+    *,
+    audio_duration: float,
+    captions: Mapping[str, Any],
+    leave_out: LeaveOut,
 ) -> list[Sample]:
-    """Every clip of these classes, by class and then by file id.
+    """Return every clip of these classes, by class and then by file id.
 
     A file whose name can't be an id, such as one that isn't UTF-8, is left out with a warning.
 
@@ -67,13 +87,15 @@ def list_samples(
         classes: Class name → label.
         audio_duration: Default of `end_second`, in seconds.
         captions: As of `read_captions`.
+        leave_out: Called with the audio that is passed over.
 
     Raises:
         DatasetError: The root or all class folders are missing, or two files have one file id.
     """
     if not root.is_dir():
         raise DatasetError(f"root_dir: {str(root)!r} isn't a folder; expected is {_LAYOUT}")
-    missing = [name for name in classes if not (root / name / "audios").is_dir()]
+    _pass_over_others(root, leave_out)
+    missing = [name for name in classes if not has_class(root, name)]
     if missing and len(missing) == len(classes):
         raise DatasetError(
             f"root_dir: {str(root)!r} has no folder <class>/audios for any of "
@@ -84,18 +106,63 @@ def list_samples(
     samples: list[Sample] = []
     for name, label in classes.items():
         if name not in missing:
-            samples += _class_samples(root / name, name, label, audio_duration, captions)
+            samples += _class_samples(root / name, name, label, audio_duration, captions, leave_out)
     for index, sample in enumerate(samples):
         sample["sample_idx"] = index
     return samples
 
 
+def has_class(root: Path, name: str) -> bool:
+    """Return whether there is a folder `<name>/audios`."""
+    return os.path.isdir(root / name / "audios")  # noqa: PTH112 - False for a link in a circle
+
+
+def meant_class(name: str) -> str | None:
+    """Return the class that a folder of another spelling seems to be: `Baby-cry ` is baby_cry."""
+    plain = re.sub(r"[\W_]+", "_", unicodedata.normalize("NFKC", name).lower()).strip("_")
+    squeezed = {known.replace("_", ""): known for known in CLASS_LABELS}
+    found = difflib.get_close_matches(plain.replace("_", ""), squeezed, n=1, cutoff=0.85)
+    return squeezed[found[0]] if found else None
+
+
+def _pass_over_others(root: Path, leave_out: LeaveOut) -> None:
+    """Note the audio that lies in no folder of a class."""
+    for entry in usable_entries(root, leave_out):
+        if entry.is_file and entry.name in CLASS_LABELS:
+            leave_out(entry.path, "a file in place of a class folder", class_name=entry.name)
+        elif entry.is_file and audio_file_id(entry.name):
+            leave_out(entry.path, "not in a class folder")
+        elif entry.is_folder and entry.name not in CLASS_LABELS:
+            _pass_over_folder(entry, leave_out)
+
+
+def _pass_over_folder(entry: Entry, leave_out: LeaveOut) -> None:
+    meant = meant_class(entry.name)
+    if meant is None:
+        kind = "not in one of the ten classes of VEGAS"
+        reason = (
+            f"{shown(entry.name)!a} isn't one of the ten classes of VEGAS; to take every folder "
+            "as a class, open the root with kind 'folder'"
+        )
+    else:
+        kind = "a class folder of another spelling"
+        reason = f"{shown(entry.name)!a} isn't a class; if it is {meant!r}, rename it to that"
+    leave_out_all(
+        entry.path, leave_out, reason, kind=kind, class_name=entry.name, skipped=_NO_AUDIO
+    )
+
+
 def _class_samples(
-    folder: Path, class_name: str, label: int, audio_duration: float, captions: Mapping[str, Any]
+    folder: Path,
+    class_name: str,
+    label: int,
+    audio_duration: float,
+    captions: Mapping[str, Any],
+    leave_out: LeaveOut,
 ) -> list[Sample]:
-    audios = _files_by_stem(folder / "audios", is_readable, unique=True)
-    images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS.__contains__)
-    videos = _files_by_stem(folder / "videos", _VIDEO_EXTENSIONS.__contains__)
+    audios = _audio_files(folder, class_name, leave_out)
+    images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS)
+    videos = _files_by_stem(folder / "videos", _VIDEO_EXTENSIONS)
     clips = _read_video_info(folder / "video_info.csv")
     samples = []
     for file_id, path in audios.items():
@@ -120,33 +187,50 @@ def _class_samples(
             sample_id = sample_id_of(sample)
         except InvalidSampleIdError as error:
             _logger.warning("%a is left out; its name can't be a file id: %s", str(path), error)
+            leave_out(str(path), str(error), kind=NO_SAMPLE_ID, class_name=class_name)
             continue
         sample["caption"] = _caption(captions, sample_id, file_id)
         samples.append(sample)
     return samples
 
 
-def _files_by_stem(
-    folder: Path, is_wanted: Callable[[str], bool], *, unique: bool = False
-) -> dict[str, Path]:
-    """NFC-normalised stem → file, sorted; hidden files are left out."""
-    if not folder.is_dir():
-        return {}
+def _audio_files(folder: Path, class_name: str, leave_out: LeaveOut) -> dict[str, Path]:
+    """File id → file, of a class's `audios`; audio elsewhere in its folder is noted."""
     found: dict[str, Path] = {}
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file())
-    for name in names:
-        stem, extension = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
-        if name.startswith(".") or not is_wanted(extension.lower()):
+    for entry in usable_entries(folder, leave_out, class_name, ("audios", *_NO_AUDIO)):
+        _pass_over_beside(entry, class_name, leave_out)
+    for entry in usable_entries(folder / "audios", leave_out, class_name):
+        stem = audio_file_id(entry.name) if entry.is_file else None
+        if stem is None:
+            _pass_over_beside(entry, class_name, leave_out)
             continue
         file_id = unicodedata.normalize("NFC", stem)
-        if unique and file_id in found:
+        if file_id in found:
             raise DatasetError(
-                f"{found[file_id]} and {folder / name} have the same file id {file_id!r}; "
+                f"{found[file_id]} and {entry.path} have the same file id {file_id!r}; "
                 "rename or remove one of them"
             )
-        found.setdefault(file_id, folder / name)
+        found[file_id] = Path(entry.path)
     return dict(sorted(found.items()))
+
+
+def _pass_over_beside(entry: Entry, class_name: str, leave_out: LeaveOut) -> None:
+    reason = f"not in {class_name}/audios itself"
+    kind = "not in the class's folder audios itself"
+    if entry.is_folder:
+        leave_out_all(entry.path, leave_out, reason, kind=kind, class_name=class_name)
+    elif audio_file_id(entry.name):
+        leave_out(entry.path, reason, kind=kind, class_name=class_name)
+
+
+def _files_by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
+    """NFC-normalised stem → file; the first of several."""
+    found: dict[str, Path] = {}
+    for entry in visible_entries(folder):
+        stem, extension = os.path.splitext(entry.name)  # noqa: PTH122 - a stem may end in a dot
+        if entry.is_file and extension.lower() in extensions:
+            found.setdefault(unicodedata.normalize("NFC", stem), Path(entry.path))
+    return found
 
 
 def _read_video_info(path: Path) -> dict[str, dict[str, str]]:

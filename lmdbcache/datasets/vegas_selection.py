@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.datasets.base import sample_id_of
+from lmdbcache.datasets.listed import LeftOut, summary_of
 from lmdbcache.datasets.namespaces import chosen_namespace
 from lmdbcache.datasets.narrowing import NODE_SEED, SPLIT_SEED, first_of_each_class
 from lmdbcache.datasets.reopening import reopening_options
@@ -18,6 +19,7 @@ from lmdbcache.datasets.vegas_layout import (
     list_samples,
     resolve_classes,
 )
+from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 from lmdbcache.home import expand_user
 
@@ -34,8 +36,8 @@ _logger = logging.getLogger(__name__)
 class SelectionMixin:
     """Lists the clips, then narrows them: per class, to this node, to this split.
 
-    Attributes are the arguments of `VEGASDataset` of the same names, and `root`, the absolute
-    path of `root_dir`.
+    Attributes are the arguments of `VEGASDataset` of the same names, `root`, the absolute path of
+    `root_dir`, and `left_out`, the audio below it that is passed over.
     """
 
     root_dir: str
@@ -57,6 +59,7 @@ class SelectionMixin:
 
     class_labels: Mapping[str, int] = CLASS_LABELS
     samples: list[Sample]
+    left_out: list[LeftOut]
     active_classes: dict[str, int]
     _node_samples: list[Sample]
     _selected_classes: list[str] | None
@@ -120,12 +123,19 @@ class SelectionMixin:
         )
 
     def _list_files(self) -> list[Sample]:
+        left_out: list[LeftOut] = []
+
+        def leave_out(name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
+            left_out.append(LeftOut(shown(name), reason, kind or reason, shown(class_name)))
+
         samples = list_samples(
             Path(self.root),
             self.active_classes,
             audio_duration=self.audio_duration,
             captions=self.captions,
+            leave_out=leave_out,
         )
+        self.left_out = left_out
         if self.samples_per_node is not None:
             return samples
         return first_of_each_class(samples, self.num_samples_per_class)
@@ -217,9 +227,10 @@ class VEGASSelection(SelectionMixin):
 
     def __str__(self) -> str:
         counted = {sample["class_name"] for sample in self.samples}
-        return (
+        text = (
             f"{self.kind}: {len(self.samples)} clips of {len(counted)} classes in {self.root_dir}"
         )
+        return f"{text}; {summary_of(self.left_out)}" if self.left_out else text
 
 
 def checked_splits(

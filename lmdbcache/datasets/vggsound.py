@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from lmdbcache.datasets.listed import (
-    ListedDataset,
+from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
+from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
+from lmdbcache.datasets.scanning import (
     audio_file_id,
-    checked_folder,
-    own_split_name,
+    check_table,
+    leave_out_all,
+    usable_entries,
     visible_entries,
 )
-from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 __all__ = ["VGGSoundDataset", "find_table"]
 
@@ -76,11 +78,16 @@ class VGGSoundDataset(ListedDataset):
         classes = sorted({row.label for row in rows})
         super().__init__(folder, name, {label: number for number, label in enumerate(classes)})
         self.can_be_opened_with(csv=None if table is None else path)
-        files = _audio_files(folder, {row.file_id for row in rows})
+        labels_of_ids = {row.file_id: row.label for row in rows}
+        files = self._audio_files(folder, labels_of_ids.keys())
+        passed_over = self._give_classes(labels_of_ids)
         for row in rows:
             file_id = row.file_id
+            if file_id in passed_over and file_id not in files:
+                continue
             if file_id not in files:
-                self.leave_out(f"{file_id}:{row.label}", "listed, but not on disk")
+                name, reason = f"{file_id}:{row.label}", "listed, but not on disk"
+                self.leave_out(name, reason, class_name=row.label)
                 continue
             more = {"split": own_split_name(row.split)} if row.split else {}
             self.add(
@@ -93,13 +100,43 @@ class VGGSoundDataset(ListedDataset):
             )
         self.finish()
 
+    def _give_classes(self, labels: dict[str, str]) -> set[str]:
+        """Note the classes of listed files that are passed over; the ids of these files."""
+        ids = [Path(item.name).stem for item in self.left_out]
+        self.left_out = [
+            replace(item, class_name=labels.get(file_id, ""))
+            for item, file_id in zip(self.left_out, ids, strict=True)
+        ]
+        return set(ids)
+
+    def _audio_files(self, folder: str, wanted: Collection[str]) -> dict[str, str]:
+        """File id → path of the wanted ones, in the folder and in those right below it."""
+        files: dict[str, str] = {}
+        for entry in usable_entries(folder, self.leave_out):
+            below = usable_entries(entry.path, self.leave_out) if entry.is_folder else [entry]
+            for file in below:
+                file_id = audio_file_id(file.name)
+                if file.is_folder:
+                    leave_out_all(file.path, self.leave_out, "deeper than one folder")
+                elif file_id and file_id in wanted:
+                    if files.setdefault(file_id, file.path) != file.path:
+                        raise DatasetError(
+                            f"{shown(files[file_id])} and {shown(file.path)} are both "
+                            f"{file_id!a}; remove one of them"
+                        )
+                elif file_id:
+                    self.leave_out(file.path, "not in the table of the dataset")
+        return files
+
 
 def find_table(folder: str | Path) -> Path | None:
     """`vggsound.csv` of a folder, or its only `vggsound*.csv`, or None."""
     tables = [
         Path(entry.path)
         for entry in visible_entries(folder)
-        if entry.name.lower().startswith("vggsound") and entry.name.lower().endswith(".csv")
+        if entry.is_file
+        and entry.name.lower().startswith("vggsound")
+        and entry.name.lower().endswith(".csv")
     ]
     named = [table for table in tables if table.name.lower() == "vggsound.csv"]
     return (named or tables)[0] if len(named or tables) == 1 else None
@@ -107,6 +144,7 @@ def find_table(folder: str | Path) -> Path | None:
 
 def _rows(table: Path) -> Iterator[_Row]:
     seen: set[tuple[str, str]] = set()
+    check_table(table)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -133,20 +171,3 @@ def _row(table: Path, line: int, columns: list[str]) -> _Row:
             "second, label and split"
         )
     return _Row(line, ytid, int(float(start)), label, split)
-
-
-def _audio_files(folder: str, wanted: set[str]) -> dict[str, str]:
-    """File id → path of the wanted ones, in the folder and in those right below it."""
-    files: dict[str, str] = {}
-    for entry in visible_entries(folder):
-        below = visible_entries(entry.path) if entry.is_dir() else iter((entry,))
-        for file in below:
-            file_id = audio_file_id(file.name) or ""
-            if file_id not in wanted:
-                continue
-            if files.setdefault(file_id, file.path) != file.path:
-                raise DatasetError(
-                    f"{shown(files[file_id])} and {shown(file.path)} are both {file_id!a}; remove "
-                    "one of them"
-                )
-    return files

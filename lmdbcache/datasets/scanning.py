@@ -1,0 +1,236 @@
+"""What lies in a dataset's folders, and what of it is passed over. No torch here.
+
+A link that leads nowhere or in a circle, a pipe, a hidden copy or a folder without permission is
+noted and passed over: one of them doesn't keep the rest from being listed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lmdbcache.embedders.audio_formats import is_audio, is_readable
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+
+__all__ = [
+    "Entry",
+    "LeaveOut",
+    "audio_below",
+    "audio_file_id",
+    "check_table",
+    "entries_of",
+    "holds_audio",
+    "is_link_upward",
+    "leave_out_all",
+    "pass_over",
+    "suffix_of",
+    "usable_entries",
+    "visible_entries",
+]
+
+
+class LeaveOut(Protocol):
+    """`ListedDataset.leave_out`."""
+
+    def __call__(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
+        """Note something that is no sample."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a folder holds under one name.
+
+    Args:
+        name: Its name.
+        path: Its path.
+        is_file: Whether it is a regular file, or a link to one.
+        is_folder: Whether it is a folder, or a link to one.
+        is_link: Whether it is a symbolic link.
+        oddity: What it is if neither, such as a link that leads nowhere.
+    """
+
+    name: str
+    path: str
+    is_file: bool
+    is_folder: bool
+    is_link: bool
+    oddity: str = ""
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether a program put it there for itself: a dot file, or macOS's resource forks."""
+        return self.name.startswith(".") or self.name == "__MACOSX"
+
+
+def entries_of(folder: str | Path) -> list[Entry]:
+    """Return what is in a folder, by name, hidden names too.
+
+    Raises:
+        DatasetError: It can't be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(map(_entry, entries), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(
+            f"{shown(folder)} can't be listed ({error.strerror}); check its permissions"
+        ) from None
+
+
+def _entry(entry: os.DirEntry[str]) -> Entry:
+    try:
+        is_folder, is_file = entry.is_dir(), entry.is_file()
+        oddity = "" if is_folder or is_file else "neither a file nor a folder"
+        if oddity and entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+            oddity = "a link to something that isn't there"
+    except OSError as error:
+        is_folder, is_file, oddity = False, False, f"it can't be followed ({error.strerror})"
+    return Entry(entry.name, entry.path, is_file, is_folder, entry.is_symlink(), oddity)
+
+
+def visible_entries(folder: str | Path) -> list[Entry]:
+    """Return what is in a folder, by name, without hidden names; none if it can't be listed."""
+    try:
+        return [entry for entry in entries_of(folder) if not entry.is_hidden]
+    except DatasetError:
+        return []
+
+
+def is_link_upward(entry: Entry) -> bool:
+    """Return whether it is a link to a folder that it lies in, so that there is no end below it."""
+    if not (entry.is_link and entry.is_folder):
+        return False
+    inside = os.path.join(os.path.realpath(entry.path), "")  # noqa: PTH118
+    here = os.path.realpath(os.path.dirname(entry.path))  # noqa: PTH120
+    return os.path.join(here, "").startswith(inside)  # noqa: PTH118
+
+
+def suffix_of(name: str) -> str:
+    """Return a file's suffix in lower case, with the dot."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a stem may end in a dot
+
+
+def audio_file_id(name: str) -> str | None:
+    """Return the name without its suffix if that is one that can be decoded, else None."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
+    return stem if stem and is_readable(suffix) else None
+
+
+def holds_audio(folder: str) -> bool:
+    """Return whether there is audio at any depth, of any suffix; links aren't followed."""
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not os.path.islink(f"{path}/{name}")]  # noqa: PTH114
+        if any(is_audio(suffix_of(name)) for name in names):
+            return True
+    return False
+
+
+def pass_over(entry: Entry, leave_out: LeaveOut, class_name: str = "") -> bool:
+    """Note an entry that is no clip though it looks like one or hides some.
+
+    Returns:
+        Whether there is nothing more to do with it: it is no usable file or folder.
+    """
+    suffix = suffix_of(entry.name)
+    looks_like_audio = is_audio(suffix)
+    kind = ""
+    if entry.is_hidden:
+        if entry.is_folder and holds_audio(entry.path):
+            kind = "a hidden folder with audio"
+        elif not entry.is_folder and looks_like_audio:
+            kind = "a hidden file"
+    elif is_link_upward(entry):
+        leave_out(entry.path, "a link to a folder that it lies in", class_name=class_name)
+        return True
+    elif entry.oddity:
+        kind = entry.oddity if looks_like_audio or not suffix else ""
+    elif entry.is_file and looks_like_audio and not is_readable(suffix):
+        leave_out(
+            entry.path,
+            f"soundfile doesn't read {suffix}",
+            kind="audio that soundfile doesn't read",
+            class_name=class_name,
+        )
+        return True
+    if kind:
+        leave_out(entry.path, kind, class_name=class_name)
+    return entry.is_hidden or bool(entry.oddity)
+
+
+def usable_entries(
+    folder: str | Path, leave_out: LeaveOut, class_name: str = "", skipped: Collection[str] = ()
+) -> Iterator[Entry]:
+    """Yield the files and folders in a folder without those that are passed over, which are noted.
+
+    A folder that can't be listed is passed over as a whole.
+    """
+    try:
+        entries = entries_of(folder)
+    except DatasetError as error:
+        kind = "a folder that can't be listed"
+        leave_out(os.fspath(folder), str(error), kind=kind, class_name=class_name)
+        return
+    for entry in entries:
+        if entry.name not in skipped and not pass_over(entry, leave_out, class_name):
+            yield entry
+
+
+def audio_below(
+    folder: str,
+    leave_out: LeaveOut,
+    class_name: str,
+    *,
+    skipped: Collection[str] = (),
+    below: str = "",
+) -> Iterator[tuple[str, str]]:
+    """Yield (path below the folder without suffix, path) of each audio file at any depth.
+
+    What is passed over is noted. Links to folders inside aren't followed.
+
+    Args:
+        folder: Where to look.
+        leave_out: Called with what is passed over.
+        class_name: The class of all of them.
+        skipped: Names right below the folder that aren't looked at.
+        below: What to put before the first part of each result.
+    """
+    for entry in usable_entries(folder, leave_out, class_name, skipped):
+        if entry.is_folder and entry.is_link:
+            if holds_audio(entry.path):
+                reason = "a link to a folder; links inside a class folder aren't followed"
+                leave_out(entry.path, reason, class_name=class_name)
+        elif entry.is_folder:
+            deeper = f"{below}{entry.name}/"
+            yield from audio_below(entry.path, leave_out, class_name, below=deeper)
+        elif stem := audio_file_id(entry.name):
+            yield below + stem, entry.path
+
+
+def leave_out_all(
+    folder: str,
+    leave_out: LeaveOut,
+    reason: str,
+    *,
+    kind: str = "",
+    class_name: str = "",
+    skipped: Collection[str] = (),
+) -> None:
+    """Leave out each audio file at any depth for one reason, and what else is passed over."""
+    for _, path in audio_below(folder, leave_out, class_name, skipped=skipped):
+        leave_out(path, reason, kind=kind, class_name=class_name)
+
+
+def check_table(path: Path) -> None:
+    """Refuse a table that is no file, such as a pipe, which would be waited for.
+
+    Raises:
+        DatasetError: There is something else than a file.
+    """
+    if path.exists() and not path.is_file():
+        raise DatasetError(f"{shown(path)} isn't a file; the dataset's table is expected there")

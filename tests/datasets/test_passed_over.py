@@ -1,0 +1,265 @@
+"""Audio that is passed over is counted, and nothing that lies about ends the listing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
+
+from lmdbcache.datasets.listed import left_out_counts
+from lmdbcache.datasets.opening import open_dataset
+from lmdbcache.datasets.vegas import VEGASDataset
+from lmdbcache.errors import DatasetError
+
+# Layout → (folder with clips, class of the clips in it as far as the layout knows it)
+PLACES = {"vegas": "dog/audios", "esc50": "audio", "vggsound": "clips", "folder": "bell"}
+CLASSES = {"vegas": "dog", "folder": "bell"}
+
+
+@pytest.fixture(params=PLACES)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def root(kind, tmp_path):
+    """A sound dataset of each layout, of which nothing is left out."""
+    root = tmp_path / "data"
+    if kind == "vegas":
+        for name in ("dog", "drum"):
+            for n in range(3):
+                write_audio(root / name / "audios" / f"video_{n:05d}.wav", tone(name, n))
+    elif kind == "esc50":
+        make_esc50(root)
+    elif kind == "vggsound":
+        make_vggsound(root)
+        (root / "clips").mkdir(exist_ok=True)
+    else:
+        make_audio_folder(root)
+    return root
+
+
+@pytest.fixture
+def place(root, kind):
+    return root / PLACES[kind]
+
+
+def some_wav(root):
+    return next(path for path in sorted(root.rglob("*.wav")) if path.is_file())
+
+
+def hidden_folder(place, root):
+    (place / ".hidden").mkdir()
+    shutil.copy(some_wav(root), place / ".hidden" / "x.wav")
+
+
+def mac_folder(place, root):
+    (root / "__MACOSX" / place.name).mkdir(parents=True)
+    (root / "__MACOSX" / place.name / "._x.wav").write_bytes(b"\0\5\x16\7")
+
+
+def below(place, root):
+    deeper = place / "a" / "b"
+    deeper.mkdir(parents=True)
+    shutil.copy(some_wav(root), deeper / "x.m4a")
+
+
+def in_the_root(place, root):
+    (root / "stray.m4a").write_bytes(b"x")
+
+
+def looping_link(place, root):
+    (place / "loop.wav").symlink_to(place / "loop.wav")
+
+
+def upward_link(place, root):
+    (place / "up").symlink_to(root)
+
+
+def link_to_the_root(place, root):
+    (root / "again").symlink_to(root)
+
+
+def link_to_itself(place, root):
+    (root / "circle").symlink_to(root / "circle")
+
+
+def dangling_link(place, root):
+    (place / "gone.wav").symlink_to(place / "nowhere.wav")
+
+
+def fifo(place, root):
+    os.mkfifo(place / "pipe.wav")
+
+
+def fifo_in_the_root(place, root):
+    os.mkfifo(root / "pipe.wav")
+
+
+def folder_called_wav(place, root):
+    (place / "folder.wav").mkdir()
+    shutil.copy(some_wav(root), place / "folder.wav" / "x.aac")
+
+
+def resource_fork(place, root):
+    (place / "._video.wav").write_bytes(b"\0\5\x16\7")
+
+
+def unlistable_folder(place, root):
+    if os.geteuid() == 0:
+        pytest.skip("root may list everything")
+    (place / "closed").mkdir(mode=0)
+
+
+ODDITIES = [
+    *(hidden_folder, mac_folder, below, in_the_root, looping_link, upward_link, link_to_the_root),
+    *(link_to_itself, dangling_link, fifo, fifo_in_the_root, folder_called_wav, resource_fork),
+    unlistable_folder,
+]
+
+
+@pytest.mark.parametrize("oddity", ODDITIES, ids=lambda oddity: oddity.__name__)
+def test_one_odd_thing_is_left_out_and_the_rest_is_as_before(root, kind, place, oddity):
+    """Each is one entry with its place; ids and classes are those of the sound dataset."""
+    before = open_dataset(root, kind)
+    oddity(place, root)
+    after = open_dataset(root)
+    assert after.kind == kind
+    assert after.sample_ids == before.sample_ids
+    assert dict(after.class_labels) == dict(before.class_labels)
+    assert len(after.left_out) == len(before.left_out) + 1
+    (item,) = [item for item in after.left_out if item not in before.left_out]
+    assert item.name.startswith(str(root))
+    assert item.reason
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".aac", ".mp4", ".webm", ".WMA", ".mka"])
+def test_audio_that_cannot_be_decoded_is_counted_by_suffix_and_class(root, kind, place, suffix):
+    """Five such files beside the clips are five, under their suffix and class."""
+    before = open_dataset(root, kind)
+    for n in range(5):
+        (place / f"more{n}{suffix}").write_bytes(b"\0\0\0\x20ftypM4A ")
+    dataset = open_dataset(root)
+    assert dataset.sample_ids == before.sample_ids
+    counts = left_out_counts(dataset.left_out)
+    assert counts["count"] == len(before.left_out) + 5
+    assert counts["by_suffix"][suffix.lower()] == 5
+    if kind in CLASSES:
+        assert counts["by_class"] == {CLASSES[kind]: 5}
+    assert f"{len(dataset.left_out) - len(before.left_out)} left out" in str(dataset)
+
+
+def test_a_listed_clip_of_another_suffix_is_left_out_once(tmp_path):
+    """VGGSound comes as mp4: the file is named, with its class, and not called missing."""
+    root = make_vggsound(tmp_path / "v")
+    before = open_dataset(root)
+    path = next(p for p in sorted(root.rglob("*.*")) if p.stem == before.samples[0]["file_id"])
+    path.rename(path.with_suffix(".mp4"))
+    after = open_dataset(root)
+    assert len(after.samples) == len(before.samples) - 1
+    (item,) = [item for item in after.left_out if item not in before.left_out]
+    assert (item.suffix, item.class_name) == (".mp4", before.samples[0]["class_name"])
+
+
+@pytest.mark.parametrize("kind", ["vegas", "folder"], indirect=True)
+def test_where_all_is_left_out_the_dataset_is_refused(root, kind):
+    """Nothing but m4a is an error that names one, not an empty dataset."""
+    for path in [p for p in root.rglob("*") if p.is_file()]:
+        path.rename(path.with_suffix(".m4a"))
+    with pytest.raises(DatasetError, match="m4a"):
+        open_dataset(root, kind)
+
+
+SPELLINGS = {
+    "Helicopter": "helicopter",
+    "HELICOPTER": "helicopter",
+    "Baby cry": "baby_cry",
+    "baby-cry": "baby_cry",
+    "BabyCry": "baby_cry",
+    "baby_cry ": "baby_cry",
+    "Rail Transport": "rail_transport",
+    "firework": "fireworks",
+}
+
+
+@pytest.mark.parametrize("kind", ["vegas"], indirect=True)
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_class_folder_of_another_spelling_says_what_to_rename(root, name):
+    """Its clips are counted under the folder's name, and the class that is meant is named."""
+    for n in range(2):
+        write_audio(root / name / "audios" / f"video_{n:05d}.wav", tone("x", n))
+    dataset = open_dataset(root)
+    assert {sample["class_name"] for sample in dataset.samples} == {"dog", "drum"}
+    assert left_out_counts(dataset.left_out)["by_class"] == {name: 2}
+    assert all("rename it to that" in item.reason for item in dataset.left_out)
+    assert all(repr(SPELLINGS[name]) in item.reason for item in dataset.left_out)
+
+
+@pytest.mark.parametrize("name", ["Helicopter", "baby cry"])
+def test_vegas_with_other_names_only_is_not_taken_for_another_dataset(tmp_path, name):
+    """Its labels and ids would be others: what to rename is said; as a folder it opens."""
+    for n in range(2):
+        write_audio(tmp_path / "x" / name / "audios" / f"{n}.wav", tone("x", n))
+    with pytest.raises(DatasetError, match="rename"):
+        open_dataset(tmp_path / "x")
+    assert len(open_dataset(tmp_path / "x", "folder").samples) == 2
+
+
+@pytest.mark.parametrize("kind", ["vegas"], indirect=True)
+def test_other_classes_beside_those_of_vegas_are_named(root):
+    """A mix isn't silently the known ones; the folder layout takes all of them."""
+    for name in ("cat", "gun"):
+        write_audio(root / name / "audios" / "1.wav", tone(name))
+        (root / name / "videos").mkdir()
+        (root / name / "videos" / "1.mp4").write_bytes(b"x")
+    dataset = open_dataset(root)
+    assert left_out_counts(dataset.left_out)["by_class"] == {"cat": 1, "gun": 1}
+    assert all("'folder'" in item.reason for item in dataset.left_out)
+    whole = open_dataset(root, "folder")
+    assert set(whole.class_labels) == {"cat", "dog", "drum", "gun"}
+    assert whole.left_out == []
+
+
+def test_a_tree_like_vegas_with_other_classes_is_a_folder_dataset(tmp_path):
+    """Classes are the folders; videos beside the audio are neither clips nor losses."""
+    for name in ("cat", "gun"):
+        for n in range(2):
+            write_audio(tmp_path / "x" / name / "audios" / f"{n}.wav", tone(name, n))
+        (tmp_path / "x" / name / "videos").mkdir()
+        (tmp_path / "x" / name / "videos" / "0.mp4").write_bytes(b"x")
+    dataset = open_dataset(tmp_path / "x")
+    assert dataset.kind == "folder"
+    assert dataset.class_labels == {"cat": 0, "gun": 1}
+    assert len(dataset.samples) == 4
+    assert dataset.left_out == []
+
+
+@pytest.mark.parametrize("kind", ["vegas"], indirect=True)
+def test_audio_beside_a_class_folders_audios_is_counted(root):
+    """A clip right in the class folder, or in another folder of it, has been overlooked."""
+    write_audio(root / "dog" / "1.wav", tone("dog", 1))
+    write_audio(root / "dog" / "Audios" / "2.wav", tone("dog", 2))
+    (root / "snoring").write_bytes(b"")
+    for dataset in (open_dataset(root), VEGASDataset(root)):
+        assert left_out_counts(dataset.left_out)["by_class"] == {"dog": 2, "snoring": 1}
+
+
+@pytest.mark.parametrize("kind", ["esc50", "vggsound"], indirect=True)
+def test_a_table_that_is_a_pipe_is_refused(root, kind):
+    """Nothing waits for it."""
+    table = next(root.rglob("*.csv"))
+    table.unlink()
+    os.mkfifo(table)
+    with pytest.raises(DatasetError):
+        open_dataset(root, kind)
+
+
+def test_counts_are_plain_values():
+    """They go into JSON; an empty list is zero of everything."""
+    counts = left_out_counts([])
+    assert json.loads(json.dumps(counts)) == {
+        "count": 0, "by_kind": {}, "by_suffix": {}, "by_class": {}
+    }  # fmt: skip
