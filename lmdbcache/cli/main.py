@@ -27,6 +27,7 @@ from lmdbcache.cli import (
     transfer,
 )
 from lmdbcache.cli.console import DISK_FULL, print_error, say
+from lmdbcache.cli.dashed_ids import Command
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 
@@ -78,7 +79,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
+        app.command(_name, cls=Command, rich_help_panel=_panel)(_command)
 app.command("clear", help="The same as rm.", hidden=True)(remove.rm_command)
 
 

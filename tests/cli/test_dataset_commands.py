@@ -44,6 +44,34 @@ def test_dataset_shows_what_a_folder_is(cli, esc50):
     assert found["labels"] == {"dog": 0}
 
 
+def test_what_is_passed_over_is_counted_by_every_command(cli, tmp_path, options):
+    """`dataset`, `extract` and `coverage` count it by kind, suffix and class, and warn."""
+    root = make_audio_folder(tmp_path / "sounds")
+    assert "left out" not in cli("extract", root, *options).stderr
+    for n in range(5):
+        (root / "bell" / f"m{n}.m4a").write_bytes(b"x")
+    (root / "stray.aac").write_bytes(b"x")
+    (root / "wind" / "gone.wav").symlink_to("nowhere.wav")
+    (root / "wind" / "loop").symlink_to("loop")
+    expected = {
+        "count": 8,
+        "by_suffix": {".m4a": 5, ".aac": 1, ".wav": 1},
+        "by_class": {"bell": 5, "wind": 2},
+    }
+    found = json.loads(cli("dataset", root, "--json").stdout)
+    assert len(found["left_out"]) == 8
+    assert expected.items() <= found["left_out_counts"].items()
+    for command in ("extract", "coverage"):
+        result = cli(command, root, *options[:4], "--json")
+        assert result.returncode == 0, result.stderr
+        assert expected.items() <= json.loads(result.stdout)["left_out"].items()
+        assert "6 left out" in result.stderr
+    text = cli("dataset", root).stdout
+    row = next(line.split() for line in text.splitlines() if ".m4a" in line)
+    assert row[-3:] == ["bell", ".m4a", "5"]
+    assert "8 files or rows" in cli("coverage", root, *options[:4]).stdout
+
+
 def test_missing_files_are_reported_and_listed(cli, tmp_path, options):
     """A warning counts them, --left-out lists them, --json has them."""
     root = make_vggsound(tmp_path / "VGGSound")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from lmdbcache.failures import ClipFailure, update_failures
@@ -28,6 +29,28 @@ def test_explain(cli, cache, configs):
     assert result.returncode == 1
     assert parsed(result)["reason"] == "other_class"
     assert parsed(result)["nearest_names"] == ["video_00001:dog"]
+
+
+@pytest.mark.parametrize("file_id", ["---g-f_I2yQ_000030", "-abc", "--json-like", "-v"])
+def test_a_sample_id_that_begins_with_a_dash(cli, cache, configs, file_id):
+    """Taken for an option, it is wrong usage with the `--` that helps, and that helps."""
+    sample_id = f"{file_id}:people shouting"
+    with cache.writer(configs[0]) as writer:
+        writer.put(sample_id, np.ones(8, np.float32))
+    result = cli("explain", *OPTIONS, sample_id)
+    assert result.returncode == 2
+    assert f"-- '{sample_id}'" in " ".join(result.stderr.replace("│", " ").split())
+    assert cli("explain", *OPTIONS, "--", sample_id).returncode == 0
+    removed = cli("rm", configs[0].fingerprint, "--sample", sample_id, "--yes")
+    assert removed.returncode == 0, removed.stderr
+    assert cli("explain", *OPTIONS, "--", sample_id).returncode == 1
+
+
+def test_an_unknown_option_is_not_called_a_sample_id(cli, cache):
+    """What has no class after a colon is a slip of the pen."""
+    result = cli("explain", *OPTIONS, "--jsno")
+    assert result.returncode == 2
+    assert "sample id" not in result.stderr
 
 
 def test_stats(cli, refused, cache, configs):

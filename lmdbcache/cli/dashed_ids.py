@@ -1,0 +1,44 @@
+"""Sample ids that begin with a dash, which a command line takes for options."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Command", "dashed_id"]
+
+
+class Command(TyperCommand):
+    """A command whose error about an unknown option knows sample ids such as `---g-f_I2yQ:dog`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; see typer."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # By name, as typer brings click in some versions and imports it in others.
+            sample_id = dashed_id(given) if type(error).__name__ == "NoSuchOption" else None
+            if sample_id is not None:
+                error.message = (  # type: ignore[attr-defined]
+                    f"{sample_id} begins with a dash and was taken for an option. Put -- before a "
+                    f"sample id, after all options: {ctx.command_path} … -- "
+                    f"{shlex.quote(sample_id)}"
+                )
+            raise
+
+
+def dashed_id(arguments: Sequence[str]) -> str | None:
+    """Return the first argument that looks like a sample id and begins with a dash."""
+    for argument in arguments:
+        if argument == "--":
+            return None
+        option, colon, class_name = argument.rpartition(":")
+        if option.startswith("-") and colon and class_name and "=" not in option:
+            return argument
+    return None
