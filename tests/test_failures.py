@@ -11,9 +11,9 @@ _context = multiprocessing.get_context("fork")
 
 def _fail(store, rank, barrier, rounds):
     for number in range(rounds):
-        barrier.wait(30)
+        barrier.wait(240)
         update_failures(store, [], [ClipFailure(f"{rank}-{number}:dog", "x.wav", "empty")])
-    barrier.wait(30)
+    barrier.wait(240)
     update_failures(store, [f"{rank}-0:dog"], [])
 
 
@@ -25,7 +25,7 @@ def test_simultaneous_runs_keep_each_others_failures(filled, config):
     for run in runs:
         run.start()
     for run in runs:
-        run.join(60)
+        run.join(240)
         assert run.exitcode == 0
     expected = {f"{rank}-{number}:dog" for rank in ranks for number in range(1, rounds)}
     assert {failure.sample_id for failure in read_failures(store)} == expected

@@ -48,7 +48,7 @@ class CommandServer:
         """End the server."""
         self._answers.close()
         self._ours.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=240)
 
 
 def serve(connection: socket.socket) -> None:

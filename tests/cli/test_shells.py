@@ -31,7 +31,7 @@ def home(tmp_path, cache):
 
 def run(*command, env):
     result = subprocess.run(
-        [*map(str, command)], check=False, capture_output=True, text=True, env=env, timeout=120
+        [*map(str, command)], check=False, capture_output=True, text=True, env=env, timeout=300
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -95,7 +95,7 @@ def on_terminal(*arguments, env):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "lmdbcache.cli.main", *map(str, arguments)]
     result = subprocess.run(
-        command, check=False, stdout=subprocess.PIPE, stderr=slave, env=env, timeout=120
+        command, check=False, stdout=subprocess.PIPE, stderr=slave, env=env, timeout=300
     )
     os.close(slave)
     written = b""

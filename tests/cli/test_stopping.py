@@ -21,7 +21,7 @@ def interrupt(*_):
 
 try:
 {body}
-    time.sleep(10)
+    time.sleep(100)
     print("lost")
 except KeyboardInterrupt:
     print("stopped")
@@ -58,7 +58,7 @@ def test_no_signal_is_lost(moment, name, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=60,
+        timeout=300,
     )
     assert result.stdout == "stopped\n", result.stderr
     assert result.stderr == ""

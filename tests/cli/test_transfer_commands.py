@@ -121,7 +121,7 @@ def test_missing_options_are_asked_for_on_a_terminal(root, tmp_path):
     os.write(controller, b"16000\n5\nast\n")
     result = subprocess.run(
         [sys.executable, "-m", "lmdbcache.cli.main", "import", tmp_path / "old"],
-        check=False, capture_output=True, stdin=terminal, timeout=60,
+        check=False, capture_output=True, stdin=terminal, timeout=300,
         env={**os.environ, "LMDBCACHE_ROOT": str(root.root)},
     )  # fmt: skip
     os.close(controller)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import submitit
 from extraction.clips import Steps
+from extraction.processes import PATIENCE
 from extraction.ranks import BATCH, CONFIG, Neighbours, run_rank
 
 from lmdbcache.errors import (
@@ -103,7 +104,7 @@ def test_a_rank_runs_once(stage, folder, monkeypatch):
     process = _context.Process(target=first)
     process.start()
     try:
-        assert held.wait(60)
+        assert held.wait(PATIENCE)
         monkeypatch.setattr(staging_module.Staging.__init__, "__defaults__", (0.3,))
         with pytest.raises(StorageError, match=f"rank 0 of 2 runs already .process {process.pid} "):
             stage(0, 2)
@@ -115,7 +116,7 @@ def test_a_rank_runs_once(stage, folder, monkeypatch):
         assert counts(stage(0, 2)) == (6, 6, 0)
     finally:
         go_on.set()
-        process.join(60)
+        process.join(PATIENCE)
     assert process.exitcode == 0
 
 
@@ -134,9 +135,9 @@ def test_a_killed_rank_leaves_nothing_locked(stage, folder, monkeypatch):
 
     process = _context.Process(target=first)
     process.start()
-    assert started.wait(60)
+    assert started.wait(PATIENCE)
     process.kill()
-    process.join(60)
+    process.join(PATIENCE)
     assert counts(stage(0, 2)) == (6, 0, 6)
     child.close()
     child.join_thread()

@@ -25,7 +25,7 @@ def merge_in_child(target: EmbeddingCache, sources: list[Path], **options: Any) 
     """Start a merge in small batches in a forked child; gives its process id."""
     pid = os.fork()
     if pid == 0:
-        signal.alarm(60)
+        signal.alarm(240)
         side_by_side._BATCH_RECORDS = BATCH
         code = 1
         try:

@@ -90,21 +90,28 @@ def test_sources_that_differ_from_each_other(choice, store, target, config):
     assert same(contents(target, config), expected)
 
 
-@pytest.mark.parametrize("is_stored", [False, True])
-@pytest.mark.parametrize(("choice", "taken"), [("theirs", 1), ("ours", 0)])
+@pytest.mark.parametrize(
+    ("stored", "values", "choice", "taken"),
+    [
+        (None, (1, 2, 1), "theirs", 1),
+        (None, (1, 2, 1), "ours", 1),
+        (0, (1, 2, 1), "theirs", 1),
+        (0, (1, 2, 1), "ours", 0),
+        (0, (2, 0), "theirs", 0),
+    ],
+)
 def test_the_last_source_counts_whatever_an_earlier_one_repeats(
-    store, target, config, choice, taken, is_stored
+    store, target, config, stored, values, choice, taken
 ):
-    """Of values 1, 2 and 1 the last is 1, also where 0 is stored; the first stored one is ours."""
+    """Of values 1, 2 and 1 the last is 1; the last may also be what is stored already."""
     sources = [
         store(f"source-{number}", {"a:x": np.full(8, value, np.float32)})
-        for number, value in enumerate((1, 2, 1))
+        for number, value in enumerate(values)
     ]
-    if is_stored:
-        store("target", {"a:x": np.zeros(8, np.float32)})
+    if stored is not None:
+        store("target", {"a:x": np.full(8, stored, np.float32)})
     merge_stores(target, [source.root for source in sources], on_conflict=choice)
-    expected = taken if is_stored else 1
-    assert same(contents(target, config), {"a:x": np.full(8, expected, np.float32)})
+    assert same(contents(target, config), {"a:x": np.full(8, taken, np.float32)})
 
 
 def test_links_that_lead_round_in_a_circle(store, target, config, tmp_path):

@@ -84,7 +84,7 @@ class Flower:
             *("flower-superlink", "--insecure", "--port", port),
             *("--disable-runtime-dependency-installation", *options),
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://{self.address}/health", timeout=1).close()
@@ -103,7 +103,7 @@ class Flower:
         done = subprocess.run(
             ["flwr", "run", str(APP), "test", "--stream", "--run-config", run_config, *options],
             env=self.environment, cwd=self.folder, capture_output=True, text=True,
-            timeout=200, check=False,
+            timeout=600, check=False,
         )  # fmt: skip
         # It ends with 0 even if the run failed.
         assert "accuracy" in done.stdout, done.stdout + done.stderr + self.logs()
@@ -117,10 +117,10 @@ class Flower:
             program.terminate()
         for program, _ in self.programs:
             try:
-                program.wait(timeout=20)
+                program.wait(timeout=120)
             except subprocess.TimeoutExpired:
                 os.killpg(program.pid, signal.SIGKILL)
-                program.wait(timeout=20)
+                program.wait(timeout=120)
 
 
 def free_port() -> int:

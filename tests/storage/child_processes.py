@@ -16,7 +16,7 @@ import numpy as np
 
 from lmdbcache.cache import EmbeddingCache
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 240  # a guard against what hangs, on any machine
 NOBODY = 65534
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheError
 
-SECONDS_PER_FILE = 20
+SECONDS_PER_FILE = 120  # a guard against what hangs, on any machine
 
 
 def data_file(cache: EmbeddingCache, config: Any) -> Path:

@@ -94,7 +94,7 @@ def test_stopped_from_outside(loose, config, number):
                 time.sleep(0.002)
             time.sleep(chance.uniform(0, 0.12))
             os.killpg(process.pid, number)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=300)
         if process.returncode:
             assert process.returncode == CODES[number], err
             (line,) = err.splitlines()

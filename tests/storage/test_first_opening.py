@@ -70,17 +70,6 @@ def test_own_store_is_never_checked(filled, config, checks):
     assert not checks
 
 
-def test_own_store_opens_fast(filled, config):
-    """Within 3 ms, the fastest of several."""
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        with filled.reader(config) as reader:
-            len(reader)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.003
-
-
 def test_damaged_value_of_a_copy_is_refused(copy, config, embeddings):
     """The error names the sample and what to do; the repaired copy opens."""
     data = data_file(copy, config)

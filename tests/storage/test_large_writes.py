@@ -113,7 +113,7 @@ writer = EmbeddingCache({str(cache.root)!r}).writer(CacheConfig(), commit_record
 for number in range(3):
     writer.put(f"{{number:02d}}:x", np.full({SIZE}, number, np.float32))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
     assert_holds(cache, CacheConfig(), NAMES[:3])
 
 
@@ -216,7 +216,7 @@ def test_interrupted_close_waits_for_the_background(cache, config, monkeypatch):
     writer = cache.writer(config, commit_bytes=3 << 20)
     for number in range(3):
         writer.put(NAMES[number], embedding(number))
-    assert begun.wait(10)
+    assert begun.wait(240)
     timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-import time
 import warnings
 
 import numpy as np
@@ -41,15 +40,20 @@ def test_commit_happens_by_count_bytes_and_time(cache, config, limit, commits_af
         assert len(cache.reader(config)) == commits_after
 
 
-def test_time_counts_from_the_oldest_pending_embedding(cache, config):
+def test_time_counts_from_the_oldest_pending_embedding(cache, config, monkeypatch):
     """The clock starts with the first put after a commit."""
-    with cache.writer(config, commit_seconds=0.15) as writer:
-        time.sleep(0.2)
+    now = [100.0]
+    monkeypatch.setattr("lmdbcache.storage.writing.pending.time.monotonic", lambda: now[0])
+    with cache.writer(config, commit_seconds=5.0) as writer:
+        now[0] += 6
         writer.put("0:x", ONES)
         assert writer.num_written == 0
-        time.sleep(0.2)
+        now[0] += 4.9
         writer.put("1:x", ONES)
-        assert writer.num_written == 2
+        assert writer.num_written == 0
+        now[0] += 0.2
+        writer.put("2:x", ONES)
+        assert writer.num_written == 3
 
 
 def test_nothing_is_on_disk_before_the_first_commit(cache, config):

@@ -19,7 +19,7 @@ from typing import Any
 
 from stress.figures import Figures
 
-CHILD_SECONDS = 60
+CHILD_SECONDS = 600  # a guard against what hangs, on any machine
 _LENGTH = struct.Struct("<I")
 
 

@@ -16,7 +16,7 @@ from stress.killing_writers import check_store
 from lmdbcache.cli.main import main
 from lmdbcache.errors import CacheNotFoundError
 
-PEER_SECONDS = 300
+PEER_SECONDS = 3000
 KILLS_PER_STORE = 60
 SHARE_OF_COMMANDS = 0.2  # start up 10 times slower than a call
 

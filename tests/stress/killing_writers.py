@@ -14,7 +14,6 @@ from stress.figures import Figures
 
 KILLS_PER_STORE = 25
 LONGEST_LIFE = 0.06  # seconds at first; opening takes 5 ms, a commit 2 ms
-OPEN_LIMIT = 1.0
 
 
 def kill_writers(seed: int, folder: str, num_kills: int) -> Figures:
@@ -83,8 +82,6 @@ def check_store(figures: Figures, written: Written, verifies: bool) -> list[int]
     with cache.reader(config) as reader:
         length = len(reader)
         figures.at_most("slowest opening", time.perf_counter() - start)
-        if time.perf_counter() - start > OPEN_LIMIT:
-            figures.problem("hung", "opening took longer than a second")
         ahead = []
         for writer in (0, 1):
             number = written.num_batches.get(writer, 0)

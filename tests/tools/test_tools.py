@@ -22,7 +22,7 @@ def script(name, *arguments):
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
 
 

@@ -214,7 +214,7 @@ def test_a_killed_import_goes_on(bring, cache, tmp_path):
         target=_import_until, args=(path, cache.root, 15)
     )
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     (info,) = cache.stores()
     assert 15 <= info.num_embeddings < 40
