@@ -22,6 +22,7 @@ from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS, sample_id_of_key,
 from lmdbcache.storage.format.metadata import StoreMetadata
 from lmdbcache.storage.format.values import NUMPY_DTYPES, from_stored
 from lmdbcache.storage.reading.batches import gather, offsets_of, remember_all, stack
+from lmdbcache.storage.reading.key_pages import ask_for_keys
 from lmdbcache.storage.reading.located import LocatedValues, locate
 from lmdbcache.storage.reading.pinning import PinnedStore
 from lmdbcache.storage.reading.selection import Selection
@@ -40,6 +41,7 @@ from lmdbcache.storage.reading.verified_reads import (
 __all__ = ["EmbeddingReader"]
 
 _KEYS_PER_STEP: Final = 4096
+_MANY: Final = 64  # from this share of the samples on, all keys are read at once
 _EXPLAINED_UP_TO: Final = 100_000  # samples
 _SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 
@@ -215,6 +217,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         Raises:
             IntegrityError: The pages give them in another order.
         """
+        self.read_pinned(lambda snapshot, _: ask_for_keys(snapshot))
         after = b""
         while keys := self._keys_after(after):
             if not after < keys[0] <= keys[-1]:  # or damaged pages lead round in a circle
@@ -227,11 +230,12 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             after = keys[-1]
 
     def _keys_after(self, after: bytes) -> list[bytes]:
-        if self.verify != "never":
-            return self.read_pinned(
-                lambda snapshot, _: stored_keys(snapshot, after, _KEYS_PER_STEP)
-            )
-        return self.read_pinned(lambda _, transaction: _keys_after(transaction, after))
+        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[bytes]:
+            if self.verify != "never":
+                return stored_keys(snapshot, after, _KEYS_PER_STEP)
+            return _keys_after(transaction, snapshot.environment.checksums, after)
+
+        return self.read_pinned(read)
 
     def __eq__(self, other: object) -> bool:
         """Whether both map the same sample ids to equal arrays."""
@@ -319,6 +323,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[str]:
             absent = []
+            if _MANY * len(asked) > int(transaction.stat()["entries"]):
+                ask_for_keys(snapshot)
             for sample_id in asked:
                 try:
                     stored = self._has(snapshot, transaction, sample_key(sample_id))
@@ -383,8 +389,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         return explain_sample_absence(sample_id, self).text
 
 
-def _keys_after(transaction: lmdb.Transaction, after: bytes) -> list[bytes]:
-    with transaction.cursor() as cursor:
+def _keys_after(transaction: lmdb.Transaction, checksums: Any, after: bytes) -> list[bytes]:
+    # The checksums have the same keys; those of small values lie among the values.
+    with transaction.cursor(db=checksums) as cursor:
         found = cursor.set_range(after) if after else cursor.first()
         if found and after and cursor.key() == after:
             found = cursor.next()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+
 import numpy as np
 import pytest
+from storage.damage import data_file
 
 from lmdbcache import CacheConfig
 from lmdbcache.storage.files import gather
@@ -69,3 +74,41 @@ def test_what_does_not_fit_is_asked_for(stored, cache, asked, monkeypatch):
         batches = [offsets for offsets, _ in asked if len(offsets) > 1]
         assert [len(set(offsets)) for offsets in batches] == [24, 24, 24]
         assert [len(offsets) for offsets, _ in asked].count(1) >= 24
+
+
+def test_what_is_stored_is_told_without_reading_the_values(cache, config):
+    """Listing and looking for all samples leaves nearly all of the file on the disk."""
+    names = [f"clip_{n:06d}:x" for n in range(20_000)]
+    with cache.writer(config) as writer:
+        for start in range(0, len(names), 1000):  # keys lie among the values of every commit
+            writer.put_batch(names[start : start + 1000], np.zeros((1000, 384), np.float32))
+            writer.commit()
+    path = data_file(cache, config)
+    with cache.reader(config) as reader:
+        assert len(reader) == len(names)
+        for look in (lambda: list(reader) == names, lambda: reader.missing(names) == []):
+            forget(path)
+            if share_in_memory(path) > 0.05:
+                pytest.skip("this file system keeps its files in memory")
+            assert look()
+            assert share_in_memory(path) < 0.2
+        forget(path)
+        reader.get_batch(names)
+        assert share_in_memory(path) > 0.9
+
+
+def forget(path):
+    """Take a file out of the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def share_in_memory(path):
+    """How much of a file is in the page cache, 0 to 1."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+    start = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
+    assert ctypes.CDLL(None).mincore(start, ctypes.c_size_t(len(mapped)), pages) == 0
+    return sum(page & 1 for page in pages) / len(pages)

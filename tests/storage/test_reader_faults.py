@@ -56,7 +56,7 @@ def test_keys_out_of_order_end_an_iteration(cache, config):
     write(cache.root, config, dict.fromkeys(names, np.ones(4)))
     data = cache.path(config) / "gen-000001" / "data.mdb"
     content = bytearray(data.read_bytes())
-    (_, pointers_end), (_, _) = byte_ranges(bytes(content))["branch"]
+    (_, pointers_end), (_, _) = byte_ranges(bytes(content))["checksums branch"]
     page = pointers_end // 4096 * 4096
     last_node = page + int.from_bytes(content[pointers_end - 2 : pointers_end], "little")
     content[last_node + 8] = ord("z")  # the last leaf begins there, says its parent
@@ -181,7 +181,7 @@ def test_size_check_takes_the_size_last(generation, monkeypatch):
         for name in real:
             patch.setattr(os, name, recorded(name))
         check_file_size(generation)
-    assert calls == ["pread", "pread", "fstat"]
+    assert calls[-3:] == ["pread", "pread", "fstat"]
 
 
 @as_root

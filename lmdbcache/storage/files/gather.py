@@ -155,6 +155,11 @@ class MappedFile:
         if size < len(self.data):
             raise IntegrityError(truncated(self.path, size, len(self.data)))
 
+    def read_single_pages(self) -> None:
+        """Have faults in this map read one page each, and not what lies around it."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_RANDOM)
+
     def will_need(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
         """Tell the kernel to read these values ahead; returns at once."""
         if not hasattr(self._map, "madvise"):  # pragma: no cover - macOS before Python 3.8

@@ -22,6 +22,7 @@ __all__ = [
     "UnreadablePagesError",
     "ValueTable",
     "find_hidden_keys",
+    "leaf_pages",
     "read_free_pages",
     "read_named_table",
     "read_value_table",
@@ -95,6 +96,27 @@ def read_named_table(data: npt.NDArray[np.uint8], transaction_id: int, tree: Tre
         raise UnreadablePagesError("a root beyond the last page")
     pages = data[: num_pages * page_size].reshape(num_pages, page_size)
     return _read_tree(pages, tree.depth, tree.root)
+
+
+def leaf_pages(
+    data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree
+) -> npt.NDArray[np.int64]:
+    """Return the numbers of a named database's leaf pages, (n,), from its branch pages alone.
+
+    Args:
+        data: See `read_value_table`.
+        transaction_id: The snapshot's.
+        tree: See `read_named_table`.
+
+    Raises:
+        UnreadablePagesError: See `read_value_table`.
+    """
+    page_size, num_pages, _, _ = _find_roots(data, transaction_id)
+    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
+    numbers = _leaves(pages, tree.depth, tree.root)
+    if not 0 <= numbers.min() <= numbers.max() < num_pages:
+        raise UnreadablePagesError("a page number beyond the file")
+    return numbers
 
 
 def find_hidden_keys(

@@ -1,0 +1,30 @@
+"""The pages that list what is stored, asked for ahead: a few bytes a sample, and no value.
+
+Where the values are small, LMDB's pages of keys lie scattered among them, and each fault in its map
+reads megabytes around.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.files.gather import MappedFile
+from lmdbcache.storage.format.layout import CHECKSUMS_NAME
+from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.pages.pages import UnreadablePagesError, leaf_pages
+
+__all__ = ["ask_for_keys"]
+
+
+def ask_for_keys(snapshot: Snapshot) -> None:
+    """Have the kernel read the checksums' pages, whose keys are those of all samples."""
+    path = snapshot.environment.generation / "data.mdb"
+    # Damaged, or moved on meanwhile: LMDB says so, or reads without.
+    with contextlib.suppress(UnreadablePagesError, OSError, ValueError), PageFile(path) as file:
+        file.meta = file.metas[snapshot.id & 1]
+        tree, mapped = file.find_named(CHECKSUMS_NAME), MappedFile(path)
+        if tree is not None and mapped.file_id == snapshot.environment.file:
+            mapped.read_single_pages()
+            pages = leaf_pages(mapped.data, snapshot.id, tree)
+            mapped.will_need(pages * file.page_size, file.page_size)
