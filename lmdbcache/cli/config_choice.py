@@ -66,6 +66,14 @@ class ConfigChoice:
         ),
     ] = None
 
+    decoder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="soundfile, or ffmpeg (m4a, mp4, webm, …; a store of its own).",
+            show_default=False,
+        ),
+    ] = None
+
     def config(self, dataset: str) -> CacheConfig:
         """The config of this model's embeddings of a dataset.
 
@@ -83,4 +91,5 @@ class ConfigChoice:
             compute_dtype=self.compute_dtype,
             model_name=self.model_name,
             front_end=self.front_end,
+            decoder=self.decoder,
         )

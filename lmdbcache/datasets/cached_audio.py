@@ -11,6 +11,7 @@ import torch
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.datasets.base import AudioDataset, sample_id_of, source_of
 from lmdbcache.embedders.audio import load_clip
+from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.embedders.base import clip_features
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
@@ -118,7 +119,9 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def _decoded(self, index: int) -> dict[str, Any]:
         source, rate = source_of(self.dataset.samples[index]), self.config.sample_rate
         try:
-            waveform, num_valid = load_clip(source, rate, self.config.duration)
+            waveform, num_valid = load_clip(
+                source, rate, self.config.duration, None, decoder_of(self.config.front_end)
+            )
             if self.front_end is None:
                 found = {"waveform": torch.from_numpy(waveform)}
             else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from lmdbcache.embedders.audio_formats import check_decoder
 from lmdbcache.embedders.audio_source import AudioSource, shown
 from lmdbcache.embedders.containers import DamagedAudioError
 from lmdbcache.embedders.pieced_file import PiecedFile, size_of
@@ -46,6 +47,7 @@ def decode(
     sample_rate: int,
     duration: float,
     report: DecodeReport | None = None,
+    decoder: str = "soundfile",
 ) -> NDArray[np.float32]:
     """Decode the first `duration` seconds of an audio file as mono.
 
@@ -59,27 +61,28 @@ def decode(
         sample_rate: Sample rate of the result, in Hz.
         duration: Where to cut, in seconds.
         report: Filled in with what was noticed.
+        decoder: `"soundfile"`, or `"ffmpeg"` for what that doesn't read (m4a, mp4, webm, …).
 
     Returns:
         float32 array (num_samples,), with 1 <= num_samples <= round(sample_rate * duration).
 
     Raises:
         AudioDecodeError: No usable waveform in it; the message has the path and the reason.
-        MissingDependencyError: soundfile or soxr isn't installed.
+        ConfigError: An unknown decoder.
+        MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
     """
-    soundfile_decoder, soxr = _audio_packages()
+    resample, read = _audio_packages(decoder)
     limit = round(sample_rate * duration)
     try:
         with _opened(path) as (readable, file):
-            decoder = soundfile_decoder.SoundfileDecoder(sample_rate, duration)
-            sound = decoder.read(readable, file)
+            sound = read(readable, file, sample_rate, duration)
         if not len(sound.samples):
             raise _failure(path, "it holds no samples (0 frames)")
         if report is not None:
             report.is_cancelled = sound.is_cancelled
         waveform = sound.samples
         if sound.rate != sample_rate:
-            waveform = soxr.resample(waveform, sound.rate, sample_rate, quality="HQ")
+            waveform = resample(waveform, sound.rate, sample_rate, quality="HQ")
     except AudioDecodeError:
         raise
     except DamagedAudioError as error:
@@ -111,7 +114,10 @@ def fit(waveform: NDArray[np.float32], num_samples: int) -> NDArray[np.float32]:
 
 
 def load_waveform(
-    path: str | os.PathLike[str] | AudioSource, sample_rate: int, duration: float
+    path: str | os.PathLike[str] | AudioSource,
+    sample_rate: int,
+    duration: float,
+    decoder: str = "soundfile",
 ) -> NDArray[np.float32]:
     """Decode an audio file and bring it to exactly `duration` seconds.
 
@@ -119,15 +125,17 @@ def load_waveform(
         path: An audio file, as for `decode`.
         sample_rate: Sample rate of the result, in Hz.
         duration: Length of the result, in seconds.
+        decoder: As for `decode`.
 
     Returns:
         float32 array (round(sample_rate * duration),).
 
     Raises:
         AudioDecodeError: The file gives no usable waveform.
-        MissingDependencyError: soundfile or soxr isn't installed.
+        ConfigError: An unknown decoder.
+        MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
     """
-    return load_clip(path, sample_rate, duration)[0]
+    return load_clip(path, sample_rate, duration, None, decoder)[0]
 
 
 def load_clip(
@@ -135,6 +143,7 @@ def load_clip(
     sample_rate: int,
     duration: float,
     report: DecodeReport | None = None,
+    decoder: str = "soundfile",
 ) -> tuple[NDArray[np.float32], int]:
     """The same, and how many samples of it came from the file: the rest is padding.
 
@@ -143,15 +152,17 @@ def load_clip(
         sample_rate: Sample rate of the result, in Hz.
         duration: Length of the result, in seconds.
         report: Filled in with what was noticed.
+        decoder: `"soundfile"`, or `"ffmpeg"` for what that doesn't read (m4a, mp4, webm, …).
 
     Returns:
         float32 array (round(sample_rate * duration),), and `num_valid`, at least 1.
 
     Raises:
         AudioDecodeError: The file gives no usable waveform.
-        MissingDependencyError: soundfile or soxr isn't installed.
+        ConfigError: An unknown decoder.
+        MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
     """
-    waveform = decode(path, sample_rate, duration, report)
+    waveform = decode(path, sample_rate, duration, report, decoder)
     return fit(waveform, round(sample_rate * duration)), len(waveform)
 
 
@@ -164,17 +175,25 @@ def is_digital_silence(waveform: NDArray[np.float32]) -> bool:
     return not np.any(waveform)
 
 
-def _audio_packages() -> tuple[Any, Any]:
+def _audio_packages(decoder: str) -> tuple[Any, Any]:
+    """Soxr's resampling, and a function that reads a file's beginning."""
+    check_decoder(decoder)
     try:
         import soxr
 
-        from lmdbcache.embedders import soundfile_decoder
+        if decoder == "ffmpeg":
+            from lmdbcache.embedders.ffmpeg_decoder import FFmpegDecoder
+
+            return soxr.resample, lambda _, file, *wanted: FFmpegDecoder(*wanted).read(file)
+        from lmdbcache.embedders.soundfile_decoder import SoundfileDecoder
     except (ImportError, OSError) as error:  # OSError: soundfile without its libsndfile
+        needed = "av and soxr" if decoder == "ffmpeg" else "soundfile and soxr"
+        extra = "audio,ffmpeg" if decoder == "ffmpeg" else "audio"
         raise MissingDependencyError(
-            f"decoding audio needs soundfile and soxr ({error}); "
-            'install them with: pip install "lmdbcache[audio]"'
+            f"decoding audio needs {needed} ({error}); "
+            f'install them with: pip install "lmdbcache[{extra}]"'
         ) from error
-    return soundfile_decoder, soxr
+    return soxr.resample, lambda name, file, *wanted: SoundfileDecoder(*wanted).read(name, file)
 
 
 @contextlib.contextmanager

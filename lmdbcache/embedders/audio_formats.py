@@ -7,9 +7,19 @@ from typing import Final
 
 from lmdbcache.errors import ConfigError
 
-__all__ = ["DECODERS", "is_audio", "is_readable", "readable_suffixes", "unreadable_suffixes"]
+__all__ = [
+    "DECODERS",
+    "by_soundfile",
+    "check_decoder",
+    "decoder_of",
+    "is_audio",
+    "is_readable",
+    "readable_suffixes",
+    "unreadable_suffixes",
+    "with_decoder",
+]
 
-DECODERS: Final = ("soundfile",)
+DECODERS: Final = ("soundfile", "ffmpeg")
 
 # Format of libsndfile → its suffixes. Missing are those without a header of their own (RAW, SD2)
 # and suffixes that usually mean something else: .mat (arrays), .iff (pictures), .mpc (Musepack).
@@ -66,6 +76,55 @@ _OTHER: Final = frozenset(
 
 _KNOWN: Final = _OTHER.union(*_SUFFIXES.values())
 
+# Of libsndfile alone; without a header; encrypted.
+_NOT_BY_FFMPEG: Final = frozenset(
+    {".htk", ".snd", ".xi", ".gsm", ".vox", ".pcm", ".raw", ".sd2", ".m4p", ".aax"}
+)
+
+
+def check_decoder(decoder: str) -> None:
+    """Refuse a decoder that there isn't.
+
+    Raises:
+        ConfigError: It isn't one of `DECODERS`.
+    """
+    if decoder not in DECODERS:
+        raise ConfigError(f"decoder: {decoder!r}; use {', '.join(map(repr, DECODERS))}")
+
+
+def decoder_of(front_end: str) -> str:
+    """Return the decoder that a front end's name begins with: `"soundfile"` if it names none."""
+    name = front_end.partition("+")[0]
+    return name if name in DECODERS else DECODERS[0]
+
+
+def with_decoder(front_end: str, decoder: str) -> str:
+    """Return the name of the same front end behind another decoder.
+
+    Args:
+        front_end: As `CacheConfig.front_end`.
+        decoder: One of `DECODERS`.
+
+    Raises:
+        ConfigError: An unknown decoder, or a front end that names none to be replaced.
+    """
+    check_decoder(decoder)
+    name, _, rest = front_end.partition("+")
+    if name == decoder:
+        return front_end
+    if name not in DECODERS or not rest:
+        raise ConfigError(
+            f"decoder: {decoder!r} can't be part of the front end {front_end!r}, which doesn't "
+            f"begin with a decoder; call it {decoder + '+' + front_end!r} if it is decoded by that"
+        )
+    return f"{decoder}+{rest}"
+
+
+def by_soundfile(front_end: str) -> str:
+    """Return the name of the same front end decoded by soundfile, to compare names by."""
+    name, _, rest = front_end.partition("+")
+    return f"{DECODERS[0]}+{rest}" if name in DECODERS else front_end
+
 
 @functools.cache
 def readable_suffixes(decoder: str = "soundfile") -> frozenset[str]:
@@ -80,8 +139,9 @@ def readable_suffixes(decoder: str = "soundfile") -> frozenset[str]:
     Raises:
         ConfigError: An unknown decoder.
     """
-    if decoder not in DECODERS:
-        raise ConfigError(f"decoder: {decoder!r}; use {', '.join(map(repr, DECODERS))}")
+    check_decoder(decoder)
+    if decoder == "ffmpeg":
+        return _KNOWN - _NOT_BY_FFMPEG
     try:
         import soundfile
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio_formats import by_soundfile
 from lmdbcache.embedders.base import (
     as_features,
     check_num_samples,
@@ -146,7 +147,8 @@ class ModuleEmbedder:
             ("front_end", self.front_end_id),
             ("sample_rate", self.sample_rate),
         ):
-            if getattr(config, field) != own:
+            found = getattr(config, field)
+            if (by_soundfile(found) if field == "front_end" else found) != own:
                 raise ConfigError(
                     f"{field}: {getattr(config, field)!r}, but this module's is {own!r}; "
                     "config_for(embedder) makes the right config"

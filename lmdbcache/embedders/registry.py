@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.embedders.audio_formats import by_soundfile, with_decoder
 from lmdbcache.embedders.audio_spectrogram_transformer import AST
 from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedders.checkpoints import (
@@ -89,10 +90,11 @@ class PretrainedModel:
         """
         check_output(self.family.name, self.outputs, config.output)
         others = {family.front_end_id: family.name for family in FAMILIES}
+        front_end = by_soundfile(config.front_end)
         # A name of the user's own is left alone.
-        if config.front_end in others and config.front_end != self.front_end_id:
+        if front_end in others and front_end != self.front_end_id:
             raise ConfigError(
-                f"front_end: {config.front_end!r} is that of {others[config.front_end]}, and "
+                f"front_end: {config.front_end!r} is that of {others[front_end]}, and "
                 f"{self.identity} is a {self.family.name} model with the front end "
                 f"{self.front_end_id!r}; config_for(model) makes the right config"
             )
@@ -193,6 +195,7 @@ def config_for(
     compute_dtype: str = "float32",
     model_name: str | None = None,
     front_end: str | None = None,
+    decoder: str | None = None,
 ) -> CacheConfig:
     """The config under which a model's embeddings are stored; no weights are loaded.
 
@@ -206,12 +209,16 @@ def config_for(
         compute_dtype: dtype the model computes in.
         model_name: Name of the model in the cache; None takes its identity.
         front_end: Name of the decoding and feature rules; None takes the model's.
+        decoder: `"soundfile"`, or `"ffmpeg"` for files that libsndfile doesn't read (m4a, mp4,
+            webm, …): all clips of the store are decoded by it, and the front end's name begins
+            with it. None takes the front end's, which is soundfile unless it says otherwise.
 
     Raises:
         ConfigError: A value can't identify a cache.
         ModelLoadError: See `find_model`.
     """
     described = described_model(model)
+    front_end = front_end or described.front_end_id
     return CacheConfig(
         sample_rate=described.sample_rate if sample_rate is None else sample_rate,
         duration=duration,
@@ -219,7 +226,7 @@ def config_for(
         output=output or described.outputs[0],
         dtype=dtype,
         dataset=dataset,
-        front_end=front_end or described.front_end_id,
+        front_end=front_end if decoder is None else with_decoder(front_end, decoder),
         compute_dtype=compute_dtype,
     )
 

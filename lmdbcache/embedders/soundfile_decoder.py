@@ -19,8 +19,10 @@ from lmdbcache.embedders.containers import (
     announced_by_libsndfile,
     find_audio_data,
 )
+from lmdbcache.embedders.flac_header import check_flac_length, is_flac
+from lmdbcache.embedders.media_containers import name_of_media
 from lmdbcache.embedders.mixing import MAX_FILE_RATE, Mixed, frames_wanted, joined, mix_to_mono
-from lmdbcache.embedders.mpeg_frames import find_parts, skip_tags
+from lmdbcache.embedders.mpeg_frames import find_parts
 from lmdbcache.embedders.ogg_pages import find_links
 from lmdbcache.embedders.pieced_file import PiecedFile, read_at
 
@@ -34,10 +36,6 @@ __all__ = ["SoundfileDecoder"]
 # An mp3's header may be off by a frame or two.
 _TOLERANCE_SECONDS: Final = 0.1
 _UNKNOWN_LENGTH: Final = 2**62
-_FLAC_WITHOUT_LENGTH: Final = (
-    "its header doesn't say how long it is, as in a FLAC written to a pipe; write it to a file, or "
-    "decode and encode it again"
-)
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,11 @@ class SoundfileDecoder:
             return self._in_turn(parts)
         if stream is None:
             assert error is not None
+            if media := name_of_media(read_at(file, 0, 16)):
+                raise DamagedAudioError(
+                    f"it is {media}, which libsndfile doesn't read; decode the dataset with "
+                    'decoder="ffmpeg" (pip install "lmdbcache[ffmpeg]")'
+                ) from error
             raise error
         stream.check_length(stream.total)
         return stream.sound
@@ -178,17 +181,14 @@ class SoundfileDecoder:
                 return [(data.with_size(file), 0)]
             start = data.start
             stop = None if data.size is None else start + data.size
-        begin = skip_tags(file, 0)
-        head = read_at(file, begin, 26)
-        if head.startswith(b"OggS"):
+        if read_at(file, 0, 4) == b"OggS":
             links = find_links(file)
             several = [next(links), *islice(links, 1)]
             if len(several) == 1:
                 return None
             return ((PiecedFile(file, [link]), 0) for link in chain(several, links))
-        if head.startswith(b"fLaC"):
-            if len(head) == 26 and not (head[21] & 0x0F or any(head[22:26])):
-                raise DamagedAudioError(_FLAC_WITHOUT_LENGTH)
+        if is_flac(file):
+            check_flac_length(file, None if stream is None else len(stream.sound.samples))
             return None
         if (stream is None and data is None) or (stream is not None and stream.is_mpeg):
             return self._mpeg_parts(file, stream, start, stop)

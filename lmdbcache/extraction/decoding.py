@@ -143,18 +143,22 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
         front_end: FrontEnd,
         sample_rate: int,
         duration: float,
+        decoder: str,
     ) -> None:
         self.units = units
         self.front_end = front_end
         self.sample_rate = sample_rate
         self.duration = duration
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self.units)
 
     def __getitem__(self, index: int) -> FeatureBatch:
         try:
-            return decode_unit(self.units[index], self.front_end, self.sample_rate, self.duration)
+            return decode_unit(
+                self.units[index], self.front_end, self.sample_rate, self.duration, self.decoder
+            )
         except CacheError as error:
             # As a value: raised here it would reach the user inside a worker's traceback.
             return FeatureBatch(error=_picklable(error))
@@ -170,7 +174,11 @@ def _picklable(error: CacheError) -> CacheError:
 
 
 def decode_unit(
-    clips: Sequence[Clip], front_end: FrontEnd, sample_rate: int, duration: float
+    clips: Sequence[Clip],
+    front_end: FrontEnd,
+    sample_rate: int,
+    duration: float,
+    decoder: str = "soundfile",
 ) -> FeatureBatch:
     """The features of one unit's clips; those that give none are in the batch's `failures`.
 
@@ -179,6 +187,7 @@ def decode_unit(
         front_end: Waveform → features.
         sample_rate: In Hz.
         duration: In seconds.
+        decoder: Of the clips' files, see `lmdbcache.embedders.audio_formats`.
 
     Raises:
         CacheError: The front end can't be loaded.
@@ -190,7 +199,7 @@ def decode_unit(
         batch.sources[clip.sample_id] = source_of(clip.source)
         report = DecodeReport()
         try:
-            waveform, num_valid = load_clip(clip.source, sample_rate, duration, report)
+            waveform, num_valid = load_clip(clip.source, sample_rate, duration, report, decoder)
             found = clip_features(
                 front_end,
                 waveform,
@@ -300,6 +309,7 @@ def feature_batches(
     num_workers: int,
     sample_rate: int,
     duration: float,
+    decoder: str = "soundfile",
     order: Callable[[int], Iterable[int]] = range,
     is_wanted: Callable[[list[str]], bool] = lambda _: True,
 ) -> FeatureBatches:
@@ -312,13 +322,14 @@ def feature_batches(
             start any, with a warning.
         sample_rate: In Hz.
         duration: In seconds.
+        decoder: Of the clips' files, see `lmdbcache.embedders.audio_formats`.
         order: Number of units → the order to take them in.
         is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
     """
 
     def make_loader(num_workers: int) -> torch.utils.data.DataLoader[FeatureBatch]:
         return torch.utils.data.DataLoader(
-            _Units(units, front_end, sample_rate, duration),
+            _Units(units, front_end, sample_rate, duration, decoder),
             batch_size=None,
             sampler=_Wanted(units, order, is_wanted),
             num_workers=num_workers,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import FrontEnd
 from lmdbcache.errors import MissingDependencyError
@@ -53,6 +54,7 @@ def features_of(
         num_workers=num_workers,
         sample_rate=config.sample_rate,
         duration=config.duration,
+        decoder=decoder_of(config.front_end),
     )
     try:
         with worker_errors():

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.base import AudioModel, FrontEnd
 from lmdbcache.embedders.registry import PretrainedModel, ready_model
 from lmdbcache.errors import (
@@ -122,7 +123,13 @@ class DecodeUnits:
         torch.set_num_threads(1)  # features are fastest on one thread per clip
         config = self._job.config
         front_end = self._front_end()
-        answer.batch = decode_unit(clips, front_end, config.sample_rate, config.duration)
+        answer.batch = decode_unit(
+            clips,
+            front_end,
+            config.sample_rate,
+            config.duration,
+            decoder_of(config.front_end),
+        )
         answer.provenance = front_end.provenance()
         failed = {failure.sample_id for failure in answer.batch.failures}
         answer.absent = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import folder_provenance
@@ -264,6 +265,7 @@ class Run:
             num_workers=num_workers,
             sample_rate=self.config.sample_rate,
             duration=self.config.duration,
+            decoder=decoder_of(self.config.front_end),
             order=partial(order_of_units, place=place),
             is_wanted=is_wanted,
         )
