@@ -99,7 +99,9 @@ class PretrainedModel:
                 f"{self.front_end_id!r}; config_for(model) makes the right config"
             )
         limit = self.family.max_samples(self.settings) if self.settings else None
-        if limit is not None and config.num_samples > limit:
+        # Another sample rate is the front end's to refuse.
+        is_own_rate = config.sample_rate == self.sample_rate
+        if limit is not None and is_own_rate and config.num_samples > limit:
             raise ConfigError(
                 f"duration: {config.duration} s is more than {self.identity} takes; use a duration "
                 f"of {limit / self.sample_rate:g} s or less"
