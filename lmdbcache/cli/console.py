@@ -56,7 +56,8 @@ def print_error(error: object) -> None:
     """One error, on standard error, in one line."""
     text = f"lmdbcache: {''.join(_speaker)}{' '.join(str(error).splitlines())}"
     encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    with contextlib.suppress(OSError):  # standard error is full or its pipe closed: nobody reads it
+        sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def print_json(value: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -30,6 +32,7 @@ from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.dashed_ids import Command
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
+from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["app", "main"]
 
@@ -112,11 +115,37 @@ def _common(
 
 def main() -> None:
     """Run the command line and end the process; docs/command_line.md lists the exit codes."""
+    _prepare_streams()
     stop = StopSignals()
     stop.install()
     code = _run(stop)
     stop.finish()
-    sys.exit(code)
+    sys.exit(_flush_output() or code)
+
+
+def _prepare_streams() -> None:
+    # Python has None for a stream whose descriptor was closed (daemons, `>&-`).
+    occupy_standard_descriptors()
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal can't show is escaped
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_output() -> int:
+    """Write what is left to standard output; here, as Python would end with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whoever reads has enough
+            print_error(f"standard output can't be written: {error.strerror}")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return 1
+    return 0
 
 
 def _run(stop: StopSignals) -> int | str | None:

@@ -255,7 +255,8 @@ def _loaded(datasets: Any, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _no_bars_in_a_pipe(datasets: Any) -> Iterator[None]:
-    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    in_pipe = sys.stderr is None or not sys.stderr.isatty()
+    quiet = in_pipe and not datasets.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()
     try:

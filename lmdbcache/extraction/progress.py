@@ -5,7 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["ProgressBar"]
+__all__ = ["ProgressBar", "is_terminal"]
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal; it may be closed, or not be there."""
+    return _is_usable() and sys.stderr.isatty()
+
+
+def _is_usable() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed
 
 
 class ProgressBar:
@@ -29,7 +38,7 @@ class ProgressBar:
         line: int | None = None,
     ) -> None:
         self._bar: Any = None
-        if shown or (shown is None and sys.stderr.isatty()):
+        if is_terminal() if shown is None else shown and _is_usable():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -40,7 +49,7 @@ class ProgressBar:
                 position=line,
                 dynamic_ncols=True,
                 smoothing=0.1,
-                mininterval=0.1 if sys.stderr.isatty() else 5.0,
+                mininterval=0.1 if is_terminal() else 5.0,
             )
 
     def advance(self, steps: int) -> None:

@@ -206,7 +206,7 @@ def _address_space_left() -> int:
 def _blame_lock_file(generation: Path) -> None:
     """Nobody loses a sound store to the advice for a damaged one."""
     with contextlib.suppress(lmdb.Error):
-        lmdb.open(str(generation), readonly=True, create=False, lock=False).close()
+        lmdb.open(os.fsencode(generation), readonly=True, create=False, lock=False).close()
         found = ", ".join(holders(generation)) or "unknown"
         raise StorageError(
             f"{generation / 'lock.mdb'} was overwritten or cut while a process has the store open "
@@ -276,7 +276,7 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
         "max_readers": _MAX_READERS,
         "mode": 0o666,
     }
-    path = str(generation)
+    path = os.fsencode(generation)
     # LMDB follows links, and waits for a pipe's other end.
     check_folder(generation)
     for name in ("data.mdb", "lock.mdb"):

@@ -45,7 +45,7 @@ def slot_use(generation: Path) -> SlotUse | None:
     try:
         for name in ("data.mdb", "lock.mdb"):
             check_file(generation / name)
-        with lmdb.open(str(generation), readonly=True, create=False) as environment:
+        with lmdb.open(os.fsencode(generation), readonly=True, create=False) as environment:
             num_slots = int(environment.max_readers())
             for line in environment.readers().splitlines():
                 fields = line.split()
