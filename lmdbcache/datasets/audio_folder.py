@@ -9,7 +9,7 @@ from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_n
 from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
 from lmdbcache.datasets.scanning import (
     Entry,
-    LeaveOut,
+    PassedOver,
     audio_below,
     audio_file_id,
     entries_of,
@@ -48,6 +48,7 @@ class AudioFolderDataset(ListedDataset):
     Args:
         root: Folder that holds one folder per class.
         namespace: None makes one from the folder's name, see `lmdbcache.datasets.namespaces`.
+        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
 
     Raises:
         DatasetError: Not a folder, no clips in it, or two clips with one sample id.
@@ -55,11 +56,13 @@ class AudioFolderDataset(ListedDataset):
 
     kind = "folder"
 
-    def __init__(self, root: str | Path, *, namespace: str | None = None) -> None:
+    def __init__(
+        self, root: str | Path, *, namespace: str | None = None, decoder: str = "soundfile"
+    ) -> None:
         folder = checked_folder(root, _LAYOUT)
-        passed_over: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        passed_over = PassedOver(decoder)
         entries_of(folder)  # raises where it can't be listed
-        groups = _class_folders(folder, lambda *names, **more: passed_over.append((names, more)))
+        groups = _class_folders(folder, passed_over)
         name = os.path.basename(os.path.realpath(folder))  # noqa: PTH119
         super().__init__(
             folder,
@@ -68,10 +71,9 @@ class AudioFolderDataset(ListedDataset):
             else derived_namespace(self.kind, name),
             {class_name: number for number, class_name in enumerate(sorted(groups))},
             namespace_is_derived=namespace is None,
+            passed_over=passed_over,
         )
         self.can_be_opened_with()
-        for names, about in passed_over:
-            self.leave_out(*names, **about)
         for class_name, clips in groups.items():
             for split, file_id, path in clips:
                 more: dict[str, Any] = {"split": split} if split else {}
@@ -79,7 +81,7 @@ class AudioFolderDataset(ListedDataset):
         self.finish()
 
 
-def looks_like_classes(root: str | Path) -> bool:
+def looks_like_classes(root: str | Path, decoder: str = "soundfile") -> bool:
     """Return whether folders right below the root, or below its splits, hold audio files.
 
     Folders that seem to hold all clips of a dataset whose table is missing don't count. Files in a
@@ -89,7 +91,10 @@ def looks_like_classes(root: str | Path) -> bool:
         below = _folders(entry.path) if own_split_name(entry.name) in _SPLITS else []
         if any(
             each.name.lower() not in _NOT_A_CLASS
-            and (_holds_clips(each.path) or _holds_clips(f"{each.path}/{_VEGAS_AUDIO}"))
+            and any(
+                _holds_clips(folder, decoder)
+                for folder in (each.path, f"{each.path}/{_VEGAS_AUDIO}")
+            )
             for each in (entry, *below)
         ):
             return True
@@ -100,16 +105,18 @@ def _folders(folder: str | Path) -> list[Entry]:
     return [entry for entry in visible_entries(folder) if entry.is_folder]
 
 
-def _holds_clips(folder: str) -> bool:
-    return any(audio_file_id(entry.name) for entry in visible_entries(folder) if entry.is_file)
+def _holds_clips(folder: str, decoder: str) -> bool:
+    return any(
+        audio_file_id(entry.name, decoder) for entry in visible_entries(folder) if entry.is_file
+    )
 
 
-def _class_folders(folder: str, leave_out: LeaveOut) -> dict[str, list[tuple[str, str, str]]]:
+def _class_folders(folder: str, leave_out: PassedOver) -> dict[str, list[tuple[str, str, str]]]:
     """Class → (split, file id, path) of each clip, of the folders that hold some."""
     parts = list(_usable_folders(folder, leave_out))
-    splits = [part for part in parts if _has_clips_below(part.path)]
+    splits = [part for part in parts if _has_clips_below(part.path, leave_out.decoder)]
     groups: dict[str, list[tuple[str, str, str]]] = {}
-    if _are_splits(splits):
+    if _are_splits(splits, leave_out.decoder):
         for part in splits:
             for entry in _usable_folders(part.path, leave_out):
                 for file_id, path in _clips(entry, leave_out):
@@ -122,31 +129,31 @@ def _class_folders(folder: str, leave_out: LeaveOut) -> dict[str, list[tuple[str
     return groups
 
 
-def _usable_folders(folder: str, leave_out: LeaveOut) -> Iterator[Entry]:
+def _usable_folders(folder: str, leave_out: PassedOver) -> Iterator[Entry]:
     """The folders in a folder; what else looks like audio is left out."""
     for entry in usable_entries(folder, leave_out):
         if entry.is_folder:
             yield entry
-        elif audio_file_id(entry.name):
+        elif leave_out.file_id(entry.name):
             leave_out(entry.path, "not in a class folder")
 
 
-def _clips(entry: Entry, leave_out: LeaveOut) -> Iterator[tuple[str, str]]:
+def _clips(entry: Entry, leave_out: PassedOver) -> Iterator[tuple[str, str]]:
     """(file id, path) of a class folder's clips."""
-    is_like_vegas = _holds_clips(f"{entry.path}/{_VEGAS_AUDIO}")
+    is_like_vegas = _holds_clips(f"{entry.path}/{_VEGAS_AUDIO}", leave_out.decoder)
     return audio_below(
         entry.path, leave_out, entry.name, skipped=_VEGAS_VISUAL if is_like_vegas else ()
     )
 
 
-def _has_clips_below(folder: str) -> bool:
-    return next(audio_below(folder, lambda *_, **__: None, ""), None) is not None
+def _has_clips_below(folder: str, decoder: str) -> bool:
+    return next(audio_below(folder, PassedOver(decoder), ""), None) is not None
 
 
-def _are_splits(folders: list[Entry]) -> bool:
+def _are_splits(folders: list[Entry], decoder: str) -> bool:
     if not folders or any(own_split_name(entry.name) not in _SPLITS for entry in folders):
         return False
-    flat = [entry for entry in folders if _holds_clips(entry.path)]
+    flat = [entry for entry in folders if _holds_clips(entry.path, decoder)]
     if flat and len(folders) > 1:
         raise DatasetError(
             f"{shown(flat[0].path)} holds audio files without a class folder; expected is "

@@ -11,7 +11,7 @@ from lmdbcache.datasets.listed import ListedDataset, checked_folder
 from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
 from lmdbcache.datasets.scanning import (
     Entry,
-    audio_file_id,
+    PassedOver,
     check_table,
     entries_of,
     leave_out_all,
@@ -41,6 +41,7 @@ class ESC50Dataset(ListedDataset):
     Args:
         root: Folder with `meta` and `audio`.
         namespace: Another name than `esc50`.
+        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
 
     Raises:
         DatasetError: The folder isn't ESC-50, or its table can't be used.
@@ -48,7 +49,9 @@ class ESC50Dataset(ListedDataset):
 
     kind = "esc50"
 
-    def __init__(self, root: str | Path, *, namespace: str | None = None) -> None:
+    def __init__(
+        self, root: str | Path, *, namespace: str | None = None, decoder: str = "soundfile"
+    ) -> None:
         folder = checked_folder(root, _LAYOUT)
         table = Path(folder, _TABLE)
         rows = list(_rows(table))
@@ -61,7 +64,8 @@ class ESC50Dataset(ListedDataset):
                     f"{labels[row['category']]} before"
                 )
         name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
-        super().__init__(folder, name, dict(sorted(labels.items(), key=lambda pair: pair[1])))
+        classes = dict(sorted(labels.items(), key=lambda pair: pair[1]))
+        super().__init__(folder, name, classes, passed_over=PassedOver(decoder))
         self.can_be_opened_with()
         audio = Path(folder, "audio")
         there = {entry.name: entry for entry in entries_of(audio)}
@@ -72,12 +76,12 @@ class ESC50Dataset(ListedDataset):
             if entry is None:
                 self.leave_out(path, "listed, but not on disk", class_name=category)
                 continue
-            if not entry.is_file or not audio_file_id(name):
-                if not pass_over(entry, self.leave_out, category):
+            if not entry.is_file or not self.passed_over.file_id(name):
+                if not pass_over(entry, self.passed_over, category):
                     self.leave_out(path, "listed, but no audio file", class_name=category)
                 continue
             self.add(
-                audio_file_id(name) or name,
+                self.passed_over.file_id(name) or name,
                 category,
                 path,
                 fold=_whole(table, line, "fold", row["fold"]),
@@ -90,11 +94,11 @@ class ESC50Dataset(ListedDataset):
 
     def _leave_out_the_rest(self, folder: str, unlisted: list[Entry]) -> None:
         """Note audio that the table doesn't list."""
-        unlisted = [entry for entry in unlisted if not pass_over(entry, self.leave_out)]
-        for entry in (*unlisted, *usable_entries(folder, self.leave_out, skipped=("audio",))):
+        unlisted = [entry for entry in unlisted if not pass_over(entry, self.passed_over)]
+        for entry in (*unlisted, *usable_entries(folder, self.passed_over, skipped=("audio",))):
             if entry.is_folder:
-                leave_out_all(entry.path, self.leave_out, _UNLISTED)
-            elif audio_file_id(entry.name):
+                leave_out_all(entry.path, self.passed_over, _UNLISTED)
+            elif self.passed_over.file_id(entry.name):
                 self.leave_out(entry.path, _UNLISTED)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.reopening import reopening_options
-from lmdbcache.datasets.scanning import suffix_of
+from lmdbcache.datasets.scanning import LeftOut, PassedOver
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.home import expand_user
@@ -36,31 +35,6 @@ _SPLIT_NAMES: Final = {
 }
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Something that the dataset names or holds and that is no sample, with the reason."""
-
-    name: str
-    reason: str
-    kind: str  # what many of them have in common: the reason without the names in it
-    class_name: str = ""  # the class folder that it lies in, or the class that a table gives it
-
-    @property
-    def suffix(self) -> str:
-        """The file's suffix in lower case, with the dot; empty where it has none."""
-        return suffix_of(self.name)
-
-    def to_dict(self) -> dict[str, str]:
-        """Plain values for JSON."""
-        return {
-            "name": self.name,
-            "reason": self.reason,
-            "kind": self.kind,
-            "class": self.class_name,
-            "suffix": self.suffix,
-        }
-
-
 class ListedDataset:
     """A dataset whose clips are listed when it is opened; the base of the adapters here.
 
@@ -76,8 +50,6 @@ class ListedDataset:
     Attributes:
         kind: What `open_dataset` calls this layout.
         samples: See `AudioDataset`.
-        left_out: What isn't a sample though it looks like one, such as a listed file that is
-            missing.
         command_line_options: See `AudioDataset`; None until `can_be_opened_with` is called.
 
     Raises:
@@ -93,12 +65,13 @@ class ListedDataset:
         class_labels: Mapping[str, int],
         *,
         namespace_is_derived: bool = False,
+        passed_over: PassedOver | None = None,
     ) -> None:
         self.root = root
         self.namespace = namespace
         self.namespace_is_derived = namespace_is_derived
         self.samples: list[Sample] = []
-        self.left_out: list[LeftOut] = []
+        self.passed_over = PassedOver() if passed_over is None else passed_over
         self.command_line_options: dict[str, str] | None = None
         self._names = _canonical_names(class_labels, root)
         self.class_labels: Mapping[str, int] = {
@@ -155,16 +128,14 @@ class ListedDataset:
         self._paths[sample_id] = audio_path
         self.samples.append(sample)
 
-    def leave_out(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-        """Note something that is no sample.
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What isn't a sample though it looks like one, such as a listed file that is missing."""
+        return self.passed_over.items
 
-        Args:
-            name: What to call it.
-            reason: Why.
-            kind: Under which it is counted, where the reason has names in it.
-            class_name: Its class, if it has one.
-        """
-        self.left_out.append(LeftOut(shown(name), reason, kind or reason, shown(class_name)))
+    def leave_out(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
+        """Note something that is no sample; see `PassedOver`."""
+        self.passed_over(name, reason, kind=kind, class_name=class_name)
 
     def finish(self) -> None:
         """Sort the samples by class and file id; without any the dataset is refused.

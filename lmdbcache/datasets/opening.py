@@ -46,6 +46,7 @@ def open_dataset(
     label_column: str | None = None,
     id_column: str | None = None,
     namespace: str | None = None,
+    decoder: str = "soundfile",
 ) -> AudioDataset:
     """Open a dataset, all of it; `lmdbcache.datasets.narrowing.Narrowing` takes a part.
 
@@ -61,6 +62,8 @@ def open_dataset(
         label_column: Of a Hugging Face dataset.
         id_column: Of a Hugging Face dataset.
         namespace: Instead of the layout's own, see `lmdbcache.datasets.namespaces`.
+        decoder: What the clips are to be decoded by, as for `config_for`; files that it doesn't
+            read are left out.
 
     Raises:
         DatasetError: No layout or several are recognised, an option doesn't belong to it, or
@@ -83,18 +86,27 @@ def open_dataset(
         kind = "huggingface"
     elif kind == "auto":
         kind = recognise(
-            source, has_table=table is not None, has_columns=bool(given.keys() - {"table"})
+            source,
+            has_table=table is not None,
+            has_columns=bool(given.keys() - {"table"}),
+            decoder=decoder,
         )
     own = {"vggsound": {"table"}, "huggingface": set(columns)}.get(kind, set())
     if foreign := sorted(given.keys() - own):
         raise DatasetError(f"{', '.join(foreign)}: not an option of {kind}")
+    if kind != "huggingface":  # whose rows say nothing of their format
+        given["decoder"] = decoder
     dataset = _OPENERS[kind](source, namespace=namespace, **given)
     _logger.info("%s taken as %s: %s", _name(source), kind, dataset)
     return dataset
 
 
 def recognise(
-    folder: str | os.PathLike[str], *, has_table: bool = False, has_columns: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    has_table: bool = False,
+    has_columns: bool = False,
+    decoder: str = "soundfile",
 ) -> str:
     """The one layout that a folder has.
 
@@ -102,6 +114,7 @@ def recognise(
         folder: To look at.
         has_table: Whether VGGSound's table was given.
         has_columns: Whether columns of a Hugging Face dataset were given.
+        decoder: What the clips are to be decoded by.
 
     Raises:
         DatasetError: None or several; the message names the layouts.
@@ -122,8 +135,10 @@ def recognise(
         return found[0]
     entries_of(root)  # raises where it can't be listed
     _check_spelling(root)
-    flat = any(audio_file_id(entry.name) for entry in visible_entries(root) if entry.is_file)
-    if not flat and looks_like_classes(root):
+    flat = any(
+        audio_file_id(entry.name, decoder) for entry in visible_entries(root) if entry.is_file
+    )
+    if not flat and looks_like_classes(root, decoder):
         return "folder"
     raise DatasetError(f"{shown(root)}: no dataset recognised. {_expected()}")
 
@@ -176,11 +191,13 @@ _SIGNS: Final[dict[str, Callable[[Path], bool]]] = {
 }
 
 
-def _open_vegas(root: str | Path, *, namespace: str | None) -> VEGASSelection:
+def _open_vegas(root: str | Path, *, namespace: str | None, decoder: str) -> VEGASSelection:
     folder = expand_user(root)
     present = [name for name in CLASS_LABELS if has_class(folder, name)]
     # A class that isn't there is reported by the narrowing, if it is asked for.
-    dataset = VEGASSelection(root, selected_classes=present or None, namespace=namespace)
+    dataset = VEGASSelection(
+        root, selected_classes=present or None, namespace=namespace, decoder=decoder
+    )
     if not dataset.samples and dataset.left_out:
         raise DatasetError(
             f"{shown(dataset.root)}: vegas: no clips found; {summary_of(dataset.left_out)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lmdbcache.embedders.audio_formats import is_audio, is_readable
 from lmdbcache.embedders.audio_source import shown
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Entry",
-    "LeaveOut",
+    "LeftOut",
+    "PassedOver",
     "audio_below",
     "audio_file_id",
     "check_table",
@@ -35,11 +36,59 @@ __all__ = [
 ]
 
 
-class LeaveOut(Protocol):
-    """`ListedDataset.leave_out`."""
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that the dataset names or holds and that is no sample, with the reason."""
+
+    name: str
+    reason: str
+    kind: str  # what many of them have in common: the reason without the names in it
+    class_name: str = ""  # the class folder that it lies in, or the class that a table gives it
+
+    @property
+    def suffix(self) -> str:
+        """The file's suffix in lower case, with the dot; empty where it has none."""
+        return suffix_of(self.name)
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "reason": self.reason,
+            "kind": self.kind,
+            "class": self.class_name,
+            "suffix": self.suffix,
+        }
+
+
+class PassedOver:
+    """What a listing passes over.
+
+    Args:
+        decoder: What the clips are to be decoded by, see `lmdbcache.embedders.audio_formats`.
+
+    Attributes:
+        items: What was noted, in order.
+    """
+
+    def __init__(self, decoder: str = "soundfile") -> None:
+        self.decoder = decoder
+        self.items: list[LeftOut] = []
 
     def __call__(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-        """Note something that is no sample."""
+        """Note something that is no sample.
+
+        Args:
+            name: What to call it.
+            reason: Why.
+            kind: Under which it is counted, where the reason has names in it.
+            class_name: Its class, if it has one.
+        """
+        self.items.append(LeftOut(shown(name), reason, kind or reason, shown(class_name)))
+
+    def file_id(self, name: str) -> str | None:
+        """See `audio_file_id`."""
+        return audio_file_id(name, self.decoder)
 
 
 @dataclass(frozen=True)
@@ -116,10 +165,10 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a stem may end in a dot
 
 
-def audio_file_id(name: str) -> str | None:
+def audio_file_id(name: str, decoder: str = "soundfile") -> str | None:
     """Return the name without its suffix if that is one that can be decoded, else None."""
     stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a stem may end in a dot
-    return stem if stem and is_readable(suffix) else None
+    return stem if stem and is_readable(suffix, decoder) else None
 
 
 def holds_audio(folder: str) -> bool:
@@ -131,7 +180,7 @@ def holds_audio(folder: str) -> bool:
     return False
 
 
-def pass_over(entry: Entry, leave_out: LeaveOut, class_name: str = "") -> bool:
+def pass_over(entry: Entry, leave_out: PassedOver, class_name: str = "") -> bool:
     """Note an entry that is no clip though it looks like one or hides some.
 
     Returns:
@@ -150,11 +199,11 @@ def pass_over(entry: Entry, leave_out: LeaveOut, class_name: str = "") -> bool:
         return True
     elif entry.oddity:
         kind = entry.oddity if looks_like_audio or not suffix else ""
-    elif entry.is_file and looks_like_audio and not is_readable(suffix):
+    elif entry.is_file and looks_like_audio and not is_readable(suffix, leave_out.decoder):
         leave_out(
             entry.path,
-            f"soundfile doesn't read {suffix}",
-            kind="audio that soundfile doesn't read",
+            f"{leave_out.decoder} doesn't read {suffix}",
+            kind=f"audio that {leave_out.decoder} doesn't read",
             class_name=class_name,
         )
         return True
@@ -164,7 +213,7 @@ def pass_over(entry: Entry, leave_out: LeaveOut, class_name: str = "") -> bool:
 
 
 def usable_entries(
-    folder: str | Path, leave_out: LeaveOut, class_name: str = "", skipped: Collection[str] = ()
+    folder: str | Path, leave_out: PassedOver, class_name: str = "", skipped: Collection[str] = ()
 ) -> Iterator[Entry]:
     """Yield the files and folders in a folder without those that are passed over, which are noted.
 
@@ -183,7 +232,7 @@ def usable_entries(
 
 def audio_below(
     folder: str,
-    leave_out: LeaveOut,
+    leave_out: PassedOver,
     class_name: str,
     *,
     skipped: Collection[str] = (),
@@ -195,7 +244,7 @@ def audio_below(
 
     Args:
         folder: Where to look.
-        leave_out: Called with what is passed over.
+        leave_out: Takes what is passed over.
         class_name: The class of all of them.
         skipped: Names right below the folder that aren't looked at.
         below: What to put before the first part of each result.
@@ -208,13 +257,13 @@ def audio_below(
         elif entry.is_folder:
             deeper = f"{below}{entry.name}/"
             yield from audio_below(entry.path, leave_out, class_name, below=deeper)
-        elif stem := audio_file_id(entry.name):
+        elif stem := leave_out.file_id(entry.name):
             yield below + stem, entry.path
 
 
 def leave_out_all(
     folder: str,
-    leave_out: LeaveOut,
+    leave_out: PassedOver,
     reason: str,
     *,
     kind: str = "",

@@ -16,8 +16,7 @@ from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.classes import chosen_classes
 from lmdbcache.datasets.scanning import (
     Entry,
-    LeaveOut,
-    audio_file_id,
+    PassedOver,
     leave_out_all,
     usable_entries,
     visible_entries,
@@ -76,7 +75,7 @@ def list_samples(
     *,
     audio_duration: float,
     captions: Mapping[str, Any],
-    leave_out: LeaveOut,
+    leave_out: PassedOver,
 ) -> list[Sample]:
     """Return every clip of these classes, by class and then by file id.
 
@@ -87,7 +86,7 @@ def list_samples(
         classes: Class name → label.
         audio_duration: Default of `end_second`, in seconds.
         captions: As of `read_captions`.
-        leave_out: Called with the audio that is passed over.
+        leave_out: Takes the audio that is passed over.
 
     Raises:
         DatasetError: The root or all class folders are missing, or two files have one file id.
@@ -125,18 +124,18 @@ def meant_class(name: str) -> str | None:
     return squeezed[found[0]] if found else None
 
 
-def _pass_over_others(root: Path, leave_out: LeaveOut) -> None:
+def _pass_over_others(root: Path, leave_out: PassedOver) -> None:
     """Note the audio that lies in no folder of a class."""
     for entry in usable_entries(root, leave_out):
         if entry.is_file and entry.name in CLASS_LABELS:
             leave_out(entry.path, "a file in place of a class folder", class_name=entry.name)
-        elif entry.is_file and audio_file_id(entry.name):
+        elif entry.is_file and leave_out.file_id(entry.name):
             leave_out(entry.path, "not in a class folder")
         elif entry.is_folder and entry.name not in CLASS_LABELS:
             _pass_over_folder(entry, leave_out)
 
 
-def _pass_over_folder(entry: Entry, leave_out: LeaveOut) -> None:
+def _pass_over_folder(entry: Entry, leave_out: PassedOver) -> None:
     meant = meant_class(entry.name)
     if meant is None:
         kind = "not in one of the ten classes of VEGAS"
@@ -158,7 +157,7 @@ def _class_samples(
     label: int,
     audio_duration: float,
     captions: Mapping[str, Any],
-    leave_out: LeaveOut,
+    leave_out: PassedOver,
 ) -> list[Sample]:
     audios = _audio_files(folder, class_name, leave_out)
     images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS)
@@ -194,13 +193,13 @@ def _class_samples(
     return samples
 
 
-def _audio_files(folder: Path, class_name: str, leave_out: LeaveOut) -> dict[str, Path]:
+def _audio_files(folder: Path, class_name: str, leave_out: PassedOver) -> dict[str, Path]:
     """File id → file, of a class's `audios`; audio elsewhere in its folder is noted."""
     found: dict[str, Path] = {}
     for entry in usable_entries(folder, leave_out, class_name, ("audios", *_NO_AUDIO)):
         _pass_over_beside(entry, class_name, leave_out)
     for entry in usable_entries(folder / "audios", leave_out, class_name):
-        stem = audio_file_id(entry.name) if entry.is_file else None
+        stem = leave_out.file_id(entry.name) if entry.is_file else None
         if stem is None:
             _pass_over_beside(entry, class_name, leave_out)
             continue
@@ -214,12 +213,12 @@ def _audio_files(folder: Path, class_name: str, leave_out: LeaveOut) -> dict[str
     return dict(sorted(found.items()))
 
 
-def _pass_over_beside(entry: Entry, class_name: str, leave_out: LeaveOut) -> None:
+def _pass_over_beside(entry: Entry, class_name: str, leave_out: PassedOver) -> None:
     reason = f"not in {class_name}/audios itself"
     kind = "not in the class's folder audios itself"
     if entry.is_folder:
         leave_out_all(entry.path, leave_out, reason, kind=kind, class_name=class_name)
-    elif audio_file_id(entry.name):
+    elif leave_out.file_id(entry.name):
         leave_out(entry.path, reason, kind=kind, class_name=class_name)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.datasets.base import sample_id_of
-from lmdbcache.datasets.listed import LeftOut, summary_of
+from lmdbcache.datasets.listed import summary_of
 from lmdbcache.datasets.namespaces import chosen_namespace
 from lmdbcache.datasets.narrowing import NODE_SEED, SPLIT_SEED, first_of_each_class
 from lmdbcache.datasets.reopening import reopening_options
+from lmdbcache.datasets.scanning import LeftOut, PassedOver
 from lmdbcache.datasets.splits import SPLITS, node_split, normalised_ratios, split_samples
 from lmdbcache.datasets.vegas_layout import (
     CLASS_LABELS,
@@ -19,7 +20,6 @@ from lmdbcache.datasets.vegas_layout import (
     list_samples,
     resolve_classes,
 )
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 from lmdbcache.home import expand_user
 
@@ -58,6 +58,7 @@ class SelectionMixin:
     test_ratio: float
 
     class_labels: Mapping[str, int] = CLASS_LABELS
+    decoder: str = "soundfile"
     samples: list[Sample]
     left_out: list[LeftOut]
     active_classes: dict[str, int]
@@ -123,19 +124,15 @@ class SelectionMixin:
         )
 
     def _list_files(self) -> list[Sample]:
-        left_out: list[LeftOut] = []
-
-        def leave_out(name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-            left_out.append(LeftOut(shown(name), reason, kind or reason, shown(class_name)))
-
+        passed_over = PassedOver(self.decoder)
         samples = list_samples(
             Path(self.root),
             self.active_classes,
             audio_duration=self.audio_duration,
             captions=self.captions,
-            leave_out=leave_out,
+            leave_out=passed_over,
         )
-        self.left_out = left_out
+        self.left_out = passed_over.items
         if self.samples_per_node is not None:
             return samples
         return first_of_each_class(samples, self.num_samples_per_class)
@@ -190,6 +187,7 @@ class VEGASSelection(SelectionMixin):
         num_nodes: Divide every class between so many nodes.
         samples_per_node: Samples of each class that a node has.
         namespace: Another name than `vegas`.
+        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
 
     Raises:
         DatasetError: The folder or an argument can't be used.
@@ -209,7 +207,9 @@ class VEGASSelection(SelectionMixin):
         num_nodes: int | None = None,
         samples_per_node: int | None = None,
         namespace: str | None = None,
+        decoder: str = "soundfile",
     ) -> None:
+        self.decoder = decoder
         self.root_dir = str(expand_user(root_dir))
         self.root = str(Path(self.root_dir).absolute())
         if namespace is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
 from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
 from lmdbcache.datasets.scanning import (
-    audio_file_id,
+    PassedOver,
     check_table,
     leave_out_all,
     usable_entries,
@@ -56,6 +56,7 @@ class VGGSoundDataset(ListedDataset):
         root: Folder with the audio files.
         table: The table; None takes `vggsound.csv` of the root, or the only `vggsound*.csv`.
         namespace: Another name than `vggsound`.
+        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
 
     Raises:
         DatasetError: There is no such table or file, or the table can't be used.
@@ -64,7 +65,12 @@ class VGGSoundDataset(ListedDataset):
     kind = "vggsound"
 
     def __init__(
-        self, root: str | Path, *, table: str | Path | None = None, namespace: str | None = None
+        self,
+        root: str | Path,
+        *,
+        table: str | Path | None = None,
+        namespace: str | None = None,
+        decoder: str = "soundfile",
     ) -> None:
         folder = checked_folder(root, _LAYOUT)
         path = find_table(folder) if table is None else expand_user(table)
@@ -76,7 +82,12 @@ class VGGSoundDataset(ListedDataset):
         rows = list(_rows(path))
         name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
         classes = sorted({row.label for row in rows})
-        super().__init__(folder, name, {label: number for number, label in enumerate(classes)})
+        super().__init__(
+            folder,
+            name,
+            {label: number for number, label in enumerate(classes)},
+            passed_over=PassedOver(decoder),
+        )
         self.can_be_opened_with(csv=None if table is None else path)
         labels_of_ids = {row.file_id: row.label for row in rows}
         files = self._audio_files(folder, labels_of_ids.keys())
@@ -103,7 +114,7 @@ class VGGSoundDataset(ListedDataset):
     def _give_classes(self, labels: dict[str, str]) -> set[str]:
         """Note the classes of listed files that are passed over; the ids of these files."""
         ids = [Path(item.name).stem for item in self.left_out]
-        self.left_out = [
+        self.left_out[:] = [
             replace(item, class_name=labels.get(file_id, ""))
             for item, file_id in zip(self.left_out, ids, strict=True)
         ]
@@ -112,12 +123,12 @@ class VGGSoundDataset(ListedDataset):
     def _audio_files(self, folder: str, wanted: Collection[str]) -> dict[str, str]:
         """File id → path of the wanted ones, in the folder and in those right below it."""
         files: dict[str, str] = {}
-        for entry in usable_entries(folder, self.leave_out):
-            below = usable_entries(entry.path, self.leave_out) if entry.is_folder else [entry]
+        for entry in usable_entries(folder, self.passed_over):
+            below = usable_entries(entry.path, self.passed_over) if entry.is_folder else [entry]
             for file in below:
-                file_id = audio_file_id(file.name)
+                file_id = self.passed_over.file_id(file.name)
                 if file.is_folder:
-                    leave_out_all(file.path, self.leave_out, "deeper than one folder")
+                    leave_out_all(file.path, self.passed_over, "deeper than one folder")
                 elif file_id and file_id in wanted:
                     if files.setdefault(file_id, file.path) != file.path:
                         raise DatasetError(
