@@ -177,12 +177,10 @@ def _in_form(file: BinaryIO, kind: bytes) -> AudioData | None:
 
 def _in_rf64(file: BinaryIO) -> AudioData | None:
     length, sizes_at, announced = size_of(file), 0, 0
-    for name, start, size in _chunks(file, _RIFF, _RIFF.first):
+    for name, start, _ in _chunks(file, _RIFF, _RIFF.first):
         if name == b"ds64":
             sizes_at, announced = start, int.from_bytes(read_at(file, start + 8, 8), "little")
         elif name == b"data":
-            if 0 < size < 0xFFFF_FFFF:
-                return AudioData(start, size)
             if not _is_open(file, _W64, start, announced, length):
                 return AudioData(start, announced)
             sizes = (length - 8, length - start, 0)

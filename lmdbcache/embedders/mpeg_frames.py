@@ -104,6 +104,7 @@ class MPEGPart:
         first: The header of its first frame.
         announced: Frames by its Xing, Info or VBRI header; None without one.
         announced_bytes: Its size by the same header; 0 if it says nothing.
+        is_known: Whether libmpg123 reads that header. If not, it is left out: it would be silence.
         num_frames: Frames that are there in full, without that header's.
         is_cut: Whether the file ends inside its last frame.
     """
@@ -113,8 +114,14 @@ class MPEGPart:
     first: _Header
     announced: int | None = None
     announced_bytes: int = 0
+    is_known: bool = True
     num_frames: int = 0
     is_cut: bool = False
+
+    @property
+    def tells_its_length(self) -> bool:
+        """Whether libmpg123 finds its length in its header."""
+        return self.announced is not None and self.is_known
 
     @property
     def num_samples(self) -> int:
@@ -150,7 +157,7 @@ class MPEGPart:
         leave out the decoder's delay, and the clip would be shifted.)
         """
         frames = (self.start, self.stop)
-        if self.announced is not None:
+        if self.tells_its_length:
             return PiecedFile(file, [frames])
         size = min(2 * (self.num_frames + _MIN_PART_FRAMES) * (self.first.num_bytes + 1), 2**28 - 1)
         tag = b"ID3\x03\0\0" + bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
@@ -191,9 +198,12 @@ def find_parts(
             part = MPEGPart(position, min(end, stop), header)
             parts.append(part)
             if tag is not None:
-                part.announced, part.announced_bytes = tag
+                part.announced, part.announced_bytes, part.is_known = tag
                 part.is_cut = end > stop
                 continue
+        if not (part.is_known or part.num_frames):
+            part.announced_bytes -= position - part.start
+            part.start, part.first = position, header
         part.stop = min(end, stop)
         if end > stop:
             part.is_cut = True
@@ -279,15 +289,20 @@ def _next_frame(file: BinaryIO, position: int, stop: int, previous: _Header | No
     return stop
 
 
-def _tag(head: bytes, header: _Header) -> tuple[int | None, int] | None:
-    """Frames and bytes of a Xing, Info or VBRI header; None if the frame has audio."""
+def _tag(head: bytes, header: _Header) -> tuple[int | None, int, bool] | None:
+    """Frames and bytes of a Xing, Info or VBRI header, and whether libmpg123 reads it.
+
+    None if the frame has audio.
+    """
     if header.layer != _LAYER_III:
         return None
     if head[36:40] == b"VBRI":
-        return int.from_bytes(head[50:54], "big"), int.from_bytes(head[46:50], "big")
-    for offset in (header.tag_offset, header.tag_offset + 2):  # 2: behind a checksum
+        return int.from_bytes(head[50:54], "big"), int.from_bytes(head[46:50], "big"), False
+    for checksum in (0, 2):  # bytes of one in front of it
+        offset = header.tag_offset + checksum
         if head[offset : offset + 4] in (b"Xing", b"Info"):
             flags, first, second = struct.unpack_from(">III", head, offset + 4)
             frames = first if flags & 1 else None
-            return frames, (second if flags & 1 else first) if flags & 2 else 0
+            num_bytes = (second if flags & 1 else first) if flags & 2 else 0
+            return frames, num_bytes, not checksum
     return None

@@ -211,11 +211,10 @@ class SoundfileDecoder:
                 min(expected, wanted) - found <= tolerance
                 for expected in (part.num_samples, stream.total)
             )
-            if part.announced is not None or is_right:
+            if part.tells_its_length or is_right:
                 return None
         return [
-            (part.open(file), 0 if part.announced is not None else part.num_samples)
-            for part in parts
+            (part.open(file), 0 if part.tells_its_length else part.num_samples) for part in parts
         ]
 
 

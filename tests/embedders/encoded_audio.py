@@ -65,9 +65,11 @@ def wave_file(
     return chunk(b"RIFX" if order == ">" else b"RIFF", body, order)
 
 
-def id3(num_bytes: int) -> bytes:
+def id3(num_bytes: int, *, footer: bool = False) -> bytes:
     """An ID3v2 tag, as one with a picture."""
     size = bytes((num_bytes >> shift) & 127 for shift in (21, 14, 7, 0))
+    if footer:
+        return b"ID3\x04\0\x10" + size + bytes(num_bytes) + b"3DI\x04\0\x10" + size
     return b"ID3\x03\0\0" + size + bytes(num_bytes)
 
 

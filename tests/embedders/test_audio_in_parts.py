@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from embedders.encoded_audio import RATE, SECONDS, InMemory, encoded, id3, tone, without_first_frame
@@ -72,7 +74,7 @@ def test_an_mp3_of_variable_bit_rate(kind, has_header, around):
         assert waveform.tobytes() == plain.tobytes()
 
 
-@pytest.mark.parametrize("behind", [b"", TAG, TAG + id3(300), APE])
+@pytest.mark.parametrize("behind", [b"", TAG, TAG + id3(300), APE, id3(300, footer=True)])
 @pytest.mark.parametrize("headers", ["both", "first", "second", "none"])
 def test_mp3s_behind_each_other(headers, behind):
     """Every part is decoded, though the first header counts its own frames only."""
@@ -99,10 +101,58 @@ def test_a_cut_mp3_behind_another():
         decoded(whole[:-5])
 
 
-def test_mp3s_of_different_rates():
+@pytest.mark.parametrize("has_header", [True, False])
+def test_mp3s_of_different_rates(has_header):
     """They are refused with what to do."""
+    second = encoded("MP3", "MPEG_LAYER_III", rate=16000)
+    second = second if has_header else without_first_frame(second)
     with pytest.raises(AudioDecodeError, match="different sample rates.*encode it anew"):
-        decoded(mp3() + encoded("MP3", "MPEG_LAYER_III", rate=16000))
+        decoded(mp3() + second)
+
+
+def _headers() -> dict[str, bytes]:
+    """A constant bit rate behind a loud beginning: libmpg123's own estimate is too short."""
+    content = encoded("MP3", "MPEG_LAYER_III", bitrate_mode="CONSTANT")
+    header = content[: len(content) - len(without_first_frame(content))]
+    audio = content[len(header) :]
+    sizes = len(content).to_bytes(4, "big") + struct.pack(">I", NUM_FRAMES)
+    vbri = header[:4].ljust(36, b"\0") + b"VBRI\0\1\0\0\0\x4b" + sizes
+    behind_checksum = bytes((header[0], header[1] & 0xFE, *header[2:4], 0, 0)) + header[4:-2]
+    return {
+        "Info": content,
+        "VBRI": vbri.ljust(len(header), b"\0") + audio,
+        "behind a checksum": behind_checksum + audio,
+    }
+
+
+NUM_FRAMES = 23
+HEADERS = _headers()
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_count_frames(kind):
+    """All frames are decoded, whether or not libmpg123 reads the header; none may be missing."""
+    content = HEADERS[kind]
+    waveform = decoded(content)
+    assert len(waveform) == (SECONDS * RATE if kind == "Info" else NUM_FRAMES * 576)
+    if kind != "Info":
+        assert waveform.tobytes() == decoded(without_first_frame(HEADERS["Info"])).tobytes()
+    # At the ends of frames: nothing else tells that it was cut there.
+    for num_missing in (1, 2, 3, 10):
+        with pytest.raises(AudioDecodeError, match=f"{NUM_FRAMES - num_missing} are there"):
+            decoded(content[: FRAME_ENDS[-1 - num_missing]])
+
+
+def _frame_ends(content: bytes) -> list[int]:
+    """Where each frame ends, by its own bit rate: MPEG 2.5, layer III, 8 kHz, no padding."""
+    rates, ends, position = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160), [], 0
+    while position < len(content):
+        position += 9 * rates[content[position + 2] >> 4]
+        ends.append(position)
+    return ends
+
+
+FRAME_ENDS = _frame_ends(HEADERS["Info"])
 
 
 @pytest.mark.parametrize(("form", "subtype"), OGG)
@@ -140,6 +190,9 @@ def test_a_cut_link(form, subtype):
     ):
         with pytest.raises(AudioDecodeError):
             decoded(content)
+    # Nor do whole links behind it help, of which the last isn't needed.
+    with pytest.raises(AudioDecodeError):
+        decoded(first[: first.rindex(b"OggS")] + second + second, 2.0)
 
 
 @pytest.mark.parametrize(("form", "subtype"), OGG)

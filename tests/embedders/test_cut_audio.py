@@ -46,6 +46,7 @@ KINDS = {
     "svx": encoded("SVX", "PCM_16"),
     "nist": encoded("NIST", "PCM_16"),
     "nist, A-law": encoded("NIST", "ALAW"),
+    "nist, stereo": encoded("NIST", "PCM_16", np.stack([tone(), tone(900.0)], 1)),
     "avr": encoded("AVR", "PCM_16"),
     "mat4": encoded("MAT4", "FLOAT"),
     "mat5": encoded("MAT5", "FLOAT"),
@@ -156,6 +157,9 @@ def _opened() -> dict[str, tuple[bytes, bytes]]:
         for place in (0, 8, 16):
             changed = put(changed, at + place, "<Q", size)
         found[f"rf64: {size:#x}"] = (changed, content)
+    at, data = content.index(b"ds64") + 16, content.index(b"data") + 4
+    changed = put(put(content, at, "<Q", 0), data, "<I", len(content) - data - 4)
+    found["rf64: size in 32 bits"] = (changed, content)
     content = KINDS["caf"]
     at = content.index(b"data") + 4
     for size in (-1, 0, 4):
