@@ -196,6 +196,17 @@ def test_a_cut_link(form, subtype):
 
 
 @pytest.mark.parametrize(("form", "subtype"), OGG)
+def test_a_damaged_page(form, subtype):
+    """libogg passes over a page whose checksum is wrong; a second that is missing is refused."""
+    whole = encoded(form, subtype, tone(seconds=9.0))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for content in (damaged, damaged + whole, whole + damaged):
+        with pytest.raises(AudioDecodeError, match="cut off or damaged"):
+            decoded(bytes(content))
+
+
+@pytest.mark.parametrize(("form", "subtype"), OGG)
 def test_links_of_different_rates_or_channels(form, subtype):
     """Other channels are mixed; another sample rate is refused with what to do."""
     first = encoded(form, subtype, tone())
