@@ -9,8 +9,8 @@ from extraction.clips import RATE, tone, write
 
 from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract
 from lmdbcache.embedders import load_waveform
-from lmdbcache.embedders.base import compute_features
-from lmdbcache.errors import ExtractionError, ModuleError
+from lmdbcache.embedders.base import clip_features, compute_features
+from lmdbcache.errors import AudioDecodeError, ExtractionError, FrontEndError, ModuleError
 from lmdbcache.testing.embedder_contract import ModelContract
 
 DURATION = 0.5
@@ -165,20 +165,65 @@ def test_features_are_cast_to_the_dtype_of_the_weights(run, clips, dtype):
         np.testing.assert_allclose(stored[sample_id], expected, rtol=0, atol=2e-3)
 
 
+NO_NUMBERS = [
+    None,
+    "text",
+    [1, [2, 3]],
+    np.array([None]),
+    {"features": np.ones(3)},
+    (np.ones(3), np.ones(3)),
+    np.zeros((0, 80)),
+    np.ma.masked_equal(np.arange(320.0).reshape(4, 80), 7),
+    np.array(["2026-11-30"], "datetime64[D]"),
+]
+
+
+@pytest.mark.parametrize("answer", NO_NUMBERS)
+def test_what_is_no_array_of_numbers_is_refused(answer):
+    """Whatever a module would have made of it."""
+    with pytest.raises(FrontEndError, match="the clip: the front end"):
+        clip_features(
+            lambda _: answer, np.ones(4, np.float32), 4, sample_rate=RATE, name="the clip"
+        )
+
+
+@pytest.mark.parametrize("num_valid", [79, 80])
+def test_the_shortest_clip_is_one_of_min_samples(num_valid):
+    """One sample less is too short, by name."""
+
+    class Shortest:
+        min_samples = 80
+
+        def __call__(self, waveform):
+            return waveform
+
+        def provenance(self):
+            return {}
+
+    padded = np.ones(400, np.float32)
+    options = {"sample_rate": RATE, "name": "the clip"}
+    if num_valid == 80:
+        assert clip_features(Shortest(), padded, num_valid, **options).shape == (400,)
+    else:
+        with pytest.raises(AudioDecodeError, match="the clip: too short: 79 samples"):
+            clip_features(Shortest(), padded, num_valid, **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    """One element is enough."""
+    features = np.zeros((3, 4))
+    features[1, 2] = value
+    with pytest.raises(AudioDecodeError, match="NaN or Inf"):
+        clip_features(lambda _: features, np.ones(4, np.float32), 4, sample_rate=1, name="a")
+
+
 @pytest.mark.parametrize(
     "answer",
     [
-        None,
-        "text",
-        [1, [2, 3]],
-        np.array([None]),
-        {"features": np.ones(3)},
-        (np.ones(3), np.ones(3)),
-        np.zeros((0, 80)),
+        *NO_NUMBERS,
         np.full((4, 80), np.nan),
         np.full((4, 80), 1e300),
-        np.ma.masked_equal(np.arange(320.0).reshape(4, 80), 7),
-        np.array(["2026-11-30"], "datetime64[D]"),
         ValueError("mine\nmore"),
         NameError("mine"),
         MemoryError(),
