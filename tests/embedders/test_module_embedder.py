@@ -228,6 +228,19 @@ def test_a_result_that_isnt_one_row_per_clip(outputs, cache, clips):
         run(cache, embedder, clips)
 
 
+def test_complex_embeddings_are_refused(cache, clips):
+    """They aren't stored as their real part; as pairs of real numbers they are."""
+    outputs = {"spectrum": lambda result: torch.fft.rfft(result["pooled"])}
+    with pytest.raises(ConfigError, match=r"outputs: 'spectrum' .* is torch.complex64"):
+        run(cache, make(outputs=outputs), clips)
+    assert cache.stores() == []
+    outputs = {"spectrum": lambda result: torch.view_as_real(torch.fft.rfft(result["pooled"]))}
+    embedder = make(outputs=outputs)
+    run(cache, embedder, clips)
+    with cache.reader(config_for(embedder, duration=DURATION)) as reader:
+        assert reader.embedding_shape == (5, 2)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_front_end_that_fails(num_workers, cache, clips):
     """Ends the run with one line, from a worker too."""

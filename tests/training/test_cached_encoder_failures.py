@@ -41,6 +41,14 @@ def test_nan_is_named_and_the_rest_kept(cache):
     assert list(stored(cache)) == names_of([0, 1, 3])
 
 
+def test_complex_embeddings_are_refused(cache):
+    """Neither answered nor stored as their real part."""
+    with CachedEncoder(lambda inputs: torch.complex(inputs, inputs), cache, OWN) as encoder:
+        with pytest.raises(InvalidEmbeddingError, match="complex"):
+            ask(encoder, [1, 2])
+    assert not stored(cache)
+
+
 def test_wrong_number_or_shape(cache):
     """A model that loses samples, or changes its shape, stores nothing of that batch."""
     with CachedEncoder(lambda inputs: inputs[:1], cache, OWN) as encoder:
