@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from typing import Annotated, Any, Final
 
 import typer
@@ -119,6 +120,7 @@ def extract_command(
         else:
             own: dict[str, Any] = {"num_workers": num_workers, "share": share}
             summary = extract(cache, config, clips, **common, **own)
+        summary = replace(summary, left_out=dataset.left_out_counts)
     except KeyboardInterrupt:
         kept = _kept(cache, config, clips, launch, batch_size)
         raise Stopped(f"{kept}; run the same command again to go on") from None
@@ -126,8 +128,7 @@ def extract_command(
         kept = _kept(cache, config, clips, launch, batch_size)
         raise CacheFullError(f"{error}; {kept}; run the same command again after that") from error
     if as_json:
-        more = {"fingerprint": config.fingerprint, "left_out": dataset.left_out_counts}
-        print_json({**summary.to_dict(), **more})
+        print_json({**summary.to_dict(), "fingerprint": config.fingerprint})
     else:
         say(f"{summary}\n{summary.store}")
     sys.stdout.flush()

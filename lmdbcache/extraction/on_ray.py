@@ -37,7 +37,7 @@ from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.ray_cluster import check_device, connected
 from lmdbcache.extraction.ray_pipeline import UnitPipeline
 from lmdbcache.extraction.run import Run
-from lmdbcache.extraction.samples import pairs_of
+from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.units import units_of
@@ -120,6 +120,7 @@ def extract_on_ray(  # noqa: PLR0913
     place = None if staging is None else StagingPlace(staging, config)
     run = _RayRun(cache, config, progress=progress, dataset_root=dataset_root)
     run.take(pairs_of(clips), batch_size)
+    run.left_out = counts_of_left_out(clips)
     missing = run.look_at_sources(run.plan(), recompute=recompute_changed)
     if not missing:
         run.record_failures()

@@ -23,7 +23,7 @@ from lmdbcache.embedders.module_embedder import ModuleEmbedder
 from lmdbcache.embedders.registry import known_model, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
-from lmdbcache.extraction.samples import pairs_of
+from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
 from lmdbcache.extraction.scaling import warnings_of
 from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.space import (
@@ -127,6 +127,7 @@ def extract(  # noqa: PLR0913
     started = time.perf_counter()
     run = Run(cache, config, progress=progress, dataset_root=dataset_root, share=share)
     run.take(pairs_of(clips), batch_size)
+    run.left_out = counts_of_left_out(clips)
     with ExitStack() as stack:
         if staging is not None:
             stack.enter_context(run.stage(staging, batch_size).held())

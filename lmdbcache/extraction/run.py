@@ -78,6 +78,7 @@ class Run:
         self.built_model = False
         self.changed: set[str] = set()
         self.num_suspects = 0
+        self.left_out: dict[str, Any] = {}
         self.model = ""
         self.share = Share() if share is None else share
         self.staging: Staging | None = None
@@ -432,4 +433,5 @@ class Run:
             num_suspects=self.num_suspects,
             rank=self.share.rank,
             world_size=self.share.world_size,
+            left_out=self.left_out,
         )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lmdbcache.datasets.base import AudioDataset, Sample, source_of
+from lmdbcache.datasets.listed import left_out_counts
 from lmdbcache.embedders.audio_source import AudioSource, Clips, as_source
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.failures import ClipFailure
 from lmdbcache.storage.format.layout import canonical_sample_id
 
-__all__ = ["clips_of", "distinct_clips", "pairs_of"]
+__all__ = ["clips_of", "counts_of_left_out", "distinct_clips", "pairs_of"]
 
 
 def clips_of(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
@@ -29,6 +31,12 @@ def pairs_of(
         return clips.items()
     samples = getattr(clips, "samples", None)
     return clips if samples is None else clips_of(samples)  # type: ignore[return-value]
+
+
+def counts_of_left_out(clips: Clips | AudioDataset) -> dict[str, Any]:
+    """How much a dataset leaves out, by kind, suffix and class; empty for other clips."""
+    left_out = getattr(clips, "left_out", None)
+    return {} if left_out is None else left_out_counts(left_out)
 
 
 def distinct_clips(

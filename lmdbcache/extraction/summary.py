@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,8 @@ class ExtractionSummary:
         num_suspects: Cached clips whose file has another size or time than when it was embedded.
         rank: Which of the processes that share the clips, from 0; the figures are its own.
         world_size: How many there are.
+        left_out: How much of the dataset is no clip though it looks like one: `count`, and
+            `by_kind`, `by_suffix`, `by_class`; empty for clips that aren't a dataset.
     """
 
     store: Path | None
@@ -51,6 +54,7 @@ class ExtractionSummary:
     num_suspects: int = 0
     rank: int = 0
     world_size: int = 1
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_silent(self) -> int:
@@ -88,6 +92,8 @@ class ExtractionSummary:
                 named = ", ".join(sample_ids[:_NUM_NAMED])
                 more = ", …" if len(sample_ids) > _NUM_NAMED else ""
                 lines.append(f"{len(sample_ids)} of the extracted clips {what}: {named}{more}")
+        if self.left_out.get("count"):
+            lines.append(f"{self.left_out['count']} files or rows of the dataset are left out")
         if self.num_suspects:
             name = self.store.name if self.store else ""
             lines.append(

@@ -257,6 +257,33 @@ def test_a_table_that_is_a_pipe_is_refused(root, kind):
         open_dataset(root, kind)
 
 
+def test_an_extraction_of_a_dataset_says_what_was_left_out(tmp_path):
+    """From Python, too: in the summary, its text and its JSON; clips alone leave nothing out."""
+    from lmdbcache import CacheConfig, EmbeddingCache
+    from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.extraction.samples import clips_of
+    from lmdbcache.testing import dataset_contract
+
+    root = make_audio_folder(tmp_path / "s")
+    (root / "bell" / "x.m4a").write_bytes(b"x")
+    dataset = open_dataset(root)
+    config = CacheConfig(
+        sample_rate=16000, duration=0.1, model_name="m", output="o", dataset=dataset.namespace
+    )
+    summaries = [
+        extract(
+            EmbeddingCache(tmp_path / "cache"), config, clips, progress=False, num_workers=0,
+            front_end=dataset_contract._FrontEnd(), make_embedder=dataset_contract._Embedder,
+        )
+        for clips in (dataset, dataset, clips_of(dataset.samples))
+    ]  # fmt: skip
+    for summary in summaries[:2]:
+        assert summary.left_out["count"] == 1
+        assert json.loads(json.dumps(summary.to_dict()))["left_out"]["by_suffix"] == {".m4a": 1}
+        assert "1 files or rows of the dataset are left out" in str(summary)
+    assert summaries[2].left_out == {}
+
+
 def test_counts_are_plain_values():
     """They go into JSON; an empty list is zero of everything."""
     counts = left_out_counts([])
