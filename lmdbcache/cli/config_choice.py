@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmdbcache.cli.options import Decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders.registry import config_for
 
@@ -66,13 +67,7 @@ class ConfigChoice:
         ),
     ] = None
 
-    decoder: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="soundfile, or ffmpeg (m4a, mp4, webm, …; a store of its own).",
-            show_default=False,
-        ),
-    ] = None
+    decoder: Decoder = None
 
     def config(self, dataset: str) -> CacheConfig:
         """The config of this model's embeddings of a dataset.

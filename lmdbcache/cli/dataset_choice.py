@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.options import Decoder
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import AudioDataset, Sample, sample_id_of
 from lmdbcache.datasets.listed import LeftOut, left_out_counts
@@ -69,6 +70,7 @@ class DatasetChoice:
             rich_help_panel=_LAYOUT,
         ),
     ] = None
+    decoder: Decoder = None
     classes: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -160,6 +162,7 @@ class DatasetChoice:
             label_column=self.label_column,
             id_column=self.id_column,
             namespace=self.given_namespace,
+            decoder=self.decoder or "soundfile",
         )
 
     @property

@@ -17,6 +17,7 @@ __all__ = [
     "All",
     "BatchSize",
     "Classes",
+    "Decoder",
     "Device",
     "DryRun",
     "IdsFile",
@@ -102,6 +103,14 @@ NumWorkers = Annotated[
 Device = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
+]
+Decoder = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="What decodes the audio files: soundfile, or ffmpeg (m4a, mp4, webm, …), whose "
+        "embeddings are in a store of their own; default: that of --front-end, or soundfile.",
+        show_default=False,
+    ),
 ]
 Progress = Annotated[
     Optional[bool],  # noqa: UP045

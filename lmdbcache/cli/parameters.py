@@ -31,13 +31,20 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     def spread(**values: Any) -> None:
+        fields = {
+            name: [field.name for field in dataclasses.fields(group)]
+            for name, group in groups.items()
+        }
+        taken = {field for names in fields.values() for field in names}
+        own = {name: value for name, value in values.items() if name not in taken}
         for name, group in groups.items():
-            fields = [field.name for field in dataclasses.fields(group)]
-            values[name] = group(**{field: values.pop(field) for field in fields})
-        command(**values)
+            own[name] = group(**{field: values[field] for field in fields[name]})
+        command(**own)
 
     spread.__name__, spread.__doc__ = command.__name__, command.__doc__
     spread.__module__, spread.__qualname__ = command.__module__, command.__qualname__
+    # Two groups may share an option.
+    parameters = list({parameter.name: parameter for parameter in parameters}.values())
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = {p.name: p.annotation for p in parameters}
     return spread

@@ -92,7 +92,7 @@ class ListedDataset:
         """
         own = self.namespace_is_derived or self.namespace == self.kind
         self.command_line_options = reopening_options(
-            self.kind, None if own else self.namespace, **options
+            self.kind, None if own else self.namespace, self.passed_over.decoder, **options
         )
 
     def add(self, file_id: str, class_name: str, audio_path: str, **fields: Any) -> None:

@@ -94,7 +94,8 @@ class SelectionMixin:
     @property
     def command_line_options(self) -> dict[str, str]:
         """Option → value: how the command line opens the folder, without the selection."""
-        return reopening_options(NAMESPACE, None if self.namespace == NAMESPACE else self.namespace)
+        namespace = None if self.namespace == NAMESPACE else self.namespace
+        return reopening_options(NAMESPACE, namespace, self.decoder)
 
     def load_samples(self) -> list[Sample]:
         """List the files anew and give the samples of this node and split."""

@@ -1,0 +1,99 @@
+"""A dataset opened for FFmpeg lists what that reads, and is extracted and found with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import soundfile
+from embedders.encoded_audio import tone
+from embedders.small_folders import folder_of
+
+from lmdbcache import EmbeddingCache, clips_of, config_for
+from lmdbcache.datasets import open_dataset
+from lmdbcache.errors import ConfigError
+from lmdbcache.extraction.pipeline import extract
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture
+def media(tmp_path):
+    """One m4a and one wav per class, as a folder of classes and as VEGAS."""
+    for place in ("folder/bell", "folder/dog", "vegas/dog/audios", "vegas/drum/audios"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        samples = tone(seconds=1.0, rate=16000)
+        soundfile.write(folder / "one.wav", samples, 16000)
+        with av.open(str(folder / "other.m4a"), "w", format="ipod") as output:
+            stream = output.add_stream("aac", rate=16000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            for part in av.AudioResampler("fltp", "mono", 16000, 1024).resample(frame):
+                output.mux(stream.encode(part))
+            output.mux(stream.encode(None))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["folder", "vegas"])
+def test_listing(media, kind):
+    """The decoder decides what is listed and what is left out, in reloaded samples, too."""
+    plain, other = open_dataset(media / kind), open_dataset(media / kind, decoder="ffmpeg")
+    assert plain.kind == other.kind == kind
+    assert (len(plain.samples), len(plain.left_out)) == (2, 2)
+    assert (len(other.samples), len(other.left_out)) == (4, 0)
+    assert "--decoder" not in plain.command_line_options
+    assert other.command_line_options["--decoder"] == "ffmpeg"
+    if kind == "vegas":
+        other.selected_classes = ["dog"]
+        assert [sample["file_id"] for sample in other.samples] == ["one", "other"]
+    assert len(open_dataset(media / kind).samples) == 2  # nothing of it stays behind
+    with pytest.raises(ConfigError, match="decoder: 'sox'"):
+        open_dataset(media / kind, decoder="sox")
+
+
+def test_extraction(media):
+    """What soundfile can't decode fails by name; FFmpeg's store has all, apart from the other."""
+    dataset = open_dataset(media / "folder", decoder="ffmpeg")
+    cache, clips, model = (
+        EmbeddingCache(media / "cache"),
+        clips_of(dataset.samples),
+        folder_of("ast"),
+    )
+    options = {"duration": 1.0, "dataset": dataset.namespace}
+    summary = extract(cache, config_for(model, **options), clips, model=model, num_workers=0)
+    assert sorted(each.sample_id for each in summary.failures) == ["other:bell", "other:dog"]
+    assert all('decoder="ffmpeg"' in each.reason for each in summary.failures)
+    for num_workers in (0, 2):
+        config = config_for(model, decoder="ffmpeg", **options)
+        summary = extract(cache, config, clips, model=model, num_workers=num_workers)
+        assert (summary.num_samples, len(summary.failures)) == (4, 0)
+    assert len(cache.stores()) == 2
+
+
+def test_command_line(media):
+    """`extract`, `coverage` and `dataset` take the option, and `coverage` finds what is stored."""
+    shutil.rmtree(media / "vegas")
+
+    def run(*arguments):
+        root = ("--root", str(media / "cache"))
+        command = [sys.executable, "-m", "lmdbcache.cli.main", *map(str, arguments)]
+        result = subprocess.run(
+            [*command, *(root if arguments[0] != "dataset" else ()), "--json"],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    data, model = media / "folder", ("--model", folder_of("ast"), "--duration", 1)
+    assert run("dataset", data, "--decoder", "ffmpeg")["clips"] == 4
+    found = run("extract", data, *model, "--decoder", "ffmpeg", "--num-workers", 0)
+    assert found["num_extracted"] == 4
+    (info,) = EmbeddingCache(media / "cache").stores()
+    assert info.config.front_end.startswith("ffmpeg+")
+    assert run("coverage", data, *model, "--decoder", "ffmpeg")["num_present"] == 4
