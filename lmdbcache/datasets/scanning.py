@@ -236,7 +236,6 @@ def audio_below(
     class_name: str,
     *,
     skipped: Collection[str] = (),
-    below: str = "",
 ) -> Iterator[tuple[str, str]]:
     """Yield (path below the folder without suffix, path) of each audio file at any depth.
 
@@ -247,18 +246,22 @@ def audio_below(
         leave_out: Takes what is passed over.
         class_name: The class of all of them.
         skipped: Names right below the folder that aren't looked at.
-        below: What to put before the first part of each result.
     """
-    for entry in usable_entries(folder, leave_out, class_name, skipped):
-        if entry.is_folder and entry.is_link:
-            if holds_audio(entry.path):
-                reason = "a link to a folder; links inside a class folder aren't followed"
-                leave_out(entry.path, reason, class_name=class_name)
-        elif entry.is_folder:
-            deeper = f"{below}{entry.name}/"
-            yield from audio_below(entry.path, leave_out, class_name, below=deeper)
-        elif stem := leave_out.file_id(entry.name):
-            yield below + stem, entry.path
+    waiting = [(folder, "")]  # a list, as folders may be deeper than Python's stack
+    while waiting:
+        folder, below = waiting.pop()
+        deeper = []
+        for entry in usable_entries(folder, leave_out, class_name, skipped):
+            if entry.is_folder and entry.is_link:
+                if holds_audio(entry.path):
+                    reason = "a link to a folder; links inside a class folder aren't followed"
+                    leave_out(entry.path, reason, class_name=class_name)
+            elif entry.is_folder:
+                deeper.append((entry.path, f"{below}{entry.name}/"))
+            elif stem := leave_out.file_id(entry.name):
+                yield below + stem, entry.path
+        waiting += reversed(deeper)
+        skipped = ()
 
 
 def leave_out_all(
