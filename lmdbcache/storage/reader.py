@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
 from lmdbcache.storage.counting.absence import explain_sample_absence
-from lmdbcache.storage.counting.hit_counts import adopt_ancestors, counts_of, own_lineage
+from lmdbcache.storage.counting.hit_counts import counts_of
 from lmdbcache.storage.counting.miss_log import note_misses
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
@@ -24,7 +25,7 @@ from lmdbcache.storage.format.values import NUMPY_DTYPES, from_stored
 from lmdbcache.storage.reading.batches import gather, offsets_of, remember_all, stack
 from lmdbcache.storage.reading.key_pages import ask_for_keys
 from lmdbcache.storage.reading.located import LocatedValues, locate
-from lmdbcache.storage.reading.pinning import PinnedStore
+from lmdbcache.storage.reading.pinning import PinnedStore, reduce_for_child
 from lmdbcache.storage.reading.selection import Selection
 from lmdbcache.storage.reading.verified_reads import (
     Mismatch,
@@ -54,7 +55,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
     While a reader is open, the pages of its snapshot can't be reused by writers: `refresh` or
     `close` what is kept for long.
 
-    Threads may share a reader. It pickles as its path, opens when first read, and works in forked,
+    Threads may share a reader. It pickles as its path and config, to the same bytes in any process
+    (Hugging Face datasets makes fingerprints of them), opens when first read, and works in forked,
     spawned and forkserver processes alike. A reader used after `close` opens again.
 
     Args:
@@ -78,20 +80,22 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         counts_as_use: bool = True,
     ) -> None:
         check_mode(verify)
-        self.verify: Final[Verify] = verify
+        self._set_options(verify, counts_as_use=counts_as_use)
+        super().__init__(store, config)
+
+    def _set_options(self, verify: Verify, *, counts_as_use: bool) -> None:
+        self.verify = verify
         self._counts_as_use = counts_as_use
         # Whether hits and misses are counted; off where the caller counts in its own way.
         self.counts_reads = counts_as_use
-        super().__init__(store, config)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"verify": self.verify, "counts_as_use": self._counts_as_use}
-        return {**super().__getstate__(), **own, "lineage": own_lineage()}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        adopt_ancestors(state["lineage"])
-        store, config, verify = state["store"], state["config"], state["verify"]
-        EmbeddingReader.__init__(self, store, config, verify, counts_as_use=state["counts_as_use"])
+        self._set_options(state["verify"], counts_as_use=state["counts_as_use"])
+        super().__setstate__(state)
 
     def close(self) -> None:
         """Give back the snapshot and the environment. Reading again opens them again."""
@@ -407,3 +411,7 @@ def _is_none(found: object) -> bool:
 
 def _is_list(found: object) -> bool:
     return isinstance(found, list)
+
+
+# What multiprocessing takes to a child says whose child that is: its hits count for both.
+ForkingPickler.register(EmbeddingReader, reduce_for_child)

@@ -62,6 +62,25 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         self.labels = None if labels is None else target_tensor(self.sample_ids, labels)
         self._is_ragged: bool | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A tensor pickles with its address: never twice to the same bytes.
+        state = {**self.__dict__, "_is_ragged": None}
+        if self.labels is not None:
+            raw = self.labels.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            state["labels"] = (self.labels.dtype, tuple(self.labels.shape), raw)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["labels"] is not None:
+            dtype, shape, raw = state["labels"]
+            flat = (
+                torch.frombuffer(bytearray(raw), dtype=dtype)
+                if raw
+                else torch.empty(0, dtype=dtype)
+            )
+            self.labels = flat.reshape(shape)
+
     @property
     def reader(self) -> EmbeddingReader | EmbeddingSource:
         """Where the embeddings are."""

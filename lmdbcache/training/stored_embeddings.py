@@ -31,6 +31,9 @@ class StoredEmbeddings:
         self.config: Final = config
         self._reader: EmbeddingReader | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
     def find(
         self, sample_ids: Sequence[str]
     ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.bool_]]:

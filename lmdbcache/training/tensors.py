@@ -42,6 +42,14 @@ class TensorMapping(Mapping[str, torch.Tensor]):
         self._classes = None if classes is None else frozenset(name.lower() for name in classes)
         self._counted: tuple[int, int] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Sorted: a set has another order in each process, and the same should pickle the same.
+        classes = None if self._classes is None else sorted(self._classes)
+        return {"arrays": self._arrays, "classes": classes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        TensorMapping.__init__(self, state["arrays"], state["classes"])
+
     @property
     def arrays(self) -> Mapping[str, npt.NDArray[Any]]:
         """The Mapping underneath, not narrowed."""

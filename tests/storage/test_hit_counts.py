@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -266,7 +267,7 @@ def test_looking_makes_no_statistics(cache, config, store):
 
 def test_a_worker_of_a_server_that_counts_nothing_works_for_who_sent_the_reader(reader, store):
     """A forkserver that has lmdbcache imported is no ancestor to count for."""
-    sent = pickle.dumps(reader)
+    sent = bytes(ForkingPickler.dumps(reader))  # as multiprocessing sends it
 
     def serve():  # in a process of another lineage that has read nothing, as a forkserver's is
         hit_counts._process = hit_counts._Process()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import lmdb
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError
+from lmdbcache.storage.counting.hit_counts import adopt_ancestors, own_lineage
 from lmdbcache.storage.environment import (
     Environment,
     Holder,
@@ -24,7 +26,7 @@ from lmdbcache.storage.files.engine_errors import raise_translated
 from lmdbcache.storage.files.forking import no_fork, process_id
 from lmdbcache.storage.files.generations import current_generation
 
-__all__ = ["PinnedStore"]
+__all__ = ["PinnedStore", "reduce_for_child"]
 
 _T = TypeVar("_T")
 
@@ -84,10 +86,15 @@ class PinnedStore:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self._store, "config": self._expected_config}
+        # Text: what equals pickles to equal bytes, in every process, which some use as a cache key.
+        config = self._expected_config
+        fields = None if config is None else json.dumps(config.to_dict())
+        return {"store": str(self._store), "config": fields}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        PinnedStore.__init__(self, state["store"], state["config"])
+        fields = state["config"]
+        config = None if fields is None else CacheConfig.from_dict(json.loads(fields))
+        PinnedStore.__init__(self, state["store"], config)
 
     def pinned(self) -> Snapshot:
         """The snapshot to read, pinned now if there is none."""
@@ -162,3 +169,17 @@ class PinnedStore:
                 # The commits of a cleared and remade store count from one again.
                 return (newest.environment, newest.id) != (snapshot.environment, snapshot.id)
         return False
+
+
+def reduce_for_child(reader: PinnedStore) -> tuple[Any, ...]:
+    """How multiprocessing pickles a reader: with the processes that the child works for."""
+    return _in_child, (type(reader), reader.__getstate__(), own_lineage())
+
+
+def _in_child(
+    kind: type[PinnedStore], state: dict[str, Any], lineage: Sequence[str]
+) -> PinnedStore:
+    adopt_ancestors(lineage)
+    reader = kind.__new__(kind)
+    reader.__setstate__(state)
+    return reader

@@ -60,7 +60,10 @@ class Selection:
         return len(self.sample_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reader": self.reader, "sample_ids": self.sample_ids, "part": self.part}
+        # A sample id that is there twice is one object: else equal lists pickle differently.
+        known: dict[str, str] = {}
+        sample_ids = [known.setdefault(sample_id, sample_id) for sample_id in self.sample_ids]
+        return {"reader": self.reader, "sample_ids": sample_ids, "part": self.part}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Selection.__init__(self, state["reader"], state["sample_ids"], state["part"])
