@@ -165,6 +165,14 @@ def test_features_are_cast_to_the_dtype_of_the_weights(run, clips, dtype):
         np.testing.assert_allclose(stored[sample_id], expected, rtol=0, atol=2e-3)
 
 
+def test_complex_features_have_the_precision_of_the_weights(run, clips):
+    """complex128 for a module in double precision."""
+    module = PerClip(torch.complex128)
+    module.register_buffer("weight", torch.ones(1, dtype=torch.float64))
+    stored = run(module, lambda waveform: np.fft.rfft(frames(waveform)))[1]
+    assert len(stored) == len(clips)
+
+
 NO_NUMBERS = [
     None,
     "text",
