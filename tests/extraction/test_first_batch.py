@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from extraction.clips import RATE, tone, write, write_tones
 
 from lmdbcache import ModuleEmbedder, config_for, extract
-from lmdbcache.errors import InvalidEmbeddingError
+from lmdbcache.errors import ExtractionError, InvalidEmbeddingError
+from lmdbcache.extraction.decoding import FeatureBatch
 
 
 class Net(torch.nn.Module):
@@ -161,21 +163,78 @@ def test_silent_clips_and_copies_may_have_equal_embeddings(run, tmp_path):
     assert (summary.num_extracted, summary.equal) == (6, ())
 
 
+class Gate(Net):
+    """All clips that are quieter than this sound alike to it."""
+
+    def __init__(self, level) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, waveforms):
+        loud = waveforms.abs().amax(dim=1, keepdim=True) > self.level
+        return super().forward(waveforms) * loud
+
+
+@pytest.mark.parametrize(("amplitude", "is_named"), [(5e-5, False), (5e-4, True)])
+def test_clips_below_80_db_count_as_silence(run, tmp_path, amplitude, is_named):
+    """A model may well take them for silence; digital silence counts in no case."""
+    quiet = {n: np.float32(amplitude / 0.4) * tone(900 + 50 * n) for n in range(2)}
+    clips = {
+        f"zz_{n}:x": write(tmp_path / f"{n}.wav", one, subtype="FLOAT") for n, one in quiet.items()
+    }
+    clips["zz_silent:x"] = write(tmp_path / "silent.wav", np.zeros(8000, np.float32))
+    summary = run(Gate(1e-2), {**write_tones(tmp_path, 4), **clips})
+    assert summary.num_extracted == 7
+    assert summary.equal == ((("zz_0:x", "zz_1:x"),) if is_named else ())
+
+
+def test_a_silent_clip_and_one_that_can_be_heard_are_no_pair(run, tmp_path):
+    """Two clips that can be heard are needed."""
+    clips = write_tones(tmp_path, 4)
+    clips["zz_0:x"] = write(tmp_path / "silent.wav", np.zeros(8000, np.float32))
+    clips["zz_1:x"] = write(tmp_path / "quiet.wav", 0.1 * tone(900))
+    assert run(Gate(0.2), clips).equal == ()
+
+
+def test_features_of_several_dtypes_are_stacked_apart():
+    """Large integers of one clip aren't rounded to another's floats."""
+    odd = torch.tensor([2**24 + 1, 1])
+    features = [torch.ones(2), odd, torch.zeros(2)]
+    batch = FeatureBatch(sample_ids=["a:x", "b:x", "c:x"], features=features)
+    for one in (batch, pickle.loads(pickle.dumps(batch))):
+        groups = {group.dtype: (places, group.tolist()) for places, group in one.groups()}
+        assert groups == {
+            torch.float32: ([0, 2], [[1.0, 1.0], [0.0, 0.0]]),
+            torch.int64: ([1], [[2**24 + 1, 1]]),
+        }
+
+
+@pytest.mark.parametrize("wrong", [slice(0, 1), slice(0, 0)])
+def test_another_number_of_embeddings_than_clips_ends_the_run(run, cache, clips, wrong):
+    """An embedder of one's own that loses some: no embedding is given to another's clip."""
+
+    class Losing:
+        outputs = ("embedding",)
+        embedding_shape = (4,)
+
+        def embed(self, features):
+            return features[wrong, :4]
+
+        def provenance(self):
+            return {"weights_digest": "losing"}
+
+    with pytest.raises(ExtractionError, match="embeddings for 4 clips"):
+        run(Net(), clips, make_embedder=Losing)
+    assert cache.stores() == []
+
+
 def test_equal_embeddings_of_different_clips_are_named(run, tmp_path):
     """Counted, in words and in JSON; they are stored all the same."""
-
-    class Gate(Net):
-        """Quiet clips all sound alike to it."""
-
-        def forward(self, waveforms):
-            loud = waveforms.abs().amax(dim=1, keepdim=True) > 0.2
-            return super().forward(waveforms) * loud
-
     clips = write_tones(tmp_path, 4)
     for number in range(3):
         quiet = write(tmp_path / f"quiet_{number}.wav", 0.1 * tone(900 + 50 * number))
         clips[f"zz_{number}:dog"] = str(quiet)
-    summary = run(Gate(), clips)
+    summary = run(Gate(0.2), clips)
     assert summary.num_extracted == 7
     assert summary.equal == (("zz_0:dog", "zz_1:dog", "zz_2:dog"),)
     assert summary.num_equal == json.loads(json.dumps(summary.to_dict()))["num_equal"] == 3
