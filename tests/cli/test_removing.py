@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import lmdb
@@ -339,3 +340,24 @@ def test_moments():
 def test_no_moments(text):
     with pytest.raises(typer.BadParameter):
         parse_moment(text)
+
+
+def test_prune_by_size_takes_what_was_used_longest_ago(cache, configs):
+    """An old store that is read goes after a newer one that nobody has read."""
+    for days, config in zip((100, 10, 20), configs, strict=True):
+        make_older(cache, config, days)
+    (cache.path(configs[0]) / "last_used").touch()  # read now
+    sizes = [cache.size(config) for config in configs]
+    plan = plan_pruning(cache, PrunePolicy(max_bytes=sum(sizes) - 1))
+    assert [verdict.store.config for verdict in plan.removed] == [configs[2]]
+    plan = plan_pruning(cache, PrunePolicy(max_bytes=sizes[0]))
+    assert [verdict.store.config for verdict in plan.removed] == [configs[2], configs[1]]
+
+
+@pytest.mark.parametrize("limit", ["written_before", "used_before"])
+def test_prune_by_age_keeps_what_has_no_time(cache, configs, limit):
+    """A store whose age isn't known isn't old; by size it goes first."""
+    store = cache.info(configs[0])
+    policy = PrunePolicy(**{limit: datetime.now(timezone.utc)})
+    assert policy.reason(store)
+    assert policy.reason(replace(store, last_written=None, last_used=None)) is None

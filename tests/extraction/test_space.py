@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import shutil
 
 import numpy as np
@@ -132,3 +133,13 @@ def test_identity_and_plan_agree(ast_folder, cache, clips):
     """Without a model argument the config's model name is looked up."""
     assert plan_extraction(cache, CacheConfig(), clips, model=ast_folder).embedding_shape == (64,)
     assert model_identity(ast_folder).startswith("small-ast@")
+
+
+@pytest.mark.parametrize("num_pages", [1, 2, 4])
+def test_values_that_fill_their_pages_need_another(num_pages):
+    """LMDB puts a header in front of a value on pages of its own."""
+    ids = [f"video_{n:05d}:dog" for n in range(1000)]
+    page = mmap.PAGESIZE
+    assert space.estimated_bytes(ids, (num_pages * page // 4,), "float32") >= (
+        1000 * page * (num_pages + 1)
+    )

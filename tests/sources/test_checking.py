@@ -223,3 +223,11 @@ def test_names_that_are_not_utf8(tmp_path, fill, cache, config):
     Path(path).write_bytes(b"x")
     fill({"a:dog": path}, root=os.fsdecode(folder))
     assert check_sources(cache.path(config)).num("unchanged") == 1
+
+
+def test_a_file_of_the_same_time_and_another_size_has_changed(store, clips):
+    """Whatever restored its time."""
+    ids = list(clips)
+    keep_time(clips[ids[2]], b"longer than it was before")
+    keep_time(clips[ids[5]], b"")
+    assert states(store) == {ids[2]: "changed", ids[5]: "changed"}

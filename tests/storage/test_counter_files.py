@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -177,3 +178,41 @@ def test_files_of_another_user_are_left_alone(tmp_path):
         assert in_fork(lambda: count_beside(folder), user=NOBODY)
         assert sum(sum(r.counts.hits.values()) for r in read_records(folder)[1]) == 5
         del table
+
+
+def count_and_end(folder, owner, ancestors, number):
+    table = open_table(folder, owner, ancestors)
+    table.hits[table.code_of("dog")] += number
+    return True
+
+
+def test_a_dead_process_of_another_family_is_left_to_its_own(tmp_path):
+    """Only a sibling goes on in the file of a dead process; its living parent sums up the rest."""
+    living = open_table(tmp_path, "a" * 16, ())
+    living.hits[living.code_of("dog")] = 1
+    assert in_fork(lambda: count_and_end(tmp_path, "b" * 16, ("a" * 16,), 2))
+    assert in_fork(lambda: count_and_end(tmp_path, "c" * 16, (), 4))
+    _, records = read_records(tmp_path)
+    assert {r.owner[0]: (r.ancestors, r.counts.hits["dog"]) for r in records} == {
+        "a": ((), 1),
+        "b": (("a" * 16,), 2),
+        "c": ((), 4),
+    }
+    assert in_fork(lambda: count_and_end(tmp_path, "d" * 16, ("a" * 16,), 8))
+    _, records = read_records(tmp_path)
+    assert {r.owner[0]: r.counts.hits["dog"] for r in records if r.ancestors} == {"d": 10}
+    del living
+
+
+def test_files_that_were_added_up_and_could_not_be_removed_count_once(tmp_path):
+    """Their names stay in the totals for as long as they are there."""
+    left = tmp_path / f"{'e' * 16}.counts"
+    left.mkdir()  # can't be removed as a file
+    totals = {"hits": {"dog": 5}, "misses": {}, "folded": [left.name, "gone.counts"]}
+    (tmp_path / "totals.json").write_text(json.dumps(totals))
+    assert in_fork(lambda: count_and_end(tmp_path, "b" * 16, (), 2))
+    assert in_fork(lambda: count_and_end(tmp_path, "c" * 16, (), 4))
+    written = json.loads((tmp_path / "totals.json").read_text())
+    assert left.name in written["folded"]
+    assert "gone.counts" not in written["folded"]
+    assert written["hits"] == {"dog": 7}

@@ -100,7 +100,11 @@ def test_check_can_be_skipped(copy, config, embeddings, setting, monkeypatch):
         with pytest.raises(IntegrityError):
             copy.reader(config)["video_00001:dog"]
     else:
-        assert len(copy.reader(config)) == 20
+        with copy.reader(config) as reader:
+            assert len(reader) == 20
+        monkeypatch.delenv(first_opening.SKIP_VARIABLE)
+        with pytest.raises(IntegrityError):  # what wasn't checked isn't known
+            copy.reader(config)["video_00001:dog"]
 
 
 @as_root

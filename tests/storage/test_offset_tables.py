@@ -115,10 +115,14 @@ def test_a_table_of_another_snapshot_is_not_used(store, root, config):
     assert in_fork(lambda: read_all(root, config)) == 0
 
 
-def test_a_table_of_a_copied_store_is_not_used(store, root, config, tmp_path):
-    """Another file, though it holds the same, has another table."""
+def test_a_table_of_a_copied_store_is_not_used(store, root, config, tmp_path, caplog):
+    """Another file, though it holds the same, has another table; the copied one isn't damaged."""
     read_all(root, config)
     shutil.copytree(root, tmp_path / "copy")
+    shutil.copytree(root, tmp_path / "other")
+    with caplog.at_level("WARNING", "lmdbcache"):
+        assert read_all(tmp_path / "other", config) == 1
+    assert not caplog.records
     assert in_fork(lambda: read_all(tmp_path / "copy", config)) == 1
     assert in_fork(lambda: read_all(tmp_path / "copy", config)) == 0
 

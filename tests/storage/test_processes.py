@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import threading
 
 import numpy as np
@@ -231,3 +232,21 @@ def test_forks_while_a_writer_is_open(cache, config):
         own.refresh()
         assert len(own) == 64 + 6 + 6
     assert cache.verify(config).is_sound
+
+
+def test_an_inherited_reader_may_end_in_the_child(cache, config, reader):
+    """Whoever lets go of it there ends nothing of the parent's, nor complains."""
+    kept = [cache.reader(config)]
+    assert len(kept[0]) == len(SAMPLE_IDS)
+
+    def let_go():
+        complaints = []
+        sys.unraisablehook = lambda found: complaints.append(repr(found.exc_value))
+        kept.clear()
+        gc.collect()
+        with cache.reader(config) as own:
+            assert len(own) == len(SAMPLE_IDS)
+        return complaints
+
+    assert in_fork(let_go) == []
+    assert len(kept.pop()) == len(SAMPLE_IDS)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from lmdbcache import EmbeddingCache, EmbeddingReader
 from lmdbcache.cli.main import app
 from lmdbcache.errors import StorageError
+from lmdbcache.storage.files.reader_slots import slots
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_free_pages
 
 NAMES = [f"{n:03d}:x" for n in range(200)]
@@ -188,3 +189,31 @@ def test_dead_readers_are_cleared_by_a_living_one(filled, config, embeddings):
         assert keeper.refresh()
         assert "new:x" in keeper
         assert in_fork(lambda: len(filled.reader(config))) == len(embeddings) + 1
+
+
+def test_a_writer_clears_the_slots_of_killed_readers_every_64_commits(filled, config):
+    """Its first commit does, and the 65th; nobody else opens the store in between."""
+    with filled.writer(config) as writer, filled.reader(config) as survivor:
+        len(survivor)
+        for number in range(2):
+            writer.put(f"{number}:x", np.ones(8))
+            writer.commit()
+        with peer_process() as other:
+            other.call(hold_slots, next(filled.path(config).glob("gen-*")), 3, 2048)
+            other.kill()
+        for number in range(2, 65):
+            assert len(slots(survivor.pinned().environment.env)) > 1
+            writer.put(f"{number}:x", np.ones(8))
+            writer.commit()
+        assert len(slots(survivor.pinned().environment.env)) == 1
+
+
+def test_a_snapshot_without_a_slot_is_good_for_one_commit_more(filled, config):
+    """A commit uses pages again that the last but one has freed."""
+    with filled.reader(config) as reader:
+        snapshot = reader.pinned()
+        snapshot.is_protected = False
+        for number, is_too_old in enumerate((False, True)):
+            with peer_process() as writer:
+                writer.call(write, filled.root, config, {f"{number}:x": np.ones(8, np.float32)})
+            assert snapshot.may_be_overwritten() == is_too_old

@@ -10,9 +10,15 @@ import pytest
 from small_disks import fill, small_disk
 from storage.child_processes import numbered, peer_process, write
 from storage.damage import data_file
+from stress.page_kinds import byte_ranges
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.errors import CacheFullError, InvalidSampleIdError, StorageError
+from lmdbcache.errors import (
+    CacheFullError,
+    IntegrityError,
+    InvalidSampleIdError,
+    StorageError,
+)
 
 DOGS = [f"video_{n:05d}:dog" for n in range(1, 20, 2)]
 DRUMS = [f"video_{n:05d}:drum" for n in range(0, 20, 2)]
@@ -187,3 +193,33 @@ def test_removal_inside_a_unit_is_refused(filled, config):
         assert writer.remove(["new:dog", DOGS[0]]) == 1
     with filled.reader(config) as reader:
         assert reader.missing(["new:dog", *DOGS]) == ["new:dog", DOGS[0]]
+
+
+def test_a_file_from_before_a_removal_is_noticed(filled, config):
+    """Put in place of the newer one it would bring back what was removed."""
+    path = data_file(filled, config)
+    before = path.read_bytes()
+    remove(filled.root, config, DOGS)
+    with path.open("r+b") as file:
+        file.write(before)
+    for use in (lambda: len(filled.reader(config)), lambda: remove(filled.root, config, DRUMS)):
+        with pytest.raises(IntegrityError):
+            use()
+
+
+def test_repair_without_a_free_list_does_not_bring_back_what_was_removed(cache, config):
+    """Without it nobody can tell whose pages are old, but that something was removed is known."""
+    write(cache.root, config, numbered(0, 60, 2048))
+    gone = list(numbered(10, 30))
+    remove(cache.root, config, gone)
+    path = data_file(cache, config)
+    content = bytearray(path.read_bytes())
+    ranges = byte_ranges(bytes(content))
+    for start, end in ranges["free list leaf"]:
+        content[start:end] = bytes(end - start)
+    content[content.rindex(np.full(2048, 40, np.float32).tobytes())] ^= 1
+    path.write_bytes(content)
+    assert cache.repair(config).is_repaired
+    with cache.reader(config) as reader:
+        assert not set(gone) & set(reader)
+        assert len(reader) == 39

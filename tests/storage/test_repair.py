@@ -10,7 +10,9 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
+from lmdbcache.storage.format.metadata import checksum
 from lmdbcache.storage.maintenance import repair as repair_module
+from lmdbcache.storage.maintenance.salvage import _collect_others, _Found, _matched_outside
 from lmdbcache.storage.pages.page_file import PageFile
 
 NUM_SAMPLES = 300
@@ -187,3 +189,55 @@ def test_older_copy_put_in_place_gives_its_own_newest_values(cache, config, tmp_
     assert cache.repair(config).num_kept == 50
     with cache.reader(config) as reader:
         assert (reader.get_batch(names) == 19).all()
+
+
+def checksums_root(path):
+    with PageFile(path) as file:
+        return file.find_named(b"checksums").root
+
+
+def test_what_no_page_leads_to_and_no_value_matches_is_named(cache, config, data, values):
+    """Its checksum, on a page that is found by searching, tells that it was stored."""
+    content = data.read_bytes()
+    at = content.rindex(values["clip_123:x"].tobytes())
+    overwrite(data, at, bytes(8))
+    for root in (main_root(data), checksums_root(data)):
+        overwrite(data, root * 4096 + 16, os.urandom(64))
+    report = cache.repair(config)
+    assert "clip_123:x" in report.dropped
+    with cache.reader(config) as reader:
+        assert set(reader) | set(report.dropped) == set(values)
+        for sample_id, value in reader.items():
+            np.testing.assert_array_equal(value, values[sample_id])
+
+
+def test_of_several_values_that_match_none_is_taken(cache, config, data, values):
+    """Which of them is the newest can't be told; one that alone matches any checksum is taken."""
+    with PageFile(data) as file:
+        entries = {entry.key: entry for entry in file.walk(file.meta.main)}
+        first, second = (entries[f"clip_{n:03d}:x".encode()] for n in (1, 2))
+        digests = [
+            checksum(b"new:x", file.read(entry.offset, entry.length)) for entry in (first, second)
+        ]
+        for known, expected in (
+            (digests, None),
+            (digests[:1], (first, digests[0])),
+            ([digests[1], b"another!"], (second, digests[1])),
+            ([b"another!"], None),
+        ):
+            found = _Found(
+                other_values={b"new:x": [first, second]}, other_checksums={b"new:x": known}
+            )
+            assert _matched_outside(file, found, b"new:x") == expected
+
+
+def test_every_checksum_of_a_key_is_collected(cache, config, data, values):
+    """Searching the pages finds those of older commits, too."""
+    with cache.writer(config, on_duplicate="overwrite") as writer:
+        writer.put("clip_005:x", values["clip_005:x"] + 1)
+    with PageFile(data) as file:
+        found = _Found()
+        _collect_others(file, found, set())
+    value = np.float32(values["clip_005:x"] + 1)
+    expected = {checksum(b"clip_005:x", v.tobytes()) for v in (values["clip_005:x"], value)}
+    assert expected <= set(found.other_checksums[b"clip_005:x"])

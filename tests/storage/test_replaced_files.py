@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from storage.child_processes import in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import IntegrityError
+from lmdbcache.storage.files.gather import MappedFile
+from lmdbcache.storage.files.generations import write_lock
 
 NUMBERS = numbered(0, 400, 768)
 
@@ -106,3 +111,66 @@ def grow(root, config):
     with EmbeddingCache(root).writer(config, commit_records=10) as writer:
         for name, value in numbered(1000, 3000, 768).items():
             writer.put(name, value)
+
+
+@pytest.mark.parametrize("cut", [1, 4096, 1 << 20])
+def test_a_mapped_file_notices_any_cut(store, data, cut):
+    """However little is missing: reading beyond the end would end the process."""
+    file = MappedFile(data)
+    file.check_whole()
+    os.truncate(data, data.stat().st_size - cut)
+    with pytest.raises(IntegrityError):
+        file.gather(np.array([0]), 4)
+
+
+def test_a_lock_file_that_was_replaced_is_locked_anew(store, config):
+    """Whoever waited for a lock on a file that is gone doesn't take it for the store's."""
+    folder = store.path(config)
+    path, held, left = folder / "writer.lock", threading.Event(), threading.Event()
+
+    def hold():
+        with write_lock(folder):
+            held.set()
+            left.wait(60)
+
+    with path.open("rb") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        thread = threading.Thread(target=hold)
+        thread.start()
+        inode = os.fstat(ours.fileno()).st_ino
+        while not any(
+            "->" in line and f":{inode} " in line
+            for line in Path("/proc/locks").read_text().splitlines()
+        ):
+            pass
+        path.unlink()
+        path.touch()
+    try:
+        assert held.wait(60)
+        with path.open("rb") as new, pytest.raises(BlockingIOError):
+            fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        left.set()
+        thread.join()
+
+
+def test_a_generation_is_published_so_that_a_power_cut_is_fine(cache, config, monkeypatch):
+    """`CURRENT` is on the disk before it has its name, and its name before the commit returns."""
+    done = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real_fsync(descriptor)
+
+    def replace(source, target, **options):
+        done.append(f"{Path(source).name} → {Path(target).name}")
+        real_replace(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "replace", replace)
+        write(cache.root, config, numbered(0, 3))
+    folder = cache.path(config)
+    steps = ["gen-000001", "CURRENT.tmp", "CURRENT.tmp → CURRENT", folder.name, cache.root.name]
+    assert [step for step in done if step in steps] == steps
