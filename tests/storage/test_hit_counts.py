@@ -20,7 +20,7 @@ from storage.counted_samples import EACH_ONCE, SAMPLE_IDS, VALUES, figures
 from lmdbcache import EmbeddingCache, EmbeddingDataset, EmbeddingReader, collate_embeddings
 from lmdbcache.errors import SampleNotFoundError
 from lmdbcache.read_figures import EpochFigures
-from lmdbcache.storage.counting import hit_counts
+from lmdbcache.storage.counting import counter_files, hit_counts
 from lmdbcache.storage.counting.counter_files import Counts, open_table, read_records
 from lmdbcache.storage.counting.hit_counts import (
     STATISTICS_VARIABLE,
@@ -28,6 +28,12 @@ from lmdbcache.storage.counting.hit_counts import (
     store_counts,
     tree_counts,
 )
+
+
+@pytest.fixture(autouse=True)
+def _any_machine_is_fast_enough(monkeypatch):
+    """Counts are given up after two seconds of waiting; here they are to be exact."""
+    monkeypatch.setattr(counter_files, "_LOCK_SECONDS", 240.0)
 
 
 @pytest.fixture

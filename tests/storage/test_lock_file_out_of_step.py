@@ -70,8 +70,9 @@ def test_nobody_takes_a_store_for_empty(cache, config, lock_file, monkeypatch, u
     assert cache.verify(config).is_sound
 
 
-def test_opening_goes_on_as_soon_as_nobody_holds_it(cache, config, lock_file):
+def test_opening_goes_on_as_soon_as_nobody_holds_it(cache, config, lock_file, monkeypatch):
     """Within the time that is waited, no error is seen."""
+    monkeypatch.setattr(opening, "_SECONDS_FOR_LOCK_FILE", 240.0)
     with peer_process() as peer:
         peer.call(hold, cache.root, config)
         forget(lock_file)
