@@ -133,6 +133,9 @@ def _pass_over_others(root: Path, leave_out: PassedOver) -> None:
             leave_out(entry.path, "not in a class folder")
         elif entry.is_folder and entry.name not in CLASS_LABELS:
             _pass_over_folder(entry, leave_out)
+        elif entry.is_folder and not has_class(root, entry.name):
+            for inside in usable_entries(entry.path, leave_out, entry.name, _NO_AUDIO):
+                _pass_over_beside(inside, entry.name, leave_out)
 
 
 def _pass_over_folder(entry: Entry, leave_out: PassedOver) -> None:
@@ -220,6 +223,8 @@ def _pass_over_beside(entry: Entry, class_name: str, leave_out: PassedOver) -> N
         leave_out_all(entry.path, leave_out, reason, kind=kind, class_name=class_name)
     elif leave_out.file_id(entry.name):
         leave_out(entry.path, reason, kind=kind, class_name=class_name)
+    elif entry.name == "audios":
+        leave_out(entry.path, "a file in place of the folder audios", class_name=class_name)
 
 
 def _files_by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
