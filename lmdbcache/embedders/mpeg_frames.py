@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from lmdbcache.embedders.containers import DamagedAudioError
@@ -53,19 +54,19 @@ class _Header:
     is_mono: bool
     is_padded: bool
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         if self.layer == 3:
             return 384
         return 576 if self.layer == _LAYER_III and self.version != 3 else 1152
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         if self.layer == 3:
             return (12000 * self.bit_rate // self.rate + self.is_padded) * 4
         return 125 * self.num_samples * self.bit_rate // self.rate + self.is_padded
 
-    @property
+    @cached_property
     def tag_offset(self) -> int:
         """Where a Xing or Info header lies in the frame, in bytes."""
         if self.version == 3:
@@ -78,6 +79,11 @@ class _Header:
 
 
 def _parse(head: bytes) -> _Header | None:
+    return _parsed(head[:4])
+
+
+@lru_cache(1024)  # a file's frames have few different headers
+def _parsed(head: bytes) -> _Header | None:
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
