@@ -7,7 +7,7 @@ import pytest
 import torch
 from extraction.clips import RATE, tone, write
 
-from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract
+from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, extract
 from lmdbcache.embedders import load_waveform
 from lmdbcache.embedders.base import clip_features, compute_features
 from lmdbcache.errors import AudioDecodeError, ExtractionError, FrontEndError, ModuleError
@@ -314,6 +314,42 @@ def test_lengths_that_do_not_fit_cost_these_clips(run, clips, module, batch_size
         assert "own/1" in failure.reason
         assert "80)" in failure.reason
         assert failure.path == clips[failure.sample_id]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_lengths_that_an_embedder_cant_take_cost_these_clips(tmp_path, clips, batch_size):
+    """Its own error on features of another shape than the first ones is that clip's failure."""
+
+    class Own:
+        outputs = ("embedding",)
+        embedding_shape = (80,)
+
+        def embed(self, features):
+            if features.shape[1] != round(DURATION * RATE) // 80:
+                raise ValueError("too short for me")
+            return features.mean(dim=1)
+
+        def provenance(self):
+            return {"weights_digest": "own"}
+
+    class Frames:
+        min_samples, takes_num_valid = 80, True
+
+        def __call__(self, waveform, num_valid):
+            return frames(waveform[:num_valid])
+
+        def provenance(self):
+            return {}
+
+    config = CacheConfig(model_name="own", duration=DURATION, sample_rate=RATE, front_end="own/1")
+    summary = extract(
+        EmbeddingCache(tmp_path / "cache"), config, clips, front_end=Frames(), make_embedder=Own,
+        batch_size=batch_size, num_workers=0, progress=False,
+    )  # fmt: skip
+    short = {i for i, seconds in zip(clips, SECONDS, strict=True) if seconds < DURATION}
+    assert {failure.sample_id for failure in summary.failures} == short
+    assert all("too short for me" in failure.reason for failure in summary.failures)
+    assert summary.num_extracted == len(clips) - len(short)
 
 
 def test_a_module_that_takes_no_features_ends_the_run(run):

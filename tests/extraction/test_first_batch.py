@@ -65,6 +65,14 @@ class Attention(Net):
         return torch.softmax(hidden @ hidden.T, dim=1) @ hidden
 
 
+class SlightMixing(Net):
+    """A hundredth of each embedding is the batch's."""
+
+    def forward(self, waveforms):
+        hidden = super().forward(waveforms)
+        return hidden + 0.01 * hidden.mean(dim=0)
+
+
 class BatchAsTime(Net):
     """A recurrent layer that takes the batch for its time: `batch_first` is missing."""
 
@@ -108,10 +116,10 @@ def run(cache):
     return run
 
 
-@pytest.mark.parametrize(
-    "module",
-    [Dropout, Noise, BatchStatistics, BatchStatisticsOverTime, Attention, BatchAsTime, Constant],
-)
+MIXING = [BatchStatistics, BatchStatisticsOverTime, Attention, SlightMixing, BatchAsTime]
+
+
+@pytest.mark.parametrize("module", [Dropout, Noise, Constant, *MIXING])
 def test_what_answers_differently_is_refused(run, cache, clips, module):
     """Random, mixing the clips of a batch, or deaf: our error, and nothing is stored."""
     with pytest.raises(InvalidEmbeddingError, match=module.__name__):
@@ -124,6 +132,25 @@ def test_one_clip_a_batch_hides_nothing(run, cache, clips, module):
     """What the second batch brings to light leaves nothing of the first."""
     with pytest.raises(InvalidEmbeddingError):
         run(module(), clips, batch_size=1)
+    assert cache.stores() == []
+
+
+def test_copies_of_one_clip_at_the_beginning_hide_nothing(run, cache, clips, tmp_path):
+    """Equal embeddings of equal sounds say nothing yet; the next sound tells."""
+    first = next(iter(clips.values()))
+    with pytest.raises(InvalidEmbeddingError, match="Constant"):
+        run(Constant(), {"a:x": first, "b:x": first, **clips}, batch_size=2)
+    assert cache.stores() == []
+
+
+@pytest.mark.parametrize("module", [BatchStatisticsOverTime, Attention])
+def test_a_first_unit_of_one_clip_hides_nothing(run, cache, clips, tmp_path, module):
+    """Mixing shows as soon as a forward pass has several clips."""
+    for name in "abc":  # of the first unit of four
+        (tmp_path / name).write_text("no audio")
+    broken = {f"{name}:x": str(tmp_path / name) for name in "abc"}
+    with pytest.raises(InvalidEmbeddingError, match=module.__name__):
+        run(module(), {**broken, **clips})
     assert cache.stores() == []
 
 
