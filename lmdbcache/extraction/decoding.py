@@ -350,7 +350,7 @@ def _why_no_workers() -> str | None:
         return "this process is daemonic (of a Pool or a DataLoader) and can't start others"
     try:
         multiprocessing.Lock()
-    except OSError as error:  # /dev/shm is full, read-only or missing
+    except (ImportError, OSError) as error:  # /dev/shm is full, read-only or missing
         return f"decoding processes need semaphores in /dev/shm ({error})"
     return None
 

@@ -87,7 +87,7 @@ def extract(  # noqa: PLR0913
         make_embedder: Called once, when the first features are there; None builds the model.
         batch_size: Clips per forward pass.
         num_workers: Decoding processes; None chooses, 0 decodes in this process. So does a process
-            that can't start others, with a warning; if it was forked by a pool, on one thread.
+            that can't start others, with a warning. In a forked process torch has one thread.
         device: Where the model runs; None takes a CUDA GPU if there is one.
         progress: Show a bar; None does if standard error is a terminal.
         dataset_root: Kept in the store's metadata.
@@ -137,7 +137,7 @@ def extract(  # noqa: PLR0913
             run.record_failures()
             return run.summary(time.perf_counter() - started)
         run.cache.check_writable(config)
-        _use_one_thread_in_a_forked_pool()
+        _use_one_thread_after_a_fork()
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
         measured = None
@@ -167,10 +167,10 @@ def extract(  # noqa: PLR0913
         return run.summary(time.perf_counter() - started)
 
 
-def _use_one_thread_in_a_forked_pool() -> None:
+def _use_one_thread_after_a_fork() -> None:
     """The parent's OpenMP threads aren't here, and a model would wait for them for ever."""
-    process, torch = multiprocessing.current_process(), sys.modules.get("torch")
-    if torch is not None and process.daemon and type(process).__name__ == "ForkProcess":
+    torch = sys.modules.get("torch")
+    if torch is not None and type(multiprocessing.current_process()).__name__ == "ForkProcess":
         torch.set_num_threads(1)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def test_preload_without_shared_memory_is_our_error(tmp_path, noises, shared_mem
     done = run_with(shared_memory, PRELOAD, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert "/dev/shm" in done.stdout
+
+
+def test_a_forked_process_extracts_after_its_parent_did(tmp_path, noises):
+    """It doesn't wait for the parent's threads, which it has not."""
+    samples, paths = noises
+    extract_means(tmp_path / "parent", paths, num_workers=0)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        pool.submit(extract_means, tmp_path / "cache", paths, num_workers=2).result(100)
+    check_stored(tmp_path / "cache", samples)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

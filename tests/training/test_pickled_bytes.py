@@ -29,7 +29,7 @@ def sources(root, is_used):
     cache = EmbeddingCache(root)
     reader = cache.reader(CacheConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))))
     # An id that is there twice: the same object, or an equal one.
-    again = "c1:dogs"[:-1] if is_used else "c1:dog"
+    again = json.loads('"c1:dog"') if is_used else "c1:dog"
     twice = ["c1:dog", "c0:cat", again]
     view = HiddenStateView(cache.reader(STATES), "cls")
     found = {
