@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.classes import chosen_classes
+from lmdbcache.datasets.listed import summary_of
 from lmdbcache.datasets.scanning import (
     Entry,
     PassedOver,
@@ -99,6 +100,7 @@ def list_samples(
         raise DatasetError(
             f"root_dir: {str(root)!r} has no folder <class>/audios for any of "
             f"{', '.join(missing)}; expected is {_LAYOUT}"
+            + (f"; {summary_of(leave_out.items)}" if leave_out.items else "")
         )
     if missing:
         _logger.warning("%s has no folder <class>/audios for: %s", root, ", ".join(missing))

@@ -257,6 +257,17 @@ def test_other_classes_beside_those_of_vegas_are_named(root):
     assert whole.left_out == []
 
 
+def test_other_classes_alone_taken_as_vegas_say_what_to_do(tmp_path):
+    """The error names a class that there is, and the layout that takes it."""
+    write_audio(tmp_path / "x" / "cat" / "audios" / "1.wav", tone("cat"))
+    for open_it in (
+        lambda: open_dataset(tmp_path / "x", "vegas"),
+        lambda: VEGASDataset(tmp_path / "x"),
+    ):
+        with pytest.raises(DatasetError, match=r"'cat'.*'folder'"):
+            open_it()
+
+
 def test_a_tree_like_vegas_with_other_classes_is_a_folder_dataset(tmp_path):
     """Classes are the folders; videos beside the audio are neither clips nor losses."""
     for name in ("cat", "gun"):
