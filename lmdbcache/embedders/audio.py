@@ -19,7 +19,9 @@ import numpy as np
 from lmdbcache.embedders.audio_formats import check_decoder
 from lmdbcache.embedders.audio_source import AudioSource, shown
 from lmdbcache.embedders.containers import DamagedAudioError
+from lmdbcache.embedders.ffmpeg_decoder import FFmpegDecoder
 from lmdbcache.embedders.pieced_file import PiecedFile, size_of
+from lmdbcache.embedders.soundfile_decoder import SoundfileDecoder
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -182,10 +184,10 @@ def _audio_packages(decoder: str) -> tuple[Any, Any]:
         import soxr
 
         if decoder == "ffmpeg":
-            from lmdbcache.embedders.ffmpeg_decoder import FFmpegDecoder
+            import av  # noqa: F401
 
             return soxr.resample, lambda _, file, *wanted: FFmpegDecoder(*wanted).read(file)
-        from lmdbcache.embedders.soundfile_decoder import SoundfileDecoder
+        import soundfile  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: soundfile without its libsndfile
         needed = "av and soxr" if decoder == "ffmpeg" else "soundfile and soxr"
         extra = "audio,ffmpeg" if decoder == "ffmpeg" else "audio"

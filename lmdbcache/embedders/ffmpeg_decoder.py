@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-import av
 import numpy as np
 
 from lmdbcache.embedders.containers import DamagedAudioError, find_audio_data
@@ -55,6 +54,8 @@ class FFmpegDecoder:
             DamagedAudioError: It is cut off or damaged, or holds no audio.
             av.FFmpegError: FFmpeg can't read it.
         """
+        import av
+
         file.seek(0)
         with av.open(file, options=_OPTIONS) as container:
             if not container.streams.audio:
@@ -116,7 +117,7 @@ def _announced_seconds(container: Any, stream: Any) -> float:
         return float(stream.duration * stream.time_base)
     # Of a video's tracks the audio may be the shorter.
     only_audio = len(container.streams) == 1
-    return container.duration / av.time_base if container.duration and only_audio else 0.0
+    return container.duration / 1e6 if container.duration and only_audio else 0.0
 
 
 def _check_whole(file: BinaryIO, sound: Mixed, announced: float) -> None:

@@ -12,7 +12,6 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
-import soundfile
 
 from lmdbcache.embedders.containers import (
     DamagedAudioError,
@@ -103,6 +102,8 @@ class SoundfileDecoder:
             DamagedAudioError: It is cut off or damaged, or can't be decoded in full.
             soundfile.SoundFileError: libsndfile can't read it.
         """
+        import soundfile
+
         stream, error = None, None
         try:
             stream = self._stream(readable)
@@ -125,6 +126,8 @@ class SoundfileDecoder:
         return stream.sound
 
     def _stream(self, readable: Any) -> _Stream:
+        import soundfile
+
         with soundfile.SoundFile(readable) as file:
             rate, total = int(file.samplerate), max(0, int(file.frames))
             if not 0 < rate <= MAX_FILE_RATE:
@@ -142,6 +145,8 @@ class SoundfileDecoder:
 
     def _in_turn(self, parts: Iterable[tuple[PiecedFile, int]]) -> Mixed:
         """Decode files that follow each other, each with the number of samples it should have."""
+        import soundfile
+
         sounds: list[Mixed] = []
         for part, expected in parts:
             try:
