@@ -11,17 +11,28 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from lmdbcache.errors import ConfigError
 
-__all__ = ["DEFAULT_FRONT_END", "DEFAULT_MODEL_NAME", "DTYPES", "CacheConfig"]
+__all__ = [
+    "DEFAULT_FRONT_END",
+    "DEFAULT_MODEL_NAME",
+    "DTYPES",
+    "UNSTATED_FRONT_END",
+    "CacheConfig",
+    "ModelName",
+    "is_published_ast",
+]
 
 DEFAULT_MODEL_NAME: Final = "MIT/ast-finetuned-audioset-10-10-0.4593"
 
 # How a clip becomes the model's input: decoder, resampler and quality, mix to mono, padding rule,
 # features. Whatever changes a feature's value changes this name.
 DEFAULT_FRONT_END: Final = "soundfile+soxr-hq+mono-mean+zero-pad+ast-fbank/1"
+
+# In the config of a model whose front end isn't stated.
+UNSTATED_FRONT_END: Final = "unstated"
 
 DTYPES: Final = ("float32", "float16", "bfloat16")
 
@@ -30,9 +41,34 @@ _MODEL_ALIASES: Final = {
     "ast-finetuned": DEFAULT_MODEL_NAME,
     DEFAULT_MODEL_NAME.lower(): DEFAULT_MODEL_NAME,
 }
+_PUBLISHED_AST: Final = "mit/ast-finetuned-"
 _FINGERPRINT_DOMAIN: Final = b"lmdbcache config 1\n"
 _NOT_IN_SLUG: Final = re.compile(r"[^A-Za-z0-9.]+")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+/@-]{0,127}")
+
+
+class ModelName(str):
+    """The name of a model that was looked at, with the front end of its kind.
+
+    A config that is given such a name and no front end takes that one.
+    """
+
+    front_end: str
+
+    def __new__(cls, name: str, front_end: str) -> ModelName:
+        """Make a name that equals the plain string."""
+        self = super().__new__(cls, name)
+        self.front_end = front_end
+        return self
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """Pickle and copy with the front end."""
+        return str(self), self.front_end
+
+
+def is_published_ast(model_name: str) -> bool:
+    """Whether this is the Hub name of one of MIT's Audio Spectrogram Transformers."""
+    return model_name.lower().startswith(_PUBLISHED_AST)
 
 
 @dataclass(frozen=True)
@@ -53,7 +89,9 @@ class CacheConfig:
             `"mean"` (over time), or a name of your own.
         dtype: Stored dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         dataset: Namespace, so that equal sample ids of two datasets can't meet in one store.
-        front_end: Name of the decoding and feature rules.
+        front_end: Name of the decoding and feature rules. None: AST's for MIT's AST models and for
+            the `model_identity` of an AST folder, else `"unstated"`, under which `extract` stores
+            nothing. `config_for(model)` states the front end of any model.
         compute_dtype: dtype the model computes in.
 
     Raises:
@@ -66,10 +104,13 @@ class CacheConfig:
     output: str = "pooler_output"
     dtype: str = "float32"
     dataset: str = ""
-    front_end: str = DEFAULT_FRONT_END
+    front_end: str = cast("str", None)  # only until it is constructed
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        front_end: str | None = self.front_end
+        if front_end is None:
+            object.__setattr__(self, "front_end", _default_front_end(self.model_name))
         for name, canonical in _CANONICAL_FORMS.items():
             object.__setattr__(self, name, canonical(name, getattr(self, name)))
         if self.sample_rate * self.duration < 1:
@@ -125,6 +166,13 @@ class CacheConfig:
         """The fields that differ, each with (own value, the other's value)."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _default_front_end(model_name: Any) -> str:
+    if isinstance(model_name, ModelName):
+        return model_name.front_end
+    is_ast = is_published_ast(_model_name("model_name", model_name))
+    return DEFAULT_FRONT_END if is_ast else UNSTATED_FRONT_END
 
 
 def _sample_rate(name: str, value: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.config import CacheConfig
+from lmdbcache.config import CacheConfig, is_published_ast
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.files.gather import MappedFile
 from lmdbcache.storage.format.row_parts import RowPart
@@ -322,9 +322,10 @@ def _mean(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _known_layout(config: CacheConfig) -> TokenLayout:
-    if config.front_end.endswith(_AST_FRONT_END):
+    if config.front_end.endswith(_AST_FRONT_END) or is_published_ast(config.model_name):
         return TokenLayout.ast()
     raise ConfigError(
-        f"layout: what the tokens of {config.model_name} are isn't known here; give a TokenLayout "
-        "(TokenLayout() for one token per step and none in front)"
+        f"layout: what the tokens of {config.model_name} with the front end {config.front_end!r} "
+        "are isn't known here; give a TokenLayout (TokenLayout.ast() for an AST, TokenLayout() for "
+        "one token per step and none in front)"
     )

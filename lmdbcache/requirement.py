@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig
+from lmdbcache.config import DEFAULT_FRONT_END, UNSTATED_FRONT_END, CacheConfig
 from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import ConfigError
 from lmdbcache.home import expand_user
@@ -92,6 +92,13 @@ def how_to_fill(
                 f"dataset with namespace={config.dataset!r}"
             )
             return [told]
+    if config.front_end == UNSTATED_FRONT_END:
+        told = (
+            "No extraction fills this: the config doesn't state the front end. Ask with "
+            "config_for(model, ...), or compute the missing embeddings with the code that "
+            "computed the others"
+        )
+        return [told]
     first = datasets[0] if datasets else None
     options = getattr(first, "command_line_options", None)
     if not config.dataset or (data_dir is None and first is not None and options is None):

@@ -15,7 +15,7 @@ import torch
 
 import lmdbcache
 from lmdbcache import CacheConfig
-from lmdbcache.config import DEFAULT_MODEL_NAME
+from lmdbcache.config import DEFAULT_FRONT_END, DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, ModelName
 from lmdbcache.errors import ConfigError
 
 PYTHONS = [sys.executable, *map(str, Path.home().glob(".pyenv/versions/3.1?.*/bin/python"))]
@@ -38,7 +38,7 @@ GOLDEN = [
         "vegas-ast-finetuned-audioset-10-10-0.4593-pooler-output-44100hz-10.24s-float32",
     ),
     (
-        {"model_name": "schöner/名前", "dtype": "bfloat16"},
+        {"model_name": "schöner/名前", "dtype": "bfloat16", "front_end": DEFAULT_FRONT_END},
         "a326d87dd211d34b",
         "pooler-output-16000hz-5s-bfloat16",
     ),
@@ -253,3 +253,40 @@ def test_composed_and_decomposed_letters_are_one_name():
     assert composed != decomposed
     assert CacheConfig(model_name=decomposed) == CacheConfig(model_name=composed)
     assert CacheConfig(model_name=decomposed).model_name == composed
+
+
+@pytest.mark.parametrize("name", ["ast", "mit/AST-finetuned-audioset-10-10-0.4593"])
+def test_asts_front_end_is_assumed_for_ast(name):
+    """Its configs have always meant it."""
+    assert CacheConfig(model_name=name).front_end == DEFAULT_FRONT_END
+
+
+def test_any_of_the_published_asts():
+    """Other checkpoints of the same authors, under their own names."""
+    config = CacheConfig(model_name="MIT/ast-finetuned-speech-commands-v2")
+    assert config.front_end == DEFAULT_FRONT_END
+
+
+@pytest.mark.parametrize(
+    "name", ["my-encoder/1", "openai/whisper-tiny", "ast-like/2", "own@0123abcd"]
+)
+def test_a_front_end_that_isnt_stated_is_recorded_so(name):
+    """For any other model, however the config is made."""
+    config = CacheConfig(model_name=name)
+    assert config.front_end == UNSTATED_FRONT_END
+    assert (
+        config == CacheConfig.from_dict({"model_name": name}) == pickle.loads(pickle.dumps(config))
+    )
+    assert CacheConfig.from_dict(config.to_dict()) == config
+    assert config.replace(front_end="own/1") == CacheConfig(model_name=name, front_end="own/1")
+    assert CacheConfig(front_end="unstated").fingerprint != CacheConfig().fingerprint
+
+
+def test_a_name_that_knows_its_front_end():
+    """It equals the plain name, survives copies, and gives way to what is stated."""
+    name = pickle.loads(pickle.dumps(ModelName("own@0123abcd", "own/1")))
+    config = CacheConfig(model_name=name)
+    assert name == "own@0123abcd"
+    assert config == CacheConfig(model_name="own@0123abcd", front_end="own/1")
+    assert type(config.model_name) is str
+    assert CacheConfig(model_name=name, front_end="other/2").front_end == "other/2"

@@ -6,6 +6,7 @@ identity only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
-from lmdbcache.config import CacheConfig
+from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig, ModelName
+from lmdbcache.embedders.pretrained import read_json
 from lmdbcache.errors import MissingDependencyError, ModelLoadError
 from lmdbcache.home import expand_user
 
@@ -36,6 +38,8 @@ __all__ = [
 _CONFIG_FILES: Final = ("config.json", "preprocessor_config.json")
 _SAFETENSORS: Final = "*.safetensors"
 _TORCH_BIN: Final = "pytorch_model*.bin"
+# Names of AST folders have always stood for AST's front end, in configs that don't state one.
+_AST_MODEL_TYPE: Final = "audio-spectrogram-transformer"
 _CHUNK_BYTES: Final = 4 << 20
 _HUB_TIMEOUT_SECONDS: Final = 10.0
 
@@ -251,7 +255,11 @@ def _canonical(name: str) -> str:
 
 
 def _folder_identity(folder: Path, digest: str) -> str:
-    return _canonical(f"{folder.name or 'root'}@{digest[:12]}")
+    name = _canonical(f"{folder.name or 'root'}@{digest[:12]}")
+    with contextlib.suppress(ModelLoadError):  # `find_model` tells what is wrong with it
+        if read_json(folder / "config.json").get("model_type") == _AST_MODEL_TYPE:
+            return ModelName(name, DEFAULT_FRONT_END)
+    return name
 
 
 def _weight_files(folder: Path) -> list[Path]:

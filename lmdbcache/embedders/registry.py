@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.config import DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
 from lmdbcache.embedders.audio_formats import by_soundfile, with_decoder
 from lmdbcache.embedders.audio_spectrogram_transformer import AST
 from lmdbcache.embedders.base import AudioModel
@@ -90,6 +90,12 @@ class PretrainedModel:
         """
         check_output(self.family.name, self.outputs, config.output)
         others = {family.front_end_id: family.name for family in FAMILIES}
+        if config.front_end == UNSTATED_FRONT_END:
+            raise ConfigError(
+                f"front_end: not stated in the config, and {self.identity} has the front end "
+                f"{self.front_end_id!r}; config_for(model, model_name={config.model_name!r}) makes "
+                "the right config"
+            )
         front_end = by_soundfile(config.front_end)
         # A name of the user's own is left alone.
         if front_end in others and front_end != self.front_end_id:

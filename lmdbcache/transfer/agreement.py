@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lmdbcache.config import CacheConfig
+from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig
 from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedding_forms import HIDDEN, output_of_dimensions
 from lmdbcache.errors import ConfigError
@@ -63,6 +63,7 @@ class _Agreement:
         self.survey = survey
         self.model = model
         self.file = survey.source.path.name
+        self.name: str = CacheConfig.model_name
         self.values: dict[str, Any] = {}
         self.notes: list[str] = []
         self.problems: list[str] = []
@@ -74,6 +75,7 @@ class _Agreement:
                 f"{self.file} doesn't say {', '.join(missing)}: give "
                 + " ".join(f"{_option(name)} …" for name in missing)
             )
+        self.name = given.get("model_name", told.get("model_name", self.name))
         for name, value in told.items():
             try:
                 self.values[name] = _canonical(name, value)
@@ -135,10 +137,14 @@ class _Agreement:
 
     def _assume_front_end(self) -> None:
         if self.model is None:
+            front_end = self.values["front_end"] = CacheConfig(model_name=self.name).front_end
             self.notes.append(
-                f"decoding and features are taken to be {CacheConfig.front_end}, so that "
-                "extractions with an AST model find these and add to them; if another model "
-                "computed them, give --model, and if they must not meet, --front-end"
+                "the front end isn't stated and recorded so: no extraction finds these or adds to "
+                "them. Give the model, or the front end, if it is known"
+                if front_end == UNSTATED_FRONT_END
+                else f"decoding and features are taken to be {front_end}, so that extractions with "
+                "an AST model find these and add to them; if they must not meet, give the front "
+                "end another name"
             )
             return
         self.values["front_end"] = self.model.front_end_id
