@@ -21,6 +21,7 @@ from lmdbcache import (
     make_dataloader,
     preload,
 )
+from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import ConfigError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
 from lmdbcache.storage.format.values import NUMPY_DTYPES
@@ -330,3 +331,27 @@ def test_means_where_values_cannot_be_located(reader, hidden, name, monkeypatch)
     monkeypatch.setattr(Selection, "copy_with", lambda *_: None)
     np.testing.assert_allclose(view.get_batch(NAMES), by_hand(hidden)[name], atol=1e-6)
     assert view.get_batch([]).shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_known"),
+    [
+        ({}, True),
+        ({"model_name": "MIT/ast-finetuned-speech-commands-v2"}, True),
+        ({"front_end": "own-features/2"}, True),  # whatever the features, the tokens are AST's
+        ({"model_name": "mine", "front_end": DEFAULT_FRONT_END}, True),
+        ({"model_name": "mine"}, False),
+        ({"model_name": "mine", "front_end": "own/1"}, False),
+    ],
+)
+def test_tokens_are_asts_only_where_the_config_says_so(cache, fields, is_known):
+    """A front end that isn't stated is no reason to slice another model's tokens as AST's."""
+    config = CacheConfig(output="last_hidden_state", **fields)
+    with cache.writer(config) as writer:
+        writer.put("a:x", np.zeros((1214, 8), np.float32))
+    with cache.reader(config) as reader:
+        if is_known:
+            assert HiddenStateView(reader, "cls").embedding_shape == (8,)
+        else:
+            with pytest.raises(ConfigError, match="layout"):
+                HiddenStateView(reader, "cls")

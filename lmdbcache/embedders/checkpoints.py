@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import xxhash
 
 from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig, ModelName
+from lmdbcache.embedders.checkpoint_files import canonical_head
 from lmdbcache.embedders.pretrained import read_json
 from lmdbcache.errors import MissingDependencyError, ModelLoadError
 from lmdbcache.home import expand_user
@@ -75,7 +76,9 @@ def weights_digest(folder: str | os.PathLike[str]) -> str:
     """Digest of everything in a checkpoint that decides an embedding.
 
     Taken over name, length and bytes of config.json, preprocessor_config.json and the weights
-    (*.safetensors, else pytorch_model*.bin), sorted by name; the folder's own name has no part.
+    (*.safetensors, else pytorch_model*.bin), sorted by name; the folder's own name and place have
+    no part. JSON and the header of safetensors files are taken in one form: white space, the order
+    of keys, `_name_or_path`, and a header's metadata have no part either.
 
     Args:
         folder: A checkpoint as `save_pretrained` writes it.
@@ -269,9 +272,11 @@ def _weight_files(folder: Path) -> list[Path]:
 def _update(digest: Any, path: Path) -> None:
     try:
         with path.open("rb") as file:
-            # The length frames the bytes, so that no two lists of files look the same.
             size = os.fstat(file.fileno()).st_size
-            digest.update(os.fsencode(path.name) + b"\0" + str(size).encode() + b"\0")
+            head = canonical_head(path.name, file)
+            rest = size - file.tell()
+            # The length frames the bytes, so that no two lists of files look the same.
+            digest.update(os.fsencode(path.name) + f"\0{len(head) + rest}\0".encode() + head)
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pickle
 import shutil
@@ -9,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
+from lmdbcache.config import (
+    DEFAULT_FRONT_END,
+    DEFAULT_MODEL_NAME,
+    UNSTATED_FRONT_END,
+    CacheConfig,
+)
+from lmdbcache.embedders.checkpoint_files import canonical_head
 from lmdbcache.embedders.checkpoints import find_checkpoint, model_identity, weights_digest
 from lmdbcache.errors import ModelLoadError
 
@@ -120,3 +128,116 @@ def test_find_a_folder(own_ast_folder):
     assert found.is_local
     assert found.revision is None
     assert pickle.loads(pickle.dumps(found)) == found
+
+
+def rewrite_json(path, change=lambda values: values, **layout):
+    values = change(json.loads(path.read_text()))
+    path.write_text(json.dumps(values, **layout))
+
+
+def rewrite_header(path, change=lambda header: header, **layout):
+    """Give a safetensors file another header over the same bytes."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.dumps(change(json.loads(raw[8 : 8 + length])), **layout).encode() + b"   "
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+def backwards(values):
+    return dict(reversed(values.items()))
+
+
+LAYOUTS = {
+    "one line": lambda f: rewrite_json(f / "config.json"),
+    "indented": lambda f: rewrite_json(f / "config.json", indent=8),
+    "keys in another order": lambda f: rewrite_json(f / "config.json", backwards),
+    "preprocessor": lambda f: rewrite_json(f / "preprocessor_config.json", backwards, indent=1),
+    "where it was loaded from": lambda f: rewrite_json(
+        f / "config.json", lambda values: {"_name_or_path": "/old/place", **values}
+    ),
+    "header": lambda f: rewrite_header(f / "model.safetensors", backwards, indent=2),
+    "header's metadata": lambda f: rewrite_header(
+        f / "model.safetensors",
+        lambda header: {**header, "__metadata__": {"format": "pt", "by": "me"}},
+    ),
+    "no metadata": lambda f: rewrite_header(
+        f / "model.safetensors",
+        lambda header: {name: header[name] for name in header if name != "__metadata__"},
+    ),
+    "further files": lambda f: [
+        (f / name).write_text("{}") for name in ("README.md", "tokenizer.json", "optimizer.pt")
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_files_has_no_part(own_ast_folder, layout):
+    """Equal settings and weights are one model, however they are written down."""
+    before = model_identity(own_ast_folder)
+    LAYOUTS[layout](own_ast_folder)
+    assert model_identity(own_ast_folder) == before
+
+
+def exchanged(header):
+    """The same shapes and bytes under each other's names."""
+    by_shape = {}
+    for name, one in header.items():
+        if name != "__metadata__":
+            by_shape.setdefault(str(one["shape"]), []).append(name)
+    first, second = next(names for names in by_shape.values() if len(names) > 1)[:2]
+    return {**header, first: header[second], second: header[first]}
+
+
+VALUES = {
+    "setting": lambda f: rewrite_json(
+        f / "config.json", lambda values: {**values, "layer_norm_eps": 1e-3}, indent=2
+    ),
+    "integer or not": lambda f: rewrite_json(
+        f / "config.json", lambda values: {**values, "hidden_size": float(values["hidden_size"])}
+    ),
+    "mean of the features": lambda f: rewrite_json(
+        f / "preprocessor_config.json", lambda values: {**values, "mean": -4.0}
+    ),
+    "names of tensors": lambda f: rewrite_header(f / "model.safetensors", exchanged),
+    "dtype": lambda f: rewrite_header(
+        f / "model.safetensors",
+        lambda header: {
+            name: {**one, "dtype": "I32"} if "dtype" in one else one
+            for name, one in header.items()
+        },
+    ),
+    "damaged header": lambda f: (f / "model.safetensors").write_bytes(
+        (f / "model.safetensors").read_bytes().replace(b"{", b"[", 1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_other_values_have_a_part(own_ast_folder, value):
+    """In settings and weights, and in what says which bytes are which."""
+    before = model_identity(own_ast_folder)
+    VALUES[value](own_ast_folder)
+    assert model_identity(own_ast_folder) != before
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_what_save_pretrained_writes_is_digested_as_it_is(ast_folder, name):
+    """So that the digests of stores that exist stay."""
+    with (ast_folder / name).open("rb") as file:
+        head = canonical_head(name, file)
+        assert head + file.read() == (ast_folder / name).read_bytes()
+
+
+def test_labels_are_sorted_as_the_numbers_they_are():
+    """As transformers writes `id2label`: 2 comes before 10."""
+    written = {"id2label": {str(n): f"label {n}" for n in range(12)}, "z": [1.0, {}]}
+    raw = f"{json.dumps(written, indent=2)}\n".encode()
+    assert canonical_head("config.json", io.BytesIO(raw)) == raw
+
+
+def test_only_an_ast_folder_states_asts_front_end(own_ast_folder):
+    """In a config that states none: the folder of another kind of model leaves it unstated."""
+    assert CacheConfig(model_name=model_identity(own_ast_folder)).front_end == DEFAULT_FRONT_END
+    rewrite_json(own_ast_folder / "config.json", lambda values: {**values, "model_type": "wavlm"})
+    identity = model_identity(own_ast_folder)
+    assert CacheConfig(model_name=identity).front_end == UNSTATED_FRONT_END

@@ -68,6 +68,16 @@ def test_asts_configs_stay(empty_hub):
     )
 
 
+@pytest.mark.parametrize("variant", ["ast", "wav2vec2", "whisper", "clap"])
+def test_an_unstated_front_end_is_stated_before_an_extraction(variant):
+    """A known model's config says what was done; `config_for` makes it."""
+    model = find_model(folder_of(variant))
+    config = config_for(folder_of(variant), model_name="mine", duration=0.5)
+    model.check(config)
+    with pytest.raises(ConfigError, match="config_for"):
+        model.check(config.replace(front_end="unstated"))
+
+
 @pytest.mark.parametrize(
     ("variant", "sample_rate", "output"),
     [
