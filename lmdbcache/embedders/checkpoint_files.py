@@ -7,14 +7,69 @@ digested as it is.
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import IO, Any, Final
 
-__all__ = ["canonical_head"]
+import xxhash
+
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.errors import ModelLoadError
+
+__all__ = [
+    "CONFIG_FILES",
+    "SAFETENSORS",
+    "TORCH_BIN",
+    "canonical_head",
+    "weight_files",
+    "weights_digest",
+]
+
+CONFIG_FILES: Final = ("config.json", "preprocessor_config.json")
+SAFETENSORS: Final = "*.safetensors"
+TORCH_BIN: Final = "pytorch_model*.bin"
 
 # Where a checkpoint was loaded from before it was saved.
 _PLACE: Final = "_name_or_path"
+_CHUNK_BYTES: Final = 4 << 20
 _MAX_HEADER_BYTES: Final = 100 << 20  # safetensors' own limit
 _ALIGNMENT: Final = 8
+
+
+def weights_digest(folder: str | os.PathLike[str]) -> str:
+    """Digest of everything in a checkpoint that decides an embedding.
+
+    Taken over name, length and bytes of config.json, preprocessor_config.json and the weights
+    (*.safetensors, else pytorch_model*.bin), sorted by name; the folder's own name and place have
+    no part. JSON and the header of safetensors files are taken in one form: white space, the order
+    of keys, `_name_or_path`, and a header's metadata have no part either.
+
+    Args:
+        folder: A checkpoint as `save_pretrained` writes it.
+
+    Returns:
+        16 hex digits (xxh3-64).
+
+    Raises:
+        ModelLoadError: The folder holds no weights, or a file can't be read.
+    """
+    folder = Path(folder)
+    weights = weight_files(folder)
+    if not weights:
+        raise ModelLoadError(
+            f"{shown(folder)}: no weights in this folder; expected model.safetensors "
+            "(or pytorch_model.bin), as save_pretrained writes it"
+        )
+    configs = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
+    digest = xxhash.xxh3_64()
+    for path in sorted([*configs, *weights], key=lambda path: path.name):
+        _update(digest, path)
+    return str(digest.hexdigest())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the files with a checkpoint's weights: safetensors, else PyTorch's."""
+    return list(folder.glob(SAFETENSORS)) or list(folder.glob(TORCH_BIN))
 
 
 def canonical_head(name: str, file: IO[bytes]) -> bytes:
@@ -77,3 +132,19 @@ def _header(file: IO[bytes]) -> bytes:
     header = text.encode("utf-8", "surrogatepass")
     header += b" " * (-len(header) % _ALIGNMENT)
     return len(header).to_bytes(_ALIGNMENT, "little") + header
+
+
+def _update(digest: Any, path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = canonical_head(path.name, file)
+            rest = size - file.tell()
+            # The length frames the bytes, so that no two lists of files look the same.
+            digest.update(os.fsencode(path.name) + f"\0{len(head) + rest}\0".encode() + head)
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise ModelLoadError(
+            f"{shown(path)}: can't be read: {error.strerror or error}; check its permissions"
+        ) from error

@@ -13,16 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import xxhash
-
 from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig, ModelName
-from lmdbcache.embedders.checkpoint_files import canonical_head
+from lmdbcache.embedders.audio_source import shown
+from lmdbcache.embedders.checkpoint_files import (
+    CONFIG_FILES,
+    SAFETENSORS,
+    TORCH_BIN,
+    weight_files,
+    weights_digest,
+)
 from lmdbcache.embedders.pretrained import read_json
-from lmdbcache.errors import MissingDependencyError, ModelLoadError
+from lmdbcache.errors import CacheError, MissingDependencyError, ModelLoadError
 from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "Checkpoint",
@@ -32,16 +37,13 @@ __all__ = [
     "folder_provenance",
     "identify",
     "model_identity",
+    "moved_weights",
     "settings_folder",
     "weights_digest",
 ]
 
-_CONFIG_FILES: Final = ("config.json", "preprocessor_config.json")
-_SAFETENSORS: Final = "*.safetensors"
-_TORCH_BIN: Final = "pytorch_model*.bin"
 # Names of AST folders have always stood for AST's front end, in configs that don't state one.
 _AST_MODEL_TYPE: Final = "audio-spectrogram-transformer"
-_CHUNK_BYTES: Final = 4 << 20
 _HUB_TIMEOUT_SECONDS: Final = 10.0
 
 
@@ -70,37 +72,6 @@ class Checkpoint:
         """The weights' digest and the Hub's revision, as far as they are known."""
         known = {"weights_digest": self.weights_digest, "revision": self.revision}
         return {name: value for name, value in known.items() if value}
-
-
-def weights_digest(folder: str | os.PathLike[str]) -> str:
-    """Digest of everything in a checkpoint that decides an embedding.
-
-    Taken over name, length and bytes of config.json, preprocessor_config.json and the weights
-    (*.safetensors, else pytorch_model*.bin), sorted by name; the folder's own name and place have
-    no part. JSON and the header of safetensors files are taken in one form: white space, the order
-    of keys, `_name_or_path`, and a header's metadata have no part either.
-
-    Args:
-        folder: A checkpoint as `save_pretrained` writes it.
-
-    Returns:
-        16 hex digits (xxh3-64).
-
-    Raises:
-        ModelLoadError: The folder holds no weights, or a file can't be read.
-    """
-    folder = Path(folder)
-    weights = _weight_files(folder)
-    if not weights:
-        raise ModelLoadError(
-            f"{_shown(folder)}: no weights in this folder; expected model.safetensors "
-            "(or pytorch_model.bin), as save_pretrained writes it"
-        )
-    configs = [folder / name for name in _CONFIG_FILES if (folder / name).is_file()]
-    digest = xxhash.xxh3_64()
-    for path in sorted([*configs, *weights], key=lambda path: path.name):
-        _update(digest, path)
-    return str(digest.hexdigest())
 
 
 def model_identity(name_or_folder: str | os.PathLike[str]) -> str:
@@ -187,7 +158,7 @@ def fetch_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 def _unusable(name: str) -> ModelLoadError:
     return ModelLoadError(
         f"{name}: this repository on the Hub isn't a usable checkpoint: "
-        f"expected {', '.join(_CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
+        f"expected {', '.join(CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
     )
 
 
@@ -215,7 +186,7 @@ def fetch_settings(checkpoint: Checkpoint) -> Path:
     """
     folder = settings_folder(checkpoint)
     if folder is None:
-        _download(checkpoint.location, _CONFIG_FILES)
+        _download(checkpoint.location, CONFIG_FILES)
         folder = _cached(checkpoint.location)
     if folder is None:
         raise _unusable(checkpoint.location)
@@ -226,6 +197,47 @@ def folder_provenance(model: str | os.PathLike[str]) -> dict[str, str]:
     """For a store's provenance: where a model's folder lies, so that an audit finds it again."""
     folder = expand_user(model)
     return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
+
+
+def moved_weights(
+    model: str | os.PathLike[str], provenance: Mapping[str, str], store: object
+) -> str:
+    """Describe how a Hub name stands for other weights here than those that filled a store.
+
+    The Hub's cache on this machine is looked at; the network is never asked.
+
+    Args:
+        model: What `find_checkpoint` takes.
+        provenance: The store's.
+        store: For the message.
+
+    Returns:
+        Empty where the name stands for the same weights, or nothing is known.
+    """
+    before, digest = provenance.get("revision"), provenance.get("weights_digest")
+    if before is None:
+        return ""
+    try:
+        import huggingface_hub.constants as hub
+
+        if _local_folder(model) is not None:
+            return ""
+        name = _canonical(os.fspath(model))
+        repository = Path(hub.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        now = (repository / "refs" / "main").read_text("utf-8").strip()
+    except (ImportError, CacheError, OSError, ValueError):
+        return ""  # not on this machine
+    if now == before:
+        return ""
+    with contextlib.suppress(ModelLoadError):
+        if weights_digest(repository / "snapshots" / now) == digest:
+            return ""
+    return (
+        f"{store} was filled with revision {before[:12]} of {name}, and the Hub's cache on this "
+        f"machine has revision {now[:12]}, with other weights or settings. What is stored stays "
+        "that of the earlier revision, and nothing of the other is added. Clear the store to "
+        "extract with the new revision, or give that a model_name of its own"
+    )
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
@@ -246,7 +258,7 @@ def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
     if not (path / "config.json").is_file():
         found = "no such folder" if not path.exists() else "no config.json in it"
         raise ModelLoadError(
-            f"{_shown(path)}: {found if path.is_dir() or not path.exists() else 'not a folder'}; "
+            f"{shown(path)}: {found if path.is_dir() or not path.exists() else 'not a folder'}; "
             "expected a checkpoint folder as save_pretrained writes it (config.json, "
             "preprocessor_config.json, model.safetensors), or a Hub name such as 'ast-finetuned'"
         )
@@ -265,30 +277,10 @@ def _folder_identity(folder: Path, digest: str) -> str:
     return name
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return list(folder.glob(_SAFETENSORS)) or list(folder.glob(_TORCH_BIN))
-
-
-def _update(digest: Any, path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = canonical_head(path.name, file)
-            rest = size - file.tell()
-            # The length frames the bytes, so that no two lists of files look the same.
-            digest.update(os.fsencode(path.name) + f"\0{len(head) + rest}\0".encode() + head)
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise ModelLoadError(
-            f"{_shown(path)}: can't be read: {error.strerror or error}; check its permissions"
-        ) from error
-
-
 def _complete(checkpoint: Checkpoint) -> Checkpoint:
     """Fill in folder, revision and digest if the Hub's local cache has every file needed."""
     folder = _cached(checkpoint.location)
-    if folder is None or not _weight_files(folder):
+    if folder is None or not weight_files(folder):
         return checkpoint
     return replace(
         checkpoint,
@@ -308,7 +300,7 @@ def _cached(name: str) -> Path | None:
         )
     try:
         folder = Path(
-            hub.snapshot_download(name, allow_patterns=list(_CONFIG_FILES), local_files_only=True)
+            hub.snapshot_download(name, allow_patterns=list(CONFIG_FILES), local_files_only=True)
         )
     except hub.errors.HFValidationError as error:
         raise ModelLoadError(
@@ -317,7 +309,7 @@ def _cached(name: str) -> Path | None:
         ) from error
     except hub.errors.LocalEntryNotFoundError:
         return None
-    return folder if all((folder / file).is_file() for file in _CONFIG_FILES) else None
+    return folder if all((folder / file).is_file() for file in CONFIG_FILES) else None
 
 
 def _download(name: str, wanted: Sequence[str] = ()) -> None:
@@ -342,9 +334,9 @@ def _download(name: str, wanted: Sequence[str] = ()) -> None:
 
 def _wanted(files: Sequence[str]) -> list[str]:
     has_safetensors = any(file.endswith(".safetensors") for file in files)
-    weights = _SAFETENSORS if has_safetensors else _TORCH_BIN
+    weights = SAFETENSORS if has_safetensors else TORCH_BIN
     # Large models come in parts, and an index says which part holds what.
-    return [*_CONFIG_FILES, weights, f"{weights}.index.json"]
+    return [*CONFIG_FILES, weights, f"{weights}.index.json"]
 
 
 def _unreachable(name: str, error: Exception) -> str:
@@ -371,7 +363,3 @@ def _hub() -> Any:
             'install it with: pip install "lmdbcache[audio]"'
         ) from error
     return huggingface_hub
-
-
-def _shown(path: Path) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

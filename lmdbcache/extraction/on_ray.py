@@ -124,6 +124,7 @@ def extract_on_ray(  # noqa: PLR0913
     missing = run.look_at_sources(run.plan(), recompute=recompute_changed)
     if not missing:
         run.record_failures()
+        run.look_for_moved_weights(model)
         return run.summary(time.perf_counter() - started)
     cache.check_writable(config)
     given = config.model_name if model is None else model

@@ -135,6 +135,7 @@ def extract(  # noqa: PLR0913
         missing = run.look_at_sources(missing, recompute=recompute_changed)
         if not missing:
             run.record_failures()
+            run.look_for_moved_weights(model)
             return run.summary(time.perf_counter() - started)
         run.cache.check_writable(config)
         _use_one_thread_after_a_fork()

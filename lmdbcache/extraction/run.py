@@ -17,7 +17,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import Embedder, FrontEnd
-from lmdbcache.embedders.checkpoints import folder_provenance
+from lmdbcache.embedders.checkpoints import folder_provenance, moved_weights
 from lmdbcache.errors import (
     CacheError,
     ExtractionError,
@@ -79,6 +79,7 @@ class Run:
         self.changed: set[str] = set()
         self.num_suspects = 0
         self.left_out: dict[str, Any] = {}
+        self.moved_model = ""
         self.model = ""
         self.share = Share() if share is None else share
         self.staging: Staging | None = None
@@ -414,6 +415,19 @@ class Run:
             # A full disk, say. The list is a convenience, and must not hide what went wrong.
             _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
 
+    def look_for_moved_weights(self, model: Any) -> None:
+        """Warn if a Hub name stands for other weights now than those that filled the store.
+
+        Args:
+            model: As it was given; None stands for the config's name.
+        """
+        name = self.config.model_name if model is None else model
+        if isinstance(name, (str, os.PathLike)) and self.config in self.cache:
+            with self.cache.reader(self.config, counts_as_use=False) as reader:
+                self.moved_model = moved_weights(name, reader.metadata.provenance, reader.path)
+            if self.moved_model:
+                _logger.warning("%s", self.moved_model)
+
     def summary(self, seconds: float) -> ExtractionSummary:
         """What was done."""
         num_extracted = self.writer.num_written if self.writer else 0
@@ -430,6 +444,7 @@ class Run:
             seconds=seconds,
             compute_seconds=self.compute_seconds,
             built_model=self.built_model,
+            moved_model=self.moved_model,
             num_suspects=self.num_suspects,
             rank=self.share.rank,
             world_size=self.share.world_size,

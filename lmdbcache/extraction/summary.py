@@ -33,6 +33,8 @@ class ExtractionSummary:
         seconds: Wall time of the run.
         compute_seconds: Wall time of the model's forward passes.
         built_model: Whether the model had to be loaded.
+        moved_model: How the model's Hub name stands for other weights now than those that filled
+            the store; empty if it doesn't, or something had to be computed.
         num_suspects: Cached clips whose file has another size or time than when it was embedded.
         rank: Which of the processes that share the clips, from 0; the figures are its own.
         world_size: How many there are.
@@ -51,6 +53,7 @@ class ExtractionSummary:
     seconds: float = 0.0
     compute_seconds: float = 0.0
     built_model: bool = False
+    moved_model: str = ""
     num_suspects: int = 0
     rank: int = 0
     world_size: int = 1
@@ -94,6 +97,8 @@ class ExtractionSummary:
                 lines.append(f"{len(sample_ids)} of the extracted clips {what}: {named}{more}")
         if self.left_out.get("count"):
             lines.append(f"{self.left_out['count']} files or rows of the dataset are left out")
+        if self.moved_model:
+            lines.append(self.moved_model)
         if self.num_suspects:
             name = self.store.name if self.store else ""
             lines.append(

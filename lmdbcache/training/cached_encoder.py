@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from lmdbcache.training.write_back import WriteBack
 
 __all__ = ["CachedEncoder"]
 
+_logger: Final = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -124,6 +126,7 @@ class CachedEncoder(torch.nn.Module):
         self._frozen = FrozenModel(model, config, select_output)
         self._given_provenance = dict(provenance or {})
         self._known_provenance: dict[str, str] | None = None
+        self._looked_at_name = False
         self._write_back = WriteBack(cache, config, commit_seconds)
         # Not a buffer: `state_dict` and DDP's broadcasts shall not see it.
         self._like = torch.empty(0, device=self._frozen.device or "cpu")
@@ -277,6 +280,15 @@ class CachedEncoder(torch.nn.Module):
         if reader is not None:
             self._refuse_other_weights(reader.metadata)
 
+    def _look_at_name(self) -> None:
+        """Say once if the model's Hub name stands for other weights than those of the hits."""
+        self._looked_at_name = True
+        by_name, reader = self._frozen.by_name, self._write_back.stored.reader()
+        if by_name is None or reader is None:
+            return
+        if moved := by_name.moved_weights(reader.metadata.provenance, reader.path):
+            _logger.warning("%s", moved)
+
     def _refuse_other_weights(self, metadata: StoreMetadata) -> None:
         store = self.cache.path(self.config)
         try:
@@ -304,6 +316,8 @@ class CachedEncoder(torch.nn.Module):
         with self._write_back.lock:
             found = self._write_back.find(sample_ids)
             missing = found.missing
+            if not self._looked_at_name and len(missing) < len(sample_ids):
+                self._look_at_name()
             computed = {}
             if missing:
                 computed = self._compute(sample_ids, missing, inputs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
-from lmdbcache.embedders.checkpoints import folder_provenance
+from lmdbcache.embedders.checkpoints import folder_provenance, moved_weights
 from lmdbcache.embedders.module_embedder import ModuleEmbedder
 from lmdbcache.embedders.registry import ready_model
 from lmdbcache.errors import ConfigError
@@ -92,6 +93,12 @@ class ModelByName:
         if isinstance(self.model, (str, os.PathLike)):
             return folder_provenance(self.model)
         return {}
+
+    def moved_weights(self, provenance: Mapping[str, str], store: object) -> str:
+        """How its Hub name stands for other weights than a store's; see `moved_weights`."""
+        if isinstance(self.model, (str, os.PathLike)):
+            return moved_weights(self.model, provenance, store)
+        return ""
 
     def _ready(self) -> AudioModel:
         if self._found is None:
