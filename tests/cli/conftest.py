@@ -12,7 +12,7 @@ from cli.command_server import CommandServer
 from extraction.clips import write_tones
 from small_ast import save_small_ast
 
-from lmdbcache import CacheConfig, EmbeddingCache
+from lmdbcache import EmbeddingCache, config_for
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +62,8 @@ def refused(cli):
 
 @pytest.fixture
 def configs():
-    """Three configs of the dataset `vegas`."""
-    one = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
+    """Three configs of the dataset `vegas`: AST's, as `--model` is by default."""
+    one = config_for("ast", duration=1.0, model_name="mine", dataset="vegas")
     return [one, one.replace(output="last_hidden_state"), one.replace(dtype="float16")]
 
 

@@ -34,7 +34,7 @@ def test_diff_of_roots(cli, cache, configs, tmp_path):
     shutil.copytree(cache.root, copy.root)
     assert cli("diff", cache.root, copy.root).returncode == 0
     copy.clear(configs[1])
-    with copy.writer(configs[0]) as writer:
+    with copy.writer(configs[0], without_provenance=True) as writer:
         writer.put("new:dog", np.ones(8))
     result = cli("diff", cache.root, copy.root)
     assert result.returncode == 1
@@ -51,7 +51,9 @@ def test_a_sample_of_one_side_is_a_difference(cli, cache, configs, tmp_path, of,
     """Exit code 1 and is_equal false, whichever side has more and whatever else is equal."""
     copy = EmbeddingCache(tmp_path / "copy")
     shutil.copytree(cache.root, copy.root)
-    with (cache if more_in == "first" else copy).writer(configs[0]) as writer:
+    with (cache if more_in == "first" else copy).writer(
+        configs[0], without_provenance=True
+    ) as writer:
         writer.put("new:dog", np.ones(8))
     sides = [one.path(configs[0]) if of == "stores" else one.root for one in (cache, copy)]
     result = cli("diff", *sides, "--json")

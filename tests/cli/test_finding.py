@@ -35,7 +35,7 @@ def test_explain(cli, cache, configs):
 def test_a_sample_id_that_begins_with_a_dash(cli, cache, configs, file_id):
     """Taken for an option, it is wrong usage with the `--` that helps, and that helps."""
     sample_id = f"{file_id}:people shouting"
-    with cache.writer(configs[0]) as writer:
+    with cache.writer(configs[0], without_provenance=True) as writer:
         writer.put(sample_id, np.ones(8, np.float32))
     result = cli("explain", *OPTIONS, sample_id)
     assert result.returncode == 2

@@ -206,7 +206,7 @@ def test_prune_looks_again_before_it_removes(cache, configs):
     assert len(plan.removed) == 3
     with cache.reader(configs[0]) as reader:
         len(reader)
-    with cache.writer(configs[1]) as writer:
+    with cache.writer(configs[1], without_provenance=True) as writer:
         writer.put("new:dog", np.ones((3, 8)))
     done = prune(cache, plan)
     assert [verdict.store.config for verdict in done.removed] == [configs[2]]
