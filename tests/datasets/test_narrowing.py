@@ -137,6 +137,13 @@ def test_narrowing_together(esc50):
     assert not nodes[0] & nodes[1]
 
 
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_no_samples_per_class_is_no_choice(esc50, number):
+    """Less than one of each class would mean none, and not all of them."""
+    with pytest.raises(DatasetError, match="samples_per_class"):
+        Narrowing(samples_per_class=number).of(esc50)
+
+
 def test_half_a_choice_of_nodes_is_refused(esc50):
     """A number of nodes without this node, or the reverse, would take everything unseen."""
     for wrong, words in (

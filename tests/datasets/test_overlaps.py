@@ -51,6 +51,13 @@ def test_equal_content_under_two_names(tmp_path, write_clip):
     assert str(report) == "train and test share by content: a:dog = copy:dog"
 
 
+def test_a_shared_sample_is_named_once(tmp_path, write_clip):
+    """Its content is equal, of course: that isn't said again."""
+    write_clip(tmp_path / "a.wav")
+    report = overlap_audit([samples(tmp_path, "a"), samples(tmp_path, "a")], by_content=True)
+    assert [overlap.by for overlap in report.overlaps] == ["sample_id"]
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path, write_clip):
     """A missing file and a folder aren't equal to each other, and are told."""
     write_clip(tmp_path / "a.wav")

@@ -50,10 +50,11 @@ def test_complex_embeddings_are_refused(cache):
 
 
 def test_wrong_number_or_shape(cache):
-    """A model that loses samples, or changes its shape, stores nothing of that batch."""
-    with CachedEncoder(lambda inputs: inputs[:1], cache, OWN) as encoder:
-        with pytest.raises(InvalidEmbeddingError, match="1 embeddings for 2 samples"):
-            ask(encoder, [1, 2])
+    """A model that loses or adds samples, or changes its shape, stores nothing of that batch."""
+    for rows in ([0], [0, 1, 1]):
+        with CachedEncoder(lambda inputs, rows=rows: inputs[rows], cache, OWN) as encoder:
+            with pytest.raises(InvalidEmbeddingError, match=f"{len(rows)} embeddings for 2"):
+                ask(encoder, [1, 2])
     widths = iter([3, 4])
     with CachedEncoder(lambda x: x[:, : next(widths)], cache, OWN) as encoder:
         ask(encoder, [1])

@@ -80,6 +80,9 @@ def test_rows_that_may_be_padded_to_the_longest(encoder, cache):
         encoder(rows, sample_ids=IDS)
     encoder(list(rows), sample_ids=IDS)
     assert encoder.num_computed == 3
+    full = torch.full((2, 3200), 0.25)  # clips that fill the duration need no num_valid
+    found = encoder(full, sample_ids=["g:x", "h:x"])
+    assert torch.equal(found, encoder(full, sample_ids=["i:x", "j:x"], num_valid=[3200, 3200]))
     with CachedEncoder(
         folder_of("ast"), cache, config_for(folder_of("ast"), duration=0.2)
     ) as other:
