@@ -168,7 +168,7 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         - `mask`: bool `(batch,)`, True where an embedding was cached;
         - `embeddings`: `(hits, *embedding_shape)` of these, in order, if there are any;
         - `waveforms`: float32 `(misses, num_samples)`, or `features`, of the others, in order, if
-          there are any;
+          there are any; features whose shapes differ are a list of tensors;
         - `num_valid`: int64 `(misses,)`, how many samples of each waveform came from the clip;
         - `failures`: list of `ClipFailure`: clips that were left out.
     """
@@ -192,5 +192,6 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         rows = [item[key] for item in usable if key in item]
         if rows:
             stacked = fetched if name == "embeddings" and fetched is not None else None
-            batch[name] = torch.stack(rows) if stacked is None else stacked
+            is_ragged = name == "features" and len({(row.dtype, row.shape) for row in rows}) > 1
+            batch[name] = rows if is_ragged else torch.stack(rows) if stacked is None else stacked
     return batch

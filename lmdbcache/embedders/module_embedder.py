@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
-__all__ = ["ModuleEmbedder"]
+__all__ = ["ModuleEmbedder", "input_dtype"]
 
 _DECODING: Final = "soundfile+soxr-hq+mono-mean"
 _WAVEFORM: Final = "zero-pad+waveform/1"
@@ -290,7 +290,7 @@ class _RunningModule:
 
         module = self._source.module
         self._weights.check()
-        dtype = _input_dtype(module, features)
+        dtype = input_dtype(module, features)
         with (
             _in_eval_mode(module),
             torch.no_grad(),
@@ -336,7 +336,7 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
+def input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
     """The dtype to cast features to: that of the weights, unless the features are no floats."""
     import torch
 

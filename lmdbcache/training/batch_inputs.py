@@ -13,6 +13,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio import fit
 from lmdbcache.embedders.base import clip_features
 from lmdbcache.errors import ConfigError
+from lmdbcache.storage.format.values import has_masked_elements
 
 __all__ = ["check_precision", "features_of", "select_inputs", "stacked"]
 
@@ -46,13 +47,22 @@ def select_inputs(
         return inputs if len(positions) == batch_size else inputs[list(positions)]
     if isinstance(inputs, (list, tuple)):
         _check_number(len(inputs), batch_size)
-        chosen = [inputs[position] for position in positions]
-        return [one() if callable(one) else one for one in chosen]
+        return [_kept(inputs[position]) for position in positions]
     if callable(inputs):
         loaded = inputs(list(sample_ids))
         _check_number(len(loaded), len(positions))
         return loaded
     return inputs
+
+
+def _kept(one: Any) -> Any:
+    """What a function of one sample's input gives; anything else as it is."""
+    if not callable(one):
+        return one
+    if hasattr(one, "decode"):  # a `DeferredAudio`, which knows what of its waveform is padding
+        waveform, num_valid = one.decode()
+        return waveform if num_valid is None else waveform[..., :num_valid]
+    return one()
 
 
 def check_precision(inputs: Any) -> None:
@@ -81,20 +91,24 @@ def features_of(
     config: CacheConfig,
     sample_ids: Sequence[str],
     num_valid: Any = None,
-) -> torch.Tensor:
-    """The features of some waveforms, `(n, ...)`, as an extraction computes them.
+) -> Any:
+    """Compute the features of some waveforms, as an extraction does.
 
     Args:
         waveforms: A list of n, each `(num_samples,)` or shorter; or a tensor or array of them.
-        front_end: One float32 array `(num_samples,)` → its features.
+        front_end: See `lmdbcache.embedders.base.compute_features`.
         config: Sample rate and duration.
         sample_ids: Of these waveforms.
         num_valid: How many samples of each aren't padding, `(n,)`; None: all of them.
+
+    Returns:
+        A tensor `(n, ...)`, or a list of n tensors where their shapes or dtypes differ.
 
     Raises:
         ConfigError: A waveform is longer than the duration, or isn't of floats; or nobody can tell
             what of it is padding.
         AudioDecodeError: One is too short for the front end, or its features hold NaN or Inf.
+        FrontEndError: The front end fails on one, or returns no array of numbers.
     """
     rows = [_as_row(one) for one in waveforms]
     needs_num_valid = getattr(front_end, "takes_num_valid", False)
@@ -119,13 +133,15 @@ def features_of(
         features.append(
             clip_features(front_end, waveform, count, sample_rate=config.sample_rate, name=name)
         )
-    table: torch.Tensor = stacked(features)
-    return table
+    if len({(one.dtype, one.shape) for one in features}) > 1:
+        return [torch.from_numpy(one) for one in features]
+    return stacked(features)
 
 
 def _as_row(waveform: Any) -> npt.NDArray[np.float32]:
     if isinstance(waveform, torch.Tensor) and waveform.is_floating_point():
         waveform = waveform.detach().to("cpu", torch.float32)
+    _check_mask(waveform)
     row = np.asarray(waveform)
     if row.dtype.kind != "f":
         raise ConfigError(
@@ -133,6 +149,11 @@ def _as_row(waveform: Any) -> npt.NDArray[np.float32]:
             "load_waveform gives it"
         )
     return row.astype(np.float32, copy=False)
+
+
+def _check_mask(inputs: Any) -> None:
+    if has_masked_elements(inputs):
+        raise ConfigError("inputs: an array with masked elements; fill them (`filled`)")
 
 
 def _counts(num_valid: Any) -> list[int]:
@@ -166,6 +187,7 @@ def stacked(inputs: Any) -> Any:
     """
     if isinstance(inputs, Mapping):
         return {name: stacked(part) for name, part in inputs.items()}
+    _check_mask(inputs)
     if isinstance(inputs, np.ndarray):
         return torch.from_numpy(np.require(inputs, requirements=["C", "W"]))
     kinds = (torch.Tensor, np.ndarray)

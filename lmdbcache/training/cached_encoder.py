@@ -335,7 +335,12 @@ class CachedEncoder(torch.nn.Module):
         self._frozen.build()
         self._check_provenance()
         self._write_back.open_writer(self._provenance())
-        embeddings = self._frozen.run([stacked(one) for one in chosen], further, len(wanted))
+        has_features = inputs.are_features or self.front_end is not None
+        if has_features and chosen and isinstance(chosen[0], list):
+            embeddings = self._frozen.run_by_shape(chosen, further, wanted)
+        else:
+            inputs_of_all = [stacked(one) for one in chosen]
+            embeddings = self._frozen.run(inputs_of_all, further, len(wanted))
         self.num_computed += len(wanted)
         rows = self._store(wanted, embeddings)
         return {position: rows[name] for position, name in zip(missing, names, strict=True)}

@@ -11,8 +11,19 @@ import numpy as np
 import torch
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.base import first_line
+from lmdbcache.embedders.first_batch import (
+    NUM_REPEATS,
+    check_distinct,
+    check_repeats,
+    tolerance_of,
+)
+from lmdbcache.embedders.module_embedder import input_dtype
 from lmdbcache.embedders.weights_watch import WatchedWeights
-from lmdbcache.errors import ConfigError, InvalidEmbeddingError
+from lmdbcache.errors import CacheError, ConfigError, InvalidEmbeddingError, ModuleError
+from lmdbcache.storage.format.values import has_masked_elements
+from lmdbcache.training.batch_groups import copies_of, groups_by_shape, row_checksums
+from lmdbcache.training.batch_inputs import stacked
 from lmdbcache.training.model_by_name import ModelByName
 
 __all__ = ["FrozenModel"]
@@ -40,6 +51,7 @@ class FrozenModel:
         self._factory: Any = model if self.by_name is None and _is_factory(model) else None
         self._model: Any = None
         self._weights: WatchedWeights | None = None
+        self._has_checked = False
         if self._factory is None and self.by_name is None:
             _check_frozen(model)
             self._take(model)
@@ -122,7 +134,7 @@ class FrozenModel:
     def run(
         self, inputs: Sequence[Any], named: Mapping[str, Any], num_samples: int
     ) -> torch.Tensor:
-        """One forward pass.
+        """Run one forward pass; after the first one a few more of a single sample.
 
         Args:
             inputs: Positional inputs, each of `num_samples` rows.
@@ -134,11 +146,86 @@ class FrozenModel:
 
         Raises:
             ConfigError: The model returns no tensor that could be meant.
-            InvalidEmbeddingError: Another number of embeddings.
+            InvalidEmbeddingError: Another number of embeddings; or, in the first batch, the model
+                answers differently for the same sample, or alike for different ones.
         """
+        embeddings = self._forward(inputs, named, num_samples)
+        if not self._has_checked:
+            self._look(inputs, named, embeddings)
+        return embeddings
+
+    def run_by_shape(
+        self, inputs: Sequence[Any], named: Mapping[str, Any], sample_ids: Sequence[str]
+    ) -> torch.Tensor:
+        """Run one forward pass for each shape of the features.
+
+        Args:
+            inputs: Positional inputs, each of one row for each sample; the first one a list of
+                tensors, the features.
+            named: Further inputs by name.
+            sample_ids: Of the rows.
+
+        Returns:
+            `(num_samples, *embedding_shape)`, without grad.
+
+        Raises:
+            InvalidEmbeddingError: Features of another shape give an embedding of another shape;
+                and see `run`.
+            ModuleError: The model fails on features of one shape.
+        """
+        rows: dict[int, torch.Tensor] = {}
+        for group, positional, further in groups_by_shape(inputs, named):
+            given = [stacked(one) for one in positional]
+            who = (
+                f"{', '.join(sample_ids[row] for row in group[:3])}: features of shape "
+                f"{tuple(given[0].shape[1:])} by the front end {self._config.front_end}"
+            )
+            try:
+                found = self.run(given, further, len(group))
+            except CacheError:
+                raise
+            except Exception as error:
+                raise ModuleError(f"{who}: the model fails ({first_line(error)})") from error
+            expected = next(iter(rows.values()), found[0]).shape
+            if found[0].shape != expected:
+                raise InvalidEmbeddingError(
+                    f"{who} give an embedding of shape {tuple(found[0].shape)}, others of this "
+                    f"batch {tuple(expected)}; a store holds embeddings of one shape"
+                )
+            rows.update(zip(group, found, strict=True))
+        return torch.stack([rows[row] for row in range(len(sample_ids))])
+
+    def _look(
+        self, inputs: Sequence[Any], named: Mapping[str, Any], embeddings: torch.Tensor
+    ) -> None:
+        """Look whether the embeddings of a first batch belong to their samples."""
+        model, size = self._model, len(embeddings)
+        name = f"{type(model).__name__} ({self._config.model_name})"
+        checksums = row_checksums(inputs[0]) if inputs else []
+        heard = [(embeddings[row], one) for row, one in enumerate(checksums) if one is not None]
+        if heard:
+            check_distinct(heard, name)
+        number = min(NUM_REPEATS, size)
+        copies = [copies_of(value, size - 1, number) for value in inputs]
+        further = {key: copies_of(value, size - 1, number) for key, value in named.items()}
+        module = model if isinstance(model, torch.nn.Module) else getattr(model, "module", None)
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        check_repeats(
+            embeddings[-1],
+            lambda: torch.cat(
+                [self._forward(copies, further, number) for _ in range(-(-NUM_REPEATS // number))]
+            ),
+            tolerance_of(module, self._config.compute_dtype, may_use_tf32=on_gpu),
+            name,
+        )
+        self._has_checked = size > 1
+
+    def _forward(
+        self, inputs: Sequence[Any], named: Mapping[str, Any], num_samples: int
+    ) -> torch.Tensor:
         device = self.device
-        inputs = [_moved(value, device) for value in inputs]
-        named = {name: _moved(value, device) for name, value in named.items()}
+        inputs = [self._moved(value, device) for value in inputs]
+        named = {name: self._moved(value, device) for name, value in named.items()}
         is_embedder = _is_embedder(self._model)
         dtype = "float32" if is_embedder else self._config.compute_dtype
         with torch.no_grad(), _own_precision(device, dtype):
@@ -153,6 +240,15 @@ class FrozenModel:
             )
         return embeddings
 
+    def _moved(self, value: Any, device: torch.device | None) -> Any:
+        if isinstance(value, Mapping):
+            return {name: self._moved(part, device) for name, part in value.items()}
+        if not isinstance(value, torch.Tensor) or device is None:
+            return value
+        dtype = input_dtype(self._model, value) if value.is_floating_point() else value.dtype
+        # float32 weights take what they are given, as autocast may be on.
+        return value.to(device) if dtype == torch.float32 else value.to(device, dtype)
+
     def _embeddings_of(self, result: Any) -> torch.Tensor:
         output = self._config.output
         if self._select_output is not None:
@@ -161,6 +257,10 @@ class FrozenModel:
             result = result.get(output, result)
         elif not isinstance(result, (torch.Tensor, np.ndarray)):
             result = getattr(result, output, result)
+        if has_masked_elements(result):
+            raise InvalidEmbeddingError(
+                "the model returned embeddings with masked elements, which have no value to store"
+            )
         if isinstance(result, np.ndarray):
             return torch.from_numpy(np.ascontiguousarray(result))
         if isinstance(result, torch.Tensor):
@@ -221,14 +321,6 @@ def _check_frozen(model: Any) -> None:
             f"model: {type(model).__name__} {reason}; only a frozen encoder's embeddings can be "
             "cached: model.eval().requires_grad_(False)"
         )
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    if device is None:
-        return value
-    if isinstance(value, Mapping):
-        return {name: _moved(part, device) for name, part in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager

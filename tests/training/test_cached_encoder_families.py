@@ -37,7 +37,9 @@ def energies(waveform):
 def module_embedder():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Linear(50, 16), torch.nn.BatchNorm1d(16))
+        net = torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool1d(25), torch.nn.Linear(25, 16), torch.nn.BatchNorm1d(16)
+        )
     return ModuleEmbedder(
         net.requires_grad_(False),
         name="net/1",

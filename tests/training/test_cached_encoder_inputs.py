@@ -69,7 +69,7 @@ def test_kinds_of_inputs(cache):
             list(numbers), "as is", sample_ids=["0:x", "1:x", "2:x"],
             attention_mask=torch.tensor([0, 1, 2]), scale=2.0,
         )  # fmt: skip
-    assert seen[1] == ((2, 1), [1, 2], "as is", 2.0)
+    assert ((2, 1), [1, 2], "as is", 2.0) in seen
     assert found.tolist() == [[2.0], [4.0], [6.0]]
     with CachedEncoder(lambda batch: batch["x"] + batch["y"], cache, OWN) as encoder:
         batch = {"x": numbers, "y": torch.ones(3, 1)}
