@@ -31,9 +31,9 @@ class CountingEncoder(torch.nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, waveforms):
-        if self.last is None or not (waveforms == self.last).all():
+        if self.last is None or not (waveforms == self.last).all() or not len(waveforms):
             self.passes.append(len(waveforms))
-            self.last = waveforms[-1].clone()
+            self.last = waveforms[-1].clone() if len(waveforms) else None
         return self.dropout(self.layer(waveforms).tanh())
 
 

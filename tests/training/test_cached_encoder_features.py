@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from training.encoders import CountingEncoder, names_of, waveforms_of
+from training.encoders import names_of, waveforms_of
 
 from lmdbcache import CacheConfig, CachedEncoder, EmbeddingCache, ModuleEmbedder, config_for
 from lmdbcache.datasets.cached_audio import collate_mixed
@@ -161,9 +161,14 @@ def test_masked_waveforms_are_refused(encode):
 
 def test_the_look_at_a_model_is_once(tmp_path):
     """At its first batch of several samples, a few passes over one of them."""
-    model = CountingEncoder()
+    passes = []
+
+    def model(waveforms):
+        passes.append(len(waveforms))
+        return waveforms + 1
+
     with CachedEncoder(model, tmp_path, CONFIG) as encoder:
         for start in (0, 3, 6):
             numbers = range(start, start + 3)
             encoder(waveforms_of(numbers), sample_ids=names_of(numbers))
-    assert model.passes == [3, *[3] * 3, 3, 3]
+    assert passes == [3, *[3] * 3, 3, 3]
