@@ -69,7 +69,10 @@ def weights_digest(folder: str | os.PathLike[str]) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """List the files with a checkpoint's weights: safetensors, else PyTorch's."""
-    return list(folder.glob(SAFETENSORS)) or list(folder.glob(TORCH_BIN))
+    # A pipe in the place of a file would be waited for.
+    kinds = (SAFETENSORS, TORCH_BIN)
+    found = [[path for path in folder.glob(kind) if path.is_file()] for kind in kinds]
+    return found[0] or found[1]
 
 
 def canonical_head(name: str, file: IO[bytes]) -> bytes:

@@ -23,7 +23,7 @@ from lmdbcache.embedders.checkpoint_files import (
     weights_digest,
 )
 from lmdbcache.embedders.pretrained import read_json
-from lmdbcache.errors import CacheError, MissingDependencyError, ModelLoadError
+from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, ModelLoadError
 from lmdbcache.home import expand_user
 
 if TYPE_CHECKING:
@@ -241,7 +241,26 @@ def moved_weights(
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
-    """The folder meant, or None for a Hub name or alias."""
+    """The folder meant, or None for a Hub name or alias.
+
+    Raises:
+        ModelLoadError: A path that isn't a checkpoint folder.
+        ConfigError: Neither text nor a path.
+    """
+    if not isinstance(name_or_folder, (str, os.PathLike)):
+        raise ConfigError(
+            f"model: a {type(name_or_folder).__name__}; give a Hub name or a checkpoint folder"
+        )
+    try:
+        return _checkpoint_folder(name_or_folder)
+    except OSError as error:  # a name longer than the file system's
+        raise ModelLoadError(
+            f"{os.fspath(name_or_folder)[:80]}…: {error.strerror}; give a Hub name or a checkpoint "
+            "folder"
+        ) from error
+
+
+def _checkpoint_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(name_or_folder)
     path = expand_user(text) if text.startswith("~") else Path(text)
     is_path = (

@@ -19,7 +19,8 @@ from lmdbcache.config import (
 )
 from lmdbcache.embedders.checkpoint_files import canonical_head
 from lmdbcache.embedders.checkpoints import find_checkpoint, model_identity, weights_digest
-from lmdbcache.errors import ModelLoadError
+from lmdbcache.embedders.registry import config_for
+from lmdbcache.errors import CacheError, ModelLoadError
 
 
 def test_golden_digest(tmp_path):
@@ -241,3 +242,21 @@ def test_only_an_ast_folder_states_asts_front_end(own_ast_folder):
     rewrite_json(own_ast_folder / "config.json", lambda values: {**values, "model_type": "wavlm"})
     identity = model_identity(own_ast_folder)
     assert CacheConfig(model_name=identity).front_end == UNSTATED_FRONT_END
+
+
+@pytest.mark.parametrize(
+    "model", [None, 1, b"ast", ["ast"], CacheConfig(), "a" * 5000, "/" + "a" * 5000, "a\0b"]
+)
+@pytest.mark.parametrize("ask", [model_identity, config_for])
+def test_what_can_not_be_a_model_is_refused(model, ask):
+    """In the package's own words, whatever it is."""
+    with pytest.raises(CacheError):
+        ask(model)
+
+
+def test_weights_that_are_no_files_are_none(own_ast_folder):
+    """A pipe isn't waited for."""
+    (own_ast_folder / "model.safetensors").unlink()
+    os.mkfifo(own_ast_folder / "model.safetensors")
+    with pytest.raises(ModelLoadError, match="no weights"):
+        model_identity(own_ast_folder)
