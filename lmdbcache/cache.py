@@ -28,7 +28,12 @@ from lmdbcache.requirement import how_to_fill, is_covered, shortfall
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.counting.hit_counts import counts_of
 from lmdbcache.storage.files.filesystems import check_local_for_writing
-from lmdbcache.storage.files.generations import current_generation, remove_store, write_lock
+from lmdbcache.storage.files.generations import (
+    current_generation,
+    remove_foreign_lock,
+    remove_store,
+    write_lock,
+)
 from lmdbcache.storage.format.layout import canonical_sample_id
 from lmdbcache.storage.maintenance.compaction import CompactionResult, compact
 from lmdbcache.storage.maintenance.integrity import IntegrityReport, verify
@@ -353,6 +358,7 @@ class EmbeddingCache:
         folder = Path(store).absolute()
         if folder.parent != self.root or not is_store(folder):
             raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
+        remove_foreign_lock(folder)
         with write_lock(folder, wait=wait):
             removed = info_or_damage(folder)
             check(removed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import (
     counted,
+    print_error,
     print_json,
     print_table,
     progress_bar,
@@ -29,7 +32,13 @@ from lmdbcache.cli.options import (
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.verify_remote import verify_shared
 from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
-from lmdbcache.errors import ConfigError, IntegrityError
+from lmdbcache.errors import (
+    CacheFullError,
+    ConfigError,
+    IntegrityError,
+    NotRegularFileError,
+    StorageError,
+)
 from lmdbcache.sharing.remote import is_url
 from lmdbcache.storage.maintenance.compaction import compact, plan_compaction
 from lmdbcache.storage.maintenance.integrity import IntegrityReport, verify
@@ -56,13 +65,16 @@ def compact_command(
     Interrupted at any moment, a store is as before. Exit code 3 if the disk can't hold the copy.
     """
     chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
-    if dry_run:
-        results = [plan_compaction(store) for store in chosen]
-    else:
-        results = []
-        for store in chosen:
+    results, failed = [], list[Path]()
+    for store in chosen:
+        with _others_going_on(store, failed):
+            if dry_run:
+                results.append(plan_compaction(store))
+                continue
             with progress_bar(store.name, shown=progress, in_bytes=True) as report:
                 results.append(compact(store, progress=report))
+    if failed and not results:
+        raise typer.Exit(1)
     if as_json:
         print_json(
             [
@@ -75,14 +87,16 @@ def compact_command(
                 for result in results
             ]
         )
-        return
-    print_table(
-        ("store", "embeddings", "before", "after"),
-        [
-            (r.path.name, r.num_embeddings, sizes(r.bytes_before), sizes(r.bytes_after))
-            for r in results
-        ],
-    )
+    else:
+        print_table(
+            ("store", "embeddings", "before", "after"),
+            [
+                (r.path.name, r.num_embeddings, sizes(r.bytes_before), sizes(r.bytes_after))
+                for r in results
+            ],
+        )
+    if failed:
+        raise typer.Exit(1)
 
 
 @grouped
@@ -156,20 +170,21 @@ def repair_command(
     """Keep what is sound of damaged stores, after asking; the next extraction computes the rest."""
     chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
     check_can_ask(as_json=as_json, may_ask=not (yes or dry_run))
-    reports = []
+    reports, failed = [], list[Path]()
     for store in chosen:
-        report = repair(store, dry_run=True)
-        if not as_json:
-            _say_repair(report)
-        if not report.was_sound and not dry_run:
-            if not yes:
-                typer.confirm(f"Repair {store.name}?", abort=True)
-            with progress_bar(f"repairing {store.name}") as progress:
-                report = repair(store, progress=progress)
+        with _others_going_on(store, failed):
+            report = repair(store, dry_run=True)
             if not as_json:
-                say(f"repaired {store.name}, {counted(report.num_kept, 'embedding')}")
-        reports.append(report)
-    if as_json:
+                _say_repair(report)
+            if not report.was_sound and not dry_run:
+                if not yes:
+                    typer.confirm(f"Repair {store.name}?", abort=True)
+                with progress_bar(f"repairing {store.name}") as progress:
+                    report = repair(store, progress=progress)
+                if not as_json:
+                    say(f"repaired {store.name}, {counted(report.num_kept, 'embedding')}")
+            reports.append(report)
+    if as_json and not (failed and not reports):
         print_json(
             [
                 {
@@ -184,13 +199,30 @@ def repair_command(
                 for report in reports
             ]
         )
+    if failed:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _others_going_on(store: Path, failed: list[Path]) -> Iterator[None]:
+    """Name a store that can't be used; the others are served."""
+    try:
+        yield
+    except CacheFullError:
+        raise
+    except (IntegrityError, StorageError) as error:
+        print_error(error)
+        failed.append(store)
 
 
 def _verified(store: Path, *, shown: bool | None) -> IntegrityReport:
     with progress_bar(f"verifying {store.name}", shown=shown) as progress:
         try:
             return verify(store, progress)
-        except IntegrityError as error:  # the other stores are looked at nevertheless
+        except (
+            IntegrityError,
+            NotRegularFileError,
+        ) as error:  # the other stores are looked at nevertheless
             return IntegrityReport(store, 0, structure=(str(error),))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, say, sizes
+from lmdbcache.cli.console import counted, print_error, print_json, say, sizes
 from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.options import (
     All,
@@ -23,7 +23,7 @@ from lmdbcache.cli.options import (
     find_folders,
 )
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import IntegrityError, SampleNotFoundError
+from lmdbcache.errors import IntegrityError, SampleNotFoundError, StorageError
 from lmdbcache.storage.format.layout import canonical_sample_id, join_sample_id, split_sample_id
 from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.store_info import StoreInfo, info_or_damage, users_of
@@ -84,13 +84,23 @@ def _remove_stores(
     if chosen and not (yes or dry_run):
         question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
         typer.confirm(question, abort=True)
-    removed = chosen if dry_run else [cache.remove(store.path) for store in chosen]
+    removed, failed = list(chosen if dry_run else ()), False
+    for store in () if dry_run else chosen:
+        try:
+            removed.append(cache.remove(store.path))
+        except StorageError as error:  # the others go
+            print_error(error)
+            failed = True
+    if failed and not removed:
+        raise typer.Exit(1)
     if as_json:
         print_json([store.to_dict() for store in removed])
     else:
         freed = sum(store.size_bytes for store in removed)
         verb = "would remove" if dry_run else "removed"
         say(f"{verb} {counted(len(removed), 'store')}, {sizes(freed)}")
+    if failed:
+        raise typer.Exit(1)
 
 
 # ---- embeddings inside stores

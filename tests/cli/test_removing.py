@@ -361,3 +361,45 @@ def test_prune_by_age_keeps_what_has_no_time(cache, configs, limit):
     policy = PrunePolicy(**{limit: datetime.now(timezone.utc)})
     assert policy.reason(store)
     assert policy.reason(replace(store, last_written=None, last_used=None)) is None
+
+
+# ---- one store that can't be used
+
+
+@pytest.fixture(params=["pipe", "link"])
+def hostile(request, cache, configs, tmp_path):
+    """The second of three stores has a pipe or link in the place of a file."""
+    store = cache.path(configs[1])
+    (tmp_path / "target").write_text("precious")
+    if request.param == "pipe":
+        (store / "gen-000001" / "data.mdb").unlink()
+        os.mkfifo(store / "gen-000001" / "data.mdb")
+    else:
+        (store / "writer.lock").unlink()
+        (store / "writer.lock").symlink_to(tmp_path / "target")
+    yield store
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["verify", "compact", "repair"])
+def test_one_store_that_can_not_be_used_keeps_no_other_from_its_turn(
+    cli, cache, configs, hostile, command
+):
+    """It is named, the exit code is 1, and all others are served; asked for alone, the same."""
+    result = cli(command, "--all")
+    assert result.returncode == 1
+    for config in (configs[0], configs[2]):
+        assert cache.path(config).name in result.stdout
+    assert hostile.name in result.stdout + result.stderr
+    alone = cli(command, hostile.name)
+    assert alone.returncode == 1
+    assert hostile.name in alone.stdout + alone.stderr
+
+
+def test_a_store_that_can_not_be_used_can_be_removed(cli, cache, hostile):
+    """With its links and pipes, and nothing beyond them."""
+    assert hostile.name in cli("ls", "--json").stdout
+    assert cli("doctor").returncode in (0, 1)
+    assert cli("rm", hostile.name, "--yes").returncode == 0
+    assert not hostile.exists()
+    assert len(cache.folders()) == 2

@@ -36,7 +36,7 @@ from lmdbcache.storage.format.layout import (
     WRITER_LOCK_NAME,
 )
 from lmdbcache.storage.pages.commit_record import record_commit
-from lmdbcache.storage.regular_files import check_folder, read_file, replace_file
+from lmdbcache.storage.regular_files import check_file, check_folder, read_file, replace_file
 
 __all__ = [
     "RESERVE_BYTES",
@@ -48,6 +48,7 @@ __all__ = [
     "point_at",
     "publish_generation",
     "remove_entry",
+    "remove_foreign_lock",
     "remove_other_generations",
     "remove_store",
     "sync_file",
@@ -201,6 +202,22 @@ def remove_store(store: Path) -> None:
     # Another writer may have begun anew in the meantime, or a stranger keeps a file here.
     with contextlib.suppress(OSError):
         store.rmdir()
+
+
+def remove_foreign_lock(store: Path) -> None:
+    """Remove a link, pipe or folder that has the lock file's name; nobody can hold it.
+
+    Raises:
+        ReadOnlyCacheError: No permission to do so.
+    """
+    path = store / WRITER_LOCK_NAME
+    try:
+        check_file(path)
+    except NotRegularFileError:
+        try:
+            remove_entry(path)
+        except OSError as error:
+            raise ReadOnlyCacheError(f"{path} can't be removed ({error.strerror})") from None
 
 
 def _open_lock(store: Path, stack: contextlib.ExitStack) -> int:
