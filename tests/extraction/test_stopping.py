@@ -141,11 +141,12 @@ class InterruptedEmbedder:
     embedding_shape = (4,)
 
     def __init__(self, error, after=3):
-        self.error, self.left = error, after
+        self.error, self.after = error, after
+        self.seen = set()  # the first clip comes several times, to be compared
 
     def embed(self, features):
-        self.left -= 1
-        if self.left < 0:
+        self.seen.update(clip.numpy().tobytes() for clip in features)
+        if len(self.seen) > self.after:
             raise self.error
         return features[:, :4, 0].clone()
 
