@@ -6,9 +6,9 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import lmdb
 import numpy.typing as npt
@@ -27,8 +27,6 @@ from lmdbcache.sources.records import SourceRecords
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.files.generations import write_lock
 from lmdbcache.storage.format.layout import (
-    CHECKSUMS_NAME,
-    METADATA_KEY,
     sample_id_of_key,
     sample_key,
 )
@@ -42,9 +40,6 @@ from lmdbcache.storage.reader import EmbeddingReader
 from lmdbcache.storage.reading.verified_reads import check_pages
 
 __all__ = ["SourceStore", "open_source_store"]
-
-_RESERVED: Final = (CHECKSUMS_NAME, METADATA_KEY)
-_KEYS_AT_ONCE: Final = 4096
 
 
 class SourceStore(ABC):
@@ -143,18 +138,13 @@ class _SoundStore(SourceStore):
 
     def _check_keys(self) -> None:
         """Both databases have the same keys, in order; else a sample could be lost unnamed."""
-        for key, pair in zip_longest(self._embedding_keys(), stored_checksums(self._reader)):
-            if key is None or pair is None or pair[0] != key:
-                raise IntegrityError(
-                    f"{self.path} is damaged (embeddings and checksums have different keys)"
-                )
-
-    def _embedding_keys(self) -> Iterator[bytes]:
-        """From the embeddings themselves: a reader lists the checksums' keys."""
-        after = b""
-        while keys := self._reader.read_pinned(lambda _, txn: _keys_after(txn, after)):  # noqa: B023
-            yield from keys
-            after = keys[-1]
+        # A reader that verifies lists the embeddings themselves; others list their checksums.
+        with EmbeddingReader(self.path, verify="first_read", counts_as_use=False) as reader:
+            for name, pair in zip_longest(reader, stored_checksums(reader)):
+                if name is None or pair is None or sample_id_of_key(pair[0]) != name:
+                    raise IntegrityError(
+                        f"{self.path} is damaged (embeddings and checksums have different keys)"
+                    )
 
     def checksums(self) -> Iterator[tuple[bytes, bytes]]:
         return stored_checksums(self._reader)
@@ -165,14 +155,6 @@ class _SoundStore(SourceStore):
             return None if value is None else bytes(value)
 
         return self._reader.read_pinned(read)
-
-
-def _keys_after(transaction: lmdb.Transaction, after: bytes) -> list[bytes]:
-    with transaction.cursor() as cursor:
-        cursor.set_range(after + b"\0")  # the first key behind it
-        found = islice(cursor.iternext(keys=True, values=False), _KEYS_AT_ONCE)
-        keys = [bytes(key) for key in found]
-    return [key for key in keys if key not in _RESERVED]
 
 
 class _DamagedStore(SourceStore):
