@@ -42,7 +42,7 @@ def world(tmp_path_factory) -> Path:
     feature = tables.datasets.Sequence(tables.datasets.Value("string"))
     several = tables.table(rows).remove_columns("label").add_column("tags", tags, feature=feature)
     several.rename_column("tags", "labels").save_to_disk(folder / "tagged")
-    save_small_ast(folder / "my-ast", max_length=512, hidden_size=32)  # takes 5 s
+    save_small_ast(folder / "my-ast", max_length=512, hidden_size=96)  # takes 5 s
     repository = folder / "hub" / f"models--{DEFAULT_MODEL_NAME.replace('/', '--')}"
     shutil.copytree(folder / "my-ast", repository / "snapshots" / REVISION)
     (repository / "refs").mkdir()
