@@ -18,6 +18,8 @@ from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import folder_provenance, moved_weights
+from lmdbcache.embedders.module_embedder import ModuleEmbedder
+from lmdbcache.embedders.module_weights import module_digest
 from lmdbcache.errors import (
     CacheError,
     ExtractionError,
@@ -416,17 +418,31 @@ class Run:
             _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
 
     def look_for_moved_weights(self, model: Any) -> None:
-        """Warn if a Hub name stands for other weights now than those that filled the store.
+        """Compare the weights that a run of hits never builds with those that filled the store.
+
+        A Hub name that stands for other weights now is a warning: the model at hand is only a
+        name. Of a module at hand it is an error, as hits would pass for its embeddings.
 
         Args:
             model: As it was given; None stands for the config's name.
+
+        Raises:
+            ProvenanceMismatchError: A module with other weights.
         """
         name = self.config.model_name if model is None else model
-        if isinstance(name, (str, os.PathLike)) and self.config in self.cache:
-            with self.cache.reader(self.config, counts_as_use=False) as reader:
-                self.moved_model = moved_weights(name, reader.metadata.provenance, reader.path)
-            if self.moved_model:
-                _logger.warning("%s", self.moved_model)
+        if (
+            not isinstance(name, (str, os.PathLike, ModuleEmbedder))
+            or self.config not in self.cache
+        ):
+            return
+        with self.cache.reader(self.config, counts_as_use=False) as reader:
+            stored, store = reader.metadata, reader.path
+        if isinstance(name, ModuleEmbedder):
+            stored.with_provenance({"weights_digest": module_digest(name.module)}, store)
+            return
+        self.moved_model = moved_weights(name, stored.provenance, store)
+        if self.moved_model:
+            _logger.warning("%s", self.moved_model)
 
     def summary(self, seconds: float) -> ExtractionSummary:
         """What was done."""

@@ -1,4 +1,4 @@
-"""A Hub name that stands for other weights than those that filled a store, where all are hits."""
+"""Hits of other weights than those that the model, or its name on the Hub, has now."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 import shutil
 
 import pytest
+import torch
 from embedders.small_folders import folder_of
 from extraction.clips import write_tones
 
-from lmdbcache import CachedEncoder, EmbeddingCache, config_for, extract
+from lmdbcache import CachedEncoder, EmbeddingCache, ModuleEmbedder, config_for, extract
+from lmdbcache.errors import ProvenanceMismatchError
 
 NAME = "MIT/ast-finetuned-tiny"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -101,3 +103,23 @@ def test_a_store_of_no_revision_asks_nothing(run, hub, tmp_path):
         summary = extract(cache, config, clips, model=folder, num_workers=0, progress=False)
         assert not summary.moved_model
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_hits_of_a_module_with_other_weights_are_refused(tmp_path):
+    """The module is at hand, and what is stored would pass for its embeddings."""
+    cache, clips = EmbeddingCache(tmp_path / "cache"), write_tones(tmp_path / "clips", 2)
+
+    def run(bias):
+        module = torch.nn.Linear(1600, 4)
+        with torch.no_grad():
+            module.weight.fill_(0.1)
+            module.bias.fill_(bias)
+            module.weight[0] = torch.linspace(-1, 1, 1600)
+        model = ModuleEmbedder(module, name="linear/1", sample_rate=16000)
+        config = config_for(model, duration=0.1)
+        return extract(cache, config, clips, model=model, num_workers=0, progress=False)
+
+    run(0.0)
+    assert run(0.0).num_cached == 2
+    with pytest.raises(ProvenanceMismatchError):
+        run(1.0)
