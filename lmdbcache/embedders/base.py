@@ -180,8 +180,8 @@ def as_features(found: Any) -> NDArray[Any]:
         integers and bools keep their dtype.
 
     Raises:
-        FrontEndError: Anything else: None, text, objects, a tuple or dict of arrays, masked
-            elements, or no element at all.
+        FrontEndError: Anything else: None, text, objects, a tuple or dict of arrays, a ragged list,
+            masked elements, or no element at all.
     """
     if hasattr(found, "detach"):  # a tensor; torch isn't imported here
         tensor = found.detach().cpu().resolve_conj().resolve_neg()
@@ -191,7 +191,12 @@ def as_features(found: Any) -> NDArray[Any]:
     kind = type(found).__name__
     if isinstance(found, tuple) and any(hasattr(part, "shape") for part in found):
         raise FrontEndError(f"its features are a {kind} of arrays; return one array")
-    array: NDArray[Any] = np.asarray(found)
+    try:
+        array: NDArray[Any] = np.asarray(found)
+    except (ValueError, TypeError) as error:
+        raise FrontEndError(
+            f"its features are a {kind} that is no array ({first_line(error)}); return one array"
+        ) from error
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
     if array.dtype.kind not in "biufc":

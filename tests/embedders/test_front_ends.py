@@ -9,7 +9,7 @@ from extraction.clips import RATE, tone, write
 
 from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, extract
 from lmdbcache.embedders import load_waveform
-from lmdbcache.embedders.base import clip_features, compute_features
+from lmdbcache.embedders.base import as_features, clip_features, compute_features
 from lmdbcache.errors import AudioDecodeError, ExtractionError, FrontEndError, ModuleError
 from lmdbcache.testing.embedder_contract import ModelContract
 
@@ -193,6 +193,12 @@ def test_what_is_no_array_of_numbers_is_refused(answer):
         clip_features(
             lambda _: answer, np.ones(4, np.float32), 4, sample_rate=RATE, name="the clip"
         )
+
+
+def test_ragged_features_are_refused():
+    """`as_features` has an error for them, whoever calls it."""
+    with pytest.raises(FrontEndError):
+        as_features([[1.0], [2.0, 3.0]])
 
 
 @pytest.mark.parametrize("num_valid", [79, 80])
