@@ -21,8 +21,9 @@ __all__ = [
 
 DECODERS: Final = ("soundfile", "ffmpeg")
 
-# Format of libsndfile → its suffixes. Missing are those without a header of their own (RAW, SD2)
-# and suffixes that usually mean something else: .mat (arrays), .iff (pictures), .mpc (Musepack).
+# Format of libsndfile → its suffixes. Missing are those without a header (RAW, SD2), XI, whose
+# header has no sample rate, and suffixes that usually mean other content: .mat (arrays),
+# .iff (pictures), .mpc (Musepack).
 _SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
     "AIFF": (".aiff", ".aif", ".aifc"),
     "AU": (".au", ".snd"),
@@ -49,7 +50,7 @@ _SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
     "WAV": (".wav", ".wave", ".bwf"),
     "WAVEX": (".wav",),
     "WVE": (".wve",),
-    "XI": (".xi",),
+    "XI": (),
 }
 
 # Audio, and video that usually has a sound track, in formats that libsndfile doesn't read.
@@ -71,6 +72,7 @@ _OTHER: Final = frozenset(
         *(".3g2", ".mp4", ".m4v", ".mov", ".webm", ".weba", ".mka", ".mkv", ".wma", ".wmv", ".asf"),
         *(".avi", ".flv", ".mpg", ".mpeg", ".ogv", ".ac3", ".eac3", ".dts", ".ape", ".wv", ".tta"),
         *(".mpc", ".spx", ".ra", ".rm", ".dsf", ".dff", ".gsm", ".vox", ".pcm", ".raw", ".sd2"),
+        ".xi",
     }
 )
 

@@ -132,6 +132,10 @@ class SoundfileDecoder:
             rate, total = int(file.samplerate), max(0, int(file.frames))
             if not 0 < rate <= MAX_FILE_RATE:
                 raise DamagedAudioError(f"damaged header: a sample rate of {rate} Hz")
+            if file.format == "XI":  # libsndfile gives each file 44,100 Hz
+                raise DamagedAudioError(
+                    "it is an instrument (XI), whose format has no sample rate; convert it to wav"
+                )
             wanted = frames_wanted(rate, self.sample_rate, self.duration)
             frames = _read_frames(file, min(total, wanted))
             return _Stream(

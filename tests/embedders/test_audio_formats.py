@@ -12,7 +12,7 @@ import soundfile
 
 from lmdbcache.embedders.audio import decode
 from lmdbcache.embedders.audio_formats import is_readable, readable_suffixes, unreadable_suffixes
-from lmdbcache.errors import ConfigError
+from lmdbcache.errors import AudioDecodeError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,9 +47,17 @@ def test_audio_that_the_decoder_does_not_read_is_known_as_such(suffix: str) -> N
     assert suffix not in readable_suffixes()
 
 
-@pytest.mark.parametrize("suffix", ["", ".raw", ".txt", ".json", ".mat", ".jpg"])
+@pytest.mark.parametrize("suffix", ["", ".raw", ".txt", ".json", ".mat", ".jpg", ".xi"])
 def test_what_has_no_header_or_is_no_audio_is_not_readable(suffix: str) -> None:
     assert suffix not in readable_suffixes()
+
+
+def test_an_instrument_without_a_sample_rate_is_refused(tmp_path: Path) -> None:
+    """libsndfile would play it at 44,100 Hz, whatever it was recorded at."""
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, np.zeros(16000), 16000, format="XI", subtype="DPCM_16")
+    with pytest.raises(AudioDecodeError, match="XI"):
+        decode(path, 16000, 1.0)
 
 
 def test_without_soundfile_the_suffixes_are_the_same() -> None:
