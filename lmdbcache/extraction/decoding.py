@@ -339,17 +339,21 @@ def feature_batches(
         )
 
     num_workers = min(num_workers, len(units))
-    if num_workers and (reason := _why_no_workers()):
+    if num_workers and (reason := _why_no_workers(num_workers)):
         _decodes_here(reason)
         num_workers = 0
     return FeatureBatches(make_loader, num_workers)
 
 
-def _why_no_workers() -> str | None:
+def _why_no_workers(num_workers: int) -> str | None:
     if multiprocessing.current_process().daemon:
         return "this process is daemonic (of a Pool or a DataLoader) and can't start others"
+    # Of a context: the default one's functions would fix the program's start method.
+    method = _start_method() or multiprocessing.get_start_method(allow_none=True)
+    context = multiprocessing.get_context(method or "spawn")
     try:
-        multiprocessing.Lock()
+        # What torch's iterator makes: where that fails, it prints errors of its own.
+        _ = [context.Event(), *(context.Queue() for _ in range(num_workers + 1))]
     except (ImportError, OSError) as error:  # /dev/shm is full, read-only or missing
         return f"decoding processes need semaphores in /dev/shm ({error})"
     return None

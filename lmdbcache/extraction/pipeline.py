@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
@@ -45,6 +46,8 @@ __all__ = [
     "plan_extractions",
     "stored_of_share",
 ]
+
+_IMPORTED_BY: Final = os.getpid()
 
 
 def extract(  # noqa: PLR0913
@@ -87,7 +90,8 @@ def extract(  # noqa: PLR0913
         make_embedder: Called once, when the first features are there; None builds the model.
         batch_size: Clips per forward pass.
         num_workers: Decoding processes; None chooses, 0 decodes in this process. So does a process
-            that can't start others, with a warning. In a forked process torch has one thread.
+            that can't start others, with a warning. In a forked process that has torch imported,
+            torch is set to one thread, as the parent's others aren't there.
         device: Where the model runs; None takes a CUDA GPU if there is one.
         progress: Show a bar; None does if standard error is a terminal.
         dataset_root: Kept in the store's metadata.
@@ -169,10 +173,23 @@ def extract(  # noqa: PLR0913
 
 
 def _use_one_thread_after_a_fork() -> None:
-    """The parent's OpenMP threads aren't here, and a model would wait for them for ever."""
+    """Keep torch from waiting for OpenMP threads that only the parent process has.
+
+    They are gone if the parent has computed with them before the fork, which can't be seen here.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and type(multiprocessing.current_process()).__name__ == "ForkProcess":
+    if torch is not None and _is_forked():
         torch.set_num_threads(1)
+
+
+def _is_forked() -> bool:
+    if os.getpid() != _IMPORTED_BY:
+        return True
+    # This module may have been imported after the fork. A process of no particular start method
+    # was started by the default one, which spawned processes are given and forked ones may not be.
+    own = getattr(multiprocessing.current_process(), "_start_method", None)
+    method = own or multiprocessing.get_start_method(allow_none=True) or "fork"
+    return multiprocessing.parent_process() is not None and method == "fork"
 
 
 def _embedder(model: AudioModel, config: CacheConfig, device: str | None, share: Share) -> Embedder:

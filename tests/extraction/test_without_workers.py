@@ -24,6 +24,7 @@ RATE, SECONDS = 16000, 10.0
 # Two clips of a batch are 1.2 MiB of features.
 SHARED_MEMORY = {
     "small": "mount -t tmpfs -o size=1m tmpfs /dev/shm",
+    "nearly full": "mount -t tmpfs -o size=4k tmpfs /dev/shm",
     "full": "mount -t tmpfs -o size=64k tmpfs /dev/shm; cat /dev/zero > /dev/shm/ballast",
     "read-only": "mount -t tmpfs -o ro tmpfs /dev/shm",
 }
@@ -108,6 +109,7 @@ def test_little_shared_memory_costs_no_clip(tmp_path, noises, shared_memory):
     done = run_with(shared_memory, PROGRAM, tmp_path / "cache", json.dumps(paths))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
     # Without semaphores there are no workers, and somebody has to know why it takes so long.
     assert ("decoded in this process" in done.stderr) == (shared_memory != "small")
     check_stored(tmp_path / "cache", samples)
@@ -128,6 +130,35 @@ def test_a_forked_process_extracts_after_its_parent_did(tmp_path, noises):
     extract_means(tmp_path / "parent", paths, num_workers=0)
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         pool.submit(extract_means, tmp_path / "cache", paths, num_workers=2).result(100)
+    check_stored(tmp_path / "cache", samples)
+
+
+FORKS = """
+import json, multiprocessing, os, sys
+from extraction.test_without_workers import extract_means
+
+cache, paths = sys.argv[1], json.loads(sys.argv[3])
+extract_means(cache + "-parent", paths, num_workers=0)
+if sys.argv[2] == "fork":
+    if not (child := os.fork()):
+        extract_means(cache, paths, num_workers=2)
+        os._exit(0)
+    sys.exit(os.waitpid(child, 0)[1])
+multiprocessing.set_start_method("fork")  # still open after an extraction
+child = multiprocessing.Process(target=extract_means, args=(cache, paths))
+child.start()
+child.join()
+sys.exit(child.exitcode)
+"""
+
+
+@pytest.mark.parametrize("kind", ["fork", "Process"])
+def test_however_it_was_forked(tmp_path, noises, kind):
+    """So does a child by `os.fork`, or a `Process` of the default start method."""
+    samples, paths = noises
+    program = [sys.executable, "-c", FORKS, str(tmp_path / "cache"), kind, json.dumps(paths)]
+    environment = {**os.environ, "PYTHONPATH": "tests", "OMP_NUM_THREADS": "2"}
+    subprocess.run(program, check=True, timeout=100, env=environment)
     check_stored(tmp_path / "cache", samples)
 
 
