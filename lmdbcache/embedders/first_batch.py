@@ -1,11 +1,11 @@
-"""Whether a model's embeddings belong to their clips: looked at once, at its first batch.
+"""Whether a model's embeddings belong to their clips: looked at in its first batches.
 
 Needs torch only through what it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -13,10 +13,9 @@ import numpy as np
 from lmdbcache.errors import InvalidEmbeddingError
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
-__all__ = ["NUM_REPEATS", "check_distinct", "check_repeats", "tolerance_of"]
+__all__ = ["NUM_REPEATS", "FirstBatches", "tolerance_of"]
 
 NUM_REPEATS: Final = 8  # a small embedding comes through weak dropout unchanged now and then
 
@@ -48,25 +47,87 @@ def tolerance_of(module: Any, compute_dtype: str, *, may_use_tf32: bool = False)
     return tolerance
 
 
-def check_repeats(
-    embedding: torch.Tensor, embed_again: Callable[[], torch.Tensor], tolerance: float, model: str
-) -> None:
-    """Embed a clip of the first batch again, several times and without the others, and compare.
+class FirstBatches:
+    """What a model's first batches have shown, until they have shown enough.
 
-    Args:
-        embedding: As computed in the first batch. The batch's last clip shows the most: a module
-            that takes the batch for time mixes earlier clips into later ones.
-        embed_again: Gives the same clip's embedding several times, (n, ...).
-        tolerance: See `tolerance_of`.
-        model: Its name.
-
-    Raises:
-        InvalidEmbeddingError: The model answers differently.
+    A silent clip, or an embedding that isn't finite, shows nothing: dropout changes no zero.
     """
-    first = _numbers(embedding)
-    if not np.isfinite(first).all():
-        return
-    again = _numbers(embed_again())
+
+    def __init__(self) -> None:
+        self._heard: dict[int, Any] | None = {}
+        self._looked_at: list[tuple[bool, bool]] = []
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether nothing is left to be looked at."""
+        return self._heard is None and (True, True) in self._looked_at
+
+    def compare(self, heard: Mapping[int, Any], model: str) -> None:
+        """Refuse one and the same embedding for different audio.
+
+        Args:
+            heard: Checksum of a clip's audio → its embedding; without silent clips.
+            model: Its name.
+
+        Raises:
+            InvalidEmbeddingError: All embeddings are equal.
+        """
+        if self._heard is None:
+            return
+        self._heard.update({one: heard[one] for one in heard if _is_finite(heard[one])})
+        if len(self._heard) < 2:
+            self._heard = {one: _numbers(embedding) for one, embedding in self._heard.items()}
+            return
+        first, *others = self._heard.values()
+        if all(np.array_equal(_numbers(first), _numbers(other)) for other in others):
+            raise InvalidEmbeddingError(
+                f"{model} gives {len(self._heard)} different clips the same embedding, so none is "
+                "stored. Its output doesn't depend on its input: look at the output that is taken, "
+                "at weights that are zero or weren't loaded, and at what the front end returns"
+            )
+        self._heard = None
+
+    def repeat(
+        self,
+        embeddings: Mapping[int, Any],
+        silent: Collection[int],
+        embed_again: Callable[[int], Any],
+        tolerance: float,
+        model: str,
+    ) -> None:
+        """Embed a clip again, several times and without the others, and compare.
+
+        That is done once for a clip that is heard among others; before that, for the first one by
+        itself and for the first silent one.
+
+        Args:
+            embeddings: Those of one forward pass, by position.
+            silent: Positions of silent clips among them.
+            embed_again: Position → the same clip's embedding several times, (n, ...).
+            tolerance: See `tolerance_of`.
+            model: Its name.
+
+        Raises:
+            InvalidEmbeddingError: The model answers differently.
+        """
+        among = len(embeddings) > 1
+        if any(was_heard and others >= among for was_heard, others in self._looked_at):
+            return
+        finite = [place for place, one in embeddings.items() if _is_finite(one)]
+        heard = [place for place in finite if place not in silent]
+        if not finite or (self._looked_at and not heard):
+            return
+        # The last one shows the most: a module that takes the batch for time mixes earlier clips
+        # into later ones.
+        position = max(heard or finite)
+        _check_repeats(embeddings[position], lambda: embed_again(position), tolerance, model)
+        self._looked_at.append((bool(heard), among))
+
+
+def _check_repeats(
+    embedding: Any, embed_again: Callable[[], Any], tolerance: float, model: str
+) -> None:
+    first, again = _numbers(embedding), _numbers(embed_again())
     if all(_is_close(first, other, tolerance) for other in again):
         return
     if not _is_close(again, _numbers(embed_again()), tolerance):
@@ -83,26 +144,8 @@ def check_repeats(
     )
 
 
-def check_distinct(heard: Sequence[tuple[Any, Any]], model: str) -> None:
-    """Refuse one and the same embedding for different audio.
-
-    Args:
-        heard: For the first clips that aren't silent (embedding, what is equal where the audio is).
-        model: Its name.
-
-    Raises:
-        InvalidEmbeddingError: All embeddings are equal, and not all audio.
-    """
-    num_different = len({audio for _, audio in heard})
-    first, *others = [_numbers(embedding) for embedding, _ in heard]
-    if num_different < 2 or not np.isfinite(first).all():
-        return
-    if all(np.array_equal(first, other) for other in others):
-        raise InvalidEmbeddingError(
-            f"{model} gives {num_different} different clips the same embedding, so none is stored. "
-            "Its output doesn't depend on its input: look at the output that is taken, at weights "
-            "that are zero or weren't loaded, and at what the front end returns"
-        )
+def _is_finite(embedding: Any) -> bool:
+    return bool(np.isfinite(_numbers(embedding)).all())
 
 
 def _numbers(embedding: Any) -> NDArray[Any]:

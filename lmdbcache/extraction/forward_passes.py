@@ -8,7 +8,7 @@ import torch
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import Embedder, first_line
-from lmdbcache.embedders.first_batch import NUM_REPEATS, check_distinct, check_repeats, tolerance_of
+from lmdbcache.embedders.first_batch import NUM_REPEATS, FirstBatches, tolerance_of
 from lmdbcache.errors import CacheError, ExtractionError, ModuleError
 from lmdbcache.extraction.decoding import FeatureBatch
 from lmdbcache.extraction.memory_errors import memory_errors
@@ -45,8 +45,7 @@ class ForwardPasses:
         self._is_proven = is_proven or shape is not None
         self._feature_shape: torch.Size | None = None  # of the first that were embedded
         self._is_first = True
-        self._has_checked_mixing = False
-        self._heard: list[tuple[torch.Tensor, int]] | None = []
+        self._first_batches = FirstBatches()
 
     def embed(self, batch: FeatureBatch) -> list[torch.Tensor]:
         """Embed a unit: clips whose features have one shape and dtype in one forward pass.
@@ -60,7 +59,7 @@ class ForwardPasses:
             ExtractionError: Too little memory on the device, or another number of embeddings than
                 clips.
             ModuleError: The model fails on all clips of the first unit.
-            InvalidEmbeddingError: At the first batch: the model answers differently, or gives
+            InvalidEmbeddingError: In the first batches: the model answers differently, or gives
                 different clips the same embedding.
         """
         groups = batch.groups()
@@ -82,8 +81,9 @@ class ForwardPasses:
             raise ModuleError(f"{batch.sample_ids[position]}: {reasons[position]}") from errors[
                 position
             ]
-        if rows:
+        if rows and not self._first_batches.are_enough:
             self._look(batch, groups, rows)
+        self._is_first &= not rows
         kept = sorted(rows)
         batch.failures += [
             ClipFailure(batch.sample_ids[position], "", reasons[position])
@@ -145,27 +145,21 @@ class ForwardPasses:
     ) -> None:
         """Look at the first clips that sound different, and at the first forward passes."""
         model = self._config.model_name
-        if self._heard is not None:
-            audio = {position: batch.audio.get(batch.sample_ids[position]) for position in rows}
-            self._heard += [(rows[place], one) for place, one in audio.items() if one is not None]
-            if len({one for _, one in self._heard}) > 1:
-                check_distinct(self._heard, model)
-                self._heard = None
+        audio = {position: batch.audio.get(batch.sample_ids[position]) for position in rows}
+        heard = {one: rows[position] for position, one in audio.items() if one is not None}
+        self._first_batches.compare(heard, model)
         positions, features = max(groups, key=lambda group: len(group[0]))
-        row = max((row for row, place in enumerate(positions) if place in rows), default=None)
-        if row is not None and not self._has_checked_mixing:
-            if self._is_first or len(positions) > 1:
-                one = features[row : row + 1]
-                check_repeats(
-                    rows[positions[row]],
-                    lambda: self._repeated(one, min(NUM_REPEATS, len(positions))),
-                    tolerance_of(
-                        getattr(self.embedder, "module", None), self._config.compute_dtype
-                    ),
-                    model,
-                )
-            self._has_checked_mixing = len(positions) > 1
-        self._is_first = False
+        copies = min(NUM_REPEATS, len(positions))
+        together = [position for position in positions if position in rows]
+        if len(together) < len(positions):
+            together = together[-1:]  # embedded one by one, as some fail
+        self._first_batches.repeat(
+            {position: rows[position] for position in together},
+            [position for position, one in audio.items() if one is None],
+            lambda position: self._repeated(features[positions.index(position)][None], copies),
+            tolerance_of(getattr(self.embedder, "module", None), self._config.compute_dtype),
+            model,
+        )
 
     def _repeated(self, features: torch.Tensor, copies: int) -> torch.Tensor:
         """Embeddings of one clip, as often as a batch can have it or at least so many times."""

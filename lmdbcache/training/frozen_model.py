@@ -12,12 +12,7 @@ import torch
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import first_line
-from lmdbcache.embedders.first_batch import (
-    NUM_REPEATS,
-    check_distinct,
-    check_repeats,
-    tolerance_of,
-)
+from lmdbcache.embedders.first_batch import NUM_REPEATS, FirstBatches, tolerance_of
 from lmdbcache.embedders.module_embedder import input_dtype
 from lmdbcache.embedders.weights_watch import WatchedWeights
 from lmdbcache.errors import CacheError, ConfigError, InvalidEmbeddingError, ModuleError
@@ -51,7 +46,7 @@ class FrozenModel:
         self._factory: Any = model if self.by_name is None and _is_factory(model) else None
         self._model: Any = None
         self._weights: WatchedWeights | None = None
-        self._has_checked = False
+        self._first_batches = FirstBatches()
         if self._factory is None and self.by_name is None:
             _check_frozen(model)
             self._take(model)
@@ -146,12 +141,11 @@ class FrozenModel:
 
         Raises:
             ConfigError: The model returns no tensor that could be meant.
-            InvalidEmbeddingError: Another number of embeddings; or, in the first batch, the model
+            InvalidEmbeddingError: Another number of embeddings; or, in the first batches, the model
                 answers differently for the same sample, or alike for different ones.
         """
         embeddings = self._forward(inputs, named, num_samples)
-        if not self._has_checked:
-            self._look(inputs, named, embeddings)
+        self._look(inputs, named, embeddings)
         return embeddings
 
     def run_by_shape(
@@ -198,27 +192,31 @@ class FrozenModel:
     def _look(
         self, inputs: Sequence[Any], named: Mapping[str, Any], embeddings: torch.Tensor
     ) -> None:
-        """Look whether the embeddings of a first batch belong to their samples."""
-        model, size = self._model, len(embeddings)
+        """Look whether the embeddings of the first batches belong to their samples."""
+        if self._first_batches.are_enough:
+            return
+        model = self._model
         name = f"{type(model).__name__} ({self._config.model_name})"
         checksums = row_checksums(inputs[0]) if inputs else []
-        heard = [(embeddings[row], one) for row, one in enumerate(checksums) if one is not None]
-        if heard:
-            check_distinct(heard, name)
-        number = min(NUM_REPEATS, size)
-        copies = [copies_of(value, size - 1, number) for value in inputs]
-        further = {key: copies_of(value, size - 1, number) for key, value in named.items()}
+        heard = {one: embeddings[row] for row, one in enumerate(checksums) if one is not None}
+        self._first_batches.compare(heard, name)
+        number = min(NUM_REPEATS, len(embeddings))
+
+        def embed_again(row: int) -> torch.Tensor:
+            copies = [copies_of(value, row, number) for value in inputs]
+            further = {key: copies_of(value, row, number) for key, value in named.items()}
+            times = range(-(-NUM_REPEATS // number))
+            return torch.cat([self._forward(copies, further, number) for _ in times])
+
         module = model if isinstance(model, torch.nn.Module) else getattr(model, "module", None)
         on_gpu = self.device is not None and self.device.type == "cuda"
-        check_repeats(
-            embeddings[-1],
-            lambda: torch.cat(
-                [self._forward(copies, further, number) for _ in range(-(-NUM_REPEATS // number))]
-            ),
+        self._first_batches.repeat(
+            dict(enumerate(embeddings)),
+            [row for row, one in enumerate(checksums) if one is None],
+            embed_again,
             tolerance_of(module, self._config.compute_dtype, may_use_tf32=on_gpu),
             name,
         )
-        self._has_checked = size > 1
 
     def _forward(
         self, inputs: Sequence[Any], named: Mapping[str, Any], num_samples: int

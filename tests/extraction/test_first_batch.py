@@ -154,6 +154,32 @@ def test_a_first_unit_of_one_clip_hides_nothing(run, cache, clips, tmp_path, mod
     assert cache.stores() == []
 
 
+class DropoutOfSound(Dropout):
+    """Gives zeros for silence: dropout doesn't show in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.bias = None
+
+
+class DropoutOfLoudness(DropoutOfSound):
+    """Gives NaN for silence."""
+
+    def forward(self, waveforms):
+        return super().forward(waveforms / waveforms.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("module", [DropoutOfSound, DropoutOfLoudness])
+@pytest.mark.parametrize(("name", "batch_size"), [("zz", 8), ("00", 1)])
+def test_silence_hides_nothing(run, cache, tmp_path, module, name, batch_size):
+    """Be it the last clip of the first batch, or the first batch."""
+    clips = write_tones(tmp_path, 4)
+    clips[f"{name}:x"] = write(tmp_path / "silent.wav", np.zeros(8000, np.float32))
+    with pytest.raises(InvalidEmbeddingError, match=module.__name__):
+        run(module(), clips, batch_size=batch_size)
+    assert cache.stores() == []
+
+
 @pytest.mark.parametrize("module", [Net, PartlyConstant, Quantized])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_rounding_is_no_difference(run, clips, module, batch_size):

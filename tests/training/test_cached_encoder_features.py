@@ -129,6 +129,29 @@ def test_embeddings_that_cannot_be_cached(encode, tmp_path, model):
     assert EmbeddingCache(tmp_path / "cache").stores() == []
 
 
+def test_samples_one_by_one_cost_one_look(tmp_path):
+    """The model runs a few more times for the first one, and not for each."""
+    sizes = []
+
+    class Counting(Pooled):
+        def forward(self, features):
+            sizes.append(len(features))
+            return super().forward(features)
+
+    with CachedEncoder(Counting(), tmp_path, CONFIG, front_end=frames) as encoder:
+        for waveform, sample_id in zip(WAVEFORMS, IDS, strict=True):
+            encoder([waveform], sample_ids=[sample_id])
+    assert sizes == [1] * (8 + len(IDS))
+
+
+def test_a_constant_model_shows_at_its_second_sample(tmp_path):
+    """Though it never sees two in one batch."""
+    with CachedEncoder(Constant(), tmp_path, CONFIG, front_end=frames) as encoder:
+        encoder(WAVEFORMS[:1], sample_ids=IDS[:1])
+        with pytest.raises(InvalidEmbeddingError, match="Constant"):
+            encoder(WAVEFORMS[1:2], sample_ids=IDS[1:2])
+
+
 def test_a_front_end_that_fails_names_the_sample(encode):
     """So does one that returns no numbers."""
 
