@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -22,8 +23,8 @@ from lmdbcache.storage.files.last_use import touch
 from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.format.metadata import StoreMetadata
 from lmdbcache.storage.format.values import NUMPY_DTYPES, from_stored
-from lmdbcache.storage.reading.batches import gather, offsets_of, remember_all, stack
-from lmdbcache.storage.reading.key_pages import ask_for_keys
+from lmdbcache.storage.reading.batches import gather, key_or_empty, offsets_of, remember_all, stack
+from lmdbcache.storage.reading.key_pages import ask_for_keys, keys_after
 from lmdbcache.storage.reading.located import LocatedValues, locate
 from lmdbcache.storage.reading.pinning import PinnedStore, reduce_for_child
 from lmdbcache.storage.reading.selection import Selection
@@ -184,7 +185,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             metadata = snapshot.metadata
             return from_stored(sample_id, value, metadata.config.dtype, metadata.embedding_shape)
 
-        embedding = self.read_pinned(read, _is_none)
+        embedding = self.read_pinned(read, lambda found: found is None)
         if embedding is None:
             raise self._not_found([sample_id])
         self._count_hits([sample_id])
@@ -195,9 +196,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             key = sample_key(sample_id)  # type: ignore[arg-type]
         except InvalidSampleIdError:
             return False
-        return self.read_pinned(
-            lambda snapshot, txn: self._has(snapshot, txn, key), lambda found: not found
-        )
+        return self.read_pinned(lambda snapshot, txn: self._has(snapshot, txn, key), operator.not_)
 
     def __len__(self) -> int:
         def count(snapshot: Snapshot, transaction: lmdb.Transaction) -> int:
@@ -237,7 +236,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[bytes]:
             if self.verify != "never":
                 return stored_keys(snapshot, after, _KEYS_PER_STEP)
-            return _keys_after(transaction, snapshot.environment.checksums, after)
+            return keys_after(snapshot, transaction, after, _KEYS_PER_STEP)
 
         return self.read_pinned(read)
 
@@ -323,20 +322,20 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
     def missing(self, sample_ids: Iterable[str]) -> list[str]:
         """The sample ids that the newest commit lacks, each once, in the order given."""
         self.refresh()
-        asked = dict.fromkeys(sample_ids)
+        asked = list(dict.fromkeys(sample_ids))
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[str]:
-            absent = []
             if _MANY * len(asked) > int(transaction.stat()["entries"]):
                 ask_for_keys(snapshot)
-            for sample_id in asked:
-                try:
-                    stored = self._has(snapshot, transaction, sample_key(sample_id))
-                except InvalidSampleIdError:
-                    stored = False
-                if not stored:
-                    absent.append(sample_id)
-            return absent
+            if self.verify != "never":
+                stored = has_samples(snapshot, asked)
+            else:
+                checksums = snapshot.environment.checksums
+                keys = map(key_or_empty, asked)
+                stored = [
+                    bool(key) and transaction.get(key, db=checksums) is not None for key in keys
+                ]
+            return [i for i, is_stored in zip(asked, stored, strict=True) if not is_stored]
 
         return self.read_pinned(read)
 
@@ -391,22 +390,6 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         if len(self) > _EXPLAINED_UP_TO:
             return f"{sample_id!r} isn't stored"
         return explain_sample_absence(sample_id, self).text
-
-
-def _keys_after(transaction: lmdb.Transaction, checksums: Any, after: bytes) -> list[bytes]:
-    # The checksums have the same keys; those of small values lie among the values.
-    with transaction.cursor(db=checksums) as cursor:
-        found = cursor.set_range(after) if after else cursor.first()
-        if found and after and cursor.key() == after:
-            found = cursor.next()
-        if not found:
-            return []
-        keys = cursor.iternext(keys=True, values=False)
-        return [bytes(key) for key, _ in zip(keys, range(_KEYS_PER_STEP), strict=False)]
-
-
-def _is_none(found: object) -> bool:
-    return found is None
 
 
 def _is_list(found: object) -> bool:

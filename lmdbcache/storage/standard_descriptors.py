@@ -23,16 +23,17 @@ def occupy_standard_descriptors() -> None:
     Raises:
         OSError: The null device can't be opened.
     """
-    if all(map(_is_open, range(_FIRST_FREE))):
+    if _are_open():
         return
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < _FIRST_FREE:
         os.set_inheritable(descriptor, True)  # noqa: FBT003 - has no name; for programs started here
     os.close(descriptor)
 
 
-def _is_open(descriptor: int) -> bool:
+def _are_open() -> bool:
     try:
-        os.fstat(descriptor)
+        for descriptor in range(_FIRST_FREE):
+            os.get_inheritable(descriptor)  # of all calls that fail for a closed one the fastest
     except OSError:
         return False
     return True

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 
+import lmdb
+
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.files.gather import MappedFile
 from lmdbcache.storage.format.layout import CHECKSUMS_NAME
 from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.pages.pages import UnreadablePagesError, leaf_pages
 
-__all__ = ["ask_for_keys"]
+__all__ = ["ask_for_keys", "keys_after"]
 
 
 def ask_for_keys(snapshot: Snapshot) -> None:
@@ -28,3 +30,18 @@ def ask_for_keys(snapshot: Snapshot) -> None:
             mapped.read_single_pages()
             pages = leaf_pages(mapped.data, snapshot.id, tree)
             mapped.will_need(pages * file.page_size, file.page_size)
+
+
+def keys_after(
+    snapshot: Snapshot, transaction: lmdb.Transaction, after: bytes, limit: int
+) -> list[bytes]:
+    """Return the keys of the embeddings that follow a key, in order, at most so many."""
+    # The checksums have the same keys; those of small values lie among the values.
+    with transaction.cursor(db=snapshot.environment.checksums) as cursor:
+        found = cursor.set_range(after) if after else cursor.first()
+        if found and after and cursor.key() == after:
+            found = cursor.next()
+        if not found:
+            return []
+        keys = cursor.iternext(keys=True, values=False)
+        return [bytes(key) for key, _ in zip(keys, range(limit), strict=False)]
