@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from lmdbcache.datasets.huggingface_columns import Labels, choose_columns, labels_of
-from lmdbcache.datasets.huggingface_ids import column_ids, content_ids, opened_file
+from lmdbcache.datasets.huggingface_ids import column_ids, content_ids, opened_file, paths_of
 from lmdbcache.datasets.listed import ListedDataset, own_split_name
 from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
+from lmdbcache.datasets.scanning import PassedOver, leave_out_all
 from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.home import expand_user
@@ -131,7 +132,8 @@ class HuggingFaceDataset(ListedDataset):
             labels.class_labels,
             namespace_is_derived=namespace is None,
         )
-        if isinstance(source, (str, os.PathLike)):
+        is_folder = isinstance(source, (str, os.PathLike))
+        if is_folder:
             self.can_be_opened_with(
                 audio_column=audio_column, label_column=label_column, id_column=id_column
             )
@@ -155,6 +157,8 @@ class HuggingFaceDataset(ListedDataset):
             )
             self._add_split(split, source, file_ids[split], labels)
         self._first_rows = None
+        if is_folder:
+            self._leave_out_strays(audio, columns.audio)
         self.finish()
 
     @property
@@ -168,6 +172,14 @@ class HuggingFaceDataset(ListedDataset):
             for sample_id, sample in zip(self.sample_ids, self.samples, strict=True)
             if "target" in sample
         }
+
+    def _leave_out_strays(self, audio: dict[str, Any], column: str) -> None:
+        """Note the audio files in the folder that have no row's file name."""
+        strays = PassedOver()
+        leave_out_all(self.root, strays, "no row of the dataset has its name")
+        if strays.items:
+            named = {Path(path).name for path in paths_of(audio, column)}
+            self.left_out.extend(item for item in strays.items if Path(item.name).name not in named)
 
     def _add_split(self, split: str, table: _Table, file_ids: list[str], labels: Labels) -> None:
         place = f"{shown(self.root)}, split {split}" if split else shown(self.root)

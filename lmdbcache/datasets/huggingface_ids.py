@@ -19,7 +19,7 @@ from lmdbcache.errors import DatasetError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["column_ids", "content_ids", "opened_file"]
+__all__ = ["column_ids", "content_ids", "opened_file", "paths_of"]
 
 _ROWS_AT_ONCE: Final = 32
 _PIECE_BYTES: Final = 1 << 20
@@ -87,6 +87,13 @@ def opened_file(path: str) -> BinaryIO:
     if Path(path).exists() and not Path(path).is_file():
         raise OSError(f"{shown(path)} is not a regular file")
     return Path(path).open("rb")
+
+
+def paths_of(audio: Mapping[str, Any], column: str) -> Iterator[str]:
+    """Yield the path of each row that has one; no audio is read."""
+    name = f"{column}.path"
+    for table in audio.values():
+        yield from filter(None, table.flatten().select_columns([name])[:][name])
 
 
 def _digests(table: Any, column: str, wanted: Sequence[bool]) -> Iterator[str]:

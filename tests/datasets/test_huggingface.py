@@ -128,6 +128,18 @@ def test_rows_without_a_label_are_left_out():
     assert item.reason == "no label"
 
 
+def test_audio_files_beside_the_rows_are_left_out(tmp_path):
+    """A file that has no row's name is counted; one that has may be what a row was made of."""
+    folder = tmp_path / "saved"
+    table([(name, content, "known.wav") for name, content, _ in rows()]).save_to_disk(folder)
+    for name in ("known.wav", "stray.wav", "stray.m4a", "deeper/stray.opus", "._known.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    dataset = open_dataset(folder)
+    assert len(dataset.samples) == len(rows())
+    assert sorted(item.suffix for item in dataset.left_out) == [".m4a", ".opus", ".wav", ".wav"]
+
+
 def test_ids_by_column_and_by_file_name():
     """The id column's values, or the files' names; a row without one is an error."""
     by_column = table(rows(), id=["p", "q", "r", "s"])
