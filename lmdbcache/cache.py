@@ -192,8 +192,8 @@ class EmbeddingCache:
         """
         parts = parts_of(dataset)
         found = self.coverage(config, [name for part in parts for name in part.sample_ids])
-        failures = read_failures(self.path(config))
-        return dataset_coverage(parts, found, [failure.sample_id for failure in failures])
+        failed = [failure.sample_id for failure in read_failures(self.path(config))]
+        return dataset_coverage(parts, found, failed, getattr(dataset, "left_out", None))
 
     def require(
         self,
@@ -223,7 +223,7 @@ class EmbeddingCache:
 
         Raises:
             CoverageError: Too little is; the message has a table and the command that fills it.
-            ConfigError: `min_coverage` isn't 0 to 1, or the dataset is none.
+            ConfigError: `min_coverage` is outside [0, 1], or `dataset` isn't a dataset.
         """
         found = self.dataset_coverage(config, dataset)
         if is_covered(found, min_coverage, allow_failed=allow_failed):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lmdbcache.coverage import Coverage
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage.format.layout import class_of
 
-__all__ = ["CoverageRow", "DatasetCoverage", "Part", "dataset_coverage", "parts_of"]
+__all__ = [
+    "CoverageRow",
+    "DatasetCoverage",
+    "Part",
+    "dataset_coverage",
+    "left_out_counts",
+    "parts_of",
+]
 
 _ALL: Final = "all"
 _PARTS: Final = ("train", "val", "test")
@@ -44,10 +52,13 @@ class DatasetCoverage(Coverage):
     Args:
         failed: Those of the missing whose clips gave no embedding when last tried.
         rows: By class, split and node.
+        left_out: How many files or rows of the dataset aren't samples, see `left_out_counts`;
+            empty for sample ids without a dataset.
     """
 
     failed: tuple[str, ...] = ()
     rows: tuple[CoverageRow, ...] = ()
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fraction_of_possible(self) -> float:
@@ -110,11 +121,15 @@ class DatasetCoverage(Coverage):
             "missing": list(self.missing),
             "failed": list(self.failed),
             "rows": [vars(row) for row in self.rows],
+            "left_out": dict(self.left_out),
         }
 
 
 def dataset_coverage(
-    parts: Iterable[Part], found: Coverage, failed: Iterable[str]
+    parts: Iterable[Part],
+    found: Coverage,
+    failed: Iterable[str],
+    left_out: Iterable[Any] | None = None,
 ) -> DatasetCoverage:
     """The coverage of a dataset's parts.
 
@@ -122,6 +137,7 @@ def dataset_coverage(
         parts: The dataset's.
         found: How much of all of them is stored.
         failed: Sample ids whose clips are known to give no embedding.
+        left_out: The dataset's `LeftOut` items; None without a dataset.
     """
     missing, known_failed = set(found.missing), set(failed)
     sums: dict[tuple[str, str, str], list[int]] = {}
@@ -139,7 +155,25 @@ def dataset_coverage(
         found.by_class,
         failed=tuple(sample_id for sample_id in found.missing if sample_id in known_failed),
         rows=tuple(CoverageRow(*where, *numbers) for where, numbers in sums.items()),
+        left_out={} if left_out is None else left_out_counts(left_out),
     )
+
+
+def left_out_counts(left_out: Iterable[Any]) -> dict[str, Any]:
+    """Return how much is left out: `count`, and `by_kind`, `by_suffix`, `by_class`.
+
+    Each of the three is a dict of name → number, most frequent first, without what has no name.
+
+    Args:
+        left_out: `lmdbcache.datasets.listed.LeftOut` items.
+    """
+    items = list(left_out)
+    parts = {
+        "by_kind": Counter(item.kind for item in items),
+        "by_suffix": Counter(item.suffix for item in items if item.suffix),
+        "by_class": Counter(item.class_name for item in items if item.class_name),
+    }
+    return {"count": len(items), **{name: dict(part.most_common()) for name, part in parts.items()}}
 
 
 def parts_of(dataset: Any) -> list[Part]:

@@ -88,7 +88,7 @@ def extract_command(
             share=share,
             staging=launch.folder,
         )
-        _show_plan(shown, as_json=as_json)
+        _show_plan(replace(shown, left_out=dataset.left_out_counts), as_json=as_json)
         return
     if plan:
         if not share.is_all or launch.folder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from enum import Enum
 from typing import Annotated
@@ -239,9 +240,9 @@ def coverage_command(
     dataset.check_namespace(cache, config)
     by_split = by_split and dataset.split == "all"
     found = cache.dataset_coverage(config, dataset.ids_by_split(each=by_split))
+    found = replace(found, left_out=dataset.left_out_counts)
     if as_json:
-        more = {"left_out": dataset.left_out_counts}
-        print_json({"fingerprint": config.fingerprint, **found.to_dict(), **more})
+        print_json({"fingerprint": config.fingerprint, **found.to_dict()})
     else:
         if config not in cache:
             say(str(cache.explain(config)))

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.dataset_coverage import left_out_counts
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.reopening import reopening_options
 from lmdbcache.datasets.scanning import LeftOut, PassedOver
@@ -191,20 +192,6 @@ def _canonical_names(classes: Iterable[str], root: str) -> dict[str, str]:
         first[name] = given
         names[given] = name
     return names
-
-
-def left_out_counts(left_out: Iterable[LeftOut]) -> dict[str, Any]:
-    """Return how much is left out: `count`, and `by_kind`, `by_suffix`, `by_class`.
-
-    Each of the three is a dict of name → number, most frequent first, without what has no name.
-    """
-    items = list(left_out)
-    parts = {
-        "by_kind": Counter(item.kind for item in items),
-        "by_suffix": Counter(item.suffix for item in items if item.suffix),
-        "by_class": Counter(item.class_name for item in items if item.class_name),
-    }
-    return {"count": len(items), **{name: dict(part.most_common()) for name, part in parts.items()}}
 
 
 def summary_of(left_out: list[LeftOut]) -> str:

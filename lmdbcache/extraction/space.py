@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -54,6 +54,7 @@ class ExtractionPlan:
         bytes_for_all: What the embeddings of all samples take, those of other ranks included; None
             if the shape isn't known.
         warnings: What of it this machine won't bear; what breaks first comes first.
+        left_out: See `ExtractionSummary`.
     """
 
     store: Path
@@ -66,6 +67,7 @@ class ExtractionPlan:
     bytes_free: int
     bytes_for_all: int | None = None
     warnings: tuple[ScalingWarning, ...] = ()
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:

@@ -61,8 +61,8 @@ def test_what_is_passed_over_is_counted_by_every_command(cli, tmp_path, options)
     found = json.loads(cli("dataset", root, "--json").stdout)
     assert len(found["left_out"]) == 8
     assert expected.items() <= found["left_out_counts"].items()
-    for command in ("extract", "coverage"):
-        result = cli(command, root, *options[:4], "--json")
+    for command in (["extract", "--dry-run"], ["extract"], ["coverage"]):
+        result = cli(*command, root, *options[:4], "--json")
         assert result.returncode == 0, result.stderr
         assert expected.items() <= json.loads(result.stdout)["left_out"].items()
         assert "6 left out" in result.stderr

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
 
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.listed import left_out_counts
 from lmdbcache.datasets.opening import open_dataset
 from lmdbcache.datasets.vegas import VEGASDataset
@@ -179,6 +181,8 @@ def test_audio_that_cannot_be_decoded_is_counted_by_suffix_and_class(root, kind,
     dataset = open_dataset(root)
     assert dataset.sample_ids == before.sample_ids
     counts = left_out_counts(dataset.left_out)
+    coverage = EmbeddingCache(root / "no cache").dataset_coverage(CacheConfig(), dataset)
+    assert coverage.left_out == counts
     assert counts["count"] == len(before.left_out) + 5
     assert counts["by_suffix"][suffix.lower()] == 5
     if kind in CLASSES:
