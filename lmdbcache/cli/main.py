@@ -30,6 +30,7 @@ from lmdbcache.cli import (
 )
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.dashed_ids import Command
+from lmdbcache.cli.parameters import help_of
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
@@ -82,7 +83,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, _command in _commands.items():
-        app.command(_name, cls=Command, rich_help_panel=_panel)(_command)
+        app.command(_name, cls=Command, help=help_of(_command), rich_help_panel=_panel)(_command)
 app.command("clear", help="The same as rm.", hidden=True)(remove.rm_command)
 
 

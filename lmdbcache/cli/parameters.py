@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
-__all__ = ["grouped"]
+__all__ = ["grouped", "help_of"]
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,6 +32,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         )
     ]
 
+    @functools.wraps(command)
     def spread(**values: Any) -> None:
         fields = {
             name: [field.name for field in dataclasses.fields(group)]
@@ -41,13 +44,22 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             own[name] = group(**{field: values[field] for field in fields[name]})
         command(**own)
 
-    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
-    spread.__module__, spread.__qualname__ = command.__module__, command.__qualname__
     # Two groups may share an option.
     parameters = list({parameter.name: parameter for parameter in parameters}.values())
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = {p.name: p.annotation for p in parameters}
     return spread
+
+
+def help_of(command: Callable[..., None]) -> str | None:
+    """Return a command's docstring, from the source where `python -OO` has dropped it."""
+    if command.__doc__ is not None:
+        return command.__doc__
+    try:
+        (function,) = ast.parse(inspect.getsource(command)).body
+    except OSError:  # no source either
+        return None
+    return ast.get_docstring(function)  # type: ignore[arg-type]
 
 
 def _parameters_of(group: Any) -> list[inspect.Parameter]:

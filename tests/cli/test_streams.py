@@ -113,6 +113,5 @@ def test_switches_of_python_change_nothing(root, switches):
     """Without asserts and docstrings, isolated, or without compiled files."""
     expected = run("stats", "--root", root)
     assert run("stats", "--root", root, switches=switches) == expected
-    code, out, _ = run("ls", "--help", switches=switches)
-    assert code == 0
-    assert "--root" in out
+    for command in ((), ("ls",)):
+        assert run(*command, "--help", switches=switches) == run(*command, "--help")
