@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Final
 
@@ -281,6 +281,11 @@ class EmbeddingCache:
             ) as writer:
                 writer.check_provenance()
                 computed = compute(list(missing))
+                if not isinstance(computed, Sized):
+                    raise InvalidEmbeddingError(
+                        f"compute returned a {type(computed).__name__}; return an array or a "
+                        "sequence with an embedding for each sample id, in their order"
+                    )
                 if len(computed) != len(missing):
                     raise InvalidEmbeddingError(
                         f"compute returned {len(computed)} embeddings for {len(missing)} samples"

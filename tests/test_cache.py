@@ -190,6 +190,9 @@ def test_get_or_compute_refuses_a_wrong_number(cache, config):
     for number in (2, 4):
         with pytest.raises(InvalidEmbeddingError, match=f"{number} embeddings for 3 samples"):
             cache.get_or_compute(config, ["a:x", "b:x", "c:x"], lambda _, n=number: np.ones((n, 4)))
+    for nothing in (None, 3.0, iter([np.ones(4)])):
+        with pytest.raises(InvalidEmbeddingError):
+            cache.get_or_compute(config, ["a:x"], lambda _, found=nothing: found)
     with pytest.raises(InvalidEmbeddingError, match=r"b:x.*NaN"):
         cache.get_or_compute(config, ["a:x", "b:x"], lambda _: [np.ones(2), [1, np.nan]])
     with pytest.raises(InvalidSampleIdError):

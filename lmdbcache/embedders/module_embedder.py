@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
-__all__ = ["ModuleEmbedder", "input_dtype"]
+__all__ = ["ModuleEmbedder", "input_dtype", "no_real_numbers"]
 
 _DECODING: Final = "soundfile+soxr-hq+mono-mean"
 _WAVEFORM: Final = "zero-pad+waveform/1"
@@ -188,6 +188,12 @@ class ModuleEmbedder:
 
         result = self._outputs[output](self.module(features))
         is_tensor = isinstance(result, torch.Tensor)
+        if is_tensor and (kind := no_real_numbers(result)):
+            raise ConfigError(
+                f"outputs: {output!r} of {self.identity} is {kind}; a store holds arrays of real "
+                "numbers. Give outputs={name: function} that makes one of it, such as "
+                "torch.view_as_real, to_dense or dequantize"
+            )
         if not is_tensor or result.shape[:1] != features.shape[:1]:
             kind = type(result).__name__
             found = f"a tensor of shape {tuple(result.shape)}" if is_tensor else f"a {kind}"
@@ -195,12 +201,6 @@ class ModuleEmbedder:
                 f"outputs: {output!r} of {self.identity} is {found} for {len(features)} clips; "
                 "give outputs={name: function} that takes a tensor (batch, ...) from the module's "
                 "result"
-            )
-        if result.is_complex():
-            raise ConfigError(
-                f"outputs: {output!r} of {self.identity} is {result.dtype}; a store holds real "
-                "numbers. Give outputs={name: function} that makes real numbers of it, such as "
-                "torch.view_as_real"
             )
         return result
 
@@ -326,7 +326,8 @@ class _RunningModule:
 
 @contextlib.contextmanager
 def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
+    # A frozen script has no mode.
+    modes = [(part, getattr(part, "training", False)) for part in module.modules()]
     module.eval()
     try:
         yield
@@ -345,6 +346,19 @@ def input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
     if features.is_complex():
         return torch.complex128 if weights == torch.float64 else torch.complex64
     return weights if features.is_floating_point() else features.dtype
+
+
+def no_real_numbers(result: torch.Tensor) -> str:
+    """What kind of tensor this is, if it isn't a plain array of real numbers; else nothing."""
+    import torch
+
+    if result.is_nested:
+        return "a nested tensor"
+    if result.layout is not torch.strided:
+        return f"a tensor of layout {result.layout}"
+    if result.is_quantized or result.is_complex():
+        return str(result.dtype)
+    return ""
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

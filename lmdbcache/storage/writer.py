@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
+
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
     ConfigError,
@@ -166,11 +168,18 @@ class EmbeddingWriter(CollectedEmbeddings):
             How many weren't stored already.
 
         Raises:
-            InvalidEmbeddingError: Not as many embeddings as sample ids; and see `put`.
+            InvalidEmbeddingError: Not as many embeddings as sample ids, or a sparse tensor; and see
+                `put`.
         """
         sample_ids = list(sample_ids)
         if not hasattr(embeddings, "shape"):
             embeddings = list(embeddings)
+        elif not hasattr(embeddings, "itemsize"):  # a table: iterating it gives its columns' names
+            embeddings = np.asarray(embeddings)
+        elif str(getattr(embeddings, "layout", "")).startswith("torch.sparse"):
+            raise InvalidEmbeddingError(
+                "embeddings: a sparse tensor; give a dense one (`to_dense`)"
+            )
         if len(embeddings) != len(sample_ids):  # type: ignore[arg-type]
             raise InvalidEmbeddingError(
                 f"{len(embeddings)} embeddings for {len(sample_ids)} sample ids"  # type: ignore[arg-type]
@@ -212,9 +221,9 @@ class EmbeddingWriter(CollectedEmbeddings):
     def _borrowing(self, embeddings: Any) -> Iterator[None]:
         """Collect large embeddings without a copy, and commit them while they are the caller's."""
         if isinstance(embeddings, list):
-            num_bytes = sum([getattr(row, "nbytes", 0) for row in embeddings])
+            num_bytes = sum(map(_num_bytes, embeddings))
         else:
-            num_bytes = embeddings.nbytes
+            num_bytes = _num_bytes(embeddings)
         if num_bytes < _COMMITTED_AT_ONCE_BYTES or self._borrows or self._is_together:
             yield
             return
@@ -269,3 +278,8 @@ class EmbeddingWriter(CollectedEmbeddings):
         if self._shape is None:
             self._shape = (None, *shape[1:]) if self._ragged and shape else shape
         check_shape(sample_id, shape, self._shape)
+
+
+def _num_bytes(value: Any) -> int:
+    # Not its nbytes: that of a sparse tensor raises.
+    return math.prod(getattr(value, "shape", ())) * getattr(value, "itemsize", 0)

@@ -13,7 +13,7 @@ import torch
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import first_line
 from lmdbcache.embedders.first_batch import NUM_REPEATS, FirstBatches, tolerance_of
-from lmdbcache.embedders.module_embedder import input_dtype
+from lmdbcache.embedders.module_embedder import input_dtype, no_real_numbers
 from lmdbcache.embedders.weights_watch import WatchedWeights
 from lmdbcache.errors import CacheError, ConfigError, InvalidEmbeddingError, ModuleError
 from lmdbcache.storage.format.values import has_masked_elements
@@ -91,7 +91,9 @@ class FrozenModel:
         if self._model is None:
             model = self._factory()
             if isinstance(model, torch.nn.Module):
-                model.eval().requires_grad_(requires_grad=False)
+                model.eval()
+                for parameter in model.parameters():  # a script has no requires_grad_
+                    parameter.requires_grad = False
             self._take(model)
             if self._device is not None:
                 self.move(self._device)
@@ -259,9 +261,15 @@ class FrozenModel:
             raise InvalidEmbeddingError(
                 "the model returned embeddings with masked elements, which have no value to store"
             )
-        if isinstance(result, np.ndarray):
-            return torch.from_numpy(np.ascontiguousarray(result))
+        if isinstance(result, np.ndarray) and result.dtype.kind in "biufc":
+            result = torch.from_numpy(np.ascontiguousarray(result))
         if isinstance(result, torch.Tensor):
+            if kind := no_real_numbers(result):
+                raise InvalidEmbeddingError(
+                    f"the model returned {kind}, and a store holds arrays of real numbers; give "
+                    "select_output=, a function that makes one of it, such as torch.view_as_real, "
+                    "to_dense or dequantize"
+                )
             return result
         has = f" with {', '.join(result)}" if isinstance(result, Mapping) else ""
         raise ConfigError(
@@ -270,6 +278,7 @@ class FrozenModel:
         )
 
 
+_QUANTIZED: Final = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _AMBIGUOUS: Final = (
     "model: {} can be called with an input as well as without any: is it the model, or does it "
     "build one? Wrap it: `lambda inputs: model(inputs)` or `lambda: build()`"
@@ -311,7 +320,7 @@ def _check_frozen(model: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         return
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if trained or any(module.training for module in model.modules()):
+    if trained or any(map(_is_in_training_mode, model.modules())):
         reason = "is in training mode"
         if trained:
             reason = f"has {len(trained)} parameters that require grad ({trained[0]}, …)"
@@ -319,6 +328,13 @@ def _check_frozen(model: Any) -> None:
             f"model: {type(model).__name__} {reason}; only a frozen encoder's embeddings can be "
             "cached: model.eval().requires_grad_(False)"
         )
+
+
+def _is_in_training_mode(part: torch.nn.Module) -> bool:
+    # The quantized parts of a module in eval mode are made in training mode, which changes nothing
+    # in them but dropout between the layers of a recurrent one. A frozen script has no mode.
+    is_quantized = type(part).__module__.startswith(_QUANTIZED) and not getattr(part, "dropout", 0)
+    return getattr(part, "training", False) and not is_quantized
 
 
 @contextlib.contextmanager

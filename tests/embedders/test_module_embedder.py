@@ -241,6 +241,24 @@ def test_complex_embeddings_are_refused(cache, clips):
         assert reader.embedding_shape == (5, 2)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "made",
+    [
+        torch.Tensor.to_sparse,
+        lambda values: torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
+        lambda values: torch.nested.nested_tensor(list(values)),
+    ],
+    ids=["sparse", "quantized", "nested"],
+)
+def test_tensors_that_are_no_array_are_refused(cache, clips, made):
+    """In our words, and nothing is stored."""
+    embedder = make(outputs={"odd": lambda result: made(result["pooled"])})
+    with pytest.raises(ConfigError, match="outputs: 'odd'"):
+        run(cache, embedder, clips)
+    assert cache.stores() == []
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_front_end_that_fails(num_workers, cache, clips):
     """Ends the run with one line, from a worker too."""

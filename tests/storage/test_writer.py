@@ -231,6 +231,25 @@ def test_batch_and_ids_must_match_in_number(cache, config):
         assert writer.num_pending == 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_batches_of_sparse_tensors_are_refused(cache, config):
+    """As a whole and in a list."""
+    torch = pytest.importorskip("torch")
+    rows = torch.eye(2).to_sparse()
+    with cache.writer(config) as writer:
+        for batch in (rows, [rows[0], rows[1]]):
+            with pytest.raises(InvalidEmbeddingError):
+                writer.put_batch(["a:x", "b:x"], batch)
+
+
+def test_a_table_is_a_batch_of_its_rows(cache, config):
+    """Iterating it would give the names of its columns."""
+    pandas = pytest.importorskip("pandas")
+    with cache.writer(config) as writer:
+        writer.put_batch(["a:x", "b:x"], pandas.DataFrame({0: [1.0, 2.0], 1: [3.0, 4.0]}))
+    assert cache.reader(config)["b:x"].tolist() == [2.0, 4.0]
+
+
 def test_bad_sample_id_is_refused(cache, config):
     """An id without a class never becomes a key."""
     with cache.writer(config) as writer, pytest.raises(InvalidSampleIdError, match="file_id:class"):

@@ -19,7 +19,7 @@ from lmdbcache import (
     extract,
 )
 from lmdbcache.embedders.weights_watch import WatchedWeights
-from lmdbcache.errors import ProvenanceMismatchError
+from lmdbcache.errors import ConfigError, ProvenanceMismatchError
 
 CONFIG = CacheConfig(model_name="own", front_end="own/1", output="embedding", duration=1.0)
 INPUTS = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
@@ -198,6 +198,39 @@ def test_packed_parameters_are_watched():
     module.last.set_weight_bias(weight, bias + 1)
     with pytest.raises(ProvenanceMismatchError):
         watched.check()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        quantized,
+        lambda: torch.jit.script(torch.nn.Linear(8, 4).eval().requires_grad_(False)),
+        lambda: torch.jit.freeze(torch.jit.script(torch.nn.Linear(8, 4).eval())),
+    ],
+    ids=["quantized", "scripted", "frozen script"],
+)
+def test_modules_without_a_mode_of_their_own_are_frozen(cache, frozen):
+    """Their parts are in training mode or have none, which changes nothing in what they compute."""
+    module = frozen()
+    expected = module(INPUTS)
+    for number, given in enumerate((module, lambda: module)):
+        config = CacheConfig(model_name=f"own/{number}", output="embedding", duration=1.0)
+        with CachedEncoder(given, cache, config) as encoder:
+            torch.testing.assert_close(encoder(INPUTS, sample_ids=NAMES), expected)
+    embedder = ModuleEmbedder(frozen(), name="own/2", sample_rate=8)
+    embedder.make_embedder(config_for(embedder, duration=1.0)).embed(INPUTS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_dropout_in_training_mode_is_not_frozen(cache):
+    """The one quantized part that a mode changes."""
+    module = torch.nn.Sequential(torch.nn.LSTM(4, 4, num_layers=2, dropout=0.5))
+    module = torch.ao.quantization.quantize_dynamic(module, {torch.nn.LSTM}).eval()
+    module[0].train()
+    config = CacheConfig(model_name="own", output="embedding", duration=1.0)
+    with pytest.raises(ConfigError):
+        CachedEncoder(module, cache, config)
 
 
 def test_a_digest_is_the_same_through_both_doors(cache, tmp_path):
