@@ -40,6 +40,7 @@ from lmdbcache.extraction.run import Run
 from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
 from lmdbcache.extraction.summary import ExtractionSummary
+from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
 from lmdbcache.extraction.units import units_of
 from lmdbcache.failures import ClipFailure
 from lmdbcache.storage.format.metadata import StoreMetadata
@@ -123,8 +124,8 @@ def extract_on_ray(  # noqa: PLR0913
     run.left_out = counts_of_left_out(clips)
     missing = run.look_at_sources(run.plan(), recompute=recompute_changed)
     if not missing:
-        run.record_failures()
-        run.look_for_moved_weights(model)
+        run.outcomes.record_failures(run.cache.path(config))
+        run.moved_model = check_unbuilt_model(run.cache, config, model)
         return run.summary(time.perf_counter() - started)
     cache.check_writable(config)
     given = config.model_name if model is None else model
@@ -192,13 +193,13 @@ class _RayRun(Run):
         with contextlib.ExitStack() as self._stack:
             self._stack.enter_context(self._bar)
             with self._keeping():
-                self._is_front_end_proven = self.known_shape() is not None
+                self.outcomes.is_front_end_proven = self.known_shape() is not None
                 self._store_leftovers(missing)
                 left = self._left_of(units)
                 if left:
                     ray = self._stack.enter_context(connected(pipeline.address))
                     self._passes(ray, left, pipeline)
-                self._check_front_end(is_last=True)
+                self.outcomes.check_front_end(is_last=True)
 
     def _passes(self, ray: Any, left: dict[int, list[str]], pipeline: UnitPipeline) -> None:
         for _ in range(_MOST_PASSES):

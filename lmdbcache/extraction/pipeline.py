@@ -35,6 +35,7 @@ from lmdbcache.extraction.space import (
 )
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
+from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
 from lmdbcache.storage.files.generations import free_bytes
 
 __all__ = [
@@ -137,12 +138,12 @@ def extract(  # noqa: PLR0913
             stack.enter_context(run.stage(staging, batch_size).held())
         missing = run.plan()
         missing = run.look_at_sources(missing, recompute=recompute_changed)
+        _use_one_thread_after_a_fork()
         if not missing:
-            run.record_failures()
-            run.look_for_moved_weights(model)
+            run.outcomes.record_failures(run.cache.path(config))
+            run.moved_model = check_unbuilt_model(run.cache, config, model)
             return run.summary(time.perf_counter() - started)
         run.cache.check_writable(config)
-        _use_one_thread_after_a_fork()
         if model is None or isinstance(model, (str, os.PathLike)):
             run.model = os.fspath(model or config.model_name)
         measured = None
@@ -263,7 +264,7 @@ def _plan(run: Run, model: str | os.PathLike[str] | AudioModel | None) -> Extrac
         num_samples=len(run.asked),
         num_cached=run.num_cached,
         num_missing=len(missing),
-        num_refused=len(run.failures),
+        num_refused=len(run.outcomes.failures),
         embedding_shape=shape,
         bytes_needed=None if missing else 0,
         bytes_free=free_bytes(existing_parent(store)),

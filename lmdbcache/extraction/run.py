@@ -1,4 +1,4 @@
-"""One extraction: what is missing, the loop over its batches, counts and failures."""
+"""One extraction: what is missing, and the loop over its batches."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.audio_formats import decoder_of
 from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import Embedder, FrontEnd
-from lmdbcache.embedders.checkpoints import folder_provenance, moved_weights
-from lmdbcache.embedders.module_embedder import ModuleEmbedder
-from lmdbcache.embedders.module_weights import module_digest
+from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
     CacheError,
-    ExtractionError,
     InvalidEmbeddingError,
     MissingDependencyError,
 )
-from lmdbcache.extraction.equal_embeddings import EqualEmbeddings
+from lmdbcache.extraction.outcomes import Outcomes
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.samples import distinct_clips
 from lmdbcache.extraction.shares import Share
@@ -35,7 +32,7 @@ from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import order_of_units
 from lmdbcache.extraction.units import units_of
-from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
+from lmdbcache.failures import ClipFailure
 from lmdbcache.sources.checking import changed_clips, num_suspects
 from lmdbcache.sources.records import SourceRecorder
 from lmdbcache.storage.writer import EmbeddingWriter
@@ -48,11 +45,9 @@ __all__ = ["Run"]
 
 _logger: Final = logging.getLogger(__name__)
 
-_FRONT_END_TRIALS: Final = 32  # a front end that fails on so many first clips fails on all
-
 
 class Run:
-    """One extraction: its plan, its counts, its failures."""
+    """One extraction: its plan, and what became of its clips."""
 
     def __init__(
         self,
@@ -69,13 +64,9 @@ class Run:
         self.dataset_root = dataset_root
         self.paths: dict[str, str | AudioSource] = {}
         self.asked: set[str] = set()
-        self.settled: set[str] = set()
-        self.failures: list[ClipFailure] = []
+        self.outcomes = Outcomes()
         self.num_cached = 0
         self.writer: EmbeddingWriter | None = None
-        self.silent: list[str] = []
-        self.cancelled: list[str] = []
-        self.equal = EqualEmbeddings()
         self.compute_seconds = 0.0
         self.built_model = False
         self.changed: set[str] = set()
@@ -88,8 +79,6 @@ class Run:
         self._all_samples: list[str] = []
         self._missing_on_disk: Collection[str] = ()
         self._recorder = SourceRecorder(cache.path(config), dataset_root)
-        self._num_front_end_errors = 0
-        self._is_front_end_proven = False
 
     def take(
         self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]], unit_size: int
@@ -104,8 +93,8 @@ class Run:
         ours = paths if self.share.is_all else self.share.of(paths, unit_size)
         self.paths = {sample_id: paths[sample_id] for sample_id in ours}
         if self.share.rank == 0:  # they are in no unit
-            self.failures = failures
-        self.asked = {*self.paths, *(failure.sample_id for failure in self.failures)}
+            self.outcomes = Outcomes(failures)
+        self.asked = {*self.paths, *(failure.sample_id for failure in self.outcomes.failures)}
 
     def stage(self, folder: str | os.PathLike[str], unit_size: int, **options: float) -> Staging:
         """Write to a store of our own in a staging folder; what the root holds is left out."""
@@ -128,7 +117,7 @@ class Run:
         self._missing_on_disk = missing
         ours = [sample_id for sample_id in sorted(self.paths) if sample_id in missing]
         self.num_cached = len(self.paths) - len(ours)
-        self.settled = self.asked - set(ours)
+        self.outcomes.settled = self.asked - set(ours)
         return {sample_id: self.paths[sample_id] for sample_id in ours}
 
     def look_at_sources(
@@ -162,7 +151,7 @@ class Run:
             return missing
         self.changed = set(changed_clips(store, cached))
         self.num_cached -= len(self.changed)
-        self.settled -= self.changed
+        self.outcomes.settled -= self.changed
         wanted = self.changed | missing.keys()
         return {sample_id: self.paths[sample_id] for sample_id in sorted(wanted)}
 
@@ -273,7 +262,7 @@ class Run:
             order=partial(order_of_units, place=place),
             is_wanted=is_wanted,
         )
-        is_proven = self._is_front_end_proven = self.known_shape() is not None
+        is_proven = self.outcomes.is_front_end_proven = self.known_shape() is not None
         passes: ForwardPasses | None = None
         with ExitStack() as stack:
             stack.enter_context(bar)
@@ -296,7 +285,7 @@ class Run:
                             )
                         self._embed(batch, passes, self.writer)
                     self._count(batch, bar)
-                self._check_front_end(is_last=True)
+                self.outcomes.check_front_end(is_last=True)
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -310,7 +299,7 @@ class Run:
             self._commit_in_spite_of(error)
             raise
         finally:
-            self.record_failures()
+            self.outcomes.record_failures(self.cache.path(self.config))
 
     def _description(self) -> str:
         name = self.config.model_name.rsplit("/", 1)[-1]
@@ -329,7 +318,7 @@ class Run:
 
     def _leave_out(self, sample_ids: Collection[str], bar: ProgressBar) -> None:
         """Another process has stored these since the run began."""
-        self.settled.update(sample_ids)
+        self.outcomes.settled.update(sample_ids)
         bar.advance(len(sample_ids))
 
     def _writer(self, provenance: Mapping[str, str], commit_seconds: float) -> EmbeddingWriter:
@@ -371,92 +360,30 @@ class Run:
                     writer.put(sample_id, embedding)
                 except InvalidEmbeddingError as error:
                     path = str(self.paths[sample_id])
-                    self.failures.append(ClipFailure(sample_id, path, str(error)))
+                    self.outcomes.failures.append(ClipFailure(sample_id, path, str(error)))
                 else:
-                    self.silent += [sample_id] if sample_id in batch.silent else []
-                    self.cancelled += [sample_id] if sample_id in batch.cancelled else []
-                    self.equal.note(sample_id, embedding, batch.audio.get(sample_id))
+                    self.outcomes.note_stored(sample_id, embedding, batch)
 
     def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
-        self.failures += batch.failures
-        self.settled.update(batch.sample_ids, [failure.sample_id for failure in batch.failures])
-        for failure in batch.failures:
-            _logger.info("%s: %s", failure.sample_id, failure.reason)
-        bar.note(failed=len(self.failures), silent=len(self.silent))
+        outcomes = self.outcomes
+        num_failed = len(outcomes.failures) + len(batch.failures)
+        bar.note(failed=num_failed, silent=len(outcomes.silent))
         bar.advance(batch.num_clips)
-        self._is_front_end_proven |= batch.num_features > 0
-        self._num_front_end_errors += batch.num_front_end_errors
-        self._check_front_end()
-
-    def _check_front_end(self, *, is_last: bool = False) -> None:
-        """End a run whose front end fails on every clip, instead of trying all of them.
-
-        Raises:
-            ExtractionError: It has failed on all so far, which are enough or all there are.
-        """
-        enough = 2 if is_last else _FRONT_END_TRIALS
-        if not self._is_front_end_proven and self._num_front_end_errors >= enough:
-            raise ExtractionError(
-                f"the front end fails on each of {self._num_front_end_errors} clips, and nothing "
-                f"is stored yet: {self.failures[-1].reason}"
-            )
-
-    def record_failures(self) -> None:
-        """Keep the list of failed clips beside the store, and say so."""
-        if self.failures:
-            _logger.warning(
-                "%d %s no embedding and will be tried again by the next run (%s%s)",
-                len(self.failures),
-                "clip has" if len(self.failures) == 1 else "clips have",
-                self.failures[0].reason,
-                "" if len(self.failures) == 1 else "; all are in the summary's failures",
-            )
-        try:
-            update_failures(self.cache.path(self.config), self.settled, self.failures)
-        except (OSError, CacheError) as error:
-            # A full disk, say. The list is a convenience, and must not hide what went wrong.
-            _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
-
-    def look_for_moved_weights(self, model: Any) -> None:
-        """Compare the weights that a run of hits never builds with those that filled the store.
-
-        A Hub name that stands for other weights now is a warning: the model at hand is only a
-        name. Of a module at hand it is an error, as hits would pass for its embeddings.
-
-        Args:
-            model: As it was given; None stands for the config's name.
-
-        Raises:
-            ProvenanceMismatchError: A module with other weights.
-        """
-        name = self.config.model_name if model is None else model
-        if (
-            not isinstance(name, (str, os.PathLike, ModuleEmbedder))
-            or self.config not in self.cache
-        ):
-            return
-        with self.cache.reader(self.config, counts_as_use=False) as reader:
-            stored, store = reader.metadata, reader.path
-        if isinstance(name, ModuleEmbedder):
-            stored.with_provenance({"weights_digest": module_digest(name.module)}, store)
-            return
-        self.moved_model = moved_weights(name, stored.provenance, store)
-        if self.moved_model:
-            _logger.warning("%s", self.moved_model)
+        outcomes.note_batch(batch)
 
     def summary(self, seconds: float) -> ExtractionSummary:
         """What was done."""
         num_extracted = self.writer.num_written if self.writer else 0
-        num_failed = len({failure.sample_id for failure in self.failures})
+        outcomes = self.outcomes
         return ExtractionSummary(
             store=self.cache.path(self.config),
             num_samples=len(self.asked),
-            num_cached=len(self.asked) - num_extracted - num_failed,
+            num_cached=len(self.asked) - num_extracted - outcomes.num_failed,
             num_extracted=num_extracted,
-            silent=tuple(sorted(self.silent)),
-            cancelled=tuple(sorted(self.cancelled)),
-            equal=self.equal.groups(),
-            failures=tuple(sorted(self.failures, key=lambda failure: failure.sample_id)),
+            silent=tuple(sorted(outcomes.silent)),
+            cancelled=tuple(sorted(outcomes.cancelled)),
+            equal=outcomes.equal.groups(),
+            failures=tuple(sorted(outcomes.failures, key=lambda failure: failure.sample_id)),
             seconds=seconds,
             compute_seconds=self.compute_seconds,
             built_model=self.built_model,
