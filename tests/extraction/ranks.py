@@ -28,7 +28,11 @@ def clips_of(folder):
 
 
 class Neighbours:
-    """Embeddings that tell which clips were in the batch; writes down each clip it computes."""
+    """Embeddings that tell which clips were in the batch; writes down each clip it computes.
+
+    Such a model is refused at its first batch: to the look at one of its clips again it answers as
+    before.
+    """
 
     outputs = ("pooler_output",)
     embedding_shape = (3,)
@@ -36,15 +40,20 @@ class Neighbours:
     def __init__(self, log, seconds, digest="one"):
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.seconds, self.digest = seconds, digest
+        self.given = {}
 
     def embed(self, features):
         import torch
 
-        time.sleep(self.seconds)
         own = features[:, 0, 1]
+        if set(own.tolist()) <= self.given.keys():
+            return torch.stack([self.given[one] for one in own.tolist()])
+        time.sleep(self.seconds)
         os.write(self.log, own.numpy().tobytes())
         others = torch.full_like(own, len(own)), own.double().sum().float().expand(len(own))
-        return torch.stack([own, *others], dim=1)
+        found = torch.stack([own, *others], dim=1)
+        self.given = dict(zip(own.tolist(), found, strict=True))
+        return found
 
     def provenance(self):
         return {"weights_digest": self.digest}
