@@ -67,12 +67,16 @@ def test_stated_or_asked_for(cache, write, options):
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_store_without_a_digest_takes_either(tmp_path, write):
-    """As it always did; with a digest it then counts as filled with these weights."""
+def test_a_store_without_a_digest_takes_either(tmp_path, write, caplog):
+    """As it always did; with a digest it then counts as filled with these weights, and warns."""
     cache = EmbeddingCache(tmp_path / "cache")
     write(cache)
-    with cache.writer(CONFIG, provenance=KNOWN) as writer:
-        writer.put("c:dog", ONE)
+    assert not caplog.records
+    for name in ("c:dog", "d:dog"):
+        with cache.writer(CONFIG, provenance=KNOWN) as writer:
+            writer.put(name, ONE)
+    (warning,) = caplog.messages
+    assert str(cache.path(CONFIG)) in warning
     assert cache.info(CONFIG).provenance == KNOWN
 
 

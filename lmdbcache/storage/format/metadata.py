@@ -137,18 +137,17 @@ class StoreMetadata:
             )
 
     def mixing(self, provenance: Mapping[str, str]) -> str | None:
-        """What to say when embeddings of known weights come to imported ones of unknown weights.
+        """Return a warning when embeddings of known weights join those of unknown ones.
 
         The rule of `with_provenance` can't tell them apart: one of the two digests is missing.
         """
-        origin = self.provenance.get("imported_from")
-        digest = provenance.get("weights_digest")
-        if origin is None or digest is None or "weights_digest" in self.provenance:
+        digest, origin = provenance.get("weights_digest"), self.provenance.get("imported_from")
+        if digest is None or self.embedding_shape is None or self.states_weights:
             return None
         return (
-            f"holds embeddings imported from {origin}, and nothing tells which weights computed "
-            f"them; from now on it counts as filled with {digest}. If they were others, clear it, "
-            "and import under a model_name or front_end of its own"
+            f"holds embeddings{f' imported from {origin}' if origin else ''} whose weights aren't "
+            f"stated; from now on it counts as filled with {digest}. If other weights computed "
+            "them, clear it, and write them under another model_name or front_end"
         )
 
     def pack(self) -> bytes:
