@@ -56,7 +56,7 @@ def print_error(error: object) -> None:
     """One error, on standard error, in one line."""
     text = f"lmdbcache: {''.join(_speaker)}{' '.join(str(error).splitlines())}"
     encoding = sys.stderr.encoding or "utf-8"
-    with contextlib.suppress(OSError):  # standard error is full or its pipe closed: nobody reads it
+    with contextlib.suppress(OSError):  # standard error is full, or its pipe is closed
         sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 

@@ -135,7 +135,7 @@ class ListedDataset:
         return self.passed_over.items
 
     def leave_out(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-        """Note something that is no sample; see `PassedOver`."""
+        """Note something that isn't a sample; see `PassedOver`."""
         self.passed_over(name, reason, kind=kind, class_name=class_name)
 
     def finish(self) -> None:

@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that the dataset names or holds and that is no sample, with the reason."""
+    """Something that the dataset names or holds and that isn't a sample, with the reason."""
 
     name: str
     reason: str
@@ -76,7 +76,7 @@ class PassedOver:
         self.items: list[LeftOut] = []
 
     def __call__(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-        """Note something that is no sample.
+        """Note something that isn't a sample.
 
         Args:
             name: What to call it.
@@ -181,10 +181,10 @@ def holds_audio(folder: str) -> bool:
 
 
 def pass_over(entry: Entry, leave_out: PassedOver, class_name: str = "") -> bool:
-    """Note an entry that is no clip though it looks like one or hides some.
+    """Note an entry that isn't a clip although it looks like one or hides some.
 
     Returns:
-        Whether there is nothing more to do with it: it is no usable file or folder.
+        Whether there is nothing more to do with it: it isn't a usable file or folder.
     """
     suffix = suffix_of(entry.name)
     looks_like_audio = is_audio(suffix)
@@ -279,7 +279,7 @@ def leave_out_all(
 
 
 def check_table(path: Path) -> None:
-    """Refuse a table that is no file, such as a pipe, which would be waited for.
+    """Refuse a table that isn't a file, such as a pipe, whose reader would wait.
 
     Raises:
         DatasetError: There is something else than a file.

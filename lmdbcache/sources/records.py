@@ -35,6 +35,7 @@ from lmdbcache.sources.origins import (
     read_origins,
 )
 from lmdbcache.storage.regular_files import check_file, open_file
+from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["SOURCES_NAME", "SourceRecorder", "SourceRecords", "forget_sources", "write_sources"]
 
@@ -313,6 +314,7 @@ def _create(path: Path) -> None:
 
 def _connect(path: Path, busy_seconds: float = _BUSY_SECONDS) -> sqlite3.Connection:
     """Open the file; without permission to write, for reading."""
+    occupy_standard_descriptors()
     for suffix in ("", "-journal", "-wal", "-shm"):
         check_file(path.with_name(path.name + suffix))
     uri = f"{path.absolute().as_uri()}?mode=rw"

@@ -254,7 +254,7 @@ class EmbeddingWriter(CollectedEmbeddings):
         with self._usable():
             if self._is_together:
                 raise StorageError(
-                    f"{self._store}: remove() inside together() would be a transaction of its own. "
+                    f"{self._store}: remove() inside together() would be a separate transaction. "
                     "Call it before or after the block"
                 )
             self._settle()

@@ -38,7 +38,7 @@ def is_known(generation: Path, *, with_values: bool = True) -> bool:
 
     Args:
         generation: Its folder.
-        with_values: Its values, too, and not LMDB's structure alone.
+        with_values: Whether its values have to be checked as well, not only LMDB's structure.
     """
     for path, line in _markers(generation):
         lines = _lines(path)
@@ -52,7 +52,7 @@ def mark_known(generation: Path, *, with_values: bool = True) -> None:
 
     Args:
         generation: Its folder.
-        with_values: Whether its values were looked at, too.
+        with_values: Whether its values were checked as well.
     """
     if is_known(generation, with_values=with_values):
         return
@@ -117,7 +117,7 @@ def _own_folders(*, make: bool) -> Iterator[Path]:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether nobody else can have put a marker or a link there."""
+    """Return whether no other user can have put a marker or a link there."""
     try:
         status = folder.lstat()
     except OSError:

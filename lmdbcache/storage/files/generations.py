@@ -205,7 +205,7 @@ def remove_store(store: Path) -> None:
 
 
 def remove_foreign_lock(store: Path) -> None:
-    """Remove a link, pipe or folder that has the lock file's name; nobody can hold it.
+    """Remove a link, pipe or folder that has the lock file's name; no process can hold it.
 
     Raises:
         ReadOnlyCacheError: No permission to do so.

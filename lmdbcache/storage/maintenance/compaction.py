@@ -26,6 +26,7 @@ from lmdbcache.storage.files.generations import (
     sync_file,
     write_lock,
 )
+from lmdbcache.storage.regular_files import open_file
 
 __all__ = ["CompactionResult", "compact", "plan_compaction"]
 
@@ -162,7 +163,7 @@ def _copy_pages(
         except (lmdb.Error, OSError) as error:
             failures.append(error)
 
-    target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    target = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     thread = threading.Thread(target=copy, name="lmdbcache-compaction")
     try:
         thread.start()
