@@ -10,7 +10,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import Embedder, first_line
 from lmdbcache.embedders.first_batch import NUM_REPEATS, FirstBatches, tolerance_of
 from lmdbcache.errors import CacheError, ExtractionError, ModuleError
-from lmdbcache.extraction.decoding import FeatureBatch
+from lmdbcache.extraction.feature_batch import FeatureBatch
 from lmdbcache.extraction.memory_errors import memory_errors
 from lmdbcache.failures import ClipFailure
 

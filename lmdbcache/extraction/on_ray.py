@@ -46,7 +46,7 @@ from lmdbcache.failures import ClipFailure
 from lmdbcache.storage.format.metadata import StoreMetadata
 
 if TYPE_CHECKING:
-    from lmdbcache.extraction.decoding import Clip, FeatureBatch
+    from lmdbcache.extraction.feature_batch import Clip, FeatureBatch
     from lmdbcache.extraction.ray_workers import UnitAnswer
 
 __all__ = ["extract_on_ray"]
@@ -222,7 +222,7 @@ class _RayRun(Run):
         return {number: unit for number, unit in left.items() if unit}
 
     def _clips_of(self, unit: list[str]) -> list[Clip]:
-        from lmdbcache.extraction.decoding import Clip
+        from lmdbcache.extraction.feature_batch import Clip
 
         # Processes on nodes have other working folders.
         return [Clip(sample_id, _absolute(self.paths[sample_id])) for sample_id in unit]
@@ -287,7 +287,7 @@ class _RayRun(Run):
 
     def _store_leftovers(self, missing: Mapping[str, str | AudioSource]) -> None:
         """What a run that was killed has left is as good as computed now."""
-        from lmdbcache.extraction.decoding import FeatureBatch
+        from lmdbcache.extraction.feature_batch import FeatureBatch
 
         if self._place is None:
             return

@@ -12,7 +12,7 @@ from lmdbcache.extraction.equal_embeddings import EqualEmbeddings
 from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
 
 if TYPE_CHECKING:
-    from lmdbcache.extraction.decoding import FeatureBatch
+    from lmdbcache.extraction.feature_batch import FeatureBatch
 
 __all__ = ["Outcomes"]
 

@@ -17,7 +17,7 @@ from lmdbcache.extraction.ray_ledger import Ledger
 from lmdbcache.extraction.staged_units import StagingPlace
 
 if TYPE_CHECKING:
-    from lmdbcache.extraction.decoding import Clip
+    from lmdbcache.extraction.feature_batch import Clip
     from lmdbcache.extraction.ray_workers import Job, UnitAnswer
 
 __all__ = ["UnitPipeline"]

@@ -38,7 +38,7 @@ from lmdbcache.sources.records import SourceRecorder
 from lmdbcache.storage.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
-    from lmdbcache.extraction.decoding import FeatureBatch
+    from lmdbcache.extraction.feature_batch import FeatureBatch
     from lmdbcache.extraction.forward_passes import ForwardPasses
 
 __all__ = ["Run"]
