@@ -139,8 +139,8 @@ class _Agreement:
         if self.model is None:
             front_end = self.values["front_end"] = CacheConfig(model_name=self.name).front_end
             self.notes.append(
-                "the front end isn't stated and recorded so: no extraction finds these or adds to "
-                "them. Give the model, or the front end, if it is known"
+                "no front end is stated, and it is recorded as such: no extraction finds these or "
+                "adds to them. Give the model or the front end if you know it"
                 if front_end == UNSTATED_FRONT_END
                 else f"decoding and features are taken to be {front_end}, so that extractions with "
                 "an AST model find these and add to them; if they must not meet, give the front "
