@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
@@ -85,20 +86,24 @@ def looks_like_classes(root: str | Path, decoder: str = "soundfile") -> bool:
     """Return whether folders right below the root, or below its splits, hold audio files.
 
     Folders that seem to hold all clips of a dataset whose table is missing don't count. Files in a
-    folder `audios` of a class, as in VEGAS, do.
+    folder `audios` of a class, as in VEGAS, do. Audio files beside the folders are strays as long
+    as they are fewer than the folders; else the root is taken for a folder of clips.
     """
+    num_stray = sum(
+        bool(audio_file_id(entry.name, decoder)) for entry in visible_entries(root) if entry.is_file
+    )
+    return next(islice(_class_like(root, decoder), num_stray, None), None) is not None
+
+
+def _class_like(root: str | Path, decoder: str) -> Iterator[Entry]:
     for entry in _folders(root):
         below = _folders(entry.path) if own_split_name(entry.name) in _SPLITS else []
-        if any(
-            each.name.lower() not in _NOT_A_CLASS
-            and any(
-                _holds_clips(folder, decoder)
-                for folder in (each.path, f"{each.path}/{_VEGAS_AUDIO}")
-            )
-            for each in (entry, *below)
-        ):
-            return True
-    return False
+        for each in (entry, *below):
+            places = (each.path, f"{each.path}/{_VEGAS_AUDIO}")
+            if each.name.lower() not in _NOT_A_CLASS and any(
+                _holds_clips(place, decoder) for place in places
+            ):
+                yield each
 
 
 def _folders(folder: str | Path) -> list[Entry]:
@@ -154,6 +159,12 @@ def _are_splits(folders: list[Entry], decoder: str) -> bool:
     if not folders or any(own_split_name(entry.name) not in _SPLITS for entry in folders):
         return False
     flat = [entry for entry in folders if _holds_clips(entry.path, decoder)]
+    if len(folders) > 1:  # stray clips beside a split's class folders are left out
+        flat = [
+            one
+            for one in flat
+            if not any(_has_clips_below(each.path, decoder) for each in _folders(one.path))
+        ]
     if flat and len(folders) > 1:
         raise DatasetError(
             f"{shown(flat[0].path)} holds audio files without a class folder; expected is "

@@ -12,7 +12,7 @@ from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.datasets.esc50 import ESC50Dataset
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
 from lmdbcache.datasets.listed import summary_of
-from lmdbcache.datasets.scanning import audio_file_id, entries_of, visible_entries
+from lmdbcache.datasets.scanning import entries_of, visible_entries
 from lmdbcache.datasets.vegas_layout import CLASS_LABELS, has_class, meant_class
 from lmdbcache.datasets.vegas_selection import VEGASSelection
 from lmdbcache.datasets.vggsound import VGGSoundDataset, find_table
@@ -135,10 +135,7 @@ def recognise(
         return found[0]
     entries_of(root)  # raises where it can't be listed
     _check_spelling(root)
-    flat = any(
-        audio_file_id(entry.name, decoder) for entry in visible_entries(root) if entry.is_file
-    )
-    if not flat and looks_like_classes(root, decoder):
+    if looks_like_classes(root, decoder):
         return "folder"
     raise DatasetError(f"{shown(root)}: no dataset recognised. {_expected()}")
 

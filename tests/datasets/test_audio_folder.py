@@ -118,6 +118,16 @@ def test_split_folders_without_classes_are_refused(tmp_path):
         AudioFolderDataset(tmp_path / "s")
 
 
+def test_strays_of_a_split_folder_are_left_out(tmp_path):
+    """A clip beside a split's class folders ends nothing."""
+    for split in ("train", "test"):
+        write(tmp_path / "s" / split / "bell" / "a.wav")
+    write(tmp_path / "s" / "train" / "stray.wav")
+    dataset = AudioFolderDataset(tmp_path / "s")
+    assert sorted(dataset.sample_ids) == ["test/a:bell", "train/a:bell"]
+    assert [item.reason for item in dataset.left_out] == ["not in a class folder"]
+
+
 def test_links_end(root):
     """A link to a folder above doesn't send the listing round in a circle."""
     (root / "bell" / "up").symlink_to(root)

@@ -62,6 +62,17 @@ def test_two_layouts_in_one_folder_are_refused(tmp_path):
     assert open_dataset(root, "vggsound").kind == "vggsound"
 
 
+def test_a_stray_file_beside_class_folders_hinders_nothing(tmp_path):
+    """It is left out and counted; as many as there are folders make a folder of clips."""
+    for name in ("cat/a", "dog/a", "stray"):
+        write_audio(tmp_path / "s" / f"{name}.wav", tone(name))
+    dataset = open_dataset(tmp_path / "s")
+    assert (dataset.kind, len(dataset.samples), len(dataset.left_out)) == ("folder", 2, 1)
+    write_audio(tmp_path / "s" / "stray2.wav", tone("b"))
+    with pytest.raises(DatasetError):
+        open_dataset(tmp_path / "s")
+
+
 def test_what_is_no_dataset(tmp_path):
     """Nothing recognised names all layouts; so does a folder that isn't there."""
     (tmp_path / "text").mkdir()
