@@ -61,7 +61,7 @@ def _by_name(sample_ids: Sequence[str], targets: Mapping[str, Any]) -> list[Any]
         else:
             missing.append(sample_id)
     if missing:
-        by_sample = any(":" in name for name in targets)
+        by_sample = any(":" in str(name) for name in targets)
         names = missing if by_sample else sorted(set(map(class_of, missing)))
         shown = ", ".join(map(repr, names[:_MOST_SHOWN]))
         more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""

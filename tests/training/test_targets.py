@@ -102,6 +102,8 @@ def test_a_sample_without_a_target_is_named():
         target_tensor(IDS, {sample_id: 0.5 for sample_id in IDS if sample_id != "4:drum"})
     with pytest.raises(MissingLabelError, match="'drum'"):
         target_tensor(IDS, {"dog": 0.5})
+    with pytest.raises(MissingLabelError, match="'drum'"):
+        target_tensor(IDS, {3: 0.5, "dog": 0.5})
 
 
 @pytest.mark.parametrize("kind", ["floats", "multi-hot bools", "rows by sample"])
