@@ -17,7 +17,12 @@ from lmdbcache import (
     collate_embeddings,
     make_dataloader,
 )
-from lmdbcache.errors import InvalidEmbeddingError, MissingLabelError, SampleNotFoundError
+from lmdbcache.errors import (
+    ConfigError,
+    InvalidEmbeddingError,
+    MissingLabelError,
+    SampleNotFoundError,
+)
 from lmdbcache.training import as_tensor
 
 LABELS = {"dog": 1, "drum": 0}
@@ -129,7 +134,7 @@ def test_ragged_store_goes_through_a_collate_function_that_pads(cache, config):
 
 def test_labels_must_fit(reader):
     """As many labels as samples, and one for each class."""
-    with pytest.raises(ValueError, match="3 labels for 20 samples"):
+    with pytest.raises(ConfigError, match="3 labels for 20 samples"):
         EmbeddingDataset(reader, labels=[1, 2, 3])
     with pytest.raises(KeyError, match="drum"):
         EmbeddingDataset(reader, labels={"dog": 1})

@@ -36,8 +36,7 @@ def target_tensor(sample_ids: Sequence[str], targets: Targets) -> torch.Tensor:
         `(len(sample_ids), *shape of one target)` on the CPU.
 
     Raises:
-        ValueError: Not as many targets as samples.
-        ConfigError: The targets aren't numbers, or differ in shape.
+        ConfigError: The targets aren't numbers, differ in shape, or aren't one for each sample.
         MissingLabelError: A sample has no target; a `KeyError`, too.
     """
     if isinstance(targets, Mapping):
@@ -45,7 +44,7 @@ def target_tensor(sample_ids: Sequence[str], targets: Targets) -> torch.Tensor:
     if np.isscalar(targets) or not getattr(targets, "shape", True):
         raise ConfigError(f"labels: {targets!r:.80}; give one for each sample")
     if len(targets) != len(sample_ids):
-        raise ValueError(f"{len(targets)} labels for {len(sample_ids)} samples")
+        raise ConfigError(f"{len(targets)} labels for {len(sample_ids)} samples")
     tensor = _tensor(targets)
     is_integer = not (tensor.is_floating_point() or tensor.is_complex())
     return tensor.long() if is_integer and tensor.dtype != torch.bool else tensor
