@@ -65,6 +65,15 @@ class WatchedWeights:
             )
         self._seen = _Glance(self._module)
 
+    def check_written(self) -> None:
+        """Check if PyTorch counted a write to one of the tensors: microseconds, for mere hits.
+
+        Raises:
+            ProvenanceMismatchError: The weights are others.
+        """
+        if self._seen is not None and self._seen.is_written():
+            self.check()
+
     def computed(self) -> None:
         """Accept what a forward pass itself wrote into non-persistent buffers: its caches."""
         if self._seen is None or not (changed := self._seen.changed(self._module)):
@@ -81,10 +90,20 @@ class _Glance:
         state = module_state(module)
         self.caches = state.caches
         self._places = _places(state.tensors)
+        self._counted = [
+            one for one in state.tensors.values() if _is_plain(one) and not one.is_inference()
+        ]
+        self._counts = self._counters()
         self._others = values_digest(_unplaced(state.tensors) | state.others)
         # These keep the memory alive: its address can't come to stand for other values.
         self._samples = _samples(state.tensors)
         self._values = _values(self._samples)
+
+    def is_written(self) -> bool:
+        return self._counters() != self._counts
+
+    def _counters(self) -> list[int]:
+        return [one._version for one in self._counted]  # noqa: SLF001
 
     def is_unchanged(self, module: torch.nn.Module) -> bool:
         state = module_state(module)

@@ -321,6 +321,8 @@ class CachedEncoder(torch.nn.Module):
             computed = {}
             if missing:
                 computed = self._compute(sample_ids, missing, inputs)
+            else:
+                self._frozen.check_written()
         self.num_hits += len(sample_ids) - len(missing)
         return as_tensor(found.completed(computed)).to(self._like)
 

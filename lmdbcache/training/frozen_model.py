@@ -101,6 +101,15 @@ class FrozenModel:
         if self._weights is not None:
             self._weights.check()
 
+    def check_written(self) -> None:
+        """Refuse weights that were written since the last look, without a computation.
+
+        Raises:
+            ProvenanceMismatchError: They are others than before.
+        """
+        if self._weights is not None:
+            self._weights.check_written()
+
     def _take(self, model: Any) -> None:
         if not callable(model) and not _is_embedder(model):
             raise ConfigError(

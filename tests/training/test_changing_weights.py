@@ -161,6 +161,21 @@ def test_other_weights_are_refused(cache, change, build):
             np.testing.assert_allclose(reader[name], row.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [load, average, one_element, buffer, filters])
+def test_mere_hits_are_refused_where_a_write_was_counted(cache, change):
+    """The stored embeddings aren't those of the weights that the module has now."""
+    module = Network()
+    with CachedEncoder(module, cache, CONFIG) as encoder:
+        encoder(INPUTS[:2], sample_ids=NAMES[:2])
+        encoder(INPUTS[:2], sample_ids=NAMES[:2])
+        change(module)
+        with pytest.raises(ProvenanceMismatchError):
+            encoder(INPUTS[:2], sample_ids=NAMES[:2])
+        module.load_state_dict(Network().state_dict())
+        module.filters = Network().filters
+        encoder(INPUTS[:2], sample_ids=NAMES[:2])
+
+
 @pytest.mark.parametrize("change", [nothing, moved, loaded_again, copied, compiled])
 def test_equal_weights_go_on(cache, change):
     """Moved, loaded or written again, or compiled; so do caches that a forward pass writes."""
