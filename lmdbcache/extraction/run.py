@@ -19,9 +19,11 @@ from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.embedders.base import Embedder, FrontEnd
 from lmdbcache.embedders.checkpoints import folder_provenance
 from lmdbcache.errors import (
+    AudioDecodeError,
     CacheError,
     InvalidEmbeddingError,
     MissingDependencyError,
+    ModuleError,
 )
 from lmdbcache.extraction.outcomes import Outcomes
 from lmdbcache.extraction.progress import ProgressBar
@@ -276,6 +278,10 @@ class Run:
                     if batch.features is not None:
                         if passes is None or self.writer is None:
                             embedder = make_embedder()
+                            if shape is None:
+                                # A module finds it out by a clip of noise, and may fail on that.
+                                with suppress(AudioDecodeError, ModuleError):
+                                    self.check_space(embedder.embedding_shape)
                             self.writer = stack.enter_context(
                                 self._writer({**features, **embedder.provenance()}, commit_seconds)
                             )

@@ -69,6 +69,7 @@ def test_cached_run(cli, filled, data, options):
         "num_equal": 0,
         "left_out": {"count": 0, "by_kind": {}, "by_suffix": {}, "by_class": {}},
         "failures": [],
+        "moved_model": "",
         "compute_seconds": 0.0,
         "built_model": False,
         "num_suspects": 0,

@@ -131,7 +131,9 @@ def test_plan_of_a_model_that_is_not_here(cache, clips, monkeypatch, tmp_path):
 
 def test_identity_and_plan_agree(ast_folder, cache, clips):
     """Without a model argument the config's model name is looked up."""
-    assert plan_extraction(cache, CacheConfig(), clips, model=ast_folder).embedding_shape == (64,)
+    assert plan_extraction(
+        cache, CacheConfig(duration=1.0), clips, model=ast_folder
+    ).embedding_shape == (64,)
     assert model_identity(ast_folder).startswith("small-ast@")
 
 

@@ -53,7 +53,8 @@ def test_an_embedding_that_is_computed_again_is_our_own(merged):
     recorder.note("2:x", Source("a.wav", 1, 1, None))
     from lmdbcache.storage.writer import EmbeddingWriter
 
-    with EmbeddingWriter(store, config, before_commit=recorder) as writer:
+    known = {"weights_digest": "w"}
+    with EmbeddingWriter(store, config, provenance=known, before_commit=recorder) as writer:
         writer.put("2:x", np.arange(16, 24))
     assert count_origins(store) == [(NODE, 3), (THIS_STORE, 2)]
 
