@@ -342,6 +342,15 @@ def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.excepthook = _show_unless_hung_up
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    # torch's loop ends by itself when the main process is killed, but then waits for features to be
+    # read from a pipe that nobody reads any more.
+    while os.getppid() == parent:
+        time.sleep(_NEWS_SECONDS)
+    os._exit(1)
 
 
 def _show_unless_hung_up(
