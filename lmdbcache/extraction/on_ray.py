@@ -199,6 +199,9 @@ class _RayRun(Run):
                 if left:
                     ray = self._stack.enter_context(connected(pipeline.address))
                     self._passes(ray, left, pipeline)
+                    self._store_leftovers(
+                        {}
+                    )  # a killed run's processes may have ended after ours began
                 self.outcomes.check_front_end(is_last=True)
 
     def _passes(self, ray: Any, left: dict[int, list[str]], pipeline: UnitPipeline) -> None:
