@@ -199,9 +199,8 @@ class _RayRun(Run):
                 if left:
                     ray = self._stack.enter_context(connected(pipeline.address))
                     self._passes(ray, left, pipeline)
-                    self._store_leftovers(
-                        {}
-                    )  # a killed run's processes may have ended after ours began
+                    # Processes of a killed run may have ended after this one began.
+                    self._store_leftovers({})
                 self.outcomes.check_front_end(is_last=True)
 
     def _passes(self, ray: Any, left: dict[int, list[str]], pipeline: UnitPipeline) -> None:
