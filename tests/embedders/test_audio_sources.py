@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import soundfile
+from embedders.encoded_audio import InMemory
 from synthetic_layouts import tone, write_audio
 
 from lmdbcache.embedders.audio import decode, load_waveform
 from lmdbcache.embedders.audio_source import AudioSource, as_source, shown
 from lmdbcache.errors import AudioDecodeError
-
-
-@dataclass(frozen=True)
-class InMemory:
-    content: bytes
-    name: str = "row 3 of a table"
-
-    def open_binary(self):
-        return io.BytesIO(self.content)
-
-    def __str__(self):
-        return self.name
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
