@@ -18,7 +18,7 @@ __all__ = [
     "HIDDEN",
     "MEAN",
     "POOLED",
-    "as_tensor",
+    "plain_tensor",
     "checked",
     "class_of",
     "output_of",
@@ -31,7 +31,7 @@ HIDDEN: Final = "last_hidden_state"
 MEAN: Final = "mean"
 
 
-def as_tensor(value: Any) -> torch.Tensor:
+def plain_tensor(value: Any) -> torch.Tensor:
     """A stored value, in whichever form a script holds it, as a tensor without a graph.
 
     Args:

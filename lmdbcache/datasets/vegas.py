@@ -25,7 +25,7 @@ from lmdbcache.datasets.vegas_layout import (
 )
 from lmdbcache.datasets.vegas_selection import SelectionMixin, checked_splits, split_ratios
 from lmdbcache.datasets.visual import ImageToTensor, load_image, load_video
-from lmdbcache.embedding_forms import as_tensor
+from lmdbcache.embedding_forms import plain_tensor
 from lmdbcache.home import expand_user
 from lmdbcache.torch_files import read_tensor_dict, read_text_embeddings
 
@@ -263,7 +263,7 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         for embeddings in (self._audio_embs, self._audio_embs_from_file):
             if embeddings is not None:
                 try:
-                    return as_tensor(embeddings[sample_id])
+                    return plain_tensor(embeddings[sample_id])
                 except KeyError:
                     continue
         return None
