@@ -1,5 +1,5 @@
 """`python -m lmdbcache`: the command line."""
 
-from lmdbcache.cli.main import main
+from lmdbcache.cli import main
 
 main()

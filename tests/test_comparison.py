@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.comparison import compare_stores, difference_of
+from lmdbcache.cache import compare_stores, difference_of
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig
+from lmdbcache.cache import ClipFailure, update_failures
 from lmdbcache.errors import CacheNotFoundError, SampleNotFoundError
-from lmdbcache.failures import ClipFailure, update_failures
 
 OTHER = CacheConfig(duration=10)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-from lmdbcache.failures import FAILURES_NAME, ClipFailure, read_failures, update_failures
+from lmdbcache.cache import FAILURES_NAME, ClipFailure, read_failures, update_failures
 
 _context = multiprocessing.get_context("fork")
 

@@ -24,8 +24,7 @@ from lmdbcache import (
 from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import ConfigError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.storage.format.values import NUMPY_DTYPES
-from lmdbcache.storage.reading.selection import Selection
+from lmdbcache.storage import NUMPY_DTYPES, Selection
 
 HIDDEN = CacheConfig(output="last_hidden_state")
 NAMES = [f"{n:02d}:x" for n in range(10)]

@@ -13,7 +13,7 @@ from lmdbcache.cache import ROOT_VARIABLE
 from lmdbcache.cli import main as command_line
 from lmdbcache.datasets import open_dataset
 from lmdbcache.errors import ConfigError
-from lmdbcache.home import expand_user
+from lmdbcache.files import expand_user
 
 
 @pytest.fixture

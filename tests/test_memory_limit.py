@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lmdbcache.memory_limit import cgroup_limit, memory_limit
+from lmdbcache.machine import cgroup_limit, memory_limit
 
 NO_LIMIT = 1 << 62
 GIB = 1 << 30

@@ -14,11 +14,9 @@ from typer.testing import CliRunner
 
 import lmdbcache
 from lmdbcache import CacheConfig, VEGASDataset, model_identity, open_dataset
+from lmdbcache.cache import ClipFailure, DatasetCoverage, is_covered, update_failures
 from lmdbcache.cli.main import app
-from lmdbcache.dataset_coverage import DatasetCoverage
 from lmdbcache.errors import ConfigError, CoverageError
-from lmdbcache.failures import ClipFailure, update_failures
-from lmdbcache.requirement import is_covered
 
 
 def command_of(error):

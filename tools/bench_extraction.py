@@ -25,7 +25,8 @@ import torch
 from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, EmbeddingCache, extract
-from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_waveform
+from lmdbcache.audio import load_waveform
+from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 
 FULL_SIZE = {
     "hidden_size": 768,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.merging import merge_stores
+from lmdbcache.exchange import merge_stores
 
 
 def main() -> None:

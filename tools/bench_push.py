@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.sharing import push, verify_remote
+from lmdbcache.exchange import push, verify_remote
 
 
 def put(cache: EmbeddingCache, config: CacheConfig, first: int, number: int) -> None:

@@ -25,7 +25,8 @@ from scaling_samples import HIDDEN_SHAPE, name_of
 from scaling_steps import NUM_SINGLES
 
 from lmdbcache.extraction.scaling import growth_of
-from lmdbcache.extraction.space import estimated_bytes, readable_size
+from lmdbcache.extraction.space import estimated_bytes
+from lmdbcache.files import readable_size
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 STEPS = Path(__file__).with_name("scaling_steps.py")

@@ -31,8 +31,8 @@ from scaling_samples import (
 )
 
 from lmdbcache import CacheConfig, EmbeddingCache
+from lmdbcache.storage import class_of
 from lmdbcache.storage.files import gather
-from lmdbcache.storage.format.layout import class_of
 
 BATCH, NUM_SINGLES = 256, 3000
 STEPS: dict[str, Callable[..., Figures]] = {}
@@ -286,7 +286,7 @@ def verify(root: str, num_samples: str) -> Figures:
 @step
 def checksums(root: str, num_samples: str) -> Figures:
     """All keys with their checksums: what `diff`, `merge` and `push` begin with."""
-    from lmdbcache.storage.maintenance.checksums import stored_checksums
+    from lmdbcache.storage import stored_checksums
 
     cache, config = store_in(root)
     with cache.reader(config) as reader, Watch() as watch:
@@ -311,7 +311,7 @@ def compact(root: str, num_samples: str) -> Figures:
 @step
 def merge(root: str, num_samples: str, target: str) -> Figures:
     """The store into another root; when it is there, nothing is written."""
-    from lmdbcache.merging import merge_stores
+    from lmdbcache.exchange import merge_stores
 
     with Watch() as watch:
         [report] = merge_stores(EmbeddingCache(target), [root]).stores
@@ -322,7 +322,7 @@ def merge(root: str, num_samples: str, target: str) -> Figures:
 @step
 def push(root: str, num_samples: str, folder: str) -> Figures:
     """The store to a shared folder; when it is there, nothing is moved."""
-    from lmdbcache.sharing import push
+    from lmdbcache.exchange import push
 
     cache, config = store_in(root)
     with Watch() as watch:
@@ -343,7 +343,7 @@ def push(root: str, num_samples: str, folder: str) -> Figures:
 @step
 def pull(root: str, num_samples: str, folder: str) -> Figures:
     """From a shared folder into a new store; when it is there, nothing is moved."""
-    from lmdbcache.sharing import pull
+    from lmdbcache.exchange import pull
 
     with Watch() as watch:
         report = pull(EmbeddingCache(root), Path(folder).absolute().as_uri())

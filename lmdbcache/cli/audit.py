@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, read_store_info
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
 from lmdbcache.cli.options import (
     BatchSize,
@@ -22,8 +22,7 @@ from lmdbcache.cli.options import (
 )
 from lmdbcache.cli.verify_sources import clips_of_store
 from lmdbcache.errors import IntegrityError
-from lmdbcache.extraction.audit import AuditReport, audit
-from lmdbcache.store_info import read_store_info
+from lmdbcache.extraction import AuditReport, audit
 
 __all__ = ["audit_command"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from lmdbcache.cli.console import DISK_FULL, print_json, print_table, say, sizes
-from lmdbcache.extraction.capacity import CapacityPlan, Choice
+from lmdbcache.cli.console import DISK_FULL, print_json, print_table, say
+from lmdbcache.extraction import CapacityPlan, Choice
+from lmdbcache.files import readable_size
 
 __all__ = ["show_capacity"]
 
@@ -37,9 +38,9 @@ def _row(choice: Choice, *, is_chosen: bool) -> tuple[object, ...]:
         choice.output,
         choice.dtype,
         shape,
-        "?" if choice.bytes_for_all is None else sizes(choice.bytes_for_all),
+        "?" if choice.bytes_for_all is None else readable_size(choice.bytes_for_all),
         plan.num_missing,
-        "?" if plan.bytes_needed is None else sizes(plan.bytes_needed),
+        "?" if plan.bytes_needed is None else readable_size(plan.bytes_needed),
         "?" if plan.bytes_needed is None else "yes" if plan.fits else "NO",
     )
 

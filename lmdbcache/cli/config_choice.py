@@ -9,7 +9,7 @@ import typer
 
 from lmdbcache.cli.options import Decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
-from lmdbcache.embedders.registry import config_for
+from lmdbcache.embedders import config_for
 
 __all__ = ["ConfigChoice"]
 

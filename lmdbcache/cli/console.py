@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
-from lmdbcache.extraction.space import readable_size as sizes
-
 __all__ = [
     "DISK_FULL",
     "counted",
@@ -21,7 +19,6 @@ __all__ = [
     "print_table",
     "progress_bar",
     "say",
-    "sizes",
     "speak_for",
 ]
 

@@ -7,14 +7,12 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from lmdbcache.cache import left_out_counts
 from lmdbcache.cli.console import print_json, print_table, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json
 from lmdbcache.cli.parameters import grouped
-from lmdbcache.datasets.base import Sample
-from lmdbcache.datasets.listed import LeftOut, left_out_counts
-from lmdbcache.datasets.narrowing import split_names, split_of, split_source
-from lmdbcache.datasets.overlaps import overlap_audit
+from lmdbcache.datasets import LeftOut, Sample, overlap_audit, split_names, split_of, split_source
 
 __all__ = ["dataset_command", "partition_command"]
 

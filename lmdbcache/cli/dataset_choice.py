@@ -10,17 +10,23 @@ from typing import Annotated, Any, Final, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.audio import AudioSource
+from lmdbcache.cache import EmbeddingCache, left_out_counts
 from lmdbcache.cli.options import Decoder
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import AudioDataset, Sample, sample_id_of
-from lmdbcache.datasets.listed import LeftOut, left_out_counts
-from lmdbcache.datasets.namespaces import check_namespace
-from lmdbcache.datasets.narrowing import NODE_SEED, Narrowing, split_names
-from lmdbcache.datasets.opening import open_dataset
-from lmdbcache.embedders.audio_source import AudioSource
+from lmdbcache.datasets import (
+    NODE_SEED,
+    AudioDataset,
+    LeftOut,
+    Narrowing,
+    Sample,
+    check_namespace,
+    open_dataset,
+    sample_id_of,
+    split_names,
+)
 from lmdbcache.errors import DatasetError
-from lmdbcache.extraction.samples import clips_of
+from lmdbcache.extraction import clips_of
 
 __all__ = ["DatasetChoice"]
 

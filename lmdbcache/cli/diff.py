@@ -9,14 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import (
+    DEFAULT_TOLERANCE,
+    EmbeddingCache,
+    StoreComparison,
+    compare_stores,
+    is_store,
+    read_store_info,
+)
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
 from lmdbcache.cli.options import Json, Progress, Root, complete_store, find_folder
-from lmdbcache.comparison import DEFAULT_TOLERANCE, StoreComparison, compare_stores
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
-from lmdbcache.home import expand_user
-from lmdbcache.store_info import is_store, read_store_info
+from lmdbcache.files import expand_user
 
 __all__ = ["diff_command"]
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, print_table, say, sizes
+from lmdbcache.cli.console import counted, print_json, print_table, say
 from lmdbcache.cli.options import Json, Root
+from lmdbcache.files import readable_size
 
 if TYPE_CHECKING:
-    from lmdbcache.doctor.findings import Finding
+    from lmdbcache.cli.checkup.findings import Finding
 
 __all__ = ["doctor_command"]
 
@@ -50,10 +51,10 @@ def doctor_command(
 
 
 def _examine(cache: EmbeddingCache) -> list[Finding]:
-    from lmdbcache.doctor.machine import check_clock, check_machine
-    from lmdbcache.doctor.root import check_root
-    from lmdbcache.doctor.software import check_software
-    from lmdbcache.doctor.stores import check_stores, newest_file
+    from lmdbcache.cli.checkup.machine import check_clock, check_machine
+    from lmdbcache.cli.checkup.root import check_root
+    from lmdbcache.cli.checkup.software import check_software
+    from lmdbcache.cli.checkup.stores import check_stores, newest_file
 
     return [
         *check_software(),
@@ -65,7 +66,7 @@ def _examine(cache: EmbeddingCache) -> list[Finding]:
 
 
 def _show_memory(processes: list[int], *, as_json: bool) -> None:
-    from lmdbcache.doctor.memory import memory_of
+    from lmdbcache.cli.checkup.memory import memory_of
 
     found = [memory_of(process) for process in processes]
     if as_json:
@@ -77,7 +78,10 @@ def _show_memory(processes: list[int], *, as_json: bool) -> None:
             (
                 use.pid,
                 use.command,
-                *map(sizes, (use.private, use.store_pages, use.shared, use.swapped, use.resident)),
+                *map(
+                    readable_size,
+                    (use.private, use.store_pages, use.shared, use.swapped, use.resident),
+                ),
             )
             for use in found
         ],

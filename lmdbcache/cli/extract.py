@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.capacity import show_capacity
 from lmdbcache.cli.config_choice import ConfigChoice
@@ -20,13 +21,16 @@ from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.ray_choice import RayChoice
 from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio_source import AudioSource
 from lmdbcache.errors import CacheFullError
-from lmdbcache.extraction.capacity import plan_capacity
-from lmdbcache.extraction.finishing import finish_with_other_ranks
-from lmdbcache.extraction.on_ray import extract_on_ray
-from lmdbcache.extraction.pipeline import extract, plan_extraction, stored_of_share
-from lmdbcache.extraction.space import ExtractionPlan
+from lmdbcache.extraction import (
+    ExtractionPlan,
+    extract,
+    extract_on_ray,
+    finish_with_other_ranks,
+    plan_capacity,
+    plan_extraction,
+    stored_of_share,
+)
 
 __all__ = ["extract_command"]
 

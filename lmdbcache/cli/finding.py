@@ -6,14 +6,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, ReadFigures, figures_of, reset_figures
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import counted, print_json, print_table, say
 from lmdbcache.cli.options import Json, Root, Yes, find_folder
 from lmdbcache.cli.parameters import grouped
-from lmdbcache.datasets.vegas_layout import NAMESPACE
+from lmdbcache.datasets import NAMESPACE
 from lmdbcache.errors import ConfigError
-from lmdbcache.read_figures import ReadFigures, figures_of, reset_figures
 
 __all__ = ["explain_command", "stats_command"]
 

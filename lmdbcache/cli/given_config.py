@@ -7,8 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lmdbcache.embedders.base import AudioModel
-from lmdbcache.embedders.registry import described_model
+from lmdbcache.embedders import AudioModel, described_model
 
 __all__ = ["GivenConfig"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmdbcache.errors import DatasetError
-from lmdbcache.storage.format.layout import canonical_sample_id
+from lmdbcache.storage import canonical_sample_id
 
 __all__ = ["ids_in"]
 

@@ -11,29 +11,24 @@ from typing import Annotated
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import (
-    counted,
-    is_wide,
-    print_error,
-    print_json,
-    print_table,
-    say,
-    sizes,
+from lmdbcache.cache import (
+    ClipFailure,
+    EmbeddingCache,
+    Origin,
+    StoreInfo,
+    count_origins,
+    is_covered,
+    read_failures,
 )
+from lmdbcache.cli.config_choice import ConfigChoice
+from lmdbcache.cli.console import counted, is_wide, print_error, print_json, print_table, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Root, Store, find_store
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.quantities import age
 from lmdbcache.errors import CacheError
-from lmdbcache.failures import ClipFailure, read_failures
-from lmdbcache.requirement import is_covered
-from lmdbcache.sources.origin_counts import count_origins
-from lmdbcache.sources.origins import Origin
-from lmdbcache.storage.format.layout import split_sample_id
-from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.store_info import StoreInfo
+from lmdbcache.files import readable_size
+from lmdbcache.storage import EmbeddingReader, split_sample_id
 
 __all__ = ["coverage_command", "info_command", "ls_command"]
 
@@ -85,7 +80,7 @@ def ls_command(
         num_text_columns=shown.index("Hz"),
     )
     total = sum(store.size_bytes for store in stores)
-    say(f"{counted(len(stores), 'store')}, {sizes(total)} under {cache.root}")
+    say(f"{counted(len(stores), 'store')}, {readable_size(total)} under {cache.root}")
 
 
 _HEADINGS = (
@@ -110,7 +105,7 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
     if store.config is None:
         name = store.path.name.rpartition("-")[2]
         state = "DAMAGED, see info" if store.is_damaged else "UNREADABLE, see info"
-        return name, "", state, "", "", "", "", "", sizes(store.size_bytes), *times
+        return name, "", state, "", "", "", "", "", readable_size(store.size_bytes), *times
     config = store.config
     return (
         config.fingerprint,
@@ -121,7 +116,7 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
         f"{config.duration:g}",
         config.dtype,
         store.num_embeddings,
-        sizes(store.size_bytes),
+        readable_size(store.size_bytes),
         *times,
     )
 
@@ -159,7 +154,7 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         **(info.config.to_dict() if info.config else {}),
         "embedding_shape": info.embedding_shape,
         "embeddings": info.num_embeddings,
-        "size": sizes(info.size_bytes),
+        "size": readable_size(info.size_bytes),
         "free": _free(info),
         "created": _moment(info.created),
         "last written": _moment(info.last_written),
@@ -205,14 +200,14 @@ def _free(info: StoreInfo) -> str:
     """What compaction would give back, and who keeps writers from using it until then."""
     if not info.free_bytes:
         return ""
-    text = f"{sizes(info.free_bytes)}, given back by compact"
+    text = f"{readable_size(info.free_bytes)}, given back by compact"
     behind = {process: commits for process, commits in info.readers.items() if commits}
     if info.pinned_bytes:
         oldest = sorted(behind, key=lambda process: -behind[process])[:3]
         held = ", ".join(
             f"process {process} ({counted(behind[process], 'commit')} behind)" for process in oldest
         )
-        text += f"; {sizes(info.pinned_bytes)} of it kept from reuse by readers in {held}"
+        text += f"; {readable_size(info.pinned_bytes)} of it kept from reuse by readers in {held}"
     return text
 
 

@@ -11,12 +11,7 @@ import typer
 
 from lmdbcache.cli.console import speak_for
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.launchers import (
-    is_on_several_machines,
-    launched_by,
-    share_from_environment,
-)
-from lmdbcache.extraction.shares import Share
+from lmdbcache.extraction import Share, is_on_several_machines, launched_by, share_from_environment
 
 __all__ = ["LaunchChoice"]
 

@@ -33,7 +33,7 @@ from lmdbcache.cli.dashed_ids import Command
 from lmdbcache.cli.parameters import help_of
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
-from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
+from lmdbcache.storage import occupy_standard_descriptors
 
 __all__ = ["app", "main"]
 

@@ -10,15 +10,7 @@ from typing import Annotated
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import (
-    counted,
-    print_error,
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-    sizes,
-)
+from lmdbcache.cli.console import counted, print_error, print_json, print_table, progress_bar, say
 from lmdbcache.cli.options import (
     All,
     Json,
@@ -39,10 +31,16 @@ from lmdbcache.errors import (
     NotRegularFileError,
     StorageError,
 )
-from lmdbcache.sharing.remote import is_url
-from lmdbcache.storage.maintenance.compaction import compact, plan_compaction
-from lmdbcache.storage.maintenance.integrity import IntegrityReport, verify
-from lmdbcache.storage.maintenance.repair import RepairReport, repair
+from lmdbcache.exchange import is_url
+from lmdbcache.files import readable_size
+from lmdbcache.storage import (
+    IntegrityReport,
+    RepairReport,
+    compact,
+    plan_compaction,
+    repair,
+    verify,
+)
 
 __all__ = ["compact_command", "repair_command", "verify_command"]
 
@@ -91,7 +89,12 @@ def compact_command(
         print_table(
             ("store", "embeddings", "before", "after"),
             [
-                (r.path.name, r.num_embeddings, sizes(r.bytes_before), sizes(r.bytes_after))
+                (
+                    r.path.name,
+                    r.num_embeddings,
+                    readable_size(r.bytes_before),
+                    readable_size(r.bytes_after),
+                )
                 for r in results
             ],
         )

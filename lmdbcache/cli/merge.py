@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, print_table, progress_bar, say
-from lmdbcache.cli.console import sizes as readable
 from lmdbcache.cli.options import Json, Progress, Root
-from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.errors import CacheFullError
-from lmdbcache.merging import MergeReport, MergeReports, Refusal, merge_stores
+from lmdbcache.exchange import MergeReport, MergeReports, Refusal, merge_stores
+from lmdbcache.files import readable_size
 
 __all__ = ["Conflicts", "merge_command", "print_conflicts", "print_unresolved"]
 
@@ -92,7 +91,7 @@ def _print_report(report: MergeReport) -> None:
     for note in report.notes:
         say(f"note: {note}")
     print_conflicts(report)
-    say(f"{report}; {readable(report.num_bytes)}")
+    say(f"{report}; {readable_size(report.num_bytes)}")
     _print_refused(report.refused)
     print_unresolved(report)
 

@@ -8,10 +8,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache
+from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache, StoreInfo, info_or_damage
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError
-from lmdbcache.home import expand_user
-from lmdbcache.store_info import StoreInfo, info_or_damage
+from lmdbcache.files import expand_user
 
 __all__ = [
     "All",

@@ -7,12 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, say, sizes
-from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
-from lmdbcache.cli.quantities import age, parse_moment, parse_size
-from lmdbcache.errors import ConfigError
-from lmdbcache.pruning import (
+from lmdbcache.cache import (
+    EmbeddingCache,
     PrunePlan,
     PrunePolicy,
     Verdict,
@@ -21,7 +17,12 @@ from lmdbcache.pruning import (
     prune,
     remove_leftovers_under,
 )
-from lmdbcache.storage.maintenance.leftovers import Leftover
+from lmdbcache.cli.console import counted, print_json, say
+from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
+from lmdbcache.cli.quantities import age, parse_moment, parse_size
+from lmdbcache.errors import ConfigError
+from lmdbcache.files import readable_size
+from lmdbcache.storage import Leftover
 
 __all__ = ["prune_command"]
 
@@ -99,7 +100,7 @@ def prune_command(
     for verdict in plan.kept:
         say(f"kept {verdict.store.path.name}: {verdict.reason}")
     if has_policy and max_bytes is not None and plan.bytes_left > max_bytes:
-        say(f"{sizes(plan.bytes_left)} remain, more than {sizes(max_bytes)}")
+        say(f"{readable_size(plan.bytes_left)} remain, more than {readable_size(max_bytes)}")
     if not (plan.removed or found):
         say(f"nothing to remove under {cache.root}")
     else:
@@ -110,18 +111,18 @@ def _say_plan(plan: PrunePlan, leftovers: list[Leftover]) -> None:
     for verdict in plan.removed:
         store = verdict.store
         say(
-            f"{store.path.name}: {sizes(store.size_bytes)}, unused for {age(store.last_touched)}: "
-            f"{verdict.reason}"
+            f"{store.path.name}: {readable_size(store.size_bytes)}, "
+            f"unused for {age(store.last_touched)}: {verdict.reason}"
         )
     for leftover in leftovers:
-        say(f"{leftover.path}: {sizes(leftover.size_bytes)}: {leftover.what}")
+        say(f"{leftover.path}: {readable_size(leftover.size_bytes)}: {leftover.what}")
 
 
 def _summary(plan: PrunePlan, leftovers: list[Leftover]) -> str:
     parts = [counted(len(plan.removed), "store")] if plan.removed or not leftovers else []
     parts += [counted(len(leftovers), "leftover")] if leftovers else []
     freed = plan.bytes_freed + sum(leftover.size_bytes for leftover in leftovers)
-    return f"{' and '.join(parts)}, {sizes(freed)}"
+    return f"{' and '.join(parts)}, {readable_size(freed)}"
 
 
 def _as_json(plan: PrunePlan, leftovers: list[Leftover]) -> dict[str, Any]:

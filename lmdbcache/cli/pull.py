@@ -6,17 +6,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
+from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
+from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say
 from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
 from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root
-from lmdbcache.comparison import DEFAULT_TOLERANCE
 from lmdbcache.errors import ConfigError
-from lmdbcache.sharing.places import find_fingerprint, shared_fingerprints
-from lmdbcache.sharing.pull_report import PullReport
-from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.exchange import PullReport, Remote, find_fingerprint, pull, shared_fingerprints
+from lmdbcache.files import readable_size
 
 __all__ = ["pull_command"]
 
@@ -106,11 +103,11 @@ def _print_report(report: PullReport) -> None:
         say(
             f"{counted(report.num_samples, 'sample')} shared, {report.num_present} stored with the "
             f"same bytes: {counted(report.num_shards, 'shard')} to fetch, "
-            f"{sizes(report.bytes_to_fetch)}; nothing was fetched (--dry-run)"
+            f"{readable_size(report.bytes_to_fetch)}; nothing was fetched (--dry-run)"
         )
     else:
         print_conflicts(report.merged)
-        say(f"{report}; {sizes(report.bytes_fetched)} fetched")
+        say(f"{report}; {readable_size(report.bytes_fetched)} fetched")
     state = report.commit or (report.heads[0] if len(report.heads) == 1 else None)
     say(f"commit {state}" if state else f"{len(report.heads)} newest commits, side by side")
     if not report.is_dry_run:

@@ -7,15 +7,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, sizes
+from lmdbcache.cache import EmbeddingCache, read_store_info
+from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say
 from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.options import All, Classes, IdsFile, Json, Progress, Root, Stores, find_folders
 from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
-from lmdbcache.sharing.push_report import PushReport
-from lmdbcache.sharing.pushing import push
-from lmdbcache.sharing.remote import Remote
-from lmdbcache.store_info import read_store_info
+from lmdbcache.exchange import PushReport, Remote, push
+from lmdbcache.files import readable_size
 
 __all__ = ["push_command"]
 
@@ -124,7 +122,7 @@ def _say_report(name: str, report: PushReport) -> None:
     elif report.num_pushed:
         say(
             f"{name}: pushed {report.num_pushed} of {chosen} to {report.url}, "
-            f"{counted(report.num_shards, 'shard')}, {sizes(report.num_bytes)} uploaded"
+            f"{counted(report.num_shards, 'shard')}, {readable_size(report.num_bytes)} uploaded"
         )
     else:
         say(f"{name}: nothing to push, {report.num_there} of {chosen} are at {report.url}")

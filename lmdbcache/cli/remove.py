@@ -9,24 +9,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_error, print_json, say, sizes
+from lmdbcache.cache import EmbeddingCache, StoreInfo, info_or_damage, users_of
+from lmdbcache.cli.console import counted, print_error, print_json, say
 from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.options import (
-    All,
-    DryRun,
-    Json,
-    Root,
-    Stores,
-    Yes,
-    check_can_ask,
-    find_folders,
-)
+from lmdbcache.cli.options import All, DryRun, Json, Root, Stores, Yes, check_can_ask, find_folders
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, SampleNotFoundError, StorageError
-from lmdbcache.storage.format.layout import canonical_sample_id, join_sample_id, split_sample_id
-from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.store_info import StoreInfo, info_or_damage, users_of
+from lmdbcache.files import readable_size
+from lmdbcache.storage import EmbeddingReader, canonical_sample_id, join_sample_id, split_sample_id
 
 __all__ = ["rm_command"]
 
@@ -80,7 +70,7 @@ def _remove_stores(
             held = "damaged" if store.damage else f"{store.num_embeddings} embeddings"
             users = users_of(store)
             used = f", in use by {', '.join(users)}" if users else ""
-            say(f"{store.path.name}: {held}, {sizes(store.size_bytes)}{used}")
+            say(f"{store.path.name}: {held}, {readable_size(store.size_bytes)}{used}")
     if chosen and not (yes or dry_run):
         question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
         typer.confirm(question, abort=True)
@@ -98,7 +88,7 @@ def _remove_stores(
     else:
         freed = sum(store.size_bytes for store in removed)
         verb = "would remove" if dry_run else "removed"
-        say(f"{verb} {counted(len(removed), 'store')}, {sizes(freed)}")
+        say(f"{verb} {counted(len(removed), 'store')}, {readable_size(freed)}")
     if failed:
         raise typer.Exit(1)
 

@@ -8,9 +8,10 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, progress_bar, say, sizes
+from lmdbcache.cli.console import counted, print_json, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
+from lmdbcache.files import readable_size
 from lmdbcache.report import build, dataset_coverage
 
 __all__ = ["report_command"]
@@ -62,7 +63,7 @@ def report_command(
         build.write_report(report, out)
         state = "no damage found" if report.is_sound else "DAMAGED, see the report"
         found = counted(len(report.stores), "store")
-        say(f"{out}: {found}, {state}; {sizes(out.stat().st_size)}")
+        say(f"{out}: {found}, {state}; {readable_size(out.stat().st_size)}")
     raise typer.Exit(0 if report.is_sound else 1)
 
 

@@ -9,21 +9,25 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say, sizes
+from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
 from lmdbcache.cli.given_config import GivenConfig
 from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root, Store, Yes, find_store
 from lmdbcache.cli.parameters import grouped
-from lmdbcache.datasets.vegas_layout import CLASS_LABELS, NAMESPACE
+from lmdbcache.datasets import CLASS_LABELS, NAMESPACE
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage.format.layout import split_sample_id
-from lmdbcache.transfer.agreement import missing_fields
-from lmdbcache.transfer.entries import Source
-from lmdbcache.transfer.exporting import FORMATS, export_embeddings
-from lmdbcache.transfer.forms import KeyChoice
-from lmdbcache.transfer.importing import import_source
-from lmdbcache.transfer.report import ImportReport
-from lmdbcache.transfer.sources import open_source
+from lmdbcache.exchange import (
+    FORMATS,
+    ImportReport,
+    KeyChoice,
+    Source,
+    export_embeddings,
+    import_source,
+    missing_fields,
+    open_source,
+)
+from lmdbcache.files import readable_size
+from lmdbcache.storage import split_sample_id
 
 __all__ = ["export_command", "import_command"]
 
@@ -161,7 +165,7 @@ def _print_facts(report: ImportReport) -> None:
 def _summary(report: ImportReport) -> str:
     done = "to import" if report.is_dry_run else "imported"
     parts = [
-        f"{report.num_imported} {done} ({sizes(report.num_bytes)})",
+        f"{report.num_imported} {done} ({readable_size(report.num_bytes)})",
         f"{report.num_present} stored already",
     ]
     if report.num_repeated:
@@ -241,5 +245,5 @@ def export_command(
         files = counted(report.num_files, "file")
         say(
             f"{counted(report.num_embeddings, 'embedding')} in {files}, "
-            f"{sizes(report.num_bytes)}: {report.path}"
+            f"{readable_size(report.num_bytes)}: {report.path}"
         )

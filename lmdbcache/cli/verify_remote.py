@@ -8,9 +8,9 @@ from typing import NoReturn
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, progress_bar, say, sizes
-from lmdbcache.sharing.remote_report import RemoteReport, SharedStoreReport
-from lmdbcache.sharing.verifying import verify_remote
+from lmdbcache.cli.console import counted, print_json, progress_bar, say
+from lmdbcache.exchange import RemoteReport, SharedStoreReport, verify_remote
+from lmdbcache.files import readable_size
 
 __all__ = ["verify_shared"]
 
@@ -83,7 +83,7 @@ def _say_report(store: SharedStoreReport) -> None:
     say(
         f"{store.fingerprint}: {state}, "
         f"{counted(store.num_samples, 'sample')} in {counted(store.num_shards, 'sound shard')}, "
-        f"{counted(store.num_commits, 'commit')}, {sizes(store.num_bytes)}"
+        f"{counted(store.num_commits, 'commit')}, {readable_size(store.num_bytes)}"
     )
     for found in store.findings[:_FEW]:
         what = store.repaired.get(found.path)

@@ -9,11 +9,10 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmdbcache.cache import STATES, SourceReport, adopt_sources, check_sources, read_store_info
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.errors import ConfigError
-from lmdbcache.sources.checking import STATES, SourceReport, adopt_sources, check_sources
-from lmdbcache.store_info import read_store_info
 
 __all__ = ["SourceChoice", "clips_of_store", "verify_sources"]
 

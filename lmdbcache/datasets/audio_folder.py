@@ -6,6 +6,7 @@ import os
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.audio import shown
 from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
 from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
 from lmdbcache.datasets.scanning import (
@@ -17,7 +18,6 @@ from lmdbcache.datasets.scanning import (
     usable_entries,
     visible_entries,
 )
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:

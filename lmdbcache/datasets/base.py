@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from lmdbcache.storage.format.layout import join_sample_id
+from lmdbcache.storage import join_sample_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lmdbcache.embedders.audio_source import AudioSource
+    from lmdbcache.audio import AudioSource
 
 __all__ = ["AudioDataset", "Sample", "sample_id_of", "source_of"]
 

@@ -8,17 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.audio import decoder_of, load_clip, shown
+from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.datasets.base import AudioDataset, sample_id_of, source_of
-from lmdbcache.embedders.audio import load_clip
-from lmdbcache.embedders.audio_formats import decoder_of
-from lmdbcache.embedders.audio_source import shown
-from lmdbcache.embedders.base import clip_features
+from lmdbcache.embedders import clip_features
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
-from lmdbcache.failures import ClipFailure
-from lmdbcache.training.stored_embeddings import StoredEmbeddings
-from lmdbcache.training.targets import Targets, target_tensor
-from lmdbcache.training.tensors import as_tensor
+from lmdbcache.training import StoredEmbeddings, Targets, as_tensor, target_tensor
 
 if TYPE_CHECKING:
     from lmdbcache.config import CacheConfig

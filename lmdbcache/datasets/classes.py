@@ -6,7 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.errors import DatasetError
-from lmdbcache.storage.format.layout import canonical_class
+from lmdbcache.storage import canonical_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

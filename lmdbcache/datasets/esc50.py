@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from lmdbcache.audio import shown
 from lmdbcache.datasets.listed import ListedDataset, checked_folder
 from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
 from lmdbcache.datasets.scanning import (
@@ -18,7 +19,6 @@ from lmdbcache.datasets.scanning import (
     pass_over,
     usable_entries,
 )
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:

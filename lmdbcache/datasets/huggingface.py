@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
+from lmdbcache.audio import shown
 from lmdbcache.datasets.huggingface_columns import Labels, choose_columns, labels_of
 from lmdbcache.datasets.huggingface_ids import column_ids, content_ids, opened_file, paths_of
 from lmdbcache.datasets.listed import ListedDataset, own_split_name
 from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
 from lmdbcache.datasets.scanning import PassedOver, leave_out_all
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, MissingDependencyError
-from lmdbcache.home import expand_user
+from lmdbcache.files import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

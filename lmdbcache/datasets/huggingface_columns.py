@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lmdbcache.embedders.audio_source import shown
+from lmdbcache.audio import shown
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import xxhash
 
-from lmdbcache.embedders.audio_source import shown
+from lmdbcache.audio import shown
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:

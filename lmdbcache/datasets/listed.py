@@ -7,14 +7,14 @@ import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.dataset_coverage import left_out_counts
+from lmdbcache.audio import shown
+from lmdbcache.cache import left_out_counts
 from lmdbcache.datasets.base import Sample, sample_id_of
 from lmdbcache.datasets.reopening import reopening_options
 from lmdbcache.datasets.scanning import LeftOut, PassedOver
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
-from lmdbcache.home import expand_user
-from lmdbcache.storage.format.layout import canonical_class
+from lmdbcache.files import expand_user
+from lmdbcache.storage import canonical_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -13,9 +13,9 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.audio import shown
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets import vegas_layout
-from lmdbcache.embedders.audio_source import shown
+from lmdbcache.datasets.vegas import layout as vegas_layout
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:

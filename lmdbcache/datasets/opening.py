@@ -7,18 +7,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.audio import shown
 from lmdbcache.datasets.audio_folder import AudioFolderDataset, looks_like_classes
 from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.datasets.esc50 import ESC50Dataset
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
 from lmdbcache.datasets.listed import summary_of
 from lmdbcache.datasets.scanning import entries_of, visible_entries
-from lmdbcache.datasets.vegas_layout import CLASS_LABELS, has_class, meant_class
-from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.datasets.vegas.layout import CLASS_LABELS, has_class, meant_class
+from lmdbcache.datasets.vegas.selection import VEGASSelection
 from lmdbcache.datasets.vggsound import VGGSoundDataset, find_table
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
-from lmdbcache.home import expand_user
+from lmdbcache.files import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
+from lmdbcache.audio import AudioSource
 from lmdbcache.datasets.base import Sample, sample_id_of, source_of
-from lmdbcache.embedders.audio_source import AudioSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

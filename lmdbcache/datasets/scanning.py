@@ -10,8 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmdbcache.embedders.audio_formats import is_audio, is_readable
-from lmdbcache.embedders.audio_source import shown
+from lmdbcache.audio import is_audio, is_readable, shown
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class PassedOver:
     """What a listing passes over.
 
     Args:
-        decoder: What the clips are to be decoded by, see `lmdbcache.embedders.audio_formats`.
+        decoder: What the clips are to be decoded by, see `lmdbcache.audio.formats`.
 
     Attributes:
         items: What was noted, in order.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from lmdbcache.audio import shown
 from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
 from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
 from lmdbcache.datasets.scanning import (
@@ -17,9 +18,8 @@ from lmdbcache.datasets.scanning import (
     usable_entries,
     visible_entries,
 )
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.errors import DatasetError
-from lmdbcache.home import expand_user
+from lmdbcache.files import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

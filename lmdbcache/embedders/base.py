@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from lmdbcache.errors import AudioDecodeError, CacheError, ConfigError, FrontEndError
-from lmdbcache.storage.format.values import has_masked_elements
+from lmdbcache.storage import has_masked_elements
 
 if TYPE_CHECKING:
     import torch

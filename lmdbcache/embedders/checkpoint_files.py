@@ -13,7 +13,7 @@ from typing import IO, Any, Final
 
 import xxhash
 
-from lmdbcache.embedders.audio_source import shown
+from lmdbcache.audio import shown
 from lmdbcache.errors import ModelLoadError
 
 __all__ = [

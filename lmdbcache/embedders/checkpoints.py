@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.audio import shown
 from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig, ModelName
-from lmdbcache.embedders.audio_source import shown
 from lmdbcache.embedders.checkpoint_files import (
     CONFIG_FILES,
     SAFETENSORS,
@@ -24,7 +24,7 @@ from lmdbcache.embedders.checkpoint_files import (
 )
 from lmdbcache.embedders.pretrained import read_json
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, ModelLoadError
-from lmdbcache.home import expand_user
+from lmdbcache.files import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lmdbcache.audio import by_soundfile
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio_formats import by_soundfile
 from lmdbcache.embedders.base import (
     as_features,
     check_num_samples,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.audio import by_soundfile, with_decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
-from lmdbcache.embedders.audio_formats import by_soundfile, with_decoder
 from lmdbcache.embedders.audio_spectrogram_transformer import AST
 from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedders.checkpoints import (

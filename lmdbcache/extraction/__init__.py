@@ -1,1 +1,5 @@
 """From audio files to stored embeddings: decode, embed, write; resumable at any point."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

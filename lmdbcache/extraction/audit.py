@@ -13,16 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, compare, recorded_sources
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
-from lmdbcache.embedders.registry import ready_model
+from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.features import features_of
 from lmdbcache.extraction.pipeline import default_num_workers
-from lmdbcache.sources.checking import recorded_sources
-from lmdbcache.sources.files import compare
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader
 
 __all__ = ["AuditReport", "AuditedSample", "audit", "tolerance_for"]
 

@@ -14,11 +14,17 @@ from typing import Any, Final
 
 import xxhash
 
+from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import DTYPES, CacheConfig
-from lmdbcache.embedders.audio_source import AudioSource
-from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
-from lmdbcache.embedders.registry import PretrainedModel, known_model, ready_model
+from lmdbcache.embedders import (
+    AudioModel,
+    Embedder,
+    FrontEnd,
+    PretrainedModel,
+    known_model,
+    ready_model,
+)
 from lmdbcache.errors import ExtractionError
 from lmdbcache.extraction.features import features_of
 from lmdbcache.extraction.pipeline import default_num_workers, plan_extractions

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from lmdbcache.audio import Clips
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import Sample
-from lmdbcache.embedders.audio_source import Clips
+from lmdbcache.datasets import Sample
 from lmdbcache.extraction.pipeline import extract
 from lmdbcache.extraction.samples import clips_of
 from lmdbcache.extraction.summary import ExtractionSummary

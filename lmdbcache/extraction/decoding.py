@@ -19,13 +19,11 @@ import numpy as np
 import torch
 import xxhash
 
-from lmdbcache.embedders.audio import DecodeReport, is_digital_silence, load_clip
-from lmdbcache.embedders.audio_source import shown
-from lmdbcache.embedders.base import FrontEnd, clip_features
+from lmdbcache.audio import DecodeReport, is_digital_silence, load_clip, shown
+from lmdbcache.cache import ClipFailure, source_of
+from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
 from lmdbcache.extraction.feature_batch import Clip, FeatureBatch, stacked_if_alike
-from lmdbcache.failures import ClipFailure
-from lmdbcache.sources.files import source_of
 
 __all__ = [
     "Clip",
@@ -97,7 +95,7 @@ def decode_unit(
         front_end: Waveform → features.
         sample_rate: In Hz.
         duration: In seconds.
-        decoder: Of the clips' files, see `lmdbcache.embedders.audio_formats`.
+        decoder: Of the clips' files, see `lmdbcache.audio.formats`.
 
     Raises:
         CacheError: The front end can't be loaded.
@@ -232,7 +230,7 @@ def feature_batches(
             start any, with a warning.
         sample_rate: In Hz.
         duration: In seconds.
-        decoder: Of the clips' files, see `lmdbcache.embedders.audio_formats`.
+        decoder: Of the clips' files, see `lmdbcache.audio.formats`.
         order: Number of units → the order to take them in.
         is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
     """

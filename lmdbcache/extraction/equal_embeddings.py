@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import xxhash
 
-from lmdbcache.storage.format.values import as_stored
+from lmdbcache.storage import as_stored
 
 __all__ = ["EqualEmbeddings"]
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from lmdbcache.embedders.audio_source import AudioSource
+from lmdbcache.audio import AudioSource
+from lmdbcache.cache import ClipFailure, Source
 from lmdbcache.errors import CacheError
-from lmdbcache.failures import ClipFailure
-from lmdbcache.sources.files import Source
 
 __all__ = ["Clip", "FeatureBatch", "stacked_if_alike"]
 

@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from lmdbcache.audio import AudioSource, decoder_of
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio_formats import decoder_of
-from lmdbcache.embedders.audio_source import AudioSource
-from lmdbcache.embedders.base import FrontEnd
+from lmdbcache.embedders import FrontEnd
 from lmdbcache.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ def features_of(
         MissingDependencyError: torch is missing.
     """
     try:
-        from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
+        from lmdbcache.extraction.decoding import feature_batches, worker_errors
+        from lmdbcache.extraction.feature_batch import Clip
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f'decoding clips needs the package {error.name}: pip install "lmdbcache[audio]"'

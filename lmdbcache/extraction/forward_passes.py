@@ -6,13 +6,12 @@ from typing import Final
 
 import torch
 
+from lmdbcache.cache import ClipFailure
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import Embedder, first_line
-from lmdbcache.embedders.first_batch import NUM_REPEATS, FirstBatches, tolerance_of
+from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, first_line, tolerance_of
 from lmdbcache.errors import CacheError, ExtractionError, ModuleError
 from lmdbcache.extraction.feature_batch import FeatureBatch
 from lmdbcache.extraction.memory_errors import memory_errors
-from lmdbcache.failures import ClipFailure
 
 __all__ = ["ForwardPasses"]
 

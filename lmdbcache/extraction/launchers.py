@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
-from lmdbcache.cores import available_cores
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.shares import Share
+from lmdbcache.machine import available_cores
 
 __all__ = ["LAUNCHERS", "is_on_several_machines", "launched_by", "share_from_environment"]
 

@@ -17,21 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.audio import AudioSource, Clips
+from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import AudioDataset
-from lmdbcache.embedders.audio_source import AudioSource, Clips
-from lmdbcache.embedders.base import AudioModel
-from lmdbcache.embedders.checkpoints import identify
-from lmdbcache.embedders.module_embedder import ModuleEmbedder
-from lmdbcache.embedders.registry import ready_model
-from lmdbcache.errors import (
-    ConfigError,
-    DatasetError,
-    ExtractionError,
-    IntegrityError,
-    RemoteError,
-)
+from lmdbcache.datasets import AudioDataset
+from lmdbcache.embedders import AudioModel, ModuleEmbedder, identify, ready_model
+from lmdbcache.errors import ConfigError, DatasetError, ExtractionError, IntegrityError, RemoteError
 from lmdbcache.extraction.pipeline import check_duration, check_options
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.ray_cluster import check_device, connected
@@ -42,8 +33,7 @@ from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
 from lmdbcache.extraction.units import units_of
-from lmdbcache.failures import ClipFailure
-from lmdbcache.storage.format.metadata import StoreMetadata
+from lmdbcache.storage import StoreMetadata
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.feature_batch import Clip, FeatureBatch

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lmdbcache.cache import FAILURES_NAME, ClipFailure, update_failures
 from lmdbcache.errors import CacheError, ExtractionError
 from lmdbcache.extraction.equal_embeddings import EqualEmbeddings
-from lmdbcache.failures import FAILURES_NAME, ClipFailure, update_failures
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.feature_batch import FeatureBatch

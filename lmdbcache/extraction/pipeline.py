@@ -14,14 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from lmdbcache.audio import Clips
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import AudioDataset
-from lmdbcache.embedders.audio_source import Clips
-from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
-from lmdbcache.embedders.devices import device_of_rank
-from lmdbcache.embedders.module_embedder import ModuleEmbedder
-from lmdbcache.embedders.registry import known_model, ready_model
+from lmdbcache.datasets import AudioDataset
+from lmdbcache.embedders import (
+    AudioModel,
+    Embedder,
+    FrontEnd,
+    ModuleEmbedder,
+    device_of_rank,
+    known_model,
+    ready_model,
+)
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.run import Run
 from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
@@ -36,7 +41,7 @@ from lmdbcache.extraction.space import (
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
-from lmdbcache.storage.files.generations import free_bytes
+from lmdbcache.storage import free_bytes
 
 __all__ = [
     "check_duration",

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import AudioModel
+from lmdbcache.embedders import AudioModel
 from lmdbcache.errors import CacheError, ExtractionError, MissingDependencyError
 from lmdbcache.extraction.ray_cluster import Pool, first_line, pool_for
 from lmdbcache.extraction.ray_ledger import Ledger

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.audio import decoder_of
+from lmdbcache.cache import ClipFailure
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio_formats import decoder_of
-from lmdbcache.embedders.base import AudioModel, FrontEnd
-from lmdbcache.embedders.registry import PretrainedModel, ready_model
+from lmdbcache.embedders import AudioModel, FrontEnd, PretrainedModel, ready_model
 from lmdbcache.errors import (
     CacheError,
     ExtractionError,
@@ -32,11 +32,11 @@ from lmdbcache.errors import (
     ModuleError,
     StorageError,
 )
-from lmdbcache.extraction.decoding import Clip, FeatureBatch, decode_unit
+from lmdbcache.extraction.decoding import decode_unit
+from lmdbcache.extraction.feature_batch import Clip, FeatureBatch
 from lmdbcache.extraction.forward_passes import ForwardPasses
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
-from lmdbcache.failures import ClipFailure
-from lmdbcache.storage.format.values import as_stored
+from lmdbcache.storage import as_stored
 
 __all__ = ["DecodeUnits", "EmbedUnits", "Job", "UnitAnswer"]
 

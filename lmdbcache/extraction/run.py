@@ -12,12 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.audio import AudioSource, decoder_of
+from lmdbcache.cache import ClipFailure, EmbeddingCache, SourceRecorder, changed_clips, num_suspects
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio_formats import decoder_of
-from lmdbcache.embedders.audio_source import AudioSource
-from lmdbcache.embedders.base import Embedder, FrontEnd
-from lmdbcache.embedders.checkpoints import folder_provenance
+from lmdbcache.embedders import Embedder, FrontEnd, folder_provenance
 from lmdbcache.errors import (
     AudioDecodeError,
     CacheError,
@@ -34,10 +32,7 @@ from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import order_of_units
 from lmdbcache.extraction.units import units_of
-from lmdbcache.failures import ClipFailure
-from lmdbcache.sources.checking import changed_clips, num_suspects
-from lmdbcache.sources.records import SourceRecorder
-from lmdbcache.storage.writer import EmbeddingWriter
+from lmdbcache.storage import EmbeddingWriter
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.feature_batch import FeatureBatch
@@ -225,7 +220,8 @@ class Run:
         """
         # torch is needed from here on, not for a run that has nothing to do.
         try:
-            from lmdbcache.extraction.decoding import Clip, feature_batches, worker_errors
+            from lmdbcache.extraction.decoding import feature_batches, worker_errors
+            from lmdbcache.extraction.feature_batch import Clip
             from lmdbcache.extraction.forward_passes import ForwardPasses
         except ModuleNotFoundError as error:
             raise MissingDependencyError(

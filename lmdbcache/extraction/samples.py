@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lmdbcache.datasets.base import AudioDataset, Sample, source_of
-from lmdbcache.datasets.listed import left_out_counts
-from lmdbcache.embedders.audio_source import AudioSource, Clips, as_source
+from lmdbcache.audio import AudioSource, Clips, as_source
+from lmdbcache.cache import ClipFailure, left_out_counts
+from lmdbcache.datasets import AudioDataset, Sample, source_of
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
-from lmdbcache.failures import ClipFailure
-from lmdbcache.storage.format.layout import canonical_sample_id
+from lmdbcache.storage import canonical_sample_id
 
 __all__ = ["clips_of", "counts_of_left_out", "distinct_clips", "pairs_of"]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.extraction.space import ExtractionPlan, readable_size
-from lmdbcache.memory_limit import memory_limit
-from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.extraction.space import ExtractionPlan
+from lmdbcache.files import readable_size
+from lmdbcache.machine import memory_limit
+from lmdbcache.storage import LARGE_VALUE_BYTES, NUMPY_DTYPES
 
 __all__ = [
     "DOCUMENT",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lmdbcache.cores import available_cores
 from lmdbcache.errors import ConfigError
+from lmdbcache.machine import available_cores
 
 __all__ = ["Share"]
 

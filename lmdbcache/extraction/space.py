@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage.files.generations import RESERVE_BYTES, free_bytes
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.files import readable_size
+from lmdbcache.storage import NUMPY_DTYPES, RESERVE_BYTES, free_bytes
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.scaling import ScalingWarning
@@ -22,7 +22,6 @@ __all__ = [
     "estimated_bytes",
     "existing_parent",
     "needed_bytes",
-    "readable_size",
 ]
 
 # LMDB 0.9: a value goes to pages of its own if its node would take more than half a page.
@@ -166,12 +165,3 @@ def existing_parent(folder: Path) -> Path:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-def readable_size(num_bytes: float) -> str:
-    """A size with a unit of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"

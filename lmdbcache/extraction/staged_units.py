@@ -1,7 +1,8 @@
 """Units that a node has embedded and that wait for the one process that stores them.
 
 They lie as files at a place that every node reaches. A file is a line of JSON and then the
-embeddings as a shard of `lmdbcache.sharing`; it appears whole or not at all, and its name is the
+embeddings as a shard of `lmdbcache.exchange.sharing`; it appears whole or not at all, and its
+name is the
 digest of its bytes.
 """
 
@@ -19,12 +20,11 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
+from lmdbcache.cache import Source
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, IntegrityError
-from lmdbcache.home import expand_user
-from lmdbcache.sharing.remote import Remote, is_url
-from lmdbcache.sharing.shards import decode_shard, encode_shard
-from lmdbcache.sources.files import Source
+from lmdbcache.exchange import Remote, decode_shard, encode_shard, is_url
+from lmdbcache.files import expand_user
 
 __all__ = ["StagedUnit", "StagingPlace"]
 

@@ -20,9 +20,8 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
 from lmdbcache.extraction.shares import Share
-from lmdbcache.home import expand_user
-from lmdbcache.storage.files.filesystems import check_local_for_writing, is_on_network
-from lmdbcache.storage.files.running_lock import at_rest, held_store
+from lmdbcache.files import expand_user
+from lmdbcache.storage import at_rest, check_local_for_writing, held_store, is_on_network
 
 __all__ = ["Staging"]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lmdbcache.failures import FAILURES_NAME, ClipFailure
+from lmdbcache.cache import FAILURES_NAME, ClipFailure
 
 __all__ = ["ExtractionSummary"]
 

@@ -8,9 +8,7 @@ from typing import Any, Final
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.checkpoints import moved_weights
-from lmdbcache.embedders.module_embedder import ModuleEmbedder
-from lmdbcache.embedders.module_weights import module_digest
+from lmdbcache.embedders import ModuleEmbedder, module_digest, moved_weights
 
 __all__ = ["check_unbuilt_model"]
 

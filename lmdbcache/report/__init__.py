@@ -1,5 +1,5 @@
 """The HTML report: one file that shows what a cache holds, to read and to hand on."""
 
-from lmdbcache.report.build import build_report, collect_report
+import lazy_loader
 
-__all__ = ["build_report", "collect_report"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,13 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, info_or_damage
 from lmdbcache.errors import ConfigError, MissingDependencyError
 from lmdbcache.report.dataset_coverage import DatasetSplits
 from lmdbcache.report.hit_rates import HitRate, hit_rates_of, recorded_hit_rates
 from lmdbcache.report.page import GENERATOR, page_of
 from lmdbcache.report.store_figures import StoreFigures, figures_of_store
-from lmdbcache.store_info import info_or_damage
 
 __all__ = [
     "DEFAULT_MAX_SAMPLES",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lmdbcache.coverage import coverage_of
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.cache import coverage_of
+from lmdbcache.storage import EmbeddingReader
 
 __all__ = ["DatasetSplits", "SplitCoverage", "coverage_by_split"]
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.read_figures import figures_of
+from lmdbcache.cache import EmbeddingCache, figures_of
 
 __all__ = ["HitRate", "hit_rates_of", "recorded_hit_rates"]
 

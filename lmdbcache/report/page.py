@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.extraction.space import readable_size
+from lmdbcache.files import readable_size
 from lmdbcache.report.neighbours import MAX_LISTED, NEAR_DUPLICATE_COSINE
 from lmdbcache.report.projection import MAX_POINTS, EmbeddingMap
 from lmdbcache.report.sampling import class_of

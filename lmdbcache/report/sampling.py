@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import xxhash
 
 from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.format.layout import split_sample_id
+from lmdbcache.storage import split_sample_id
 
 __all__ = ["class_of", "in_stratified_order"]
 

@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import ClipFailure, EmbeddingCache, StoreInfo, read_failures
 from lmdbcache.errors import CacheError
-from lmdbcache.failures import ClipFailure, read_failures
 from lmdbcache.report.dataset_coverage import DatasetSplits, SplitCoverage, coverage_by_split
 from lmdbcache.report.distributions import Distribution, distribution_of
 from lmdbcache.report.neighbours import Neighbours, find_neighbours
 from lmdbcache.report.projection import EmbeddingMap, map_of
 from lmdbcache.report.sampling import class_of, in_stratified_order
 from lmdbcache.report.vectors import Vectors, read_vectors
-from lmdbcache.storage.maintenance.compaction import plan_compaction
-from lmdbcache.store_info import StoreInfo
+from lmdbcache.storage import plan_compaction
 
 __all__ = ["ClassSize", "StoreFigures", "figures_of_store"]
 

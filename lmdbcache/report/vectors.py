@@ -14,7 +14,7 @@ import xxhash
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
 from lmdbcache.report.sampling import class_of
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader
 
 __all__ = ["Vectors", "read_vectors"]
 

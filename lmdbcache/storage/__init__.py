@@ -1,1 +1,5 @@
-"""One LMDB environment: its layout on disk, its readers, writers, compaction and checks."""
+"""One store, an LMDB environment: read it, write it, look after it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

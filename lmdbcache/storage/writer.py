@@ -11,12 +11,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import (
-    ConfigError,
-    DuplicateSampleError,
-    InvalidEmbeddingError,
-    StorageError,
-)
+from lmdbcache.errors import ConfigError, DuplicateSampleError, InvalidEmbeddingError, StorageError
 from lmdbcache.storage.format.layout import sample_key
 from lmdbcache.storage.format.values import as_stored, check_shape
 from lmdbcache.storage.writing.collecting import CollectedEmbeddings

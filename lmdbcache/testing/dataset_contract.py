@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from lmdbcache.audio import AudioSource, load_waveform
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import AudioDataset, Sample, sample_id_of, source_of
-from lmdbcache.datasets.namespaces import PUBLISHED
-from lmdbcache.datasets.narrowing import Narrowing, split_names
-from lmdbcache.datasets.overlaps import overlap_audit
-from lmdbcache.embedders.audio import load_waveform
-from lmdbcache.embedders.audio_source import AudioSource
-from lmdbcache.extraction.samples import clips_of
-from lmdbcache.storage.format.layout import canonical_class, canonical_sample_id
+from lmdbcache.datasets import (
+    PUBLISHED,
+    AudioDataset,
+    Narrowing,
+    Sample,
+    overlap_audit,
+    sample_id_of,
+    source_of,
+    split_names,
+)
+from lmdbcache.extraction import clips_of
+from lmdbcache.storage import canonical_class, canonical_sample_id
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +180,7 @@ class DatasetContract:
     ) -> None:
         """Every clip is stored under its id, with what it sounds like, and found again."""
         pytest.importorskip("torch")
-        from lmdbcache.extraction.pipeline import extract
+        from lmdbcache.extraction import extract
 
         cache = EmbeddingCache(tmp_path / "contract-cache")
         config = CacheConfig(

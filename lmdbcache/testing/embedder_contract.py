@@ -22,10 +22,9 @@ import numpy as np
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd, compute_features
-from lmdbcache.embedders.registry import config_for
+from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, compute_features, config_for
 from lmdbcache.errors import ConfigError, FrontEndError
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction import extract
 
 if TYPE_CHECKING:
     import torch

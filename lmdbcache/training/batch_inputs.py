@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.audio import fit
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.audio import fit
-from lmdbcache.embedders.base import clip_features
+from lmdbcache.embedders import clip_features
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.format.values import has_masked_elements
+from lmdbcache.storage import has_masked_elements
 
 __all__ = ["check_precision", "features_of", "select_inputs", "stacked"]
 

@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.cache import ViewSelection
 from lmdbcache.errors import CacheFullError
-from lmdbcache.hidden_states import ViewSelection
-from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
-from lmdbcache.storage.reading.selection import Selection
+from lmdbcache.storage import LARGE_VALUE_BYTES, MappedFile, Selection, batch_buffers
 from lmdbcache.training.tensors import as_tensor
 
 __all__ = ["DTYPES", "CopyThreads", "fetch_batch", "shared_memory"]

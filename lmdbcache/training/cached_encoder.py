@@ -19,9 +19,7 @@ import torch
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError, ProvenanceMismatchError
-from lmdbcache.storage.format.layout import canonical_sample_id
-from lmdbcache.storage.format.metadata import StoreMetadata
-from lmdbcache.storage.format.values import as_stored
+from lmdbcache.storage import StoreMetadata, as_stored, canonical_sample_id
 from lmdbcache.training.batch_inputs import check_precision, features_of, select_inputs, stacked
 from lmdbcache.training.frozen_model import FrozenModel
 from lmdbcache.training.mixed_batches import MixedBatch

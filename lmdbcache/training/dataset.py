@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.hidden_states import ViewSelection
-from lmdbcache.storage.reader import EmbeddingReader
-from lmdbcache.storage.reading.selection import Selection
+from lmdbcache.cache import ViewSelection
+from lmdbcache.storage import EmbeddingReader, Selection
 from lmdbcache.training.batches import CopyThreads, fetch_batch
 from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor

@@ -11,12 +11,17 @@ import numpy as np
 import torch
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import first_line
-from lmdbcache.embedders.first_batch import NUM_REPEATS, FirstBatches, tolerance_of
-from lmdbcache.embedders.module_embedder import input_dtype, no_real_numbers
-from lmdbcache.embedders.weights_watch import WatchedWeights
+from lmdbcache.embedders import (
+    NUM_REPEATS,
+    FirstBatches,
+    WatchedWeights,
+    first_line,
+    input_dtype,
+    no_real_numbers,
+    tolerance_of,
+)
 from lmdbcache.errors import CacheError, ConfigError, InvalidEmbeddingError, ModuleError
-from lmdbcache.storage.format.values import has_masked_elements
+from lmdbcache.storage import has_masked_elements
 from lmdbcache.training.batch_groups import copies_of, groups_by_shape, row_checksums
 from lmdbcache.training.batch_inputs import stacked
 from lmdbcache.training.model_by_name import ModelByName

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.cores import available_cores
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.machine import available_cores
+from lmdbcache.storage import EmbeddingReader
 from lmdbcache.training.batches import CopyThreads
 from lmdbcache.training.dataset import EmbeddingDataset, EmbeddingSource
 from lmdbcache.training.targets import Targets

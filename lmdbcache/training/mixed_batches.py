@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage.format.layout import join_sample_id
+from lmdbcache.storage import join_sample_id
 
 __all__ = ["MixedBatch"]
 

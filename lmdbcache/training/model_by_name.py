@@ -10,10 +10,15 @@ from typing import Any, Final
 import torch
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
-from lmdbcache.embedders.checkpoints import folder_provenance, moved_weights
-from lmdbcache.embedders.module_embedder import ModuleEmbedder
-from lmdbcache.embedders.registry import ready_model
+from lmdbcache.embedders import (
+    AudioModel,
+    Embedder,
+    FrontEnd,
+    ModuleEmbedder,
+    folder_provenance,
+    moved_weights,
+    ready_model,
+)
 from lmdbcache.errors import ConfigError
 
 __all__ = ["ModelByName"]

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmdbcache.cache import HiddenStateView
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.hidden_states import HiddenStateView
-from lmdbcache.storage.format.layout import canonical_sample_id
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader, canonical_sample_id
 from lmdbcache.training.batches import DTYPES, shared_memory
 
 __all__ = ["PreloadedEmbeddings", "preload"]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheNotFoundError, SampleNotFoundError
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader
 
 __all__ = ["StoredEmbeddings"]
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.errors import ConfigError, InvalidSampleIdError, MissingLabelError
-from lmdbcache.storage.format.layout import canonical_sample_id, class_of
+from lmdbcache.storage import canonical_sample_id, class_of
 from lmdbcache.training.tensors import as_tensor
 
 __all__ = ["Targets", "target_tensor"]

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 
 from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.format.layout import split_sample_id
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage import NUMPY_DTYPES, split_sample_id
 
 __all__ = ["TensorMapping", "as_tensor"]
 

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError
-from lmdbcache.storage.files.forking import process_id
-from lmdbcache.storage.writer import EmbeddingWriter
+from lmdbcache.storage import EmbeddingWriter, process_id
 from lmdbcache.training.stored_embeddings import StoredEmbeddings
 
 __all__ = ["Found", "WriteBack"]

@@ -89,7 +89,7 @@ def _be_the_command(
             os.dup2(opened, descriptor)
             os.close(opened)
         sys.argv = ["lmdbcache", *arguments]
-        from lmdbcache.cli.main import main
+        from lmdbcache.cli import main
 
         main()
     except SystemExit as ended:

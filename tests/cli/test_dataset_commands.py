@@ -11,7 +11,7 @@ import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
-from lmdbcache.failures import read_failures
+from lmdbcache.cache import read_failures
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_partition_needs_a_number_of_nodes(refused, esc50):
 def test_no_heavy_imports(command, esc50):
     """Looking at a dataset needs neither torch nor an audio library, nor `datasets`."""
     code = (
-        "import sys\nfrom lmdbcache.cli.main import main\n"
+        "import sys\nfrom lmdbcache.cli import main\n"
         f"sys.argv = ['lmdbcache', {command!r}, {str(esc50)!r}, '--num-nodes', '2',"
         " '--node-split-id', '0']\n"
         "try: main()\nexcept SystemExit as end: assert not end.code\n"

@@ -10,7 +10,7 @@ import pytest
 from small_disks import empty, fill, small_disk
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction import extract
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_cached_run_imports_no_model_library(filled, data, options):
     """A fully cached run imports neither torch nor transformers."""
     arguments = ["extract", str(data), "--root", str(filled[0].root), *map(str, options)]
     code = (
-        "import sys\nfrom lmdbcache.cli.main import main\n"
+        "import sys\nfrom lmdbcache.cli import main\n"
         f"sys.argv = ['lmdbcache', *{arguments!r}]\n"
         "try: main()\nexcept SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'torchaudio', 'soundfile'}\n"
@@ -130,7 +130,7 @@ def test_dry_run(cli, data, options, tmp_path):
 def test_warnings_of_a_plan(data, options, tmp_path, option):
     """What the machine won't bear is said after the plan, with the way out, and in JSON."""
     code = (
-        "import sys\nfrom lmdbcache.cli.main import main\n"
+        "import sys\nfrom lmdbcache.cli import main\n"
         "from lmdbcache.extraction import scaling\n"
         "scaling.memory_limit = lambda: 4096\n"  # a very small machine
         "sys.argv = ['lmdbcache', *sys.argv[1:]]\n"

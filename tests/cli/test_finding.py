@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from lmdbcache.failures import ClipFailure, update_failures
+from lmdbcache.cache import ClipFailure, update_failures
 
 
 def parsed(result):

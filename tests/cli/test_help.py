@@ -58,7 +58,7 @@ def test_no_heavy_imports(arguments, tmp_path):
     """Looking needs neither torch nor an audio library."""
     (tmp_path / "VEGAS" / "dog" / "audios").mkdir(parents=True)
     code = (
-        "import sys\nfrom lmdbcache.cli.main import main\n"
+        "import sys\nfrom lmdbcache.cli import main\n"
         f"sys.argv = ['lmdbcache', *{arguments!r}]\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'torchaudio', 'soundfile', 'soxr', 'tqdm'}\n"

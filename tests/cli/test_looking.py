@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig
-from lmdbcache.failures import ClipFailure, update_failures
+from lmdbcache.cache import ClipFailure, update_failures
 
 
 def parsed(result):
@@ -238,7 +238,7 @@ def test_plain_locales(cli, cache, configs, environment):
     with cache.writer(strange) as writer:
         writer.put("喵喵 \u2014 é:dog", [1.0, 2.0])
     for command in (["ls"], ["info", strange.fingerprint], ["verify", "--all"]):
-        code = "from lmdbcache.cli.main import main; import sys; sys.argv[0] = 'lmdbcache'; main()"
+        code = "from lmdbcache.cli import main; import sys; sys.argv[0] = 'lmdbcache'; main()"
         result = subprocess.run(
             [sys.executable, "-c", code, *command],
             check=False,

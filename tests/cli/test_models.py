@@ -13,8 +13,8 @@ import transformers
 from embedders.small_folders import folder_of
 
 from lmdbcache import EmbeddingCache, config_for
+from lmdbcache.audio import load_waveform
 from lmdbcache.config import DEFAULT_FRONT_END
-from lmdbcache.embedders import load_waveform
 
 CLASSES = ("--class", "dog", "--class", "drum")
 
@@ -109,7 +109,7 @@ def test_looking_imports_nothing_heavy(command, data):
     """config.json says enough."""
     arguments = [*command, str(data), "--model", str(folder_of("clap"))]
     code = (
-        "import sys\nfrom lmdbcache.cli.main import main\n"
+        "import sys\nfrom lmdbcache.cli import main\n"
         f"sys.argv = ['lmdbcache', *{arguments!r}]\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'torchaudio', 'soundfile', 'soxr', 'tqdm'}\n"

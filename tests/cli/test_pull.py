@@ -10,7 +10,7 @@ from sharing.shared_samples import some_embeddings
 from sharing.shared_stores import shard_file, share, stored
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.exchange import Remote
 
 CONFIG = CacheConfig(dataset="vegas")
 

@@ -17,11 +17,10 @@ import typer
 from storage.child_processes import peer_process
 
 from lmdbcache import EmbeddingCache
+from lmdbcache.cache import PrunePolicy, plan_pruning, prune
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
-from lmdbcache.pruning import PrunePolicy, plan_pruning, prune
-from lmdbcache.storage.files.generations import write_lock
+from lmdbcache.storage import checksum, write_lock
 from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
-from lmdbcache.storage.format.metadata import checksum
 
 DAY = 86400
 

@@ -16,7 +16,7 @@ def home(tmp_path, cache):
     """A fresh home, with the command as an installed one; gives its environment."""
     program = tmp_path / "bin" / "lmdbcache"
     program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nfrom lmdbcache.cli.main import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom lmdbcache.cli import main\nmain()\n")
     program.chmod(0o755)
     (tmp_path / "home").mkdir()
     path = f"{program.parent}:{os.environ['PATH']}"

@@ -11,8 +11,8 @@ from extraction.clips import tone, write
 from small_disks import fill, small_disk
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
-from lmdbcache.extraction.pipeline import extract
-from lmdbcache.sources.records import SOURCES_NAME
+from lmdbcache.cache import SOURCES_NAME
+from lmdbcache.extraction import extract
 
 
 @pytest.fixture

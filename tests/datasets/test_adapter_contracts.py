@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
 
+from lmdbcache.datasets import open_dataset
 from lmdbcache.datasets.audio_folder import AudioFolderDataset
 from lmdbcache.datasets.esc50 import ESC50Dataset
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
-from lmdbcache.datasets.opening import open_dataset
-from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.datasets.vegas.selection import VEGASSelection
 from lmdbcache.datasets.vggsound import VGGSoundDataset
 from lmdbcache.testing.dataset_contract import DatasetContract
 

@@ -8,8 +8,8 @@ import unicodedata
 import pytest
 from synthetic_layouts import make_audio_folder, tone, write_audio
 
+from lmdbcache.datasets import Narrowing
 from lmdbcache.datasets.audio_folder import AudioFolderDataset
-from lmdbcache.datasets.narrowing import Narrowing
 from lmdbcache.errors import DatasetError
 
 

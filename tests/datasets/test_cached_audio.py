@@ -24,12 +24,11 @@ from lmdbcache import (
     config_for,
     extract,
 )
-from lmdbcache.datasets import cached_audio
-from lmdbcache.datasets.base import AudioDataset, source_of
-from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, load_waveform
-from lmdbcache.embedders.audio import load_clip
+from lmdbcache.audio import load_clip, load_waveform
+from lmdbcache.cache import ClipFailure
+from lmdbcache.datasets import AudioDataset, cached_audio, source_of
+from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
-from lmdbcache.failures import ClipFailure
 
 OWN = CacheConfig(
     model_name="own", front_end="own/1", output="embedding", duration=0.5, dataset="vegas"

@@ -15,7 +15,7 @@ from embedders.small_folders import folder_of
 from lmdbcache import EmbeddingCache, clips_of, config_for
 from lmdbcache.datasets import open_dataset
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction import extract
 
 av = pytest.importorskip("av")
 

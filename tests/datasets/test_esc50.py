@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from synthetic_layouts import ESC50_CLASSES, make_esc50
 
+from lmdbcache.datasets import Narrowing
 from lmdbcache.datasets.esc50 import ESC50Dataset
-from lmdbcache.datasets.narrowing import Narrowing
 from lmdbcache.errors import DatasetError
 
 

@@ -13,11 +13,9 @@ datasets = pytest.importorskip("datasets")
 from huggingface_tables import CLASSES, encoded, table, two_splits  # noqa: E402
 from synthetic_layouts import tone, write_audio  # noqa: E402
 
-from lmdbcache.datasets.base import source_of  # noqa: E402
+from lmdbcache.audio import load_waveform  # noqa: E402
+from lmdbcache.datasets import Narrowing, open_dataset, source_of  # noqa: E402
 from lmdbcache.datasets.huggingface import HuggingFaceDataset  # noqa: E402
-from lmdbcache.datasets.narrowing import Narrowing  # noqa: E402
-from lmdbcache.datasets.opening import open_dataset  # noqa: E402
-from lmdbcache.embedders.audio import load_waveform  # noqa: E402
 from lmdbcache.errors import AudioDecodeError, DatasetError  # noqa: E402
 
 
@@ -74,7 +72,7 @@ def test_only_the_row_is_read(tmp_path):
     code = (
         "import sys, resource\n"
         "from lmdbcache.datasets.huggingface import HuggingFaceDataset\n"
-        "from lmdbcache.datasets.base import source_of\n"
+        "from lmdbcache.datasets import source_of\n"
         "dataset = HuggingFaceDataset(sys.argv[1])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "with source_of(dataset.samples[40]).open_binary() as file:\n"
@@ -218,8 +216,8 @@ def test_damaged_arrow_files(saved, tmp_path):
 def test_no_torch_is_imported(saved):
     """Opening and reading such a dataset needs no torch."""
     code = (
-        "import sys; from lmdbcache.datasets.opening import open_dataset\n"
-        "from lmdbcache.datasets.base import source_of\n"
+        "import sys; from lmdbcache.datasets import open_dataset\n"
+        "from lmdbcache.datasets import source_of\n"
         "dataset = open_dataset(sys.argv[1])\n"
         "source_of(dataset.samples[0]).open_binary().close()\n"
         "assert dataset.kind == 'huggingface' and 'torch' not in sys.modules\n"
@@ -231,7 +229,7 @@ def test_without_the_package(saved):
     """Where `datasets` isn't installed, the extra is named; other layouts don't need it."""
     code = (
         "import sys; sys.modules['datasets'] = None\n"
-        "from lmdbcache.datasets.opening import open_dataset\n"
+        "from lmdbcache.datasets import open_dataset\n"
         "from lmdbcache.errors import MissingDependencyError\n"
         "try: open_dataset(sys.argv[1])\n"
         "except MissingDependencyError as error: print(error)\n"

@@ -15,7 +15,7 @@ from huggingface_tables import CLASSES, encoded, table  # noqa: E402
 from synthetic_layouts import tone, write_audio  # noqa: E402
 
 from lmdbcache import CacheConfig, EmbeddingCache  # noqa: E402
-from lmdbcache.datasets.base import sample_id_of, source_of  # noqa: E402
+from lmdbcache.datasets import sample_id_of, source_of  # noqa: E402
 from lmdbcache.datasets.huggingface import HuggingFaceDataset  # noqa: E402
 
 NUM = 20
@@ -97,7 +97,7 @@ def test_a_part_gives_each_clip_the_id_that_it_has_in_the_whole(whole, how, tmp_
 def test_an_extraction_of_another_range_has_no_false_hits(name, tmp_path):
     """After rows 0 to 9, rows 5 to 14 find five embeddings, and those are their own."""
     pytest.importorskip("torch")
-    from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.extraction import extract
     from lmdbcache.testing import dataset_contract
 
     ds = table(rows_called(NAMES[name]), split="train")
@@ -164,7 +164,7 @@ def test_the_same_audio_twice_is_one_sample_of_a_class_and_one_of_another():
 @pytest.mark.parametrize("kind", ["fifo", "folder", "gone", "neither"])
 def test_a_row_without_a_readable_file_fails_by_name(kind, tmp_path):
     """Nothing waits for a pipe; the other rows keep their ids."""
-    from lmdbcache.embedders.audio import load_waveform
+    from lmdbcache.audio import load_waveform
     from lmdbcache.errors import AudioDecodeError
 
     path = tmp_path / "x.wav"
@@ -191,7 +191,7 @@ LABELS = {
 def test_several_labels_in_a_row_are_a_multi_hot_target(kind):
     """All labels of a row reach the training loop; a row without any has a target of zeros."""
     torch = pytest.importorskip("torch")
-    from lmdbcache.datasets.cached_audio import CachedAudioDataset, collate_mixed
+    from lmdbcache.datasets import CachedAudioDataset, collate_mixed
 
     feature, written = LABELS[kind]
     given = [[0, 2], [1], [], [2, 1, 0], None]

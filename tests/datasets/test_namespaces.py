@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50
 
-from lmdbcache.datasets.namespaces import check_namespace, derived_namespace
-from lmdbcache.datasets.opening import open_dataset
+from lmdbcache.datasets import check_namespace, open_dataset
+from lmdbcache.datasets.namespaces import derived_namespace
 from lmdbcache.errors import ConfigError, DatasetError
 
 

@@ -7,9 +7,8 @@ import itertools
 import pytest
 from synthetic_layouts import make_esc50, make_vggsound, tone, write_audio
 
-from lmdbcache.datasets.narrowing import Narrowing, split_names, split_source
-from lmdbcache.datasets.opening import open_dataset
-from lmdbcache.datasets.vegas_selection import VEGASSelection
+from lmdbcache.datasets import Narrowing, open_dataset, split_names, split_source
+from lmdbcache.datasets.vegas.selection import VEGASSelection
 from lmdbcache.errors import DatasetError
 
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
 
-from lmdbcache.datasets.opening import KINDS, open_dataset
+from lmdbcache.datasets import open_dataset
+from lmdbcache.datasets.opening import KINDS
 from lmdbcache.errors import DatasetError
 
 
@@ -117,7 +118,7 @@ def test_no_heavy_import(tmp_path):
     """Opening needs neither torch, an audio library, nor `datasets`."""
     root = make_esc50(tmp_path / "x")
     code = (
-        "import sys; from lmdbcache.datasets.opening import open_dataset\n"
+        "import sys; from lmdbcache.datasets import open_dataset\n"
         "assert len(open_dataset(sys.argv[1]).samples) == 30\n"
         "heavy = {'torch', 'transformers', 'soundfile', 'soxr', 'datasets', 'pandas', 'pyarrow'}\n"
         "assert not heavy & set(sys.modules)\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from lmdbcache.datasets.overlaps import overlap_audit
+from lmdbcache.datasets import overlap_audit
 
 
 def samples(folder, *names):

@@ -10,12 +10,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from lmdbcache.datasets import partitions
-from lmdbcache.datasets.partitions import partition_samples
-from lmdbcache.datasets.splits import node_split
+from lmdbcache.datasets import node_split, partition_samples, partitions
 from lmdbcache.errors import DatasetError
 
 
@@ -170,7 +167,7 @@ def test_ties_are_decided_the_same_way_everywhere():
 def test_another_process_agrees():
     """Neither the hash seed of Python nor numpy's state matters."""
     code = (
-        "import json, sys; from lmdbcache.datasets.partitions import partition_samples\n"
+        "import json, sys; from lmdbcache.datasets import partition_samples\n"
         "samples = json.load(sys.stdin)\n"
         "print(json.dumps(partition_samples(samples, 4, by='dirichlet', alpha=0.3)))\n"
     )

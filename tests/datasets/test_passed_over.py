@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, left_out_counts
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.listed import left_out_counts
-from lmdbcache.datasets.opening import open_dataset
-from lmdbcache.datasets.vegas import VEGASDataset
+from lmdbcache.datasets import VEGASDataset, open_dataset
 from lmdbcache.errors import DatasetError
 
 # Layout → (folder with clips, class of the clips in it as far as the layout knows it)
@@ -315,8 +313,7 @@ def test_a_table_that_is_a_pipe_is_refused(root, kind):
 def test_an_extraction_of_a_dataset_says_what_was_left_out(tmp_path):
     """From Python, too: in the summary, its text and its JSON; clips alone leave nothing out."""
     from lmdbcache import CacheConfig, EmbeddingCache
-    from lmdbcache.extraction.pipeline import extract
-    from lmdbcache.extraction.samples import clips_of
+    from lmdbcache.extraction import clips_of, extract
     from lmdbcache.testing import dataset_contract
 
     root = make_audio_folder(tmp_path / "s")

@@ -11,10 +11,10 @@ from collections import Counter
 from itertools import chain
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from lmdbcache.datasets.splits import SPLITS, node_split, split_samples
+from lmdbcache.datasets import node_split, split_samples
+from lmdbcache.datasets.splits import SPLITS
 from lmdbcache.errors import DatasetError
 
 
@@ -108,7 +108,7 @@ def test_splits_are_the_same_in_another_process():
     """Nothing depends on the process's hash seed, and torch isn't imported."""
     code = (
         "import json, sys\n"
-        "from lmdbcache.datasets.splits import split_samples\n"
+        "from lmdbcache.datasets import split_samples\n"
         "samples = [{'class_name': c, 'file_id': str(i)} for c in 'ab' for i in range(50)]\n"
         "found = [s['class_name'] + s['file_id'] for s in split_samples(samples, 'val')]\n"
         "print(json.dumps([found, 'torch' in sys.modules]))\n"

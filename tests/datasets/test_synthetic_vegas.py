@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from synthetic_vegas import SAMPLE_RATES, make_synthetic_vegas
 
-from lmdbcache.datasets.vegas_layout import CLASS_LABELS
+from lmdbcache.datasets import CLASS_LABELS
 
 
 def test_layout_and_variety(tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from synthetic_layouts import VGGSOUND_CLASSES, make_vggsound
 
-from lmdbcache.datasets.narrowing import Narrowing
+from lmdbcache.datasets import Narrowing
 from lmdbcache.datasets.splits import SPLITS
 from lmdbcache.datasets.vggsound import VGGSoundDataset
 from lmdbcache.errors import DatasetError

@@ -10,13 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from lmdbcache.embedders.audio import (
-    DecodeReport,
-    decode,
-    fit,
-    is_digital_silence,
-    load_waveform,
-)
+from lmdbcache.audio import DecodeReport, decode, fit, is_digital_silence, load_waveform
 from lmdbcache.errors import AudioDecodeError
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from lmdbcache.embedders.audio import decode
+from lmdbcache.audio import decode
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
 
 

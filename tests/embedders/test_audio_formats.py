@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from lmdbcache.embedders.audio import decode
-from lmdbcache.embedders.audio_formats import is_readable, readable_suffixes, unreadable_suffixes
+from lmdbcache.audio import decode, is_readable
+from lmdbcache.audio.formats import readable_suffixes, unreadable_suffixes
 from lmdbcache.errors import AudioDecodeError, ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def test_an_instrument_without_a_sample_rate_is_refused(tmp_path: Path) -> None:
 def test_without_soundfile_the_suffixes_are_the_same() -> None:
     script = (
         "import sys; sys.modules['soundfile'] = None\n"
-        "from lmdbcache.embedders.audio_formats import readable_suffixes as found\n"
+        "from lmdbcache.audio.formats import readable_suffixes as found\n"
         "assert 'torch' not in sys.modules\n"
         "print(*sorted(found()))"
     )

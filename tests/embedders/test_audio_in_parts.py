@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from embedders.encoded_audio import RATE, SECONDS, InMemory, encoded, id3, tone, without_first_frame
 
-from lmdbcache.embedders.audio import DecodeReport, decode
+from lmdbcache.audio import DecodeReport, decode
 from lmdbcache.errors import AudioDecodeError
 
 TAG = b"TAG" + b"\0" * 125

@@ -11,8 +11,7 @@ import soundfile
 from embedders.encoded_audio import InMemory
 from synthetic_layouts import tone, write_audio
 
-from lmdbcache.embedders.audio import decode, load_waveform
-from lmdbcache.embedders.audio_source import AudioSource, as_source, shown
+from lmdbcache.audio import AudioSource, as_source, decode, load_waveform, shown
 from lmdbcache.errors import AudioDecodeError
 
 

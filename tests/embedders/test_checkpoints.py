@@ -11,15 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbcache.config import (
-    DEFAULT_FRONT_END,
-    DEFAULT_MODEL_NAME,
-    UNSTATED_FRONT_END,
-    CacheConfig,
-)
+from lmdbcache.config import DEFAULT_FRONT_END, DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
+from lmdbcache.embedders import config_for, find_checkpoint, model_identity, weights_digest
 from lmdbcache.embedders.checkpoint_files import canonical_head
-from lmdbcache.embedders.checkpoints import find_checkpoint, model_identity, weights_digest
-from lmdbcache.embedders.registry import config_for
 from lmdbcache.errors import CacheError, ModelLoadError
 
 

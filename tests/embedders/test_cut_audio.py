@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from embedders.encoded_audio import RATE, InMemory, chunk, encoded, id3, put, tone, wave_file
 
-from lmdbcache.embedders.audio import decode
+from lmdbcache.audio import decode
 from lmdbcache.errors import AudioDecodeError
 
 WAVE_LIST = chunk(b"LIST", b"INFOISFT" + b"\x05\0\0\0abcde\0")

@@ -9,8 +9,7 @@ import transformers
 from embedders.small_folders import VARIANTS, folder_of
 
 from lmdbcache import config_for
-from lmdbcache.embedders import FrontEnd, find_model
-from lmdbcache.embedders.base import compute_features
+from lmdbcache.embedders import FrontEnd, compute_features, find_model
 from lmdbcache.embedders.registry import FAMILIES
 from lmdbcache.embedders.transformers_family import Settings
 

@@ -12,8 +12,8 @@ import pytest
 from embedders.encoded_audio import InMemory, encoded, id3, tone
 
 from lmdbcache import CacheConfig, config_for
-from lmdbcache.embedders.audio import DecodeReport, decode, load_waveform
-from lmdbcache.embedders.audio_formats import decoder_of, readable_suffixes, with_decoder
+from lmdbcache.audio import DecodeReport, decode, decoder_of, load_waveform, with_decoder
+from lmdbcache.audio.formats import readable_suffixes
 from lmdbcache.errors import AudioDecodeError, ConfigError
 
 av = pytest.importorskip("av")

@@ -8,8 +8,9 @@ import torch
 from extraction.clips import RATE, tone, write
 
 from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, extract
-from lmdbcache.embedders import load_waveform
-from lmdbcache.embedders.base import as_features, clip_features, compute_features
+from lmdbcache.audio import load_waveform
+from lmdbcache.embedders import clip_features, compute_features
+from lmdbcache.embedders.base import as_features
 from lmdbcache.errors import AudioDecodeError, ExtractionError, FrontEndError, ModuleError
 from lmdbcache.testing.embedder_contract import ModelContract
 

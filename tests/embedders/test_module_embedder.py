@@ -10,7 +10,7 @@ from extraction.clips import write_tones
 from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract
 from lmdbcache.embedders import AudioModel
 from lmdbcache.errors import ConfigError, ExtractionError, ProvenanceMismatchError
-from lmdbcache.extraction.pipeline import plan_extraction
+from lmdbcache.extraction import plan_extraction
 
 DURATION = 0.5
 
@@ -90,7 +90,7 @@ def test_extraction(cache, clips, output, shape):
     front_end = embedder.make_front_end(config)
     assert front_end.min_samples == 1
     module.eval()
-    from lmdbcache.embedders import load_waveform
+    from lmdbcache.audio import load_waveform
 
     with cache.reader(config) as reader, torch.no_grad():
         assert reader.embedding_shape == shape
@@ -168,7 +168,7 @@ def test_nan_is_refused_by_name(cache, clips):
             mean = waveforms[:, :400].abs().mean(dim=1, keepdim=True)
             return torch.where(waveforms[:, 7:8] == self.seventh, torch.nan, mean)
 
-    from lmdbcache.embedders import load_waveform
+    from lmdbcache.audio import load_waveform
 
     module = Sometimes()
     module.seventh = float(load_waveform(clips["video_00003:dog"], 16000, DURATION)[7])

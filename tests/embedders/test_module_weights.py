@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmdbcache.embedders.module_weights import module_digest
+from lmdbcache.embedders import module_digest
 from lmdbcache.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, config_for, model_identity
-from lmdbcache.embedders import find_model
-from lmdbcache.embedders.registry import FAMILIES, ready_model
+from lmdbcache.embedders import find_model, ready_model
+from lmdbcache.embedders.registry import FAMILIES
 from lmdbcache.errors import ConfigError, ModelLoadError
 
 ALL = ["ast", "wav2vec2", "whisper", "clap"]

@@ -8,7 +8,7 @@ from extraction.processes import Command
 from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction import extract
 
 DURATION = 0.5
 

@@ -158,7 +158,7 @@ def _main(
     multiprocessing.set_start_method(None, force=True)
     import torch
 
-    from lmdbcache.cli.main import main
+    from lmdbcache.cli import main
 
     torch.set_num_threads(1)  # two runs at once would spend their time waiting for each other
     if prepare is not None:

@@ -15,9 +15,7 @@ from extraction.clips import Steps
 from extraction.processes import PATIENCE, _context
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.extraction.launchers import share_from_environment
-from lmdbcache.extraction.pipeline import extract
-from lmdbcache.extraction.shares import Share
+from lmdbcache.extraction import Share, extract, share_from_environment
 
 BATCH = 4
 CONFIG = CacheConfig(duration=0.5, model_name="neighbours", dataset="vegas")

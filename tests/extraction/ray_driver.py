@@ -14,8 +14,7 @@ import torch
 
 from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, open_dataset
 from lmdbcache.errors import CacheError
-from lmdbcache.extraction import ray_pipeline
-from lmdbcache.extraction.on_ray import extract_on_ray
+from lmdbcache.extraction import extract_on_ray, ray_pipeline
 
 
 class Frames(torch.nn.Module):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from extraction.clips import tone, write, write_tones
 
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
-from lmdbcache.embedders.checkpoints import find_checkpoint
+from lmdbcache.embedders import ASTEmbedder, find_checkpoint
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.audit import audit, tolerance_for
+from lmdbcache.extraction import audit
+from lmdbcache.extraction.audit import tolerance_for
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import pytest
 from extraction.clips import write_tones
 
 from lmdbcache import CacheConfig
+from lmdbcache.cache import SOURCES_NAME
 from lmdbcache.config import DTYPES
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
-from lmdbcache.extraction import capacity, pipeline
-from lmdbcache.extraction.capacity import plan_capacity
-from lmdbcache.sources.records import SOURCES_NAME
+from lmdbcache.embedders import ASTEmbedder
+from lmdbcache.extraction import capacity, pipeline, plan_capacity
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def test_without_torch(clips, cache, config, ast_folder):
     code = (
         "import sys; sys.modules['torch'] = None\n"  # as if it weren't installed
         "from lmdbcache import CacheConfig, EmbeddingCache\n"
-        "from lmdbcache.extraction.capacity import plan_capacity\n"
+        "from lmdbcache.extraction import plan_capacity\n"
         "root, model, *clips = sys.argv[1:]\n"
         "found = plan_capacity(EmbeddingCache(root), CacheConfig(duration=1.0),\n"
         "                      {c + ':x': c for c in clips},\n"

@@ -8,9 +8,8 @@ import torch
 from extraction.clips import write_tones
 
 from lmdbcache import CacheConfig, open_dataset
-from lmdbcache.embedders.audio import load_waveform
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
-from lmdbcache.embedders.checkpoints import find_checkpoint
+from lmdbcache.audio import load_waveform
+from lmdbcache.embedders import ASTEmbedder, find_checkpoint
 from lmdbcache.errors import ConfigError, DatasetError, ProvenanceMismatchError
 
 

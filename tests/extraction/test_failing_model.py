@@ -7,10 +7,9 @@ import shutil
 import pytest
 import torch
 
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
-from lmdbcache.embedders.checkpoints import find_checkpoint
+from lmdbcache.cache import FAILURES_NAME
+from lmdbcache.embedders import ASTEmbedder, find_checkpoint
 from lmdbcache.errors import ExtractionError, ModelLoadError
-from lmdbcache.failures import FAILURES_NAME
 
 
 class Failing(ASTEmbedder):

@@ -12,7 +12,7 @@ from extraction.clips import RATE, tone, write, write_tones
 
 from lmdbcache import ModuleEmbedder, config_for, extract
 from lmdbcache.errors import ExtractionError, InvalidEmbeddingError
-from lmdbcache.extraction.decoding import FeatureBatch
+from lmdbcache.extraction.feature_batch import FeatureBatch
 
 
 class Net(torch.nn.Module):

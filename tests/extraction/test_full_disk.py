@@ -6,10 +6,9 @@ import pytest
 from small_disks import empty, fill, small_disk
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
-from lmdbcache.embedders.checkpoints import find_checkpoint
+from lmdbcache.cache import read_failures
+from lmdbcache.embedders import ASTEmbedder, find_checkpoint
 from lmdbcache.errors import CacheFullError
-from lmdbcache.failures import read_failures
 
 _RESERVE = 16 << 20  # a commit wants this much free beyond what it writes
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from extraction.clips import tone, write, write_bad, write_good
 
-from lmdbcache.failures import FAILURES_NAME, read_failures
+from lmdbcache.cache import FAILURES_NAME, read_failures
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def num_stored(cache, config):
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, dataset_folder, ast_folder):
     """The same embeddings from one run."""
-    from lmdbcache.extraction.pipeline import extract
+    from lmdbcache.extraction import extract
 
     cache = EmbeddingCache(tmp_path_factory.mktemp("uninterrupted"))
     config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")

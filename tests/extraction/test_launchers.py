@@ -5,21 +5,19 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from lmdbcache.cores import available_cores
-from lmdbcache.embedders.devices import device_of_rank
-from lmdbcache.embedders.registry import PretrainedModel
+from lmdbcache.embedders import PretrainedModel, device_of_rank
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.launchers import (
+from lmdbcache.extraction import (
+    Share,
+    extract,
     is_on_several_machines,
     launched_by,
     share_from_environment,
 )
-from lmdbcache.extraction.pipeline import extract
-from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.units import units_of
+from lmdbcache.machine import available_cores
 
 _samples = st.sets(st.integers(0, 999).map(lambda number: f"{number:03d}:dog"), max_size=60)
 

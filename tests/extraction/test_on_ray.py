@@ -20,9 +20,9 @@ from extraction.processes import PATIENCE
 from extraction.ray_driver import frames, frames_config
 
 from lmdbcache import EmbeddingCache, config_for, open_dataset
-from lmdbcache.extraction.pipeline import extract
-from lmdbcache.sources.records import SourceRecords
-from lmdbcache.storage.maintenance.checksums import stored_checksums
+from lmdbcache.cache import SourceRecords
+from lmdbcache.extraction import extract
+from lmdbcache.storage import stored_checksums
 
 pytest.importorskip("ray", reason="the extra [ray]")
 # Each run starts half a dozen Python processes that import torch.

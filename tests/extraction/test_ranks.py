@@ -16,10 +16,9 @@ from extraction.clips import NUM_CLIPS, Steps, tone, write
 from extraction.ranks import BATCH, CONFIG, Neighbours, Ranks, clips_of, finish, kill, run_rank
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
-from lmdbcache.extraction.pipeline import extract
-from lmdbcache.extraction.shares import Share
-from lmdbcache.failures import read_failures
-from lmdbcache.merging import merge_stores
+from lmdbcache.cache import read_failures
+from lmdbcache.exchange import merge_stores
+from lmdbcache.extraction import Share, extract
 from lmdbcache.storage.writing.committing import Committer
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ import torch
 from extraction.ray_driver import frames, frames_config
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.embedders.checkpoints import weights_digest
+from lmdbcache.cache import source_of
+from lmdbcache.embedders import weights_digest
 from lmdbcache.errors import (
     ConfigError,
     DatasetError,
@@ -24,15 +25,12 @@ from lmdbcache.errors import (
     ModelLoadError,
     StorageError,
 )
-from lmdbcache.extraction import ray_workers
-from lmdbcache.extraction.decoding import Clip
-from lmdbcache.extraction.on_ray import extract_on_ray
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.extraction import extract, extract_on_ray, ray_workers
+from lmdbcache.extraction.feature_batch import Clip
 from lmdbcache.extraction.ray_ledger import Ledger
 from lmdbcache.extraction.ray_pipeline import _given_up
 from lmdbcache.extraction.ray_workers import DecodeUnits, EmbedUnits, Job
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
-from lmdbcache.sources.files import source_of
 
 
 class Asked:
@@ -186,7 +184,7 @@ def test_leftovers_are_stored_first(cache, clips, tmp_path, without_ray):
     assert place.names() == {}
     with cache.reader(config) as reader:
         assert all(np.array_equal(reader[name], rows[name]) for name in names)
-    from lmdbcache.sources.checking import num_suspects
+    from lmdbcache.cache import num_suspects
 
     assert num_suspects(cache.path(config), clips) == 0
 

@@ -9,8 +9,7 @@ import bench_scaling
 import numpy as np
 import pytest
 
-from lmdbcache.extraction import scaling
-from lmdbcache.extraction.pipeline import plan_extraction
+from lmdbcache.extraction import plan_extraction, scaling
 from lmdbcache.extraction.scaling import Machine, growth_of, speed_warnings, warnings_for
 from lmdbcache.extraction.space import estimated_bytes
 

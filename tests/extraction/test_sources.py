@@ -12,9 +12,8 @@ import pytest
 from extraction.clips import Steps, tone, write, write_tones
 
 from lmdbcache import CacheConfig, model_identity
+from lmdbcache.cache import SOURCES_NAME, check_sources, recorded_sources
 from lmdbcache.extraction import decoding
-from lmdbcache.sources.checking import check_sources, recorded_sources
-from lmdbcache.sources.records import SOURCES_NAME
 
 
 @pytest.fixture

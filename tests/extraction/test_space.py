@@ -11,12 +11,9 @@ import pytest
 from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, model_identity
-from lmdbcache.embedders.audio_spectrogram_transformer import ASTEmbedder
-from lmdbcache.embedders.checkpoints import find_checkpoint
-from lmdbcache.embedders.registry import find_model
+from lmdbcache.embedders import ASTEmbedder, find_checkpoint, find_model
 from lmdbcache.errors import CacheFullError
-from lmdbcache.extraction import space
-from lmdbcache.extraction.pipeline import plan_extraction
+from lmdbcache.extraction import plan_extraction, space
 
 
 def never(*_):

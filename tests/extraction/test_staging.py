@@ -13,6 +13,7 @@ from extraction.clips import Steps
 from extraction.processes import PATIENCE
 from extraction.ranks import BATCH, CONFIG, Neighbours, run_rank
 
+from lmdbcache.cache import read_failures
 from lmdbcache.errors import (
     CacheFullError,
     ConfigError,
@@ -20,12 +21,15 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
-from lmdbcache.extraction import staging as staging_module
-from lmdbcache.extraction.pipeline import extract, plan_extraction, stored_of_share
-from lmdbcache.extraction.shares import Share
-from lmdbcache.failures import read_failures
-from lmdbcache.merging import merge_stores
-from lmdbcache.storage.files.filesystems import NETWORK_VARIABLE
+from lmdbcache.exchange import merge_stores
+from lmdbcache.extraction import (
+    Share,
+    extract,
+    plan_extraction,
+    staging as staging_module,
+    stored_of_share,
+)
+from lmdbcache.storage import NETWORK_VARIABLE
 
 _context = multiprocessing.get_context("fork")
 

@@ -14,8 +14,8 @@ from extraction.clips import NUM_CLIPS
 from extraction.processes import PATIENCE, call_after, catches, hold_after, signal_workers
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
+from lmdbcache.extraction import extract
 from lmdbcache.extraction.decoding import worker_errors
-from lmdbcache.extraction.pipeline import extract
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -87,7 +87,7 @@ def test_what_no_commit_has_seen_is_committed(start, arguments, num_stored, numb
 
 def test_second_ctrl_c_ends_at_once(start, arguments, cache, config, num_stored):
     """While the first waits for another writer, a second one doesn't; the store stays sound."""
-    from lmdbcache.storage.files.generations import write_lock
+    from lmdbcache.storage import write_lock
 
     cache.writer(config).close()
     command = start(

@@ -13,8 +13,8 @@ from extraction.clips import Steps
 from extraction.processes import PATIENCE
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.embedders.first_batch import NUM_REPEATS
-from lmdbcache.extraction.pipeline import extract
+from lmdbcache.embedders import NUM_REPEATS
+from lmdbcache.extraction import extract
 from lmdbcache.extraction.turns import order_of_units, place_among_runs
 
 NUM_CLIPS = 240

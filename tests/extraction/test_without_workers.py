@@ -222,7 +222,7 @@ class _Failing(_Unpicklable):
 
 
 def units_of(paths):
-    from lmdbcache.extraction.decoding import Clip
+    from lmdbcache.extraction.feature_batch import Clip
 
     return [[Clip(sample_id, path)] for sample_id, path in paths.items()]
 

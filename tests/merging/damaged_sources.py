@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.merging import merge_stores
+from lmdbcache.exchange import merge_stores
 
 
 def merge_damaged(cache: EmbeddingCache, config: Any, expected: dict[str, Any]) -> str:

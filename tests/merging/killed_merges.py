@@ -13,8 +13,9 @@ from typing import Any
 from merging.conftest import contents, numbered, same
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.merging import merge_stores, side_by_side
-from lmdbcache.sources import count_origins
+from lmdbcache.cache import count_origins
+from lmdbcache.exchange import merge_stores
+from lmdbcache.exchange.merging import side_by_side
 
 SAMPLES = 600
 BATCH = 40

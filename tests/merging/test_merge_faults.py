@@ -14,9 +14,10 @@ from storage import child_processes
 from storage.child_processes import in_fork, peer_process, write_in_turns
 
 from lmdbcache import EmbeddingCache
+from lmdbcache.cache import count_origins
 from lmdbcache.errors import CacheFullError
-from lmdbcache.merging import merge_stores, side_by_side
-from lmdbcache.sources import count_origins
+from lmdbcache.exchange import merge_stores
+from lmdbcache.exchange.merging import side_by_side
 
 
 def test_killed_merges(tmp_path):

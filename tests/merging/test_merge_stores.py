@@ -16,14 +16,19 @@ from storage.child_processes import NOBODY, in_fork
 from storage.damage import cuts, data_file, flips, outcomes
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.comparison import compare_stores
+from lmdbcache.cache import (
+    THIS_STORE,
+    Origin,
+    Source,
+    compare_stores,
+    count_origins,
+    recorded_sources,
+    write_sources,
+)
 from lmdbcache.errors import StorageError
-from lmdbcache.merging import THIS_STORE, Merger, Origin, merge_stores
-from lmdbcache.merging import stores as stores_module
-from lmdbcache.sources import Source, count_origins, recorded_sources
-from lmdbcache.sources.records import write_sources
-from lmdbcache.storage.format.layout import sample_key
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.exchange import Merger, merge_stores
+from lmdbcache.exchange.merging import stores as stores_module
+from lmdbcache.storage import checksum, sample_key
 
 
 def counts(report):

@@ -6,18 +6,23 @@ import numpy as np
 import pytest
 from merging.conftest import contents, numbered, same
 
+from lmdbcache.cache import (
+    THIS_STORE,
+    Origin,
+    Source,
+    SourceRecords,
+    count_origins,
+    recorded_sources,
+)
 from lmdbcache.errors import (
     ConfigError,
     IntegrityError,
     InvalidEmbeddingError,
     ProvenanceMismatchError,
 )
-from lmdbcache.merging import THIS_STORE, Merger, Origin, merge_stores
-from lmdbcache.merging import target as target_module
-from lmdbcache.sources import Source, count_origins, recorded_sources
-from lmdbcache.sources.records import SourceRecords
-from lmdbcache.storage.format.layout import sample_key
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.exchange import Merger, merge_stores
+from lmdbcache.exchange.merging import target as target_module
+from lmdbcache.storage import checksum, sample_key
 
 NODE = Origin("node-a", {"commit": "c1"}, {"weights_digest": "w1", "torch": "2"})
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from merging.conftest import contents, numbered, same
 
-from lmdbcache.merging import merge_stores
-from lmdbcache.merging import stores as stores_module
-from lmdbcache.merging.report import store_refusal
-from lmdbcache.storage.files.running_lock import held_store
+from lmdbcache.exchange import merge_stores
+from lmdbcache.exchange.merging import stores as stores_module
+from lmdbcache.exchange.merging.report import store_refusal
+from lmdbcache.storage import held_store
 
 
 def test_ranks_that_had_nothing_to_store(target, tmp_path):
@@ -55,7 +55,7 @@ def held_elsewhere(path):
     """Another process has this store; yields its id."""
     program = f"""
 import pathlib, sys
-from lmdbcache.storage.files.running_lock import held_store
+from lmdbcache.storage import held_store
 with held_store(pathlib.Path({str(path)!r}), 0.0):
     print(flush=True)
     sys.stdin.read()

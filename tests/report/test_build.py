@@ -11,8 +11,8 @@ import pytest
 from report.clusters import CONFIG, clustered, store
 
 from lmdbcache import EmbeddingCache, build_report
+from lmdbcache.cache import ClipFailure, update_failures
 from lmdbcache.errors import ConfigError, MissingDependencyError
-from lmdbcache.failures import ClipFailure, update_failures
 from lmdbcache.report import build, vectors
 
 

@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 from report.clusters import CONFIG, clustered, store
 
 from lmdbcache import build_report
-from lmdbcache.failures import ClipFailure, update_failures
+from lmdbcache.cache import ClipFailure, update_failures
 from lmdbcache.report.dataset_coverage import DatasetSplits
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -142,7 +142,7 @@ def serve(connection: socket.socket) -> None:
 
 def _make_small(sizes: dict[str, Any]) -> None:
     """Small shards, pieces and waits, so that a small store has many of them."""
-    from lmdbcache.sharing import pushing, remote, uploading
+    from lmdbcache.exchange.sharing import pushing, remote, uploading
 
     for module in (remote, uploading):
         for name in sizes.keys() & vars(module).keys():
@@ -169,7 +169,7 @@ def _be_the_command(
         faulthandler.enable()
         _make_small(json.loads(os.environ.pop(SIZES_VARIABLE, "{}")))
         sys.argv = ["lmdbcache", *arguments]
-        from lmdbcache.cli.main import main
+        from lmdbcache.cli import main
 
         main()
     except SystemExit as ended:

@@ -18,7 +18,7 @@ from sharing.server_fixtures import (  # noqa: F401 - fixtures
     sftp,
 )
 
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.exchange import Remote
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmdbcache.sharing.commits import new_commit
-from lmdbcache.sharing.shards import encode_shard
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.exchange import encode_shard
+from lmdbcache.exchange.sharing.commits import new_commit
+from lmdbcache.storage import NUMPY_DTYPES
 
 
 def some_embeddings(first, number, *, dtype="float32", shape=(8,), seed=0):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sharing.shared_samples import put_commit, shard_of
 
-from lmdbcache.sharing.history import read_history
-from lmdbcache.sharing.shards import check_content, decode_shard
+from lmdbcache.exchange import decode_shard
+from lmdbcache.exchange.sharing.history import read_history
+from lmdbcache.exchange.sharing.shards import check_content
 
 
 def share(remote, config, *parts, writer="node-a", **more):

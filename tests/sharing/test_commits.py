@@ -9,7 +9,7 @@ import pytest
 from sharing.shared_samples import ragged_embeddings, shard_of, some_embeddings
 
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
-from lmdbcache.sharing.commits import (
+from lmdbcache.exchange.sharing.commits import (
     COMMIT_NAME,
     commit_bytes,
     decode_commit,

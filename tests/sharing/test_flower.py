@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.sharing import push
+from lmdbcache.exchange import push
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "docs" / "examples" / "flower"

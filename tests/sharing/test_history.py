@@ -7,10 +7,9 @@ from sharing.shared_samples import put_commit, shard_of, some_embeddings
 from sharing.shared_stores import share
 
 from lmdbcache.errors import ConfigError
-from lmdbcache.sharing.copies import CommitCopies
-from lmdbcache.sharing.history import read_history
-from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.exchange import Remote, pull
+from lmdbcache.exchange.sharing.copies import CommitCopies
+from lmdbcache.exchange.sharing.history import read_history
 
 
 def shards(config, number):

@@ -119,8 +119,8 @@ def test_names_of_strangers(shared):
 @pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.stress)])
 def test_values_that_no_store_takes(shared, value):
     """A stranger's NaN is refused by name; all other samples come."""
-    from lmdbcache.sharing.commits import new_commit
-    from lmdbcache.sharing.shards import encode_shard
+    from lmdbcache.exchange import encode_shard
+    from lmdbcache.exchange.sharing.commits import new_commit
 
     place, _, two = shared
     bad = embeddings(100, 3)
@@ -138,8 +138,8 @@ def test_values_that_no_store_takes(shared, value):
 
 def test_clocks_do_not_matter(shared):
     """Commits of any time count, in the order of their parents."""
-    from lmdbcache.sharing.commits import new_commit
-    from lmdbcache.sharing.shards import encode_shard
+    from lmdbcache.exchange import encode_shard
+    from lmdbcache.exchange.sharing.commits import new_commit
 
     place, _, two = shared
     everything = dict(ITEMS)

@@ -9,8 +9,7 @@ import pytest
 from sharing.shared_samples import put_commit, shard_of, some_embeddings
 from sharing.shared_stores import assert_same, shard_file, share, stored
 
-from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.verifying import verify_remote
+from lmdbcache.exchange import pull, verify_remote
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "longer", "other"])

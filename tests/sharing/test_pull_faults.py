@@ -19,11 +19,10 @@ from small_disks import empty, fill, small_disk
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError, RemoteError, StorageError
-from lmdbcache.sharing.downloads import Downloads
-from lmdbcache.sharing.history import read_history
-from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.remote import Remote
-from lmdbcache.storage.format.layout import PULLING_NAME
+from lmdbcache.exchange import Remote, pull
+from lmdbcache.exchange.sharing.downloads import Downloads
+from lmdbcache.exchange.sharing.history import read_history
+from lmdbcache.storage import PULLING_NAME
 
 LARGE = (64, 64)  # 16 KiB an embedding
 
@@ -103,13 +102,13 @@ def test_parts_that_no_shard_asks_for_are_removed(remote, cache, config):
 
 KILLED = """
 import os, signal, sys
-from lmdbcache.sharing import pulling, downloads
-from lmdbcache.sharing.history import read_history
-from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.remote import Remote
-from lmdbcache.sharing.verifying import verify_remote
+from lmdbcache.exchange.sharing import pulling, downloads
+from lmdbcache.exchange.sharing.history import read_history
+from lmdbcache.exchange import pull
+from lmdbcache.exchange import Remote
+from lmdbcache.exchange import verify_remote
 from lmdbcache.storage.writing import committing
-import lmdbcache.sharing.remote as remote
+import lmdbcache.exchange.sharing.remote as remote
 remote._PIECE_BYTES = 20_000
 left = int(sys.argv[3])
 def count(frame, event, argument):

@@ -7,12 +7,12 @@ import pytest
 from sharing.shared_samples import ragged_embeddings, some_embeddings
 from sharing.shared_stores import assert_same, shard_file, share, stored
 
+from lmdbcache.cache import SourceRecords
 from lmdbcache.errors import CacheNotFoundError, ConfigError
-from lmdbcache.sharing import partial
-from lmdbcache.sharing.pulling import pull
-from lmdbcache.sharing.remote import Remote, without_secrets
-from lmdbcache.sources.records import SourceRecords
-from lmdbcache.storage.maintenance.checksums import stored_checksums
+from lmdbcache.exchange import Remote, pull
+from lmdbcache.exchange.sharing import partial
+from lmdbcache.exchange.sharing.remote import without_secrets
+from lmdbcache.storage import stored_checksums
 
 
 @pytest.mark.parametrize("kind", ["remote", "in_memory"])

@@ -7,12 +7,9 @@ import pytest
 from sharing.shared_samples import some_embeddings
 from sharing.shared_stores import assert_shared, store
 
-from lmdbcache.errors import (
-    RemoteError,
-)
-from lmdbcache.sharing import push
-from lmdbcache.sharing.remote import Remote
-from lmdbcache.storage.files.generations import current_generation
+from lmdbcache.errors import RemoteError
+from lmdbcache.exchange import Remote, push
+from lmdbcache.storage import current_generation
 
 
 def test_a_damaged_value_is_never_pushed(remote, cache, config):

@@ -11,6 +11,7 @@ from sharing.shared_samples import put_commit, ragged_embeddings, shard_of, some
 from sharing.shared_stores import assert_shared, shared, store
 
 from lmdbcache import EmbeddingCache
+from lmdbcache.cache import Origin
 from lmdbcache.errors import (
     CacheNotFoundError,
     ConfigError,
@@ -18,11 +19,10 @@ from lmdbcache.errors import (
     RemoteError,
     SampleNotFoundError,
 )
-from lmdbcache.merging import Merger, Origin
-from lmdbcache.sharing import pull, push, uploading
-from lmdbcache.sharing.history import read_history
-from lmdbcache.sharing.remote import Remote
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.exchange import Merger, Remote, pull, push
+from lmdbcache.exchange.sharing import uploading
+from lmdbcache.exchange.sharing.history import read_history
+from lmdbcache.storage import checksum
 
 
 def files(remote, config):

@@ -9,7 +9,7 @@ from sharing.nodes import embeddings
 from sharing.servers import ACCESS_KEY, PASSWORD, SECRET_KEY
 
 from lmdbcache.errors import RemoteError
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.exchange import Remote
 
 MORE = [pytest.param(command, marks=pytest.mark.stress) for command in ("push", "verify")]
 COMMANDS = ["pull", *MORE]

@@ -9,8 +9,8 @@ import pickle
 import pytest
 
 from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
-from lmdbcache.sharing import remote as remote_module
-from lmdbcache.sharing.remote import Remote, is_url
+from lmdbcache.exchange import Remote, is_url
+from lmdbcache.exchange.sharing import remote as remote_module
 
 
 @pytest.fixture(params=["remote", "in_memory"])

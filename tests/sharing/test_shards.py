@@ -12,9 +12,9 @@ from sharing.shared_samples import ragged_embeddings, shard_of, some_embeddings
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
-from lmdbcache.sharing.shards import check_content, decode_shard, encode_shard, sound_rows
-from lmdbcache.storage.format.layout import sample_key
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.exchange import decode_shard, encode_shard
+from lmdbcache.exchange.sharing.shards import check_content, sound_rows
+from lmdbcache.storage import checksum, sample_key
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

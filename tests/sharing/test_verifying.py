@@ -10,9 +10,8 @@ from sharing.test_pushing import assert_shared, files, shared, store
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheNotFoundError, RemoteError
-from lmdbcache.sharing import push, verify_remote
-from lmdbcache.sharing.history import read_history
-from lmdbcache.sharing.remote import Remote
+from lmdbcache.exchange import Remote, push, verify_remote
+from lmdbcache.exchange.sharing.history import read_history
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from extraction.processes import catches
 from storage.child_processes import write
 
 from lmdbcache.errors import CacheNotFoundError
-from lmdbcache.storage.maintenance.compaction import compact, plan_compaction
+from lmdbcache.storage import compact, plan_compaction
 
 NUM, SIZE = 400, 16384  # 25 MiB
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -17,12 +17,9 @@ from storage.counted_samples import EACH_ONCE, SAMPLE_IDS, VALUES, figures
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import SampleNotFoundError
+from lmdbcache.storage import store_counts, tree_counts
 from lmdbcache.storage.counting import counter_files
 from lmdbcache.storage.counting.counter_files import open_table, read_records
-from lmdbcache.storage.counting.hit_counts import (
-    store_counts,
-    tree_counts,
-)
 
 
 @pytest.fixture(autouse=True)

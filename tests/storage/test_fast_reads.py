@@ -23,7 +23,7 @@ from storage.child_processes import in_fork, numbered, write
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.errors import SampleNotFoundError
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage import NUMPY_DTYPES
 from lmdbcache.storage.pages.pages import UnreadablePagesError
 from lmdbcache.storage.reading import located
 

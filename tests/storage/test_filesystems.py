@@ -14,13 +14,9 @@ from storage.child_processes import numbered, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
+from lmdbcache.storage import NETWORK_VARIABLE, is_network
 from lmdbcache.storage.files import filesystems
-from lmdbcache.storage.files.filesystems import (
-    NETWORK_VARIABLE,
-    find_mount,
-    is_network,
-    parse_mounts,
-)
+from lmdbcache.storage.files.filesystems import find_mount, parse_mounts
 
 MOUNTINFO = rb"""21 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 22 21 0:5 / /dev rw - devtmpfs devtmpfs rw

@@ -8,10 +8,9 @@ import signal
 
 import pytest
 
-from lmdbcache.sharing.downloads import Downloads
+from lmdbcache.exchange.sharing.downloads import Downloads
+from lmdbcache.storage import opened_for_flock, write_lock
 from lmdbcache.storage.checks.first_opening import _one_at_a_time
-from lmdbcache.storage.files.flocks import opened_for_flock
-from lmdbcache.storage.files.generations import write_lock
 
 
 def by_hand(store):

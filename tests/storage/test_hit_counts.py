@@ -18,16 +18,12 @@ from storage.child_processes import in_fork, peer_process
 from storage.counted_samples import EACH_ONCE, SAMPLE_IDS, VALUES, figures
 
 from lmdbcache import EmbeddingCache, EmbeddingDataset, EmbeddingReader, collate_embeddings
+from lmdbcache.cache import EpochFigures
 from lmdbcache.errors import SampleNotFoundError
-from lmdbcache.read_figures import EpochFigures
+from lmdbcache.storage import counts_of, store_counts, tree_counts
 from lmdbcache.storage.counting import counter_files, hit_counts
 from lmdbcache.storage.counting.counter_files import Counts, open_table, read_records
-from lmdbcache.storage.counting.hit_counts import (
-    STATISTICS_VARIABLE,
-    counts_of,
-    store_counts,
-    tree_counts,
-)
+from lmdbcache.storage.counting.hit_counts import STATISTICS_VARIABLE
 
 
 @pytest.fixture(autouse=True)

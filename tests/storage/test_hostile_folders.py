@@ -12,16 +12,21 @@ import pytest
 from storage.child_processes import in_fork, numbered, write
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.cache import is_store
-from lmdbcache.doctor.stores import check_stores
+from lmdbcache.cache import (
+    ClipFailure,
+    Source,
+    SourceRecorder,
+    SourceRecords,
+    is_store,
+    leftovers_under,
+    remove_leftovers_under,
+    update_failures,
+    write_sources,
+)
+from lmdbcache.cli.checkup.stores import check_stores
 from lmdbcache.errors import CacheError, NotRegularFileError
-from lmdbcache.failures import ClipFailure, update_failures
-from lmdbcache.pruning import leftovers_under, remove_leftovers_under
-from lmdbcache.sharing.downloads import Downloads
-from lmdbcache.sources.files import Source
-from lmdbcache.sources.records import SourceRecorder, SourceRecords, write_sources
-from lmdbcache.storage.files.running_lock import held_store
-from lmdbcache.storage.regular_files import check_file, open_file, read_file, replace_file
+from lmdbcache.exchange.sharing.downloads import Downloads
+from lmdbcache.storage import check_file, held_store, open_file, read_file, replace_file
 
 GOOD, HOSTILE = (CacheConfig(duration=seconds) for seconds in (5.0, 6.0))
 NUMBERS = numbered(0, 40)

@@ -11,8 +11,8 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache import CacheConfig
+from lmdbcache.storage import MappedFile
 from lmdbcache.storage.files import gather
-from lmdbcache.storage.files.gather import MappedFile
 
 SHAPES = {"pooled": (300,), "hidden": (40, 512)}
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lmdbcache.errors import InvalidSampleIdError
-from lmdbcache.storage.format.layout import (
-    CHECKSUMS_NAME,
-    METADATA_KEY,
+from lmdbcache.storage import (
     canonical_sample_id,
     join_sample_id,
     sample_id_of_key,
     sample_key,
     split_sample_id,
 )
+from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 file_ids = text.map(lambda value: value[:60])

@@ -14,11 +14,10 @@ import pytest
 from storage.child_processes import compact_until_killed, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
+from lmdbcache.cache import Source, write_sources
 from lmdbcache.errors import StorageError
-from lmdbcache.sources.files import Source
-from lmdbcache.sources.records import write_sources
-from lmdbcache.storage.files.generations import is_being_written, write_lock
-from lmdbcache.storage.maintenance.leftovers import find_leftovers, is_abandoned, remove_leftovers
+from lmdbcache.storage import find_leftovers, is_being_written, remove_leftovers, write_lock
+from lmdbcache.storage.maintenance.leftovers import is_abandoned
 
 
 def make_old(path):

@@ -14,12 +14,8 @@ from storage.child_processes import NOBODY, in_fork, numbered, peer_process, rew
 from stress.page_kinds import byte_ranges
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.errors import (
-    CacheError,
-    CacheNotFoundError,
-    IntegrityError,
-)
-from lmdbcache.storage.files.opening import check_file_size
+from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
+from lmdbcache.storage import check_file_size
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 

@@ -13,12 +13,7 @@ from storage.damage import data_file
 from stress.page_kinds import byte_ranges
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.errors import (
-    CacheFullError,
-    IntegrityError,
-    InvalidSampleIdError,
-    StorageError,
-)
+from lmdbcache.errors import CacheFullError, IntegrityError, InvalidSampleIdError, StorageError
 
 DOGS = [f"video_{n:05d}:dog" for n in range(1, 20, 2)]
 DRUMS = [f"video_{n:05d}:drum" for n in range(0, 20, 2)]

@@ -14,8 +14,7 @@ from storage.child_processes import in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage.files.gather import MappedFile
-from lmdbcache.storage.files.generations import write_lock
+from lmdbcache.storage import MappedFile, write_lock
 
 NUMBERS = numbered(0, 400, 768)
 

@@ -7,9 +7,7 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import InvalidEmbeddingError
-from lmdbcache.storage.format.row_parts import RowPart
-from lmdbcache.storage.format.values import NUMPY_DTYPES
-from lmdbcache.storage.reading.selection import Selection
+from lmdbcache.storage import NUMPY_DTYPES, RowPart, Selection
 
 NAMES = [f"{n}:x" for n in range(6)]
 ORDER = [5, 0, 0, 3]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig, CachedEncoder, EmbeddingCache, VEGASDataset
+from lmdbcache.cache import Origin
 from lmdbcache.errors import ProvenanceMismatchError
-from lmdbcache.merging import Merger, Origin, merge_stores
+from lmdbcache.exchange import Merger, merge_stores
 
 CONFIG = CacheConfig(duration=1.0, dataset="vegas")
 KNOWN = {"weights_digest": "0123456789abcdef"}

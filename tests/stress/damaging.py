@@ -18,7 +18,7 @@ from stress.figures import Figures
 from stress.page_kinds import byte_ranges
 
 from lmdbcache.errors import CacheError, SampleNotFoundError
-from lmdbcache.storage.reader import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader
 
 CASES_PER_CHILD = 25
 CASE_SECONDS = 120  # a guard against what hangs, on any machine

@@ -13,7 +13,7 @@ from stress.children import Child, checked
 from stress.figures import Figures
 from stress.killing_writers import check_store
 
-from lmdbcache.cli.main import main
+from lmdbcache.cli import main
 from lmdbcache.errors import CacheNotFoundError
 
 PEER_SECONDS = 3000

@@ -13,11 +13,7 @@ from training.encoders import (
 )
 
 from lmdbcache import CachedEncoder
-from lmdbcache.errors import (
-    CacheFullError,
-    InvalidEmbeddingError,
-    ReadOnlyCacheError,
-)
+from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, ReadOnlyCacheError
 from lmdbcache.storage.writing.committing import Committer
 
 

@@ -20,7 +20,7 @@ from lmdbcache import (
     config_for,
     extract,
 )
-from lmdbcache.embedders.audio import decode
+from lmdbcache.audio import decode
 
 # One of each front end, with and without mask.
 VARIANTS = ["ast", "wav2vec2", "wav2vec2-masked", "wavlm-masked", "whisper", "clap", "clap-fused"]

@@ -8,7 +8,7 @@ import torch
 from training.encoders import names_of, waveforms_of
 
 from lmdbcache import CacheConfig, CachedEncoder, EmbeddingCache, ModuleEmbedder, config_for
-from lmdbcache.datasets.cached_audio import collate_mixed
+from lmdbcache.datasets import collate_mixed
 from lmdbcache.errors import CacheError, FrontEndError, InvalidEmbeddingError, ModuleError
 
 CONFIG = CacheConfig(model_name="own", front_end="own/1", output="embedding", duration=0.2)

@@ -19,10 +19,8 @@ from training.encoders import (
 )
 
 from lmdbcache import CachedEncoder
-from lmdbcache.datasets.deferred import DeferredAudio, DeferredStack, LazyDict
-from lmdbcache.errors import (
-    InvalidSampleIdError,
-)
+from lmdbcache.datasets.vegas.deferred import DeferredAudio, DeferredStack, LazyDict
+from lmdbcache.errors import InvalidSampleIdError
 
 
 def test_returns_what_the_model_returns(encoder, model):

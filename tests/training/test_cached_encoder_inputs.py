@@ -17,10 +17,7 @@ from training.encoders import (
 )
 
 from lmdbcache import CachedEncoder
-from lmdbcache.errors import (
-    AudioDecodeError,
-    ConfigError,
-)
+from lmdbcache.errors import AudioDecodeError, ConfigError
 
 
 def test_hits_load_nothing_and_build_nothing(cache):

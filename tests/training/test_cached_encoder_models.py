@@ -21,12 +21,14 @@ from training.encoders import (
 )
 
 from lmdbcache import CacheConfig, CachedEncoder
-from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, weights_digest
-from lmdbcache.embedders.module_weights import module_digest
-from lmdbcache.errors import (
-    ConfigError,
-    ProvenanceMismatchError,
+from lmdbcache.embedders import (
+    ASTEmbedder,
+    ASTFrontEnd,
+    find_checkpoint,
+    module_digest,
+    weights_digest,
 )
+from lmdbcache.errors import ConfigError, ProvenanceMismatchError
 
 
 def test_our_embedder_with_its_front_end(cache, tmp_path):

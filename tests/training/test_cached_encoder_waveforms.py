@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache as once
-from functools import partial
+from functools import cache as once, partial
 
 import numpy as np
 import pytest

@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 from lmdbcache import CachedAudioDataset, EmbeddingDataset, collate_mixed, make_dataloader
 from lmdbcache.errors import ConfigError, MissingLabelError
-from lmdbcache.training import collate_embeddings
-from lmdbcache.training.targets import target_tensor
+from lmdbcache.training import collate_embeddings, target_tensor
 
 IDS = [f"{n}:{'dog' if n % 2 else 'drum'}" for n in range(12)]
 FLOATS = [0.3 + n / 7 for n in range(12)]

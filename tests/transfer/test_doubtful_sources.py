@@ -8,9 +8,8 @@ import torch
 from transfer.old_caches import FACTS, save_folder, save_seed, save_torch, values
 
 from lmdbcache import export_embeddings, import_embeddings
-from lmdbcache.comparison import compare_stores
+from lmdbcache.cache import compare_stores, figures_of
 from lmdbcache.errors import ConfigError
-from lmdbcache.read_figures import figures_of
 
 
 def test_all_that_is_missing_or_unusable_is_told_at_once(bring, cache, tmp_path):

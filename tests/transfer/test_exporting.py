@@ -13,8 +13,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from small_disks import fill, small_disk
 from transfer.old_caches import FACTS
 
@@ -27,8 +26,8 @@ from lmdbcache.errors import (
     SampleNotFoundError,
     TransferError,
 )
-from lmdbcache.storage.format.values import NUMPY_DTYPES
-from lmdbcache.transfer import exporting
+from lmdbcache.exchange.transfer import exporting
+from lmdbcache.storage import NUMPY_DTYPES
 
 OUTS = [
     *(("pt", "x.pt"), ("npz", "x.npz"), ("parquet", "x.parquet"), ("parquet", "shards")),

@@ -10,7 +10,7 @@ import torch
 from transfer.old_caches import FACTS, save_folder, save_manifests, values
 
 from lmdbcache.errors import TransferError
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage import NUMPY_DTYPES
 
 
 @pytest.mark.parametrize("variant", ["pair", "wrapped", "named", "files"])

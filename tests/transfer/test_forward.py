@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 
-from lmdbcache.transfer.forward import ForwardRows
+from lmdbcache.exchange.transfer.forward import ForwardRows
 
 
 def test_in_order_the_file_is_read_once():

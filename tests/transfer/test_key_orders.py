@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 from transfer.old_caches import FACTS, save_torch, values
 
-from lmdbcache.datasets.vegas_layout import CLASS_LABELS
+from lmdbcache.datasets import CLASS_LABELS
 from lmdbcache.errors import TransferError
 
 ONE = np.ones(8, "f4")

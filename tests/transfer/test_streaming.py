@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from sharing.places import s3_client, s3_environment
 from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings
-from lmdbcache.transfer.webdataset_keys import sample_id_of_key, webdataset_key
+from lmdbcache.exchange.transfer.webdataset_keys import sample_id_of_key, webdataset_key
 
 ODD = [
     "a/b.c.wav:x",

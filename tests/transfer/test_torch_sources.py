@@ -12,7 +12,7 @@ import torch
 from transfer.old_caches import FACTS, save_seed, save_torch, values
 
 from lmdbcache.errors import ConfigError, TransferError
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage import NUMPY_DTYPES
 
 
 def test_the_form_with_metadata(came_along, tmp_path):

@@ -12,8 +12,8 @@ import pytest
 
 from lmdbcache import export_embeddings, import_embeddings
 from lmdbcache.errors import CacheFullError, RemoteError, TransferError
-from lmdbcache.sharing.remote import Remote
-from lmdbcache.transfer import exporting
+from lmdbcache.exchange import Remote
+from lmdbcache.exchange.transfer import exporting
 
 KINDS = ["parquet", "webdataset", "safetensors", "lance"]
 

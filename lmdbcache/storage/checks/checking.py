@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from lmdb.verify import VerifyError
-from lmdb.verify import verify as verify_structure
+from lmdb.verify import VerifyError, verify as verify_structure
 
 from lmdbcache.errors import IntegrityError, StorageError
 from lmdbcache.storage.checks.value_checks import (

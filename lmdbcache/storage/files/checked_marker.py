@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import ConfigError
-from lmdbcache.home import user_cache_folder
+from lmdbcache.files import user_cache_folder
 from lmdbcache.storage.pages.commit_record import read_commit_record
 from lmdbcache.storage.regular_files import open_file, read_file
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError
-from lmdbcache.memory_limit import memory_limit
+from lmdbcache.machine import memory_limit
 from lmdbcache.storage.files.engine_errors import truncated
 from lmdbcache.storage.regular_files import open_file
 

@@ -32,7 +32,7 @@ __all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers"]
 
 # What only lmdbcache makes: a folder with anything else in it is nobody's leftover.
 _STORE_NAME: Final = re.compile(r".*-[0-9a-f]{16}")
-# The records of `lmdbcache.sources` and the figures say something of embeddings, which are gone.
+# The records of sources and the figures say something of embeddings, which are gone.
 _NAMES_OF_NO_STORE: Final = frozenset(
     (
         *(WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME, f"{CURRENT_NAME}.tmp"),

@@ -15,13 +15,7 @@ import lmdb
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError
 from lmdbcache.storage.counting.hit_counts import adopt_ancestors, own_lineage
-from lmdbcache.storage.environment import (
-    Environment,
-    Holder,
-    Snapshot,
-    acquire_current,
-    release,
-)
+from lmdbcache.storage.environment import Environment, Holder, Snapshot, acquire_current, release
 from lmdbcache.storage.files.engine_errors import raise_translated
 from lmdbcache.storage.files.forking import no_fork, process_id
 from lmdbcache.storage.files.generations import current_generation

@@ -10,7 +10,7 @@ from flwr.app import Context
 
 from lmdbcache import EmbeddingCache, EmbeddingReader
 from lmdbcache.datasets import partition_samples, sample_id_of
-from lmdbcache.sharing import pull
+from lmdbcache.exchange import pull
 
 __all__ = ["open_node", "settings_of"]
 

@@ -1,0 +1,148 @@
+"""Audio and video files as FFmpeg decodes them, whole or not at all. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+import numpy as np
+
+from lmdbcache.audio.containers import DamagedAudioError, find_audio_data
+from lmdbcache.audio.flac_header import check_flac_length, is_flac
+from lmdbcache.audio.media_containers import check_media_file
+from lmdbcache.audio.mixing import MAX_FILE_RATE, Mixed, frames_wanted, joined, mix_to_mono
+from lmdbcache.audio.mpeg_frames import find_parts
+from lmdbcache.audio.ogg_pages import find_links
+from lmdbcache.audio.pieced_file import read_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+__all__ = ["FFmpegDecoder"]
+
+_TOLERANCE_SECONDS: Final = 0.1
+# A playlist or a list of files must not lead to other files or to the network.
+_OPTIONS: Final = {"protocol_whitelist": "none"}
+# Formats of which FFmpeg estimates the duration from the bit rate.
+_ESTIMATED: Final = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "amr", "loas", "mp2"})
+
+
+@dataclass(frozen=True)
+class FFmpegDecoder:
+    """Decodes the beginning of files' first audio stream.
+
+    Args:
+        sample_rate: The rate that they are resampled to later, in Hz.
+        duration: How much of them is wanted, in seconds.
+    """
+
+    sample_rate: int
+    duration: float
+
+    def read(self, file: BinaryIO) -> Mixed:
+        """Decode the beginning of a file.
+
+        Args:
+            file: A seekable file.
+
+        Returns:
+            The samples wanted, and some more; fewer if the recording is shorter.
+
+        Raises:
+            DamagedAudioError: It is cut off or damaged, or holds no audio.
+            av.FFmpegError: FFmpeg can't read it.
+        """
+        import av
+
+        file.seek(0)
+        with av.open(file, options=_OPTIONS) as container:
+            if not container.streams.audio:
+                raise DamagedAudioError("it has no audio stream")
+            stream = container.streams.audio[0]
+            sounds: list[Mixed] = []
+            found, wanted = 0, 1
+            for frames, rate in _frames(container, stream):
+                if sounds and rate != sounds[0].rate:
+                    raise DamagedAudioError(
+                        f"its sample rate changes from {sounds[0].rate} to {rate} Hz; encode it "
+                        "anew as one stream"
+                    )
+                sounds.append(mix_to_mono(frames, rate))
+                found, wanted = found + len(frames), self._wanted(rate)
+                if found >= wanted:
+                    break
+            announced = _announced_seconds(container, stream)
+        if not sounds:
+            raise DamagedAudioError("it holds no samples (0 frames)")
+        sound = joined(sounds)
+        if found < wanted:
+            _check_whole(file, sound, announced)
+        return Mixed(sound.samples[:wanted], sound.rate, sound.channel_energy)
+
+    def _wanted(self, rate: int) -> int:
+        if not 0 < rate <= MAX_FILE_RATE:
+            raise DamagedAudioError(f"damaged header: a sample rate of {rate} Hz")
+        return frames_wanted(rate, self.sample_rate, self.duration)
+
+
+def _frames(container: Any, stream: Any) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """float32 (num_samples, channels) in -1 .. 1, and the sample rate, of each frame."""
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DamagedAudioError("it has a damaged packet: cut off or damaged")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise DamagedAudioError("it has a damaged frame: cut off or damaged")
+            values = frame.to_ndarray()
+            if not frame.format.is_planar:
+                values = values.reshape(-1, len(frame.layout.channels)).T
+            yield _scaled(values).T, int(frame.sample_rate)
+
+
+def _scaled(values: NDArray[Any]) -> NDArray[np.float32]:
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # Inf is refused later
+            return np.asarray(values, dtype=np.float32)
+    zero, bits = (128, 8) if values.dtype == np.uint8 else (0, 8 * values.dtype.itemsize)
+    return np.asarray((values.astype(np.float64) - zero) * 2.0 ** (1 - bits), dtype=np.float32)
+
+
+def _announced_seconds(container: Any, stream: Any) -> float:
+    """The duration by the container's header; 0 if it has none."""
+    if container.format.name in _ESTIMATED:
+        return 0.0
+    if stream.duration is not None and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    # Of a video's tracks the audio may be the shorter.
+    only_audio = len(container.streams) == 1
+    return container.duration / 1e6 if container.duration and only_audio else 0.0
+
+
+def _check_whole(file: BinaryIO, sound: Mixed, announced: float) -> None:
+    """Refuse a file that ends before the duration and before its container does.
+
+    Raises:
+        DamagedAudioError: It is cut off or damaged.
+    """
+    check_media_file(file)
+    data, head = find_audio_data(file), read_at(file, 0, 4)
+    if data is not None:
+        data.check(file)
+        return
+    if head == b"OggS":
+        for _ in find_links(file):
+            pass
+        return
+    if is_flac(file):
+        check_flac_length(file, len(sound.samples))
+        return
+    if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF):
+        find_parts(file, len(sound.samples))
+    seconds = len(sound.samples) / sound.rate
+    if seconds < announced - _TOLERANCE_SECONDS:
+        raise DamagedAudioError(
+            f"the audio ends after {seconds:.2f} s of the {announced:.2f} s that its header "
+            "announces: cut off or damaged; copy or download it again"
+        )

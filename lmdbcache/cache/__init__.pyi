@@ -1,0 +1,63 @@
+from .comparison import (
+    DEFAULT_TOLERANCE as DEFAULT_TOLERANCE,
+    StoreComparison as StoreComparison,
+    compare_stores as compare_stores,
+    difference_of as difference_of,
+)
+from .coverage import Coverage as Coverage, coverage_of as coverage_of
+from .dataset_coverage import DatasetCoverage as DatasetCoverage, left_out_counts as left_out_counts
+from .embedding_cache import ROOT_VARIABLE as ROOT_VARIABLE, EmbeddingCache as EmbeddingCache
+from .failures import (
+    FAILURES_NAME as FAILURES_NAME,
+    ClipFailure as ClipFailure,
+    read_failures as read_failures,
+    update_failures as update_failures,
+)
+from .misses import Explanation as Explanation
+from .pruning import (
+    PrunePlan as PrunePlan,
+    PrunePolicy as PrunePolicy,
+    Verdict as Verdict,
+    leftovers_under as leftovers_under,
+    plan_pruning as plan_pruning,
+    prune as prune,
+    remove_leftovers_under as remove_leftovers_under,
+)
+from .records.checking import (
+    STATES as STATES,
+    FoundSource as FoundSource,
+    SourceReport as SourceReport,
+    adopt_sources as adopt_sources,
+    changed_clips as changed_clips,
+    check_sources as check_sources,
+    num_suspects as num_suspects,
+    recorded_sources as recorded_sources,
+)
+from .records.database import (
+    SOURCES_NAME as SOURCES_NAME,
+    SourceRecorder as SourceRecorder,
+    SourceRecords as SourceRecords,
+    write_sources as write_sources,
+)
+from .records.files import Source as Source, compare as compare, source_of as source_of
+from .records.origin_counts import count_origins as count_origins
+from .records.origins import THIS_STORE as THIS_STORE, Origin as Origin
+from .requirement import is_covered as is_covered
+from .statistics import (
+    EpochFigures as EpochFigures,
+    ReadFigures as ReadFigures,
+    figures_of as figures_of,
+    reset_figures as reset_figures,
+)
+from .store_info import (
+    StoreInfo as StoreInfo,
+    info_or_damage as info_or_damage,
+    is_store as is_store,
+    read_store_info as read_store_info,
+    users_of as users_of,
+)
+from .views import (
+    HiddenStateView as HiddenStateView,
+    TokenLayout as TokenLayout,
+    ViewSelection as ViewSelection,
+)

@@ -1,0 +1,410 @@
+"""`EmbeddingCache`: all stores under one root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.cache.coverage import Coverage, coverage_of
+from lmdbcache.cache.dataset_coverage import DatasetCoverage, dataset_coverage, parts_of
+from lmdbcache.cache.failures import read_failures
+from lmdbcache.cache.misses import Explanation, explain_config, explain_sample, nearest_store
+from lmdbcache.cache.requirement import how_to_fill, is_covered, shortfall
+from lmdbcache.cache.statistics import ReadFigures, figures_of
+from lmdbcache.cache.store_info import (
+    StoreInfo,
+    allocated_bytes,
+    info_or_damage,
+    is_store,
+    read_store_info,
+    users_of,
+)
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import (
+    CacheNotFoundError,
+    CoverageError,
+    InvalidEmbeddingError,
+    ReadOnlyCacheError,
+    StorageError,
+)
+from lmdbcache.files import expand_user, user_cache_folder
+from lmdbcache.storage import (
+    CompactionResult,
+    EmbeddingReader,
+    EmbeddingWriter,
+    IntegrityReport,
+    OnDuplicate,
+    Progress,
+    RepairReport,
+    Verify,
+    canonical_sample_id,
+    check_local_for_writing,
+    compact,
+    counts_of,
+    current_generation,
+    remove_foreign_lock,
+    remove_store,
+    repair,
+    verify,
+    write_lock,
+)
+
+__all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
+
+ROOT_VARIABLE: Final = "LMDBCACHE_ROOT"
+
+
+class EmbeddingCache:
+    """All stores under one root, one per config.
+
+    Making one touches nothing on disk; the root is created with the first commit. Picklable; safe
+    to use in several processes and threads at once.
+
+    Args:
+        root: The cache directory; else `$LMDBCACHE_ROOT`, else the platform's cache directory.
+
+    Raises:
+        ConfigError: No root is given, and the user has no home directory.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        chosen = root or os.environ.get(ROOT_VARIABLE) or user_cache_folder()
+        self.root: Final = expand_user(chosen).absolute()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({os.fspath(self.root)!r})"
+
+    # ---- one store
+
+    def path(self, config: CacheConfig) -> Path:
+        """The folder of this config's store, whether or not it exists."""
+        return self.root / f"{config.slug}-{config.fingerprint}"
+
+    def __contains__(self, config: CacheConfig) -> bool:
+        return current_generation(self.path(config)) is not None
+
+    def reader(
+        self, config: CacheConfig, *, verify: Verify = "never", counts_as_use: bool = True
+    ) -> EmbeddingReader:
+        """A Mapping of the stored embeddings.
+
+        Args:
+            config: Identity of the store.
+            verify: Whether values are compared with their checksums: see `EmbeddingReader`.
+            counts_as_use: Whether reading moves the store's time of last use and is counted.
+
+        Raises:
+            CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
+        """
+        if config not in self:
+            raise CacheNotFoundError(str(self.explain(config)))
+        return EmbeddingReader(self.path(config), config, verify, counts_as_use=counts_as_use)
+
+    def writer(
+        self,
+        config: CacheConfig,
+        *,
+        on_duplicate: OnDuplicate = "skip",
+        ragged: bool = False,
+        provenance: Mapping[str, str] | None = None,
+        without_provenance: bool = False,
+        dataset_root: str | Path = "",
+        **commit_limits: Any,
+    ) -> EmbeddingWriter:
+        """A writer; the store is made at its first commit. See `EmbeddingWriter`."""
+        return EmbeddingWriter(
+            self.path(config),
+            config,
+            on_duplicate=on_duplicate,
+            ragged=ragged,
+            provenance=provenance,
+            without_provenance=without_provenance,
+            dataset_root=dataset_root,
+            **commit_limits,
+        )
+
+    def check_writable(self, config: CacheConfig) -> None:
+        """Tell before any work is done whether this user may store something.
+
+        Raises:
+            ReadOnlyCacheError: The folder can't be written, or lies on a network file system.
+        """
+        folder = self.path(config)
+        check_local_for_writing(folder)
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ReadOnlyCacheError(
+                f"{folder} is a file; a cache root is a folder: choose another"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ReadOnlyCacheError(
+                f"{folder} can't be written by this user. Check its permissions, or choose another "
+                f"cache root (--root, ${ROOT_VARIABLE})"
+            )
+
+    def info(self, config: CacheConfig) -> StoreInfo:
+        """What the store of this config holds.
+
+        Raises:
+            CacheNotFoundError: Nothing is stored for this config.
+            IntegrityError: The store is damaged.
+        """
+        if config not in self:
+            raise CacheNotFoundError(str(self.explain(config)))
+        return read_store_info(self.path(config))
+
+    def size(self, config: CacheConfig | None = None) -> int:
+        """Bytes allocated on disk by one store, or by all."""
+        folders = [self.path(config)] if config else self.folders()
+        return sum(allocated_bytes(folder) for folder in folders)
+
+    def compact(
+        self, config: CacheConfig, *, progress: Callable[[int, int], None] | None = None
+    ) -> CompactionResult:
+        """Rewrite the store without unused pages. See `storage.maintenance.compaction`."""
+        return compact(self.path(config), progress=progress)
+
+    def verify(self, config: CacheConfig, progress: Progress | None = None) -> IntegrityReport:
+        """Check every value. See `storage.maintenance.integrity`."""
+        return verify(self.path(config), progress)
+
+    def repair(
+        self, config: CacheConfig, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> RepairReport:
+        """Keep what is sound of a damaged store. See `storage.maintenance.repair`."""
+        return repair(self.path(config), dry_run=dry_run, progress=progress)
+
+    def coverage(self, config: CacheConfig, sample_ids: Iterable[str]) -> Coverage:
+        """How much of these samples is stored, by class. Nothing stored is no error."""
+        if config not in self:
+            return coverage_of(sample_ids, None)
+        with EmbeddingReader(self.path(config), config, counts_as_use=False) as reader:
+            return coverage_of(sample_ids, reader)
+
+    def dataset_coverage(self, config: CacheConfig, dataset: Any) -> DatasetCoverage:
+        """How much of a dataset is stored, by class, split and node.
+
+        Args:
+            config: Identity of the store.
+            dataset: See `require`.
+        """
+        parts = parts_of(dataset)
+        found = self.coverage(config, [name for part in parts for name in part.sample_ids])
+        failed = [failure.sample_id for failure in read_failures(self.path(config))]
+        return dataset_coverage(parts, found, failed, getattr(dataset, "left_out", None))
+
+    def require(
+        self,
+        dataset: Any,
+        config: CacheConfig,
+        min_coverage: float = 1.0,
+        *,
+        allow_failed: bool = False,
+        model: str | os.PathLike[str] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> DatasetCoverage:
+        """Fail now, and not in the middle of a training, if too little of a dataset is stored.
+
+        Args:
+            dataset: Sample ids; an `AudioDataset` (its samples may have a `split` and a `node`),
+                with `train`, `val` and `test` or not; or a dict of split → one of these, or of
+                node → split → one of these.
+            config: Identity of the store.
+            min_coverage: Share that must be stored, 0 to 1.
+            allow_failed: Leave out clips that failed when last tried: no run fills these.
+            model: Checkpoint folder for the command in the message; needed for a model that isn't
+                on the Hub.
+            data_dir: The dataset's folder for that command; None takes `dataset.root`.
+
+        Returns:
+            What is stored.
+
+        Raises:
+            CoverageError: Too little is; the message has a table and the command that fills it.
+            ConfigError: `min_coverage` is outside [0, 1], or `dataset` isn't a dataset.
+        """
+        found = self.dataset_coverage(config, dataset)
+        if is_covered(found, min_coverage, allow_failed=allow_failed):
+            return found
+        remedy = how_to_fill(config, self.root, dataset, found, model=model, data_dir=data_dir)
+        raise CoverageError(shortfall(found, min_coverage, str(self.explain(config)), remedy))
+
+    def statistics(self, config: CacheConfig) -> ReadFigures:
+        """Hits and misses of all processes, since the store was made or its figures were reset."""
+        return figures_of(self.path(config))
+
+    def get_or_compute(
+        self,
+        config: CacheConfig,
+        sample_ids: Sequence[str],
+        compute: Callable[[list[str]], Sequence[Any] | npt.NDArray[Any]],
+        *,
+        provenance: Mapping[str, str] | None = None,
+        without_provenance: bool = False,
+    ) -> npt.NDArray[Any]:
+        """The embeddings of these samples; what isn't stored is computed once and stored.
+
+        Args:
+            config: Identity of the store.
+            sample_ids: Sample ids; repeats are fine and computed once.
+            compute: Called with the missing sample ids, if there are any; returns one embedding
+                for each, in their order (array, tensor, or sequence of these).
+            provenance: See `EmbeddingWriter`.
+            without_provenance: See `EmbeddingWriter`.
+
+        Returns:
+            `(len(sample_ids), *embedding_shape)`, stored dtype, in the order asked for. A computed
+            embedding comes back as stored, so that every later call returns the same bits.
+
+        Raises:
+            InvalidSampleIdError: A sample id can't be stored.
+            InvalidEmbeddingError: `compute` returned another number of embeddings, or NaN.
+            ProvenanceMismatchError: Something is missing, and the store was filled with other
+                weights, or with known ones and `provenance` states none; before `compute`.
+        """
+        asked = [canonical_sample_id(sample_id) for sample_id in sample_ids]
+        missing = list(self.coverage(config, asked).missing)
+        if missing and config not in self:
+            self.explain(config).log()
+        if (counts := counts_of(self.path(config))) is not None:
+            absent = set(missing)
+            for sample_id in asked:
+                if sample_id in absent:
+                    counts.miss(sample_id)
+                else:
+                    counts.hit(sample_id)
+        if missing:
+            with self.writer(
+                config, provenance=provenance, without_provenance=without_provenance
+            ) as writer:
+                writer.check_provenance()
+                computed = compute(list(missing))
+                if not isinstance(computed, Sized):
+                    raise InvalidEmbeddingError(
+                        f"compute returned a {type(computed).__name__}; return an array or a "
+                        "sequence with an embedding for each sample id, in their order"
+                    )
+                if len(computed) != len(missing):
+                    raise InvalidEmbeddingError(
+                        f"compute returned {len(computed)} embeddings for {len(missing)} samples"
+                    )
+                writer.put_batch(missing, computed)
+        if not asked and config not in self:
+            return np.empty((0,), np.float32)
+        with self.reader(config) as reader:
+            reader.counts_reads = False  # as they were found
+            return reader.get_batch(asked)
+
+    # ---- all stores
+
+    def stores(self) -> list[StoreInfo]:
+        """What is stored under this root, damaged stores included, by folder name."""
+        return list(map(info_or_damage, self.folders()))
+
+    def __iter__(self) -> Iterator[CacheConfig]:
+        """The configs that something is stored for."""
+        return iter([store.config for store in self.stores() if store.config])
+
+    def clear(self, config: CacheConfig | None = None) -> list[StoreInfo]:
+        """Remove one store, or all under this root.
+
+        Returns:
+            What was removed; nothing stored is no error.
+
+        Raises:
+            ReadOnlyCacheError: No permission to remove it.
+        """
+        folders = [self.path(config)] if config else self.folders()
+        return [self.remove(folder) for folder in folders if is_store(folder)]
+
+    def remove(self, store: str | Path) -> StoreInfo:
+        """Remove the store in this folder, sound or damaged; waits for its writers.
+
+        Readers go on with what they have open.
+
+        Returns:
+            What was removed.
+
+        Raises:
+            CacheNotFoundError: The folder isn't a store under this root.
+            ReadOnlyCacheError: No permission to remove it.
+        """
+        return self._remove(store, wait=True, check=lambda _: None)
+
+    def remove_unused(self, store: StoreInfo) -> StoreInfo:
+        """Remove a store that nobody has open, if it is still what the caller has seen.
+
+        Args:
+            store: What `stores` or `info` gave.
+
+        Returns:
+            What was removed.
+
+        Raises:
+            CacheNotFoundError: The folder isn't a store under this root.
+            ReadOnlyCacheError: No permission to remove it.
+            StorageError: Somebody uses it, or has changed or read it since.
+        """
+
+        def check(found: StoreInfo) -> None:
+            if users := users_of(found):
+                raise StorageError(f"in use by {', '.join(users)}")
+            for name in ("last_touched", "num_embeddings", "is_damaged"):
+                if getattr(found, name) != getattr(store, name):
+                    raise StorageError("used or changed meanwhile")
+
+        return self._remove(store.path, wait=False, check=check)
+
+    def _remove(
+        self, store: str | Path, *, wait: bool, check: Callable[[StoreInfo], None]
+    ) -> StoreInfo:
+        folder = Path(store).absolute()
+        if folder.parent != self.root or not is_store(folder):
+            raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
+        remove_foreign_lock(folder)
+        with write_lock(folder, wait=wait):
+            removed = info_or_damage(folder)
+            check(removed)
+            remove_store(folder)
+        return removed
+
+    def nearest(self, config: CacheConfig) -> StoreInfo | None:
+        """The stored config with the fewest differing fields; the fullest of several."""
+        return nearest_store(config, self.stores())
+
+    def explain(self, config: CacheConfig, sample_id: str | None = None) -> Explanation:
+        """Why this config, or a sample of it, isn't found; or that it is.
+
+        Args:
+            config: Identity of the store.
+            sample_id: `file_id:class`; None asks about the config as a whole.
+        """
+        path, stores = self.path(config), self.stores()
+        found = explain_config(config, path, stores)
+        return found if sample_id is None else explain_sample(found, path, stores, sample_id)
+
+    def folders(self) -> list[Path]:
+        """The folders of all stores under this root, by name; nothing in them is opened."""
+        return list(self._store_folders())
+
+    def _store_folders(self) -> Iterator[Path]:
+        try:
+            children = sorted(self.root.iterdir())
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise StorageError(f"{self.root} is a file; a cache root is a folder") from None
+        except OSError as error:
+            raise StorageError(
+                f"{self.root} can't be listed ({error.strerror}). Check its permissions, or choose "
+                "another cache root"
+            ) from None
+        for child in children:
+            if is_store(child):
+                yield child

@@ -1,0 +1,257 @@
+"""Which embeddings of a store were computed from files that have changed or vanished since."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+from lmdbcache.cache.records.database import SourceRecords, Written, forget_sources, write_sources
+from lmdbcache.cache.records.files import Source, SourceState, compare, source_of
+from lmdbcache.errors import IntegrityError
+from lmdbcache.storage import EmbeddingReader, checksums_of, sample_key, split_sample_id
+
+__all__ = [
+    "STATES",
+    "FoundSource",
+    "SourceReport",
+    "adopt_sources",
+    "changed_clips",
+    "check_sources",
+    "num_suspects",
+    "recorded_sources",
+]
+
+STATES: Final[tuple[SourceState, ...]] = (
+    "unchanged",
+    "touched",
+    "changed",
+    "vanished",
+    "unknown",
+)
+_AT_ONCE: Final = 4096
+_NEWS_EVERY: Final = 64
+_T = TypeVar("_T")
+Progress = Callable[[int, int], None]
+
+
+class FoundSource(NamedTuple):
+    """One embedding and the state of its file; `path` is None if no file is recorded."""
+
+    sample_id: str
+    path: str | None
+    state: SourceState
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """How the files of a store's embeddings are now.
+
+    Args:
+        path: The store's folder.
+        by_class: Class → state → number of embeddings.
+        found: The embeddings whose file isn't as it was, those with an unknown one included.
+    """
+
+    path: Path
+    by_class: Mapping[str, Mapping[SourceState, int]] = field(default_factory=dict)
+    found: tuple[FoundSource, ...] = ()
+
+    def num(self, state: SourceState) -> int:
+        """Embeddings in this state."""
+        return sum(counts.get(state, 0) for counts in self.by_class.values())
+
+    def ids(self, *states: SourceState) -> list[str]:
+        """Sample ids in one of these states, in order."""
+        return [found.sample_id for found in self.found if found.state in states]
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether no file is known to have changed or vanished."""
+        return not (self.num("changed") or self.num("vanished"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": os.fspath(self.path),
+            "is_trusted": self.is_trusted,
+            **{f"num_{state}": self.num(state) for state in STATES},
+            "by_class": {name: dict(counts) for name, counts in self.by_class.items()},
+            "found": [found._asdict() for found in self.found],
+        }
+
+
+def check_sources(
+    store: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    rehash: bool = False,
+    sample_ids: Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> SourceReport:
+    """Compare the files of a store's embeddings with what was recorded of them.
+
+    Size and time decide; where only the time differs, the content does.
+
+    Args:
+        store: The store's folder.
+        data_dir: Where the dataset is now; None looks where it was.
+        rehash: Read every file, whatever its size and time say.
+        sample_ids: Only these, as far as they are stored; None takes all.
+        progress: Called with (embeddings done, embeddings in all).
+
+    Raises:
+        CacheNotFoundError: Nothing is stored here.
+        IntegrityError: The store or its records are damaged.
+    """
+    store = Path(store).absolute()
+    counts: dict[str, Counter[SourceState]] = {}
+    found = []
+    for sample_id, _, source in recorded_sources(store, sample_ids, progress):
+        path = source.location(data_dir) if source is not None and source.path else None
+        state: SourceState = "unknown"
+        if source is not None and path is not None:
+            state = compare(source, path, rehash=rehash)
+        counts.setdefault(split_sample_id(sample_id)[1], Counter())[state] += 1
+        if state != "unchanged":
+            found.append(FoundSource(sample_id, path, state))
+    return SourceReport(store, dict(sorted(counts.items())), tuple(found))
+
+
+def changed_clips(store: Path, paths: Mapping[str, str]) -> list[str]:
+    """The stored samples whose file isn't the one that was embedded.
+
+    Args:
+        store: The store's folder.
+        paths: Sample id → audio file, as they are to be read now.
+
+    Raises:
+        IntegrityError: The store or its records are damaged.
+    """
+    return [
+        sample_id
+        for sample_id, _, source in recorded_sources(store, paths)
+        if source is not None and compare(source, paths[sample_id]) == "changed"
+    ]
+
+
+def num_suspects(store: Path, paths: Mapping[str, str]) -> int:
+    """How many stored samples have a file with another size or time than recorded.
+
+    A look at each file and no more: some of them may have been touched only.
+
+    Args:
+        store: The store's folder.
+        paths: Sample id → audio file, as they are to be read now.
+    """
+    seen: set[str] = set()
+    same: set[str] = set()
+    with SourceRecords(store) as records:
+        for chunk in _chunks(sorted(paths)):
+            for sample_id, size, mtime_ns in records.sizes_and_times(chunk):
+                path = paths.get(sample_id)
+                if isinstance(path, str) and mtime_ns is not None:
+                    seen.add(sample_id)
+                    if _has(path, size, mtime_ns):
+                        same.add(sample_id)
+    return len(seen - same)
+
+
+def adopt_sources(
+    store: str | Path,
+    clips: Mapping[str, str],
+    root: str | Path = "",
+    progress: Progress | None = None,
+) -> int:
+    """Take the files that are there now for the sources of embeddings that have no record.
+
+    The new time of a file that was only touched is recorded, too. A file that changed stays so.
+    Records that are damaged are made anew.
+
+    Args:
+        store: The store's folder.
+        clips: Sample id → audio file.
+        root: The dataset's folder.
+        progress: Called with (embeddings done, embeddings in all).
+
+    Returns:
+        How many records were written.
+    """
+    store = Path(store).absolute()
+    try:
+        with SourceRecords(store) as records:
+            records.check()
+    except IntegrityError:
+        forget_sources(store)
+    number = 0
+    adopted = _adopted(store, clips, os.fspath(root), progress)
+    for chunk in _chunks(adopted):
+        write_sources(store, chunk, tidy=False)
+        number += len(chunk)
+    return number
+
+
+def _adopted(
+    store: Path, clips: Mapping[str, str], root: str, progress: Progress | None
+) -> Iterator[Written]:
+    for sample_id, checksum, source in recorded_sources(store, None, progress):
+        path = clips.get(sample_id)
+        if path is None:
+            continue
+        if source is None or compare(source, path) == "touched":
+            now = source_of(path)
+            if now is not None:
+                yield sample_id, checksum, checksum, now.below(root)
+
+
+def recorded_sources(
+    store: Path, sample_ids: Iterable[str] | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, bytes, Source | None]]:
+    """(sample id, checksum, recorded source or None) of the embeddings that are stored.
+
+    Args:
+        store: The store's folder.
+        sample_ids: Only these; None takes all.
+        progress: Called with (embeddings done, embeddings in all).
+    """
+    with EmbeddingReader(store, counts_as_use=False) as reader, SourceRecords(store) as records:
+        ids: Iterable[str] = reader
+        total = len(reader)
+        if sample_ids is not None:
+            ids = sorted(sample_ids)
+            total = len(ids)
+        done = 0
+        for chunk in _chunks(ids):
+            checksums = _checksums(reader, chunk)
+            sources = records.of(checksums)
+            for number, (sample_id, checksum) in enumerate(checksums.items()):
+                if progress is not None and number % _NEWS_EVERY == 0:
+                    progress(done + number, total)
+                yield sample_id, checksum, sources.get(sample_id)
+            done += len(chunk)
+        if progress is not None:
+            progress(done, total)
+
+
+def _has(path: str, size: int, mtime_ns: int) -> bool:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - once per clip
+    except (OSError, ValueError):
+        return False
+    return found.st_mtime_ns == mtime_ns and found.st_size == size
+
+
+def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, _AT_ONCE)):
+        yield chunk
+
+
+def _checksums(reader: EmbeddingReader, sample_ids: list[str]) -> dict[str, bytes]:
+    keys = {sample_id: sample_key(sample_id) for sample_id in sample_ids}
+    found = checksums_of(reader, keys.values())
+    return {sample_id: found[key] for sample_id, key in keys.items() if key in found}

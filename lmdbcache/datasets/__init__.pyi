@@ -1,0 +1,26 @@
+from .base import (
+    AudioDataset as AudioDataset,
+    Sample as Sample,
+    sample_id_of as sample_id_of,
+    source_of as source_of,
+)
+from .cached_audio import CachedAudioDataset as CachedAudioDataset, collate_mixed as collate_mixed
+from .namespaces import PUBLISHED as PUBLISHED, check_namespace as check_namespace
+from .narrowing import (
+    NODE_SEED as NODE_SEED,
+    Narrowing as Narrowing,
+    split_names as split_names,
+    split_of as split_of,
+    split_source as split_source,
+)
+from .opening import open_dataset as open_dataset
+from .overlaps import overlap_audit as overlap_audit
+from .partitions import partition_samples as partition_samples
+from .scanning import LeftOut as LeftOut
+from .splits import node_split as node_split, split_samples as split_samples
+from .vegas.collate import (
+    create_vegas_dataloader as create_vegas_dataloader,
+    vegas_collate_fn as vegas_collate_fn,
+)
+from .vegas.dataset import VEGASDataset as VEGASDataset
+from .vegas.layout import CLASS_LABELS as CLASS_LABELS, NAMESPACE as NAMESPACE

@@ -1,0 +1,1 @@
+"""VEGAS, as the code that it comes from expects it."""

@@ -1,0 +1,40 @@
+from .audio_spectrogram_transformer import ASTEmbedder as ASTEmbedder, ASTFrontEnd as ASTFrontEnd
+from .base import (
+    AudioModel as AudioModel,
+    Embedder as Embedder,
+    FrontEnd as FrontEnd,
+    clip_features as clip_features,
+    compute_features as compute_features,
+    first_line as first_line,
+)
+from .checkpoint_files import weights_digest as weights_digest
+from .checkpoints import (
+    Checkpoint as Checkpoint,
+    fetch_checkpoint as fetch_checkpoint,
+    find_checkpoint as find_checkpoint,
+    folder_provenance as folder_provenance,
+    identify as identify,
+    model_identity as model_identity,
+    moved_weights as moved_weights,
+)
+from .devices import device_of_rank as device_of_rank
+from .first_batch import (
+    NUM_REPEATS as NUM_REPEATS,
+    FirstBatches as FirstBatches,
+    tolerance_of as tolerance_of,
+)
+from .module_embedder import (
+    ModuleEmbedder as ModuleEmbedder,
+    input_dtype as input_dtype,
+    no_real_numbers as no_real_numbers,
+)
+from .module_weights import module_digest as module_digest
+from .registry import (
+    PretrainedModel as PretrainedModel,
+    config_for as config_for,
+    described_model as described_model,
+    find_model as find_model,
+    known_model as known_model,
+    ready_model as ready_model,
+)
+from .weights_watch import WatchedWeights as WatchedWeights

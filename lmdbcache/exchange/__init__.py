@@ -1,0 +1,5 @@
+"""Embeddings from and to elsewhere: other stores, other tools' files, a shared place."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

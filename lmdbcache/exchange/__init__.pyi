@@ -1,0 +1,38 @@
+from .merging.merger import Merger as Merger
+from .merging.report import (
+    Conflict as Conflict,
+    MergeReport as MergeReport,
+    MergeReports as MergeReports,
+    OnConflict as OnConflict,
+    Refusal as Refusal,
+)
+from .merging.stores import merge_stores as merge_stores
+from .sharing.places import (
+    find_fingerprint as find_fingerprint,
+    shared_fingerprints as shared_fingerprints,
+)
+from .sharing.pull_report import PullReport as PullReport
+from .sharing.pulling import pull as pull
+from .sharing.push_report import PushReport as PushReport
+from .sharing.pushing import push as push
+from .sharing.remote import Remote as Remote, is_url as is_url
+from .sharing.remote_report import (
+    RemoteReport as RemoteReport,
+    SharedStoreReport as SharedStoreReport,
+)
+from .sharing.shards import decode_shard as decode_shard, encode_shard as encode_shard
+from .sharing.verifying import verify_remote as verify_remote
+from .transfer.agreement import missing_fields as missing_fields
+from .transfer.entries import Source as Source
+from .transfer.exporting import (
+    FORMATS as FORMATS,
+    ExportReport as ExportReport,
+    export_embeddings as export_embeddings,
+)
+from .transfer.forms import KeyChoice as KeyChoice
+from .transfer.importing import (
+    import_embeddings as import_embeddings,
+    import_source as import_source,
+)
+from .transfer.report import ImportReport as ImportReport
+from .transfer.sources import open_source as open_source

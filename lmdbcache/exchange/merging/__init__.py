@@ -1,0 +1,1 @@
+"""Embeddings of other stores into one store."""

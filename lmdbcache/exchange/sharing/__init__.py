@@ -1,0 +1,1 @@
+"""Push, pull and verify over any file system that fsspec knows."""

@@ -1,0 +1,65 @@
+"""What this machine leaves to this process: cores, and memory with the page cache."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+__all__ = ["available_cores", "memory_limit"]
+
+_NO_LIMIT: Final = 1 << 62
+_MEMBERSHIP: Final = Path("/proc/self/cgroup")
+_MOUNT: Final = Path("/sys/fs/cgroup")
+
+
+def available_cores() -> int:
+    """What SLURM or `taskset` left to this process; on macOS, all that there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@functools.cache
+def memory_limit() -> int:
+    """Bytes of the machine, or what a container or a batch system's job leaves of them."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        memory = _NO_LIMIT
+    return min(memory, cgroup_limit(_MEMBERSHIP, _MOUNT))
+
+
+def cgroup_limit(membership: Path, mount: Path) -> int:
+    """The lowest limit of a process's control group and of those above it, version 1 or 2.
+
+    Args:
+        membership: Its /proc/<pid>/cgroup.
+        mount: Where control groups are mounted.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return _NO_LIMIT
+    limit = _NO_LIMIT
+    for line in lines:  # 0::/path, or 4:memory:/path
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if "memory" in controllers.split(","):
+            top, name = mount / "memory", "memory.limit_in_bytes"
+        elif number == "0":
+            top, name = mount, "memory.max"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            limit = min(limit, _number_in(top.joinpath(*parts[:depth], name)))
+    return limit
+
+
+def _number_in(file: Path) -> int:
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return _NO_LIMIT
+    return int(text) if re.fullmatch("[1-9][0-9]{0,18}", text) else _NO_LIMIT

@@ -1,0 +1,112 @@
+from .checks.value_checks import Progress as Progress
+from .counting.absence import explain_sample_absence as explain_sample_absence
+from .counting.hit_counts import (
+    counts_of as counts_of,
+    reset_counts as reset_counts,
+    store_counts as store_counts,
+    tree_counts as tree_counts,
+)
+from .environment import Snapshot as Snapshot
+from .files.checked_marker import is_known as is_known
+from .files.engine_errors import translated_errors as translated_errors
+from .files.filesystems import (
+    NETWORK_VARIABLE as NETWORK_VARIABLE,
+    Mount as Mount,
+    check_local_for_writing as check_local_for_writing,
+    is_network as is_network,
+    is_on_network as is_on_network,
+    mount_of as mount_of,
+)
+from .files.flocks import opened_for_flock as opened_for_flock
+from .files.forking import process_id as process_id
+from .files.gather import (
+    LARGE_VALUE_BYTES as LARGE_VALUE_BYTES,
+    MappedFile as MappedFile,
+    batch_buffers as batch_buffers,
+)
+from .files.generations import (
+    RESERVE_BYTES as RESERVE_BYTES,
+    check_room as check_room,
+    current_generation as current_generation,
+    free_bytes as free_bytes,
+    is_being_written as is_being_written,
+    remove_entry as remove_entry,
+    remove_foreign_lock as remove_foreign_lock,
+    remove_store as remove_store,
+    sync_file as sync_file,
+    write_lock as write_lock,
+)
+from .files.last_use import last_used as last_used, last_written as last_written
+from .files.opening import check_file_size as check_file_size
+from .files.reader_slots import (
+    others as others,
+    slot_use as slot_use,
+    writing_processes as writing_processes,
+)
+from .files.running_lock import (
+    RUNNING_SUFFIX as RUNNING_SUFFIX,
+    at_rest as at_rest,
+    held_store as held_store,
+)
+from .format.layout import (
+    COMMIT_COPIES_NAME as COMMIT_COPIES_NAME,
+    CURRENT_NAME as CURRENT_NAME,
+    GENERATION_NAME as GENERATION_NAME,
+    NUM_RESERVED_KEYS as NUM_RESERVED_KEYS,
+    PULLING_NAME as PULLING_NAME,
+    canonical_class as canonical_class,
+    canonical_sample_id as canonical_sample_id,
+    class_of as class_of,
+    join_sample_id as join_sample_id,
+    sample_id_of_key as sample_id_of_key,
+    sample_key as sample_key,
+    split_sample_id as split_sample_id,
+)
+from .format.metadata import (
+    StoreMetadata as StoreMetadata,
+    checksum as checksum,
+    portable as portable,
+)
+from .format.row_parts import RowPart as RowPart
+from .format.values import (
+    NUMPY_DTYPES as NUMPY_DTYPES,
+    as_stored as as_stored,
+    check_shape as check_shape,
+    from_stored as from_stored,
+    has_masked_elements as has_masked_elements,
+)
+from .maintenance.checksums import (
+    checksums_of as checksums_of,
+    stored_checksums as stored_checksums,
+)
+from .maintenance.compaction import (
+    CompactionResult as CompactionResult,
+    compact as compact,
+    plan_compaction as plan_compaction,
+)
+from .maintenance.integrity import IntegrityReport as IntegrityReport, verify as verify
+from .maintenance.leftovers import (
+    Leftover as Leftover,
+    find_leftovers as find_leftovers,
+    remove_leftovers as remove_leftovers,
+)
+from .maintenance.repair import (
+    RepairReport as RepairReport,
+    generation_to_repair as generation_to_repair,
+    repair as repair,
+)
+from .maintenance.salvage import salvage as salvage
+from .pages.page_file import PageFile as PageFile
+from .reader import EmbeddingReader as EmbeddingReader
+from .reading.selection import Positions as Positions, Selection as Selection
+from .reading.space import space_use as space_use
+from .reading.verified_reads import Verify as Verify, check_pages as check_pages
+from .regular_files import (
+    check_file as check_file,
+    check_folder as check_folder,
+    open_file as open_file,
+    read_file as read_file,
+    replace_file as replace_file,
+)
+from .standard_descriptors import occupy_standard_descriptors as occupy_standard_descriptors
+from .writer import EmbeddingWriter as EmbeddingWriter, OnDuplicate as OnDuplicate
