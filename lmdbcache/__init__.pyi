@@ -2,10 +2,10 @@ from .cache import (
     Coverage as Coverage,
     DatasetCoverage as DatasetCoverage,
     EmbeddingCache as EmbeddingCache,
-    EpochFigures as EpochFigures,
+    EpochStatistics as EpochStatistics,
     Explanation as Explanation,
     HiddenStateView as HiddenStateView,
-    ReadFigures as ReadFigures,
+    ReadStatistics as ReadStatistics,
     StoreInfo as StoreInfo,
     TokenLayout as TokenLayout,
 )
@@ -24,12 +24,12 @@ from .embedders import (
 from .errors import CacheError as CacheError
 from .exchange import export_embeddings as export_embeddings, import_embeddings as import_embeddings
 from .extraction import (
-    Share as Share,
-    clips_of as clips_of,
+    RankShare as RankShare,
     extract as extract,
     extract_on_ray as extract_on_ray,
     extract_or_load_ast_embeddings as extract_or_load_ast_embeddings,
     share_from_environment as share_from_environment,
+    to_clips as to_clips,
 )
 from .report import build_report as build_report
 from .storage import EmbeddingReader as EmbeddingReader, EmbeddingWriter as EmbeddingWriter

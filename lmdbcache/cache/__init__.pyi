@@ -44,10 +44,10 @@ from .records.origin_counts import count_origins as count_origins
 from .records.origins import THIS_STORE as THIS_STORE, Origin as Origin
 from .requirement import is_covered as is_covered
 from .statistics import (
-    EpochFigures as EpochFigures,
-    ReadFigures as ReadFigures,
-    figures_of as figures_of,
-    reset_figures as reset_figures,
+    EpochStatistics as EpochStatistics,
+    ReadStatistics as ReadStatistics,
+    reset_statistics as reset_statistics,
+    statistics_of as statistics_of,
 )
 from .store_info import (
     StoreInfo as StoreInfo,

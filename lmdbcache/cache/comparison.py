@@ -135,8 +135,8 @@ def compare_stores(
         IntegrityError: One is damaged.
     """
     with (
-        EmbeddingReader(a, counts_as_use=False) as first,
-        EmbeddingReader(b, counts_as_use=False) as second,
+        EmbeddingReader(a, track_usage=False) as first,
+        EmbeddingReader(b, track_usage=False) as second,
     ):
         found = StoreComparison(
             first.path,

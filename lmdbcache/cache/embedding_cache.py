@@ -15,7 +15,7 @@ from lmdbcache.cache.dataset_coverage import DatasetCoverage, dataset_coverage, 
 from lmdbcache.cache.failures import read_failures
 from lmdbcache.cache.misses import Explanation, explain_config, explain_sample, nearest_store
 from lmdbcache.cache.requirement import how_to_fill, is_covered, shortfall
-from lmdbcache.cache.statistics import ReadFigures, figures_of
+from lmdbcache.cache.statistics import ReadStatistics, statistics_of
 from lmdbcache.cache.store_info import (
     StoreInfo,
     allocated_bytes,
@@ -89,21 +89,21 @@ class EmbeddingCache:
         return current_generation(self.path(config)) is not None
 
     def reader(
-        self, config: CacheConfig, *, verify: Verify = "never", counts_as_use: bool = True
+        self, config: CacheConfig, *, verify: Verify = "never", track_usage: bool = True
     ) -> EmbeddingReader:
         """A Mapping of the stored embeddings.
 
         Args:
             config: Identity of the store.
             verify: Whether values are compared with their checksums: see `EmbeddingReader`.
-            counts_as_use: Whether reading moves the store's time of last use and is counted.
+            track_usage: Whether reading moves the store's time of last use and is counted.
 
         Raises:
             CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
         """
         if config not in self:
             raise CacheNotFoundError(str(self.explain(config)))
-        return EmbeddingReader(self.path(config), config, verify, counts_as_use=counts_as_use)
+        return EmbeddingReader(self.path(config), config, verify, track_usage=track_usage)
 
     def writer(
         self,
@@ -184,7 +184,7 @@ class EmbeddingCache:
         """How much of these samples is stored, by class. Nothing stored is no error."""
         if config not in self:
             return coverage_of(sample_ids, None)
-        with EmbeddingReader(self.path(config), config, counts_as_use=False) as reader:
+        with EmbeddingReader(self.path(config), config, track_usage=False) as reader:
             return coverage_of(sample_ids, reader)
 
     def dataset_coverage(self, config: CacheConfig, dataset: Any) -> DatasetCoverage:
@@ -235,9 +235,9 @@ class EmbeddingCache:
         remedy = how_to_fill(config, self.root, dataset, found, model=model, data_dir=data_dir)
         raise CoverageError(shortfall(found, min_coverage, str(self.explain(config)), remedy))
 
-    def statistics(self, config: CacheConfig) -> ReadFigures:
+    def statistics(self, config: CacheConfig) -> ReadStatistics:
         """Hits and misses of all processes, since the store was made or its figures were reset."""
-        return figures_of(self.path(config))
+        return statistics_of(self.path(config))
 
     def get_or_compute(
         self,

@@ -177,7 +177,7 @@ def explain_sample(
     reason, text, failure = found.reason, found.text, None
     near: tuple[str, ...] = ()
     if found.is_stored:
-        with EmbeddingReader(path, found.config, counts_as_use=False) as reader:
+        with EmbeddingReader(path, found.config, track_usage=False) as reader:
             if sample_id in reader:
                 text = f"{sample_id!r} is stored in {path.name}"
                 origin = _origin_of(reader, sample_id)
@@ -231,7 +231,7 @@ def _failure_of(store: Path, sample_id: str) -> str | None:
 
 def _has(store: StoreInfo, sample_id: str) -> bool:
     try:
-        with EmbeddingReader(store.path, counts_as_use=False) as reader:
+        with EmbeddingReader(store.path, track_usage=False) as reader:
             return sample_id in reader
     except (CacheError, OSError):
         return False

@@ -156,8 +156,8 @@ def _in_python(
     return [
         f"{why}; in Python this computes what is missing{each}:",
         "",
-        "    from lmdbcache.extraction.samples import clips_of",
-        f"    lmdbcache.extract(cache, config, clips_of({name}.samples){given})",
+        "    from lmdbcache.extraction.samples import to_clips",
+        f"    lmdbcache.extract(cache, config, to_clips({name}.samples){given})",
     ]
 
 

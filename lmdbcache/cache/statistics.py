@@ -11,11 +11,11 @@ from typing import Any
 from lmdbcache.errors import ReadOnlyCacheError
 from lmdbcache.storage import counts_of, reset_counts, store_counts, tree_counts
 
-__all__ = ["EpochFigures", "ReadFigures", "figures_of", "reset_figures"]
+__all__ = ["EpochStatistics", "ReadStatistics", "statistics_of", "reset_statistics"]
 
 
 @dataclass(frozen=True)
-class ReadFigures:
+class ReadStatistics:
     """How often samples were found.
 
     Args:
@@ -60,13 +60,13 @@ class ReadFigures:
         }
 
 
-def figures_of(store: str | Path) -> ReadFigures:
+def statistics_of(store: str | Path) -> ReadStatistics:
     """What all processes have read of a store, since it was made or its figures were reset."""
     counts = store_counts(Path(store).absolute())
     return _figures({name: (counts.hits[name], counts.misses[name]) for name in _names(counts)})
 
 
-def reset_figures(store: str | Path) -> None:
+def reset_statistics(store: str | Path) -> None:
     """Begin again at zero. Processes that are reading go on counting from there.
 
     Raises:
@@ -80,7 +80,7 @@ def reset_figures(store: str | Path) -> None:
         ) from None
 
 
-class EpochFigures:
+class EpochStatistics:
     """Hits and misses of this process and its workers, epoch by epoch.
 
     An epoch is what was counted between two calls of `end_epoch`, whatever the start method of
@@ -100,11 +100,11 @@ class EpochFigures:
         self._before = self._sums()
 
     def end_epoch(self) -> dict[str, float]:
-        """The metrics since the last call, or since this was made. See `ReadFigures.metrics`."""
-        return self.end_epoch_figures().metrics(self.prefix)
+        """The metrics since the last call, or since this was made. See `ReadStatistics.metrics`."""
+        return self.end_epoch_statistics().metrics(self.prefix)
 
-    def end_epoch_figures(self) -> ReadFigures:
-        """The same as `ReadFigures`."""
+    def end_epoch_statistics(self) -> ReadStatistics:
+        """The same as `ReadStatistics`."""
         now, before = self._sums(), self._before
         self._before = now
         changes = {
@@ -134,8 +134,10 @@ class EpochFigures:
         return [Path(os.fspath(reader.path))]
 
 
-def _figures(by_class: Mapping[str, tuple[int, int]]) -> ReadFigures:
-    return ReadFigures({name: by_class[name] for name in sorted(by_class) if any(by_class[name])})
+def _figures(by_class: Mapping[str, tuple[int, int]]) -> ReadStatistics:
+    return ReadStatistics(
+        {name: by_class[name] for name in sorted(by_class) if any(by_class[name])}
+    )
 
 
 def _names(counts: Any) -> set[str]:

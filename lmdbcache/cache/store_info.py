@@ -115,7 +115,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
         IntegrityError: The store is damaged.
     """
     store = Path(store).absolute()
-    with EmbeddingReader(store, counts_as_use=False) as reader:
+    with EmbeddingReader(store, track_usage=False) as reader:
         metadata, num_embeddings = reader.metadata, len(reader)
         space = reader.read_pinned(space_use)
     return StoreInfo(

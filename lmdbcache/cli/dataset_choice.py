@@ -26,7 +26,7 @@ from lmdbcache.datasets import (
     split_names,
 )
 from lmdbcache.errors import DatasetError
-from lmdbcache.extraction import clips_of
+from lmdbcache.extraction import to_clips
 
 __all__ = ["DatasetChoice"]
 
@@ -231,7 +231,7 @@ class DatasetChoice:
         Raises:
             DatasetError: The folder or a choice can't be used.
         """
-        return clips_of(self.samples())
+        return to_clips(self.samples())
 
     def ids_by_split(self, *, each: bool) -> dict[str, list[str]]:
         """Split → the sample ids that are chosen; of each of the dataset's, or of the one chosen.

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache, ReadFigures, figures_of, reset_figures
+from lmdbcache.cache import EmbeddingCache, ReadStatistics, reset_statistics, statistics_of
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import counted, print_json, print_table, say
 from lmdbcache.cli.options import Json, Root, Yes, find_folder
@@ -62,8 +62,8 @@ def stats_command(
                 f"Set the figures of {counted(len(folders), 'store')} to zero?", abort=True
             )
         for folder in folders:
-            reset_figures(folder)
-    figures = {folder: figures_of(folder) for folder in folders}
+            reset_statistics(folder)
+    figures = {folder: statistics_of(folder) for folder in folders}
     if as_json:
         print_json([{"path": str(folder), **found.to_dict()} for folder, found in figures.items()])
     elif store is None:
@@ -85,5 +85,5 @@ def stats_command(
             )
 
 
-def _percent(found: ReadFigures) -> str:
+def _percent(found: ReadStatistics) -> str:
     return f"{100 * found.hit_rate:.1f}" if found.hits or found.misses else "-"

@@ -131,7 +131,7 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
     classes: Counter[str] = Counter()
     origins: list[tuple[Origin, int]] = []
     if info.config is not None:
-        with EmbeddingReader(info.path, info.config, counts_as_use=False) as reader:
+        with EmbeddingReader(info.path, info.config, track_usage=False) as reader:
             classes.update(split_sample_id(sample_id)[1] for sample_id in reader)
         origins = _origins(info)
     if as_json:

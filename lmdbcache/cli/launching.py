@@ -11,7 +11,12 @@ import typer
 
 from lmdbcache.cli.console import speak_for
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction import Share, is_on_several_machines, launched_by, share_from_environment
+from lmdbcache.extraction import (
+    RankShare,
+    is_on_several_machines,
+    launched_by,
+    share_from_environment,
+)
 
 __all__ = ["LaunchChoice"]
 
@@ -59,7 +64,7 @@ class LaunchChoice:
         return None if self.launcher == "ray" else self.staging
 
     @cached_property
-    def share(self) -> Share:
+    def share(self) -> RankShare:
         """The share of this process. From now on its lines on standard error name it.
 
         Raises:
@@ -72,9 +77,9 @@ class LaunchChoice:
         if self.rank is not None and self.world_size is not None:
             if self.launcher != "none":
                 raise ConfigError(f"--rank and --world-size: not with --launcher {self.launcher}")
-            share = Share(self.rank, self.world_size)
+            share = RankShare(self.rank, self.world_size)
         elif self.launcher == "ray":
-            return Share()
+            return RankShare()
         else:
             share = share_from_environment(self.launcher)
             launcher = launched_by() if self.launcher == "none" else None

@@ -177,7 +177,7 @@ def _selected(folder: Path, wish: _Wish) -> _Selection:
         raise IntegrityError(f"{info.damage}. Nothing was removed")
     classes: Counter[str] = Counter()
     chosen = []
-    with EmbeddingReader(folder, info.config, counts_as_use=False) as reader:
+    with EmbeddingReader(folder, info.config, track_usage=False) as reader:
         for sample_id in reader:
             classes[sample_id.rpartition(":")[2]] += 1
             if wish.means(sample_id):

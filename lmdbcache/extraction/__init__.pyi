@@ -13,6 +13,6 @@ from .pipeline import (
     plan_extraction as plan_extraction,
     stored_of_share as stored_of_share,
 )
-from .samples import clips_of as clips_of
-from .shares import Share as Share
+from .rank_share import RankShare as RankShare
+from .samples import to_clips as to_clips
 from .space import ExtractionPlan as ExtractionPlan

@@ -152,7 +152,7 @@ def audit(  # noqa: PLR0913
     limit = tolerance_for(config) if tolerance is None else tolerance
     if not limit >= 0:
         raise ConfigError(f"tolerance: {limit}; it must be 0 or more")
-    with cache.reader(config, counts_as_use=False) as reader:
+    with cache.reader(config, track_usage=False) as reader:
         paths, skipped = _pick(reader, num_samples, seed, clips or {}, data_dir)
         if not paths:
             return AuditReport(reader.path, limit, skipped=skipped)

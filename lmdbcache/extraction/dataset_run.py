@@ -14,7 +14,7 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import Sample
 from lmdbcache.extraction.pipeline import extract
-from lmdbcache.extraction.samples import clips_of
+from lmdbcache.extraction.samples import to_clips
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.training import TensorMapping
 
@@ -78,7 +78,7 @@ def extract_or_load_ast_embeddings(
     config = dataset.stored_config(rate, seconds, model_name, output)
     options.setdefault("model", model_name)
     options.setdefault("dataset_root", Path(dataset.root_dir).absolute())
-    clips = clips_of(dataset.samples)
+    clips = to_clips(dataset.samples)
     if not dataset.enable_ast_cache:
         dataset.audio_embs_from_file, summary = _extract_to_memory(config, clips, options)
     else:

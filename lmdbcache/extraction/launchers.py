@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.shares import Share
+from lmdbcache.extraction.rank_share import RankShare
 from lmdbcache.machine import available_cores
 
 __all__ = ["LAUNCHERS", "is_on_several_machines", "launched_by", "share_from_environment"]
@@ -21,7 +21,7 @@ _SEVERAL_TASKS: Final = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # 2(x3): two each o
 
 def share_from_environment(
     launcher: str = "auto", environment: Mapping[str, str] | None = None
-) -> Share:
+) -> RankShare:
     """The share of this process, by the variables that its launcher has set.
 
     Args:
@@ -39,7 +39,7 @@ def share_from_environment(
     """
     given = os.environ if environment is None else environment
     if launcher == "none":
-        return Share()
+        return RankShare()
     if launcher == "torchrun":
         share = _torchrun(given)
         if share is None:
@@ -58,7 +58,7 @@ def share_from_environment(
             "launcher: neither a task of srun nor one of a job array; start it with `srun "
             "lmdbcache extract …`, or submit it with `sbatch --array=0-7`"
         )
-    return _product(array or Share(), tasks or Share())
+    return _product(array or RankShare(), tasks or RankShare())
 
 
 def launched_by(environment: Mapping[str, str] | None = None) -> str | None:
@@ -82,7 +82,7 @@ def is_on_several_machines(environment: Mapping[str, str] | None = None) -> bool
     return False
 
 
-def _product(array: Share, tasks: Share) -> Share:
+def _product(array: RankShare, tasks: RankShare) -> RankShare:
     """Each task of an array starts ranks of its own."""
     return replace(
         tasks,
@@ -91,15 +91,17 @@ def _product(array: Share, tasks: Share) -> Share:
     )
 
 
-def _torchrun(given: Mapping[str, str]) -> Share | None:
+def _torchrun(given: Mapping[str, str]) -> RankShare | None:
     if "RANK" not in given and "WORLD_SIZE" not in given:
         return None
     local_rank = _number(given, "LOCAL_RANK", 0)
     local_world_size = _number(given, "LOCAL_WORLD_SIZE", local_rank + 1)
-    return Share(_number(given, "RANK"), _number(given, "WORLD_SIZE"), local_rank, local_world_size)
+    return RankShare(
+        _number(given, "RANK"), _number(given, "WORLD_SIZE"), local_rank, local_world_size
+    )
 
 
-def _srun(given: Mapping[str, str]) -> Share | None:
+def _srun(given: Mapping[str, str]) -> RankShare | None:
     # The batch script itself has a SLURM_PROCID of 0 and the job's SLURM_NTASKS: it is no task.
     is_step = "SLURM_STEP_ID" in given or given.get("ENVIRONMENT") != "BATCH"
     if "SLURM_PROCID" not in given or not is_step:
@@ -109,7 +111,7 @@ def _srun(given: Mapping[str, str]) -> Share | None:
     cores = None
     if "SLURM_CPUS_PER_TASK" in given:
         cores = max(1, min(available_cores(), _number(given, "SLURM_CPUS_PER_TASK")))
-    return Share(
+    return RankShare(
         _number(given, "SLURM_PROCID"),
         _number(given, size),
         local_rank,
@@ -128,7 +130,7 @@ def _tasks_here(given: Mapping[str, str]) -> int:
     return machines[number] if number < len(machines) else 1
 
 
-def _array(given: Mapping[str, str]) -> Share | None:
+def _array(given: Mapping[str, str]) -> RankShare | None:
     if "SLURM_ARRAY_TASK_ID" not in given:
         return None
     task, count = _number(given, "SLURM_ARRAY_TASK_ID"), _number(given, "SLURM_ARRAY_TASK_COUNT")
@@ -144,7 +146,7 @@ def _array(given: Mapping[str, str]) -> Share | None:
             "such as --array=1,3,7 doesn't tell the number of shares. Submit a range such as "
             f"--array=0-{max(1, count) - 1}, or give --rank and --world-size"
         )
-    return Share(rank, count)
+    return RankShare(rank, count)
 
 
 def _number(given: Mapping[str, str], name: str, default: int | None = None) -> int:

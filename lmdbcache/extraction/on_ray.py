@@ -27,7 +27,7 @@ from lmdbcache.extraction.pipeline import check_duration, check_options
 from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.ray_cluster import check_device, connected
 from lmdbcache.extraction.ray_pipeline import UnitPipeline
-from lmdbcache.extraction.run import Run
+from lmdbcache.extraction.run import ExtractionRun
 from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
 from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
 from lmdbcache.extraction.summary import ExtractionSummary
@@ -145,7 +145,7 @@ def extract_on_ray(  # noqa: PLR0913
     return run.summary(time.perf_counter() - started)
 
 
-class _RayRun(Run):
+class _RayRun(ExtractionRun):
     """One extraction whose units come back from a pipeline."""
 
     _bar: ProgressBar

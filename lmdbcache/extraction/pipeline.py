@@ -28,10 +28,10 @@ from lmdbcache.embedders import (
     ready_model,
 )
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.run import Run
+from lmdbcache.extraction.rank_share import RankShare
+from lmdbcache.extraction.run import ExtractionRun
 from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
 from lmdbcache.extraction.scaling import warnings_of
-from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.space import (
     ExtractionPlan,
     estimated_bytes,
@@ -71,7 +71,7 @@ def extract(  # noqa: PLR0913
     dataset_root: str | Path = "",
     commit_seconds: float = 10.0,
     recompute_changed: bool = False,
-    share: Share | None = None,
+    share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
 ) -> ExtractionSummary:
     """Store the embeddings of these clips; those that are stored already cost nothing.
@@ -135,7 +135,7 @@ def extract(  # noqa: PLR0913
             "extract the changed clips into the root itself"
         )
     started = time.perf_counter()
-    run = Run(cache, config, progress=progress, dataset_root=dataset_root, share=share)
+    run = ExtractionRun(cache, config, progress=progress, dataset_root=dataset_root, share=share)
     run.take(pairs_of(clips), batch_size)
     run.left_out = counts_of_left_out(clips)
     with ExitStack() as stack:
@@ -198,7 +198,9 @@ def _is_forked() -> bool:
     return multiprocessing.parent_process() is not None and method == "fork"
 
 
-def _embedder(model: AudioModel, config: CacheConfig, device: str | None, share: Share) -> Embedder:
+def _embedder(
+    model: AudioModel, config: CacheConfig, device: str | None, share: RankShare
+) -> Embedder:
     return model.make_embedder(config, device or device_of_rank(share.local_rank))
 
 
@@ -209,7 +211,7 @@ def plan_extraction(
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
     batch_size: int = 8,
-    share: Share | None = None,
+    share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
 ) -> ExtractionPlan:
     """What `extract` would do, without doing it: the model isn't loaded, nothing is written.
@@ -229,7 +231,7 @@ def plan_extraction(
         DatasetError: Two files for one sample id.
         ModelLoadError: The folder isn't a checkpoint.
     """
-    run = Run(cache, config, share=share)
+    run = ExtractionRun(cache, config, share=share)
     run.take(pairs_of(clips), batch_size)
     if staging is not None:
         run.stage(staging, batch_size, patience=0.0)
@@ -244,7 +246,7 @@ def plan_extractions(
     model: str | os.PathLike[str] | AudioModel | None = None,
 ) -> list[ExtractionPlan]:
     """The plan of the same clips for each of these configs; see `plan_extraction`."""
-    run = Run(cache, configs[0])
+    run = ExtractionRun(cache, configs[0])
     run.take(pairs_of(clips), 1)
     plans = []
     for config in configs:
@@ -254,7 +256,7 @@ def plan_extractions(
     return plans
 
 
-def _plan(run: Run, model: str | os.PathLike[str] | AudioModel | None) -> ExtractionPlan:
+def _plan(run: ExtractionRun, model: str | os.PathLike[str] | AudioModel | None) -> ExtractionPlan:
     config = run.config
     missing = run.plan()
     shape = run.known_shape()
@@ -291,11 +293,11 @@ def stored_of_share(
     clips: Clips | AudioDataset,
     *,
     batch_size: int = 8,
-    share: Share | None = None,
+    share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
 ) -> tuple[int, int]:
     """(stored, asked): how many samples of a share are there now. The arguments are `extract`'s."""
-    run = Run(cache, config, share=share)
+    run = ExtractionRun(cache, config, share=share)
     run.take(pairs_of(clips), batch_size)
     if staging is not None:
         run.stage(staging, batch_size, patience=0.0)  # a batch system is waiting for our end
@@ -305,7 +307,7 @@ def stored_of_share(
 
 def default_num_workers() -> int:
     """Decoding processes that keep a model busy without taking its cores."""
-    return Share().decoding_processes()
+    return RankShare().decoding_processes()
 
 
 def check_options(batch_size: int, num_workers: int | None, commit_seconds: float) -> None:

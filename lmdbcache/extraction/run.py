@@ -25,8 +25,8 @@ from lmdbcache.errors import (
 )
 from lmdbcache.extraction.outcomes import Outcomes
 from lmdbcache.extraction.progress import ProgressBar
+from lmdbcache.extraction.rank_share import RankShare
 from lmdbcache.extraction.samples import distinct_clips
-from lmdbcache.extraction.shares import Share
 from lmdbcache.extraction.space import check_space
 from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import ExtractionSummary
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from lmdbcache.extraction.feature_batch import FeatureBatch
     from lmdbcache.extraction.forward_passes import ForwardPasses
 
-__all__ = ["Run"]
+__all__ = ["ExtractionRun"]
 
 _logger: Final = logging.getLogger(__name__)
 
 
-class Run:
+class ExtractionRun:
     """One extraction: its plan, and what became of its clips."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Run:
         *,
         progress: bool | None = None,
         dataset_root: str | Path = "",
-        share: Share | None = None,
+        share: RankShare | None = None,
     ) -> None:
         self.cache = cache
         self.config = config
@@ -71,7 +71,7 @@ class Run:
         self.left_out: dict[str, Any] = {}
         self.moved_model = ""
         self.model = ""
-        self.share = Share() if share is None else share
+        self.share = RankShare() if share is None else share
         self.staging: Staging | None = None
         self._all_samples: list[str] = []
         self._missing_on_disk: Collection[str] = ()
@@ -166,7 +166,7 @@ class Run:
         """Shape of the store's embeddings; None if there are none yet."""
         shape = None
         if self.config in self.cache:
-            with self.cache.reader(self.config, counts_as_use=False) as reader:
+            with self.cache.reader(self.config, track_usage=False) as reader:
                 shape = reader.embedding_shape
         elif self.staging is not None:
             shape = self.staging.shape()

@@ -12,10 +12,10 @@ from lmdbcache.datasets import AudioDataset, Sample, source_of
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.storage import canonical_sample_id
 
-__all__ = ["clips_of", "counts_of_left_out", "distinct_clips", "pairs_of"]
+__all__ = ["to_clips", "counts_of_left_out", "distinct_clips", "pairs_of"]
 
 
-def clips_of(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
+def to_clips(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
     """(sample id, audio file or source) of each sample."""
     return [
         (f"{sample['file_id']}:{sample['class_name']}", source_of(sample)) for sample in samples
@@ -29,7 +29,7 @@ def pairs_of(
     if isinstance(clips, Mapping):
         return clips.items()
     samples = getattr(clips, "samples", None)
-    return clips if samples is None else clips_of(samples)  # type: ignore[return-value]
+    return clips if samples is None else to_clips(samples)  # type: ignore[return-value]
 
 
 def counts_of_left_out(clips: Clips | AudioDataset) -> dict[str, Any]:

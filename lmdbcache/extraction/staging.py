@@ -19,7 +19,7 @@ import xxhash
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
-from lmdbcache.extraction.shares import Share
+from lmdbcache.extraction.rank_share import RankShare
 from lmdbcache.files import expand_user
 from lmdbcache.storage import at_rest, check_local_for_writing, held_store, is_on_network
 
@@ -53,7 +53,7 @@ class Staging:
         folder: str | os.PathLike[str],
         root: EmbeddingCache,
         config: CacheConfig,
-        share: Share,
+        share: RankShare,
         sample_ids: Iterable[str],
         unit_size: int,
         patience: float = _PATIENCE_SECONDS,
@@ -110,7 +110,7 @@ class Staging:
         """The embeddings' shape, by the first of the others that knows it."""
         for cache in [self._root, *self._others]:
             if self._config in cache:
-                with cache.reader(self._config, counts_as_use=False) as reader:
+                with cache.reader(self._config, track_usage=False) as reader:
                     if reader.embedding_shape is not None:
                         return reader.embedding_shape
         return None
@@ -122,7 +122,7 @@ class Staging:
             ProvenanceMismatchError: The root was filled with other weights or features.
         """
         if self._config in self._root:
-            with self._root.reader(self._config, counts_as_use=False) as reader:
+            with self._root.reader(self._config, track_usage=False) as reader:
                 reader.metadata.with_provenance(provenance, self.root_store)
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Final
 
 import xxhash
 
-from lmdbcache.extraction.shares import Share
+from lmdbcache.extraction.rank_share import RankShare
 
 __all__ = ["order_of_units", "place_among_runs"]
 
@@ -26,7 +26,7 @@ _GOLDEN_RATIO: Final = 0.618034
 
 
 @contextlib.contextmanager
-def place_among_runs(store: Path, share: Share | None = None) -> Iterator[int]:
+def place_among_runs(store: Path, share: RankShare | None = None) -> Iterator[int]:
     """Which run of this store on this machine we are: 0 if there is no other, else 1, 2, ….
 
     Ranks have different units and don't meet: only runs of the same share count.

@@ -35,7 +35,7 @@ def check_unbuilt_model(cache: EmbeddingCache, config: CacheConfig, model: Any) 
     name = config.model_name if model is None else model
     if not isinstance(name, (str, os.PathLike, ModuleEmbedder)) or config not in cache:
         return ""
-    with cache.reader(config, counts_as_use=False) as reader:
+    with cache.reader(config, track_usage=False) as reader:
         stored, store = reader.metadata, reader.path
     if isinstance(name, ModuleEmbedder):
         stored.with_provenance({"weights_digest": module_digest(name.module)}, store)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmdbcache.cache import EmbeddingCache, figures_of
+from lmdbcache.cache import EmbeddingCache, statistics_of
 
 __all__ = ["HitRate", "hit_rates_of", "recorded_hit_rates"]
 
@@ -34,7 +34,7 @@ class HitRate:
 
 def recorded_hit_rates(cache: EmbeddingCache) -> list[Mapping[str, Any]]:
     """What is recorded beside the stores of a cache: name, hits and misses of each."""
-    figures = {folder.name: figures_of(folder) for folder in cache.folders()}
+    figures = {folder.name: statistics_of(folder) for folder in cache.folders()}
     return [
         {"name": name, "hits": found.hits, "misses": found.misses}
         for name, found in figures.items()

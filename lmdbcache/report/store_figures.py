@@ -133,7 +133,7 @@ def _look(
     if config is None:
         return figures
     fitting = [dataset for dataset in datasets if dataset.fits(config.dataset)]
-    with cache.reader(config, verify="first_read", counts_as_use=False) as reader:
+    with cache.reader(config, verify="first_read", track_usage=False) as reader:
         ordered = in_stratified_order(reader)
         coverage = [coverage_by_split(dataset, reader) for dataset in fitting]
         steps = _Steps(progress, min(max_samples, len(ordered)))

@@ -67,7 +67,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             `"first_read"` (once per snapshot) or `"always"`. A damaged value is an IntegrityError
             that names the sample; without verification it is read as it is. LMDB's pages are
             looked at, too, whenever a snapshot is pinned.
-        counts_as_use: Whether reading moves the store's time of last use and is counted.
+        track_usage: Whether reading moves the store's time of last use and is counted.
     """
 
     num_read = 0
@@ -78,24 +78,24 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         config: CacheConfig | None = None,
         verify: Verify = "never",
         *,
-        counts_as_use: bool = True,
+        track_usage: bool = True,
     ) -> None:
         check_mode(verify)
-        self._set_options(verify, counts_as_use=counts_as_use)
+        self._set_options(verify, track_usage=track_usage)
         super().__init__(store, config)
 
-    def _set_options(self, verify: Verify, *, counts_as_use: bool) -> None:
+    def _set_options(self, verify: Verify, *, track_usage: bool) -> None:
         self.verify = verify
-        self._counts_as_use = counts_as_use
+        self._counts_as_use = track_usage
         # Whether hits and misses are counted; off where the caller counts in its own way.
-        self.counts_reads = counts_as_use
+        self.counts_reads = track_usage
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"verify": self.verify, "counts_as_use": self._counts_as_use}
+        own = {"verify": self.verify, "track_usage": self._counts_as_use}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_options(state["verify"], counts_as_use=state["counts_as_use"])
+        self._set_options(state["verify"], track_usage=state["track_usage"])
         super().__setstate__(state)
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from lmdbcache.datasets import (
     source_of,
     split_names,
 )
-from lmdbcache.extraction import clips_of
+from lmdbcache.extraction import to_clips
 from lmdbcache.storage import canonical_class, canonical_sample_id
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class DatasetContract:
             output="spectrum",
             dataset=dataset.namespace,
         )
-        clips = clips_of(dataset.samples)
+        clips = to_clips(dataset.samples)
         runs = [
             extract(
                 cache, config, clips, front_end=_FrontEnd(), make_embedder=_Embedder,

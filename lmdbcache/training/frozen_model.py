@@ -24,7 +24,7 @@ from lmdbcache.errors import CacheError, ConfigError, InvalidEmbeddingError, Mod
 from lmdbcache.storage import has_masked_elements
 from lmdbcache.training.batch_groups import copies_of, groups_by_shape, row_checksums
 from lmdbcache.training.batch_inputs import stacked
-from lmdbcache.training.model_by_name import ModelByName
+from lmdbcache.training.lazy_model import LazyModel
 
 __all__ = ["FrozenModel"]
 
@@ -47,7 +47,7 @@ class FrozenModel:
         self._config = config
         self._select_output = select_output
         self._device: torch.device | None = None
-        self.by_name: Final = ModelByName(model, config) if ModelByName.is_one(model) else None
+        self.by_name: Final = LazyModel(model, config) if LazyModel.is_one(model) else None
         self._factory: Any = model if self.by_name is None and _is_factory(model) else None
         self._model: Any = None
         self._weights: WatchedWeights | None = None

@@ -12,7 +12,7 @@ import soundfile
 from embedders.encoded_audio import tone
 from embedders.small_folders import folder_of
 
-from lmdbcache import EmbeddingCache, clips_of, config_for
+from lmdbcache import EmbeddingCache, config_for, to_clips
 from lmdbcache.datasets import open_dataset
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction import extract
@@ -60,7 +60,7 @@ def test_extraction(media):
     dataset = open_dataset(media / "folder", decoder="ffmpeg")
     cache, clips, model = (
         EmbeddingCache(media / "cache"),
-        clips_of(dataset.samples),
+        to_clips(dataset.samples),
         folder_of("ast"),
     )
     options = {"duration": 1.0, "dataset": dataset.namespace}

@@ -313,7 +313,7 @@ def test_a_table_that_is_a_pipe_is_refused(root, kind):
 def test_an_extraction_of_a_dataset_says_what_was_left_out(tmp_path):
     """From Python, too: in the summary, its text and its JSON; clips alone leave nothing out."""
     from lmdbcache import CacheConfig, EmbeddingCache
-    from lmdbcache.extraction import clips_of, extract
+    from lmdbcache.extraction import extract, to_clips
     from lmdbcache.testing import dataset_contract
 
     root = make_audio_folder(tmp_path / "s")
@@ -327,7 +327,7 @@ def test_an_extraction_of_a_dataset_says_what_was_left_out(tmp_path):
             EmbeddingCache(tmp_path / "cache"), config, clips, progress=False, num_workers=0,
             front_end=dataset_contract._FrontEnd(), make_embedder=dataset_contract._Embedder,
         )
-        for clips in (dataset, dataset, clips_of(dataset.samples))
+        for clips in (dataset, dataset, to_clips(dataset.samples))
     ]  # fmt: skip
     for summary in summaries[:2]:
         assert summary.left_out["count"] == 1

@@ -15,13 +15,13 @@ from extraction.clips import Steps
 from extraction.processes import PATIENCE, _context
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.extraction import Share, extract, share_from_environment
+from lmdbcache.extraction import RankShare, extract, share_from_environment
 
 BATCH = 4
 CONFIG = CacheConfig(duration=0.5, model_name="neighbours", dataset="vegas")
 
 
-def clips_of(folder):
+def to_clips(folder):
     return {f"{path.stem}:dog": str(path) for path in sorted(Path(folder).rglob("*.wav"))}
 
 
@@ -63,7 +63,7 @@ def run_rank(root, folder, log, share, seconds=0.0, **options):
     return extract(
         EmbeddingCache(root),
         CONFIG,
-        clips_of(folder),
+        to_clips(folder),
         front_end=Steps(),
         make_embedder=lambda: Neighbours(log, seconds),
         share=share,
@@ -87,7 +87,7 @@ class Ranks:
         self.started = []
 
     def start(self, rank, world_size, seconds=0.0, **options):
-        share = Share(rank, world_size, rank, world_size)
+        share = RankShare(rank, world_size, rank, world_size)
         args = (self.root, self.folder, self.log, share, seconds, options)
         process = _context.Process(target=_rank, args=args)
         process.start()

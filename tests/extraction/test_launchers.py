@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from lmdbcache.embedders import PretrainedModel, device_of_rank
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction import (
-    Share,
+    RankShare,
     extract,
     is_on_several_machines,
     launched_by,
@@ -28,7 +28,7 @@ def test_shares_are_whole_units(asked, stored, unit_size, world_size):
     shuffled = random.sample(sorted(asked), len(asked))
     units = units_of(asked, asked - stored, unit_size)
     for rank in range(world_size):
-        share = Share(rank, world_size).of(shuffled, unit_size)
+        share = RankShare(rank, world_size).of(shuffled, unit_size)
         assert units_of(share, asked - stored, unit_size) == units[rank::world_size]
 
 
@@ -36,22 +36,22 @@ def test_shares_are_whole_units(asked, stored, unit_size, world_size):
 def test_impossible_shares_are_refused(fields):
     """A rank counts from 0 and is less than the world size."""
     with pytest.raises(ConfigError, match="must be 0 or more and less than"):
-        Share(*fields)
+        RankShare(*fields)
 
 
 def test_units_of_nothing_are_refused():
     """In a dry run, too."""
     with pytest.raises(ConfigError, match="batch_size: 0"):
-        Share(0, 2).of(["a:dog"], 0)
+        RankShare(0, 2).of(["a:dog"], 0)
 
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch):
     """Decoding processes are chosen so that all ranks of a machine fit; never none."""
-    monkeypatch.setattr("lmdbcache.extraction.shares.available_cores", lambda: 16)
-    assert Share().decoding_processes() == 8
-    assert Share(1, 8, 1, 4).decoding_processes() == 2
-    assert Share(1, 8, 1, 2, num_cores=12).decoding_processes() == 6
-    assert Share(31, 32, 31, 32).decoding_processes() == 1
+    monkeypatch.setattr("lmdbcache.extraction.rank_share.available_cores", lambda: 16)
+    assert RankShare().decoding_processes() == 8
+    assert RankShare(1, 8, 1, 4).decoding_processes() == 2
+    assert RankShare(1, 8, 1, 2, num_cores=12).decoding_processes() == 6
+    assert RankShare(31, 32, 31, 32).decoding_processes() == 1
 
 
 def of_srun(rank, size, **others):
@@ -74,38 +74,38 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 @pytest.mark.parametrize(
     ("launcher", "environment", "expected"),
     [
-        ("auto", {}, Share()),
-        ("none", TORCHRUN, Share()),
-        ("auto", TORCHRUN, Share(5, 8, 1, 4)),
-        ("torchrun", {**TORCHRUN, **of_srun(0, 2)}, Share(5, 8, 1, 4)),
-        ("auto", {**TORCHRUN, **of_srun(1, 2)}, Share(5, 8, 1, 4)),
-        ("slurm", {**TORCHRUN, **of_srun(1, 2)}, Share(1, 2)),
-        ("auto", {"RANK": "1", "WORLD_SIZE": "2"}, Share(1, 2)),
-        ("auto", of_srun(3, 4), Share(3, 4)),
+        ("auto", {}, RankShare()),
+        ("none", TORCHRUN, RankShare()),
+        ("auto", TORCHRUN, RankShare(5, 8, 1, 4)),
+        ("torchrun", {**TORCHRUN, **of_srun(0, 2)}, RankShare(5, 8, 1, 4)),
+        ("auto", {**TORCHRUN, **of_srun(1, 2)}, RankShare(5, 8, 1, 4)),
+        ("slurm", {**TORCHRUN, **of_srun(1, 2)}, RankShare(1, 2)),
+        ("auto", {"RANK": "1", "WORLD_SIZE": "2"}, RankShare(1, 2)),
+        ("auto", of_srun(3, 4), RankShare(3, 4)),
         # The tasks of the step, not those of the whole job.
-        ("auto", of_srun(1, 8, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2"), Share(1, 2)),
+        ("auto", of_srun(1, 8, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2"), RankShare(1, 2)),
         # The batch script itself is no task.
-        ("auto", of_srun(0, 4, ENVIRONMENT="BATCH"), Share()),
-        ("auto", of_srun(2, 4, ENVIRONMENT="BATCH", SLURM_STEP_ID="0"), Share(2, 4)),
+        ("auto", of_srun(0, 4, ENVIRONMENT="BATCH"), RankShare()),
+        ("auto", of_srun(2, 4, ENVIRONMENT="BATCH", SLURM_STEP_ID="0"), RankShare(2, 4)),
         (
             "auto",
             of_srun(4, 5, SLURM_LOCALID="1", SLURM_NODEID="1", SLURM_STEP_TASKS_PER_NODE="3,2"),
-            Share(4, 5, 1, 2),
+            RankShare(4, 5, 1, 2),
         ),
         (
             "auto",
             of_srun(5, 7, SLURM_LOCALID="1", SLURM_NODEID="2", SLURM_TASKS_PER_NODE="2(x3),1"),
-            Share(5, 7, 1, 2),
+            RankShare(5, 7, 1, 2),
         ),
-        ("auto", of_array(2, 8), Share(2, 8)),
-        ("slurm", of_array(7, 3, first=1, step=3), Share(2, 3)),
-        ("auto", of_array(5, 1, first=5), Share()),
+        ("auto", of_array(2, 8), RankShare(2, 8)),
+        ("slurm", of_array(7, 3, first=1, step=3), RankShare(2, 3)),
+        ("auto", of_array(5, 1, first=5), RankShare()),
         # Each task of an array starts three of its own.
-        ("auto", {**of_array(2, 4, first=1), **of_srun(1, 3)}, Share(4, 12)),
-        ("slurm", {**of_array(4, 4, first=1), **of_srun(2, 3)}, Share(11, 12)),
-        ("auto", {**TORCHRUN, **of_array(1, 2)}, Share(13, 16, 1, 4)),
-        ("torchrun", {**TORCHRUN, **of_array(1, 2)}, Share(5, 8, 1, 4)),
-        ("auto", {**of_array(1, 2), **of_srun(0, 1, ENVIRONMENT="BATCH")}, Share(1, 2)),
+        ("auto", {**of_array(2, 4, first=1), **of_srun(1, 3)}, RankShare(4, 12)),
+        ("slurm", {**of_array(4, 4, first=1), **of_srun(2, 3)}, RankShare(11, 12)),
+        ("auto", {**TORCHRUN, **of_array(1, 2)}, RankShare(13, 16, 1, 4)),
+        ("torchrun", {**TORCHRUN, **of_array(1, 2)}, RankShare(5, 8, 1, 4)),
+        ("auto", {**of_array(1, 2), **of_srun(0, 1, ENVIRONMENT="BATCH")}, RankShare(1, 2)),
     ],
 )
 def test_shares_of_launchers(launcher, environment, expected):
@@ -183,7 +183,7 @@ def test_the_model_goes_to_the_gpu_of_its_rank(
 ):
     """Unless a device is asked for."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    share, seen = Share(1, 4, 3, 4), []
+    share, seen = RankShare(1, 4, 3, 4), []
 
     def note(self, config, device=None):
         seen.append(device)

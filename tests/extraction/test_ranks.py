@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from extraction.clips import NUM_CLIPS, Steps, tone, write
-from extraction.ranks import BATCH, CONFIG, Neighbours, Ranks, clips_of, finish, kill, run_rank
+from extraction.ranks import BATCH, CONFIG, Neighbours, Ranks, finish, kill, run_rank, to_clips
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
 from lmdbcache.cache import read_failures
 from lmdbcache.exchange import merge_stores
-from lmdbcache.extraction import Share, extract
+from lmdbcache.extraction import RankShare, extract
 from lmdbcache.storage.writing.committing import Committer
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_killed_ranks_resumed_at_other_world_sizes(is_staged, ranks, alone, tmp_
 
 def test_each_rank_speaks_for_its_share(dataset_folder, tmp_path):
     """Counts and failures of the ranks add up; nobody's failures are lost from the list."""
-    clips = clips_of(dataset_folder)
+    clips = to_clips(dataset_folder)
     names = sorted(clips)[:22]
     bad = {names[1], names[5], names[20]}
     for name in bad:
@@ -98,7 +98,7 @@ def test_each_rank_speaks_for_its_share(dataset_folder, tmp_path):
     few = {**{name: clips[name] for name in names}, "no colon": clips[names[0]]}
     summaries = []
     for rank in (1, 2, 0):
-        options = {"num_workers": 0, "share": Share(rank, 3)}
+        options = {"num_workers": 0, "share": RankShare(rank, 3)}
         summaries.append(_extract(tmp_path, few, **options))
     numbers = [(s.num_samples, s.num_cached, s.num_extracted, len(s.failures)) for s in summaries]
     # Units of four: rank 1 has two of them, rank 2 a whole one and the last of two clips.
@@ -109,7 +109,7 @@ def test_each_rank_speaks_for_its_share(dataset_folder, tmp_path):
     store = EmbeddingCache(tmp_path / "cache").path(CONFIG)
     assert {failure.sample_id for failure in read_failures(store)} == bad | {"no colon"}
     assert [str(s).split(":")[0] for s in summaries] == [f"rank {r} of 3" for r in (1, 2, 0)]
-    again = _extract(tmp_path, few, num_workers=0, share=Share(1, 3))
+    again = _extract(tmp_path, few, num_workers=0, share=RankShare(1, 3))
     assert (again.num_cached, again.num_extracted, again.exit_code) == (7, 0, 1)
 
 
@@ -135,7 +135,7 @@ def test_commits_fall_between_units(dataset_folder, tmp_path, monkeypatch):
         return commit(self, pending, *shape)
 
     monkeypatch.setattr(Committer, "commit", note)
-    clips = dict(sorted(clips_of(dataset_folder).items())[:22])
+    clips = dict(sorted(to_clips(dataset_folder).items())[:22])
     _extract(tmp_path, clips, num_workers=0, commit_seconds=0.0)
     assert sizes == [4, 4, 4, 4, 4, 2]
 
@@ -202,9 +202,9 @@ def test_torchrun_lets_ranks_finish_beside_one_with_a_broken_clip(
         write(folder / "dog" / "audios" / path.name, tone(len(path.name)))
     (folder / "dog" / "audios" / "a broken one.wav").write_bytes(b"not audio")
     config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
-    cache, share = EmbeddingCache(tmp_path / "cache"), Share(0, 2)
+    cache, share = EmbeddingCache(tmp_path / "cache"), RankShare(0, 2)
     # Rank 0 has nothing left to do but to try that clip again.
-    clips = clips_of(folder)
+    clips = to_clips(folder)
     extract(cache, config, clips, model=ast_folder, batch_size=1, num_workers=0, share=share)
     fixed = ("--root", cache.root, "--model", ast_folder, "--duration", 0.5)
     run = torchrun(

@@ -23,7 +23,7 @@ from lmdbcache.errors import (
 )
 from lmdbcache.exchange import merge_stores
 from lmdbcache.extraction import (
-    Share,
+    RankShare,
     extract,
     plan_extraction,
     staging as staging_module,
@@ -50,7 +50,7 @@ def stage(cache, clips, folder, tmp_path):
             clips,
             front_end=Steps(),
             make_embedder=lambda: Neighbours(tmp_path / "log", 0.0, digest),
-            share=Share(rank, world_size),
+            share=RankShare(rank, world_size),
             staging=folder,
             **{"num_workers": 0, "batch_size": BATCH, **options},
         )
@@ -176,7 +176,7 @@ def test_space_for_the_ranks_of_one_disk(stage, cache, folder, clips, monkeypatc
     """Ranks of one machine need room for the stores of all."""
     monkeypatch.setattr("lmdbcache.extraction.space.free_bytes", lambda _: 40 << 20)
     for local_world_size, fits in ((1, True), (3, False)):
-        options = {"share": Share(0, 4, 0, local_world_size), "staging": folder}
+        options = {"share": RankShare(0, 4, 0, local_world_size), "staging": folder}
         if fits:
             stage(0, 4, **{k: v for k, v in options.items() if k not in ("share", "staging")})
         else:
@@ -213,11 +213,11 @@ def test_plans_of_a_rank(stage, cache, clips, folder):
     """A dry run and an interrupted one tell of this rank's share and its store."""
     stage(0, 2)
     options = {"batch_size": BATCH, "staging": folder}
-    plan = plan_extraction(cache, CONFIG, clips, share=Share(1, 3), **options)
+    plan = plan_extraction(cache, CONFIG, clips, share=RankShare(1, 3), **options)
     assert (plan.num_samples, plan.num_cached, plan.num_missing) == (4, 0, 4)
     assert plan.embedding_shape == (3,)
     assert folder in plan.store.parents
-    assert stored_of_share(cache, CONFIG, clips, share=Share(2, 3), **options) == (2, 2)
+    assert stored_of_share(cache, CONFIG, clips, share=RankShare(2, 3), **options) == (2, 2)
 
 
 def test_failures_come_along_with_the_merge(stage, cache, folder, clips, tmp_path):
@@ -232,7 +232,7 @@ def test_failures_come_along_with_the_merge(stage, cache, folder, clips, tmp_pat
 
 def _submitted(root, dataset, log, folder):
     environment = submitit.JobEnvironment()
-    share = Share(environment.global_rank, environment.num_tasks, environment.local_rank)
+    share = RankShare(environment.global_rank, environment.num_tasks, environment.local_rank)
     return run_rank(root, dataset, log, share, num_workers=0, staging=folder)
 
 

@@ -18,7 +18,7 @@ from storage.child_processes import in_fork, peer_process
 from storage.counted_samples import EACH_ONCE, SAMPLE_IDS, VALUES, figures
 
 from lmdbcache import EmbeddingCache, EmbeddingDataset, EmbeddingReader, collate_embeddings
-from lmdbcache.cache import EpochFigures
+from lmdbcache.cache import EpochStatistics
 from lmdbcache.errors import SampleNotFoundError
 from lmdbcache.storage import counts_of, store_counts, tree_counts
 from lmdbcache.storage.counting import counter_files, hit_counts
@@ -114,7 +114,7 @@ def test_more_classes_than_there_is_room_for(cache, config):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_epochs_of_workers_are_summed(reader, store, method, persistent):
     """Each epoch has exactly its own hits, however the workers start and for how long they live."""
-    epochs = EpochFigures(reader)
+    epochs = EpochStatistics(reader)
     loader = torch.utils.data.DataLoader(
         EmbeddingDataset(reader, SAMPLE_IDS, collated=True),
         batch_size=10,
@@ -125,7 +125,7 @@ def test_epochs_of_workers_are_summed(reader, store, method, persistent):
     )
     for _ in range(2):
         assert sum(len(batch) for batch in loader) == 64
-        assert dict(epochs.end_epoch_figures().by_class) == EACH_ONCE
+        assert dict(epochs.end_epoch_statistics().by_class) == EACH_ONCE
     assert epochs.end_epoch() == {"cache/hits": 0, "cache/misses": 0, "cache/hit_rate": 1.0}
     del loader
     # A dead worker's file is the next one's: they don't pile up.
@@ -135,16 +135,16 @@ def test_epochs_of_workers_are_summed(reader, store, method, persistent):
 
 def test_a_killed_worker_keeps_its_counts(reader, store):
     """SIGKILL right after a batch: it is counted, and later processes add nothing twice."""
-    epochs = EpochFigures(reader)
+    epochs = EpochStatistics(reader)
     for _ in range(3):
         pid = os.fork()
         if pid == 0:
             reader.get_batch(SAMPLE_IDS)
             os.kill(os.getpid(), signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-    assert dict(epochs.end_epoch_figures().by_class) == {"dog": (144, 0), "drum": (48, 0)}
+    assert dict(epochs.end_epoch_statistics().by_class) == {"dog": (144, 0), "drum": (48, 0)}
     in_fork(lambda: reader[SAMPLE_IDS[1]])
-    assert dict(epochs.end_epoch_figures().by_class) == {"dog": (1, 0)}
+    assert dict(epochs.end_epoch_statistics().by_class) == {"dog": (1, 0)}
     assert figures(store_counts(store)) == {"dog": (145, 0), "drum": (48, 0)}
 
 
@@ -156,11 +156,11 @@ def read_all(root, config):
 def test_other_processes_are_kept_apart_and_added_up(cache, config, reader, store):
     """Another program's reads are in the store's sums and not in this one's epochs."""
     reader[SAMPLE_IDS[0]]
-    epochs = EpochFigures(reader)
+    epochs = EpochStatistics(reader)
     for _ in range(3):
         with peer_process() as peer:
             peer.call(read_all, cache.root, config)
-    assert dict(epochs.end_epoch_figures().by_class) == {}
+    assert dict(epochs.end_epoch_statistics().by_class) == {}
     assert figures(store_counts(store)) == {"dog": (144, 0), "drum": (49, 0)}
     # This process's, and the last peer's, that the next one adds up.
     assert len(list((store / "statistics").glob("*.counts"))) == 2
@@ -260,7 +260,7 @@ def test_threads_that_begin_at_once_share_one_file(cache, config, store, monkeyp
 def test_looking_makes_no_statistics(cache, config, store):
     """A reader that doesn't count as use makes no file to count in."""
     for verify in ("never", "always"):
-        with EmbeddingReader(store, config, verify, counts_as_use=False) as reader:
+        with EmbeddingReader(store, config, verify, track_usage=False) as reader:
             reader.get_batch(SAMPLE_IDS)
             reader.select(SAMPLE_IDS).get_batch(range(64))
             assert [reader[name][0] for name in SAMPLE_IDS] == list(range(64))

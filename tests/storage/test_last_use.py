@@ -96,7 +96,7 @@ def test_readers_pickle_with_it(filled, config):
     """A reader that doesn't count keeps that in a worker."""
     from lmdbcache import EmbeddingReader
 
-    reader = EmbeddingReader(filled.path(config), config, counts_as_use=False)
+    reader = EmbeddingReader(filled.path(config), config, track_usage=False)
     with pickle.loads(pickle.dumps(reader)) as copy:
         assert len(copy) == 20
     assert not (filled.path(config) / MARKER).exists()

@@ -27,7 +27,7 @@ def config_of():
     return config_for(folder(), duration=0.1)
 
 
-def clips_of(numbers):
+def to_clips(numbers):
     return [
         np.random.default_rng(n).uniform(-0.5, 0.5, config_of().num_samples).astype(np.float32)
         for n in numbers
@@ -35,7 +35,7 @@ def clips_of(numbers):
 
 
 def ask(encoder, numbers):
-    return encoder(clips_of(numbers), sample_ids=[f"clip_{n}:x" for n in numbers])
+    return encoder(to_clips(numbers), sample_ids=[f"clip_{n}:x" for n in numbers])
 
 
 @pytest.mark.parametrize("form", [str, Path, find_model], ids=["str", "Path", "AudioModel"])
@@ -101,7 +101,7 @@ def test_a_module_of_your_own_is_frozen(cache):
         CachedEncoder(model, cache, config)
     net.requires_grad_(False)
     with CachedEncoder(model, cache, config) as encoder:
-        assert torch.equal(ask(encoder, [0]), net(torch.from_numpy(clips_of([0])[0]))[None])
+        assert torch.equal(ask(encoder, [0]), net(torch.from_numpy(to_clips([0])[0]))[None])
         assert net.training
         net.requires_grad_(True)
         with pytest.raises(ConfigError, match="require grad"):

@@ -8,7 +8,7 @@ import torch
 from transfer.old_caches import FACTS, save_folder, save_seed, save_torch, values
 
 from lmdbcache import export_embeddings, import_embeddings
-from lmdbcache.cache import compare_stores, figures_of
+from lmdbcache.cache import compare_stores, statistics_of
 from lmdbcache.errors import ConfigError
 
 
@@ -127,5 +127,5 @@ def test_an_export_is_no_use(bring, cache, tmp_path):
     """Neither import nor export count as hits, nor move the time of last use."""
     config = bring(save_seed(tmp_path / "old.pt")).config
     assert export_embeddings(cache, config, tmp_path / "new.npz", format="npz").num_embeddings == 12
-    assert figures_of(cache.path(config)).hits == 0
+    assert statistics_of(cache.path(config)).hits == 0
     assert cache.info(config).last_used is None

@@ -218,7 +218,7 @@ def recorded_sources(
         sample_ids: Only these; None takes all.
         progress: Called with (embeddings done, embeddings in all).
     """
-    with EmbeddingReader(store, counts_as_use=False) as reader, SourceRecords(store) as records:
+    with EmbeddingReader(store, track_usage=False) as reader, SourceRecords(store) as records:
         ids: Iterable[str] = reader
         total = len(reader)
         if sample_ids is not None:

@@ -29,7 +29,7 @@ def count_origins(store: Path) -> list[tuple[Origin, int]]:
         IntegrityError: The store or its records are damaged.
     """
     counts: Counter[str] = Counter()
-    with SourceRecords(store) as records, EmbeddingReader(store, counts_as_use=False) as reader:
+    with SourceRecords(store) as records, EmbeddingReader(store, track_usage=False) as reader:
         if not records.has_origins:
             return []
         rest = len(reader)

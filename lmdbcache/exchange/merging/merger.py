@@ -21,8 +21,8 @@ from lmdbcache.errors import ConfigError, InvalidEmbeddingError, InvalidSampleId
 from lmdbcache.exchange.merging.report import Conflict, MergeReport, OnConflict, Refusal, refusal
 from lmdbcache.exchange.merging.target import (
     Change,
+    ConcurrentWriteError,
     Incoming,
-    MovedMeanwhileError,
     Ours,
     StoredNow,
     Target,
@@ -186,7 +186,7 @@ class Merger:
             try:
                 if outcome.changes and not self.report.is_dry_run:
                     self._target.write(outcome.changes, provenance)
-            except MovedMeanwhileError:
+            except ConcurrentWriteError:
                 continue  # others write to this store, too: look again
             self._note(outcome)
             return

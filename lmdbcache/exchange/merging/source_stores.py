@@ -132,14 +132,14 @@ class _SoundStore(SourceStore):
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
         # LMDB follows damaged pages into nowhere: look before it does.
         check_pages(path)
-        self._reader = stack.enter_context(EmbeddingReader(path, counts_as_use=False))
+        self._reader = stack.enter_context(EmbeddingReader(path, track_usage=False))
         super().__init__(path, self._reader.metadata, len(self._reader))
         self._check_keys()
 
     def _check_keys(self) -> None:
         """Both databases have the same keys, in order; else a sample could be lost unnamed."""
         # A reader that verifies lists the embeddings themselves; others list their checksums.
-        with EmbeddingReader(self.path, verify="first_read", counts_as_use=False) as reader:
+        with EmbeddingReader(self.path, verify="first_read", track_usage=False) as reader:
             for name, pair in zip_longest(reader, stored_checksums(reader)):
                 if name is None or pair is None or sample_id_of_key(pair[0]) != name:
                     raise IntegrityError(

@@ -27,7 +27,7 @@ from lmdbcache.storage import (
     sample_id_of_key,
 )
 
-__all__ = ["Change", "Incoming", "MovedMeanwhileError", "Ours", "StoredNow", "Target"]
+__all__ = ["Change", "Incoming", "ConcurrentWriteError", "Ours", "StoredNow", "Target"]
 
 _NO_LIMIT: Final = 1 << 62
 _STACKED_BELOW_BYTES: Final = 64 << 10
@@ -62,7 +62,7 @@ class Change(NamedTuple):
     replaced: bytes | None
 
 
-class MovedMeanwhileError(Exception):
+class ConcurrentWriteError(Exception):
     """Somebody else has written one of the samples since it was looked at; nothing was written."""
 
 
@@ -129,7 +129,7 @@ class Target:
         with contextlib.ExitStack() as stack:
             reader = None
             with contextlib.suppress(CacheNotFoundError):
-                reader = stack.enter_context(self._cache.reader(self.config, counts_as_use=False))
+                reader = stack.enter_context(self._cache.reader(self.config, track_usage=False))
                 reader.pinned()
             yield StoredNow(reader)
 
@@ -146,7 +146,7 @@ class Target:
         """Write them in one transaction; durable when this returns.
 
         Raises:
-            MovedMeanwhileError: One of the samples isn't as it was.
+            ConcurrentWriteError: One of the samples isn't as it was.
             ProvenanceMismatchError: The store was filled with other weights.
             CacheFullError: The disk is full.
         """
@@ -157,7 +157,7 @@ class Target:
         def before_commit(committed: Mapping[str, tuple[bytes | None, bytes]]) -> None:
             nonlocal has_written
             if {name: replaced for name, (replaced, _) in committed.items()} != expected:
-                raise MovedMeanwhileError
+                raise ConcurrentWriteError
             rows = [(name, *pair, by_name[name].incoming) for name, pair in committed.items()]
             write_sources(
                 self.path,
@@ -180,7 +180,7 @@ class Target:
         ) as writer:
             writer.put_batch(by_name, _batch([change.incoming.value for change in changes]))
         if not has_written:
-            raise MovedMeanwhileError
+            raise ConcurrentWriteError
 
 
 def _batch(values: list[npt.NDArray[Any]]) -> Any:

@@ -340,7 +340,7 @@ class _Pull:
     def _checksums(self) -> dict[str, bytes]:
         if self._config not in self._cache:
             return {}
-        with self._cache.reader(self._config, counts_as_use=False) as reader:
+        with self._cache.reader(self._config, track_usage=False) as reader:
             return {sample_id_of_key(key): found for key, found in stored_checksums(reader)}
 
     def _count_fetched(self, num_bytes: int) -> None:

@@ -74,7 +74,7 @@ def push(
     name = default_writer() if writer is None else checked_writer(writer)
     report = PushReport(remote.place, config.fingerprint, name)
     report.dry_run = dry_run
-    with cache.reader(config, verify="always", counts_as_use=False) as reader:
+    with cache.reader(config, verify="always", track_usage=False) as reader:
         choice = choose(reader, own=own, classes=classes, sample_ids=sample_ids)
         copies = CommitCopies(cache.path(config), remote.url)
         history = read_history(remote, config.fingerprint, copies)

@@ -206,7 +206,7 @@ class Repair:
             config = self._found.history.config or self._config_here()
             if config is None or config not in self._cache:
                 return None
-            reader = self._cache.reader(config, verify="always", counts_as_use=False)
+            reader = self._cache.reader(config, verify="always", track_usage=False)
             stack.enter_context(reader)
             reader.pinned()
         except CacheError as error:

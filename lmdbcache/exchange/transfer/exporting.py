@@ -115,7 +115,7 @@ def export_embeddings(
     else:
         out = expand_user(out).absolute()
         check_target(out, overwrite=overwrite)
-    with cache.reader(config, verify="always", counts_as_use=False) as reader:
+    with cache.reader(config, verify="always", track_usage=False) as reader:
         chosen = choose(reader, config, classes, sample_ids, shuffle)
         count = _counter(progress, len(chosen.sample_ids))
         if isinstance(out, Path):

@@ -334,7 +334,7 @@ class _Import:
 
     def _reader(self) -> EmbeddingReader:
         # To look whether all is there is no use of the store.
-        return self.cache.reader(self.report.config, counts_as_use=False)
+        return self.cache.reader(self.report.config, track_usage=False)
 
     def _reader_missing(self, sample_ids: Any) -> list[str]:
         if self.report.config not in self.cache:

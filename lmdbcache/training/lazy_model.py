@@ -21,10 +21,10 @@ from lmdbcache.embedders import (
 )
 from lmdbcache.errors import ConfigError
 
-__all__ = ["ModelByName"]
+__all__ = ["LazyModel"]
 
 
-class ModelByName:
+class LazyModel:
     """What an extraction would run for this name and config, built in the same way.
 
     Pickles as name and config: front end and weights are built again where they are needed.
@@ -48,7 +48,7 @@ class ModelByName:
         self.check_frozen()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModelByName, (self.model, self._config)
+        return LazyModel, (self.model, self._config)
 
     @staticmethod
     def is_one(model: Any) -> bool:

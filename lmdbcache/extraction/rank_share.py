@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from lmdbcache.errors import ConfigError
 from lmdbcache.machine import available_cores
 
-__all__ = ["Share"]
+__all__ = ["RankShare"]
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """The units `units[rank::world_size]` of an extraction that several processes do together.
 
     Args:
