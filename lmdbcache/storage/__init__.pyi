@@ -108,5 +108,6 @@ from .regular_files import (
     read_file as read_file,
     replace_file as replace_file,
 )
+from .report import Report as Report, plain as plain
 from .standard_descriptors import occupy_standard_descriptors as occupy_standard_descriptors
 from .writer import EmbeddingWriter as EmbeddingWriter, OnDuplicate as OnDuplicate
