@@ -9,6 +9,7 @@ from .cache import (
     StoreInfo as StoreInfo,
     TokenLayout as TokenLayout,
 )
+from .cli import progress_bar as progress_bar
 from .config import CacheConfig as CacheConfig
 from .datasets import (
     CachedAudioDataset as CachedAudioDataset,
@@ -21,7 +22,34 @@ from .embedders import (
     config_for as config_for,
     model_identity as model_identity,
 )
-from .errors import CacheError as CacheError
+from .errors import (
+    AudioDecodeError as AudioDecodeError,
+    CacheError as CacheError,
+    CacheFullError as CacheFullError,
+    CacheNotFoundError as CacheNotFoundError,
+    ConfigError as ConfigError,
+    CoverageError as CoverageError,
+    DatasetError as DatasetError,
+    DuplicateSampleError as DuplicateSampleError,
+    ExtractionError as ExtractionError,
+    FormatVersionError as FormatVersionError,
+    FrontEndError as FrontEndError,
+    IntegrityError as IntegrityError,
+    InvalidEmbeddingError as InvalidEmbeddingError,
+    InvalidSampleIdError as InvalidSampleIdError,
+    MissingDependencyError as MissingDependencyError,
+    MissingLabelError as MissingLabelError,
+    ModelLoadError as ModelLoadError,
+    ModuleError as ModuleError,
+    NotRegularFileError as NotRegularFileError,
+    ProvenanceMismatchError as ProvenanceMismatchError,
+    ReadOnlyCacheError as ReadOnlyCacheError,
+    RemoteError as RemoteError,
+    SampleNotFoundError as SampleNotFoundError,
+    StorageError as StorageError,
+    TransferError as TransferError,
+    WriterClosedError as WriterClosedError,
+)
 from .exchange import export_embeddings as export_embeddings, import_embeddings as import_embeddings
 from .extraction import (
     RankShare as RankShare,

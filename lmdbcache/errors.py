@@ -1,34 +1,34 @@
 """Every error that lmdbcache raises on purpose.
 
     CacheError
-    ├── ConfigError (ValueError)             a field of a CacheConfig is no good
+    ├── ConfigError (ValueError)             a field of a CacheConfig is invalid
     ├── CacheNotFoundError (FileNotFoundError)   nothing is stored for this config
-    ├── SampleNotFoundError (KeyError)       the newest commit doesn't have this sample
-    ├── MissingLabelError (KeyError)         a sample of a training has no label
+    ├── SampleNotFoundError (KeyError)       the newest commit doesn't hold this sample
+    ├── MissingLabelError (KeyError)         a sample used in training has no label
     ├── InvalidSampleIdError (ValueError)    not a usable `file_id:class`
     ├── InvalidEmbeddingError (ValueError)   NaN, Inf, wrong shape or dtype; not reproducible
     ├── DuplicateSampleError                 the sample is stored already and may not be replaced
-    ├── StorageError                         LMDB or the disk refused
+    ├── StorageError                         LMDB or the file system refused an operation
     │   ├── CacheFullError                   the disk or the map is full
-    │   ├── NotRegularFileError (OSError)    a link, pipe or device where a store's file belongs
-    │   ├── ReadOnlyCacheError               this process may not write here
-    │   ├── RemoteError                      a place to share through can't be reached, or refuses
+    │   ├── NotRegularFileError (OSError)    a link, pipe or device in place of a store's file
+    │   ├── ReadOnlyCacheError               this process has no permission to write here
+    │   ├── RemoteError                      a shared place is unreachable, refuses, or lacks a file
     │   └── WriterClosedError                a writer used after close, or in another process
-    ├── CoverageError                        too little of a dataset is stored to begin with it
+    ├── CoverageError                        too little of a dataset is stored
     ├── IntegrityError                       what is on disk isn't what was written
     │   ├── FormatVersionError               written by a newer lmdbcache
     │   └── ProvenanceMismatchError          other weights or another front end filled this store
-    ├── DatasetError (ValueError)            a dataset's folder or arguments are no good
-    ├── TransferError (ValueError)           a file to import or export can't be used
-    └── ExtractionError                      the run as a whole can't go on
+    ├── DatasetError (ValueError)            a dataset's folder or arguments are invalid
+    ├── TransferError (ValueError)           a file can't be imported or exported
+    ├── MissingDependencyError (ImportError) an optional package is needed for this call
+    └── ExtractionError                      the run as a whole can't continue
         ├── ModelLoadError                   a checkpoint or its front end can't be loaded
         ├── AudioDecodeError                 one clip gives no usable waveform
         │   └── FrontEndError                the front end gives no usable features of one clip
-        ├── ModuleError (RuntimeError)       a module fails on a batch of features
-        └── MissingDependencyError (ImportError)  an optional package is needed here
+        └── ModuleError (RuntimeError)       a module fails on a batch of features
 
-Each is built from one message (what, where, what to do next), as torch's DataLoader demands of
-errors that cross from a worker to the main process.
+Each is built from one message (what, where, what to do next), because torch's DataLoader rebuilds
+errors from their message when they cross from a worker to the main process.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SampleNotFoundError(CacheError, KeyError):
 
 
 class MissingLabelError(CacheError, KeyError):
-    """A sample that a training reads has no label."""
+    """A sample used in training has no label."""
 
     __str__ = SampleNotFoundError.__str__
 
@@ -98,7 +98,7 @@ class InvalidEmbeddingError(CacheError, ValueError):
 
 
 class DuplicateSampleError(CacheError):
-    """The sample is stored already and the writer was told to refuse that."""
+    """The sample is stored already and `on_duplicate="error"` refuses it."""
 
 
 class StorageError(CacheError):
@@ -110,7 +110,7 @@ class CacheFullError(StorageError):
 
 
 class NotRegularFileError(StorageError, OSError):
-    """A link, named pipe, device or folder lies where a file of a store belongs, or the reverse."""
+    """A link, named pipe, device or folder is in place of a file of a store, or the reverse."""
 
 
 class ReadOnlyCacheError(StorageError):
@@ -118,7 +118,7 @@ class ReadOnlyCacheError(StorageError):
 
 
 class RemoteError(StorageError):
-    """A place that embeddings are shared through can't be reached, refuses, or lacks a file."""
+    """A place that embeddings are shared through is unreachable, refuses, or lacks a file."""
 
 
 class WriterClosedError(StorageError):
@@ -126,7 +126,7 @@ class WriterClosedError(StorageError):
 
 
 class CoverageError(CacheError):
-    """Too little of a dataset is stored; the message has a table and the command that fills it."""
+    """Too little of a dataset is stored; the message has a table by class."""
 
 
 class IntegrityError(CacheError):
@@ -169,5 +169,5 @@ class ModuleError(ExtractionError, RuntimeError):
     """A module fails on a batch of features."""
 
 
-class MissingDependencyError(ExtractionError, ImportError):
+class MissingDependencyError(CacheError, ImportError):
     """An optional package is needed for this call."""

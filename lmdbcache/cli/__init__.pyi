@@ -1,1 +1,2 @@
+from .console import progress_bar as progress_bar
 from .main import main as main

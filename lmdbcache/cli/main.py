@@ -28,8 +28,8 @@ from lmdbcache.cli import (
     report,
     transfer,
 )
+from lmdbcache.cli.command import Command
 from lmdbcache.cli.console import DISK_FULL, print_error, say
-from lmdbcache.cli.dashed_ids import Command
 from lmdbcache.cli.parameters import help_of
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError

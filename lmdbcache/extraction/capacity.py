@@ -25,7 +25,7 @@ from lmdbcache.embedders import (
     known_model,
     ready_model,
 )
-from lmdbcache.errors import ExtractionError
+from lmdbcache.errors import ExtractionError, MissingDependencyError
 from lmdbcache.extraction.features import features_of
 from lmdbcache.extraction.pipeline import default_num_workers, plan_extractions
 from lmdbcache.extraction.scaling import ScalingWarning, speed_warnings
@@ -197,7 +197,10 @@ def plan_capacity(
                 num_workers=default_num_workers() if num_workers is None else num_workers,
                 seconds=trial_seconds,
             )
-        except ExtractionError as error:  # the bytes are known nevertheless
+        except (
+            ExtractionError,
+            MissingDependencyError,
+        ) as error:  # the bytes are known nevertheless
             no_speed = str(error)
     names = list(found.outputs if found else outputs)
     order = sorted(choices, key=lambda c: (names.index(c.output), DTYPES.index(c.dtype)))

@@ -145,7 +145,7 @@ def _end(ray: Any, actor: Any) -> None:
         ray.kill(actor)
 
 
-def _given_up(error: Exception) -> ExtractionError:
+def _given_up(error: Exception) -> ExtractionError | MissingDependencyError:
     reason = first_line(error)
     if "No module named" in reason:
         return MissingDependencyError(

@@ -1,4 +1,4 @@
-"""Sample ids that begin with a dash, which a command line takes for options."""
+"""The base of every command: errors name options, and sample ids may begin with a dash."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
 
+from lmdbcache.cli.wording import in_options
+from lmdbcache.errors import CacheError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -14,7 +17,15 @@ __all__ = ["Command", "dashed_id"]
 
 
 class Command(TyperCommand):
-    """A command whose error about an unknown option knows sample ids such as `---g-f_I2yQ:dog`."""
+    """A command that names options in its errors, and knows ids such as `---g-f_I2yQ:dog`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; see click."""
+        try:
+            return super().invoke(ctx)
+        except CacheError as error:
+            error.args = (in_options(str(error), self.params), *error.args[1:])
+            raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; see typer."""

@@ -1,0 +1,51 @@
+"""Errors in the words of the command line: library code names arguments, users type options."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterable
+from typing import Any, Final
+
+__all__ = ["in_options"]
+
+_ARGUMENT: Final = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?`")
+_CALL: Final = re.compile(r"`cache\.(?P<method>[a-z]+)\(config\)`")
+# Arguments whose option has another name in every command.
+_OTHER_NAMES: Final = {"sample_ids": "ids", "classes": "class_"}
+
+
+def in_options(message: str, parameters: Iterable[Any]) -> str:
+    """Return a message with the arguments that it names as the options of a command.
+
+    `num_workers=0` in backticks becomes --num-workers 0, and `cache.repair(config)` becomes
+    `lmdbcache repair`. Arguments that the command lacks stay as they are.
+
+    Args:
+        message: Of a CacheError.
+        parameters: The command's parameters, as click has them.
+    """
+    options = {parameter.name: parameter for parameter in parameters if parameter.opts}
+
+    def option(match: re.Match[str]) -> str:
+        name = match["name"]
+        found = options.get(name) or options.get(_OTHER_NAMES.get(name, name))
+        if found is None or not found.opts[0].startswith("--"):
+            return match[0]
+        return _typed(found, match["value"])
+
+    return _ARGUMENT.sub(option, _CALL.sub(r"`lmdbcache \g<method>`", message))
+
+
+def _typed(option: Any, value: str | None) -> str:
+    name = max(option.opts, key=len)
+    if value is None or value == "True":
+        return str(name)
+    if value == "False":
+        return str(max(option.secondary_opts, key=len, default=name))
+    try:
+        value = str(ast.literal_eval(value))
+    except (ValueError, SyntaxError):  # a placeholder such as FOLDER
+        return f"{name} {value}"
+    return f"{name} {shlex.quote(value)}"
