@@ -274,7 +274,7 @@ def test_reading_without_permission_to_write(store, clips, tmp_path):
     """Whoever may only read the store can verify its sources."""
     code = (
         "import os, sys\n"
-        "from lmdbcache.cache.embedding_cache import SourceRecords\n"
+        "from lmdbcache.cache import SourceRecords\n"
         "from pathlib import Path\n"
         "os.setgid(65534); os.setuid(65534)\n"
         "with SourceRecords(Path(sys.argv[1])) as records:\n"
