@@ -1,4 +1,4 @@
-"""What this machine leaves to this process: cores, and memory with the page cache."""
+"""This machine: cores and memory that it leaves to this process, its processes, its boot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-__all__ = ["available_cores", "memory_limit"]
+__all__ = ["available_cores", "boot_id", "is_alive", "memory_limit"]
 
 _NO_LIMIT: Final = 1 << 62
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
@@ -16,14 +16,14 @@ _MOUNT: Final = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
-    """What SLURM or `taskset` left to this process; on macOS, all that there are."""
+    """Return the cores that SLURM or `taskset` left to this process; on macOS, all of them."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @functools.cache
 def memory_limit() -> int:
-    """Bytes of the machine, or what a container or a batch system's job leaves of them."""
+    """Return the bytes of the machine, or what a container or a batch job leaves of them."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
@@ -31,11 +31,30 @@ def memory_limit() -> int:
     return min(memory, cgroup_limit(_MEMBERSHIP, _MOUNT))
 
 
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine is running, this user's or not."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return True
+
+
+def boot_id() -> str:
+    """Return what the kernel calls this run of the machine; empty where it doesn't say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
 def cgroup_limit(membership: Path, mount: Path) -> int:
-    """The lowest limit of a process's control group and of those above it, version 1 or 2.
+    """Return the lowest limit of a control group and of those above it, version 1 or 2.
 
     Args:
-        membership: Its /proc/<pid>/cgroup.
+        membership: A process's /proc/<pid>/cgroup.
         mount: Where control groups are mounted.
     """
     try:

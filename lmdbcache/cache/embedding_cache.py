@@ -32,7 +32,7 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
-from lmdbcache.files import expand_user, user_cache_folder
+from lmdbcache.files import existing_parent, expand_user, user_cache_folder
 from lmdbcache.storage import (
     CompactionResult,
     EmbeddingReader,
@@ -134,10 +134,8 @@ class EmbeddingCache:
         Raises:
             ReadOnlyCacheError: The folder can't be written, or lies on a network file system.
         """
-        folder = self.path(config)
-        check_local_for_writing(folder)
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
+        check_local_for_writing(self.path(config))
+        folder = existing_parent(self.path(config))
         if not folder.is_dir():
             raise ReadOnlyCacheError(
                 f"{folder} is a file; a cache root is a folder: choose another"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.storage import CURRENT_NAME, read_file, replace_file, write_lock
+from lmdbcache.files import read_file, replace_file
+from lmdbcache.storage import CURRENT_NAME, write_lock
 
 __all__ = ["FAILURES_NAME", "ClipFailure", "read_failures", "update_failures"]
 
@@ -73,5 +73,4 @@ def _write(store: Path, entries: list[ClipFailure]) -> None:
         return
     # ASCII: a file name that isn't UTF-8 holds lone surrogates.
     text = json.dumps({"failures": [asdict(entry) for entry in entries]}, indent=1)
-    temporary = store / f"{FAILURES_NAME}.{os.getpid()}.tmp"
-    replace_file(path, text.encode("ascii"), temporary)
+    replace_file(path, text.encode("ascii"))

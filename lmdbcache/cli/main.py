@@ -33,7 +33,7 @@ from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.parameters import help_of
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
-from lmdbcache.storage import occupy_standard_descriptors
+from lmdbcache.files import occupy_standard_descriptors
 
 __all__ = ["app", "main"]
 

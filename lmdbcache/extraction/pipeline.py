@@ -35,13 +35,12 @@ from lmdbcache.extraction.scaling import warnings_of
 from lmdbcache.extraction.space import (
     ExtractionPlan,
     estimated_bytes,
-    existing_parent,
     needed_bytes,
 )
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.turns import place_among_runs
 from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
-from lmdbcache.storage import free_bytes
+from lmdbcache.files import free_bytes
 
 __all__ = [
     "check_duration",
@@ -274,7 +273,7 @@ def _plan(run: ExtractionRun, model: str | os.PathLike[str] | AudioModel | None)
         num_refused=len(run.outcomes.failures),
         embedding_shape=shape,
         bytes_needed=None if missing else 0,
-        bytes_free=free_bytes(existing_parent(store)),
+        bytes_free=free_bytes(store),
     )
     if shape is None:
         return plan

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.errors import CacheFullError
-from lmdbcache.files import readable_size
-from lmdbcache.storage import NUMPY_DTYPES, RESERVE_BYTES, free_bytes
+from lmdbcache.files import free_bytes, readable_size
+from lmdbcache.storage import NUMPY_DTYPES, RESERVE_BYTES
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.scaling import ScalingWarning
@@ -20,7 +20,6 @@ __all__ = [
     "ExtractionPlan",
     "check_space",
     "estimated_bytes",
-    "existing_parent",
     "needed_bytes",
 ]
 
@@ -143,7 +142,7 @@ def check_space(
         CacheFullError: Names the bytes needed, those free, and ways to need fewer.
     """
     needed = needed_bytes(sample_ids, shape, dtype) * num_stores
-    free = free_bytes(existing_parent(store))
+    free = free_bytes(store)
     if needed <= free:
         return
     remedies = ["free space", "choose another cache root (--root)"]
@@ -158,10 +157,3 @@ def check_space(
         f"{store}: {number} need {readable_size(needed)}, "
         f"{readable_size(free)} are free. Nothing was computed: {', or '.join(remedies)}"
     )
-
-
-def existing_parent(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder

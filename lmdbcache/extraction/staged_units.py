@@ -25,6 +25,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, IntegrityError
 from lmdbcache.exchange import Remote, decode_shard, encode_shard, is_url
 from lmdbcache.files import expand_user
+from lmdbcache.machine import is_alive
 
 __all__ = ["StagedUnit", "StagingPlace"]
 
@@ -97,7 +98,7 @@ class StagingPlace:
         """Those of runs on this machine that were killed."""
         for name in self._remote.list_files(self._folder):
             found = _MARK.fullmatch(name)
-            if found and found[3] == socket.gethostname() and not _is_alive(int(found[1])):
+            if found and found[3] == socket.gethostname() and not is_alive(int(found[1])):
                 self._remote.remove(f"{self._folder}/{name}")
 
     def has_mark(self, run: str) -> bool:
@@ -176,16 +177,6 @@ class StagingPlace:
             RemoteError: It can't be removed.
         """
         self._remote.remove(f"{self._folder}/{name}")
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _record(source: Source | None) -> list[Any] | None:

@@ -17,7 +17,6 @@ from .files.filesystems import (
     is_on_network as is_on_network,
     mount_of as mount_of,
 )
-from .files.flocks import opened_for_flock as opened_for_flock
 from .files.forking import process_id as process_id
 from .files.gather import (
     LARGE_VALUE_BYTES as LARGE_VALUE_BYTES,
@@ -28,12 +27,9 @@ from .files.generations import (
     RESERVE_BYTES as RESERVE_BYTES,
     check_room as check_room,
     current_generation as current_generation,
-    free_bytes as free_bytes,
     is_being_written as is_being_written,
-    remove_entry as remove_entry,
     remove_foreign_lock as remove_foreign_lock,
     remove_store as remove_store,
-    sync_file as sync_file,
     write_lock as write_lock,
 )
 from .files.last_use import last_used as last_used, last_written as last_written
@@ -101,13 +97,5 @@ from .reader import EmbeddingReader as EmbeddingReader
 from .reading.selection import Positions as Positions, Selection as Selection
 from .reading.space import space_use as space_use
 from .reading.verified_reads import Verify as Verify, check_pages as check_pages
-from .regular_files import (
-    check_file as check_file,
-    check_folder as check_folder,
-    open_file as open_file,
-    read_file as read_file,
-    replace_file as replace_file,
-)
 from .report import Report as Report, plain as plain
-from .standard_descriptors import occupy_standard_descriptors as occupy_standard_descriptors
 from .writer import EmbeddingWriter as EmbeddingWriter, OnDuplicate as OnDuplicate

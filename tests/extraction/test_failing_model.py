@@ -113,4 +113,4 @@ def test_unwritable_list_of_failures(run, stored, cache, config, clips, tmp_path
     assert len(summary.failures) == 1
     assert stored().keys() == clips.keys()
     assert "failures.json can't be written" in caplog.text
-    assert not list(cache.path(config).glob("*.tmp"))
+    assert not list(cache.path(config).glob(".*.tmp"))

@@ -124,7 +124,7 @@ def fill_at_random(disk: Path, rounds: int, seed: int) -> Counter[str]:
             cache = EmbeddingCache(root)
             assert cache.verify(config).is_sound
             assert len(list(cache.path(config).glob("gen-*"))) == 1
-            assert not list(cache.path(config).glob("*.tmp"))
+            assert not list(cache.path(config).glob(".*.tmp"))
             if stored > MOST:
                 writer.call(close, root)
                 cache.clear(config)

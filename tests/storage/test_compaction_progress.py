@@ -36,7 +36,7 @@ def check_unchanged(cache, config):
         assert len(reader) == NUM
         assert all((reader[sample_id] == 1).all() for sample_id in reader)
     assert len(list(cache.path(config).glob("gen-*"))) == 1
-    assert not list(cache.path(config).glob("*.tmp"))
+    assert not list(cache.path(config).glob(".*.tmp"))
 
 
 def test_progress_and_plan(loose, config):

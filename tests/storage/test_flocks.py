@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from lmdbcache.exchange.sharing.downloads import Downloads
-from lmdbcache.storage import opened_for_flock, write_lock
+from lmdbcache.files import opened_for_flock
+from lmdbcache.storage import write_lock
 from lmdbcache.storage.checks.first_opening import _one_at_a_time
 
 

@@ -118,7 +118,7 @@ def test_publishing(cache, config, monkeypatch, exists):
         cache.compact(config) if exists else put(cache, config, 1)
     monkeypatch.undo()
     assert (config in cache) == exists
-    assert not list(cache.path(config).glob("*.tmp"))
+    assert not list(cache.path(config).glob(".*.tmp"))
     if exists:
         assert values(cache, config) == {1}
         assert len(list(cache.path(config).glob("gen-*"))) == 1

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from lmdbcache.cache import (
 from lmdbcache.cli.checkup.stores import check_stores
 from lmdbcache.errors import CacheError, NotRegularFileError
 from lmdbcache.exchange.sharing.downloads import Downloads
-from lmdbcache.storage import check_file, held_store, open_file, read_file, replace_file
+from lmdbcache.files import check_file, open_file, read_file, replace_file
+from lmdbcache.storage import held_store
 
 GOOD, HOSTILE = (CacheConfig(duration=seconds) for seconds in (5.0, 6.0))
 NUMBERS = numbered(0, 40)
@@ -37,7 +39,6 @@ NEEDED = ("CURRENT", "gen-000001", "gen-000001/data.mdb", "gen-000001/lock.mdb")
 GUARDS = ("gen-000001/committed",)
 WRITTEN = (
     "writer.lock",
-    "CURRENT.tmp",
     "last_used",
     "failures.json",
     "sources.sqlite3",
@@ -46,7 +47,6 @@ WRITTEN = (
     "statistics",
     "statistics/lock",
     "statistics/totals.json",
-    "statistics/totals.json.tmp",
     "gen-000001/checked",
     "gen-000002",
 )
@@ -278,13 +278,14 @@ def test_files_are_opened_as_themselves_or_not_at_all(tmp_path, outside, kind):
             use()
     if kind == "folder":
         with pytest.raises(NotRegularFileError):
-            replace_file(path, b"new", tmp_path / "temporary")
+            replace_file(path, b"new")
     else:
-        make(tmp_path / "temporary", kind, outside)
-        replace_file(path, b"new", tmp_path / "temporary", durable=True)
+        temporary = tmp_path / f".entry.{os.getpid()}-{threading.get_ident()}.tmp"
+        make(temporary, kind, outside)
+        replace_file(path, b"new", durable=True)
         assert read_file(path) == b"new"
         assert read_file(path, 2) == b"ne"
-    assert not (tmp_path / "temporary").exists()
+    assert not list(tmp_path.glob(".entry*"))
     assert seen(outside) == before
 
 

@@ -42,19 +42,22 @@ def test_what_killed_processes_leave(filled, config, store):
     """Generations nobody names, temporary files and old indexes go; all else stays."""
     live = store / "gen-000001"
     shutil.copytree(live, store / "gen-000002")
-    (store / "CURRENT.tmp").write_text("gen-000002\n")
     for path in (
-        store / "failures.json.4711.tmp",
-        live / ".offsets-3.4711",
+        store / ".CURRENT.4711-1.tmp",
+        store / ".failures.json.4711-1.tmp",
+        live / ".offsets-3.4711-1.tmp",
         live / "offsets-0",
         live / "offsets-999",
         store / "notes.txt",
     ):
         path.write_bytes(b"x")
         make_old(path)
-    (store / "failures.json.4712.tmp").write_bytes(b"being written")
+    (store / ".failures.json.4712-1.tmp").write_bytes(b"being written")
     found = find_leftovers(store)
-    names = {"gen-000002", "CURRENT.tmp", "failures.json.4711.tmp", ".offsets-3.4711", "offsets-0"}
+    names = {
+        *("gen-000002", "offsets-0", ".CURRENT.4711-1.tmp", ".failures.json.4711-1.tmp"),
+        ".offsets-3.4711-1.tmp",
+    }
     assert {leftover.path.name for leftover in found} == names
     assert sum(leftover.size_bytes for leftover in found) >= (live / "data.mdb").stat().st_size
     assert remove_leftovers(store) == found

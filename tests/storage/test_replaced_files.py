@@ -14,6 +14,7 @@ from storage.child_processes import in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import IntegrityError
+from lmdbcache.files import is_temporary
 from lmdbcache.storage import MappedFile, write_lock
 
 NUMBERS = numbered(0, 400, 768)
@@ -158,12 +159,16 @@ def test_a_generation_is_published_so_that_a_power_cut_is_fine(cache, config, mo
     done = []
     real_fsync, real_replace = os.fsync, os.replace
 
+    def shown(path):
+        name = Path(path).name
+        return "temporary" if is_temporary(name) else name
+
     def fsync(descriptor):
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        done.append(shown(os.readlink(f"/proc/self/fd/{descriptor}")))
         real_fsync(descriptor)
 
     def replace(source, target, **options):
-        done.append(f"{Path(source).name} → {Path(target).name}")
+        done.append(f"{shown(source)} → {shown(target)}")
         real_replace(source, target, **options)
 
     with monkeypatch.context() as patch:
@@ -171,5 +176,5 @@ def test_a_generation_is_published_so_that_a_power_cut_is_fine(cache, config, mo
         patch.setattr(os, "replace", replace)
         write(cache.root, config, numbered(0, 3))
     folder = cache.path(config)
-    steps = ["gen-000001", "CURRENT.tmp", "CURRENT.tmp → CURRENT", folder.name, cache.root.name]
+    steps = ["gen-000001", "temporary", "temporary → CURRENT", folder.name, cache.root.name]
     assert [step for step in done if step in steps] == steps

@@ -34,7 +34,7 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
-from lmdbcache.storage import check_file, occupy_standard_descriptors, open_file
+from lmdbcache.files import check_file, occupy_standard_descriptors, open_file
 
 __all__ = ["SOURCES_NAME", "SourceRecorder", "SourceRecords", "forget_sources", "write_sources"]
 

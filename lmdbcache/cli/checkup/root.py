@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.cli.checkup.findings import Finding, note, ok, problem
+from lmdbcache.files import existing_parent
 from lmdbcache.storage import NETWORK_VARIABLE, RESERVE_BYTES, Mount, is_network, mount_of
 
 __all__ = ["check_root"]
@@ -24,9 +25,7 @@ _GIB: Final = 1 << 30
 
 def check_root(root: Path) -> Iterator[Finding]:
     """The cache directory, or the folder that it would be made in."""
-    folder = root
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = existing_parent(root)
     yield _existence(root, folder)
     if not folder.is_dir():
         return

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
 from pathlib import Path
 
 from lmdbcache.exchange.sharing.commits import COMMIT_NAME
-from lmdbcache.storage import COMMIT_COPIES_NAME, check_folder, read_file, replace_file
+from lmdbcache.files import check_folder, read_file, replace_file
+from lmdbcache.storage import COMMIT_COPIES_NAME
 
 __all__ = ["CommitCopies"]
 
@@ -49,12 +49,11 @@ class CommitCopies:
         if self._folder is None or not self._folder.parent.parent.is_dir():
             return
         path = self._folder / f"{commit_id}.json"
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         with contextlib.suppress(OSError):
             check_folder(self._folder.parent)
             check_folder(self._folder)
             self._folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, data, temporary)
+            replace_file(path, data)
 
     def ids(self) -> list[str]:
         """What there are copies of, sorted."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import mmap
@@ -17,15 +16,8 @@ from typing import Final
 from lmdbcache.errors import CacheFullError, IntegrityError, NotRegularFileError, ReadOnlyCacheError
 from lmdbcache.exchange.sharing.remote import Remote
 from lmdbcache.exchange.sharing.shards import ShardEntry
-from lmdbcache.storage import (
-    COMMIT_COPIES_NAME,
-    CURRENT_NAME,
-    PULLING_NAME,
-    check_folder,
-    open_file,
-    opened_for_flock,
-    remove_entry,
-)
+from lmdbcache.files import check_folder, flocked, open_file, remove_entry
+from lmdbcache.storage import COMMIT_COPIES_NAME, CURRENT_NAME, PULLING_NAME
 
 __all__ = ["Downloads"]
 
@@ -72,7 +64,7 @@ class Downloads:
         try:
             check_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = stack.enter_context(opened_for_flock(path, os.O_RDWR | os.O_CREAT))
+            descriptor = stack.enter_context(flocked(path, os.O_RDWR | os.O_CREAT))
         except NotRegularFileError:
             raise
         except FileNotFoundError:
@@ -81,11 +73,6 @@ class Downloads:
         except OSError as error:
             raise ReadOnlyCacheError(f"{path} can't be made ({error.strerror})") from None
         with stack:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _logger.warning("waiting for another pull into %s", self._store.name)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
                 is_the_one = os.path.samestat(os.fstat(descriptor), path.lstat())
             except FileNotFoundError:

@@ -26,7 +26,7 @@ from lmdbcache.exchange.sharing.remote_errors import (
     translated,
 )
 from lmdbcache.exchange.sharing.ssh_connections import is_sshfs, quiet, read_range, ssh_options
-from lmdbcache.storage import sync_file
+from lmdbcache.files import sync_file
 
 __all__ = ["Remote", "is_url", "without_secrets"]
 

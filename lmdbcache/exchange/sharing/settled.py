@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from lmdbcache.storage import open_file, read_file
+from lmdbcache.files import open_file, read_file
 
 __all__ = ["Settled"]
 

@@ -231,10 +231,7 @@ class _Import:
             missing = len(self._reader_missing(ids)) / max(1, len(ids))
         needed = int(sum(sizes) * itemsize * missing)
         if needed:
-            folder = self.cache.path(self.report.config)
-            while not folder.exists():
-                folder = folder.parent
-            check_room(folder, needed + RESERVE_BYTES, "this import")
+            check_room(self.cache.path(self.report.config), needed + RESERVE_BYTES, "this import")
 
     def go_through(
         self,

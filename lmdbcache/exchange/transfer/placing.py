@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import TransferError
-from lmdbcache.storage import sync_file, translated_errors
+from lmdbcache.files import sync_file
+from lmdbcache.storage import translated_errors
 
 __all__ = ["SUFFIXES", "appearing", "check_target", "is_of_export", "shard_name"]
 

@@ -7,7 +7,6 @@ sound is remembered (`checked_marker`), so that it is looked at once.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import IntegrityError
+from lmdbcache.files import flocked
 from lmdbcache.storage.checks.checking import Findings, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.files.checked_marker import is_known, mark_known
-from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.format.layout import sample_id_of_key
 
 __all__ = ["SKIP_VARIABLE", "check_first_opening"]
@@ -122,10 +121,5 @@ def _one_at_a_time(generation: Path) -> Iterator[None]:
         # No such file: the check says so. A file system without such locks: it is checked twice.
         with contextlib.suppress(OSError):
             # A descriptor for reading will do, and LMDB has no lock on this file.
-            data = stack.enter_context(opened_for_flock(generation / "data.mdb"))
-            try:
-                fcntl.flock(data, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _logger.info("another process checks %s; waiting for it", generation.parent)
-                fcntl.flock(data, fcntl.LOCK_EX)
+            stack.enter_context(flocked(generation / "data.mdb"))
         yield

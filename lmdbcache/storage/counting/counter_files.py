@@ -28,9 +28,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage.files.flocks import opened_for_flock
+from lmdbcache.files import check_folder, open_file, opened_for_flock, read_file, replace_file
 from lmdbcache.storage.format.layout import class_of
-from lmdbcache.storage.regular_files import check_folder, open_file, read_file, replace_file
 
 __all__ = [
     "MAX_ANCESTORS",
@@ -375,8 +374,7 @@ def _read_totals(folder: Path) -> tuple[Counts, set[str]]:
 
 def _write_totals(folder: Path, totals: Counts, folded: set[str]) -> None:
     content = {"hits": totals.hits, "misses": totals.misses, "folded": sorted(folded)}
-    temporary = folder / f"{_TOTALS_NAME}.tmp"
-    replace_file(folder / _TOTALS_NAME, json.dumps(content).encode("ascii"), temporary)
+    replace_file(folder / _TOTALS_NAME, json.dumps(content).encode("ascii"))
 
 
 @contextlib.contextmanager

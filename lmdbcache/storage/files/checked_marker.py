@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import ConfigError
-from lmdbcache.files import user_cache_folder
+from lmdbcache.files import open_file, read_file, user_cache_folder
+from lmdbcache.machine import boot_id
 from lmdbcache.storage.pages.commit_record import read_commit_record
-from lmdbcache.storage.regular_files import open_file, read_file
 
 __all__ = ["is_known", "mark_known"]
 
@@ -132,10 +132,9 @@ def _is_private(folder: Path) -> bool:
 def _machine() -> str:
     """A digest: the machine's id isn't for others to read."""
     identity = b""
-    # Containers often have no id of their own; the kernel's is the host's, until the next boot.
-    kernel = "/proc/sys/kernel/random/boot_id"
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id", kernel):
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         with contextlib.suppress(OSError):
             identity = identity or Path(path).read_bytes().strip()
-    identity = identity or platform.node().encode("utf-8", "replace")
+    # Containers often have no id of their own; the kernel's is the host's, until the next boot.
+    identity = identity or (boot_id() or platform.node()).encode("utf-8", "replace")
     return hashlib.blake2b(identity, digest_size=8, person=b"lmdbcache").hexdigest()

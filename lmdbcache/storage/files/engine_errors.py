@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
@@ -19,6 +18,7 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
+from lmdbcache.files import free_bytes
 from lmdbcache.storage.files.reader_slots import holders
 
 __all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors", "truncated"]
@@ -76,7 +76,7 @@ def translated_errors(where: Path, needed: int = 0) -> Iterator[None]:
 
 def _translated(error: Exception, where: Path, needed: int) -> CacheError:
     if _disk_is_full(error, where):
-        free = shutil.disk_usage(where).free
+        free = free_bytes(where)
         wanted = f", {-(-needed >> 20)} MiB needed" if needed else ""
         return CacheFullError(
             f"{where}: the disk or this user's quota is full ({free >> 20} MiB free{wanted}). "
@@ -124,5 +124,5 @@ def _disk_is_full(error: Exception, where: Path) -> bool:
     # A short write shows as EIO.
     if "Input/output error" in str(error):
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(where).free < (1 << 20)
+            return free_bytes(where) < (1 << 20)
     return False

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
+from lmdbcache.files import existing_parent
 
 __all__ = [
     "NETWORK_VARIABLE",
@@ -182,15 +183,11 @@ def _unescaped(field: bytes) -> str:
 
 def mount_of(folder: Path) -> Mount | None:
     """The mount that a folder lies on, or would; None where that can't be told."""
-    while True:
-        try:
-            device = folder.stat().st_dev
-            break
-        except OSError:  # not made yet, or not ours to look at
-            if folder == folder.parent:
-                return None
-            folder = folder.parent
-    return _mount_of(device, os.fspath(folder))
+    folder = existing_parent(folder)
+    try:
+        return _mount_of(folder.stat().st_dev, os.fspath(folder))
+    except OSError:  # not ours to look at
+        return None
 
 
 def _network_mount(folder: Path) -> Mount | None:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError
+from lmdbcache.files import open_file
 from lmdbcache.machine import memory_limit
 from lmdbcache.storage.files.engine_errors import truncated
-from lmdbcache.storage.regular_files import open_file
 
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import logging
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -25,8 +22,17 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
+from lmdbcache.files import (
+    check_file,
+    check_folder,
+    flocked,
+    free_bytes,
+    read_file,
+    remove_entry,
+    replace_file,
+    sync_file,
+)
 from lmdbcache.storage.files.checked_marker import mark_known
-from lmdbcache.storage.files.flocks import opened_for_flock
 from lmdbcache.storage.format.layout import (
     COMMIT_COPIES_NAME,
     CURRENT_NAME,
@@ -36,26 +42,21 @@ from lmdbcache.storage.format.layout import (
     WRITER_LOCK_NAME,
 )
 from lmdbcache.storage.pages.commit_record import record_commit
-from lmdbcache.storage.regular_files import check_file, check_folder, read_file, replace_file
 
 __all__ = [
     "RESERVE_BYTES",
     "check_room",
     "create_generation",
     "current_generation",
-    "free_bytes",
     "is_being_written",
     "point_at",
     "publish_generation",
-    "remove_entry",
     "remove_foreign_lock",
     "remove_other_generations",
     "remove_store",
-    "sync_file",
     "write_lock",
 ]
 
-_logger: Final = logging.getLogger(__name__)
 # What a commit leaves free beyond what it writes.
 RESERVE_BYTES: Final = 16 << 20
 # A folder that is gone again this often after it was made can't be made.
@@ -102,8 +103,7 @@ def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
     """
     while True:
         with contextlib.ExitStack() as stack:
-            descriptor = _open_lock(store, stack)
-            _flock(descriptor, store, wait=wait)
+            descriptor = _locked(store, stack, wait=wait)
             try:
                 same = os.path.samestat(os.fstat(descriptor), (store / WRITER_LOCK_NAME).lstat())
             except FileNotFoundError:
@@ -136,8 +136,7 @@ def publish_generation(store: Path, generation: Path) -> None:
 
 def point_at(store: Path, generation: Path) -> None:
     """Write `CURRENT`, durably and at once. The caller holds the writer lock."""
-    content, temporary = f"{generation.name}\n".encode("ascii"), store / f"{CURRENT_NAME}.tmp"
-    replace_file(store / CURRENT_NAME, content, temporary, durable=True)
+    replace_file(store / CURRENT_NAME, f"{generation.name}\n".encode("ascii"), durable=True)
     sync_file(store)
     sync_file(store.parent)
 
@@ -152,23 +151,6 @@ def remove_other_generations(store: Path) -> None:
     for folder in store.iterdir():
         if GENERATION_NAME.fullmatch(folder.name) and folder != current:
             remove_entry(folder)
-
-
-def remove_entry(path: Path) -> None:
-    """Remove a file, a link and not what it leads to, or a folder with all that is in it.
-
-    Raises:
-        OSError: A file or link can't be removed; of a folder, what can't be removed stays.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write on the folder's file system."""
-    return shutil.disk_usage(folder).free
 
 
 def check_room(store: Path, needed: int, purpose: str) -> None:
@@ -220,16 +202,20 @@ def remove_foreign_lock(store: Path) -> None:
             raise ReadOnlyCacheError(f"{path} can't be removed ({error.strerror})") from None
 
 
-def _open_lock(store: Path, stack: contextlib.ExitStack) -> int:
+def _locked(store: Path, stack: contextlib.ExitStack, *, wait: bool) -> int:
     path = store / WRITER_LOCK_NAME
     num_tries = 0
     while True:
         num_tries += 1
         try:
             store.mkdir(parents=True, exist_ok=True)
-            return stack.enter_context(opened_for_flock(path, os.O_RDWR | os.O_CREAT))
+            return stack.enter_context(flocked(path, os.O_RDWR | os.O_CREAT, wait=wait))
         except NotRegularFileError:
             raise
+        except BlockingIOError:
+            raise StorageError(
+                f"{store} is being written to. Try again when its writer has ended"
+            ) from None
         except (FileExistsError, NotADirectoryError) as error:
             raise ReadOnlyCacheError(
                 f"{error.filename or store} is a file where a folder is needed. "
@@ -252,31 +238,9 @@ def is_being_written(store: Path) -> bool:
     Nothing is made for that, and nobody has to wait.
     """
     try:
-        with opened_for_flock(store / WRITER_LOCK_NAME) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with flocked(store / WRITER_LOCK_NAME, shared=True, wait=False):
+            return False
     except BlockingIOError:
         return True
     except OSError:
         return False  # no such file, or a file system without such locks
-    return False
-
-
-def _flock(descriptor: int, store: Path, *, wait: bool) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise StorageError(
-                f"{store} is being written to. Try again when its writer has ended"
-            ) from None
-        _logger.debug("waiting for another writer of %s", store)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-def sync_file(path: Path) -> None:
-    """Bring a file or a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.storage.regular_files import open_file
+from lmdbcache.files import open_file
 
 __all__ = ["LAST_USE_NAME", "last_used", "last_written", "touch"]
 

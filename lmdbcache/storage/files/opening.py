@@ -8,7 +8,6 @@ import mmap
 import os
 import random
 import resource
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +15,18 @@ from typing import Any, Final
 import lmdb
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
+from lmdbcache.files import (
+    check_file,
+    check_folder,
+    free_bytes,
+    occupy_standard_descriptors,
+    open_file,
+)
 from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
 from lmdbcache.storage.files.filesystems import check_local_for_reading, check_local_for_writing
 from lmdbcache.storage.files.reader_slots import holders
 from lmdbcache.storage.pages.commit_record import contradiction, read_commit_record
 from lmdbcache.storage.pages.meta_pages import MetaPage, newest, read_meta_pages
-from lmdbcache.storage.regular_files import check_file, check_folder, open_file
-from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
 
 __all__ = [
     "check_file_size",
@@ -220,7 +224,7 @@ def _check_room_for_lock_file(generation: Path) -> None:
     if (
         not (generation / "lock.mdb").exists()
         and os.access(generation, os.W_OK)
-        and shutil.disk_usage(generation).free < _LOCK_FILE_BYTES
+        and free_bytes(generation) < _LOCK_FILE_BYTES
     ):
         raise CacheFullError(f"{generation}: no room for LMDB's lock file. Free space on the disk")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import lmdb
 
+from lmdbcache.files import check_file, occupy_standard_descriptors
+from lmdbcache.machine import is_alive
 from lmdbcache.storage.format.layout import WRITER_LOCK_NAME
-from lmdbcache.storage.regular_files import check_file
-from lmdbcache.storage.standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["SlotUse", "holders", "others", "slot_use", "slots", "writing_processes"]
 
@@ -53,7 +53,7 @@ def slot_use(generation: Path) -> SlotUse | None:
                     processes.append(int(fields[0]))
     except (lmdb.Error, OSError, MemoryError):
         return None  # open in this process already, full, or not ours to read
-    alive = tuple(process for process in processes if _is_alive(process))
+    alive = tuple(process for process in processes if is_alive(process))
     dead = tuple(process for process in processes if process not in alive)
     return SlotUse(num_slots, alive, dead)
 
@@ -100,16 +100,6 @@ def _lock_owners(files: Iterable[Path]) -> list[str]:
             if len(fields) == 8 and fields[5].rpartition(":")[2] in inodes:
                 processes[fields[4]] = None
     return list(processes)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
 
 
 def _named(processes: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import StorageError
-from lmdbcache.storage.regular_files import open_file, read_file
+from lmdbcache.files import open_file, read_file
 
 __all__ = ["RUNNING_SUFFIX", "at_rest", "held_store"]
 

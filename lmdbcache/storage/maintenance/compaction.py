@@ -13,6 +13,7 @@ from typing import Final
 import lmdb
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
+from lmdbcache.files import open_file, sync_file
 from lmdbcache.storage.environment import Environment, acquire, acquire_current, release
 from lmdbcache.storage.files.checked_marker import mark_known
 from lmdbcache.storage.files.engine_errors import translated_errors
@@ -23,10 +24,8 @@ from lmdbcache.storage.files.generations import (
     current_generation,
     publish_generation,
     remove_other_generations,
-    sync_file,
     write_lock,
 )
-from lmdbcache.storage.regular_files import open_file
 
 __all__ = ["CompactionResult", "compact", "plan_compaction"]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheError
+from lmdbcache.files import is_old_temporary, is_temporary, remove_entry
 from lmdbcache.storage.files.generations import (
     current_generation,
     is_being_written,
-    remove_entry,
     remove_store,
     write_lock,
 )
@@ -35,13 +34,10 @@ _STORE_NAME: Final = re.compile(r".*-[0-9a-f]{16}")
 # The records of sources and the figures say something of embeddings, which are gone.
 _NAMES_OF_NO_STORE: Final = frozenset(
     (
-        *(WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME, f"{CURRENT_NAME}.tmp"),
+        *(WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME),
         *("sources.sqlite3", "sources.sqlite3-journal"),
     )
 )
-# `failures.json.4711.tmp` beside a store, `.offsets-17.4711` inside a generation.
-_TEMPORARY: Final = re.compile(r"failures\.json\.[0-9]+\.tmp|\.offsets-[0-9]+\.[0-9]+")
-_OLD_SECONDS: Final = 3600.0  # such a file is written in a moment
 _OFFSETS: Final = re.compile(r"offsets-([0-9]+)")
 
 
@@ -102,7 +98,7 @@ def is_abandoned(folder: Path) -> bool:
         return False
     generations = [child for child in children if GENERATION_NAME.fullmatch(child.name)]
     own = names - {child.name for child in generations}
-    if any(n not in _NAMES_OF_NO_STORE and not _TEMPORARY.fullmatch(n) for n in own):
+    if any(n not in _NAMES_OF_NO_STORE and not is_temporary(n) for n in own):
         return False
     # A store that has only lost `CURRENT` can be had back.
     return not any(_holds_embeddings(generation) for generation in generations)
@@ -123,7 +119,7 @@ def _found(store: Path) -> list[Leftover]:
     for child in children:
         if GENERATION_NAME.fullmatch(child.name) and child != live:
             found.append(Leftover(child, _size(child), "an old or unfinished generation"))
-        elif child.name == f"{CURRENT_NAME}.tmp" or _is_old_temporary(child):
+        elif is_old_temporary(child):
             found.append(Leftover(child, _size(child), "a temporary file"))
     return found + _found_inside(live)
 
@@ -136,18 +132,9 @@ def _found_inside(live: Path) -> list[Leftover]:
             table = _OFFSETS.fullmatch(child.name)
             if table and newest is not None and int(table[1]) < newest:
                 found.append(Leftover(child, _size(child), "an index of an older commit"))
-            elif _is_old_temporary(child):
+            elif is_old_temporary(child):
                 found.append(Leftover(child, _size(child), "a temporary file"))
     return found
-
-
-def _is_old_temporary(path: Path) -> bool:
-    if not _TEMPORARY.fullmatch(path.name):
-        return False
-    try:
-        return time.time() - path.lstat().st_mtime > _OLD_SECONDS
-    except OSError:
-        return False
 
 
 def _newest_transaction(generation: Path) -> int | None:

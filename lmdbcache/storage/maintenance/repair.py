@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
+from lmdbcache.files import check_folder
 from lmdbcache.storage.checks.checking import Findings, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.environment import Environment, acquire, release
@@ -33,7 +34,6 @@ from lmdbcache.storage.format.layout import (
 from lmdbcache.storage.format.metadata import checksum
 from lmdbcache.storage.maintenance.salvage import Salvage, salvage
 from lmdbcache.storage.pages.page_file import PageFile
-from lmdbcache.storage.regular_files import check_folder
 
 __all__ = ["RepairReport", "generation_to_repair", "repair"]
 

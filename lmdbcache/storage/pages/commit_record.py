@@ -15,6 +15,7 @@ from typing import Final
 import xxhash
 
 from lmdbcache.errors import NotRegularFileError
+from lmdbcache.files import open_file, read_file
 from lmdbcache.storage.pages.meta_pages import (
     META_BYTES,
     MetaPage,
@@ -22,7 +23,6 @@ from lmdbcache.storage.pages.meta_pages import (
     parse_meta,
     read_meta_pages,
 )
-from lmdbcache.storage.regular_files import open_file, read_file
 
 __all__ = [
     "contradiction",

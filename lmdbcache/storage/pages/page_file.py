@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
 
+from lmdbcache.files import check_folder, open_file
 from lmdbcache.storage.pages.commit_record import (
     contradiction,
     is_older_copy,
@@ -21,7 +22,6 @@ from lmdbcache.storage.pages.commit_record import (
     trusted_meta,
 )
 from lmdbcache.storage.pages.meta_pages import MetaPage, Tree, parse_tree, read_meta_pages
-from lmdbcache.storage.regular_files import check_folder, open_file
 
 __all__ = ["Entry", "PageFile"]
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from lmdbcache.files import open_file, replace_file
 from lmdbcache.storage.counting.hit_counts import PlaceCounter, StoreCounts, counts_of
 from lmdbcache.storage.environment import Environment, Snapshot
 from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile
@@ -32,7 +33,6 @@ from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.format.metadata import StoreMetadata
 from lmdbcache.storage.format.values import NUMPY_DTYPES
 from lmdbcache.storage.pages.pages import UnreadablePagesError, ValueTable, read_value_table
-from lmdbcache.storage.regular_files import open_file, replace_file
 
 __all__ = ["LocatedValues", "locate", "located_values"]
 
@@ -221,10 +221,9 @@ def _write_table(table: ValueTable, identity: _Identity, generation: Path) -> No
         _digest(identity, table.keys.dtype.itemsize, len(table.keys), content),
     )
     path = generation / f"{_PREFIX}{identity[1]}"
-    temporary = generation / f".{_PREFIX}{identity[1]}.{os.getpid()}"
     # A cache of a cache: a full disk or a compaction meanwhile is no reason to fail.
     with contextlib.suppress(OSError):
-        replace_file(path, head + content, temporary)
+        replace_file(path, head + content)
         for other in generation.glob(f"{_PREFIX}*"):
             if (
                 other.name[len(_PREFIX) :].isdigit()
