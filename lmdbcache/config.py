@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from lmdbcache.errors import ConfigError
 
@@ -71,7 +71,7 @@ def is_published_ast(model_name: str) -> bool:
     return model_name.lower().startswith(_PUBLISHED_AST)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class CacheConfig:
     """The identity of one store: same config, same embeddings.
 
@@ -88,35 +88,61 @@ class CacheConfig:
         output: What is stored of the model's output: `"pooler_output"`, `"last_hidden_state"`,
             `"mean"` (over time), or a name of your own.
         dtype: Stored dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        dataset: Namespace, so that equal sample ids of two datasets can't meet in one store.
+        namespace: Name of the dataset, so that equal sample ids of two datasets don't meet in one
+            store.
         front_end: Name of the decoding and feature rules. None: AST's for MIT's AST models and for
             the `model_identity` of an AST folder, else `"unstated"`, under which `extract` stores
             nothing. `config_for(model)` states the front end of any model.
         compute_dtype: dtype the model computes in.
+        dataset: Same as `namespace`, under the name that it has on disk.
 
     Raises:
         ConfigError: A value can't identify a cache; the message names the field.
     """
 
-    sample_rate: int = 16000
-    duration: float = 5.0
-    model_name: str = DEFAULT_MODEL_NAME
-    output: str = "pooler_output"
-    dtype: str = "float32"
-    dataset: str = ""
-    front_end: str = cast("str", None)  # only until it is constructed
-    compute_dtype: str = "float32"
+    sample_rate: int
+    duration: float
+    model_name: str
+    output: str
+    dtype: str
+    namespace: str
+    front_end: str
+    compute_dtype: str
 
-    def __post_init__(self) -> None:
-        front_end: str | None = self.front_end
-        if front_end is None:
-            object.__setattr__(self, "front_end", _default_front_end(self.model_name))
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        duration: float = 5.0,
+        model_name: str = DEFAULT_MODEL_NAME,
+        output: str = "pooler_output",
+        dtype: str = "float32",
+        namespace: str = "",
+        front_end: str | None = None,
+        compute_dtype: str = "float32",
+        *,
+        dataset: str | None = None,
+    ) -> None:
+        values = {
+            "sample_rate": sample_rate,
+            "duration": duration,
+            "model_name": model_name,
+            "output": output,
+            "dtype": dtype,
+            "namespace": namespace if dataset is None else dataset,
+            "front_end": _default_front_end(model_name) if front_end is None else front_end,
+            "compute_dtype": compute_dtype,
+        }
         for name, canonical in _CANONICAL_FORMS.items():
-            object.__setattr__(self, name, canonical(name, getattr(self, name)))
+            object.__setattr__(self, name, canonical(name, values[name]))
         if self.sample_rate * self.duration < 1:
             raise ConfigError(
                 f"duration: {self.duration} s at {self.sample_rate} Hz is less than one sample"
             )
+
+    @property
+    def dataset(self) -> str:
+        """Same as `namespace`, under the name that it has on disk."""
+        return self.namespace
 
     @property
     def num_samples(self) -> int:
@@ -134,14 +160,17 @@ class CacheConfig:
     @property
     def slug(self) -> str:
         """A readable part for the store's folder name."""
-        parts = [self.dataset, self.model_name.rsplit("/", 1)[-1], self.output]
+        parts = [self.namespace, self.model_name.rsplit("/", 1)[-1], self.output]
         parts += [f"{self.sample_rate}hz", f"{self.duration:g}s", self.dtype]
         text = "-".join(part for part in parts if part)
         return _NOT_IN_SLUG.sub("-", text).strip("-.").lower()[:100]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, ready for JSON or msgpack."""
-        return asdict(self)
+        """Return the fields as on disk, ready for JSON or msgpack: `namespace` is `dataset`."""
+        return {
+            "dataset" if name == "namespace" else name: value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheConfig:
@@ -151,7 +180,7 @@ class CacheConfig:
             ConfigError: A key isn't a field, or a value is refused.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(values) - known - {"dataset"}):
             raise ConfigError(
                 f"{', '.join(unknown)}: not a field of CacheConfig; fields are "
                 f"{', '.join(sorted(known))}"
@@ -159,12 +188,14 @@ class CacheConfig:
         return cls(**values)
 
     def replace(self, **changes: Any) -> CacheConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
+        if "dataset" in changes:
+            changes["namespace"] = changes.pop("dataset")
         return replace(self, **changes)
 
     def differences(self, other: CacheConfig) -> dict[str, tuple[Any, Any]]:
-        """The fields that differ, each with (own value, the other's value)."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        """Return the fields that differ, each with (own value, the other's value)."""
+        mine, theirs = asdict(self), asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
@@ -233,7 +264,7 @@ def _identifier(name: str, value: Any) -> str:
     return text
 
 
-def _dataset(name: str, value: Any) -> str:
+def _namespace(name: str, value: Any) -> str:
     return _identifier(name, value).lower() if value != "" else ""
 
 
@@ -251,7 +282,7 @@ _CANONICAL_FORMS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "model_name": _model_name,
     "output": _identifier,
     "dtype": _dtype,
-    "dataset": _dataset,
+    "namespace": _namespace,
     "front_end": _identifier,
     "compute_dtype": _dtype,
 }

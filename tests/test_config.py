@@ -177,8 +177,8 @@ def test_equal_dtypes_are_one_dtype(dtype):
         ("dtype", "float64"),
         ("dtype", None),
         ("dtype", torch.int8),
-        ("dataset", "a:b"),
-        ("dataset", None),
+        ("namespace", "a:b"),
+        ("namespace", None),
         ("front_end", ""),
         ("compute_dtype", "int8"),
     ],
@@ -209,9 +209,20 @@ def test_every_field_is_identity():
 
 def test_config_survives_pickle_and_dict():
     """A config comes back equal from pickle and from its dict."""
-    config = CacheConfig(duration=2.5, dataset="Vegas", dtype=torch.bfloat16)
+    config = CacheConfig(duration=2.5, namespace="Vegas", dtype=torch.bfloat16)
     assert pickle.loads(pickle.dumps(config)) == config
     assert CacheConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_namespace_is_read_under_its_name_on_disk():
+    """`dataset`, as stores and JSON call it, is the same field everywhere."""
+    config = CacheConfig(namespace="vegas")
+    assert CacheConfig(dataset="VEGAS") == CacheConfig().replace(dataset="vegas") == config
+    assert CacheConfig.from_dict({"namespace": "vegas"}) == config
+    assert CacheConfig.from_dict(config.to_dict()) == config
+    assert config.dataset == config.to_dict()["dataset"] == "vegas"
+    assert config.replace(dtype="float16").namespace == "vegas"
+    assert config.differences(CacheConfig()) == {"namespace": ("vegas", "")}
 
 
 def test_from_dict_names_unknown_keys():

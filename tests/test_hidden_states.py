@@ -237,7 +237,7 @@ def test_not_hidden_states(filled, config):
     """A store of pooled embeddings is refused by name, and so is a layout that doesn't fit."""
     with filled.reader(config) as reader, pytest.raises(ConfigError, match="pooler_output of"):
         HiddenStateView(reader, "cls")
-    deeper = HIDDEN.replace(dataset="deeper")
+    deeper = HIDDEN.replace(namespace="deeper")
     with filled.writer(deeper) as writer:
         writer.put("a:x", np.ones((2, 14, 3)))
     with filled.reader(deeper) as reader, pytest.raises(ConfigError, match="of shape"):

@@ -48,12 +48,12 @@ class Clips:
 
 def test_enough_is_stored(filled, config, embeddings):
     """The coverage comes back, by class, split and node."""
-    found = filled.require(Clips(embeddings), config)
+    found = filled.require(config, Clips(embeddings))
     assert (found.num_present, found.num_asked, found.fraction) == (20, 20, 1.0)
     assert found.by_split == {"val": (10, 10), "train": (10, 10)}
     assert found.by_node == {"0": (10, 10), "1": (10, 10)}
-    assert filled.require(list(embeddings), config).by_class == {"drum": (10, 10), "dog": (10, 10)}
-    assert filled.require([], config).fraction == 1.0
+    assert filled.require(config, list(embeddings)).by_class == {"drum": (10, 10), "dog": (10, 10)}
+    assert filled.require(config, []).fraction == 1.0
 
 
 def test_too_little_is_stored(filled, config, embeddings):
@@ -63,19 +63,19 @@ def test_too_little_is_stored(filled, config, embeddings):
         "b": {"train": ["x:cat"]},
     }
     with pytest.raises(CoverageError) as caught:
-        filled.require(wanted, config)
+        filled.require(config, wanted)
     rows = [line.split() for line in str(caught.value).splitlines()]
     assert ["class", "node", "a", "train", "node", "a", "val", "node", "b", "train"] in rows
     assert ["dog", "10/11", "-", "-"] in rows
     assert ["cat", "-", "0/1", "0/1"] in rows
     assert ["all", "20/21", "0/1", "0/1"] in rows
-    assert filled.require(wanted, config, min_coverage=20 / 23).num_present == 20
+    assert filled.require(config, wanted, min_coverage=20 / 23).num_present == 20
     with pytest.raises(CoverageError):
-        filled.require(wanted, config, min_coverage=0.88)
+        filled.require(config, wanted, min_coverage=0.88)
     with pytest.raises(ConfigError, match="min_coverage"):
-        filled.require(wanted, config, min_coverage=95)
+        filled.require(config, wanted, min_coverage=95)
     with pytest.raises(ConfigError, match="isn't a dataset"):
-        filled.require(7, config)
+        filled.require(config, 7)
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_threshold_is_a_number_of_samples(num_stored, num_asked, min_coverage, i
 def test_threshold_outside_0_to_1_is_refused(filled, config, embeddings, min_coverage):
     """A share is 0 to 1, even where everything is stored."""
     with pytest.raises(ConfigError, match="min_coverage"):
-        filled.require(list(embeddings), config, min_coverage=min_coverage)
+        filled.require(config, list(embeddings), min_coverage=min_coverage)
 
 
 def test_sample_listed_twice_is_one_sample(filled, config, embeddings):
     """A part that names a sample twice asks for it once, stored or missing."""
     asked = [*embeddings, *embeddings, "new:dog", "new:dog"]
     with pytest.raises(CoverageError, match=r"all\s+20/21"):
-        filled.require({"train": asked}, config)
-    found = filled.require({"train": asked}, config, min_coverage=0.9)
+        filled.require(config, {"train": asked})
+    found = filled.require(config, {"train": asked}, min_coverage=0.9)
     assert (found.num_present, found.num_asked) == (20, 21)
     assert found.by_split == {"train": (20, 21)}
     assert {row.class_name: (row.num_present, row.num_asked) for row in found.rows} == {
@@ -122,7 +122,7 @@ def test_sample_listed_twice_is_one_sample(filled, config, embeddings):
 def test_nothing_is_stored_names_the_nearest_config(filled, config, embeddings):
     """A wrong duration is told before the command that would compute everything anew."""
     with pytest.raises(CoverageError, match=r"duration: 10.0 asked, 5.0 stored; 20 embeddings"):
-        filled.require(list(embeddings), config.replace(duration=10))
+        filled.require(config.replace(duration=10), list(embeddings))
 
 
 def test_failed_clips_are_counted_apart(filled, config, embeddings):
@@ -130,23 +130,23 @@ def test_failed_clips_are_counted_apart(filled, config, embeddings):
     update_failures(filled.path(config), [], [ClipFailure("x:dog", "x.wav", "empty")])
     asked = [*embeddings, "x:dog"]
     with pytest.raises(CoverageError) as caught:
-        filled.require({"train": asked}, config)
+        filled.require(config, {"train": asked})
     assert "10/11, 1 failed" in str(caught.value)
     assert "lmdbcache extract" not in str(caught.value)
-    found = filled.require(asked, config, allow_failed=True)
+    found = filled.require(config, asked, allow_failed=True)
     assert found.failed == ("x:dog",)
     assert found.fraction_of_possible == 1.0
     with pytest.raises(CoverageError):
-        filled.require([*asked, "y:dog"], config, allow_failed=True)
+        filled.require(config, [*asked, "y:dog"], allow_failed=True)
 
 
 def test_command_is_quoted_and_complete(filled, config):
     """Every field of the config, and folders with spaces, as one shell command."""
     other = config.replace(
-        duration=0.1 + 0.2, dtype="bfloat16", compute_dtype="float16", dataset="mine"
+        duration=0.1 + 0.2, dtype="bfloat16", compute_dtype="float16", namespace="mine"
     )
     with pytest.raises(CoverageError) as caught:
-        filled.require(Clips(["a:b c", "b:x"]), other)
+        filled.require(other, Clips(["a:b c", "b:x"]))
     words = command_of(caught.value)
     assert words[:2] == ["extract", "/data/my clips"]
     options = dict(zip(words[2::2], words[3::2], strict=True))
@@ -170,19 +170,19 @@ def test_command_fills_the_gap_and_nothing_else(cache, tmp_path, part):
     write_tones(folder, 10, "dog")
     write_tones(folder, 10, "drum")
     model = save_small_ast(tmp_path / "small ast", max_length=128)
-    config = CacheConfig(duration=0.5, model_name=model_identity(model), dataset="vegas")
+    config = CacheConfig(duration=0.5, model_name=model_identity(model), namespace="vegas")
     dataset = VEGASDataset(folder, load_audio=False, **part)
     with cache.writer(config) as writer:
         for name in dataset.sample_ids:
             if name.endswith("dog"):
                 writer.put(name, np.zeros(64, np.float32))
     with pytest.raises(CoverageError, match="CHECKPOINT_FOLDER: give require model="):
-        cache.require(dataset, config)
+        cache.require(config, dataset)
     with pytest.raises(CoverageError) as caught:
-        cache.require(dataset, config, model=model)
+        cache.require(config, dataset, model=model)
     result = CliRunner().invoke(app, [*command_of(caught.value), "--num-workers", "0"])
     assert result.exit_code == 0, result.output
-    found = cache.require(dataset, config)
+    found = cache.require(config, dataset)
     with cache.reader(config) as reader:
         assert len(reader) == found.num_asked
     if not part:
@@ -260,28 +260,30 @@ def test_command_fills_the_gap_of_every_adapter(cache, tmp_path, model, adapter,
     """The dataset's folder and how it was opened are in the command, from any working directory."""
     monkeypatch.chdir(tmp_path)
     dataset = adapter(tmp_path / "my clips")
-    config = CacheConfig(duration=0.2, model_name=model_identity(model), dataset=dataset.namespace)
+    config = CacheConfig(
+        duration=0.2, model_name=model_identity(model), namespace=dataset.namespace
+    )
     with pytest.raises(CoverageError) as caught:
-        cache.require(dataset, config, model=model)
+        cache.require(config, dataset, model=model)
     monkeypatch.chdir("/")
     result = CliRunner().invoke(app, [*command_of(caught.value), "--num-workers", "0"])
     assert result.exit_code == 0, result.output
-    assert cache.require(dataset, config).num_asked == len(dataset.samples)
-    assert cache.require({"train": dataset}, config).num_asked == len(dataset.samples)
+    assert cache.require(config, dataset).num_asked == len(dataset.samples)
+    assert cache.require(config, {"train": dataset}).num_asked == len(dataset.samples)
 
 
 def test_command_for_a_dataset_that_was_moved(cache, tmp_path, model):
     """data_dir names the folder; the namespace stays that of the config."""
     dataset = open_dataset(make_audio_folder(tmp_path / "here", classes=["bell"]))
-    config = CacheConfig(duration=0.2, model_name=model_identity(model), dataset="folder-here")
+    config = CacheConfig(duration=0.2, model_name=model_identity(model), namespace="folder-here")
     (tmp_path / "here").rename(tmp_path / "there")
     for asked in (dataset, {"train": dataset}, dataset.sample_ids):
         with pytest.raises(CoverageError) as caught:
-            cache.require(asked, config, model=model, data_dir=tmp_path / "there")
+            cache.require(config, asked, model=model, data_dir=tmp_path / "there")
         assert str(tmp_path / "there") in command_of(caught.value)
         result = CliRunner().invoke(app, [*command_of(caught.value), "--num-workers", "0"])
         assert result.exit_code == 0, result.output
-        assert cache.require(asked, config).fraction == 1.0
+        assert cache.require(config, asked).fraction == 1.0
         cache.clear()
 
 
@@ -294,16 +296,16 @@ def test_what_no_command_line_can_open(cache, tmp_path, model):
         samples = in_memory.samples
         sample_ids = in_memory.sample_ids
 
-    config = CacheConfig(duration=0.2, model_name=model_identity(model), dataset="mine")
+    config = CacheConfig(duration=0.2, model_name=model_identity(model), namespace="mine")
     for dataset in (in_memory, Own()):
         with pytest.raises(CoverageError, match="in Python") as caught:
-            cache.require(dataset, config, model=model)
+            cache.require(config, dataset, model=model)
         text = str(caught.value)
         assert "lmdbcache extract" not in text
         code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
         names = {"lmdbcache": lmdbcache, "cache": cache, "config": config, "dataset": dataset}
         exec(code, names)
-        assert cache.require(dataset, config).num_present == 3
+        assert cache.require(config, dataset).num_present == 3
         cache.clear()
 
 
@@ -312,7 +314,7 @@ def test_another_namespace_than_the_config(cache, tmp_path, config):
     dataset = open_dataset(make_audio_folder(tmp_path / "x", classes=["bell"]), namespace="mine")
     for asked in (dataset, {"train": dataset}):
         with pytest.raises(CoverageError, match=r"'mine'.*'vegas'") as caught:
-            cache.require(asked, config.replace(dataset="vegas"), model="ast")
+            cache.require(config.replace(namespace="vegas"), asked, model="ast")
         assert "lmdbcache extract" not in str(caught.value)
 
 
@@ -320,4 +322,4 @@ def test_another_namespace_than_the_config(cache, tmp_path, config):
 def test_what_is_no_dataset_is_refused(cache, config, given):
     """Samples in place of sample ids, one id, a number: an error that says what to give."""
     with pytest.raises(ConfigError, match="sample id"):
-        cache.require(given, config)
+        cache.require(config, given)

@@ -25,7 +25,7 @@ def names_of(numbers: Any) -> list[str]:
 
 
 def config_of(width: int = 768) -> CacheConfig:
-    return CacheConfig(dataset="" if width == 768 else f"width-{width}")
+    return CacheConfig(namespace="" if width == 768 else f"width-{width}")
 
 
 def block_of(width: int) -> np.ndarray:

@@ -199,8 +199,8 @@ class EmbeddingCache:
 
     def require(
         self,
-        dataset: Any,
         config: CacheConfig,
+        dataset: Any,
         min_coverage: float = 1.0,
         *,
         allow_failed: bool = False,
@@ -210,10 +210,10 @@ class EmbeddingCache:
         """Fail now, and not in the middle of a training, if too little of a dataset is stored.
 
         Args:
+            config: Identity of the store.
             dataset: Sample ids; an `AudioDataset` (its samples may have a `split` and a `node`),
                 with `train`, `val` and `test` or not; or a dict of split → one of these, or of
                 node → split → one of these.
-            config: Identity of the store.
             min_coverage: Share that must be stored, 0 to 1.
             allow_failed: Leave out clips that failed when last tried: no run fills these.
             model: Checkpoint folder for the command in the message; needed for a model that isn't

@@ -84,12 +84,12 @@ def how_to_fill(
         data_dir: The dataset's folder; None takes the dataset's own.
     """
     datasets = _datasets_in(dataset)
-    for name in (getattr(each, "namespace", config.dataset) for each in datasets):
-        if name != config.dataset:
+    for name in (getattr(each, "namespace", config.namespace) for each in datasets):
+        if name != config.namespace:
             told = (
-                f"No run fills this: the dataset's namespace is {name!r}, the config's dataset is "
-                f"{config.dataset!r}. Ask with config.replace(dataset={name!r}), or open the "
-                f"dataset with namespace={config.dataset!r}"
+                f"No run fills this: the dataset's namespace is {name!r}, the config's is "
+                f"{config.namespace!r}. Ask with config.replace(namespace={name!r}), or open the "
+                f"dataset with namespace={config.namespace!r}"
             )
             return [told]
     if config.front_end == UNSTATED_FRONT_END:
@@ -101,7 +101,7 @@ def how_to_fill(
         return [told]
     first = datasets[0] if datasets else None
     options = getattr(first, "command_line_options", None)
-    if not config.dataset or (data_dir is None and first is not None and options is None):
+    if not config.namespace or (data_dir is None and first is not None and options is None):
         return _in_python(config, dataset, model)
     if len({_place(each) for each in datasets}) > 1:
         return ["The datasets have several folders: ask for each of them, to see its command"]
@@ -109,7 +109,7 @@ def how_to_fill(
     folder = str(own if data_dir is None else expand_user(data_dir).absolute())
     options = dict(options or {})
     if folder != own or first is None:
-        options.setdefault("--namespace", config.dataset)  # not that of this folder's name
+        options.setdefault("--namespace", config.namespace)  # not that of this folder's name
     # From any working directory; a name that begins with a dash is no option then.
     words = ["lmdbcache", "extract", _FOLDER if folder == _FOLDER else str(Path(folder).absolute())]
     words += [word for pair in options.items() for word in pair]
@@ -141,8 +141,8 @@ def _in_python(
     config: CacheConfig, dataset: Any, model: str | os.PathLike[str] | None
 ) -> list[str]:
     why = "The command line can't open this dataset"
-    if not config.dataset:
-        why = "The config has no dataset, which every store of the command line has"
+    if not config.namespace:
+        why = "The config has no namespace, which every store of the command line has"
     chosen = _CHECKPOINT if model is None and "@" in config.model_name else model
     given = "" if chosen is None else f", model={os.fspath(chosen)!r}"
     if not _datasets_in(dataset):

@@ -80,7 +80,7 @@ class ConfigChoice:
             self.model or DEFAULT_MODEL_NAME,
             output=self.output,
             duration=self.duration,
-            dataset=dataset,
+            namespace=dataset,
             sample_rate=self.sample_rate,
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,

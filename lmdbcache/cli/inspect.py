@@ -70,7 +70,7 @@ def ls_command(
         return
     # Created and written are left out where they would only be cut off.
     left_out = set() if is_wide(_WIDE) else {"created", "written"}
-    if not any(store.config and store.config.dataset for store in stores):
+    if not any(store.config and store.config.namespace for store in stores):
         left_out.add("dataset")
     shown = [heading for heading in _HEADINGS if heading not in left_out]
     rows = [dict(zip(_HEADINGS, _row(store), strict=True)) for store in stores]
@@ -109,7 +109,7 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
     config = store.config
     return (
         config.fingerprint,
-        config.dataset,
+        config.namespace,
         config.model_name,
         config.output,
         config.sample_rate,

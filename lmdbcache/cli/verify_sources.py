@@ -98,10 +98,10 @@ def clips_of_store(store: Path, data_dir: Path) -> Mapping[str, str]:
     """
     dataset = DatasetChoice(data_dir)
     config = read_store_info(store).config
-    if config is not None and config.dataset != dataset.namespace:
+    if config is not None and config.namespace != dataset.namespace:
         raise ConfigError(
-            f"--data-dir: {store.name} holds embeddings of the dataset {config.dataset!r}, not of "
-            f"{dataset.namespace!r}"
+            f"--data-dir: {store.name} holds embeddings of the dataset {config.namespace!r}, not "
+            f"of {dataset.namespace!r}"
         )
     return {sample_id: source for sample_id, source in dataset.clips() if isinstance(source, str)}
 

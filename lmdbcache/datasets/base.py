@@ -21,7 +21,7 @@ class AudioDataset(Protocol):
     """A list of labelled clips, and the dataset's own list of classes.
 
     Attributes:
-        namespace: Goes to `CacheConfig.dataset`, so that equal sample ids of two data sets can't
+        namespace: Goes to `CacheConfig.namespace`, so that equal sample ids of two data sets can't
             meet in one store.
         class_labels: Class name → label, of every class that the data set knows, whether or not
             it has clips of it. Labels are never remapped by a selection.

@@ -57,7 +57,7 @@ def chosen_namespace(namespace: str, kind: str) -> str:
         ConfigError: It can't be one.
         DatasetError: It is the name of another published dataset.
     """
-    name = CacheConfig(dataset=namespace).dataset
+    name = CacheConfig(namespace=namespace).namespace
     owner = next((owner for owner, published in PUBLISHED.items() if published == name), kind)
     if not name or owner != kind:
         reason = f"it belongs to {owner}" if name else "it is empty"

@@ -47,7 +47,7 @@ class ModuleEmbedder:
 
         embedder = ModuleEmbedder(my_cnn, name="my-cnn/2", sample_rate=22050,
                                   front_end=log_mel, front_end_id="log-mel-64/1")
-        config = config_for(embedder, duration=2.0, dataset="esc50")
+        config = config_for(embedder, duration=2.0, namespace="esc50")
         extract(cache, config, clips, model=embedder)
 
     The module is called with a batch of features, in eval mode and without gradients; afterwards

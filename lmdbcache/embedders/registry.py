@@ -197,13 +197,14 @@ def config_for(
     *,
     output: str | None = None,
     duration: float = 5.0,
-    dataset: str = "",
+    namespace: str = "",
     sample_rate: int | None = None,
     dtype: str = "float32",
     compute_dtype: str = "float32",
     model_name: str | None = None,
     front_end: str | None = None,
     decoder: str | None = None,
+    dataset: str | None = None,
 ) -> CacheConfig:
     """The config under which a model's embeddings are stored; no weights are loaded.
 
@@ -211,7 +212,7 @@ def config_for(
         model: Alias, Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`.
         output: None takes the model's first one: `pooler_output` if it has that, else `mean`.
         duration: Length that each clip is cut or padded to, in seconds.
-        dataset: Namespace of the sample ids.
+        namespace: Name of the dataset, see `CacheConfig`.
         sample_rate: In Hz; None takes the one that the model was trained with.
         dtype: Stored dtype.
         compute_dtype: dtype the model computes in.
@@ -220,6 +221,7 @@ def config_for(
         decoder: `"soundfile"`, or `"ffmpeg"` for files that libsndfile doesn't read (m4a, mp4,
             webm, …): all clips of the store are decoded by it, and the front end's name begins
             with it. None takes the front end's, which is soundfile unless it says otherwise.
+        dataset: Same as `namespace`.
 
     Raises:
         ConfigError: A value can't identify a cache.
@@ -233,7 +235,7 @@ def config_for(
         model_name=model_name or described.identity,
         output=output or described.outputs[0],
         dtype=dtype,
-        dataset=dataset,
+        namespace=namespace if dataset is None else dataset,
         front_end=front_end if decoder is None else with_decoder(front_end, decoder),
         compute_dtype=compute_dtype,
     )

@@ -132,7 +132,7 @@ def _look(
     config = figures.info.config
     if config is None:
         return figures
-    fitting = [dataset for dataset in datasets if dataset.fits(config.dataset)]
+    fitting = [dataset for dataset in datasets if dataset.fits(config.namespace)]
     with cache.reader(config, verify="first_read", track_usage=False) as reader:
         ordered = in_stratified_order(reader)
         coverage = [coverage_by_split(dataset, reader) for dataset in fitting]

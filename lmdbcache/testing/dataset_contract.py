@@ -80,7 +80,7 @@ class DatasetContract:
     def test_its_namespace_is_one_and_its_own(self, dataset: AudioDataset) -> None:
         """The namespace can stand in a config as it is, and isn't a published dataset's."""
         assert dataset.namespace
-        assert CacheConfig(dataset=dataset.namespace).dataset == dataset.namespace
+        assert CacheConfig(namespace=dataset.namespace).namespace == dataset.namespace
         for kind, namespace in PUBLISHED.items():
             assert kind == self.published_name or dataset.namespace != namespace
 
@@ -188,7 +188,7 @@ class DatasetContract:
             duration=_SECONDS,
             model_name="contract",
             output="spectrum",
-            dataset=dataset.namespace,
+            namespace=dataset.namespace,
         )
         clips = to_clips(dataset.samples)
         runs = [

@@ -29,7 +29,7 @@ IDS = [f"{n}:x" for n in range(4)]
 @pytest.fixture
 def merged(cache):
     """A store of four embeddings from elsewhere and one of its own."""
-    config = CacheConfig(dataset="origins")
+    config = CacheConfig(namespace="origins")
     with cache.writer(config) as writer:
         writer.put("own:x", np.zeros(8))
     with Merger(cache, config) as merger:
@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_as_such(cache, monkeypatch):
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(records, "put_origins", fails)
-    config = CacheConfig(dataset="origins")
+    config = CacheConfig(namespace="origins")
     with pytest.raises(CacheFullError, match="disk is full"), Merger(cache, config) as merger:
         merger.add(IDS, np.zeros((4, 8), np.float32), NODE)
     assert cache.info(config).num_embeddings == 0

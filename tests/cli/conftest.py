@@ -63,7 +63,7 @@ def refused(cli):
 @pytest.fixture
 def configs():
     """Three configs of the dataset `vegas`: AST's, as `--model` is by default."""
-    one = config_for("ast", duration=1.0, model_name="mine", dataset="vegas")
+    one = config_for("ast", duration=1.0, model_name="mine", namespace="vegas")
     return [one, one.replace(output="last_hidden_state"), one.replace(dtype="float16")]
 
 

@@ -94,7 +94,7 @@ def test_extract_from_esc50_by_fold_and_split(cli, esc50, options, tmp_path):
     assert result.returncode == 1
     assert "8 of 30 stored" in result.stdout
     (store,) = EmbeddingCache(tmp_path / "cache").stores()
-    assert store.config.dataset == "esc50"
+    assert store.config.namespace == "esc50"
     assert store.dataset_root == str(esc50)
 
 
@@ -114,7 +114,9 @@ def test_extract_from_a_folder_of_four_formats(cli, tmp_path, options):
 def test_two_folders_of_one_name_in_one_root(cli, refused, tmp_path, options):
     """The second is refused until it gets a namespace of its own."""
     one, other = (make_audio_folder(tmp_path / p / "data", classes=["bell"]) for p in "ab")
-    config = CacheConfig(duration=0.2, model_name=model_identity(options[1]), dataset="folder-data")
+    config = CacheConfig(
+        duration=0.2, model_name=model_identity(options[1]), namespace="folder-data"
+    )
     with EmbeddingCache(tmp_path / "cache").writer(config, dataset_root=one) as writer:
         writer.put("clip_0:bell", np.ones(64))
     assert "1 of 5 stored" in cli("coverage", one, *options[:4]).stdout

@@ -23,7 +23,7 @@ def filled(tmp_path, data, ast_folder):
     """The root with the embeddings of the dataset's sound clips."""
     from lmdbcache import model_identity
 
-    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
     clips = {f"{path.stem}:{path.parts[-3]}": path for path in sorted(data.glob("*/audios/*.wav"))}
     cache = EmbeddingCache(tmp_path / "cache")
     extract(cache, config, clips, model=ast_folder, num_workers=0)

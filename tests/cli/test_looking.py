@@ -151,7 +151,7 @@ def test_wrong_names(refused, cache, configs, tmp_path):
 def test_ambiguous_beginning(refused, cache, configs):
     """A beginning that several stores share asks for more digits."""
     first = configs[0].fingerprint[0]
-    twins = (configs[0].replace(dataset=f"n{number}") for number in range(1000))
+    twins = (configs[0].replace(namespace=f"n{number}") for number in range(1000))
     twin = next(config for config in twins if config.fingerprint[0] == first)
     with cache.writer(twin) as writer:
         writer.put("a:dog", [1.0])
@@ -273,7 +273,7 @@ def test_a_root_that_is_a_file(cli, data, ast_folder, tmp_path):
 
 def test_the_dataset_tells_stores_apart(cli, cache, configs):
     """`ls` has a column for it where one has a name."""
-    with cache.writer(configs[0].replace(dataset="esc50")) as writer:
+    with cache.writer(configs[0].replace(namespace="esc50")) as writer:
         writer.put("a:b", [1.0])
     lines = cli("ls").stdout.splitlines()
     assert lines[0].split()[:3] == ["fingerprint", "dataset", "model"]

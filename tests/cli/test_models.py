@@ -41,7 +41,7 @@ def test_extract_and_look(cli, data, tmp_path, variant, output, shape):
     found = cli("coverage", data, *options)
     assert found.returncode == 0
     assert "6 of 6 stored" in found.stdout
-    config = config_for(folder_of(variant), output=output, duration=1.0, dataset="vegas")
+    config = config_for(folder_of(variant), output=output, duration=1.0, namespace="vegas")
     cache = EmbeddingCache(tmp_path / "cache")
     assert list(cache) == [config]
     (info,) = cache.stores()
@@ -53,7 +53,7 @@ def test_the_stored_values_are_the_models(cli, data, tmp_path):
     folder = folder_of("hubert")
     options = (*CLASSES, "--model", folder, "--output", "mean", "--duration", 0.5)
     assert cli("extract", data, *options).returncode == 0
-    config = config_for(folder, output="mean", duration=0.5, dataset="vegas")
+    config = config_for(folder, output="mean", duration=0.5, namespace="vegas")
     extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder)
     with EmbeddingCache(tmp_path / "cache").reader(config) as reader:

@@ -12,7 +12,7 @@ from sharing.shared_stores import shard_file, share, stored
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.exchange import Remote
 
-CONFIG = CacheConfig(dataset="vegas")
+CONFIG = CacheConfig(namespace="vegas")
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_what_cannot_be_pulled_is_one_line(refused, place, arguments, words):
 
 def test_all_that_is_shared(cli, place, root):
     """`--all` pulls each store of a place; without it several are named."""
-    other = CacheConfig(dataset="vegas", sample_rate=8000)
+    other = CacheConfig(namespace="vegas", sample_rate=8000)
     for config in (CONFIG, other):
         share(place, config, some_embeddings(0, 10))
     refused = cli("pull", place.url)

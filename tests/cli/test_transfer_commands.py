@@ -35,7 +35,7 @@ def test_import_of_an_old_file(cli, root, tmp_path):
         "12 imported (384 B), 0 stored already, 0 not imported; 12 read back and equal to the",
     ):  # fmt: skip
         assert words in result.stdout
-    config = CacheConfig(dataset="vegas")
+    config = CacheConfig(namespace="vegas")
     assert str(root.path(config)) in result.stdout
     assert len(root.reader(config)) == 12
     assert "0 imported (0 B), 12 stored already" in cli("import", path).stdout
@@ -70,7 +70,7 @@ def test_the_model_says_front_end_and_output(cli, root, tmp_path, variant, shape
     result = cli("import", path, "--model", model, *options)
     assert result.returncode == 0, result.stderr
     name = options[1] if options else None
-    wanted = config_for(model, output=output, duration=duration, dataset="vegas", model_name=name)
+    wanted = config_for(model, output=output, duration=duration, namespace="vegas", model_name=name)
     assert list(root) == [wanted]
     assert wanted.front_end in result.stdout
 
@@ -128,7 +128,7 @@ def test_missing_options_are_asked_for_on_a_terminal(root, tmp_path):
     os.close(terminal)
     assert result.returncode == 0, result.stderr
     assert b"doesn't say sample_rate, duration, model_name" in result.stdout
-    assert len(root.reader(CacheConfig(dataset="vegas"))) == 12
+    assert len(root.reader(CacheConfig(namespace="vegas"))) == 12
 
 
 def test_disagreement_and_other_errors(refused, tmp_path, root):

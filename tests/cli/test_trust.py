@@ -23,7 +23,7 @@ def options(ast_folder):
 @pytest.fixture
 def filled(tmp_path, data, ast_folder):
     """(cache, config) with the embeddings of six clips."""
-    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
     clips = {f"{path.stem}:{path.parts[-3]}": str(path) for path in data.glob("*/audios/*.wav")}
     cache = EmbeddingCache(tmp_path / "cache")
     extract(cache, config, clips, model=ast_folder, num_workers=0, dataset_root=data)
@@ -101,7 +101,7 @@ def test_options_that_need_sources(refused, filled):
 def test_adopting_another_dataset(refused, cache, configs, data, tmp_path):
     """The files of one dataset aren't taken for those of another."""
     other = EmbeddingCache(tmp_path / "other")
-    config = configs[0].replace(dataset="esc50")
+    config = configs[0].replace(namespace="esc50")
     with other.writer(config) as writer:
         writer.put("a:dog", np.ones(8))
     line = refused("verify", "--all", "--sources", "--data-dir", data, "--adopt", root=other.root)

@@ -31,7 +31,7 @@ from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
 
 OWN = CacheConfig(
-    model_name="own", front_end="own/1", output="embedding", duration=0.5, dataset="vegas"
+    model_name="own", front_end="own/1", output="embedding", duration=0.5, namespace="vegas"
 )
 
 
@@ -194,7 +194,7 @@ def test_torch_s_default_collate(clips, cache, dataset):
 def test_features_from_the_workers(clips, cache, tmp_path):
     """With a front end in the data set, workers send features, taken as they are."""
     checkpoint = find_checkpoint(save_small_ast(tmp_path / "ast", max_length=128))
-    config = CacheConfig(model_name=checkpoint.identity, duration=0.5, dataset="vegas")
+    config = CacheConfig(model_name=checkpoint.identity, duration=0.5, namespace="vegas")
     front_end = ASTFrontEnd(checkpoint, 16000)
     features = [front_end(row) for row in waveforms_of(clips, range(6)).numpy()]
     embedder = ASTEmbedder(checkpoint, device="cpu")
@@ -299,7 +299,7 @@ def test_a_clip_too_short_for_the_front_end(clips, cache):
     """With the front end in the data set it is left out, as extraction leaves it out."""
     path = clips.samples[1]["audio_path"]
     soundfile.write(path, np.ones(300, np.float32) / 2, 16000)
-    config = config_for(masked_folder(), duration=0.5, dataset="vegas")
+    config = config_for(masked_folder(), duration=0.5, namespace="vegas")
     with CachedEncoder(masked_folder(), cache, config) as encoder:
         dataset = CachedAudioDataset(
             clips, cache, config, front_end=encoder.front_end, on_decode_error="skip"
@@ -324,7 +324,7 @@ def test_clips_without_a_file(cache, tmp_path):
     from lmdbcache.datasets.huggingface import HuggingFaceDataset
 
     clips = HuggingFaceDataset(two_splits(), namespace="sounds")
-    config = config_for(masked_folder(), duration=0.5, dataset="sounds")
+    config = config_for(masked_folder(), duration=0.5, namespace="sounds")
     expected_cache = EmbeddingCache(tmp_path / "extracted")
     extract(
         expected_cache, config, {name: source_of(sample) for name, sample in pairs(clips)},
@@ -363,7 +363,7 @@ def pairs(clips):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_vegas_batches_tell_what_is_padding(root, cache, tmp_path, num_workers):
     """Clips of 1 s in items of 1.5 s: completed as an extraction stores them."""
-    config = config_for(masked_folder(), duration=1.5, dataset="vegas")
+    config = config_for(masked_folder(), duration=1.5, namespace="vegas")
     dataset = VEGASDataset(root, split="all", audio_duration=1.5, ast_cache_dir=cache.root)
     asked = dict(list(pairs(dataset))[:3])
     extracted = EmbeddingCache(tmp_path / "extracted")

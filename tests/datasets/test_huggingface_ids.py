@@ -103,7 +103,7 @@ def test_an_extraction_of_another_range_has_no_false_hits(name, tmp_path):
     ds = table(rows_called(NAMES[name]), split="train")
     cache = EmbeddingCache(tmp_path / "cache")
     config = CacheConfig(
-        sample_rate=16000, duration=0.1, model_name="m", output="spectrum", dataset="x"
+        sample_rate=16000, duration=0.1, model_name="m", output="spectrum", namespace="x"
     )
     front_end = dataset_contract._FrontEnd()
     for part, hits in ((range(10), 0), (range(5, 15), 5)):
@@ -210,7 +210,7 @@ def test_several_labels_in_a_row_are_a_multi_hot_target(kind):
     assert {name: row.tolist() for name, row in dataset.targets.items()} == {
         sample_id_of(sample): sample["target"].tolist() for sample in dataset.samples
     }
-    config = CacheConfig(sample_rate=16000, duration=0.1, dataset="x")
+    config = CacheConfig(sample_rate=16000, duration=0.1, namespace="x")
     clips = CachedAudioDataset(dataset, "none", config)
     labels = collate_mixed([clips[n] for n in range(4)])["labels"]
     assert labels.dtype == torch.bool

@@ -18,7 +18,7 @@ def fill(cache, config):
     """Store something of a dataset, as an extraction does; gives the config."""
 
     def fill(dataset):
-        each = config.replace(dataset=dataset.namespace)
+        each = config.replace(namespace=dataset.namespace)
         with cache.writer(each, dataset_root=dataset.root) as writer:
             writer.put(dataset.sample_ids[0], np.ones(4))
         return each
@@ -56,7 +56,7 @@ def test_two_folders_of_one_name_are_not_mixed(tmp_path, cache, config, fill):
     with pytest.raises(DatasetError, match=r"a/data, this is .*b/data.*--namespace"):
         check_namespace(cache, each, other)
     named = open_dataset(tmp_path / "b" / "data", namespace="other")
-    check_namespace(cache, config.replace(dataset="other"), named)
+    check_namespace(cache, config.replace(namespace="other"), named)
     assert fill(named) != each
 
 
@@ -95,5 +95,5 @@ def test_namespaces_that_cannot_be(tmp_path):
     """A given namespace follows the rules of a config."""
     root = make_audio_folder(tmp_path / "data")
     assert open_dataset(root, namespace="Mine").namespace == "mine"
-    with pytest.raises(ConfigError, match="^dataset: "):
+    with pytest.raises(ConfigError, match="^namespace: "):
         open_dataset(root, namespace="../x")

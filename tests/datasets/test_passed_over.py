@@ -320,7 +320,7 @@ def test_an_extraction_of_a_dataset_says_what_was_left_out(tmp_path):
     (root / "bell" / "x.m4a").write_bytes(b"x")
     dataset = open_dataset(root)
     config = CacheConfig(
-        sample_rate=16000, duration=0.1, model_name="m", output="o", dataset=dataset.namespace
+        sample_rate=16000, duration=0.1, model_name="m", output="o", namespace=dataset.namespace
     )
     summaries = [
         extract(

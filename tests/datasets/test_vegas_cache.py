@@ -171,7 +171,7 @@ def test_one_model_has_one_name(root):
     assert dataset.load_ast_embeddings_from_cache(
         16000.0, 5.0, "MIT/ast-finetuned-audioset-10-10-0.4593"
     )
-    assert dataset.cache_config(model_name="ast") == CacheConfig(dataset="vegas")
+    assert dataset.cache_config(model_name="ast") == CacheConfig(namespace="vegas")
 
 
 def test_clearing_is_narrowed_by_each_argument(root):
@@ -181,7 +181,7 @@ def test_clearing_is_narrowed_by_each_argument(root):
     values = embeddings_of(dataset)
     for duration, model_name in ((5.0, "ast"), (10.0, "ast"), (5.0, "mine")):
         dataset.save_ast_embeddings_to_cache(values, 16000, duration, model_name)
-    with cache.writer(CacheConfig(dataset="esc50")) as writer:
+    with cache.writer(CacheConfig(namespace="esc50")) as writer:
         writer.put("1-100:dog", np.zeros(8, np.float32))
     dataset.clear_ast_cache(sample_rate=8000)
     assert len(cache.stores()) == 4
@@ -190,7 +190,7 @@ def test_clearing_is_narrowed_by_each_argument(root):
     dataset.clear_ast_cache(duration=5)
     assert len(cache.stores()) == 2
     dataset.clear_ast_cache()
-    assert [config.dataset for config in cache] == ["esc50"]
+    assert [config.namespace for config in cache] == ["esc50"]
 
 
 def test_a_damaged_store_is_no_hit_and_can_be_cleared(root, caplog):

@@ -64,7 +64,7 @@ def through_a_cache(tmp_path, clips):
 
     def through_a_cache(embedder, duration, **options):
         cache = EmbeddingCache(tmp_path / "cache")
-        config = config_for(embedder, duration=duration, dataset="recordings", **options)
+        config = config_for(embedder, duration=duration, namespace="recordings", **options)
         summary = extract(cache, config, clips, model=embedder, num_workers=0, batch_size=4)
         assert summary.exit_code == 0, summary.to_dict()
         with cache.reader(config, verify="always") as reader:

@@ -63,8 +63,8 @@ def test_asts_configs_stay(empty_hub):
     assert config_for() == config_for("ast") == CacheConfig()
     assert config_for().fingerprint == "d9ec284310aafd0a"
     folder = folder_of("ast")
-    assert config_for(folder, dataset="vegas") == CacheConfig(
-        model_name=model_identity(folder), dataset="vegas"
+    assert config_for(folder, namespace="vegas") == CacheConfig(
+        model_name=model_identity(folder), namespace="vegas"
     )
 
 
@@ -95,7 +95,7 @@ def test_what_isnt_said_is_the_models_own(variant, sample_rate, output):
         folder_of(variant),
         output="last_hidden_state",
         duration=2,
-        dataset="d",
+        namespace="d",
         sample_rate=8000,
         dtype="float16",
         compute_dtype="bfloat16",

@@ -18,7 +18,7 @@ from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.extraction import RankShare, extract, share_from_environment
 
 BATCH = 4
-CONFIG = CacheConfig(duration=0.5, model_name="neighbours", dataset="vegas")
+CONFIG = CacheConfig(duration=0.5, model_name="neighbours", namespace="vegas")
 
 
 def to_clips(folder):

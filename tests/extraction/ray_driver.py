@@ -37,7 +37,7 @@ def frames(*, crashes: bool = False) -> ModuleEmbedder:
 
 
 def frames_config(dataset: str) -> CacheConfig:
-    return config_for(frames(), duration=0.5, dataset=dataset)
+    return config_for(frames(), duration=0.5, namespace=dataset)
 
 
 def main() -> int:

@@ -96,7 +96,7 @@ def test_number_of_workers_changes_nothing(run, stored, clips, config):
     """0, 1 and 2 decoding processes give the same bits."""
     found = []
     for num_workers in (0, 1, 2):
-        named = config.replace(dataset=f"workers{num_workers}")
+        named = config.replace(namespace=f"workers{num_workers}")
         assert run(clips, named, num_workers=num_workers).num_extracted == 10
         found.append(stored(named))
     for other in found[1:]:
@@ -114,7 +114,7 @@ def test_order_of_clips_changes_nothing(run, clips, config, ast_folder):
             return super().embed(features)
 
     for number, order in enumerate((list(clips.items()), reversed(list(clips.items())))):
-        named = config.replace(dataset=f"order{number}")
+        named = config.replace(namespace=f"order{number}")
         run(order, named, make_embedder=lambda: Recording(find_checkpoint(ast_folder)))
     assert [len(features) for features in seen] == [
         4,

@@ -18,7 +18,7 @@ from lmdbcache import CacheConfig, EmbeddingCache, model_identity
 
 @pytest.fixture
 def config(ast_folder):
-    return CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    return CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def uninterrupted(tmp_path_factory, dataset_folder, ast_folder):
     from lmdbcache.extraction import extract
 
     cache = EmbeddingCache(tmp_path_factory.mktemp("uninterrupted"))
-    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
     paths = sorted(dataset_folder.rglob("*.wav"))
     clips = {f"{path.stem}:dog": str(path) for path in paths}
     extract(cache, config, clips, model=ast_folder, batch_size=1, num_workers=0)

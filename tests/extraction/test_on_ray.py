@@ -211,7 +211,7 @@ def test_stopped_command(start, host, cache, data, ast_folder):
         *("--batch-size", 2, "--commit-seconds", 0.2, "--launcher", "ray"),
         *("--ray-address", host.address, "--num-actors", 2),
     )
-    config = config_for(ast_folder, duration=0.5, dataset=dataset.namespace)
+    config = config_for(ast_folder, duration=0.5, namespace=dataset.namespace)
     wait_for_more(command, cache, config, 30)
     command.signal(signal.SIGINT)
     assert command.wait() == 130, command.err

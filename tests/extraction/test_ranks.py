@@ -201,7 +201,7 @@ def test_torchrun_lets_ranks_finish_beside_one_with_a_broken_clip(
     for path in sorted(dataset_folder.rglob("*.wav"))[:24]:
         write(folder / "dog" / "audios" / path.name, tone(len(path.name)))
     (folder / "dog" / "audios" / "a broken one.wav").write_bytes(b"not audio")
-    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
     cache, share = EmbeddingCache(tmp_path / "cache"), RankShare(0, 2)
     # Rank 0 has nothing left to do but to try that clip again.
     clips = to_clips(folder)

@@ -113,7 +113,7 @@ def test_killed_runs_leave_no_embedding_without_a_record(
     start, dataset_folder, ast_folder, cache, tmp_path
 ):
     """kill -9 at any moment: each embedding of a new run has the record of its file."""
-    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
     fixed = ("--root", cache.root, "--model", ast_folder, "--duration", 0.5, "--class", "dog")
     often = ("--batch-size", 1, "--commit-seconds", 0, "--num-workers", 1)
     seen = 0

@@ -22,7 +22,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 @pytest.fixture
 def config(ast_folder):
-    return CacheConfig(duration=0.5, model_name=model_identity(ast_folder), dataset="vegas")
+    return CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 
 from lmdbcache import CacheConfig, EmbeddingCache
 
-CONFIG = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
+CONFIG = CacheConfig(duration=1.0, model_name="mine", namespace="vegas")
 
 
 def clustered(num_per_class, classes, *, hidden_size=16, spread=0.2, seed=0):

@@ -51,11 +51,11 @@ def report(tmp_path_factory):
     cache = store(folder / "cache", embeddings)
     failure = ClipFailure(f"{ATTACK}:dog", f"/{ATTACK}\udcff.wav", f"/{ATTACK}\udcff.wav: {ATTACK}")
     update_failures(cache.path(CONFIG), [], [failure])
-    store(cache.root, clustered(4, MANY_CLASSES), CONFIG.replace(dataset="many"))
+    store(cache.root, clustered(4, MANY_CLASSES), CONFIG.replace(namespace="many"))
     hostile = dict(
         zip(HOSTILE, np.random.default_rng(0).normal(size=(len(HOSTILE), 4)), strict=True)
     )
-    store(cache.root, hostile, CONFIG.replace(dataset="hostile", model_name=ATTACK))
+    store(cache.root, hostile, CONFIG.replace(namespace="hostile", model_name=ATTACK))
     dataset = DatasetSplits(
         ATTACK, "vegas", {"train": list(embeddings), "test": [*embeddings, "missing:dog"]}
     )

@@ -15,7 +15,7 @@ from sharing.places import Place
 
 from lmdbcache import CacheConfig, EmbeddingCache
 
-CONFIG = CacheConfig(duration=1.0, model_name="mine", dataset="vegas")
+CONFIG = CacheConfig(duration=1.0, model_name="mine", namespace="vegas")
 PATIENT = {"AWS_MAX_ATTEMPTS": "4"}
 # Timeouts of seconds where users have a minute, for the tests that wait for one. With them a busy
 # machine looks like a stalled connection, so no other test has them.

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "docs" / "examples" / "flower"
 # Flower's packages clash with others, so it has an environment of its own.
 FLOWER = Path(sys.prefix) / "flower" / "bin"
-CONFIG = CacheConfig(dataset="vegas")
+CONFIG = CacheConfig(namespace="vegas")
 HIDDEN_SIZE = 16
 
 pytestmark = pytest.mark.skipif(

@@ -44,7 +44,7 @@ def _told(error: CacheFullError) -> str:
 
 
 def create(root: Any, config: Any, number: int) -> str:
-    other = config.replace(dataset=f"other{number}")
+    other = config.replace(namespace=f"other{number}")
     cache = EmbeddingCache(root)
     try:
         with cache.writer(other) as writer:

@@ -39,7 +39,7 @@ CHECKSUM = {
 @pytest.fixture(params=["float32", "float16", "bfloat16"])
 def store(request, cache):
     """A closed store of one known embedding; its config, generation folder and LMDB contents."""
-    config = CacheConfig(dtype=request.param, dataset="golden", duration=2)
+    config = CacheConfig(dtype=request.param, namespace="golden", duration=2)
     provenance = {"weights_digest": "abc"}
     with cache.writer(config, provenance=provenance, dataset_root="/data") as writer:
         writer.put(SAMPLE_ID, EMBEDDING)

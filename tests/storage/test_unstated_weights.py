@@ -10,7 +10,7 @@ from lmdbcache.cache import Origin
 from lmdbcache.errors import ProvenanceMismatchError
 from lmdbcache.exchange import Merger, merge_stores
 
-CONFIG = CacheConfig(duration=1.0, dataset="vegas")
+CONFIG = CacheConfig(duration=1.0, namespace="vegas")
 KNOWN = {"weights_digest": "0123456789abcdef"}
 ONE, OTHER = np.ones(3, np.float32), np.full(3, 7, np.float32)
 

@@ -52,7 +52,7 @@ def module_embedder():
 def known_of(variant, tmp_path):
     """A model, its config of 0.5 s, and clips that are shorter, longer, and just so long."""
     model = module_embedder() if variant == "module" else folder_of(variant)
-    config = config_for(model, duration=0.5, dataset="own")
+    config = config_for(model, duration=0.5, namespace="own")
     samples = []
     for number, seconds in enumerate(SECONDS):
         path = tmp_path / f"clip_{number}.wav"

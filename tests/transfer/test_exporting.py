@@ -50,7 +50,7 @@ def left_in(folder):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_there_and_back(cache, tmp_path, kind, out, dtype, ragged):
     """Every bit, name, shape, the config and the provenance survive; no folder of this machine."""
-    config = CacheConfig(dtype=dtype, model_name="m/Ü", dataset="d", front_end="x/1")
+    config = CacheConfig(dtype=dtype, model_name="m/Ü", namespace="d", front_end="x/1")
     generator = np.random.default_rng(1)
     provenance = {"weights_digest": "abc", "note": "é"}
     of_here = {"checkpoint": "/home/me/ast"}

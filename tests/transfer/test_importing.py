@@ -50,7 +50,7 @@ def test_the_same_in_other_words_is_no_disagreement(bring, tmp_path):
 def test_a_file_may_be_overruled(bring, tmp_path):
     """ignore_metadata takes the caller's word for everything."""
     path = save_seed(tmp_path / "old.pt", sample_rate=22050, dataset="x y")
-    with pytest.raises(ConfigError, match="old.pt: dataset"):
+    with pytest.raises(ConfigError, match=r"old\.pt"):
         bring(path)
     report = bring(path, ignore_metadata=True)
     assert report.config.sample_rate == 16000
@@ -70,7 +70,7 @@ def test_what_nobody_says_is_asked_for(bring, cache, tmp_path):
 
 def test_a_whole_config(came_along, tmp_path):
     """A CacheConfig stands for all fields."""
-    config = CacheConfig(model_name="mine", output="mean", dataset="vegas")
+    config = CacheConfig(model_name="mine", output="mean", namespace="vegas")
     arrays = values()
     report = came_along(save_torch(tmp_path / "old.pt", arrays), arrays, config)
     assert report.config == config

@@ -32,7 +32,7 @@ class ASTCacheMixin:
     """Save, load and narrow cached embeddings, on top of `EmbeddingCache`.
 
     Attributes:
-        namespace: Goes to `CacheConfig.dataset`.
+        namespace: Goes to `CacheConfig.namespace`.
         root_dir: Folder of the clips; noted in a store that is made.
         ast_cache_dir: Root of the cache; made when something is saved.
         enable_ast_cache: If false, loading and saving do nothing and return False.
@@ -105,7 +105,7 @@ class ASTCacheMixin:
             duration=duration,
             model_name=model_identity(model_name),
             output=output or self.ast_output or POOLED,
-            dataset=self.namespace,
+            namespace=self.namespace,
         )
 
     def load_ast_embeddings_from_cache(
@@ -239,7 +239,7 @@ class ASTCacheMixin:
             if config is None:
                 _logger.warning("%s is damaged and left alone: %s", info.path, info.damage)
             elif (
-                config.dataset == self.namespace
+                config.namespace == self.namespace
                 and (sample_rate is None or config.sample_rate == wanted.sample_rate)
                 and (duration is None or config.duration == wanted.duration)
                 and (model_name is None or config.model_name == wanted.model_name)

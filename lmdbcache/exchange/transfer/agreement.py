@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig
+from lmdbcache.config import DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
 from lmdbcache.embedders import AudioModel
 from lmdbcache.errors import ConfigError
 from lmdbcache.exchange.transfer.descriptions import Description
@@ -63,7 +63,7 @@ class _Agreement:
         self.survey = survey
         self.model = model
         self.file = survey.source.path.name
-        self.name: str = CacheConfig.model_name
+        self.name: str = DEFAULT_MODEL_NAME
         self.values: dict[str, Any] = {}
         self.notes: list[str] = []
         self.problems: list[str] = []
@@ -198,7 +198,7 @@ def _dtype_to_store(survey: Survey) -> tuple[str, list[str]]:
     first = {entry.dtype: entry.name for entry in reversed(survey.entries)}
     found = [name for name in survey.dtypes if name is not None]
     if not found:
-        return CacheConfig.dtype, []
+        return CacheConfig().dtype, []
     if others := sorted(set(found) - set(NUMPY_DTYPES)):
         named = ", ".join(f"{name} ({first[name]})" for name in others)
         raise ConfigError(

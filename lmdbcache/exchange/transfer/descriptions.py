@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lmdbcache.config import CacheConfig
@@ -14,7 +14,7 @@ __all__ = ["Description", "describe", "description_of_json", "export_description
 # In a file's metadata: it was written by an export, in this version of its form.
 _MARK: Final = "lmdbcache_export"
 _VERSION: Final = 1
-_CONFIG_FIELDS: Final = tuple(field.name for field in fields(CacheConfig))
+_CONFIG_FIELDS: Final = tuple(CacheConfig().to_dict())
 # The first of these that a file has counts.
 _WORDS: Final[dict[str, tuple[str, ...]]] = {
     "sample_rate": ("sample_rate", "sampling_rate", "audio_sample_rate", "sr"),

@@ -79,6 +79,8 @@ def import_embeddings(
         cache = EmbeddingCache(cache)
     opened = open_source(source, KeyChoice(keys, class_name))
     given = config.to_dict() if isinstance(config, CacheConfig) else dict(config or {})
+    if "namespace" in given:
+        given["dataset"] = given.pop("namespace")
     if unknown := sorted(set(given) - set(CacheConfig().to_dict())):
         raise ConfigError(f"{', '.join(unknown)}: not a field of CacheConfig")
     return import_source(opened, cache, given, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ _LIMITS: Final[dict[str, Any]] = {
     "max_map_len": 256,
     "max_ext_len": 0,
 }
-_CONFIG_FIELDS: Final = tuple(field.name for field in fields(CacheConfig))
+_CONFIG_FIELDS: Final = tuple(CacheConfig().to_dict())
 
 # Two values of one of these under one config mean different embeddings for the same clip.
 _NOT_TO_BE_MIXED: Final = ("weights_digest", "feature_extractor")
@@ -194,7 +194,7 @@ class StoreMetadata:
             if version != FORMAT_VERSION:
                 raise ConfigError(f"format_version: {version!r}")
             return cls(
-                config=CacheConfig(**{name: values[name] for name in _CONFIG_FIELDS}),
+                config=CacheConfig.from_dict({name: values[name] for name in _CONFIG_FIELDS}),
                 embedding_shape=_shape(values["embedding_shape"]),
                 creation_time=str(values["creation_time"]),
                 dataset_root=str(values["dataset_root"]),
