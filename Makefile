@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.ready-for-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test stress bench docs check lint types imports format clean
+.PHONY: help install demo test stress bench docs check lint types imports prose format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ types: $(READY)
 
 imports: $(READY)
 	$(BIN)/lint-imports
+
+prose: $(READY)
+	$(BIN)/python tools/check_prose.py
 
 format: $(READY) ## format the code
 	$(BIN)/ruff format .
