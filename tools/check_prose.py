@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # Phrase → what to write. Subject, verb, object; the reader is "you"; programs don't speak.
 PHRASES = {
-    r"\b(?:is|are|was|were|be|been) told\b|\btold (?:by|apart|to)\b": "is given, is inferred, distinguish",
+    r"\b(?:is|are|was|were|be|been) told\b|\btold (?:by|apart|to)\b": "is given, is inferred",
     r"\btells?\b": "say what happens: prints, returns, reports, shows",
     r"\b(?:no|any|some|every)body\b|\bsomeone\b": "name the process, the user, or the file",
     r"\bmend(?:s|ed|ing)?\b": "fix, repair, exclude",
