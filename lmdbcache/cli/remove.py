@@ -15,7 +15,7 @@ from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.options import All, DryRun, Json, Root, Stores, Yes, check_can_ask, find_folders
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, SampleNotFoundError, StorageError
-from lmdbcache.files import readable_size
+from lmdbcache.files import few, readable_size
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id, join_sample_id, split_sample_id
 
 __all__ = ["rm_command"]
@@ -195,9 +195,8 @@ def _check_known(selections: list[_Selection], wish: _Wish) -> None:
             f"no sample of class {', '.join(unknown)}. Nothing was removed; classes there: {there}"
         )
     if absent := sorted(wish.samples - found):
-        more = f" and {len(absent) - _FEW} more" if len(absent) > _FEW else ""
         raise SampleNotFoundError(
-            f"{', '.join(absent[:_FEW])}{more}: not stored. Nothing was removed; --ids FILE passes "
+            f"{few(absent)}: not stored. Nothing was removed; --ids FILE passes "
             "over what isn't there"
         )
 

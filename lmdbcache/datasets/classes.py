@@ -6,6 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.errors import DatasetError
+from lmdbcache.files import few
 from lmdbcache.storage import canonical_class
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ def _class_name(item: Any, class_labels: Mapping[str, int], dataset: str) -> str
             name = None
     if name is None:
         pairs = [f"{name} ({label})" for name, label in class_labels.items()]
-        more = f" and {len(pairs) - _MOST_SHOWN} more" if len(pairs) > _MOST_SHOWN else ""
         raise DatasetError(
-            f"{item!r} isn't a class of {dataset}; names and labels are "
-            f"{', '.join(pairs[:_MOST_SHOWN])}{more}"
+            f"{item!r} isn't a class of {dataset}; names and labels are {few(pairs, _MOST_SHOWN)}"
         )
     return name

@@ -10,6 +10,7 @@ from lmdbcache.datasets.classes import chosen_classes
 from lmdbcache.datasets.partitions import partition_samples
 from lmdbcache.datasets.splits import SPLITS, node_split, split_samples, whole_number
 from lmdbcache.errors import DatasetError
+from lmdbcache.files import few
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -313,7 +314,6 @@ def _of_folds(
 def _report_absent(absent: list[str], active: list[str], name: str) -> None:
     if active and not absent:
         return
-    few = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
     if len(absent) == len(active):
-        raise DatasetError(f"{name} has no clips of {few or 'any class'}")
-    _logger.warning("%s has no clips of: %s", name, few)
+        raise DatasetError(f"{name} has no clips of {few(absent) or 'any class'}")
+    _logger.warning("%s has no clips of: %s", name, few(absent))

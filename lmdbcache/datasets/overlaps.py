@@ -12,6 +12,7 @@ import xxhash
 
 from lmdbcache.audio import AudioSource
 from lmdbcache.datasets.base import Sample, sample_id_of, source_of
+from lmdbcache.files import few
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Overlap", "OverlapReport", "overlap_audit"]
 
 _CHUNK = 1 << 20
-_FEW = 5
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,12 @@ class OverlapReport:
         if self.is_disjoint:
             lines.append(f"no two of {len(self.sizes)} parts share a {what}")
         for overlap in self.overlaps:
-            pairs = [a if a == b else f"{a} = {b}" for a, b in overlap.samples[:_FEW]]
-            more = f", … ({len(overlap.samples)} in all)" if len(overlap.samples) > _FEW else ""
+            pairs = few([a if a == b else f"{a} = {b}" for a, b in overlap.samples], 5)
             same = "sample id" if overlap.by == "sample_id" else "content"
-            lines.append(
-                f"{overlap.first} and {overlap.second} share by {same}: {', '.join(pairs)}{more}"
-            )
+            lines.append(f"{overlap.first} and {overlap.second} share by {same}: {pairs}")
         if self.unreadable:
-            few = ", ".join(self.unreadable[:_FEW])
-            lines.append(f"{len(self.unreadable)} clips couldn't be read: {few}")
+            unreadable = few(self.unreadable, 5)
+            lines.append(f"{len(self.unreadable)} clips couldn't be read: {unreadable}")
         return "\n".join(lines)
 
 

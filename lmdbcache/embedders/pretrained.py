@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
+from lmdbcache.files import few
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -96,8 +97,8 @@ def load_weights(
         if problems:
             raise ModelLoadError(
                 f"{checkpoint.location}: {len(problems)} of the model's weights would stay random "
-                f"({reason.replace('_', ' ')}: {', '.join(problems[:5])}"
-                f"{', ...' if len(problems) > 5 else ''}); this checkpoint is incomplete or was "
+                f"({reason.replace('_', ' ')}: {few(problems, 5)}"
+                f"); this checkpoint is incomplete or was "
                 "written for another version of transformers: save or download it again"
             )
     return model.eval().requires_grad_(requires_grad=False)

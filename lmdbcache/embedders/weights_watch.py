@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.embedders.module_weights import module_digest, module_state, values_digest
 from lmdbcache.errors import ProvenanceMismatchError
+from lmdbcache.files import few
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ class WatchedWeights:
             return
         if module_digest(self._module) != self._expected:
             changed = [] if self._seen is None else self._seen.changed(self._module)
-            named = f" ({', '.join(changed[:3])}{', …' if len(changed) > 3 else ''})"
+            named = f" ({few(changed, 3)})"
             raise ProvenanceMismatchError(
                 f"the weights of {type(self._module).__name__} changed{named if changed else ''} "
                 "since its first embeddings were computed, and embeddings of different weights "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmdbcache.cache import FAILURES_NAME, ClipFailure
+from lmdbcache.files import few
 
 __all__ = ["ExtractionSummary"]
 
@@ -92,9 +93,8 @@ class ExtractionSummary:
             (sum(self.equal, ()), "have the embedding of another one that sounds different"),
         ):
             if sample_ids:
-                named = ", ".join(sample_ids[:_NUM_NAMED])
-                more = ", …" if len(sample_ids) > _NUM_NAMED else ""
-                lines.append(f"{len(sample_ids)} of the extracted clips {what}: {named}{more}")
+                named = few(sample_ids, _NUM_NAMED)
+                lines.append(f"{len(sample_ids)} of the extracted clips {what}: {named}")
         if self.left_out.get("count"):
             lines.append(f"{self.left_out['count']} files or rows of the dataset are left out")
         if self.moved_model:

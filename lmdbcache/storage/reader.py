@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
+from lmdbcache.files import few
 from lmdbcache.storage.counting.absence import explain_sample_absence
 from lmdbcache.storage.counting.hit_counts import counts_of
 from lmdbcache.storage.counting.miss_log import note_misses
@@ -368,10 +369,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             raise SampleNotFoundError(message) from None
 
     def _not_found(self, sample_ids: Sequence[str]) -> SampleNotFoundError:
-        names = ", ".join(repr(sample_id) for sample_id in sample_ids[:3])
-        more = f" and {len(sample_ids) - 3} more" if len(sample_ids) > 3 else ""
+        names = few(list(map(repr, sample_ids)), 3)
         message = (
-            f"{names}{more}: not in {self._store} ({len(self)} embeddings, newest commit looked "
+            f"{names}: not in {self._store} ({len(self)} embeddings, newest commit looked "
             "at). Extract what is missing, or check the file id and class"
         )
         self._count_misses(sample_ids, self._absence)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lmdbcache.errors import ConfigError, InvalidSampleIdError, MissingLabelError
+from lmdbcache.files import few
 from lmdbcache.storage import canonical_sample_id, class_of
 from lmdbcache.training.tensors import as_tensor
 
@@ -17,8 +18,6 @@ __all__ = ["Targets", "target_tensor"]
 
 # One target for each sample, in order, or by sample id or class. Each is a number or an array.
 Targets: TypeAlias = "Sequence[Any] | torch.Tensor | npt.NDArray[Any] | Mapping[str, Any]"
-
-_MOST_SHOWN: Final = 10
 
 
 def target_tensor(sample_ids: Sequence[str], targets: Targets) -> torch.Tensor:
@@ -62,11 +61,9 @@ def _by_name(sample_ids: Sequence[str], targets: Mapping[str, Any]) -> list[Any]
     if missing:
         by_sample = any(":" in str(name) for name in targets)
         names = missing if by_sample else sorted(set(map(class_of, missing)))
-        shown = ", ".join(map(repr, names[:_MOST_SHOWN]))
-        more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
         raise MissingLabelError(
-            f"labels: none for {shown}{more}; give a label for every class of the samples or for "
-            "every sample, or sample_ids with those that have one"
+            f"labels: none for {few(list(map(repr, names)))}; give a label for every class of the "
+            "samples or for every sample, or sample_ids with those that have one"
         )
     return found
 

@@ -9,6 +9,7 @@ from typing import Final
 
 from lmdbcache.cache import SourceRecords
 from lmdbcache.errors import ConfigError, SampleNotFoundError
+from lmdbcache.files import few
 from lmdbcache.storage import (
     EmbeddingReader,
     canonical_class,
@@ -22,7 +23,6 @@ from lmdbcache.storage import (
 __all__ = ["Choice", "choose"]
 
 _STEP: Final = 10_000
-_FEW: Final = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def choose(
         if absent := sorted(asked - found.keys()):
             raise SampleNotFoundError(
                 f"{len(absent)} of {len(asked)} samples aren't stored in {reader.path}: "
-                f"{', '.join(absent[:_FEW])}{' …' if len(absent) > _FEW else ''}"
+                f"{few(absent, 3)}"
             )
         found = {one: expected for one, expected in found.items() if one in asked}
     if classes is not None:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from lmdbcache.errors import ConfigError
 from lmdbcache.exchange.sharing.history import History, Offer
+from lmdbcache.files import few
 from lmdbcache.storage import canonical_class, canonical_sample_id, split_sample_id
 
 __all__ = ["Plan", "Selection", "Wanted", "alternatives", "make_plan"]
 
-_FEW = 10
 # (sample id, checksum that is stored here, checksum that is shared) → whether to leave it at that.
 IsSettled = Callable[[str, bytes, bytes], bool]
 
@@ -185,5 +185,6 @@ def _check_classes(offers: Iterable[Offer], selection: Selection) -> None:
         split_sample_id(offer.entry.sample_ids[row])[1] for offer in offers for row in offer.rows
     }
     if unknown := sorted(selection.classes - there):
-        few = ", ".join(sorted(there)[:_FEW]) + (" …" if len(there) > _FEW else "")
-        raise ConfigError(f"class {', '.join(unknown)}: nobody shares a sample of it; there: {few}")
+        raise ConfigError(
+            f"class {', '.join(unknown)}: nobody shares a sample of it; there: {few(sorted(there))}"
+        )

@@ -22,6 +22,7 @@ from lmdbcache.exchange.transfer.origins import origin_of
 from lmdbcache.exchange.transfer.report import ImportReport
 from lmdbcache.exchange.transfer.sources import open_source
 from lmdbcache.exchange.transfer.survey import Survey, misfit, squeezed, survey
+from lmdbcache.files import few
 from lmdbcache.storage import (
     RESERVE_BYTES,
     EmbeddingReader,
@@ -218,7 +219,7 @@ class _Import:
         stored = [entry.sample_id for entry in entries if entry.sample_id not in missing]
         if stored:
             raise DuplicateSampleError(
-                f"{len(stored)} samples ({', '.join(stored[:3])}, …) are stored in "
+                f"{len(stored)} samples ({few(stored, 3)}) are stored in "
                 f"{self.cache.path(self.report.config)} already; nothing was imported. Leave them "
                 "out, or import with --on-duplicate skip or overwrite"
             )
@@ -257,10 +258,9 @@ class _Import:
         if self.report.num_imported == 0 and self.report.config not in self.cache:
             self.report.store = None
         if zeros := self.report.zeros:
-            few = ", ".join(zeros[:3]) + (", …" if len(zeros) > 3 else "")
             are, of = ("are", "clips") if len(zeros) > 1 else ("is", "a clip")
             self.report.notes.append(
-                f"{len(zeros)} {are} all zeros, perhaps of {of} that failed: {few}"
+                f"{len(zeros)} {are} all zeros, perhaps of {of} that failed: {few(zeros, 3)}"
             )
 
     def _batches(self, entries: list[Entry], batch_bytes: int) -> Iterator[list[Entry]]:

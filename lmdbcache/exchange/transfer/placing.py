@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.errors import TransferError
-from lmdbcache.files import sync_file
+from lmdbcache.files import few, sync_file
 from lmdbcache.storage import translated_errors
 
 __all__ = ["SUFFIXES", "appearing", "check_target", "is_of_export", "shard_name"]
@@ -44,7 +44,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         ]
         if strange:
             raise TransferError(
-                f"{out} is a folder with other files ({', '.join(sorted(strange)[:3])}); choose "
+                f"{out} is a folder with other files ({few(sorted(strange), 3)}); choose "
                 "another place"
             )
         if not any(out.iterdir()):

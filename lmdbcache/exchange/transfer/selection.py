@@ -12,6 +12,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import SampleNotFoundError, TransferError
 from lmdbcache.exchange.transfer.descriptions import export_description
 from lmdbcache.exchange.transfer.parts import Embeddings
+from lmdbcache.files import few
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id, portable, split_sample_id
 
 __all__ = ["Chosen", "choose"]
@@ -95,7 +96,7 @@ def choose(
         if missing := reader.missing(ids):
             raise SampleNotFoundError(
                 f"{len(missing)} of {len(ids)} samples aren't stored in {reader.path}: "
-                f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
+                f"{few(missing, 3)}"
             )
     if classes is not None:
         wanted = {name.lower() for name in classes}

@@ -21,6 +21,7 @@ from lmdbcache.exchange.transfer.optional import optional
 from lmdbcache.exchange.transfer.parquet_source import read_parquet_source
 from lmdbcache.exchange.transfer.safetensors_source import read_safetensors_source
 from lmdbcache.exchange.transfer.webdataset_source import read_webdataset_source
+from lmdbcache.files import few
 
 __all__ = ["open_source"]
 
@@ -91,10 +92,7 @@ def _folder(path: Path, choice: KeyChoice) -> Source:
     if any(path.glob("*.npy")) or any(path.glob("*/*.npy")) or any(path.glob("*/*.pt")):
         return read_folder_source(path, choice)
     if found := sorted(file.name for file in path.iterdir() if file.suffix in _TORCH):
-        raise TransferError(
-            f"{path}: give the file itself: {', '.join(found[:5])}"
-            + (" …" if len(found) > 5 else "")
-        )
+        raise TransferError(f"{path}: give the file itself: {few(found, 5)}")
     deeper = next(path.glob("*/*/**/*.npy"), None)
     hint = f"; {deeper.parent} has .npy files: give that folder, with --class" if deeper else ""
     raise TransferError(f"{path}: no embeddings are found in it; expected {_KNOWN}{hint}")

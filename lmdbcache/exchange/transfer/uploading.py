@@ -10,6 +10,7 @@ from pathlib import Path
 from lmdbcache.errors import TransferError
 from lmdbcache.exchange.sharing.remote import Remote
 from lmdbcache.exchange.transfer.placing import is_of_export
+from lmdbcache.files import few
 from lmdbcache.storage import translated_errors
 
 __all__ = ["Upload", "uploading"]
@@ -41,8 +42,7 @@ class Upload:
         is_lance = "_versions" in folders
         if strange := [name for name in there if not is_of_export(name, is_lance=is_lance)]:
             raise TransferError(
-                f"{self._remote.place} has other files ({', '.join(strange[:3])}); choose another "
-                "place"
+                f"{self._remote.place} has other files ({few(strange, 3)}); choose another place"
             )
         if there and not overwrite:
             raise TransferError(

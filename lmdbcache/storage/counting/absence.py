@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmdbcache.errors import InvalidSampleIdError
+from lmdbcache.files import few
 from lmdbcache.storage.format.layout import canonical_sample_id, split_sample_id
 
 __all__ = ["SampleAbsence", "explain_sample_absence"]
@@ -83,5 +84,4 @@ def _nearest(file_id: str, names: list[str]) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
+    return few(list(map(repr, names)), 3)

@@ -18,7 +18,7 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
     StorageError,
 )
-from lmdbcache.files import free_bytes
+from lmdbcache.files import few, free_bytes
 from lmdbcache.storage.files.reader_slots import holders
 
 __all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors", "truncated"]
@@ -101,8 +101,7 @@ def _translated(error: Exception, where: Path, needed: int) -> CacheError:
 
 def _readers_full(where: Path) -> str:
     found = holders(where)
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    named = f" (open in process {', '.join(found[:_NAMED])}{more})" if found else ""
+    named = f" (open in process {few(found, _NAMED)})" if found else ""
     return (
         f"{where}: all slots of LMDB's reader table are taken{named}. Close readers there, or end "
         "such a process, and try again; the table is made anew once nobody has the store open"

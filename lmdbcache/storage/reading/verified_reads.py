@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import ConfigError, IntegrityError
+from lmdbcache.files import few
 from lmdbcache.storage.checks.checking import metadata_findings
 from lmdbcache.storage.checks.value_checks import CHECKSUM_BYTES, CheckedValues, paired
 from lmdbcache.storage.environment import Snapshot
@@ -58,10 +59,9 @@ class Mismatch:
 
     def error(self, store: Path) -> IntegrityError:
         """What to raise for them."""
-        names = ", ".join(map(repr, self.sample_ids[:3]))
-        more = f" and {len(self.sample_ids) - 3} more" if len(self.sample_ids) > 3 else ""
+        names = few(list(map(repr, self.sample_ids)), 3)
         return IntegrityError(
-            f"{names}{more}: the value stored in {store} is damaged or lost. Run "
+            f"{names}: the value stored in {store} is damaged or lost. Run "
             f"`lmdbcache repair {store}`; the next extraction computes what that drops"
         )
 
