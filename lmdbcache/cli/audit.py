@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -35,18 +35,18 @@ def audit_command(
     root: Root = None,
     samples: Annotated[int, typer.Option(help="How many embeddings are computed again.")] = 50,
     data_dir: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Where the dataset is now; default: where it was."),
     ] = None,
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Hub name or checkpoint folder; default: the one that the store was filled from."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another one picks other samples.")] = 0,
     tolerance: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             help="Largest relative L2 distance that isn't drift; default: 1e-5 for float32, 1e-3 "
             "stored as float16, 1e-2 as bfloat16 or computed in float16, 3e-2 in bfloat16.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from lmdbcache.embedders import config_for
 __all__ = ["ConfigChoice"]
 
 
-# typer reads these at run time, on Python 3.10, too: hence Optional.
 @dataclass(frozen=True)
 class ConfigChoice:
     """A model, and how its embeddings are computed and stored."""
@@ -27,7 +26,7 @@ class ConfigChoice:
         ),
     ] = "ast"
     model_name: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Name of the model in the cache; default: --model, or for a folder its name and "
             "digest.",
@@ -35,7 +34,7 @@ class ConfigChoice:
         ),
     ] = None
     output: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
             "the model has it, else mean.",
@@ -43,7 +42,7 @@ class ConfigChoice:
         ),
     ] = None
     sample_rate: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Sample rate of the waveform, in Hz; default: the model's own.", show_default=False
         ),
@@ -61,7 +60,7 @@ class ConfigChoice:
     ] = "float32"
 
     front_end: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Name of the front end in the cache; default: the model's own.", show_default=False
         ),

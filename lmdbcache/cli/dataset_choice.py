@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Optional
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -37,7 +37,6 @@ _LAYOUT: Final = "Layout"
 _logger = logging.getLogger(__name__)
 
 
-# typer reads these at run time, on Python 3.10, too: hence Optional.
 @dataclass(frozen=True)
 class DatasetChoice:
     """A dataset, and which of its clips."""
@@ -52,23 +51,23 @@ class DatasetChoice:
         ),
     ] = "auto"
     csv: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="VGGSound's table; default: in the folder.", rich_help_panel=_LAYOUT),
     ] = None
     audio_column: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
     ] = None
     label_column: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
     ] = None
     id_column: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
     ] = None
     given_namespace: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--namespace",
             help="Keeps equal sample ids of two datasets apart; default: the dataset's own, or "
@@ -78,13 +77,13 @@ class DatasetChoice:
     ] = None
     decoder: Decoder = None
     classes: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--class", help="Only this class; may be given several times.", rich_help_panel=_PART
         ),
     ] = None
     exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--exclude-class",
             help="Not this class; may be given several times.",
@@ -102,39 +101,39 @@ class DatasetChoice:
         ),
     ] = "auto"
     folds: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        list[int] | None,
         typer.Option(
             "--fold", help="Only this fold; may be given several times.", rich_help_panel=_PART
         ),
     ] = None
     samples_per_class: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Only the first so many of each class.", rich_help_panel=_PART),
     ] = None
     node_split_id: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Only this node's samples, from 0; needs --num-nodes or --samples-per-node.",
             rich_help_panel=_NODES,
         ),
     ] = None
     num_nodes: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Number of nodes that share the samples.", rich_help_panel=_NODES),
     ] = None
     samples_per_node: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Samples of each class that a node has; partition needs --num-nodes, too.",
             rich_help_panel=_NODES,
         ),
     ] = None
     node_shares: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Each node's share, such as 0.5,0.3,0.2.", rich_help_panel=_NODES),
     ] = None
     dirichlet: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             help="Draw each class's shares with this alpha; 0.1 is very uneven.",
             rich_help_panel=_NODES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ def explain_command(
     choice: ConfigChoice,
     *,
     sample_id: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(help="file_id:class; without it, the config as a whole."),
     ] = None,
     dataset: Annotated[
@@ -42,7 +42,7 @@ def explain_command(
 
 def stats_command(
     store: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(help="Fingerprint (its first digits do), or a store's folder name."),
     ] = None,
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -11,8 +11,7 @@ from lmdbcache.embedders import AudioModel, described_model
 
 __all__ = ["GivenConfig"]
 
-# typer reads these at run time, on Python 3.10, too: hence Optional.
-Text = Optional[str]  # noqa: UP045
+Text = str | None
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class GivenConfig:
         ),
     ] = None
     sample_rate: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Sample rate of the waveform, in Hz.", show_default=False),
     ] = None
     duration: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="Clips were cut or padded to this, in seconds.", show_default=False),
     ] = None
     dtype: Annotated[

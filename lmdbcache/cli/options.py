@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -52,15 +52,14 @@ def complete_store(context: typer.Context, incomplete: str) -> list[tuple[str, s
     return found or named
 
 
-# typer reads these at run time, on Python 3.10, too.
 Classes = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--class", help="Only this class; may be given several times.", show_default=False
     ),
 ]
 IdsFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         "--ids",
         help="Only the samples that this file lists, one in a line.",
@@ -68,7 +67,7 @@ IdsFile = Annotated[
     ),
 ]
 Root = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         "--root",
         envvar=ROOT_VARIABLE,
@@ -80,7 +79,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")]
 Stores = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Argument(
         help="Fingerprints (their first digits do) or folder names.",
         autocompletion=complete_store,
@@ -96,15 +95,15 @@ Store = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Clips per forward pass.")]
 NumWorkers = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(help="Decoding processes; default: half of the cores, at most 8."),
 ]
 Device = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
 ]
 Decoder = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         help="What decodes the audio files: soundfile, or ffmpeg (m4a, mp4, webm, …), whose "
         "embeddings are in a store of their own; default: that of --front-end, or soundfile.",
@@ -112,7 +111,7 @@ Decoder = Annotated[
     ),
 ]
 Progress = Annotated[
-    Optional[bool],  # noqa: UP045
+    bool | None,
     typer.Option(
         "--progress/--no-progress",
         help="A bar on standard error; default: if that is a terminal.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def prune_command(
     *,
     root: Root = None,
     written_before: Annotated[
-        Optional[datetime],  # noqa: UP045
+        datetime | None,
         typer.Option(
             "--older-than",
             parser=parse_moment,
@@ -40,7 +40,7 @@ def prune_command(
         ),
     ] = None,
     used_before: Annotated[
-        Optional[datetime],  # noqa: UP045
+        datetime | None,
         typer.Option(
             "--unused-since",
             parser=parse_moment,
@@ -49,7 +49,7 @@ def prune_command(
         ),
     ] = None,
     max_bytes: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--max-size",
             parser=parse_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -29,15 +29,15 @@ def rm_command(
     root: Root = None,
     everything: All = False,
     class_names: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("--class", help="Only the embeddings of this class; may be repeated."),
     ] = None,
     samples: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("--sample", help="Only this sample (file_id:class); may be repeated."),
     ] = None,
     ids_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--ids", help="Only the samples that this file lists, one id a line; others are noted."
         ),

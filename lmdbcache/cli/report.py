@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -19,13 +19,13 @@ __all__ = ["report_command"]
 
 def report_command(
     stores: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(help="Fingerprints (their first digits do) or folder names; default: all."),
     ] = None,
     *,
     root: Root = None,
     data: Annotated[
-        Optional[list[Path]],  # noqa: UP045
+        list[Path] | None,
         typer.Option(
             help="Show how much of this dataset is stored, by class and split; may be given "
             "several times.",
