@@ -15,9 +15,9 @@ from small_disks import fill, small_disk
 from storage.child_processes import NOBODY, in_fork, peer_process, write
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.cli.checkup import machine, root, software
-from lmdbcache.cli.checkup.memory import memory_of
-from lmdbcache.cli.checkup.stores import check_stores, newest_file
+from lmdbcache.cli.doctor import machine, root, software
+from lmdbcache.cli.doctor.memory import memory_of
+from lmdbcache.cli.doctor.stores import check_stores, newest_file
 from lmdbcache.errors import StorageError
 from lmdbcache.storage import Mount, write_lock
 

@@ -24,7 +24,7 @@ from lmdbcache.cache import (
     update_failures,
     write_sources,
 )
-from lmdbcache.cli.checkup.stores import check_stores
+from lmdbcache.cli.doctor.stores import check_stores
 from lmdbcache.errors import CacheError, NotRegularFileError
 from lmdbcache.exchange.sharing.downloads import Downloads
 from lmdbcache.files import check_file, open_file, read_file, replace_file

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.cache import EmbeddingCache, leftovers_under, read_store_info
-from lmdbcache.cli.checkup.findings import Finding, note, ok, problem
+from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.storage import (
     check_file_size,

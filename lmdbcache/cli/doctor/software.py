@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
-from lmdbcache.cli.checkup.findings import Finding, note, ok, problem
+from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 
 __all__ = ["check_software"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.cli.checkup.findings import Finding, note, ok, problem
+from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.machine import available_cores
 
 __all__ = ["check_clock", "check_machine"]

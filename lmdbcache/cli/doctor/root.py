@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.cli.checkup.findings import Finding, note, ok, problem
+from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.files import existing_parent
 from lmdbcache.storage import NETWORK_VARIABLE, RESERVE_BYTES, Mount, is_network, mount_of
 

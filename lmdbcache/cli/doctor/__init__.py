@@ -1,4 +1,4 @@
-"""`lmdbcache doctor`: is everything here as it should be, and what to do if not."""
+"""`lmdbcache doctor`: check packages, machine, root and stores; changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmdbcache.cli.options import Json, Root
 from lmdbcache.files import readable_size
 
 if TYPE_CHECKING:
-    from lmdbcache.cli.checkup.findings import Finding
+    from lmdbcache.cli.doctor.findings import Finding
 
 __all__ = ["doctor_command"]
 
@@ -51,10 +51,10 @@ def doctor_command(
 
 
 def _examine(cache: EmbeddingCache) -> list[Finding]:
-    from lmdbcache.cli.checkup.machine import check_clock, check_machine
-    from lmdbcache.cli.checkup.root import check_root
-    from lmdbcache.cli.checkup.software import check_software
-    from lmdbcache.cli.checkup.stores import check_stores, newest_file
+    from lmdbcache.cli.doctor.machine import check_clock, check_machine
+    from lmdbcache.cli.doctor.root import check_root
+    from lmdbcache.cli.doctor.software import check_software
+    from lmdbcache.cli.doctor.stores import check_stores, newest_file
 
     return [
         *check_software(),
@@ -66,7 +66,7 @@ def _examine(cache: EmbeddingCache) -> list[Finding]:
 
 
 def _show_memory(processes: list[int], *, as_json: bool) -> None:
-    from lmdbcache.cli.checkup.memory import memory_of
+    from lmdbcache.cli.doctor.memory import memory_of
 
     found = [memory_of(process) for process in processes]
     if as_json:
