@@ -31,8 +31,7 @@ from scaling_samples import (
 )
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.storage import class_of
-from lmdbcache.storage.files import gather
+from lmdbcache.storage import class_of, gather
 
 BATCH, NUM_SINGLES = 256, 3000
 STEPS: dict[str, Callable[..., Figures]] = {}

@@ -1,3 +1,4 @@
+from .checked_marker import is_known as is_known
 from .checks.value_checks import Progress as Progress
 from .counting.absence import explain_sample_absence as explain_sample_absence
 from .counting.hit_counts import (
@@ -6,10 +7,9 @@ from .counting.hit_counts import (
     store_counts as store_counts,
     tree_counts as tree_counts,
 )
+from .engine_errors import translated_errors as translated_errors
 from .environment import Snapshot as Snapshot
-from .files.checked_marker import is_known as is_known
-from .files.engine_errors import translated_errors as translated_errors
-from .files.filesystems import (
+from .filesystems import (
     NETWORK_VARIABLE as NETWORK_VARIABLE,
     Mount as Mount,
     check_local_for_writing as check_local_for_writing,
@@ -17,13 +17,13 @@ from .files.filesystems import (
     is_on_network as is_on_network,
     mount_of as mount_of,
 )
-from .files.forking import process_id as process_id
-from .files.gather import (
+from .forking import process_id as process_id
+from .gather import (
     LARGE_VALUE_BYTES as LARGE_VALUE_BYTES,
     MappedFile as MappedFile,
     batch_buffers as batch_buffers,
 )
-from .files.generations import (
+from .generations import (
     RESERVE_BYTES as RESERVE_BYTES,
     check_room as check_room,
     current_generation as current_generation,
@@ -32,19 +32,8 @@ from .files.generations import (
     remove_store as remove_store,
     write_lock as write_lock,
 )
-from .files.last_use import last_used as last_used, last_written as last_written
-from .files.opening import check_file_size as check_file_size
-from .files.reader_slots import (
-    others as others,
-    slot_use as slot_use,
-    writing_processes as writing_processes,
-)
-from .files.running_lock import (
-    RUNNING_SUFFIX as RUNNING_SUFFIX,
-    at_rest as at_rest,
-    held_store as held_store,
-)
-from .format.layout import (
+from .last_use import last_used as last_used, last_written as last_written
+from .layout import (
     COMMIT_COPIES_NAME as COMMIT_COPIES_NAME,
     CURRENT_NAME as CURRENT_NAME,
     GENERATION_NAME as GENERATION_NAME,
@@ -57,19 +46,6 @@ from .format.layout import (
     sample_id_of_key as sample_id_of_key,
     sample_key as sample_key,
     split_sample_id as split_sample_id,
-)
-from .format.metadata import (
-    StoreMetadata as StoreMetadata,
-    checksum as checksum,
-    portable as portable,
-)
-from .format.row_parts import RowPart as RowPart
-from .format.values import (
-    NUMPY_DTYPES as NUMPY_DTYPES,
-    as_stored as as_stored,
-    check_shape as check_shape,
-    from_stored as from_stored,
-    has_masked_elements as has_masked_elements,
 )
 from .maintenance.checksums import (
     checksums_of as checksums_of,
@@ -92,10 +68,34 @@ from .maintenance.repair import (
     repair as repair,
 )
 from .maintenance.salvage import salvage as salvage
+from .metadata import (
+    StoreMetadata as StoreMetadata,
+    checksum as checksum,
+    portable as portable,
+)
+from .opening import check_file_size as check_file_size
 from .pages.page_file import PageFile as PageFile
 from .reader import EmbeddingReader as EmbeddingReader
+from .reader_slots import (
+    others as others,
+    slot_use as slot_use,
+    writing_processes as writing_processes,
+)
 from .reading.selection import Positions as Positions, Selection as Selection
 from .reading.space import space_use as space_use
 from .reading.verified_reads import Verify as Verify, check_pages as check_pages
 from .report import Report as Report, plain as plain
+from .row_parts import RowPart as RowPart
+from .running_lock import (
+    RUNNING_SUFFIX as RUNNING_SUFFIX,
+    at_rest as at_rest,
+    held_store as held_store,
+)
+from .values import (
+    NUMPY_DTYPES as NUMPY_DTYPES,
+    as_stored as as_stored,
+    check_shape as check_shape,
+    from_stored as from_stored,
+    has_masked_elements as has_masked_elements,
+)
 from .writer import EmbeddingWriter as EmbeddingWriter, OnDuplicate as OnDuplicate

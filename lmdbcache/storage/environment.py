@@ -27,12 +27,12 @@ import lmdb
 
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError, StorageError
 from lmdbcache.storage.checks.first_opening import check_first_opening
-from lmdbcache.storage.files.engine_errors import translated_errors
-from lmdbcache.storage.files.forking import no_fork, process_id
-from lmdbcache.storage.files.generations import current_generation
-from lmdbcache.storage.files.opening import check_still_whole, file_id, open_environment
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
-from lmdbcache.storage.format.metadata import StoreMetadata, checksum
+from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.forking import no_fork, process_id
+from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.metadata import StoreMetadata, checksum
+from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
 
 __all__ = [
     "Environment",

@@ -18,12 +18,11 @@ from lmdbcache.files import few
 from lmdbcache.storage.counting.absence import explain_sample_absence
 from lmdbcache.storage.counting.hit_counts import counts_of
 from lmdbcache.storage.counting.miss_log import note_misses
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
-from lmdbcache.storage.files.last_use import touch
-from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
-from lmdbcache.storage.format.metadata import StoreMetadata
-from lmdbcache.storage.format.values import NUMPY_DTYPES, from_stored
+from lmdbcache.storage.last_use import touch
+from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
+from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.reading.batches import gather, key_or_empty, offsets_of, remember_all, stack
 from lmdbcache.storage.reading.key_pages import ask_for_keys, keys_after
 from lmdbcache.storage.reading.located import LocatedValues, locate
@@ -40,6 +39,7 @@ from lmdbcache.storage.reading.verified_reads import (
     read_one,
     stored_keys,
 )
+from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
 
 __all__ = ["EmbeddingReader"]
 

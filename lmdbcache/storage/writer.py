@@ -12,8 +12,8 @@ import numpy as np
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, DuplicateSampleError, InvalidEmbeddingError, StorageError
-from lmdbcache.storage.format.layout import sample_key
-from lmdbcache.storage.format.values import as_stored, check_shape
+from lmdbcache.storage.layout import sample_key
+from lmdbcache.storage.values import as_stored, check_shape
 from lmdbcache.storage.writing.collecting import CollectedEmbeddings
 from lmdbcache.storage.writing.committing import BeforeCommit, Committer
 from lmdbcache.storage.writing.pending import CommitLimits

@@ -20,7 +20,7 @@ from lmdbcache import EmbeddingCache
 from lmdbcache.cache import PrunePolicy, plan_pruning, prune
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
 from lmdbcache.storage import checksum, write_lock
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 
 DAY = 86400
 

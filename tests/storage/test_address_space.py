@@ -11,8 +11,7 @@ from storage.child_processes import Peer, in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import StorageError
-from lmdbcache.storage import environment
-from lmdbcache.storage.files import opening
+from lmdbcache.storage import environment, opening
 from lmdbcache.storage.reading import pinning
 
 SMALL_MAP = 1 << 16

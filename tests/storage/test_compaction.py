@@ -19,7 +19,7 @@ from storage.child_processes import (
 )
 
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage.files import generations
+from lmdbcache.storage import generations
 from lmdbcache.storage.maintenance import compaction
 
 NAMES = [f"{n:03d}:x" for n in range(400)]

@@ -14,9 +14,8 @@ from storage.child_processes import numbered, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
-from lmdbcache.storage import NETWORK_VARIABLE, is_network
-from lmdbcache.storage.files import filesystems
-from lmdbcache.storage.files.filesystems import find_mount, parse_mounts
+from lmdbcache.storage import NETWORK_VARIABLE, filesystems, is_network
+from lmdbcache.storage.filesystems import find_mount, parse_mounts
 
 MOUNTINFO = rb"""21 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 22 21 0:5 / /dev rw - devtmpfs devtmpfs rw
@@ -162,7 +161,7 @@ def test_mount_over_a_folder_is_noticed(filled, config, embeddings, tmp_path):
     code = """
 import ctypes, os, subprocess, sys
 from pathlib import Path
-from lmdbcache.storage.files import filesystems
+from lmdbcache.storage import filesystems
 place = Path(sys.argv[1])
 seen = []
 lookup = filesystems.find_mount

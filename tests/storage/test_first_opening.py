@@ -16,8 +16,8 @@ from storage.damage import data_file
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import IntegrityError
+from lmdbcache.storage import checked_marker
 from lmdbcache.storage.checks import first_opening
-from lmdbcache.storage.files import checked_marker
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 

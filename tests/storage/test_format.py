@@ -18,7 +18,7 @@ import xxhash
 from lmdbcache import CacheConfig
 from lmdbcache.errors import FormatVersionError, IntegrityError
 from lmdbcache.storage import StoreMetadata, checksum
-from lmdbcache.storage.format.layout import METADATA_KEY
+from lmdbcache.storage.layout import METADATA_KEY
 
 EMBEDDING = np.array([1.0, -2.5, 3.25e-5], np.float32)
 SAMPLE_ID = "vidéo:1:dog"

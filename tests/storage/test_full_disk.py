@@ -12,7 +12,7 @@ from storage.full_disks import fill_at_random
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage.files import generations
+from lmdbcache.storage import generations
 from lmdbcache.storage.reading import located
 from lmdbcache.storage.writing import committing
 

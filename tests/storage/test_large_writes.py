@@ -14,7 +14,7 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError
-from lmdbcache.storage.files.gather import BatchBuffers
+from lmdbcache.storage.gather import BatchBuffers
 from lmdbcache.storage.writing import collecting, committing
 
 SIZE = 1 << 18  # float32: 1 MiB

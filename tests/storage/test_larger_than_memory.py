@@ -11,8 +11,7 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache import CacheConfig
-from lmdbcache.storage import MappedFile
-from lmdbcache.storage.files import gather
+from lmdbcache.storage import MappedFile, gather
 
 SHAPES = {"pooled": (300,), "hidden": (40, 512)}
 

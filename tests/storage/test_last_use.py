@@ -12,7 +12,7 @@ from small_disks import fill, small_disk
 from storage.child_processes import NOBODY, in_fork, numbered, peer_process, read, write
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.storage.files import last_use
+from lmdbcache.storage import last_use
 
 MARKER = last_use.LAST_USE_NAME
 NAMES = ["video_00001:dog", "video_00002:drum"]

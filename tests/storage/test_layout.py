@@ -15,7 +15,7 @@ from lmdbcache.storage import (
     sample_key,
     split_sample_id,
 )
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 file_ids = text.map(lambda value: value[:60])

@@ -10,7 +10,7 @@ import pytest
 from storage.child_processes import numbered, peer_process, write
 
 from lmdbcache.errors import StorageError
-from lmdbcache.storage.files import opening
+from lmdbcache.storage import opening
 
 NUMBERS = numbered(0, 20)
 

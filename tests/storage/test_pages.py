@@ -8,7 +8,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from lmdbcache.storage.format.layout import METADATA_KEY
+from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_value_table
 
 

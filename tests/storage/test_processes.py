@@ -15,8 +15,7 @@ from storage.child_processes import in_fork, open_database_files, peer_process, 
 from storage.worker_churn import assert_nothing_piles_up, fill, run_epochs
 
 from lmdbcache import EmbeddingDataset, EmbeddingReader, collate_embeddings
-from lmdbcache.storage import environment
-from lmdbcache.storage.files import forking
+from lmdbcache.storage import environment, forking
 
 SAMPLE_IDS = [f"{n:03d}:{'dog' if n % 2 else 'drum'}" for n in range(64)]
 VALUES = np.arange(64, dtype=np.float32)[:, None] * np.ones(16, np.float32)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from lmdbcache import EmbeddingCache, EmbeddingReader
 from lmdbcache.cli.main import app
 from lmdbcache.errors import StorageError
-from lmdbcache.storage.files.reader_slots import slots
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_free_pages
+from lmdbcache.storage.reader_slots import slots
 
 NAMES = [f"{n:03d}:x" for n in range(200)]
 _held = []

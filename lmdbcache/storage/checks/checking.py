@@ -19,11 +19,11 @@ from lmdbcache.storage.checks.value_checks import (
     damaged_rows,
     paired,
 )
-from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
-from lmdbcache.storage.files.gather import MappedFile
-from lmdbcache.storage.files.opening import file_problem
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY
-from lmdbcache.storage.format.metadata import checksum
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
+from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.metadata import checksum
+from lmdbcache.storage.opening import file_problem
 from lmdbcache.storage.pages.page_file import Entry, PageFile
 from lmdbcache.storage.pages.pages import (
     UnreadablePagesError,

@@ -16,10 +16,10 @@ from typing import Final
 
 from lmdbcache.errors import IntegrityError
 from lmdbcache.files import flocked
+from lmdbcache.storage.checked_marker import is_known, mark_known
 from lmdbcache.storage.checks.checking import Findings, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
-from lmdbcache.storage.files.checked_marker import is_known, mark_known
-from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.layout import sample_id_of_key
 
 __all__ = ["SKIP_VARIABLE", "check_first_opening"]
 

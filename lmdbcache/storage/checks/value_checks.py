@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage.format.metadata import checksum, new_checksum
+from lmdbcache.storage.metadata import checksum, new_checksum
 from lmdbcache.storage.pages.pages import ValueTable
 
 __all__ = ["CHECKSUM_BYTES", "CheckedValues", "Progress", "damaged_rows", "paired"]

@@ -10,7 +10,7 @@ from typing import Final
 
 from lmdbcache.errors import InvalidSampleIdError
 from lmdbcache.files import few
-from lmdbcache.storage.format.layout import canonical_sample_id, split_sample_id
+from lmdbcache.storage.layout import canonical_sample_id, split_sample_id
 
 __all__ = ["SampleAbsence", "explain_sample_absence"]
 

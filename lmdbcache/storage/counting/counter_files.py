@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.files import check_folder, open_file, opened_for_flock, read_file, replace_file
-from lmdbcache.storage.format.layout import class_of
+from lmdbcache.storage.layout import class_of
 
 __all__ = [
     "MAX_ANCESTORS",

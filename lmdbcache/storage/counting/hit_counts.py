@@ -26,9 +26,9 @@ from lmdbcache.storage.counting.counter_files import (
     read_records,
     reset_records,
 )
-from lmdbcache.storage.files.filesystems import is_on_network
-from lmdbcache.storage.files.generations import current_generation
-from lmdbcache.storage.format.layout import STATISTICS_NAME, class_of
+from lmdbcache.storage.filesystems import is_on_network
+from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.layout import STATISTICS_NAME, class_of
 
 __all__ = [
     "STATISTICS_VARIABLE",

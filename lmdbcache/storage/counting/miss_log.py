@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from lmdbcache.storage.counting.hit_counts import StoreCounts, own_lineage
-from lmdbcache.storage.files.forking import process_id
+from lmdbcache.storage.forking import process_id
 
 __all__ = ["note_misses"]
 

@@ -14,11 +14,11 @@ import lmdb
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.files import open_file, sync_file
+from lmdbcache.storage.checked_marker import mark_known
+from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, acquire, acquire_current, release
-from lmdbcache.storage.files.checked_marker import mark_known
-from lmdbcache.storage.files.engine_errors import translated_errors
-from lmdbcache.storage.files.forking import no_fork
-from lmdbcache.storage.files.generations import (
+from lmdbcache.storage.forking import no_fork
+from lmdbcache.storage.generations import (
     check_room,
     create_generation,
     current_generation,

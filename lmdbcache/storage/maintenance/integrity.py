@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
+from lmdbcache.storage.checked_marker import is_known, mark_known
 from lmdbcache.storage.checks.checking import (
     Findings,
     check_generation,
@@ -16,10 +17,9 @@ from lmdbcache.storage.checks.checking import (
 )
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.environment import Snapshot, acquire, release
-from lmdbcache.storage.files.checked_marker import is_known, mark_known
-from lmdbcache.storage.files.forking import no_fork
-from lmdbcache.storage.files.generations import current_generation, write_lock
-from lmdbcache.storage.format.layout import sample_id_of_key
+from lmdbcache.storage.forking import no_fork
+from lmdbcache.storage.generations import current_generation, write_lock
+from lmdbcache.storage.layout import sample_id_of_key
 from lmdbcache.storage.pages.page_file import PageFile
 
 __all__ = ["IntegrityReport", "verify"]

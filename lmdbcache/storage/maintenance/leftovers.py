@@ -10,14 +10,14 @@ from typing import Final
 
 from lmdbcache.errors import CacheError
 from lmdbcache.files import is_old_temporary, is_temporary, remove_entry
-from lmdbcache.storage.files.generations import (
+from lmdbcache.storage.generations import (
     current_generation,
     is_being_written,
     remove_store,
     write_lock,
 )
-from lmdbcache.storage.files.last_use import LAST_USE_NAME
-from lmdbcache.storage.format.layout import (
+from lmdbcache.storage.last_use import LAST_USE_NAME
+from lmdbcache.storage.layout import (
     CHECKSUMS_NAME,
     CURRENT_NAME,
     GENERATION_NAME,

@@ -10,13 +10,13 @@ from typing import Final
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.files import check_folder
+from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.checks.checking import Findings, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
+from lmdbcache.storage.engine_errors import LOSS_REMEDY, translated_errors
 from lmdbcache.storage.environment import Environment, acquire, release
-from lmdbcache.storage.files.checked_marker import mark_known
-from lmdbcache.storage.files.engine_errors import LOSS_REMEDY, translated_errors
-from lmdbcache.storage.files.forking import no_fork
-from lmdbcache.storage.files.generations import (
+from lmdbcache.storage.forking import no_fork
+from lmdbcache.storage.generations import (
     check_room,
     create_generation,
     current_generation,
@@ -25,14 +25,14 @@ from lmdbcache.storage.files.generations import (
     remove_other_generations,
     write_lock,
 )
-from lmdbcache.storage.format.layout import (
+from lmdbcache.storage.layout import (
     CURRENT_NAME,
     GENERATION_NAME,
     METADATA_KEY,
     sample_id_of_key,
 )
-from lmdbcache.storage.format.metadata import checksum
 from lmdbcache.storage.maintenance.salvage import Salvage, salvage
+from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.pages.page_file import PageFile
 
 __all__ = ["RepairReport", "generation_to_repair", "repair"]

@@ -18,9 +18,9 @@ from typing import Final
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidSampleIdError
 from lmdbcache.storage.checks.value_checks import CHECKSUM_BYTES
-from lmdbcache.storage.files.engine_errors import LOSS_REMEDY
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME, METADATA_KEY, sample_key
-from lmdbcache.storage.format.metadata import StoreMetadata, checksum, new_checksum
+from lmdbcache.storage.engine_errors import LOSS_REMEDY
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY, sample_key
+from lmdbcache.storage.metadata import StoreMetadata, checksum, new_checksum
 from lmdbcache.storage.pages.commit_record import has_old_values
 from lmdbcache.storage.pages.page_file import Entry, PageFile
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage.format.layout import METADATA_KEY
+from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.pages.meta_pages import META_BYTES, Tree, parse_meta
 
 __all__ = [

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
-from lmdbcache.storage.format.layout import sample_id_of_key, sample_key
-from lmdbcache.storage.format.metadata import StoreMetadata
-from lmdbcache.storage.format.row_parts import RowPart
-from lmdbcache.storage.format.values import NUMPY_DTYPES, batch_array, from_stored
+from lmdbcache.storage.layout import sample_id_of_key, sample_key
+from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.reading.located import LocatedValues
+from lmdbcache.storage.row_parts import RowPart
+from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 
 __all__ = ["gather", "key_or_empty", "offsets_of", "remember_all", "stack"]
 

@@ -11,8 +11,8 @@ import contextlib
 import lmdb
 
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.files.gather import MappedFile
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME
+from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.layout import CHECKSUMS_NAME
 from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.pages.pages import UnreadablePagesError, leaf_pages
 

@@ -27,12 +27,12 @@ import xxhash
 from lmdbcache.files import open_file, replace_file
 from lmdbcache.storage.counting.hit_counts import PlaceCounter, StoreCounts, counts_of
 from lmdbcache.storage.environment import Environment, Snapshot
-from lmdbcache.storage.files.gather import LARGE_VALUE_BYTES, MappedFile
-from lmdbcache.storage.files.opening import file_id
-from lmdbcache.storage.format.layout import NUM_RESERVED_KEYS
-from lmdbcache.storage.format.metadata import StoreMetadata
-from lmdbcache.storage.format.values import NUMPY_DTYPES
+from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
+from lmdbcache.storage.layout import NUM_RESERVED_KEYS
+from lmdbcache.storage.metadata import StoreMetadata
+from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages.pages import UnreadablePagesError, ValueTable, read_value_table
+from lmdbcache.storage.values import NUMPY_DTYPES
 
 __all__ = ["LocatedValues", "locate", "located_values"]
 

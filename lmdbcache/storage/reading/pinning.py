@@ -15,10 +15,10 @@ import lmdb
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError
 from lmdbcache.storage.counting.hit_counts import adopt_ancestors, own_lineage
+from lmdbcache.storage.engine_errors import raise_translated
 from lmdbcache.storage.environment import Environment, Holder, Snapshot, acquire_current, release
-from lmdbcache.storage.files.engine_errors import raise_translated
-from lmdbcache.storage.files.forking import no_fork, process_id
-from lmdbcache.storage.files.generations import current_generation
+from lmdbcache.storage.forking import no_fork, process_id
+from lmdbcache.storage.generations import current_generation
 
 __all__ = ["PinnedStore", "reduce_for_child"]
 

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from lmdbcache.errors import InvalidEmbeddingError
 from lmdbcache.storage.counting.hit_counts import PlaceCounter
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.files.gather import MappedFile
-from lmdbcache.storage.format.row_parts import RowPart
-from lmdbcache.storage.format.values import batch_array
+from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.pages.pages import ValueTable
 from lmdbcache.storage.reading.batches import gather, key_or_empty
 from lmdbcache.storage.reading.located import LocatedValues, locate
+from lmdbcache.storage.row_parts import RowPart
+from lmdbcache.storage.values import batch_array
 
 if TYPE_CHECKING:
     from lmdbcache.storage.reader import EmbeddingReader

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import lmdb
 
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.files.gather import MappedFile
-from lmdbcache.storage.files.reader_slots import slots
+from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_free_pages
+from lmdbcache.storage.reader_slots import slots
 
 __all__ = ["SpaceUse", "space_use"]
 

@@ -20,18 +20,18 @@ from lmdbcache.errors import ConfigError, IntegrityError
 from lmdbcache.files import few
 from lmdbcache.storage.checks.checking import metadata_findings
 from lmdbcache.storage.checks.value_checks import CHECKSUM_BYTES, CheckedValues, paired
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY
-from lmdbcache.storage.files.gather import MappedFile
-from lmdbcache.storage.files.generations import current_generation
-from lmdbcache.storage.format.layout import CHECKSUMS_NAME, NUM_RESERVED_KEYS, sample_id_of_key
-from lmdbcache.storage.format.metadata import checksum
-from lmdbcache.storage.format.values import from_stored
+from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.layout import CHECKSUMS_NAME, NUM_RESERVED_KEYS, sample_id_of_key
+from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.pages.meta_pages import MetaPage
 from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_named_table, read_value_table
 from lmdbcache.storage.reading.batches import gather, key_or_empty, stack
 from lmdbcache.storage.reading.located import LocatedValues, located_values
+from lmdbcache.storage.values import from_stored
 
 __all__ = [
     "Mismatch",

@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy.typing as npt
 
 from lmdbcache.errors import CacheError, DuplicateSampleError, WriterClosedError
-from lmdbcache.storage.files.forking import process_id
-from lmdbcache.storage.format.layout import sample_key
+from lmdbcache.storage.forking import process_id
+from lmdbcache.storage.layout import sample_key
 from lmdbcache.storage.writing.background import BackgroundCommit
 from lmdbcache.storage.writing.committing import Committer
 from lmdbcache.storage.writing.pending import CommitLimits, PendingEmbeddings

@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheNotFoundError, DuplicateSampleError
+from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, Holder, acquire, acquire_current
-from lmdbcache.storage.files.engine_errors import translated_errors
-from lmdbcache.storage.files.filesystems import check_local_for_writing
-from lmdbcache.storage.files.forking import no_fork
-from lmdbcache.storage.files.generations import (
+from lmdbcache.storage.filesystems import check_local_for_writing
+from lmdbcache.storage.forking import no_fork
+from lmdbcache.storage.generations import (
     RESERVE_BYTES,
     check_room,
     create_generation,
@@ -29,10 +29,10 @@ from lmdbcache.storage.files.generations import (
     publish_generation,
     write_lock,
 )
-from lmdbcache.storage.format.layout import METADATA_KEY, sample_id_of_key
-from lmdbcache.storage.format.metadata import StoreMetadata, checksum
-from lmdbcache.storage.format.values import check_shape
+from lmdbcache.storage.layout import METADATA_KEY, sample_id_of_key
+from lmdbcache.storage.metadata import StoreMetadata, checksum
 from lmdbcache.storage.pages.commit_record import record_commit
+from lmdbcache.storage.values import check_shape
 from lmdbcache.storage.writing.pending import PendingEmbeddings
 
 __all__ = ["BeforeCommit", "Committer"]

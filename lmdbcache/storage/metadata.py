@@ -17,7 +17,7 @@ from lmdbcache.errors import (
     IntegrityError,
     ProvenanceMismatchError,
 )
-from lmdbcache.storage.format.layout import FORMAT_VERSION
+from lmdbcache.storage.layout import FORMAT_VERSION
 
 __all__ = ["StoreMetadata", "checksum", "new_checksum", "portable"]
 

@@ -19,7 +19,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import few, free_bytes
-from lmdbcache.storage.files.reader_slots import holders
+from lmdbcache.storage.reader_slots import holders
 
 __all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors", "truncated"]
 

@@ -22,11 +22,11 @@ from lmdbcache.files import (
     occupy_standard_descriptors,
     open_file,
 )
-from lmdbcache.storage.files.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
-from lmdbcache.storage.files.filesystems import check_local_for_reading, check_local_for_writing
-from lmdbcache.storage.files.reader_slots import holders
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, LOSS_REMEDY, truncated
+from lmdbcache.storage.filesystems import check_local_for_reading, check_local_for_writing
 from lmdbcache.storage.pages.commit_record import contradiction, read_commit_record
 from lmdbcache.storage.pages.meta_pages import MetaPage, newest, read_meta_pages
+from lmdbcache.storage.reader_slots import holders
 
 __all__ = [
     "check_file_size",

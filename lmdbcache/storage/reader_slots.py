@@ -12,7 +12,7 @@ import lmdb
 
 from lmdbcache.files import check_file, occupy_standard_descriptors
 from lmdbcache.machine import is_alive
-from lmdbcache.storage.format.layout import WRITER_LOCK_NAME
+from lmdbcache.storage.layout import WRITER_LOCK_NAME
 
 __all__ = ["SlotUse", "holders", "others", "slot_use", "slots", "writing_processes"]
 

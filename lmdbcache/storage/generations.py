@@ -32,8 +32,8 @@ from lmdbcache.files import (
     replace_file,
     sync_file,
 )
-from lmdbcache.storage.files.checked_marker import mark_known
-from lmdbcache.storage.format.layout import (
+from lmdbcache.storage.checked_marker import mark_known
+from lmdbcache.storage.layout import (
     COMMIT_COPIES_NAME,
     CURRENT_NAME,
     GENERATION_NAME,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lmdbcache.errors import IntegrityError
 from lmdbcache.files import open_file
 from lmdbcache.machine import memory_limit
-from lmdbcache.storage.files.engine_errors import truncated
+from lmdbcache.storage.engine_errors import truncated
 
 __all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
 

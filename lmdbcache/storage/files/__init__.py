@@ -1,1 +1,0 @@
-"""The files of a store and what the machine allows: generations, locks, maps, forks."""

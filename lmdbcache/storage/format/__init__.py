@@ -1,1 +1,0 @@
-"""What lies in a store: names and keys, values, the metadata record."""
