@@ -1,8 +1,5 @@
 from .decoding import (
-    DecodeReport as DecodeReport,
-    decode as decode,
-    fit as fit,
-    is_digital_silence as is_digital_silence,
+    DecodedClip as DecodedClip,
     load_clip as load_clip,
     load_waveform as load_waveform,
 )
@@ -19,3 +16,4 @@ from .source import (
     as_source as as_source,
     shown as shown,
 )
+from .waveform import fit as fit, is_digital_silence as is_digital_silence

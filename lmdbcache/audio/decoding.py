@@ -10,63 +10,63 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lmdbcache.audio.containers import DamagedAudioError
-from lmdbcache.audio.ffmpeg_decoder import FFmpegDecoder
+from lmdbcache.audio.containers import DamagedAudioError, PiecedFile, size_of
+from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg
 from lmdbcache.audio.formats import check_decoder
-from lmdbcache.audio.pieced_file import PiecedFile, size_of
-from lmdbcache.audio.soundfile_decoder import SoundfileDecoder
+from lmdbcache.audio.soundfile_decoder import read_by_soundfile
 from lmdbcache.audio.source import AudioSource, shown
+from lmdbcache.audio.waveform import fit
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-__all__ = ["DecodeReport", "decode", "fit", "is_digital_silence", "load_clip", "load_waveform"]
+    from lmdbcache.audio.waveform import Recording
+
+__all__ = ["DecodedClip", "load_clip", "load_waveform"]
 
 
-@dataclass
-class DecodeReport:
-    """What `decode` noticed about a clip that it decoded.
+class DecodedClip(NamedTuple):
+    """A clip as `load_clip` decodes it.
 
     Args:
+        waveform: float32 array (round(sample_rate * duration),).
+        num_valid: How many of its samples came from the file, at least 1; the rest is padding.
         is_cancelled: Whether its channels cancel when they are mixed: the mono signal has less than
             a thousandth (-30 dB) of the channels' mean energy.
     """
 
-    is_cancelled: bool = False
+    waveform: NDArray[np.float32]
+    num_valid: int
+    is_cancelled: bool
 
 
-def decode(
+def load_clip(
     path: str | os.PathLike[str] | AudioSource,
     sample_rate: int,
     duration: float,
-    report: DecodeReport | None = None,
     decoder: str = "soundfile",
-) -> NDArray[np.float32]:
+) -> DecodedClip:
     """Decode the first `duration` seconds of an audio file as mono.
 
-    Only what is needed is read from the file. Nothing is padded: a clip that is shorter comes back
-    shorter. A file that ends before the duration must be whole: one that was cut off is refused
-    where its container tells (see docs/datasets.md), and one of several parts is decoded in full.
+    Only what is needed is read from the file. A file that ends before the duration must be whole:
+    one that was cut off is refused (`lmdbcache.audio.containers`, and docs/datasets.md), and one of
+    several parts is decoded in full.
 
     Args:
         path: A file that libsndfile reads: wav, flac, ogg, mp3 and others; or a source that opens
             as one.
         sample_rate: Sample rate of the result, in Hz.
-        duration: Where to cut, in seconds.
-        report: Filled in with what was noticed.
-        decoder: `"soundfile"`, or `"ffmpeg"` for what that doesn't read (m4a, mp4, webm, …).
-
-    Returns:
-        float32 array (num_samples,), with 1 <= num_samples <= round(sample_rate * duration).
+        duration: Length of the result, in seconds: a longer clip is cut, a shorter one zero-padded.
+        decoder: `"soundfile"`, or `"ffmpeg"` for files that libsndfile doesn't read (m4a, mp4,
+            webm, …).
 
     Raises:
         AudioDecodeError: No usable waveform in it; the message has the path and the reason.
@@ -74,45 +74,27 @@ def decode(
         MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
     """
     resample, read = _audio_packages(decoder)
-    limit = round(sample_rate * duration)
+    num_samples = round(sample_rate * duration)
     try:
         with _opened(path) as (readable, file):
-            sound = read(readable, file, sample_rate, duration)
-        if not len(sound.samples):
-            raise _failure(path, "it holds no samples (0 frames)")
-        if report is not None:
-            report.is_cancelled = sound.is_cancelled
-        waveform = sound.samples
-        if sound.rate != sample_rate:
-            waveform = resample(waveform, sound.rate, sample_rate, quality="HQ")
+            recording = read(readable, file, sample_rate, duration)
+        waveform = recording.samples
+        if not len(waveform):
+            raise DamagedAudioError("it holds no samples (0 frames)")
+        if recording.rate != sample_rate:
+            waveform = resample(waveform, recording.rate, sample_rate, quality="HQ")
     except AudioDecodeError:
         raise
     except DamagedAudioError as error:
         raise _failure(path, str(error)) from error
     except Exception as error:
         raise _failure(path, _reason(error)) from error
-    waveform = np.ascontiguousarray(waveform[:limit], dtype=np.float32)
-    if not waveform.size:
+    if not len(waveform):
         raise _failure(path, f"shorter than one sample at {sample_rate} Hz")
-    if not np.isfinite(waveform).all():
+    if not np.isfinite(waveform[:num_samples]).all():
         raise _failure(path, "NaN or Inf among its samples")
-    return waveform
-
-
-def fit(waveform: NDArray[np.float32], num_samples: int) -> NDArray[np.float32]:
-    """Cut or zero-pad a waveform at its end.
-
-    Args:
-        waveform: float32 array (n,).
-        num_samples: The length wanted.
-
-    Returns:
-        A new float32 array (num_samples,).
-    """
-    fitted = np.zeros(num_samples, dtype=np.float32)
-    kept = min(num_samples, len(waveform))
-    fitted[:kept] = waveform[:kept]
-    return fitted
+    num_valid = min(num_samples, len(waveform))
+    return DecodedClip(fit(waveform, num_samples), num_valid, recording.is_cancelled)
 
 
 def load_waveform(
@@ -121,63 +103,11 @@ def load_waveform(
     duration: float,
     decoder: str = "soundfile",
 ) -> NDArray[np.float32]:
-    """Decode an audio file and bring it to exactly `duration` seconds.
-
-    Args:
-        path: An audio file, as for `decode`.
-        sample_rate: Sample rate of the result, in Hz.
-        duration: Length of the result, in seconds.
-        decoder: As for `decode`.
-
-    Returns:
-        float32 array (round(sample_rate * duration),).
-
-    Raises:
-        AudioDecodeError: The file gives no usable waveform.
-        ConfigError: An unknown decoder.
-        MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
-    """
-    return load_clip(path, sample_rate, duration, None, decoder)[0]
+    """Return the waveform of `load_clip`, float32 (round(sample_rate * duration),)."""
+    return load_clip(path, sample_rate, duration, decoder).waveform
 
 
-def load_clip(
-    path: str | os.PathLike[str] | AudioSource,
-    sample_rate: int,
-    duration: float,
-    report: DecodeReport | None = None,
-    decoder: str = "soundfile",
-) -> tuple[NDArray[np.float32], int]:
-    """The same, and how many samples of it came from the file: the rest is padding.
-
-    Args:
-        path: An audio file, as for `decode`.
-        sample_rate: Sample rate of the result, in Hz.
-        duration: Length of the result, in seconds.
-        report: Filled in with what was noticed.
-        decoder: `"soundfile"`, or `"ffmpeg"` for what that doesn't read (m4a, mp4, webm, …).
-
-    Returns:
-        float32 array (round(sample_rate * duration),), and `num_valid`, at least 1.
-
-    Raises:
-        AudioDecodeError: The file gives no usable waveform.
-        ConfigError: An unknown decoder.
-        MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
-    """
-    waveform = decode(path, sample_rate, duration, report, decoder)
-    return fit(waveform, round(sample_rate * duration)), len(waveform)
-
-
-def is_digital_silence(waveform: NDArray[np.float32]) -> bool:
-    """Whether every sample is exactly zero, as in a clip whose recording failed.
-
-    Args:
-        waveform: Array (n,) of any real dtype.
-    """
-    return not np.any(waveform)
-
-
-def _audio_packages(decoder: str) -> tuple[Any, Any]:
+def _audio_packages(decoder: str) -> tuple[Any, Callable[..., Recording]]:
     """Soxr's resampling, and a function that reads a file's beginning."""
     check_decoder(decoder)
     try:
@@ -186,7 +116,7 @@ def _audio_packages(decoder: str) -> tuple[Any, Any]:
         if decoder == "ffmpeg":
             import av  # noqa: F401
 
-            return soxr.resample, lambda _, file, *wanted: FFmpegDecoder(*wanted).read(file)
+            return soxr.resample, lambda _, file, *wanted: read_by_ffmpeg(file, *wanted)
         import soundfile  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: soundfile without its libsndfile
         needed = "av and soxr" if decoder == "ffmpeg" else "soundfile and soxr"
@@ -195,7 +125,7 @@ def _audio_packages(decoder: str) -> tuple[Any, Any]:
             f"decoding audio needs {needed} ({error}); "
             f'install them with: pip install "lmdbcache[{extra}]"'
         ) from error
-    return soxr.resample, lambda name, file, *wanted: SoundfileDecoder(*wanted).read(name, file)
+    return soxr.resample, read_by_soundfile
 
 
 @contextlib.contextmanager
@@ -203,18 +133,18 @@ def _opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, B
     """What soundfile opens, and the same as a binary file."""
     if isinstance(path, AudioSource):
         with path.open_binary() as file:
-            _check_not_empty(file, path)
+            _check_not_empty(file)
             # soundfile would print each seek that the source's own file refuses.
             yield PiecedFile(file, [(0, size_of(file))]), file
         return
     with _open_regular_file(path) as file:
-        _check_not_empty(file, path)
+        _check_not_empty(file)
         yield os.fsencode(path), file
 
 
-def _check_not_empty(file: BinaryIO, path: str | os.PathLike[str] | AudioSource) -> None:
+def _check_not_empty(file: BinaryIO) -> None:
     if not file.read(1):
-        raise _failure(path, "the file is empty (0 bytes)")
+        raise DamagedAudioError("the file is empty (0 bytes)")
     file.seek(0)
 
 
@@ -223,15 +153,12 @@ def _open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         if stat.S_ISREG(Path(path).stat().st_mode):
             return Path(path).open("rb")
-        if Path(path).is_dir():
-            raise _failure(path, "is a folder, not an audio file")
-        raise _failure(path, "is not a regular file")
+        kind = "a folder, not an audio file" if Path(path).is_dir() else "not a regular file"
     except FileNotFoundError:
-        raise _failure(path, "no such file") from None
+        kind = "no such file"
     except PermissionError:
-        raise _failure(path, "no permission to read it") from None
-    except (OSError, ValueError) as error:
-        raise _failure(path, _reason(error)) from error
+        kind = "no permission to read it"
+    raise DamagedAudioError(kind)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
-from lmdbcache.audio.containers import DamagedAudioError, find_audio_data
-from lmdbcache.audio.flac_header import check_flac_length, is_flac
-from lmdbcache.audio.media_containers import check_media_file
-from lmdbcache.audio.mixing import MAX_FILE_RATE, Mixed, frames_wanted, joined, mix_to_mono
+from lmdbcache.audio.containers import (
+    DamagedAudioError,
+    check_flac_length,
+    check_media_file,
+    cut_off,
+    find_audio_data,
+    find_links,
+    is_flac,
+    read_at,
+)
 from lmdbcache.audio.mpeg_frames import find_parts
-from lmdbcache.audio.ogg_pages import find_links
-from lmdbcache.audio.pieced_file import read_at
+from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mono
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-__all__ = ["FFmpegDecoder"]
+__all__ = ["read_by_ffmpeg"]
 
 _TOLERANCE_SECONDS: Final = 0.1
 # A playlist or a list of files must not lead to other files or to the network.
@@ -29,72 +33,52 @@ _OPTIONS: Final = {"protocol_whitelist": "none"}
 _ESTIMATED: Final = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "amr", "loas", "mp2"})
 
 
-@dataclass(frozen=True)
-class FFmpegDecoder:
-    """Decodes the beginning of files' first audio stream.
+def read_by_ffmpeg(file: BinaryIO, sample_rate: int, duration: float) -> Recording:
+    """Decode the beginning of a file's first audio stream.
 
     Args:
-        sample_rate: The rate that they are resampled to later, in Hz.
-        duration: How much of them is wanted, in seconds.
+        file: A seekable file.
+        sample_rate: The rate that it is resampled to later, in Hz.
+        duration: How much of it is wanted, in seconds.
+
+    Returns:
+        The samples wanted, and some more; fewer if the recording is shorter.
+
+    Raises:
+        DamagedAudioError: It is cut off or damaged, or holds no audio.
+        av.FFmpegError: FFmpeg can't read it.
     """
+    import av
 
-    sample_rate: int
-    duration: float
-
-    def read(self, file: BinaryIO) -> Mixed:
-        """Decode the beginning of a file.
-
-        Args:
-            file: A seekable file.
-
-        Returns:
-            The samples wanted, and some more; fewer if the recording is shorter.
-
-        Raises:
-            DamagedAudioError: It is cut off or damaged, or holds no audio.
-            av.FFmpegError: FFmpeg can't read it.
-        """
-        import av
-
-        file.seek(0)
-        with av.open(file, options=_OPTIONS) as container:
-            if not container.streams.audio:
-                raise DamagedAudioError("it has no audio stream")
-            stream = container.streams.audio[0]
-            sounds: list[Mixed] = []
-            found, wanted = 0, 1
-            for frames, rate in _frames(container, stream):
-                if sounds and rate != sounds[0].rate:
-                    raise DamagedAudioError(
-                        f"its sample rate changes from {sounds[0].rate} to {rate} Hz; encode it "
-                        "anew as one stream"
-                    )
-                sounds.append(mix_to_mono(frames, rate))
-                found, wanted = found + len(frames), self._wanted(rate)
-                if found >= wanted:
-                    break
-            announced = _announced_seconds(container, stream)
-        if not sounds:
-            raise DamagedAudioError("it holds no samples (0 frames)")
-        sound = joined(sounds)
-        if found < wanted:
-            _check_whole(file, sound, announced)
-        return Mixed(sound.samples[:wanted], sound.rate, sound.channel_energy)
-
-    def _wanted(self, rate: int) -> int:
-        if not 0 < rate <= MAX_FILE_RATE:
-            raise DamagedAudioError(f"damaged header: a sample rate of {rate} Hz")
-        return frames_wanted(rate, self.sample_rate, self.duration)
+    file.seek(0)
+    with av.open(file, options=_OPTIONS) as container:
+        if not container.streams.audio:
+            raise DamagedAudioError("it has no audio stream")
+        stream = container.streams.audio[0]
+        parts: list[Recording] = []
+        found, wanted = 0, 1
+        for frames, rate in _frames(container, stream):
+            parts.append(mix_to_mono(frames, rate))
+            found, wanted = found + len(frames), frames_wanted(rate, sample_rate, duration)
+            if found >= wanted:
+                break
+        announced = _announced_seconds(container, stream)
+    if not parts:
+        raise DamagedAudioError("it holds no samples (0 frames)")
+    recording = joined(parts)
+    if found < wanted:
+        _check_whole(file, recording, announced)
+    return Recording(recording.samples[:wanted], recording.rate, recording.channel_energy)
 
 
 def _frames(container: Any, stream: Any) -> Iterator[tuple[NDArray[np.float32], int]]:
     """float32 (num_samples, channels) in -1 .. 1, and the sample rate, of each frame."""
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            raise DamagedAudioError("it has a damaged packet: cut off or damaged")
+            raise cut_off("it has a damaged packet")
         for frame in packet.decode():
             if frame.is_corrupt:
-                raise DamagedAudioError("it has a damaged frame: cut off or damaged")
+                raise cut_off("it has a damaged frame")
             values = frame.to_ndarray()
             if not frame.format.is_planar:
                 values = values.reshape(-1, len(frame.layout.channels)).T
@@ -120,13 +104,14 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     return container.duration / 1e6 if container.duration and only_audio else 0.0
 
 
-def _check_whole(file: BinaryIO, sound: Mixed, announced: float) -> None:
+def _check_whole(file: BinaryIO, recording: Recording, announced: float) -> None:
     """Refuse a file that ends before the duration and before its container does.
 
     Raises:
         DamagedAudioError: It is cut off or damaged.
     """
     check_media_file(file)
+    num_samples = len(recording.samples)
     data, head = find_audio_data(file), read_at(file, 0, 4)
     if data is not None:
         data.check(file)
@@ -136,13 +121,13 @@ def _check_whole(file: BinaryIO, sound: Mixed, announced: float) -> None:
             pass
         return
     if is_flac(file):
-        check_flac_length(file, len(sound.samples))
+        check_flac_length(file, num_samples)
         return
     if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF):
-        find_parts(file, len(sound.samples))
-    seconds = len(sound.samples) / sound.rate
+        find_parts(file, num_samples)
+    seconds = num_samples / recording.rate
     if seconds < announced - _TOLERANCE_SECONDS:
-        raise DamagedAudioError(
+        raise cut_off(
             f"the audio ends after {seconds:.2f} s of the {announced:.2f} s that its header "
-            "announces: cut off or damaged; copy or download it again"
+            "announces"
         )

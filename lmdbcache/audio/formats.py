@@ -1,8 +1,11 @@
-"""File suffixes of audio: which ones a decoder reads, and which ones it can't. No torch here."""
+"""The table of audio formats: which decoder reads the files of which suffix. No torch here.
+
+To add a format, add its suffixes to the table. If its files decode without an error after they were
+cut off, add what shows the cut to `lmdbcache.audio.containers`.
+"""
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 from lmdbcache.errors import ConfigError
@@ -14,78 +17,38 @@ __all__ = [
     "decoder_of",
     "is_audio",
     "is_readable",
-    "readable_suffixes",
-    "unreadable_suffixes",
     "with_decoder",
 ]
 
 DECODERS: Final = ("soundfile", "ffmpeg")
 
-# Format of libsndfile → its suffixes. Missing are those without a header (RAW, SD2), XI, whose
-# header has no sample rate, and suffixes that usually mean other content: .mat (arrays),
-# .iff (pictures), .mpc (Musepack).
-_SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
-    "AIFF": (".aiff", ".aif", ".aifc"),
-    "AU": (".au", ".snd"),
-    "AVR": (".avr",),
-    "CAF": (".caf",),
-    "FLAC": (".flac",),
-    "HTK": (".htk",),
-    "IRCAM": (".sf", ".ircam"),
-    "MAT4": (),
-    "MAT5": (),
-    "MP3": (".mp3", ".mp2", ".mp1", ".mpga"),
-    "MPC2K": (".snd",),
-    "NIST": (".sph", ".nist"),
-    "OGG": (".ogg", ".oga", ".opus"),
-    "PAF": (".paf",),
-    "PVF": (".pvf",),
-    "RAW": (),
-    "RF64": (".rf64",),
-    "SD2": (),
-    "SDS": (".sds",),
-    "SVX": (".svx", ".8svx", ".16sv"),
-    "VOC": (".voc",),
-    "W64": (".w64",),
-    "WAV": (".wav", ".wave", ".bwf"),
-    "WAVEX": (".wav",),
-    "WVE": (".wve",),
-    "XI": (),
+
+def _suffixes(names: str) -> frozenset[str]:
+    return frozenset(f".{name}" for name in names.split())
+
+
+# Missing are suffixes that usually mean other content: .mat (arrays), .iff (pictures).
+_READ_BY_BOTH: Final = _suffixes(
+    "aif aifc aiff au avr bwf caf flac ircam mp1 mp2 mp3 mpga nist oga ogg opus paf pvf rf64 sds "
+    "sf sph svx 8svx 16sv voc w64 wav wave wve"
+)
+_READ_BY: Final = {
+    # What libsndfile 1.2 reads.
+    "soundfile": _READ_BY_BOTH | _suffixes("htk snd"),
+    # Audio, and video that usually has a sound track.
+    "ffmpeg": _READ_BY_BOTH
+    | _suffixes(
+        "3g2 3gp 3gpp aac ac3 adts alac amr ape asf avi awb dff dsf dts eac3 flv m4a m4b m4v mka "
+        "mkv mov mp4 mpc mpeg mpg ogv ra rm spx tta weba webm wma wmv wv"
+    ),
 }
-
-# Audio, and video that usually has a sound track, in formats that libsndfile doesn't read.
-_OTHER: Final = frozenset(
-    {
-        *(
-            ".m4a",
-            ".m4b",
-            ".m4p",
-            ".aac",
-            ".adts",
-            ".alac",
-            ".aax",
-            ".amr",
-            ".awb",
-            ".3gp",
-            ".3gpp",
-        ),
-        *(".3g2", ".mp4", ".m4v", ".mov", ".webm", ".weba", ".mka", ".mkv", ".wma", ".wmv", ".asf"),
-        *(".avi", ".flv", ".mpg", ".mpeg", ".ogv", ".ac3", ".eac3", ".dts", ".ape", ".wv", ".tta"),
-        *(".mpc", ".spx", ".ra", ".rm", ".dsf", ".dff", ".gsm", ".vox", ".pcm", ".raw", ".sd2"),
-        ".xi",
-    }
-)
-
-_KNOWN: Final = _OTHER.union(*_SUFFIXES.values())
-
-# Of libsndfile alone; without a header; encrypted.
-_NOT_BY_FFMPEG: Final = frozenset(
-    {".htk", ".snd", ".xi", ".gsm", ".vox", ".pcm", ".raw", ".sd2", ".m4p", ".aax"}
-)
+# Without a header, or a sample rate in it, or encrypted.
+_READ_BY_NONE: Final = _suffixes("aax gsm m4p pcm raw sd2 vox xi")
+_AUDIO: Final = _READ_BY_NONE.union(*_READ_BY.values())
 
 
 def check_decoder(decoder: str) -> None:
-    """Refuse a decoder that there isn't.
+    """Refuse an unknown decoder.
 
     Raises:
         ConfigError: It isn't one of `DECODERS`.
@@ -95,7 +58,7 @@ def check_decoder(decoder: str) -> None:
 
 
 def decoder_of(front_end: str) -> str:
-    """Return the decoder that a front end's name begins with: `"soundfile"` if it names none."""
+    """Return the decoder that a front end's name begins with, `"soundfile"` if it names none."""
     name = front_end.partition("+")[0]
     return name if name in DECODERS else DECODERS[0]
 
@@ -117,7 +80,7 @@ def with_decoder(front_end: str, decoder: str) -> str:
     if name not in DECODERS or not rest:
         raise ConfigError(
             f"decoder: {decoder!r} can't be part of the front end {front_end!r}, which doesn't "
-            f"begin with a decoder; call it {decoder + '+' + front_end!r} if it is decoded by that"
+            f"begin with a decoder; name it {decoder + '+' + front_end!r} if {decoder} decodes it"
         )
     return f"{decoder}+{rest}"
 
@@ -128,56 +91,16 @@ def by_soundfile(front_end: str) -> str:
     return f"{DECODERS[0]}+{rest}" if name in DECODERS else front_end
 
 
-@functools.cache
-def readable_suffixes(decoder: str = "soundfile") -> frozenset[str]:
-    """Return the file suffixes that a decoder reads, lower-case and with the dot.
-
-    Those of `"soundfile"` are what the installed libsndfile says that it reads; where soundfile
-    isn't installed, which listing a dataset doesn't need, those of libsndfile 1.2.
-
-    Args:
-        decoder: One of `DECODERS`.
+def is_readable(suffix: str, decoder: str = "soundfile") -> bool:
+    """Return whether a decoder reads files with this suffix, in any case.
 
     Raises:
         ConfigError: An unknown decoder.
     """
     check_decoder(decoder)
-    if decoder == "ffmpeg":
-        return _KNOWN - _NOT_BY_FFMPEG
-    try:
-        import soundfile
-
-        formats = list(soundfile.available_formats())
-    except (ImportError, OSError):  # OSError: soundfile without its libsndfile
-        formats = list(_SUFFIXES)
-    return frozenset(suffix for name in formats for suffix in _SUFFIXES.get(name, ()))
-
-
-def unreadable_suffixes(decoder: str = "soundfile") -> frozenset[str]:
-    """Return the suffixes of audio and video files that a decoder doesn't read.
-
-    Args:
-        decoder: One of `DECODERS`.
-
-    Raises:
-        ConfigError: An unknown decoder.
-    """
-    return _KNOWN - readable_suffixes(decoder)
-
-
-def is_readable(suffix: str, decoder: str = "soundfile") -> bool:
-    """Return whether a decoder reads files with this suffix, in any case.
-
-    The same as asking `readable_suffixes`, but a folder of wav files is listed without loading
-    the decoder.
-
-    Raises:
-        ConfigError: An unknown decoder.
-    """
-    suffix = suffix.lower()
-    return suffix in _KNOWN and (suffix == ".wav" or suffix in readable_suffixes(decoder))
+    return suffix.lower() in _READ_BY[decoder]
 
 
 def is_audio(suffix: str) -> bool:
     """Return whether files with this suffix hold audio or video, readable or not."""
-    return suffix.lower() in _KNOWN
+    return suffix.lower() in _AUDIO

@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from lmdbcache.audio.containers import DamagedAudioError
-from lmdbcache.audio.pieced_file import PiecedFile, read_at, size_of
+from lmdbcache.audio.containers import (
+    DamagedAudioError,
+    PiecedFile,
+    cut_off,
+    read_at,
+    size_of,
+    skip_tags,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MPEGPart", "find_parts", "skip_tags"]
+__all__ = ["MPEGPart", "find_parts"]
 
 _LAYER_III: Final = 1
 # By layer's bits; kbit/s of MPEG 1, then of MPEG 2 and 2.5.
@@ -39,7 +45,7 @@ _RATES: Final = (44100, 48000, 32000)
 _HEAD_BYTES: Final = 64  # reaches behind a Xing, Info or VBRI header's sizes
 _SCAN_BYTES: Final = 2**16
 _MAX_JUNK_BYTES: Final = 2**20
-# A part that is shorter is none: headers that count a frame too few are common.
+# Fewer frames are no part: headers that count a frame too few are common.
 _MIN_PART_FRAMES: Final = 4
 
 
@@ -142,17 +148,14 @@ class MPEGPart:
         """
         if self.announced is None:
             if self.is_cut:
-                raise DamagedAudioError(
-                    "it ends inside a frame: cut off or damaged; copy or download it again"
-                )
+                raise cut_off("it ends inside a frame")
             return
         missing = self.announced - self.num_frames
         # Some encoders count the header's own frame.
         is_short = self.is_cut or self.stop - self.start < self.announced_bytes
         if missing > 1 or (missing == 1 and is_short):
-            raise DamagedAudioError(
-                f"its header announces {self.announced} frames, and {self.num_frames} are there: "
-                "cut off or damaged; copy or download it again"
+            raise cut_off(
+                f"its header announces {self.announced} frames, and {self.num_frames} are there"
             )
 
     def open(self, file: BinaryIO) -> PiecedFile:
@@ -182,7 +185,7 @@ def find_parts(
         stop: Where it ends; None is the end of the file.
 
     Returns:
-        The parts in order; none if there are no frames.
+        The parts in order; an empty list if there are no frames.
 
     Raises:
         DamagedAudioError: A part is cut off, or has another sample rate than the one before.
@@ -230,16 +233,6 @@ def _is_complete(part: MPEGPart) -> bool:
     return part.announced is not None and 0 < part.announced <= part.num_frames
 
 
-def skip_tags(file: BinaryIO, position: int) -> int:
-    """Find where the ID3v2 tags at a position end, in bytes."""
-    while True:
-        head = read_at(file, position, 10)
-        if len(head) < 10 or not head.startswith(b"ID3"):
-            return position
-        position += 10 + (10 if head[5] & 0x10 else 0)
-        position += sum((head[6 + place] & 127) << (21 - 7 * place) for place in range(4))
-
-
 def _frames(file: BinaryIO, position: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """Offset and first bytes of each frame; the last one may be cut."""
     previous: _Header | None = None
@@ -258,10 +251,7 @@ def _frames(file: BinaryIO, position: int, stop: int) -> Iterator[tuple[int, byt
             if after == position:
                 after = _next_frame(file, position + 1, stop, previous)
                 if previous is not None and after < stop:
-                    raise DamagedAudioError(
-                        "there is something else between its frames: cut off or damaged; copy or "
-                        "download it again, or encode it anew"
-                    )
+                    raise cut_off("there is something else between its frames")
             position = after
             continue
         yield position, head
@@ -277,7 +267,7 @@ def _goes_on(file: BinaryIO, position: int, header: _Header, stop: int) -> bool:
 
 
 def _next_frame(file: BinaryIO, position: int, stop: int, previous: _Header | None) -> int:
-    """Where the next frame of the stream begins behind bytes that are none; `stop` if nowhere."""
+    """Where the stream's next frame begins behind other bytes; `stop` if there is none."""
     last = min(stop, position + _MAX_JUNK_BYTES)
     while position < last:
         content = read_at(file, position, _SCAN_BYTES + 4)

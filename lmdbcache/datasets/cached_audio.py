@@ -114,8 +114,8 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def _decoded(self, index: int) -> dict[str, Any]:
         source, rate = source_of(self.dataset.samples[index]), self.config.sample_rate
         try:
-            waveform, num_valid = load_clip(
-                source, rate, self.config.duration, None, decoder_of(self.config.front_end)
+            waveform, num_valid, _ = load_clip(
+                source, rate, self.config.duration, decoder_of(self.config.front_end)
             )
             if self.front_end is None:
                 found = {"waveform": torch.from_numpy(waveform)}

@@ -64,7 +64,7 @@ class PassedOver:
     """What a listing passes over.
 
     Args:
-        decoder: What the clips are to be decoded by, see `lmdbcache.audio.formats`.
+        decoder: What decodes the clips, see `lmdbcache.audio`.
 
     Attributes:
         items: What was noted, in order.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
-from lmdbcache.audio import DecodeReport, is_digital_silence, load_clip, shown
+from lmdbcache.audio import is_digital_silence, load_clip, shown
 from lmdbcache.cache import ClipFailure, source_of
 from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
@@ -105,13 +105,12 @@ def decode_unit(
     for clip in clips:
         # Before decoding: a file that is replaced meanwhile isn't the one remembered.
         batch.sources[clip.sample_id] = source_of(clip.source)
-        report = DecodeReport()
         try:
-            waveform, num_valid = load_clip(clip.source, sample_rate, duration, report, decoder)
+            decoded = load_clip(clip.source, sample_rate, duration, decoder)
             found = clip_features(
                 front_end,
-                waveform,
-                num_valid,
+                decoded.waveform,
+                decoded.num_valid,
                 sample_rate=sample_rate,
                 name=shown(clip.source),
             )
@@ -121,12 +120,12 @@ def decode_unit(
             continue
         features.append(torch.from_numpy(found))
         batch.sample_ids.append(clip.sample_id)
-        if is_digital_silence(waveform):
+        if is_digital_silence(decoded.waveform):
             batch.silent.append(clip.sample_id)
-        if report.is_cancelled:
+        if decoded.is_cancelled:
             batch.cancelled.append(clip.sample_id)
-        if np.abs(waveform).max() > _QUIET:
-            batch.audio[clip.sample_id] = xxhash.xxh3_64_intdigest(waveform.data)
+        if np.abs(decoded.waveform).max() > _QUIET:
+            batch.audio[clip.sample_id] = xxhash.xxh3_64_intdigest(decoded.waveform.data)
     batch.num_features, batch.features = len(features), stacked_if_alike(features)
     return batch
 

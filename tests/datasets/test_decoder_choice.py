@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import soundfile
-from embedders.encoded_audio import tone
+from audio.encoded_audio import tone
 from embedders.small_folders import folder_of
 
 from lmdbcache import EmbeddingCache, config_for, to_clips

@@ -48,7 +48,7 @@ class DeferredAudio:
 
     def decode(self) -> tuple[torch.Tensor, int | None]:
         """The same, and how many samples of it aren't padding; None if a transform changed it."""
-        samples, num_valid = load_clip(self.path, self.sample_rate, self.duration)
+        samples, num_valid, _ = load_clip(self.path, self.sample_rate, self.duration)
         waveform = torch.from_numpy(samples).unsqueeze(0)
         if self.transform is None:
             return waveform.squeeze(0), num_valid

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import soundfile
 
+from lmdbcache.audio import load_clip
+
 RATE = 8000
 SECONDS = 1.5
 
@@ -79,3 +81,11 @@ def without_first_frame(mp3: bytes) -> bytes:
     while mp3[second + 2] >> 2 & 3 != mp3[2] >> 2 & 3 or mp3[second + 2] >> 4 in (0, 15):
         second = mp3.index(mp3[:2], second + 1)
     return mp3[second:]
+
+
+def decoded(source, rate: int = RATE, duration: float = 20.0, decoder: str = "soundfile"):
+    """The samples that come from the file, without padding."""
+    clip = load_clip(source, rate, duration, decoder)
+    assert clip.waveform.shape == (round(rate * duration),)
+    assert not clip.waveform[clip.num_valid :].any()
+    return clip.waveform[: clip.num_valid]

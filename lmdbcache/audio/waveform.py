@@ -1,4 +1,4 @@
-"""How much of a file is read, and how its channels become one. No torch here."""
+"""Waveforms: how much of a file is read, how its channels become one, its length. No torch here."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from lmdbcache.audio.containers import DamagedAudioError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["MAX_FILE_RATE", "Mixed", "frames_wanted", "joined", "mix_to_mono"]
+__all__ = ["Recording", "fit", "frames_wanted", "is_digital_silence", "joined", "mix_to_mono"]
 
 # A rate beyond this comes from a damaged header, and would ask for gigabytes.
-MAX_FILE_RATE: Final = 10_000_000
+_MAX_FILE_RATE: Final = 10_000_000
 
 # What is read beyond the duration, so that the last samples are resampled with their right
 # neighbours: 50 ms, and more for low rates, whose filter is as many samples but more time.
@@ -28,7 +30,7 @@ _CANCELLED: Final = 1e-3
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Recording:
     """The beginning of a recording, mixed to mono.
 
     Args:
@@ -44,8 +46,9 @@ class Mixed:
     @property
     def is_cancelled(self) -> bool:
         """Whether the channels cancel: the mix has less than a thousandth of their energy."""
-        energy = float(np.dot(self.samples, self.samples))
-        return self.channel_energy > 0 and energy < _CANCELLED * self.channel_energy
+        if not self.channel_energy:
+            return False
+        return float(np.dot(self.samples, self.samples)) < _CANCELLED * self.channel_energy
 
 
 def frames_wanted(rate: int, sample_rate: int, duration: float) -> int:
@@ -55,12 +58,17 @@ def frames_wanted(rate: int, sample_rate: int, duration: float) -> int:
         rate: The file's sample rate, in Hz.
         sample_rate: The one to resample to, in Hz.
         duration: Where to cut, in seconds.
+
+    Raises:
+        DamagedAudioError: The file's sample rate is impossible.
     """
+    if not 0 < rate <= _MAX_FILE_RATE:
+        raise DamagedAudioError(f"damaged header: a sample rate of {rate} Hz")
     margin = max(_MARGIN_SECONDS, _MARGIN_SAMPLES / min(rate, sample_rate))
     return math.ceil(rate * (duration + margin))
 
 
-def mix_to_mono(frames: NDArray[np.float32], rate: int) -> Mixed:
+def mix_to_mono(frames: NDArray[np.float32], rate: int) -> Recording:
     """Mix by the plain mean.
 
     Args:
@@ -69,21 +77,56 @@ def mix_to_mono(frames: NDArray[np.float32], rate: int) -> Mixed:
     """
     channels = frames.shape[1]
     if channels == 1:
-        return Mixed(frames[:, 0], rate)
+        return Recording(frames[:, 0], rate)
     flat = np.ascontiguousarray(frames).reshape(-1)
     energy = float(np.dot(flat, flat)) / channels
     if channels == 2:
         # 25 times faster than mean(axis=1) on interleaved samples.
         samples: NDArray[np.float32] = frames[:, 0] + frames[:, 1]
         samples *= np.float32(0.5)
-        return Mixed(samples, rate, energy)
-    return Mixed(np.asarray(frames.mean(axis=1, dtype=np.float32)), rate, energy)
+        return Recording(samples, rate, energy)
+    return Recording(np.asarray(frames.mean(axis=1, dtype=np.float32)), rate, energy)
 
 
-def joined(parts: Sequence[Mixed]) -> Mixed:
-    """Join recordings of one sample rate."""
-    return Mixed(
+def joined(parts: Sequence[Recording]) -> Recording:
+    """Join recordings that follow each other.
+
+    Raises:
+        DamagedAudioError: They have different sample rates.
+    """
+    rates = list(dict.fromkeys(part.rate for part in parts))
+    if len(rates) > 1:
+        raise DamagedAudioError(
+            f"its parts have different sample rates ({rates[0]} and {rates[1]} Hz); encode it anew "
+            "as one stream"
+        )
+    return Recording(
         np.concatenate([part.samples for part in parts]),
-        parts[0].rate,
+        rates[0],
         sum(part.channel_energy for part in parts),
     )
+
+
+def fit(waveform: NDArray[np.float32], num_samples: int) -> NDArray[np.float32]:
+    """Cut or zero-pad a waveform at its end.
+
+    Args:
+        waveform: float32 array (n,).
+        num_samples: The length wanted.
+
+    Returns:
+        A new float32 array (num_samples,).
+    """
+    fitted = np.zeros(num_samples, dtype=np.float32)
+    kept = min(num_samples, len(waveform))
+    fitted[:kept] = waveform[:kept]
+    return fitted
+
+
+def is_digital_silence(waveform: NDArray[np.float32]) -> bool:
+    """Return whether every sample is exactly zero, as in a clip whose recording failed.
+
+    Args:
+        waveform: Array (n,) of any real dtype.
+    """
+    return not np.any(waveform)
