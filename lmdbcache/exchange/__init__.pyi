@@ -1,3 +1,4 @@
+from .intake import Intake as Intake, IntakeReport as IntakeReport, Row as Row
 from .merging.merger import Merger as Merger
 from .merging.report import (
     Conflict as Conflict,

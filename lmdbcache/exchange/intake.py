@@ -1,0 +1,614 @@
+"""`Intake`: the one way into a store for embeddings that were computed elsewhere.
+
+Import, merge and pull are sources of rows. A row is checked once, where its bytes come in; here it
+is compared with what is stored, and written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.cache import (
+    DEFAULT_TOLERANCE,
+    THIS_STORE,
+    EmbeddingCache,
+    Origin,
+    Source,
+    SourceRecords,
+    difference_of,
+    write_sources,
+)
+from lmdbcache.config import CacheConfig
+from lmdbcache.errors import (
+    CacheError,
+    CacheNotFoundError,
+    ConfigError,
+    IntegrityError,
+    InvalidEmbeddingError,
+    InvalidSampleIdError,
+)
+from lmdbcache.storage import (
+    EmbeddingReader,
+    EmbeddingWriter,
+    OnDuplicate,
+    Report,
+    StoreMetadata,
+    as_stored,
+    check_pages,
+    check_shape,
+    checksum,
+    checksums_of,
+    sample_id_of_key,
+    sample_key,
+)
+
+__all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Row"]
+
+_CHOICES: Final = ("skip", "overwrite", "error")
+_BATCH_BYTES: Final = 32 << 20
+_BATCH_RECORDS: Final = 16384
+_NO_LIMIT: Final = 1 << 62
+_STACKED_BELOW_BYTES: Final = 64 << 10
+
+# A row to write, and the checksum that it replaces.
+_Change = tuple["Row", "bytes | None"]
+
+
+class Row(NamedTuple):
+    """One embedding that may come into a store.
+
+    Args:
+        key: Its key in a store, which is canonical: see `sample_key`.
+        checksum: The checksum that a store keeps of it.
+        value: The embedding in its stored form, or a function that reads and checks it. The
+            function is called only if the value is needed, and may raise a `CacheError`.
+        where: Where the row comes from, for refusals.
+        origin: Who computed it; None counts as computed in the store that it comes into.
+        source: The file that it was computed from, where known.
+    """
+
+    key: bytes
+    checksum: bytes
+    value: npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
+    where: str
+    origin: Origin | None = None
+    source: Source | None = None
+
+    @property
+    def sample_id(self) -> str:
+        """The sample id."""
+        return sample_id_of_key(self.key)
+
+    @property
+    def by(self) -> Origin:
+        """Who computed it, as far as is known."""
+        return self.origin or Origin(self.where)
+
+    def read(self) -> npt.NDArray[Any]:
+        """Return the embedding.
+
+        Raises:
+            CacheError: It can't be read, or isn't what was written.
+        """
+        return self.value() if callable(self.value) else self.value
+
+
+class Conflict(NamedTuple):
+    """Two embeddings of one sample that are further apart than the tolerance.
+
+    Args:
+        sample_id: The sample.
+        stored: Who computed the one that was stored, or that was given first.
+        given: Who computed the other.
+        max_abs: Largest difference of two elements; infinite if their shapes differ.
+        cosine: 1 less the cosine of the angle between them; 0 is the same direction.
+        kept: Which of them is stored now; `"neither"` if two given ones differ and none was taken.
+    """
+
+    sample_id: str
+    stored: Origin
+    given: Origin
+    max_abs: float
+    cosine: float
+    kept: Literal["stored", "given", "neither"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        # Embeddings of different shapes are infinitely far apart, which JSON has no number for.
+        max_abs = self.max_abs if math.isfinite(self.max_abs) else None
+        origins = {"stored": self.stored.to_dict(), "given": self.given.to_dict()}
+        return {**self._asdict(), "max_abs": max_abs, **origins}
+
+
+class Refusal(NamedTuple):
+    """Something that can't be brought in: one sample, or a source as a whole.
+
+    Args:
+        where: The source, or what the source calls the sample.
+        sample_id: None if it concerns more than one sample, or no sample id is known.
+        reason: Why.
+    """
+
+    where: str
+    sample_id: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.where, self.sample_id, self.reason)))
+
+
+@dataclass
+class IntakeReport(Report):
+    """What came into one store.
+
+    Args:
+        path: The store's folder.
+        config: Its identity.
+        on_duplicate: What happens to a sample that is stored with another value.
+        tolerance: Largest difference of two elements that counts as none.
+        is_dry_run: Whether nothing was written.
+        num_new: Embeddings that weren't stored.
+        num_bytes: Bytes of these.
+        num_same: Embeddings that are bit for bit what is stored.
+        num_close: Within the tolerance of what is stored, which is kept.
+        largest_close: The largest difference among those.
+        conflicts: Those further apart.
+        refused: What can't be stored here, or is damaged.
+        notes: What else is worth knowing.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("fingerprint",)
+
+    path: Path
+    config: CacheConfig
+    on_duplicate: OnDuplicate = "error"
+    tolerance: float = DEFAULT_TOLERANCE
+    is_dry_run: bool = False
+    num_new: int = 0
+    num_bytes: int = 0
+    num_same: int = 0
+    num_close: int = 0
+    largest_close: float = 0.0
+    conflicts: list[Conflict] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the store's config."""
+        return self.config.fingerprint
+
+    @property
+    def unresolved(self) -> list[Conflict]:
+        """The conflicts that `on_duplicate` leaves undecided."""
+        return self.conflicts if self.on_duplicate == "error" else []
+
+    @property
+    def exit_code(self) -> int:
+        """1 if something was left out."""
+        return 1 if self.unresolved or self.refused else 0
+
+    def absorb(self, found: IntakeReport) -> None:
+        """Add what was found of further rows."""
+        for name in ("num_new", "num_bytes", "num_same", "num_close"):
+            setattr(self, name, getattr(self, name) + getattr(found, name))
+        self.largest_close = max(self.largest_close, found.largest_close)
+        self.conflicts += found.conflicts
+        self.refused += found.refused
+        self.notes += found.notes
+
+    def refuse(self, row: Row, error: object) -> None:
+        """Note why a row can't be brought in."""
+        reason = str(error).removeprefix(f"{row.sample_id}: ")
+        self.refused.append(Refusal(row.where, row.sample_id, reason))
+
+    def __str__(self) -> str:
+        would = "would be " if self.is_dry_run else ""
+        parts = [f"{self.num_new} {would}new", f"{self.num_same} stored already"]
+        if self.num_close:
+            parts.append(f"{self.num_close} within {self.tolerance:g} of what is stored")
+        if self.conflicts:
+            outcome = {
+                "error": "left as they are",
+                "skip": "the stored ones are kept",
+                "overwrite": "the given ones are taken",
+            }[self.on_duplicate]
+            parts.append(f"{len(self.conflicts)} in conflict ({outcome})")
+        if self.refused:
+            parts.append(f"{len(self.refused)} refused")
+        return f"{self.path.name}: {', '.join(parts)}"
+
+
+class Intake:
+    """Brings embeddings that were computed elsewhere into one store.
+
+    What is stored already is never written again: the same bytes are counted, others are compared.
+    Within the tolerance the stored one is kept; further apart it is a conflict. Rows are written
+    in transactions of some MiB, each durable, so an intake that is killed continues where it was
+    when it is started again. Other processes may write to the store at the same time.
+
+    Args:
+        cache: The cache.
+        config: Identity of the store, which is made with the first embedding.
+        tolerance: Largest difference of two elements that counts as none.
+        on_duplicate: For a sample that is stored with another value: `"error"` leaves it as it is
+            and lists both as unresolved, `"skip"` keeps it, `"overwrite"` takes the given one. Of
+            several given for one sample, the same holds between the first and the others; with
+            `"error"`, none of them is taken.
+        ragged: Let the first dimension differ between embeddings, if the store is new.
+        dry_run: Only find out what would be done.
+        dataset_root: Kept in the metadata of a new store.
+        read_back: Read what was written once more, and refuse what isn't as it was given.
+
+    Raises:
+        ConfigError: An argument is invalid.
+        IntegrityError: The store is damaged.
+        ReadOnlyCacheError: It can't be written.
+    """
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        config: CacheConfig,
+        *,
+        tolerance: float = DEFAULT_TOLERANCE,
+        on_duplicate: OnDuplicate = "error",
+        ragged: bool = False,
+        dry_run: bool = False,
+        dataset_root: str = "",
+        read_back: bool = False,
+    ) -> None:
+        if on_duplicate not in _CHOICES:
+            raise ConfigError(f"on_duplicate: {on_duplicate!r}; known are {', '.join(_CHOICES)}")
+        if not tolerance >= 0:
+            raise ConfigError(f"tolerance: {tolerance!r}; it is 0 or more")
+        if not dry_run:
+            cache.check_writable(config)
+        path = cache.path(config)
+        if config in cache:
+            # LMDB follows damaged pages into nowhere: look before it does.
+            check_pages(path)
+        self.report: Final = IntakeReport(path, config, on_duplicate, float(tolerance), dry_run)
+        self._cache = cache
+        self._ragged = ragged
+        self._dataset_root = dataset_root
+        self._reads_back = read_back
+        # Of a dry run: what would be stored by now.
+        self._would_be: dict[bytes, bytes] = {}
+
+    def stored(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Return the checksums of those that are stored, or by a dry run would be."""
+        with self._look() as look:
+            return self._stored(look, keys)
+
+    def metadata(self) -> StoreMetadata | None:
+        """Return the store's metadata; None while there is no store."""
+        with self._look() as look:
+            return None if look is None else look.metadata
+
+    def checked(
+        self,
+        sample_ids: Sequence[str],
+        embeddings: npt.NDArray[Any] | Sequence[Any],
+        origin: Origin,
+        *,
+        checksums: Sequence[bytes] | None = None,
+        sources: Mapping[str, Source] | None = None,
+    ) -> list[Row]:
+        """Return embeddings that come in as rows; those that can't be stored are refused.
+
+        Args:
+            sample_ids: `(n,)` sample ids.
+            embeddings: One for each, in the stored dtype: `(n, *embedding_shape)`, or a sequence.
+            origin: Who computed them.
+            checksums: The checksum that each had where it comes from; one that doesn't match is
+                refused.
+            sources: Sample id → the file it was computed from, where known.
+
+        Raises:
+            InvalidEmbeddingError: Not as many embeddings as sample ids.
+        """
+        if len(sample_ids) != len(embeddings) or len(checksums or sample_ids) != len(sample_ids):
+            raise InvalidEmbeddingError(
+                f"{len(embeddings)} embeddings and {len(checksums or sample_ids)} checksums for "
+                f"{len(sample_ids)} sample ids"
+            )
+        rows = []
+        for number, (sample_id, embedding) in enumerate(zip(sample_ids, embeddings, strict=True)):
+            try:
+                key = sample_key(sample_id)
+                value = as_stored(sample_id, embedding, self.report.config.dtype, copy=False)
+                found = checksum(key, value.reshape(-1).view("u1").data)
+                if checksums is not None and found != bytes(checksums[number]):
+                    raise InvalidEmbeddingError("the value doesn't match its checksum")
+            except (InvalidSampleIdError, InvalidEmbeddingError) as error:
+                reason = str(error).removeprefix(f"{sample_id}: ")
+                self.report.refused.append(Refusal(origin.writer, sample_id, reason))
+                continue
+            source = (sources or {}).get(sample_id)
+            rows.append(Row(key, found, value, origin.writer, origin, source))
+        return rows
+
+    def add(
+        self,
+        rows: Iterable[Row],
+        provenance: Mapping[str, str],
+        *,
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        """Bring in these; durable when this returns.
+
+        Args:
+            rows: Taken one by one, held by the batch. All rows of one sample stand together. Rows
+                in the order of their keys fill the pages of a new store.
+            provenance: Of all of them; compared with the store's.
+            advance: Called with the number of rows that are done since the last call.
+
+        Raises:
+            ProvenanceMismatchError: The store was filled with other weights; nothing was written.
+            CacheFullError: The disk is full; what was committed stays.
+        """
+        groups: dict[bytes, list[Row]] = {}
+        num_bytes = 0
+        for row in rows:
+            is_full = num_bytes >= _BATCH_BYTES or len(groups) >= _BATCH_RECORDS
+            if is_full and row.key not in groups:
+                self._bring_in(groups, provenance, advance)
+                groups, num_bytes = {}, 0
+            groups.setdefault(row.key, []).append(row)
+            num_bytes += 0 if callable(row.value) else row.value.nbytes
+        self._bring_in(groups, provenance, advance)
+
+    # ---- one look at the store, one transaction
+
+    def _bring_in(
+        self,
+        groups: Mapping[bytes, list[Row]],
+        provenance: Mapping[str, str],
+        advance: Callable[[int], None] | None,
+    ) -> None:
+        left = dict(groups)
+        while left:
+            # Ends before anything is written, or old pages would be kept.
+            with self._look() as reader:
+                look = _Look(self.report, reader, self._stored(reader, list(left)), self._ragged)
+                number = look.judge_batch(left.values())
+            if look.changes and not self.report.is_dry_run:
+                try:
+                    self._write(look.changes, provenance)
+                except _ConcurrentWriteError:
+                    continue  # others write to this store: look again
+                if self._reads_back:
+                    self._read_back(look)
+            if self.report.is_dry_run:
+                self._would_be.update({row.key: row.checksum for row, _ in look.changes})
+            self.report.absorb(look.found)
+            done, left = (dict(islice(left.items(), *ends)) for ends in ((number,), (number, None)))
+            if advance is not None:
+                advance(sum(map(len, done.values())))
+
+    @contextlib.contextmanager
+    def _look(self) -> Iterator[EmbeddingReader | None]:
+        """What is stored now; None while there is no store."""
+        with contextlib.ExitStack() as stack:
+            reader = None
+            with contextlib.suppress(CacheNotFoundError):
+                reader = stack.enter_context(
+                    self._cache.reader(self.report.config, track_usage=False)
+                )
+                reader.pinned()
+            yield reader
+
+    def _stored(self, reader: EmbeddingReader | None, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        stored = {} if reader is None else checksums_of(reader, keys)
+        would_be = {key: self._would_be[key] for key in keys if key in self._would_be}
+        return {**would_be, **stored} if would_be else stored
+
+    def _write(self, changes: Sequence[_Change], provenance: Mapping[str, str]) -> None:
+        """Write rows in one transaction.
+
+        Raises:
+            _ConcurrentWriteError: One of the samples isn't stored as it was; nothing was written.
+        """
+        path = self.report.path
+        by_name = {row.sample_id: row for row, _ in changes}
+        expected = {row.sample_id: replaced for row, replaced in changes}
+        has_written = False
+
+        def before_commit(committed: Mapping[str, tuple[bytes | None, bytes]]) -> None:
+            nonlocal has_written
+            if {name: replaced for name, (replaced, _) in committed.items()} != expected:
+                raise _ConcurrentWriteError
+            rows = [(name, *pair, by_name[name]) for name, pair in committed.items()]
+            sources = [(n, old, new, row.source) for n, old, new, row in rows if row.source]
+            origins = [(n, old, new, row.origin) for n, old, new, row in rows if row.origin]
+            if sources or origins:
+                write_sources(path, sources, origins=origins)
+            has_written = True
+
+        with EmbeddingWriter(
+            path,
+            self.report.config,
+            ragged=self._ragged,
+            provenance=provenance,
+            dataset_root=self._dataset_root,
+            commit_bytes=_NO_LIMIT,
+            commit_records=_NO_LIMIT,
+            commit_seconds=math.inf,
+            replace=[name for name, replaced in expected.items() if replaced is not None],
+            before_commit=before_commit,
+        ) as writer:
+            writer.put_batch(by_name, _batch([row.read() for row, _ in changes]))
+        if not has_written:
+            raise _ConcurrentWriteError
+
+    def _read_back(self, look: _Look) -> None:
+        """Refuse those that were just written and aren't stored as they were given."""
+        with self._look() as reader:
+            for row, _ in look.changes:
+                if reader is None or _sound_value(reader, row.key, row.checksum) is None:
+                    look.found.refuse(row, "read back, it isn't what was given")
+
+
+class _ConcurrentWriteError(Exception):
+    """Another process has written one of the samples since the look; nothing was written."""
+
+
+class _Look:
+    """What one look at the store says about some rows.
+
+    Args:
+        report: What is asked for.
+        reader: The store; None while there is none.
+        stored: The checksums that are stored of these rows.
+        ragged: Whether the first dimension may differ, in a new store.
+    """
+
+    def __init__(
+        self,
+        report: IntakeReport,
+        reader: EmbeddingReader | None,
+        stored: Mapping[bytes, bytes],
+        ragged: bool,  # noqa: FBT001 - as the argument of `Intake`
+    ) -> None:
+        self._asked = report
+        self._reader = reader
+        self._stored = stored
+        self._shape = None if reader is None else reader.embedding_shape
+        self._ragged = ragged
+        self._checksums_in_conflict: dict[str, bytes] = {}
+        self.found = IntakeReport(report.path, report.config)
+        self.changes: list[_Change] = []
+
+    def judge_batch(self, groups: Iterable[list[Row]]) -> int:
+        """Judge as many samples as one transaction takes.
+
+        Returns:
+            Their number.
+        """
+        number = num_bytes = 0
+        for number, rows in enumerate(groups, 1):  # noqa: B007 - their number is the result
+            num_bytes += self._judge(rows)
+            if num_bytes >= _BATCH_BYTES:
+                break
+        if self._checksums_in_conflict:
+            with SourceRecords(self._asked.path) as records:
+                origins = records.origins(self._checksums_in_conflict)
+            self.found.conflicts = [
+                conflict._replace(stored=origins.get(conflict.sample_id, THIS_STORE))
+                if conflict.stored is THIS_STORE
+                else conflict
+                for conflict in self.found.conflicts
+            ]
+        return number
+
+    def _judge(self, rows: list[Row]) -> int:
+        """Compare the rows of one sample with what is stored, and with each other.
+
+        Returns:
+            The bytes to write.
+        """
+        before = kept = self._stored.get(rows[0].key)
+        taken: Row | None = None  # instead of the stored one, or where there is none
+        num_conflicts = len(self.found.conflicts)
+        for row in rows:
+            if row.checksum == kept:
+                self.found.num_same += 1
+                continue
+            try:
+                value = row.read()
+                self._check_shape(row, value)
+            except CacheError as error:
+                self.found.refuse(row, error)
+                continue
+            if kept is None or self._replaces(row, value, taken):
+                taken, kept = row._replace(value=value), row.checksum
+        if taken is None or taken.checksum == before:
+            return 0
+        is_disputed = before is None and len(self.found.conflicts) > num_conflicts
+        if is_disputed and self._asked.on_duplicate == "error":
+            return 0  # which of them is right isn't for their order to decide
+        num_bytes = taken.read().nbytes
+        if before is None:
+            self.found.num_new += 1
+            self.found.num_bytes += num_bytes
+        self.changes.append((taken, before))
+        return num_bytes
+
+    def _check_shape(self, row: Row, value: npt.NDArray[Any]) -> None:
+        if self._shape is None:  # the first of a new store decides
+            self._shape = (None, *value.shape[1:]) if self._ragged and value.shape else value.shape
+        check_shape(row.sample_id, value.shape, self._shape)
+
+    def _replaces(self, row: Row, value: npt.NDArray[Any], taken: Row | None) -> bool:
+        """Compare an embedding with the one before it, and note the outcome.
+
+        Args:
+            row: Where it comes from.
+            value: The embedding.
+            taken: What it is compared with; None: what is stored.
+
+        Returns:
+            Whether it is to be stored instead.
+        """
+        overwrites = self._asked.on_duplicate == "overwrite"
+        by = THIS_STORE if taken is None else taken.by
+        if taken is not None:
+            other: npt.NDArray[Any] | None = taken.read()
+        elif self._reader is None or row.sample_id not in self._reader:
+            self.found.notes.append(
+                f"{row.sample_id}: this dry run met two embeddings, and compared neither"
+            )
+            return False
+        else:
+            other = _sound_value(self._reader, row.key, self._stored[row.key])
+        if other is None and overwrites:
+            text = f"the stored value of {row.sample_id} was damaged, and was replaced"
+            self.found.notes.append(text)
+            return True
+        if other is None:
+            reason = "the value that is stored is damaged: repair the store, and do this again"
+            where = str(self._asked.path)
+            self.found.refused.append(Refusal(where, row.sample_id, reason))
+            return False
+        if other.shape == value.shape:
+            max_abs, cosine = difference_of(other, value)
+        else:  # of a ragged store
+            max_abs, cosine = math.inf, 1.0
+        if max_abs <= self._asked.tolerance:
+            self.found.num_close += 1
+            self.found.largest_close = max(self.found.largest_close, max_abs)
+            return False
+        is_undecided = taken is not None and self._asked.on_duplicate == "error"
+        kept: Literal["stored", "given", "neither"] = "neither" if is_undecided else "stored"
+        self.found.conflicts.append(
+            Conflict(row.sample_id, by, row.by, max_abs, cosine, "given" if overwrites else kept)
+        )
+        if taken is None:
+            self._checksums_in_conflict[row.sample_id] = self._stored[row.key]
+        return overwrites
+
+
+def _sound_value(reader: EmbeddingReader, key: bytes, expected: bytes) -> npt.NDArray[Any] | None:
+    """The stored value of a key; None if it doesn't have its checksum."""
+    try:
+        value = reader[sample_id_of_key(key)]
+    except IntegrityError:
+        return None
+    return value if checksum(key, value.reshape(-1).view("u1").data) == expected else None
+
+
+def _batch(values: list[npt.NDArray[Any]]) -> Any:
+    """One array of small values of one shape, which is several times faster to write."""
+    if values[0].nbytes < _STACKED_BELOW_BYTES and len({value.shape for value in values}) == 1:
+        return np.stack(values)
+    return values

@@ -1,0 +1,51 @@
+"""Stores of one config under several roots."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lmdbcache import EmbeddingCache
+
+
+def numbered(first, last, size=8, seed=0):
+    """Embeddings that depend on their number alone."""
+    return {
+        f"clip_{n:05d}:{'dog' if n % 2 else 'drum'}": np.random.default_rng([seed, n])
+        .normal(size=size)
+        .astype(np.float32)
+        for n in range(first, last)
+    }
+
+
+@pytest.fixture
+def store(tmp_path, config):
+    """Makes a root of this name that holds these embeddings."""
+
+    def store(name, embeddings, *, config=config, **options):
+        cache = EmbeddingCache(tmp_path / name)
+        with cache.writer(config, **options) as writer:
+            writer.put_batch(embeddings, list(embeddings.values()))
+        return cache
+
+    return store
+
+
+@pytest.fixture
+def target(tmp_path):
+    """The root to merge into; it doesn't exist yet."""
+    return EmbeddingCache(tmp_path / "target")
+
+
+def contents(cache, config):
+    """All that a store holds, checked."""
+    assert cache.verify(config).is_sound
+    with cache.reader(config) as reader:
+        return dict(reader)
+
+
+def same(found, expected):
+    """Whether both hold the same samples, bit for bit."""
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[name].view(np.uint8), expected[name].view(np.uint8)) for name in found
+    )
