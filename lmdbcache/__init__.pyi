@@ -1,6 +1,5 @@
 from .cache import (
     Coverage as Coverage,
-    DatasetCoverage as DatasetCoverage,
     EmbeddingCache as EmbeddingCache,
     EpochStatistics as EpochStatistics,
     Explanation as Explanation,

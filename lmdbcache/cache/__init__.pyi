@@ -4,8 +4,11 @@ from .comparison import (
     compare_stores as compare_stores,
     difference_of as difference_of,
 )
-from .coverage import Coverage as Coverage, coverage_of as coverage_of
-from .dataset_coverage import DatasetCoverage as DatasetCoverage, left_out_counts as left_out_counts
+from .coverage import (
+    Coverage as Coverage,
+    coverage_of as coverage_of,
+    left_out_counts as left_out_counts,
+)
 from .embedding_cache import ROOT_VARIABLE as ROOT_VARIABLE, EmbeddingCache as EmbeddingCache
 from .failures import (
     FAILURES_NAME as FAILURES_NAME,
@@ -42,7 +45,6 @@ from .records.database import (
 from .records.files import Source as Source, compare as compare, source_of as source_of
 from .records.origin_counts import count_origins as count_origins
 from .records.origins import THIS_STORE as THIS_STORE, Origin as Origin
-from .requirement import is_covered as is_covered
 from .statistics import (
     EpochStatistics as EpochStatistics,
     ReadStatistics as ReadStatistics,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.cache.coverage import Coverage, coverage_of
-from lmdbcache.cache.dataset_coverage import DatasetCoverage, dataset_coverage, parts_of
+from lmdbcache.cache.coverage import Coverage, coverage_of, shortfall
 from lmdbcache.cache.failures import read_failures
 from lmdbcache.cache.misses import Explanation, explain_config, explain_sample, nearest_store
-from lmdbcache.cache.requirement import how_to_fill, is_covered, shortfall
 from lmdbcache.cache.statistics import ReadStatistics, statistics_of
 from lmdbcache.cache.store_info import (
     StoreInfo,
@@ -178,24 +176,23 @@ class EmbeddingCache:
         """Keep what is sound of a damaged store. See `storage.maintenance.repair`."""
         return repair(self.path(config), dry_run=dry_run, progress=progress)
 
-    def coverage(self, config: CacheConfig, sample_ids: Iterable[str]) -> Coverage:
-        """How much of these samples is stored, by class. Nothing stored is no error."""
-        if config not in self:
-            return coverage_of(sample_ids, None)
-        with EmbeddingReader(self.path(config), config, track_usage=False) as reader:
-            return coverage_of(sample_ids, reader)
-
-    def dataset_coverage(self, config: CacheConfig, dataset: Any) -> DatasetCoverage:
-        """How much of a dataset is stored, by class, split and node.
+    def coverage(self, config: CacheConfig, dataset: Any) -> Coverage:
+        """Return how much of a dataset is stored, by class, split and node.
 
         Args:
-            config: Identity of the store.
-            dataset: See `require`.
+            config: Identity of the store; if nothing is stored for it, all is missing.
+            dataset: Sample ids; a dict of sample id → audio file; an `AudioDataset` (its samples
+                may have a `split` and a `node`), with `train`, `val` and `test` or not; or a dict
+                of split → one of these, or of node → split → one of these.
+
+        Raises:
+            ConfigError: `dataset` isn't a dataset.
         """
-        parts = parts_of(dataset)
-        found = self.coverage(config, [name for part in parts for name in part.sample_ids])
+        if config not in self:
+            return coverage_of(dataset, None)
         failed = [failure.sample_id for failure in read_failures(self.path(config))]
-        return dataset_coverage(parts, found, failed, getattr(dataset, "left_out", None))
+        with EmbeddingReader(self.path(config), config, track_usage=False) as reader:
+            return coverage_of(dataset, reader, failed)
 
     def require(
         self,
@@ -204,34 +201,26 @@ class EmbeddingCache:
         min_coverage: float = 1.0,
         *,
         allow_failed: bool = False,
-        model: str | os.PathLike[str] | None = None,
-        data_dir: str | os.PathLike[str] | None = None,
-    ) -> DatasetCoverage:
-        """Fail now, and not in the middle of a training, if too little of a dataset is stored.
+    ) -> Coverage:
+        """Raise before a training, and not in the middle of it, if too little is stored.
 
         Args:
             config: Identity of the store.
-            dataset: Sample ids; an `AudioDataset` (its samples may have a `split` and a `node`),
-                with `train`, `val` and `test` or not; or a dict of split → one of these, or of
-                node → split → one of these.
+            dataset: See `coverage`.
             min_coverage: Share that must be stored, 0 to 1.
             allow_failed: Leave out clips that failed when last tried: no run fills these.
-            model: Checkpoint folder for the command in the message; needed for a model that isn't
-                on the Hub.
-            data_dir: The dataset's folder for that command; None takes `dataset.root`.
 
         Returns:
             What is stored.
 
         Raises:
-            CoverageError: Too little is; the message has a table and the command that fills it.
+            CoverageError: Too little is; the message has a table and what fills the gap.
             ConfigError: `min_coverage` is outside [0, 1], or `dataset` isn't a dataset.
         """
-        found = self.dataset_coverage(config, dataset)
-        if is_covered(found, min_coverage, allow_failed=allow_failed):
+        found = self.coverage(config, dataset)
+        if found.is_enough(min_coverage, allow_failed=allow_failed):
             return found
-        remedy = how_to_fill(config, self.root, dataset, found, model=model, data_dir=data_dir)
-        raise CoverageError(shortfall(found, min_coverage, str(self.explain(config)), remedy))
+        raise CoverageError(shortfall(config, dataset, found, str(self.explain(config))))
 
     def statistics(self, config: CacheConfig) -> ReadStatistics:
         """Hits and misses of all processes, since the store was made or its figures were reset."""

@@ -17,7 +17,6 @@ from lmdbcache.cache import (
     Origin,
     StoreInfo,
     count_origins,
-    is_covered,
     read_failures,
 )
 from lmdbcache.cli.config_choice import ConfigChoice
@@ -234,7 +233,7 @@ def coverage_command(
     config, cache = choice.config(dataset.namespace), EmbeddingCache(root)
     dataset.check_namespace(cache, config)
     by_split = by_split and dataset.split == "all"
-    found = cache.dataset_coverage(config, dataset.ids_by_split(each=by_split))
+    found = cache.coverage(config, dataset.ids_by_split(each=by_split))
     found = replace(found, left_out=dataset.left_out_counts)
     if as_json:
         print_json({"fingerprint": config.fingerprint, **found.to_dict()})
@@ -254,8 +253,10 @@ def coverage_command(
         say(f"{found.num_present} of {found.num_asked} stored ({100 * found.fraction:.1f} %)")
         if dataset.left_out:
             say(f"{len(dataset.left_out)} files or rows of the dataset are left out")
+        if len(found.failed) < len(found.missing):
+            say("`lmdbcache extract` with the same dataset and model computes what is missing")
         if found.failed:
             say(f"{len(found.failed)} of the missing failed when last tried; no run fills them")
         if list_missing:
             say("\n".join(found.missing))
-    raise typer.Exit(0 if is_covered(found, min_coverage, allow_failed=allow_failed) else 1)
+    raise typer.Exit(0 if found.is_enough(min_coverage, allow_failed=allow_failed) else 1)

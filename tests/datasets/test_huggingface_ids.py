@@ -108,7 +108,7 @@ def test_an_extraction_of_another_range_has_no_false_hits(name, tmp_path):
     front_end = dataset_contract._FrontEnd()
     for part, hits in ((range(10), 0), (range(5, 15), 5)):
         dataset = opened(ds.select(part))
-        found = cache.dataset_coverage(config, dataset)
+        found = cache.coverage(config, dataset)
         assert found.num_present == hits
         summary = extract(
             cache, config, dataset, front_end=front_end, progress=False, num_workers=0,

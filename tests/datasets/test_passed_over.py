@@ -179,7 +179,7 @@ def test_audio_that_cannot_be_decoded_is_counted_by_suffix_and_class(root, kind,
     dataset = open_dataset(root)
     assert dataset.sample_ids == before.sample_ids
     counts = left_out_counts(dataset.left_out)
-    coverage = EmbeddingCache(root / "no cache").dataset_coverage(CacheConfig(), dataset)
+    coverage = EmbeddingCache(root / "no cache").coverage(CacheConfig(), dataset)
     assert coverage.left_out == counts
     assert counts["count"] == len(before.left_out) + 5
     assert counts["by_suffix"][suffix.lower()] == 5
