@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage import EmbeddingReader, portable, sample_id_of_key, stored_checksums
+from lmdbcache.storage import EmbeddingReader, Report, portable, sample_id_of_key, stored_checksums
 
 __all__ = [
     "DEFAULT_TOLERANCE",
-    "SampleDifference",
+    "Difference",
     "StoreComparison",
     "compare_stores",
     "difference_of",
@@ -33,15 +34,24 @@ _OF_IMPORT: Final = re.compile(r"imported_(from|at)(_\d+)?")
 _Differences = Mapping[str, tuple[Any, Any]]
 
 
-@dataclass(frozen=True)
-class SampleDifference:
-    """How far two embeddings of one sample are apart.
+class Difference(NamedTuple):
+    """How far two embeddings are apart.
 
     Args:
-        sample_id: Whose.
-        max_abs: Largest difference of two elements.
-        cosine: 1 less the cosine of the angle between them; 0 is the same direction.
+        max_abs: Largest difference of two elements; infinite if the shapes differ.
+        cosine: 1 less the cosine of the angle between them: 0 is the same direction; 1 if the
+            shapes differ or one of the two is zero.
+        relative_l2: Length of the difference, relative to that of the first; infinite if the
+            shapes differ.
     """
+
+    max_abs: float
+    cosine: float
+    relative_l2: float
+
+
+class SampleDifference(NamedTuple):
+    """How far two embeddings of one sample are apart, as in `Difference`."""
 
     sample_id: str
     max_abs: float
@@ -49,7 +59,7 @@ class SampleDifference:
 
 
 @dataclass
-class StoreComparison:
+class StoreComparison(Report):
     """What differs between two stores.
 
     Args:
@@ -67,6 +77,8 @@ class StoreComparison:
         tolerance: Of `num_close`.
         has_values: Whether values were looked at, or checksums alone.
     """
+
+    derived: ClassVar = ("is_equal",)
 
     a: Path
     b: Path
@@ -91,22 +103,10 @@ class StoreComparison:
         found = (self.num_only_a, self.num_only_b, self.num_different, self.num_other_shape)
         return not (self.config or self.provenance or any(found))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        counts = ("only_a", "only_b", "common", "equal", "close", "different", "other_shape")
-        return {
-            "a": str(self.a),
-            "b": str(self.b),
-            "is_equal": self.is_equal,
-            "config": {name: list(pair) for name, pair in self.config.items()},
-            "provenance": {name: list(pair) for name, pair in self.provenance.items()},
-            "tolerance": self.tolerance,
-            "has_values": self.has_values,
-            **{f"num_{name}": getattr(self, f"num_{name}") for name in counts},
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "worst": [vars(difference) for difference in self.worst],
-        }
+    @property
+    def exit_code(self) -> int:
+        """1 if something differs."""
+        return 0 if self.is_equal else 1
 
 
 def compare_stores(
@@ -150,14 +150,13 @@ def compare_stores(
     return found
 
 
-def difference_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, float]:
-    """How far two embeddings of one shape are apart, as `SampleDifference` has it.
-
-    Returns:
-        Largest difference of two elements; 1 less the cosine of the angle between them.
-    """
+def difference_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Difference:
+    """Return how far two embeddings are apart."""
+    if x.shape != y.shape:
+        return Difference(math.inf, 1.0, math.inf)
     a, b = (value.reshape(1, -1).astype(np.float64) for value in (x, y))
-    return float(np.abs(a - b).max()), float(_cosine_distances(a, b)[0])
+    max_abs, cosine, relative_l2 = _differences(a, b)
+    return Difference(float(max_abs[0]), float(cosine[0]), float(relative_l2[0]))
 
 
 def _provenance_differences(a: Mapping[str, str], b: Mapping[str, str]) -> _Differences:
@@ -244,7 +243,7 @@ class _Comparer:
         if not len(rest):
             return
         x, y = a[rest].astype(np.float64), b[rest].astype(np.float64)
-        max_abs, cosine = np.abs(x - y).max(axis=1), _cosine_distances(x, y)
+        max_abs, cosine, _ = _differences(x, y)
         is_close = max_abs <= self._found.tolerance
         self._found.num_close += int(is_close.sum())
         self._found.num_different += int((~is_close).sum())
@@ -260,16 +259,20 @@ def _as_rows(batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(batch.reshape(len(batch), -1).astype(np.float32, copy=False))
 
 
-def _cosine_distances(
+def _differences(
     x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """1 - cosine of each row; 0 for two zeros, 1 for one."""
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    products = np.einsum("ij,ij->i", x, y)
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the three numbers of a `Difference`, for each row of `(n, elements)`."""
+    differences = x - y
+    lengths, others = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        distances = np.where(norms > 0, 1 - products / norms, 1.0)
-    distances[~x.any(axis=1) & ~y.any(axis=1)] = 0.0
-    return np.maximum(distances, 0.0)
+        cosine = np.where(
+            lengths * others > 0, 1 - np.einsum("ij,ij->i", x, y) / (lengths * others), 1.0
+        )
+    cosine[~x.any(axis=1) & ~y.any(axis=1)] = 0.0
+    relative_l2 = np.linalg.norm(differences, axis=1) / np.where(lengths > 0, lengths, 1.0)
+    # Rounding doesn't bring two vectors closer than the same direction.
+    return np.abs(differences).max(axis=1), np.maximum(cosine, 0.0), relative_l2
 
 
 def _name_a_few(names: list[str], key: bytes) -> None:
@@ -280,7 +283,7 @@ def _name_a_few(names: list[str], key: bytes) -> None:
 def _merged(
     a: EmbeddingReader, b: EmbeddingReader
 ) -> Iterator[tuple[bytes, bytes | None, bytes | None]]:
-    """(key, checksum in a, checksum in b) by key; None where it isn't stored."""
+    """Yield (key, checksum in a, checksum in b) by key; None where it isn't stored."""
     end = (b"", b"")
     first, second = stored_checksums(a), stored_checksums(b)
     x, y = next(first, end), next(second, end)

@@ -104,7 +104,7 @@ def _say_report(report: AuditReport) -> None:
                     s.sample_id,
                     f"{s.relative_l2:.1e}",
                     f"{s.max_abs:.1e}",
-                    f"{s.cosine_distance:.1e}",
+                    f"{s.cosine:.1e}",
                 )
                 for s in report.samples[:_FEW]
             ],

@@ -580,10 +580,7 @@ class _Look:
             where = str(self._asked.path)
             self.found.refused.append(Refusal(where, row.sample_id, reason))
             return False
-        if other.shape == value.shape:
-            max_abs, cosine = difference_of(other, value)
-        else:  # of a ragged store
-            max_abs, cosine = math.inf, 1.0
+        max_abs, cosine, _ = difference_of(other, value)
         if max_abs <= self._asked.tolerance:
             self.found.num_close += 1
             self.found.largest_close = max(self.found.largest_close, max_abs)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lmdbcache.cache import EmbeddingCache, compare, recorded_sources
+from lmdbcache.cache import EmbeddingCache, compare, difference_of, recorded_sources
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.features import features_of
 from lmdbcache.extraction.pipeline import default_num_workers
-from lmdbcache.storage import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader, Report
 
 __all__ = ["AuditReport", "AuditedSample", "audit", "tolerance_for"]
 
@@ -42,27 +42,26 @@ _COMPARED: Final = (
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class AuditedSample:
-    """One stored embedding beside the one that its clip gives now.
+class AuditedSample(NamedTuple):
+    """One stored embedding compared with the one that its clip gives now.
 
     Args:
         sample_id: The sample.
-        max_abs: Largest absolute difference of two elements.
-        relative_l2: Length of the difference, relative to the stored embedding's.
-        cosine_distance: 1 - cosine of the angle between the two.
         path: The clip's file.
+        max_abs: Largest difference of two elements.
+        cosine: 1 less the cosine of the angle between the two.
+        relative_l2: Length of the difference, relative to the stored embedding's.
     """
 
     sample_id: str
-    max_abs: float
-    relative_l2: float
-    cosine_distance: float
     path: str
+    max_abs: float
+    cosine: float
+    relative_l2: float
 
 
 @dataclass(frozen=True)
-class AuditReport:
+class AuditReport(Report):
     """What an audit found.
 
     Args:
@@ -73,6 +72,8 @@ class AuditReport:
         failed: Sample id → why its file gives no embedding now, although it is the same.
         differences: Name in the provenance → (the store's value, the one now).
     """
+
+    derived: ClassVar = ("is_sound", "num_drifted")
 
     store: Path
     tolerance: float
@@ -91,14 +92,15 @@ class AuditReport:
         """Whether every embedding could be compared and is what its clip gives."""
         return bool(self.samples) and not (self.drifted or self.failed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            **asdict(self),
-            "store": os.fspath(self.store),
-            "is_sound": self.is_sound,
-            "num_drifted": len(self.drifted),
-        }
+    @property
+    def num_drifted(self) -> int:
+        """How many are farther away than the tolerance."""
+        return len(self.drifted)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the audit is sound, else 1."""
+        return 0 if self.is_sound else 1
 
 
 def tolerance_for(config: CacheConfig) -> float:
@@ -174,7 +176,7 @@ def audit(  # noqa: PLR0913
             progress=progress,
         )
         samples = [
-            _compared(sample_id, reader[sample_id], value, paths[sample_id])
+            AuditedSample(sample_id, paths[sample_id], *difference_of(reader[sample_id], value))
             for sample_id, value in computed
         ]
         return AuditReport(
@@ -253,20 +255,3 @@ def _computed(
             if progress is not None:
                 progress(len(computed) + len(failed), len(paths))
     return computed, failed
-
-
-def _compared(
-    sample_id: str, stored: npt.NDArray[Any], computed: npt.NDArray[np.float32], path: str
-) -> AuditedSample:
-    if stored.shape != computed.shape:
-        return AuditedSample(sample_id, float("inf"), float("inf"), float("inf"), path)
-    a, b = stored.astype(np.float64).ravel(), computed.astype(np.float64).ravel()
-    difference, length = a - b, float(np.linalg.norm(a))
-    product = length * float(np.linalg.norm(b))
-    return AuditedSample(
-        sample_id,
-        float(np.abs(difference).max()),
-        float(np.linalg.norm(difference)) / (length or 1.0),
-        max(0.0, 1.0 - float(a @ b) / product) if product else 0.0,
-        path,
-    )

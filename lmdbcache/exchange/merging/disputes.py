@@ -48,7 +48,7 @@ def settle(candidates: Iterable[Incoming], on_conflict: OnConflict, tolerance: f
         if ours.value.shape != candidate.value.shape:
             max_abs, cosine = float("inf"), 1.0
         else:
-            max_abs, cosine = difference_of(ours.value, candidate.value)
+            max_abs, cosine, _ = difference_of(ours.value, candidate.value)
         if max_abs <= tolerance:
             found.close.append(max_abs)
             continue

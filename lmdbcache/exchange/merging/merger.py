@@ -232,7 +232,7 @@ class Merger:
             outcome.refused.append(Refusal(str(self._target.path), name, reason))
             return
         if ours.value.shape == incoming.value.shape:
-            max_abs, cosine = difference_of(ours.value, incoming.value)
+            max_abs, cosine, _ = difference_of(ours.value, incoming.value)
         else:  # of a ragged store
             max_abs, cosine = math.inf, 1.0
         if max_abs <= self.report.tolerance:
