@@ -56,7 +56,7 @@ def measure(folder: Path, number: int, shape: tuple[int, ...]) -> list[float]:
         seconds(lambda: merge_stores(four, parts)),
         seconds(lambda: merge_stores(four, parts)),
         seconds(lambda: merge_stores(four, [near])),
-        seconds(lambda: merge_stores(four, [near], tolerance=0.0, on_conflict="theirs")),
+        seconds(lambda: merge_stores(four, [near], tolerance=0.0, on_duplicate="overwrite")),
     ]
 
 

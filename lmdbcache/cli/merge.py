@@ -12,20 +12,20 @@ from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, print_table, progress_bar, say
 from lmdbcache.cli.options import Json, Progress, Root
 from lmdbcache.errors import CacheFullError
-from lmdbcache.exchange import MergeReport, MergeReports, Refusal, merge_stores
+from lmdbcache.exchange import IntakeReport, MergeReport, Refusal, merge_stores
 from lmdbcache.files import readable_size
 
-__all__ = ["Conflicts", "merge_command", "print_conflicts", "print_unresolved"]
+__all__ = ["OnDuplicateChoice", "merge_command", "print_conflicts", "print_unresolved"]
 
 _FEW: int = 10
 
 
-class Conflicts(str, Enum):
-    """What to do about two embeddings of one sample that are further apart than the tolerance."""
+class OnDuplicateChoice(str, Enum):
+    """What happens to a sample that is stored with another value."""
 
     ERROR = "error"
-    OURS = "ours"
-    THEIRS = "theirs"
+    SKIP = "skip"
+    OVERWRITE = "overwrite"
 
 
 def merge_command(
@@ -35,59 +35,59 @@ def merge_command(
     ],
     *,
     root: Root = None,
-    on_conflict: Annotated[
-        Conflicts,
+    on_duplicate: Annotated[
+        OnDuplicateChoice,
         typer.Option(
-            help="Where embeddings differ: error leaves what is stored, ours keeps it and says so, "
-            "theirs takes the source's."
+            help="If a stored embedding differs: error leaves it and reports the conflict, skip "
+            "keeps it, overwrite takes the source's."
         ),
-    ] = Conflicts.ERROR,
+    ] = OnDuplicateChoice.ERROR,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
     ] = DEFAULT_TOLERANCE,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would be merged.")
+        bool, typer.Option("--dry-run", help="Only show what would be merged.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
     """Merge stores into those of the same configs under the root; the sources stay as they are.
 
-    Stopped at any moment, it goes on where it was when run again. Exit code 1 if something was
-    left out: a conflict, a damaged value, a store of other weights; 3 if the disk is full.
+    A stopped merge continues where it was when you run it again. Exit code 1 if something was left
+    out: a conflict, a damaged value, a store of other weights; 3 if the disk is full.
     """
     label = "checking" if dry_run else "merging"
     with progress_bar(label, shown=progress) as report_progress:
         try:
-            reports = merge_stores(
+            report = merge_stores(
                 EmbeddingCache(root),
                 sources,
                 tolerance=tolerance,
-                on_conflict=on_conflict.value,
+                on_duplicate=on_duplicate.value,
                 dry_run=dry_run,
                 progress=report_progress,
             )
         except CacheFullError as error:
-            text = f"{error}. What was merged until then is kept; merge again to go on"
+            text = f"{error}. What was merged until then is kept; merge again to continue"
             raise CacheFullError(text) from None
     if as_json:
-        print_json(reports.to_dict())
+        print_json(report.to_dict())
     else:
-        _print_reports(reports)
-    raise typer.Exit(reports.exit_code)
+        _print_all(report)
+    raise typer.Exit(report.exit_code)
 
 
-def _print_reports(reports: MergeReports) -> None:
-    for note in reports.notes:
+def _print_all(merged: MergeReport) -> None:
+    for note in merged.notes:
         say(f"note: {note}")
-    for report in reports.stores:
+    for report in merged.stores:
         _print_report(report)
-    _print_refused(reports.refused)
-    if not (reports.stores or reports.refused):
+    _print_refused(merged.refused)
+    if not (merged.stores or merged.refused):
         say("nothing to merge")
 
 
-def _print_report(report: MergeReport) -> None:
+def _print_report(report: IntakeReport) -> None:
     for note in report.notes:
         say(f"note: {note}")
     print_conflicts(report)
@@ -96,7 +96,7 @@ def _print_report(report: MergeReport) -> None:
     print_unresolved(report)
 
 
-def print_conflicts(report: MergeReport) -> None:
+def print_conflicts(report: IntakeReport) -> None:
     """The first conflicts as a table: both origins, and how far apart they are."""
     if not report.conflicts:
         return
@@ -105,25 +105,25 @@ def print_conflicts(report: MergeReport) -> None:
         (
             c.sample_id,
             c.kept,
-            c.ours.writer.removesuffix(of_store),
-            c.theirs.writer.removesuffix(of_store),
+            c.stored.writer.removesuffix(of_store),
+            c.given.writer.removesuffix(of_store),
             f"{c.max_abs:.3g}",
             f"{c.cosine:.3g}",
         )
         for c in report.conflicts[:_FEW]
     ]
-    headings = ("conflict", "kept", "ours", "theirs", "max. difference", "1 - cosine")
+    headings = ("conflict", "kept", "stored", "given", "max. difference", "1 - cosine")
     print_table(headings, rows, num_text_columns=4)
     if len(report.conflicts) > _FEW:
         say(f"… and {len(report.conflicts) - _FEW} more conflicts; see --json")
 
 
-def print_unresolved(report: MergeReport) -> None:
-    """Say how to decide the conflicts that nobody has decided."""
+def print_unresolved(report: IntakeReport) -> None:
+    """Say which options decide the conflicts that are left."""
     if report.unresolved:
         print_error(
             f"{counted(len(report.unresolved), 'conflict')} in {report.path.name} left as they "
-            "were; --on-conflict ours or theirs decides, --tolerance says what counts as equal"
+            "were; --on-duplicate skip or overwrite decides, --tolerance sets what counts as equal"
         )
 
 

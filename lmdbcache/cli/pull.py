@@ -9,7 +9,7 @@ import typer
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say
 from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.merge import Conflicts, print_conflicts, print_unresolved
+from lmdbcache.cli.merge import OnDuplicateChoice, print_conflicts, print_unresolved
 from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root
 from lmdbcache.errors import ConfigError
 from lmdbcache.exchange import PullReport, Remote, find_fingerprint, pull, shared_fingerprints
@@ -46,13 +46,13 @@ def pull_command(
     ] = None,
     classes: Classes = None,
     ids: IdsFile = None,
-    on_conflict: Annotated[
-        Conflicts,
+    on_duplicate: Annotated[
+        OnDuplicateChoice,
         typer.Option(
-            help="Where embeddings differ: error leaves what is stored, ours keeps it and says so, "
-            "theirs takes what is shared."
+            help="If a stored embedding differs: error leaves it and reports the conflict, skip "
+            "keeps it, overwrite takes what is shared."
         ),
-    ] = Conflicts.ERROR,
+    ] = OnDuplicateChoice.ERROR,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
     ] = DEFAULT_TOLERANCE,
@@ -77,7 +77,7 @@ def pull_command(
                 url,
                 one,
                 commit=commit,
-                on_conflict=on_conflict.value,
+                on_duplicate=on_duplicate.value,
                 tolerance=tolerance,
                 classes=classes,
                 sample_ids=None if ids is None else ids_in(ids),

@@ -1,13 +1,11 @@
-from .intake import Intake as Intake, IntakeReport as IntakeReport, Row as Row
-from .merging.merger import Merger as Merger
-from .merging.report import (
+from .intake import (
     Conflict as Conflict,
-    MergeReport as MergeReport,
-    MergeReports as MergeReports,
-    OnConflict as OnConflict,
+    Intake as Intake,
+    IntakeReport as IntakeReport,
     Refusal as Refusal,
+    Row as Row,
 )
-from .merging.stores import merge_stores as merge_stores
+from .merge import MergeReport as MergeReport, merge_stores as merge_stores
 from .sharing.places import (
     find_fingerprint as find_fingerprint,
     shared_fingerprints as shared_fingerprints,

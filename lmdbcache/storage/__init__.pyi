@@ -36,8 +36,6 @@ from .last_use import last_used as last_used, last_written as last_written
 from .layout import (
     COMMIT_COPIES_NAME as COMMIT_COPIES_NAME,
     CURRENT_NAME as CURRENT_NAME,
-    GENERATION_NAME as GENERATION_NAME,
-    NUM_RESERVED_KEYS as NUM_RESERVED_KEYS,
     PULLING_NAME as PULLING_NAME,
     canonical_class as canonical_class,
     canonical_sample_id as canonical_sample_id,
@@ -56,6 +54,11 @@ from .maintenance.compaction import (
     compact as compact,
     plan_compaction as plan_compaction,
 )
+from .maintenance.damaged_store import (
+    DamagedStore as DamagedStore,
+    data_file as data_file,
+    unnamed_generations as unnamed_generations,
+)
 from .maintenance.integrity import IntegrityReport as IntegrityReport, verify as verify
 from .maintenance.leftovers import (
     Leftover as Leftover,
@@ -64,17 +67,14 @@ from .maintenance.leftovers import (
 )
 from .maintenance.repair import (
     RepairReport as RepairReport,
-    generation_to_repair as generation_to_repair,
     repair as repair,
 )
-from .maintenance.salvage import salvage as salvage
 from .metadata import (
     StoreMetadata as StoreMetadata,
     checksum as checksum,
     portable as portable,
 )
 from .opening import check_file_size as check_file_size
-from .pages.page_file import PageFile as PageFile
 from .reader import EmbeddingReader as EmbeddingReader
 from .reader_slots import (
     others as others,

@@ -30,15 +30,15 @@ def test_merge_and_its_conflicts(cli, cache, configs, tmp_path):
     assert cache.info(configs[0]).num_embeddings == 6
     result = cli(*merge, "--progress")
     assert result.returncode == 1
-    assert "1 new, 5 there already, 1 in conflict (left as they are)" in result.stdout
+    assert "1 new, 5 stored already, 1 in conflict" in result.stdout
     row = next(line for line in result.stdout.splitlines() if line.startswith("video_00002:drum"))
-    assert row.split()[1:3] == ["ours", "this"]
+    assert row.split()[1:3] == ["stored", "this"]
     assert f" {other.root} " in row  # the root: the store's name is in the line below
-    assert "--on-conflict" in result.stderr
-    result = cli(*merge, "--on-conflict", "theirs", "--json")
+    assert "--on-duplicate" in result.stderr
+    result = cli(*merge, "--on-duplicate", "overwrite", "--json")
     assert result.returncode == 0, result.stderr
     (found,) = json.loads(result.stdout)["stores"]
-    assert [conflict["kept"] for conflict in found["conflicts"]] == ["theirs"]
+    assert [conflict["kept"] for conflict in found["conflicts"]] == ["given"]
     assert cli("diff", cache.path(configs[0]), other.path(configs[0]), "--json").returncode == 1
     found = json.loads(cli("diff", cache.path(configs[0]), other.path(configs[0]), "--json").stdout)
     assert (found["num_equal"], found["num_different"], found["num_only_a"]) == (7, 0, 0)
@@ -50,7 +50,7 @@ def test_origins_are_shown(cli, cache, configs, tmp_path):
     other = with_another(cache, configs[0], tmp_path)
     name = configs[0].fingerprint
     assert "computed in" not in cli("info", name).stdout
-    cli("merge", other.root, "--on-conflict", "ours")
+    cli("merge", other.root, "--on-duplicate", "skip")
     result = cli("info", name)
     assert "this store" in result.stdout
     assert f"{other.path(configs[0])} merged_at=" in result.stdout
@@ -78,7 +78,7 @@ def test_sources_that_are_none(cli, refused, cache, configs, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no store is in here" in refused("merge", tmp_path / "empty")
     other = with_another(cache, configs[0], tmp_path)
-    result = cli("merge", tmp_path / "absent", other.root, "--on-conflict", "ours")
+    result = cli("merge", tmp_path / "absent", other.root, "--on-duplicate", "skip")
     assert result.returncode == 1
     assert "1 new" in result.stdout
     assert len(result.stderr.splitlines()) == 1
@@ -86,4 +86,4 @@ def test_sources_that_are_none(cli, refused, cache, configs, tmp_path):
     assert result.returncode == 0
     assert "itself" in result.stdout
     assert cli("merge").returncode == 2
-    assert cli("merge", other.root, "--on-conflict", "both").returncode == 2
+    assert cli("merge", other.root, "--on-duplicate", "both").returncode == 2

@@ -59,8 +59,8 @@ def test_a_conflict_shows_both_origins(cli, place, root):
     assert result.returncode == 1
     for words in ("clip_00001:dog", "this store", "node-a"):
         assert words in result.stdout
-    assert "--on-conflict ours or theirs decides" in result.stderr
-    assert cli("pull", place.url, "--on-conflict", "theirs").returncode == 0
+    assert "--on-duplicate skip or overwrite decides" in result.stderr
+    assert cli("pull", place.url, "--on-duplicate", "overwrite").returncode == 0
     assert stored(root, CONFIG)["clip_00001:dog"][0] != 1
 
 

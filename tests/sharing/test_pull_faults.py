@@ -188,14 +188,14 @@ def test_two_pushers_in_conflict_are_both_named(remote, cache, config):
     assert (report.exit_code, report.merged.num_new) == (1, 3)
     first, second = sorted((one, two), key=lambda commit: commit.id)
     for conflict in report.merged.conflicts:
-        assert conflict.ours.detail["commit"] == first.id
-        assert conflict.theirs.detail["commit"] == second.id
+        assert conflict.stored.detail["commit"] == first.id
+        assert conflict.given.detail["commit"] == second.id
         assert conflict.max_abs > 0
     before, after = (ours, theirs) if first is one else (theirs, ours)
     assert_same(stored(cache, config), before)
-    assert pull(cache, remote.url, on_conflict="theirs").exit_code == 0
+    assert pull(cache, remote.url, on_duplicate="overwrite").exit_code == 0
     assert_same(stored(cache, config), after)
-    again = pull(cache, remote.url, on_conflict="theirs")
+    again = pull(cache, remote.url, on_duplicate="overwrite")
     assert (again.exit_code, again.bytes_fetched) == (0, 0)
     assert_same(stored(cache, config), after)
 
@@ -257,9 +257,9 @@ def test_a_conflict_is_told_until_it_is_decided(remote, filled, config, embeddin
     for _ in range(2):
         report = pull(filled, remote.url)
         assert (report.exit_code, len(report.merged.conflicts)) == (1, 1)
-        assert report.merged.conflicts[0].ours.writer == "this store"
-    assert pull(filled, remote.url, on_conflict="ours").exit_code == 0
-    assert pull(filled, remote.url, on_conflict="ours").bytes_fetched == 0
+        assert report.merged.conflicts[0].stored.writer == "this store"
+    assert pull(filled, remote.url, on_duplicate="skip").exit_code == 0
+    assert pull(filled, remote.url, on_duplicate="skip").bytes_fetched == 0
     assert_same(stored(filled, config), embeddings)
 
 

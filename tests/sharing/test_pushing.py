@@ -19,7 +19,7 @@ from lmdbcache.errors import (
     RemoteError,
     SampleNotFoundError,
 )
-from lmdbcache.exchange import Merger, Remote, pull, push
+from lmdbcache.exchange import Intake, Remote, pull, push
 from lmdbcache.exchange.sharing import uploading
 from lmdbcache.exchange.sharing.history import read_history
 from lmdbcache.storage import checksum
@@ -165,8 +165,8 @@ def test_own_leaves_out_what_came_from_elsewhere(remote, cache, config):
     """What was merged or pulled isn't pushed again with --own."""
     mine, theirs = some_embeddings(0, 5), some_embeddings(5, 5)
     store(cache, config, mine)
-    with Merger(cache, config) as merger:
-        merger.add(list(theirs), list(theirs.values()), Origin("node-b"))
+    intake = Intake(cache, config)
+    intake.add(intake.checked(list(theirs), list(theirs.values()), Origin("node-b")), {})
     assert push(cache, config, remote.url, own=True).num_pushed == 5
     assert_shared(remote, config, mine)
     assert push(cache, config, remote.url).num_pushed == 5

@@ -10,9 +10,10 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
-from lmdbcache.storage import PageFile, checksum
+from lmdbcache.storage import checksum
 from lmdbcache.storage.maintenance import repair as repair_module
 from lmdbcache.storage.maintenance.salvage import _collect_others, _Found, _matched_outside
+from lmdbcache.storage.pages.page_file import PageFile
 
 NUM_SAMPLES = 300
 

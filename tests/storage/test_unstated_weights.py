@@ -8,7 +8,7 @@ import pytest
 from lmdbcache import CacheConfig, CachedEncoder, EmbeddingCache, VEGASDataset
 from lmdbcache.cache import Origin
 from lmdbcache.errors import ProvenanceMismatchError
-from lmdbcache.exchange import Merger, merge_stores
+from lmdbcache.exchange import Intake, merge_stores
 
 CONFIG = CacheConfig(duration=1.0, namespace="vegas")
 KNOWN = {"weights_digest": "0123456789abcdef"}
@@ -129,8 +129,9 @@ def test_a_merge_says_so(cache, tmp_path):
     (report,) = merge_stores(cache, [unstated.root]).stores
     assert any(str(unstated.root) in note for note in report.notes)
     assert sorted(cache.reader(CONFIG)) == ["a:dog", "b:dog"]
+    intake = Intake(cache, CONFIG)
     with pytest.raises(ProvenanceMismatchError):
-        Merger(cache, CONFIG).add(["c:dog"], ONE[None], Origin("node", {}, {}))
+        intake.add(intake.checked(["c:dog"], ONE[None], Origin("node")), {})
 
 
 def test_a_vegas_script_is_told(cache, tmp_path, caplog):

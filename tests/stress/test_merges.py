@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from merging.conftest import numbered
-from merging.damaged_sources import merge_damaged
-from merging.killed_merges import kill_merges
+from exchange.conftest import numbered
+from exchange.damaged_sources import merge_damaged
+from exchange.killed_merges import kill_merges
 from storage.damage import cuts, data_file, flips, outcomes
 
 from lmdbcache import EmbeddingCache

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.exchange.merging.report import MergeReport
+from lmdbcache.exchange.intake import IntakeReport
 
 __all__ = ["Problem", "PullReport"]
 
@@ -59,7 +59,7 @@ class PullReport:
     config: CacheConfig
     url: str
     is_dry_run: bool
-    merged: MergeReport
+    merged: IntakeReport
     commit: str | None = None
     heads: tuple[str, ...] = ()
     num_samples: int = 0

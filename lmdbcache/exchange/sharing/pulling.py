@@ -10,8 +10,7 @@ from typing import Any, Final
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
-from lmdbcache.exchange.merging.merger import Merger
-from lmdbcache.exchange.merging.report import OnConflict, Refusal
+from lmdbcache.exchange.intake import Intake, Refusal
 from lmdbcache.exchange.sharing.commits import Commit
 from lmdbcache.exchange.sharing.copies import CommitCopies
 from lmdbcache.exchange.sharing.downloads import Downloads
@@ -30,6 +29,7 @@ from lmdbcache.exchange.sharing.shards import ShardEntry, check_content, decode_
 from lmdbcache.exchange.sharing.wanted import Plan, Selection, Wanted, alternatives, make_plan
 from lmdbcache.storage import (
     RESERVE_BYTES,
+    OnDuplicate,
     check_room,
     portable,
     sample_id_of_key,
@@ -50,7 +50,7 @@ def pull(
     fingerprint: str | CacheConfig | None = None,
     *,
     commit: str | None = None,
-    on_conflict: OnConflict = "error",
+    on_duplicate: OnDuplicate = "error",
     tolerance: float = DEFAULT_TOLERANCE,
     classes: Iterable[str] | None = None,
     sample_ids: Iterable[str] | None = None,
@@ -71,8 +71,9 @@ def pull(
             that is there.
         commit: The state to pull: the id of a commit, or the beginning of the id or of its digest;
             None takes all that is there now.
-        on_conflict: `"error"` leaves a stored embedding that is further from the shared one than
-            the tolerance as it is and lists both; `"ours"` and `"theirs"` choose.
+        on_duplicate: `"error"` leaves a stored embedding that is further from the shared one than
+            the tolerance as it is and lists both; `"skip"` keeps it, `"overwrite"` takes the
+            shared one.
         tolerance: Largest difference of two elements that counts as none.
         classes: Only samples of these classes.
         sample_ids: Only these samples.
@@ -102,15 +103,15 @@ def pull(
     else:
         named = find_fingerprint(remote, asked)
         first = first_commit(remote, named, copies_of(cache, named, remote.url))
-    merger = Merger(
+    intake = Intake(
         cache,
         first.config,
         tolerance=tolerance,
-        on_conflict=on_conflict,
+        on_duplicate=on_duplicate,
         ragged=None in first.embedding_shape,
         dry_run=dry_run,
     )
-    run = _Pull(remote, cache, merger, pinned, progress)
+    run = _Pull(remote, cache, intake, pinned, progress)
     if dry_run:
         run.look(selection, commit)
         return run.report
@@ -129,15 +130,15 @@ class _Pull:
         self,
         remote: Remote,
         cache: EmbeddingCache,
-        merger: Merger,
+        intake: Intake,
         pinned: History | None,
         progress: Bytes | None,
     ) -> None:
         self._remote = remote
         self._cache = cache
-        self._merger = merger
+        self._intake = intake
         self._progress = progress
-        merged = merger.report
+        merged = intake.report
         self._config = merged.config
         self._fingerprint = self._config.fingerprint
         self._pinned = pinned
@@ -156,7 +157,7 @@ class _Pull:
         self._settled = Settled(
             self.downloads.folder / _SETTLED_NAME,
             merged.tolerance,
-            keeps_ours=merged.on_conflict == "ours",
+            keeps_ours=merged.on_duplicate == "skip",
         )
 
     def look(self, selection: Selection, commit: str | None) -> Plan:
@@ -174,7 +175,7 @@ class _Pull:
             self._stored,
             selection,
             self._settled,
-            newest_wins=report.merged.on_conflict == "theirs",
+            newest_wins=report.merged.on_duplicate == "overwrite",
         )
         report.num_samples, report.num_present = plan.num_samples, plan.num_present
         report.num_settled, report.absent = plan.num_settled, plan.absent
@@ -280,7 +281,7 @@ class _Pull:
         except ProvenanceMismatchError as error:
             self._refused_weights.add(weights)
             self._not_taken.update(sample_id for sample_id, _ in wanted.versions)
-            self._merger.report.refused.append(Refusal(commit.writer, None, str(error)))
+            self._intake.report.refused.append(Refusal(commit.writer, None, str(error)))
         self.downloads.discard(entry)
 
     def _embeddings(self, wanted: Wanted) -> Any:
@@ -311,15 +312,16 @@ class _Pull:
 
     def _add(self, wanted: Wanted, embeddings: Any) -> None:
         commit, entry, _ = wanted.offer
-        origin, merged = _origin(commit, self.report.url), self._merger.report
+        origin, merged = _origin(commit, self.report.url), self._intake.report
         for rows in _in_steps(wanted.rows, entry.num_bytes // len(entry.sample_ids)):
             num_conflicts = len(merged.conflicts)
-            self._merger.add(
+            checked = self._intake.checked(
                 [entry.sample_ids[row] for row in rows],
                 [embeddings[row] for row in rows],
                 origin,
                 checksums=[entry.checksums[row] for row in rows],
             )
+            self._intake.add(checked, origin.provenance)
             conflicts = merged.conflicts[num_conflicts:]
             self._note_compared(entry, rows, {one.sample_id: one.kept for one in conflicts})
 
@@ -331,7 +333,7 @@ class _Pull:
             sample_id, theirs = entry.sample_ids[row], entry.checksums[row]
             ours = self._stored.get(sample_id)
             (self._new if ours is None else self._close).add(sample_id)
-            if ours is None or conflicts.get(sample_id) == "theirs":
+            if ours is None or conflicts.get(sample_id) == "given":
                 self._stored[sample_id] = theirs
             elif ours != theirs:
                 kept.append((sample_id, ours, theirs))

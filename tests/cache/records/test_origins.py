@@ -20,7 +20,7 @@ from lmdbcache.cache import (
 )
 from lmdbcache.cache.records import database as records
 from lmdbcache.errors import CacheFullError, IntegrityError
-from lmdbcache.exchange import Merger
+from lmdbcache.exchange import Intake
 
 NODE = Origin("node-\udcff", {"commit": "c1"}, {"weights_digest": "w"})
 IDS = [f"{n}:x" for n in range(4)]
@@ -32,8 +32,9 @@ def merged(cache):
     config = CacheConfig(namespace="origins")
     with cache.writer(config) as writer:
         writer.put("own:x", np.zeros(8))
-    with Merger(cache, config) as merger:
-        merger.add(IDS, np.arange(32, dtype=np.float32).reshape(4, 8), NODE)
+    intake = Intake(cache, config)
+    values = np.arange(32, dtype=np.float32).reshape(4, 8)
+    intake.add(intake.checked(IDS, values, NODE), NODE.provenance)
     return cache, config
 
 
@@ -75,8 +76,8 @@ def test_files_from_before_there_were_origins(cache, config):
     connection.close()
     assert "origins" not in tables
     assert count_origins(store) == []
-    with Merger(cache, config) as merger:
-        merger.add(["b:x"], np.ones((1, 8), np.float32), NODE)
+    intake = Intake(cache, config)
+    intake.add(intake.checked(["b:x"], np.ones((1, 8), np.float32), NODE), NODE.provenance)
     assert count_origins(store) == [(THIS_STORE, 2), (NODE, 1)]
     connection = sqlite3.connect(store / SOURCES_NAME)
     assert connection.execute("PRAGMA user_version").fetchone() == (1,)
@@ -127,6 +128,8 @@ def test_a_full_disk_is_told_as_such(cache, monkeypatch):
 
     monkeypatch.setattr(records, "put_origins", fails)
     config = CacheConfig(namespace="origins")
-    with pytest.raises(CacheFullError, match="disk is full"), Merger(cache, config) as merger:
-        merger.add(IDS, np.zeros((4, 8), np.float32), NODE)
+    intake = Intake(cache, config)
+    rows = intake.checked(IDS, np.zeros((4, 8), np.float32), NODE)
+    with pytest.raises(CacheFullError):
+        intake.add(rows, NODE.provenance)
     assert cache.info(config).num_embeddings == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from merging.conftest import contents, numbered, same
-from merging.killed_merges import kill_merges, merge_in_child
+from exchange.conftest import contents, numbered, same
+from exchange.killed_merges import kill_merges, merge_in_child
 from small_disks import empty, fill, small_disk
 from storage import child_processes
 from storage.child_processes import in_fork, peer_process, write_in_turns
@@ -16,8 +16,7 @@ from storage.child_processes import in_fork, peer_process, write_in_turns
 from lmdbcache import EmbeddingCache
 from lmdbcache.cache import count_origins
 from lmdbcache.errors import CacheFullError
-from lmdbcache.exchange import merge_stores
-from lmdbcache.exchange.merging import side_by_side
+from lmdbcache.exchange import intake as intake_module, merge_stores
 
 
 def test_killed_merges(tmp_path):
@@ -46,7 +45,7 @@ def test_two_merges_at_once(store, target, config):
 
 def test_a_merge_while_others_write(store, target, config, monkeypatch):
     """Into the target and into the source: nothing of either is lost, both go on."""
-    monkeypatch.setattr(side_by_side, "_BATCH_RECORDS", 50)
+    monkeypatch.setattr(intake_module, "_BATCH_RECORDS", 50)
     source = EmbeddingCache(target.root.parent / "source")
     ours, theirs = child_processes.numbered(0, 300), child_processes.numbered(200, 600)
     write_in_turns(source.root, config, 200, 400, 50)
@@ -64,14 +63,14 @@ def test_a_merge_while_others_write(store, target, config, monkeypatch):
 
 def test_a_full_disk(store, config, tmp_path, monkeypatch):
     """Our error; what was committed is kept; with room again the same call ends it."""
-    monkeypatch.setattr(side_by_side, "_BATCH_RECORDS", 100)
+    monkeypatch.setattr(intake_module, "_BATCH_RECORDS", 100)
     values = numbered(0, 600, size=8192)
     source = store("source", values)
     with small_disk(tmp_path / "disk", 64) as disk:
         target = EmbeddingCache(disk / "cache")
         merge_stores(target, [store("few", numbered(0, 10, size=8192)).root])
         fill(disk, 28 << 20)
-        with pytest.raises(CacheFullError, match="free"):
+        with pytest.raises(CacheFullError):
             merge_stores(target, [source.root])
         kept = contents(target, config)
         assert 10 < len(kept) < 600

@@ -10,12 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from merging.conftest import contents, numbered, same
+from exchange.conftest import contents, numbered, same
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.cache import count_origins
-from lmdbcache.exchange import merge_stores
-from lmdbcache.exchange.merging import side_by_side
+from lmdbcache.exchange import intake as intake_module, merge_stores
 
 SAMPLES = 600
 BATCH = 40
@@ -27,7 +26,7 @@ def merge_in_child(target: EmbeddingCache, sources: list[Path], **options: Any) 
     pid = os.fork()
     if pid == 0:
         signal.alarm(240)
-        side_by_side._BATCH_RECORDS = BATCH
+        intake_module._BATCH_RECORDS = BATCH
         code = 1
         try:
             code = merge_stores(target, sources, **options).exit_code

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from merging.conftest import contents, numbered, same
+from exchange.conftest import contents, numbered, same
 
-from lmdbcache.exchange import merge_stores
-from lmdbcache.exchange.merging import stores as stores_module
-from lmdbcache.exchange.merging.report import store_refusal
+from lmdbcache.exchange import merge as merge_module, merge_stores
+from lmdbcache.exchange.merge import _refusal
 from lmdbcache.storage import held_store
 
 
@@ -29,7 +28,7 @@ def test_ranks_that_had_nothing_to_store(target, tmp_path):
 
 def test_a_store_that_a_rank_writes_is_left_out(store, target, config, monkeypatch):
     """It is named, the others are merged, and no rank begins while its store is read."""
-    monkeypatch.setattr(stores_module, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(merge_module, "_PATIENCE_SECONDS", 0.3)
     running, ended = store("running", numbered(0, 5)), store("ended", numbered(3, 9))
     with held_elsewhere(running.path(config)) as pid:
         reports = merge_stores(target, [running.root, ended.root])
@@ -79,4 +78,4 @@ with held_store(pathlib.Path({str(path)!r}), 0.0):
 )
 def test_a_refusal_says_the_store_once(said, reason):
     """The store's path isn't repeated; that of a file in it stays whole."""
-    assert store_refusal(Path("/a/store"), said) == ("/a/store", None, reason)
+    assert _refusal(Path("/a/store"), said) == ("/a/store", None, reason)

@@ -1,1 +1,0 @@
-"""Embeddings of other stores into one store."""
