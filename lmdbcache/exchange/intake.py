@@ -444,7 +444,7 @@ class Intake:
             commit_bytes=_NO_LIMIT,
             commit_records=_NO_LIMIT,
             commit_seconds=math.inf,
-            replace=[name for name, replaced in expected.items() if replaced is not None],
+            overwritten=[name for name, replaced in expected.items() if replaced is not None],
             before_commit=before_commit,
         ) as writer:
             writer.put_batch(by_name, _batch([row.read() for row, _ in changes]))

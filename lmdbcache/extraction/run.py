@@ -331,7 +331,7 @@ class ExtractionRun:
             self.config,
             provenance=provenance,
             dataset_root=self.dataset_root,
-            replace=self.changed,  # and nothing else: another run's bits stay
+            overwritten=self.changed,  # and nothing else: another run's bits stay
             commit_seconds=commit_seconds,
             before_commit=self._recorder,
         )

@@ -19,7 +19,7 @@ from lmdbcache import CacheConfig, EmbeddingCache, model_identity
 from lmdbcache.cache import read_failures
 from lmdbcache.exchange import merge_stores
 from lmdbcache.extraction import RankShare, extract
-from lmdbcache.storage.writing.committing import Committer
+from lmdbcache.storage import EmbeddingWriter
 
 TESTS = Path(__file__).resolve().parents[1]
 MARGIN = 2 * BATCH  # what a kill may cost: the unit under way, and one that isn't committed yet
@@ -128,13 +128,13 @@ def _extract(folder, clips, **options):
 def test_commits_fall_between_units(dataset_folder, tmp_path, monkeypatch):
     """What is computed in one batch is stored in one transaction, however soon a commit is due."""
     sizes = []
-    commit = Committer.commit
+    write = EmbeddingWriter._write
 
-    def note(self, pending, *shape):
-        sizes.append(len(pending.values))
-        return commit(self, pending, *shape)
+    def note(self, batch):
+        sizes.append(len(batch.values))
+        return write(self, batch)
 
-    monkeypatch.setattr(Committer, "commit", note)
+    monkeypatch.setattr(EmbeddingWriter, "_write", note)
     clips = dict(sorted(to_clips(dataset_folder).items())[:22])
     _extract(tmp_path, clips, num_workers=0, commit_seconds=0.0)
     assert sizes == [4, 4, 4, 4, 4, 2]

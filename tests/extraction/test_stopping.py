@@ -177,9 +177,9 @@ def test_library_leaves_the_signal_handlers_alone(run, clips):
 
 def test_interrupted_in_the_last_commit(cache, config, ast_folder, clips, monkeypatch):
     """Ctrl-C in the middle of the final commit: it is done again, nothing is lost."""
-    from lmdbcache.storage.writing import committing
+    import lmdbcache.storage.writer as writing
 
-    put_embeddings, interrupts = committing._put_embeddings, [KeyboardInterrupt()]
+    put_embeddings, interrupts = writing.put_embeddings, [KeyboardInterrupt()]
 
     def interrupted(*args, **options):
         result = put_embeddings(*args, **options)
@@ -187,7 +187,7 @@ def test_interrupted_in_the_last_commit(cache, config, ast_folder, clips, monkey
             raise interrupts.pop()
         return result
 
-    monkeypatch.setattr(committing, "_put_embeddings", interrupted)
+    monkeypatch.setattr(writing, "put_embeddings", interrupted)
     with pytest.raises(KeyboardInterrupt), worker_errors():
         extract(cache, config, clips, model=ast_folder, num_workers=0)
     assert cache.info(config).num_embeddings == len(clips)

@@ -107,7 +107,6 @@ from lmdbcache.exchange.sharing.history import read_history
 from lmdbcache.exchange import pull
 from lmdbcache.exchange import Remote
 from lmdbcache.exchange import verify_remote
-from lmdbcache.storage.writing import committing
 import lmdbcache.exchange.sharing.remote as remote
 remote._PIECE_BYTES = 20_000
 left = int(sys.argv[3])

@@ -222,7 +222,7 @@ def test_environment_that_could_not_be_opened_again_is_tried_later(cache, config
         writer.commit()
         assert len(reader) == 2
         writer.put("b:x", np.ones(64, np.float32))
-        held = writer._committer._holder.environment
+        held = writer._holder.environment
 
         def no_memory(*_, **__):
             raise StorageError("no memory")

@@ -12,9 +12,8 @@ from storage.full_disks import fill_at_random
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage import generations
+from lmdbcache.storage import generations, writer as writing
 from lmdbcache.storage.reading import located
-from lmdbcache.storage.writing import committing
 
 NAMES = [f"{n:03d}:x" for n in range(200)]
 
@@ -33,7 +32,7 @@ def cache(disk):
 @pytest.fixture
 def no_reserve(monkeypatch):
     """Let a commit begin that the disk can't hold."""
-    monkeypatch.setattr(committing, "check_room", lambda *_: None)
+    monkeypatch.setattr(writing, "check_room", lambda *_: None)
 
 
 def put(cache, config, value, **options):

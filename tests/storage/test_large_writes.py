@@ -14,8 +14,8 @@ import pytest
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError
+from lmdbcache.storage import writer as writing
 from lmdbcache.storage.gather import BatchBuffers
-from lmdbcache.storage.writing import collecting, committing
 
 SIZE = 1 << 18  # float32: 1 MiB
 NAMES = [f"{number:02d}:x" for number in range(12)]
@@ -28,21 +28,21 @@ def embedding(number):
 @pytest.fixture
 def early(monkeypatch):
     """Commits of 2 MiB and more that `put` starts go to the background."""
-    monkeypatch.setattr(collecting, "_BACKGROUND_FROM_BYTES", 2 << 20)
+    monkeypatch.setattr(writing, "_BACKGROUND_FROM_BYTES", 2 << 20)
 
 
 @pytest.fixture
 def full_disk(monkeypatch):
     """A switch that makes the disk full."""
     is_full = threading.Event()
-    check_room = committing.check_room
+    check_room = writing.check_room
 
     def check(store, needed, purpose):
         if is_full.is_set():
             raise CacheFullError("0 MiB free")
         check_room(store, needed, purpose)
 
-    monkeypatch.setattr(committing, "check_room", check)
+    monkeypatch.setattr(writing, "check_room", check)
     return is_full
 
 
@@ -107,8 +107,8 @@ def test_interpreter_that_ends_waits_for_the_background(cache, config):
     program = f"""
 import numpy as np, sys
 from lmdbcache import EmbeddingCache, CacheConfig
-from lmdbcache.storage.writing import collecting
-collecting._BACKGROUND_FROM_BYTES = 0
+from lmdbcache.storage import writer as writing
+writing._BACKGROUND_FROM_BYTES = 0
 writer = EmbeddingCache({str(cache.root)!r}).writer(CacheConfig(), commit_records=3)
 for number in range(3):
     writer.put(f"{{number:02d}}:x", np.full({SIZE}, number, np.float32))
@@ -205,14 +205,14 @@ def test_dropped_writer_warns_of_a_failed_background_commit(cache, config, full_
 def test_interrupted_close_waits_for_the_background(cache, config, monkeypatch):
     """Ctrl-C in close never closes LMDB under a commit: what was handed over is stored."""
     begun = threading.Event()
-    commit = committing.Committer.commit
+    write = writing.EmbeddingWriter._write
 
-    def slowly(self, *args):
+    def slowly(self, batch):
         begun.set()
         time.sleep(0.3)
-        return commit(self, *args)
+        return write(self, batch)
 
-    monkeypatch.setattr(committing.Committer, "commit", slowly)
+    monkeypatch.setattr(writing.EmbeddingWriter, "_write", slowly)
     writer = cache.writer(config, commit_bytes=3 << 20)
     for number in range(3):
         writer.put(NAMES[number], embedding(number))

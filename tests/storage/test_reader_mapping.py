@@ -17,7 +17,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     SampleNotFoundError,
 )
-from lmdbcache.storage.writing import committing
+from lmdbcache.storage import writer as writing
 
 mapping_tests = pytest.importorskip("test.mapping_tests")
 
@@ -50,7 +50,7 @@ class TestMappingProtocol(mapping_tests.BasicTestMappingProtocol):
             # A store without embeddings is one that lost its only batch to an exception.
             writer.put_batch(data or ["x:x"], [np.array([n]) for n in data.values() or [0]])
             if not data:
-                patch.setattr(committing, "_put_embeddings", lambda *_, **__: (0, []))
+                patch.setattr(writing, "put_embeddings", lambda *_, **__: (0, []))
                 writer.commit()
         return NumberReader(self.cache.path(config), config)
 

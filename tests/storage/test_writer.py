@@ -43,7 +43,7 @@ def test_commit_happens_by_count_bytes_and_time(cache, config, limit, commits_af
 def test_time_counts_from_the_oldest_pending_embedding(cache, config, monkeypatch):
     """The clock starts with the first put after a commit."""
     now = [100.0]
-    monkeypatch.setattr("lmdbcache.storage.writing.pending.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lmdbcache.storage.writer.time.monotonic", lambda: now[0])
     with cache.writer(config, commit_seconds=5.0) as writer:
         now[0] += 6
         writer.put("0:x", ONES)
@@ -119,13 +119,13 @@ def test_a_failed_commit_loses_nothing_that_is_put_together(cache, config, monke
     """A commit that failed in the background meanwhile is tried again with the block's."""
     large = np.ones((34, 1 << 18), np.float32)
     with cache.writer(config, commit_bytes=33 << 20) as writer:
-        commit = writer._committer.commit
+        write = writer._write
 
-        def fail(*_):
-            monkeypatch.setattr(writer._committer, "commit", commit)
+        def fail(_):
+            monkeypatch.setattr(writer, "_write", write)
             raise OSError("full")
 
-        monkeypatch.setattr(writer._committer, "commit", fail)
+        monkeypatch.setattr(writer, "_write", fail)
         for number, row in enumerate(large[:33]):
             writer.put(f"{number:02d}:x", row)
         writer._in_background.wait()
@@ -349,9 +349,9 @@ def test_threads_share_a_writer(cache, config):
 
 @pytest.mark.parametrize("as_rows", [False, True])
 def test_some_samples_are_replaced_and_others_skipped(filled, config, embeddings, as_rows):
-    """`replace` names what is written over; the rest goes by `on_duplicate`."""
+    """`overwritten` names what is written over; the rest goes by `on_duplicate`."""
     first, second, *_ = embeddings
-    with filled.writer(config, replace=[first.replace("drum", "DRUM")]) as writer:
+    with filled.writer(config, overwritten=[first.replace("drum", "DRUM")]) as writer:
         ones = np.ones((2, 8), np.float32)
         given = ones if as_rows else list(ones)
         assert writer.put_batch([first, second], given) == 1

@@ -14,7 +14,7 @@ from training.encoders import (
 
 from lmdbcache import CachedEncoder
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, ReadOnlyCacheError
-from lmdbcache.storage.writing.committing import Committer
+from lmdbcache.storage import EmbeddingWriter
 
 
 def test_nan_is_named_and_the_rest_kept(cache):
@@ -79,7 +79,7 @@ def test_a_full_disk_loses_nothing(encoder, model, cache, monkeypatch):
         def refuse(*_):
             raise CacheFullError("the disk is full")
 
-        patch.setattr(Committer, "commit", refuse)
+        patch.setattr(EmbeddingWriter, "_write", refuse)
         ask(encoder, [1, 2])
         with pytest.raises(CacheFullError):
             encoder.flush()

@@ -1,0 +1,184 @@
+"""What goes into one commit of a writer, and how it is put into LMDB."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+
+from lmdbcache.storage.environment import Environment
+from lmdbcache.storage.layout import METADATA_KEY
+from lmdbcache.storage.metadata import StoreMetadata, checksum
+
+__all__ = ["Batch", "checksums_in", "put_embeddings", "put_metadata", "transaction_in"]
+
+_logger: Final = logging.getLogger(__name__)
+
+
+class Batch:
+    """Embeddings in stored form that are committed together, maybe in a thread."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, npt.NDArray[Any]] = {}
+        self.num_bytes = 0
+        self.num_put = 0
+        self.since = 0.0
+        self.written = 0
+        self.error: BaseException | None = None
+        self._is_taken = threading.Lock()
+        self._is_done = threading.Event()
+
+    def put(self, key: bytes, value: npt.NDArray[Any], *, replace: bool = True) -> None:
+        """Add an embedding, or replace the one of this key if that is asked for."""
+        values = self.values
+        if not values:
+            self.since = time.monotonic()
+        if key in values:
+            if not replace:
+                return
+            self.drop([key])
+        values[key] = value
+        self.num_bytes += value.nbytes
+        self.num_put += 1
+
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Take some out."""
+        for key in keys:
+            if (value := self.values.pop(key, None)) is not None:
+                self.num_bytes -= value.nbytes
+
+    def copied(self) -> Batch:
+        """Return another batch of the same embeddings; their memory is shared."""
+        batch = Batch()
+        batch.values, batch.num_bytes = dict(self.values), self.num_bytes
+        batch.num_put, batch.since = self.num_put, self.since
+        return batch
+
+    def own(self) -> None:
+        """Copy what lies in the caller's memory."""
+        self.values = {key: value.copy() for key, value in self.values.items()}
+
+    def put_back(self, earlier: Batch) -> None:
+        """Add what couldn't be written, except for samples that were put again since."""
+        for key, value in earlier.values.items():
+            if key not in self.values:
+                self.values[key] = value
+                self.num_bytes += value.nbytes
+        self.since = earlier.since
+
+    def start(self, commit: Callable[[Batch], int]) -> None:
+        """Commit in a thread; an interrupted start is made up for by `wait`.
+
+        The interpreter waits for the thread at its end, and a fork until it is through (`no_fork`).
+
+        Args:
+            commit: Writes this batch, which doesn't change until `wait` has returned.
+        """
+        self._commit = commit
+        self._thread = threading.Thread(target=self._run, name="lmdbcache-commit")
+        self._thread.start()
+
+    def _run(self) -> None:
+        if not self._is_taken.acquire(blocking=False):
+            return
+        try:
+            self.written = self._commit(self)
+        except BaseException as error:  # noqa: BLE001 - raised again by the writer
+            self.error = error
+            _logger.debug("a commit in a thread has failed (%s)", str(error))
+        finally:
+            self._is_done.set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._is_done.is_set()
+
+    def wait(self) -> None:
+        """Wait until the commit is through; then `written` or `error` says how it went."""
+        if self._thread.ident is None:  # its start was interrupted
+            self._run()
+        self._is_done.wait()
+
+
+@contextlib.contextmanager
+def transaction_in(environment: Environment) -> Iterator[lmdb.Transaction]:
+    """Commit what the block writes, or nothing of it.
+
+    One thread begins and commits: LMDB's write lock belongs to the thread.
+    """
+    transaction = environment.begin_write()
+    try:
+        yield transaction
+        transaction.commit()
+    except BaseException:
+        with contextlib.suppress(lmdb.Error):
+            transaction.abort()
+        raise
+
+
+def put_embeddings(
+    environment: Environment,
+    transaction: lmdb.Transaction,
+    values: Mapping[bytes, npt.NDArray[Any]],
+    *,
+    replaced: Collection[bytes],
+) -> tuple[int, list[bytes]]:
+    """Put embeddings of the stored dtype in key order, each with its checksum.
+
+    Returns:
+        How many were put, and the keys that were there already and were left alone.
+    """
+    left_alone = []
+    checksums, put = environment.checksums, transaction.put
+    keys = sorted(values)
+    last = max(_last_key(transaction, None), _last_key(transaction, checksums))
+    num_inserted = bisect_right(keys, last)
+    for key in keys[:num_inserted]:
+        value = _bytes_of(values[key])
+        if put(key, value, overwrite=key in replaced):
+            put(key, checksum(key, value), db=checksums)
+        else:
+            left_alone.append(key)
+    # Appended keys fill their pages; inserted ones leave them half empty.
+    appended = [(key, _bytes_of(values[key])) for key in keys[num_inserted:]]
+    if appended:
+        with transaction.cursor() as cursor:
+            cursor.putmulti(appended, append=True)
+        with transaction.cursor(db=checksums) as cursor:
+            cursor.putmulti([(key, checksum(key, value)) for key, value in appended], append=True)
+    return len(keys) - len(left_alone), left_alone
+
+
+def put_metadata(
+    environment: Environment, transaction: lmdb.Transaction, metadata: StoreMetadata
+) -> None:
+    """Put the metadata record with its checksum."""
+    record = metadata.pack()
+    transaction.put(METADATA_KEY, record)
+    transaction.put(METADATA_KEY, checksum(METADATA_KEY, record), db=environment.checksums)
+
+
+def checksums_in(
+    environment: Environment, transaction: lmdb.Transaction, keys: Iterable[bytes]
+) -> dict[bytes, bytes | None]:
+    """Return the checksums that are stored of these keys."""
+    found = {key: transaction.get(key, db=environment.checksums) for key in keys}
+    return {key: None if value is None else bytes(value) for key, value in found.items()}
+
+
+def _bytes_of(value: npt.NDArray[Any]) -> memoryview:
+    return value.reshape(-1).view(np.uint8).data
+
+
+def _last_key(transaction: lmdb.Transaction, database: Any) -> bytes:
+    with transaction.cursor(db=database) as cursor:
+        return bytes(cursor.key()) if cursor.last() else b""

@@ -1,1 +1,0 @@
-"""What a writer is made of."""
