@@ -24,27 +24,28 @@ from .pruning import (
     leftovers_under as leftovers_under,
     plan_pruning as plan_pruning,
     prune as prune,
-    remove_leftovers_under as remove_leftovers_under,
 )
-from .records.checking import (
+from .records import (
+    SOURCES_NAME as SOURCES_NAME,
+    THIS_STORE as THIS_STORE,
+    Origin as Origin,
+    Source as Source,
+    SourceRecorder as SourceRecorder,
+    SourceRecords as SourceRecords,
+    count_origins as count_origins,
+    write_sources as write_sources,
+)
+from .sources import (
     STATES as STATES,
-    FoundSource as FoundSource,
     SourceReport as SourceReport,
     adopt_sources as adopt_sources,
     changed_clips as changed_clips,
     check_sources as check_sources,
+    compare as compare,
     num_suspects as num_suspects,
     recorded_sources as recorded_sources,
+    source_of as source_of,
 )
-from .records.database import (
-    SOURCES_NAME as SOURCES_NAME,
-    SourceRecorder as SourceRecorder,
-    SourceRecords as SourceRecords,
-    write_sources as write_sources,
-)
-from .records.files import Source as Source, compare as compare, source_of as source_of
-from .records.origin_counts import count_origins as count_origins
-from .records.origins import THIS_STORE as THIS_STORE, Origin as Origin
 from .statistics import (
     EpochStatistics as EpochStatistics,
     ReadStatistics as ReadStatistics,

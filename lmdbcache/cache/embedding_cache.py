@@ -310,25 +310,17 @@ class EmbeddingCache:
         folders = [self.path(config)] if config else self.folders()
         return [self.remove(folder) for folder in folders if is_store(folder)]
 
-    def remove(self, store: str | Path) -> StoreInfo:
-        """Remove the store in this folder, sound or damaged; waits for its writers.
+    def remove(
+        self, store: str | os.PathLike[str] | StoreInfo, *, unless_used: bool = False
+    ) -> StoreInfo:
+        """Remove one store, sound or damaged; waits for its writers.
 
         Readers go on with what they have open.
 
-        Returns:
-            What was removed.
-
-        Raises:
-            CacheNotFoundError: The folder isn't a store under this root.
-            ReadOnlyCacheError: No permission to remove it.
-        """
-        return self._remove(store, wait=True, check=lambda _: None)
-
-    def remove_unused(self, store: StoreInfo) -> StoreInfo:
-        """Remove a store that nobody has open, if it is still what the caller has seen.
-
         Args:
-            store: What `stores` or `info` gave.
+            store: Its folder, or what `stores` or `info` gave.
+            unless_used: Refuse if another process has the store open, or, for a `StoreInfo`, if
+                it was read or changed since.
 
         Returns:
             What was removed.
@@ -336,28 +328,16 @@ class EmbeddingCache:
         Raises:
             CacheNotFoundError: The folder isn't a store under this root.
             ReadOnlyCacheError: No permission to remove it.
-            StorageError: Somebody uses it, or has changed or read it since.
+            StorageError: It is in use, or was used since.
         """
-
-        def check(found: StoreInfo) -> None:
-            if users := users_of(found):
-                raise StorageError(f"in use by {', '.join(users)}")
-            for name in ("last_touched", "num_embeddings", "is_damaged"):
-                if getattr(found, name) != getattr(store, name):
-                    raise StorageError("used or changed meanwhile")
-
-        return self._remove(store.path, wait=False, check=check)
-
-    def _remove(
-        self, store: str | Path, *, wait: bool, check: Callable[[StoreInfo], None]
-    ) -> StoreInfo:
-        folder = Path(store).absolute()
+        folder = Path(store.path if isinstance(store, StoreInfo) else store).absolute()
         if folder.parent != self.root or not is_store(folder):
             raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
         remove_foreign_lock(folder)
-        with write_lock(folder, wait=wait):
+        with write_lock(folder, wait=not unless_used):
             removed = info_or_damage(folder)
-            check(removed)
+            if unless_used:
+                _check_unused(removed, store)
             remove_store(folder)
         return removed
 
@@ -395,3 +375,13 @@ class EmbeddingCache:
         for child in children:
             if is_store(child):
                 yield child
+
+
+def _check_unused(found: StoreInfo, seen: object) -> None:
+    if users := users_of(found):
+        raise StorageError(f"in use by {', '.join(users)}")
+    names = ("last_touched", "num_embeddings", "is_damaged")
+    if isinstance(seen, StoreInfo) and any(
+        getattr(found, name) != getattr(seen, name) for name in names
+    ):
+        raise StorageError("used or changed since it was looked at")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmdbcache.cache.failures import read_failures
-from lmdbcache.cache.records.database import SourceRecords
-from lmdbcache.cache.records.origins import Origin
+from lmdbcache.cache.records import Origin, SourceRecords
 from lmdbcache.cache.store_info import StoreInfo
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError

@@ -25,8 +25,6 @@ __all__ = [
     "leftovers_under",
     "plan_pruning",
     "prune",
-    "remove_leftovers_under",
-    "who_uses",
 ]
 
 _LONG_AGO: Final = datetime.fromtimestamp(0, timezone.utc)
@@ -54,7 +52,7 @@ class PrunePolicy:
     max_bytes: int | None = None
 
     def reason(self, store: StoreInfo) -> str | None:
-        """Why this store goes, its size and the others' aside; None if it stays."""
+        """Return why this store goes, sizes aside; None if it stays."""
         kinds = [
             kind
             for kind, wanted, holds in (
@@ -91,7 +89,7 @@ class PrunePlan:
 
     Args:
         removed: Stores to remove, or removed.
-        kept: Stores that the policy would remove and somebody uses.
+        kept: Stores that the policy would remove and another process uses.
         bytes_left: What the remaining stores take.
     """
 
@@ -106,19 +104,19 @@ class PrunePlan:
 
 
 def plan_pruning(cache: EmbeddingCache, policy: PrunePolicy, *, force: bool = False) -> PrunePlan:
-    """What would be removed; nothing is.
+    """Return what would be removed; nothing is.
 
     Args:
         cache: The root.
         policy: What makes a store one to be removed.
-        force: Take stores that somebody uses, too.
+        force: Take stores that are in use as well.
     """
     stores = cache.stores()
     removed: dict[Path, Verdict] = {}
     kept: dict[Path, Verdict] = {}
 
     def judge(store: StoreInfo, reason: str) -> None:
-        user = None if force else who_uses(store)
+        user = None if force else _use_of(store)
         verdicts, text = (removed, reason) if user is None else (kept, user)
         verdicts[store.path] = Verdict(store, text)
 
@@ -137,7 +135,7 @@ def plan_pruning(cache: EmbeddingCache, policy: PrunePolicy, *, force: bool = Fa
 
 
 def prune(cache: EmbeddingCache, plan: PrunePlan, *, force: bool = False) -> PrunePlan:
-    """Remove what a plan says, but for what somebody has used since.
+    """Remove what a plan says, but for what was used since.
 
     Returns:
         What was removed and what was kept.
@@ -146,9 +144,9 @@ def prune(cache: EmbeddingCache, plan: PrunePlan, *, force: bool = False) -> Pru
     for verdict in plan.removed:
         store = verdict.store
         try:
-            gone = cache.remove(store.path) if force else cache.remove_unused(store)
+            gone = cache.remove(store, unless_used=not force)
         except CacheNotFoundError:
-            continue  # somebody else has removed it
+            continue  # another process has removed it
         except StorageError as error:
             kept.append(Verdict(store, str(error)))
             left += store.size_bytes
@@ -157,38 +155,31 @@ def prune(cache: EmbeddingCache, plan: PrunePlan, *, force: bool = False) -> Pru
     return PrunePlan(tuple(removed), tuple(kept), left)
 
 
-def who_uses(store: StoreInfo) -> str | None:
-    """Who reads or writes the store now, this process aside; None if nobody does."""
+def leftovers_under(root: Path, *, remove: bool = False) -> list[Leftover]:
+    """Return what crashes have left in the folders under a root.
+
+    Args:
+        root: The cache directory.
+        remove: Remove it, but for stores that a process writes to now; returns what was removed.
+    """
+    try:
+        folders = sorted(child for child in root.iterdir() if child.is_dir())
+    except OSError:
+        return []
+    found = []
+    for folder in folders:
+        try:
+            found += remove_leftovers(folder) if remove else find_leftovers(folder)
+        except StorageError:  # a process writes there
+            if not remove:
+                raise
+    return found
+
+
+def _use_of(store: StoreInfo) -> str | None:
+    """Return how other processes use the store now, in words; None if none does."""
     if is_being_written(store.path):
-        named = ", ".join(writing_processes(store.path)) or "a process"
-        return f"being written to by {named}"
+        return f"being written to by {', '.join(writing_processes(store.path)) or 'a process'}"
     if users := users_of(store):
         return f"in use by {', '.join(users)}"
     return None
-
-
-def leftovers_under(root: Path) -> list[Leftover]:
-    """What crashes have left in the folders under a root; nothing is removed."""
-    return [leftover for folder in _folders(root) for leftover in find_leftovers(folder)]
-
-
-def remove_leftovers_under(root: Path) -> list[Leftover]:
-    """Remove what crashes have left; stores that somebody writes to now are passed over.
-
-    Returns:
-        What was removed.
-    """
-    removed = []
-    for folder in _folders(root):
-        try:
-            removed += remove_leftovers(folder)
-        except StorageError:
-            continue
-    return removed
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted(child for child in root.iterdir() if child.is_dir())
-    except OSError:
-        return []

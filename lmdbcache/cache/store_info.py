@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.storage import (
     EmbeddingReader,
+    Report,
     current_generation,
     last_used,
     last_written,
@@ -32,7 +33,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class StoreInfo:
+class StoreInfo(Report):
     """What one store holds.
 
     Args:
@@ -45,16 +46,18 @@ class StoreInfo:
         dataset_root: Folder that the first writer read from.
         provenance: Weights digest, versions and the like.
         free_bytes: Unused in the file; a compaction gives them back.
-        pinned_bytes: Those of them that writers can't reuse, because somebody reads an old
+        pinned_bytes: Those of them that writers can't reuse, because a process reads an old
             snapshot.
-        readers: Process id → how many commits its oldest snapshot is behind; of what this user
-            may see, this process included.
+        readers: Process id → how many commits its oldest snapshot is behind, this process
+            included; only processes that this user may see.
         damage: Why the store can't be read, or None.
         is_damaged: Whether that is damage: not a missing permission, a network mount, or the
             format of a newer release.
         last_used: When embeddings were last read, give or take an hour; None if never.
         last_written: When the newest commit was made; None if that isn't known.
     """
+
+    derived: ClassVar = ("fingerprint",)
 
     path: Path
     config: CacheConfig | None
@@ -85,30 +88,14 @@ class StoreInfo:
         """When it was last read or written; None if neither is known."""
         return max(filter(None, (self.last_used, self.last_written)), default=None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "path": os.fspath(self.path),
-            "fingerprint": self.config.fingerprint if self.config else None,
-            "config": self.config.to_dict() if self.config else None,
-            "num_embeddings": self.num_embeddings,
-            "size_bytes": self.size_bytes,
-            "embedding_shape": self.embedding_shape,
-            "creation_time": self.creation_time,
-            "dataset_root": self.dataset_root,
-            "provenance": dict(self.provenance),
-            "free_bytes": self.free_bytes,
-            "pinned_bytes": self.pinned_bytes,
-            "readers": {str(process): behind for process, behind in self.readers.items()},
-            "damage": self.damage,
-            "is_damaged": self.is_damaged,
-            "last_used": _iso(self.last_used),
-            "last_written": _iso(self.last_written),
-        }
+    @property
+    def fingerprint(self) -> str | None:
+        """The config's; None if the store is too damaged to tell."""
+        return self.config.fingerprint if self.config else None
 
 
 def read_store_info(store: str | Path) -> StoreInfo:
-    """What the store in this folder holds.
+    """Return what the store in this folder holds.
 
     Raises:
         CacheNotFoundError: There is no store.
@@ -136,7 +123,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
 
 
 def users_of(info: StoreInfo) -> list[str]:
-    """`4711 python` of every other process that has the store open, as far as that shows."""
+    """Return `4711 python` for each other process that has the store open, as far as is known."""
     return others(info.path) or [str(pid) for pid in info.readers if pid != os.getpid()]
 
 
@@ -149,7 +136,7 @@ def is_store(folder: Path) -> bool:
 
 
 def info_or_damage(folder: Path) -> StoreInfo:
-    """What the store in this folder holds, or why it can't be read."""
+    """Return what the store in this folder holds, or why it can't be read."""
     try:
         return read_store_info(folder)
     except (CacheError, OSError) as error:
@@ -173,16 +160,12 @@ def _last_written(store: Path) -> datetime | None:
     return None
 
 
-def _iso(time: datetime | None) -> str | None:
-    return time.isoformat(timespec="seconds") if time else None
-
-
 def allocated_bytes(folder: Path) -> int:
-    """Bytes that the files under a folder take on disk."""
+    """Return the bytes that the files under a folder take on disk."""
     total = 0
     for directory, _, names in os.walk(folder):
         for name in names:
-            # A compaction may remove a file meanwhile.
+            # A compaction may remove a file in the meantime.
             with contextlib.suppress(FileNotFoundError):
                 total += Path(directory, name).lstat().st_blocks * 512
     return total

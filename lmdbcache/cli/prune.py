@@ -15,7 +15,6 @@ from lmdbcache.cache import (
     leftovers_under,
     plan_pruning,
     prune,
-    remove_leftovers_under,
 )
 from lmdbcache.cli.console import counted, print_json, say
 from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
@@ -93,7 +92,7 @@ def prune_command(
         if not yes:
             typer.confirm(f"Remove {_summary(plan, found)} from {cache.root}?", abort=True)
         plan = prune(cache, plan, force=force)
-        found = remove_leftovers_under(cache.root) if found else []
+        found = leftovers_under(cache.root, remove=True) if found else []
     if as_json:
         print_json({"dry_run": dry_run, **_as_json(plan, found)})
         return

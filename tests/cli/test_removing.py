@@ -209,14 +209,14 @@ def test_prune_looks_again_before_it_removes(cache, configs):
         writer.put("new:dog", np.ones((3, 8)))
     done = prune(cache, plan)
     assert [verdict.store.config for verdict in done.removed] == [configs[2]]
-    assert {verdict.reason for verdict in done.kept} == {"used or changed meanwhile"}
+    assert {verdict.store.config for verdict in done.kept} == set(configs[:2])
     assert done.bytes_left == sum(verdict.store.size_bytes for verdict in done.kept)
     with peer_process() as peer:
         make_older(cache, configs[0], 100)
         plan = plan_pruning(cache, PrunePolicy(used_before=parse_moment("90d")))
         peer.call(open_writer, cache.root, configs[0])
         (kept,) = prune(cache, plan).kept
-        assert kept.reason.startswith(f"in use by {peer.process.pid}")
+        assert str(peer.process.pid) in kept.reason
         peer.call(let_go)
 
 

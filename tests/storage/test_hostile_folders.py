@@ -20,7 +20,6 @@ from lmdbcache.cache import (
     SourceRecords,
     is_store,
     leftovers_under,
-    remove_leftovers_under,
     update_failures,
     write_sources,
 )
@@ -175,7 +174,7 @@ def use_all(cache):
         lambda: cache.repair(HOSTILE, dry_run=True),
         lambda: cache.repair(HOSTILE),
         lambda: cache.compact(HOSTILE),
-        lambda: remove_leftovers_under(cache.root),
+        lambda: leftovers_under(cache.root, remove=True),
     )
     errors = [answer for use in uses if isinstance(answer := tried(use), CacheError)]
     with cache.reader(GOOD) as reader:

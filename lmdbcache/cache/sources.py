@@ -1,19 +1,21 @@
-"""Which embeddings of a store were computed from files that have changed or vanished since."""
+"""Which file each embedding was computed from, and whether it is still the same."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
 
-from lmdbcache.cache.records.database import SourceRecords, Written, forget_sources, write_sources
-from lmdbcache.cache.records.files import Source, SourceState, compare, source_of
+import xxhash
+
+from lmdbcache.cache.records import Source, SourceRecords, Written, forget_sources, write_sources
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage import EmbeddingReader, checksums_of, sample_key, split_sample_id
+from lmdbcache.storage import EmbeddingReader, Report, checksums_of, class_of, sample_key
 
 __all__ = [
     "STATES",
@@ -22,21 +24,98 @@ __all__ = [
     "adopt_sources",
     "changed_clips",
     "check_sources",
+    "compare",
     "num_suspects",
     "recorded_sources",
+    "source_of",
 ]
 
-STATES: Final[tuple[SourceState, ...]] = (
-    "unchanged",
-    "touched",
-    "changed",
-    "vanished",
-    "unknown",
-)
+SourceState = Literal["unchanged", "touched", "changed", "vanished", "unknown"]
+STATES: Final[tuple[SourceState, ...]] = get_args(SourceState)
+
+# Decoding reads the first seconds of a clip. Reading all of an hour-long recording for its digest
+# would take longer than everything else.
+LARGEST_DIGESTED_BYTES: Final = 64 << 20
+_CHUNK_BYTES: Final = 256 << 10
 _AT_ONCE: Final = 4096
 _NEWS_EVERY: Final = 64
 _T = TypeVar("_T")
 Progress = Callable[[int, int], None]
+
+
+# ---- one file
+
+
+def source_of(given: object) -> Source | None:
+    """Return what to record of a clip's source; call it before the clip is decoded.
+
+    Args:
+        given: A path, the bytes of a file, or an object whose `open_binary()` gives them.
+
+    Returns:
+        None if there is nothing to record: no such file, or none of these.
+    """
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return Source("", len(given), None, xxhash.xxh3_128_digest(given))
+    try:
+        if isinstance(given, (str, os.PathLike)):
+            return _file_source(os.fspath(given))
+        with given.open_binary() as file:  # type: ignore[attr-defined]
+            return source_of(file.read())
+    except Exception:  # noqa: BLE001 - decoding will say what is wrong with it
+        return None
+
+
+def compare(source: Source, path: str, *, rehash: bool = False) -> SourceState:  # noqa: PLR0911
+    """Return how the file at `path` compares with what is recorded.
+
+    Args:
+        source: What is recorded.
+        path: Where the file should be.
+        rehash: Read the content even if size and time are the same.
+
+    Returns:
+        `"touched"` if the time differs and the content doesn't; `"unknown"` if it wasn't a file,
+        or can't be read now.
+    """
+    if not source.path:
+        return "unknown"
+    try:
+        found = os.stat(path)  # noqa: PTH116 - once per clip
+    except (FileNotFoundError, NotADirectoryError):
+        return "vanished"
+    except (OSError, ValueError):
+        return "unknown"
+    if not stat.S_ISREG(found.st_mode):
+        return "vanished"
+    is_same_time = found.st_mtime_ns == source.mtime_ns
+    if found.st_size == source.size and (rehash or not is_same_time) and source.digest:
+        now = source_of(path)
+        if now is None:
+            return "unknown"
+        if now.digest == source.digest:
+            return "unchanged" if is_same_time else "touched"
+        return "changed"
+    return "unchanged" if is_same_time and found.st_size == source.size else "changed"
+
+
+def _file_source(path: str) -> Source | None:
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - the one that fstat sees
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        digest = None
+        if found.st_size <= LARGEST_DIGESTED_BYTES:
+            hasher = xxhash.xxh3_128()
+            while chunk := file.read(_CHUNK_BYTES):
+                hasher.update(chunk)
+            digest = hasher.digest()
+    return Source(path, found.st_size, found.st_mtime_ns, digest)
+
+
+# ---- the files of a store
 
 
 class FoundSource(NamedTuple):
@@ -48,14 +127,16 @@ class FoundSource(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SourceReport:
-    """How the files of a store's embeddings are now.
+class SourceReport(Report):
+    """How the files of a store's embeddings compare with what was recorded.
 
     Args:
         path: The store's folder.
         by_class: Class → state → number of embeddings.
         found: The embeddings whose file isn't as it was, those with an unknown one included.
     """
+
+    derived: ClassVar = ("is_trusted",)
 
     path: Path
     by_class: Mapping[str, Mapping[SourceState, int]] = field(default_factory=dict)
@@ -74,15 +155,14 @@ class SourceReport:
         """Whether no file is known to have changed or vanished."""
         return not (self.num("changed") or self.num("vanished"))
 
+    @property
+    def exit_code(self) -> int:
+        """1 if a file is known to have changed or vanished."""
+        return 0 if self.is_trusted else 1
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "path": os.fspath(self.path),
-            "is_trusted": self.is_trusted,
-            **{f"num_{state}": self.num(state) for state in STATES},
-            "by_class": {name: dict(counts) for name, counts in self.by_class.items()},
-            "found": [found._asdict() for found in self.found],
-        }
+        """Return plain values for JSON, with the number of embeddings in each state."""
+        return {**super().to_dict(), **{f"num_{state}": self.num(state) for state in STATES}}
 
 
 def check_sources(
@@ -116,14 +196,14 @@ def check_sources(
         state: SourceState = "unknown"
         if source is not None and path is not None:
             state = compare(source, path, rehash=rehash)
-        counts.setdefault(split_sample_id(sample_id)[1], Counter())[state] += 1
+        counts.setdefault(class_of(sample_id), Counter())[state] += 1
         if state != "unchanged":
             found.append(FoundSource(sample_id, path, state))
     return SourceReport(store, dict(sorted(counts.items())), tuple(found))
 
 
 def changed_clips(store: Path, paths: Mapping[str, str]) -> list[str]:
-    """The stored samples whose file isn't the one that was embedded.
+    """Return the stored samples whose file isn't the one that was embedded.
 
     Args:
         store: The store's folder.
@@ -140,9 +220,9 @@ def changed_clips(store: Path, paths: Mapping[str, str]) -> list[str]:
 
 
 def num_suspects(store: Path, paths: Mapping[str, str]) -> int:
-    """How many stored samples have a file with another size or time than recorded.
+    """Return how many stored samples have a file of another size or time than recorded.
 
-    A look at each file and no more: some of them may have been touched only.
+    Only sizes and times are compared: the content may be the same.
 
     Args:
         store: The store's folder.
@@ -167,10 +247,10 @@ def adopt_sources(
     root: str | Path = "",
     progress: Progress | None = None,
 ) -> int:
-    """Take the files that are there now for the sources of embeddings that have no record.
+    """Record the present files as the sources of embeddings that have no record.
 
-    The new time of a file that was only touched is recorded, too. A file that changed stays so.
-    Records that are damaged are made anew.
+    The new time of a file whose content is the same is recorded as well; a changed file stays
+    changed. Damaged records are replaced.
 
     Args:
         store: The store's folder.
@@ -211,7 +291,7 @@ def _adopted(
 def recorded_sources(
     store: Path, sample_ids: Iterable[str] | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[str, bytes, Source | None]]:
-    """(sample id, checksum, recorded source or None) of the embeddings that are stored.
+    """Yield (sample id, checksum, recorded source or None) of the stored embeddings.
 
     Args:
         store: The store's folder.

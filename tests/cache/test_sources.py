@@ -17,8 +17,8 @@ from lmdbcache.cache import (
     num_suspects,
     recorded_sources,
     source_of,
+    sources as files,
 )
-from lmdbcache.cache.records import files
 
 
 def later(path, seconds=10):

@@ -1,8 +1,9 @@
-"""The records of sources beside a store: `sources.sqlite3`.
+"""Where each embedding comes from: its file and who computed it, in `sources.sqlite3`.
 
 A record belongs to one embedding, which it names by the checksum that the store keeps of it. So a
-record never speaks for an embedding that somebody wrote later, and a run that is killed between
-the two commits leaves the old embedding with its old record.
+record never describes an embedding that was written later, and a run that is killed between the
+two commits leaves the old embedding with its old record. An embedding without an origin was
+computed, or imported, in this store.
 
 Each call opens the file and closes it again: nothing is carried over a fork. The journal is
 SQLite's rollback journal, which leaves no second file behind.
@@ -11,21 +12,16 @@ SQLite's rollback journal, which leaves no second file behind.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from lmdbcache.cache.records.files import Source
-from lmdbcache.cache.records.origins import (
-    Origin,
-    forget_origins,
-    has_origins,
-    put_origins,
-    read_origins,
-)
 from lmdbcache.errors import (
     CacheFullError,
     FormatVersionError,
@@ -35,8 +31,20 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import check_file, occupy_standard_descriptors, open_file
+from lmdbcache.storage import EmbeddingReader, sample_id_of_key, stored_checksums
 
-__all__ = ["SOURCES_NAME", "SourceRecorder", "SourceRecords", "forget_sources", "write_sources"]
+__all__ = [
+    "SOURCES_NAME",
+    "THIS_STORE",
+    "Origin",
+    "Source",
+    "SourceRecorder",
+    "SourceRecords",
+    "Written",
+    "count_origins",
+    "forget_sources",
+    "write_sources",
+]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -45,8 +53,8 @@ _VERSION: Final = 1
 _BUSY_SECONDS: Final = 5.0
 # Inside a commit, which keeps the store's other writers waiting.
 _PATIENCE_SECONDS: Final = 1.0
+_AT_ONCE: Final = 4096
 _FEW: Final = 256
-_COLUMNS: Final = "sample_id, embedding, root, path, size, mtime_ns, digest"
 _SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS roots (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
@@ -63,7 +71,82 @@ CREATE TABLE IF NOT EXISTS sources (
 PRAGMA user_version = {_VERSION};
 COMMIT;
 """
+# Made by the first embedding that comes from elsewhere.
+_ORIGIN_TABLES: Final = (
+    "CREATE TABLE IF NOT EXISTS origins (id INTEGER PRIMARY KEY, record TEXT NOT NULL UNIQUE)",
+    """CREATE TABLE IF NOT EXISTS sample_origins (
+        sample_id TEXT NOT NULL,
+        embedding BLOB NOT NULL,  -- the checksum that the store keeps of it
+        origin INTEGER NOT NULL,
+        PRIMARY KEY (sample_id, embedding)
+    ) WITHOUT ROWID""",
+)
 
+
+class Source(NamedTuple):
+    """What an embedding was computed from, as it was right before it was decoded.
+
+    Args:
+        path: The file, relative to `root` if there is one; empty if it wasn't a file.
+        size: In bytes.
+        mtime_ns: Time of the last modification, in nanoseconds since 1970; None if not a file.
+        digest: xxh3-128 of the content, 16 bytes; None beyond `LARGEST_DIGESTED_BYTES`.
+        root: The dataset's folder, or empty.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int | None
+    digest: bytes | None
+    root: str = ""
+
+    def below(self, root: str) -> Source:
+        """Return the same with a path that survives a move of the dataset's folder."""
+        if not self.path:
+            return self
+        path = os.path.abspath(self.path)  # noqa: PTH100 - a link keeps the name it was given under
+        folder = os.path.join(os.path.abspath(root), "") if root else ""  # noqa: PTH100, PTH118
+        if folder and path.startswith(folder):
+            return self._replace(path=path[len(folder) :], root=folder.rstrip(os.sep) or os.sep)
+        return self._replace(path=path, root="")
+
+    def location(self, data_dir: str | os.PathLike[str] | None = None) -> str:
+        """Return where the file should be; `data_dir` replaces the recorded root."""
+        root = os.fspath(data_dir) if data_dir is not None else self.root
+        return os.path.join(root, self.path) if self.root else self.path  # noqa: PTH118
+
+
+class Origin(NamedTuple):
+    """Where an embedding comes from that wasn't computed in its store.
+
+    Args:
+        writer: Who computed it or passed it on: a host's name, the folder of a store.
+        detail: When and by which way: commit, URL, folder, times (ISO 8601).
+        provenance: Of the store it was computed for: weights_digest, versions and the like.
+    """
+
+    writer: str
+    detail: Mapping[str, str] = {}
+    provenance: Mapping[str, str] = {}
+
+    def __hash__(self) -> int:
+        return hash((self.writer, *sorted(self.detail.items()), *sorted(self.provenance.items())))
+
+    def __str__(self) -> str:
+        return " ".join([self.writer, *(f"{name}={value}" for name, value in self.detail.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "writer": self.writer,
+            "detail": dict(self.detail),
+            "provenance": dict(self.provenance),
+        }
+
+
+THIS_STORE: Final = Origin("this store")
+
+# (sample id, checksum of the embedding that is replaced or None, checksum of the new one, source)
 Written = tuple[str, bytes | None, bytes, Source]
 
 
@@ -105,15 +188,18 @@ class SourceRecords:
             self._connection = None
 
     def of(self, embeddings: Mapping[str, bytes]) -> dict[str, Source]:
-        """The sources of these embeddings, as far as they are recorded.
+        """Return the sources of these embeddings, as far as they are recorded.
 
         Args:
             embeddings: Sample id → the checksum that the store keeps of the embedding. Ids that
                 are near each other in their order are found fastest.
         """
+        columns = "sample_id, embedding, root, path, size, mtime_ns, digest"
         found = {}
         with _translated(self._path):
-            for sample_id, embedding, root, path, *rest in self._rows(_COLUMNS, embeddings):
+            for sample_id, embedding, root, path, *rest in self._rows(
+                "sources", columns, embeddings
+            ):
                 size, mtime_ns, digest = rest
                 if embeddings.get(sample_id) == embedding:
                     folder = self._roots.get(root, "")
@@ -124,31 +210,34 @@ class SourceRecords:
     def has_origins(self) -> bool:
         """Whether anything has come from elsewhere."""
         with _translated(self._path):
-            return self._connection is not None and has_origins(self._connection)
+            return self._connection is not None and _has_origins(self._connection)
 
     def origins(self, embeddings: Mapping[str, bytes]) -> dict[str, Origin]:
-        """Who computed these embeddings, of those that weren't computed in this store.
+        """Return who computed these embeddings, of those that weren't computed in this store.
 
         Args:
             embeddings: See `of`.
         """
-        connection = self._connection
-        if not embeddings or connection is None or not _version_of(connection, self._path):
-            return {}
+        found: dict[str, Origin] = {}
+        known: dict[int, Origin] = {}
+        if not self.has_origins:
+            return found
+        columns = "sample_id, embedding, origin"
         with _translated(self._path):
-            return {
-                sample_id: origin
-                for sample_id, embedding, origin in read_origins(connection, _ranges(embeddings))
-                if embeddings.get(sample_id) == embedding
-            }
+            for sample_id, embedding, number in self._rows("sample_origins", columns, embeddings):
+                if embeddings.get(sample_id) == embedding:
+                    if number not in known:
+                        known[number] = self._origin(number)
+                    found[sample_id] = known[number]
+        return found
 
     def sizes_and_times(self, sample_ids: Collection[str]) -> list[tuple[str, int, int | None]]:
-        """(sample id, size, mtime_ns) of what is recorded of these, whichever embedding it is of.
+        """Return (sample id, size, mtime_ns) of what is recorded, whichever embedding it is of.
 
         Quicker than `of`; some of other samples come along.
         """
         with _translated(self._path):
-            return list(self._rows("sample_id, size, mtime_ns", sample_ids))
+            return list(self._rows("sources", "sample_id, size, mtime_ns", sample_ids))
 
     def check(self) -> None:
         """Look at every page of the file.
@@ -162,14 +251,29 @@ class SourceRecords:
                 if finding != "ok":
                     raise sqlite3.DatabaseError(finding)
 
-    def _rows(self, columns: str, sample_ids: Collection[str]) -> Iterator[tuple[Any, ...]]:
+    def _rows(
+        self, table: str, columns: str, sample_ids: Collection[str]
+    ) -> Iterator[tuple[Any, ...]]:
         connection = self._connection
         if not sample_ids or connection is None or not _version_of(connection, self._path):
             return
-        query = f"SELECT {columns} FROM sources WHERE sample_id BETWEEN ? AND ?"
-        for ends in _ranges(sample_ids):
+        if len(sample_ids) <= _FEW:  # they may lie far apart
+            ranges = [(sample_id, sample_id) for sample_id in sample_ids]
+        else:
+            ranges = [(min(sample_ids), max(sample_ids))]
+        for ends in ranges:
             # All at once: a cursor that stays open keeps writers waiting.
+            query = f"SELECT {columns} FROM {table} WHERE sample_id BETWEEN ? AND ?"
             yield from connection.execute(query, ends).fetchall()
+
+    def _origin(self, number: int) -> Origin:
+        query = "SELECT record FROM origins WHERE id = ?"
+        row = self._connection.execute(query, (number,)).fetchone() if self._connection else None
+        record: Any = json.loads(row[0]) if row else None
+        try:
+            return Origin(str(record["writer"]), dict(record["detail"]), dict(record["provenance"]))
+        except (TypeError, KeyError):
+            raise sqlite3.DatabaseError(f"origin {number} isn't a record") from None
 
 
 def write_sources(
@@ -187,8 +291,8 @@ def write_sources(
         written: (sample id, checksum of the embedding that is replaced or None, checksum of the
             new one, source) of each.
         origins: The same with who computed it, of those that weren't computed in this store.
-        tidy: Remove the records of still older embeddings of these samples; for whoever holds the
-            writer lock.
+        tidy: Remove the records of still older embeddings of these samples; for a caller that
+            holds the writer lock.
         busy_seconds: How long to wait for others, if need be once to begin and once to end.
 
     Raises:
@@ -204,15 +308,23 @@ def write_sources(
             connection.execute("BEGIN IMMEDIATE")
             if tidy:
                 kept = {row[0]: row[1] or b"" for row in (*written, *origins)}
-                connection.executemany(
-                    "DELETE FROM sources WHERE sample_id = ? AND embedding != ?", list(kept.items())
-                )
-                forget_origins(connection, kept.items())
+                tables = ("sources", "sample_origins") if _has_origins(connection) else ("sources",)
+                for table in tables:
+                    connection.executemany(
+                        f"DELETE FROM {table} WHERE sample_id = ? AND embedding != ?",
+                        list(kept.items()),
+                    )
             connection.executemany(
                 "INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
-                list(_rows(connection, written)),
+                list(_source_rows(connection, written)),
             )
-            put_origins(connection, [(name, new, origin) for name, _, new, origin in origins])
+            if origins:
+                for statement in _ORIGIN_TABLES:
+                    connection.execute(statement)
+                connection.executemany(
+                    "INSERT OR REPLACE INTO sample_origins VALUES (?, ?, ?)",
+                    list(_origin_rows(connection, origins)),
+                )
             connection.execute("COMMIT")
 
 
@@ -225,7 +337,7 @@ def forget_sources(store: Path) -> None:
 class SourceRecorder:
     """Keeps the sources of embeddings that a writer is about to commit; its `before_commit`.
 
-    What goes wrong here never stops the writer: it is said once, and the sources stay unknown.
+    A failure here never stops the writer: it is logged once, and the sources stay unknown.
 
     Args:
         store: The store's folder.
@@ -241,7 +353,7 @@ class SourceRecorder:
         self._seconds = _PATIENCE_SECONDS
 
     def note(self, sample_id: str, source: Source | None) -> None:
-        """Say what the embedding that is given to the writer next was computed from."""
+        """Keep what the embedding that is given to the writer next was computed from."""
         if source is not None:
             self._noted[sample_id] = source.below(self._root)
 
@@ -278,31 +390,82 @@ class SourceRecorder:
                 )
 
 
-def _rows(
+def count_origins(store: Path) -> list[tuple[Origin, int]]:
+    """Return who computed the embeddings of a store, and how many; the most first.
+
+    What was computed in the store itself counts for `THIS_STORE`; if that is all, the list is
+    empty.
+
+    Args:
+        store: Its folder.
+
+    Raises:
+        IntegrityError: The store or its records are damaged.
+    """
+    counts: Counter[str] = Counter()
+    origins: dict[str, Origin] = {}
+    with SourceRecords(store) as records, EmbeddingReader(store, track_usage=False) as reader:
+        if not records.has_origins:
+            return []
+        rest = len(reader)
+        pairs = ((sample_id_of_key(key), value) for key, value in stored_checksums(reader))
+        while chunk := dict(islice(pairs, _AT_ONCE)):
+            found = records.origins(chunk)
+            rest -= len(found)
+            by_id = {id(origin): origin for origin in found.values()}  # few, of many samples
+            for number, alike in Counter(map(id, found.values())).items():
+                record = _record_of(by_id[number])
+                origins[record] = by_id[number]
+                counts[record] += alike
+    if not counts:
+        return []
+    pairs_found = [(origins[record], number) for record, number in counts.items()]
+    if rest > 0:
+        pairs_found.append((THIS_STORE, rest))
+    return sorted(pairs_found, key=lambda pair: -pair[1])
+
+
+# ---- the file
+
+
+def _record_of(origin: Origin) -> str:
+    return json.dumps(origin.to_dict(), sort_keys=True)
+
+
+def _has_origins(connection: sqlite3.Connection) -> bool:
+    query = "SELECT count(*) FROM sqlite_master WHERE name IN ('origins', 'sample_origins')"
+    return bool(connection.execute(query).fetchone()[0] == 2)
+
+
+def _number_of(connection: sqlite3.Connection, table: str, column: str, value: object) -> int:
+    """Return the id of a row with this value, which is added if there is none."""
+    connection.execute(f"INSERT OR IGNORE INTO {table} ({column}) VALUES (?)", (value,))
+    found = connection.execute(f"SELECT id FROM {table} WHERE {column} = ?", (value,))
+    return int(found.fetchone()[0])
+
+
+def _source_rows(
     connection: sqlite3.Connection, written: Iterable[Written]
 ) -> Iterator[tuple[object, ...]]:
     roots: dict[str, int | None] = {"": None}
     for sample_id, _, checksum, source in written:
         if source.root not in roots:
             root = os.fsencode(source.root)
-            connection.execute("INSERT OR IGNORE INTO roots (path) VALUES (?)", (root,))
-            found = connection.execute("SELECT id FROM roots WHERE path = ?", (root,))
-            roots[source.root] = found.fetchone()[0]
-        yield (
-            sample_id,
-            checksum,
-            roots[source.root],
-            os.fsencode(source.path),
-            source.size,
-            source.mtime_ns,
-            source.digest,
-        )
+            roots[source.root] = _number_of(connection, "roots", "path", root)
+        path = os.fsencode(source.path)
+        rest = (source.size, source.mtime_ns, source.digest)
+        yield (sample_id, checksum, roots[source.root], path, *rest)
 
 
-def _ranges(sample_ids: Collection[str]) -> list[tuple[str, str]]:
-    if len(sample_ids) <= _FEW:  # they may lie far apart
-        return [(sample_id, sample_id) for sample_id in sample_ids]
-    return [(min(sample_ids), max(sample_ids))]
+def _origin_rows(
+    connection: sqlite3.Connection, origins: Iterable[tuple[str, bytes | None, bytes, Origin]]
+) -> Iterator[tuple[object, ...]]:
+    numbers: dict[int, int] = {}  # by object: few, of many samples
+    for sample_id, _, checksum, origin in origins:
+        if id(origin) not in numbers:
+            record = _record_of(origin)
+            numbers[id(origin)] = _number_of(connection, "origins", "record", record)
+        yield sample_id, checksum, numbers[id(origin)]
 
 
 def _create(path: Path) -> None:
@@ -321,7 +484,7 @@ def _connect(path: Path, busy_seconds: float = _BUSY_SECONDS) -> sqlite3.Connect
 
 
 def _version_of(connection: sqlite3.Connection, path: Path) -> int:
-    """0 while nothing is in it."""
+    """Return the file's version; 0 while nothing is in it."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version > _VERSION:
         raise FormatVersionError(
@@ -344,8 +507,8 @@ def _translated(path: Path) -> Iterator[None]:
         ) from None
     except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
         raise IntegrityError(
-            f"{path} is damaged ({error}); the embeddings aren't concerned. `lmdbcache verify "
-            f"{path.parent.name} --sources --data-dir DATA_DIR --adopt` makes it anew"
+            f"{path} is damaged ({error}); the embeddings aren't affected. "
+            "`adopt_sources(store, clips)` replaces it with records of the present files"
         ) from None
     except NotRegularFileError:
         raise

@@ -1,1 +1,0 @@
-"""Which file each embedding was computed from, and whether it is still the same."""
