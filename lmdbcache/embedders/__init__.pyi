@@ -1,4 +1,3 @@
-from .audio_spectrogram_transformer import ASTEmbedder as ASTEmbedder, ASTFrontEnd as ASTFrontEnd
 from .base import (
     AudioModel as AudioModel,
     Embedder as Embedder,
@@ -18,6 +17,10 @@ from .checkpoints import (
     moved_weights as moved_weights,
 )
 from .devices import device_of_rank as device_of_rank
+from .families.audio_spectrogram_transformer import (
+    ASTEmbedder as ASTEmbedder,
+    ASTFrontEnd as ASTFrontEnd,
+)
 from .first_batch import (
     NUM_REPEATS as NUM_REPEATS,
     FirstBatches as FirstBatches,

@@ -6,6 +6,7 @@ of torch at run time.
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,11 +26,13 @@ __all__ = [
     "FrontEnd",
     "as_features",
     "check_num_samples",
+    "check_output",
     "check_waveform",
     "clip_features",
     "compute_features",
     "first_line",
     "front_end_name",
+    "library_versions",
 ]
 
 
@@ -141,6 +144,16 @@ class AudioModel(Protocol):
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
         """The model, loaded."""
         ...
+
+
+def check_output(name: str, outputs: tuple[str, ...], output: str) -> None:
+    """Check that a model has this output.
+
+    Raises:
+        ConfigError: It hasn't; the message has those that it has.
+    """
+    if output not in outputs:
+        raise ConfigError(f"output: {output!r}; {name} gives {', '.join(outputs)}")
 
 
 def check_waveform(waveform: NDArray[Any]) -> None:
@@ -281,6 +294,18 @@ def front_end_name(front_end: Any) -> str:
     """What to call a front end in a message: its id, or the function's name."""
     own = getattr(front_end, "identity", None) or getattr(front_end, "__name__", None)
     return str(own or type(front_end).__name__)
+
+
+def library_versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package, or `"not installed"`."""
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""The files of a checkpoint in one form, however their JSON is laid out.
+"""The files of a checkpoint, and one digest for them, however their JSON is laid out.
 
-The form is the one that `save_pretrained` and safetensors write, so that what they wrote is
-digested as it is.
+The form that is digested is the one that `save_pretrained` and safetensors write, so that what
+they wrote is digested as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "SAFETENSORS",
     "TORCH_BIN",
     "canonical_head",
+    "read_json",
     "weight_files",
     "weights_digest",
 ]
@@ -36,8 +37,28 @@ _MAX_HEADER_BYTES: Final = 100 << 20  # safetensors' own limit
 _ALIGNMENT: Final = 8
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of a checkpoint's settings files.
+
+    Raises:
+        ModelLoadError: It is missing or isn't a JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadError(
+            f"{path}: missing; expected with the weights, as save_pretrained of the model and of "
+            "its feature extractor write it (without it the features would be a guess)"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ModelLoadError(f"{path}: not a JSON object; save or download the checkpoint again")
+    return settings
+
+
 def weights_digest(folder: str | os.PathLike[str]) -> str:
-    """Digest of everything in a checkpoint that decides an embedding.
+    """Return a digest of everything in a checkpoint that decides an embedding.
 
     Taken over name, length and bytes of config.json, preprocessor_config.json and the weights
     (*.safetensors, else pytorch_model*.bin), sorted by name; the folder's own name and place have

@@ -19,10 +19,10 @@ from lmdbcache.embedders.checkpoint_files import (
     CONFIG_FILES,
     SAFETENSORS,
     TORCH_BIN,
+    read_json,
     weight_files,
     weights_digest,
 )
-from lmdbcache.embedders.pretrained import read_json
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, ModelLoadError
 from lmdbcache.files import expand_user
 
@@ -315,7 +315,7 @@ def _cached(name: str) -> Path | None:
     if "@" in name:
         raise ModelLoadError(
             f"{name}: the identity of a local checkpoint folder, which can't be looked up by name; "
-            "give the folder itself (--model FOLDER)"
+            "give the folder itself"
         )
     try:
         folder = Path(
@@ -345,7 +345,7 @@ def _download(name: str, wanted: Sequence[str] = ()) -> None:
     except hub.errors.RepositoryNotFoundError as error:
         raise ModelLoadError(
             f"{name}: the Hub has no such model, or it is private or gated; check the spelling, "
-            "or log in with `hf auth login`"
+            "or log in (hf auth login)"
         ) from error
     except Exception as error:
         raise ModelLoadError(_unreachable(name, error)) from error
@@ -366,9 +366,9 @@ def _unreachable(name: str, error: Exception) -> str:
         reason = f"can't be downloaded ({type(error).__name__}: {error})"
         remedy = "try again when the network is back"
     return (
-        f"{name}: not on this machine, and {reason}. Give a local checkpoint folder (--model "
-        f"FOLDER); or run `hf download {name}` on a machine with network and set HF_HOME to a "
-        f"copy of its cache; or {remedy}."
+        f"{name}: not on this machine, and {reason}. Give a local checkpoint folder (`model=`); or "
+        f"download {name} on a machine with network (hf download) and set HF_HOME to a copy of its "
+        f"cache; or {remedy}"
     )
 
 

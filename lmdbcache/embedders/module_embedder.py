@@ -13,13 +13,13 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import (
     as_features,
     check_num_samples,
+    check_output,
     check_waveform,
     clip_features,
     first_line,
+    library_versions,
 )
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
-from lmdbcache.embedders.pretrained import library_versions
-from lmdbcache.embedders.transformers_family import check_output
 from lmdbcache.embedders.weights_watch import WatchedWeights
 from lmdbcache.errors import (
     AudioDecodeError,

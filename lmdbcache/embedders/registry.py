@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lmdbcache.audio import by_soundfile, with_decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
-from lmdbcache.embedders.audio_spectrogram_transformer import AST
-from lmdbcache.embedders.base import AudioModel
+from lmdbcache.embedders.base import AudioModel, check_output
+from lmdbcache.embedders.checkpoint_files import read_json
 from lmdbcache.embedders.checkpoints import (
     Checkpoint,
     fetch_checkpoint,
@@ -22,18 +22,19 @@ from lmdbcache.embedders.checkpoints import (
     identify,
     settings_folder,
 )
-from lmdbcache.embedders.clap import CLAP
-from lmdbcache.embedders.pretrained import read_json
-from lmdbcache.embedders.transformers_family import ModelFamily, Settings, check_output
-from lmdbcache.embedders.wav2vec2 import WAV2VEC2
-from lmdbcache.embedders.whisper import WHISPER
+from lmdbcache.embedders.families import FAMILIES
+from lmdbcache.embedders.transformers_family import (
+    ModelFamily,
+    Settings,
+    TransformersEmbedder,
+    TransformersFrontEnd,
+)
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
 
 if TYPE_CHECKING:
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
 __all__ = [
-    "FAMILIES",
     "PretrainedModel",
     "config_for",
     "described_model",
@@ -41,8 +42,6 @@ __all__ = [
     "known_model",
     "ready_model",
 ]
-
-FAMILIES: Final[tuple[ModelFamily, ...]] = (AST, WAV2VEC2, WHISPER, CLAP)
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ class PretrainedModel:
     @property
     def sample_rate(self) -> int:
         """Of the waveforms that it was trained with, in Hz."""
-        found = self.settings.preprocessor.get("sampling_rate") if self.settings else None
-        return int(found or self.family.sample_rate)
+        return self.settings.sample_rate if self.settings else self.family.sample_rate
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -128,7 +126,7 @@ class PretrainedModel:
         Raises:
             ConfigError: The sample rate isn't the model's.
         """
-        return self.family.make_front_end(self.checkpoint, config)
+        return TransformersFrontEnd(self.family, self.checkpoint, config.sample_rate)
 
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
         """The model, loaded.
@@ -138,7 +136,14 @@ class PretrainedModel:
             ModelLoadError: The checkpoint is damaged or incomplete.
             MissingDependencyError: transformers or torch is missing.
         """
-        return self.family.make_embedder(self.checkpoint, config, device)
+        return TransformersEmbedder(
+            self.family,
+            self.checkpoint,
+            config.output,
+            device,
+            config.compute_dtype,
+            num_samples=config.num_samples,
+        )
 
 
 def find_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
@@ -253,13 +258,13 @@ def described_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
     if not isinstance(model, (str, os.PathLike)):
         return _checked(model)
     checkpoint = identify(model)
-    if checkpoint.identity == DEFAULT_MODEL_NAME:
-        return PretrainedModel(checkpoint, AST, None)
+    family = _family_by_name(checkpoint.identity)
+    if checkpoint.identity == DEFAULT_MODEL_NAME and family is not None:
+        return PretrainedModel(checkpoint, family, None)
     try:
         return _on_this_machine(checkpoint) or _by_files(checkpoint, fetch_settings(checkpoint))
     except MissingDependencyError:
         # Where nothing but the cache itself is installed, a name has to do.
-        family = _family_by_name(checkpoint.identity)
         if family is None:
             raise
         return PretrainedModel(checkpoint, family, None)
@@ -287,7 +292,7 @@ def _family_of(folder: Path) -> ModelFamily:
     raise ModelLoadError(
         f"{folder}: config.json says model_type {model_type!r}, which isn't among those that "
         f"lmdbcache runs by itself: {known}. Any torch.nn.Module can be run from Python with "
-        "lmdbcache.ModuleEmbedder; see docs/models.md"
+        "lmdbcache.ModuleEmbedder"
     )
 
 

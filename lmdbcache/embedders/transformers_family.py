@@ -1,45 +1,44 @@
-"""What the families of transformers' audio encoders have in common.
+"""Audio encoders of transformers: what a family of models has to say, and how one is run.
 
-A family is a kind of model with one feature extractor and one way of being run. transformers and
-torch are imported at first use.
+A family is a kind of model with one feature extractor and one way of being run. Every check that
+transformers omits when it loads a checkpoint is made here. transformers and torch are imported at
+first use: that takes seconds, which a run with nothing to compute shouldn't pay.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lmdbcache.embedders.base import check_num_samples, check_waveform
-from lmdbcache.embedders.checkpoints import fetch_checkpoint
-from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
-from lmdbcache.embedders.pretrained import (
-    check_extractor_type,
-    check_sample_rate,
-    import_transformers,
+from lmdbcache.embedders.base import (
+    check_num_samples,
+    check_output,
+    check_waveform,
     library_versions,
-    load_extractor,
-    read_json,
 )
-from lmdbcache.errors import ConfigError, ModelLoadError
+from lmdbcache.embedders.checkpoint_files import read_json
+from lmdbcache.embedders.checkpoints import Checkpoint, fetch_checkpoint
+from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
+from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
+from lmdbcache.files import few
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-
-    from lmdbcache.config import CacheConfig
-    from lmdbcache.embedders.base import Embedder, FrontEnd
-    from lmdbcache.embedders.checkpoints import Checkpoint
 
 __all__ = [
     "ModelFamily",
     "Settings",
     "TransformersEmbedder",
     "TransformersFrontEnd",
-    "check_output",
+    "load_weights",
 ]
 
 
@@ -51,11 +50,13 @@ class Settings:
         folder: Where they lie.
         config: The model's settings.
         preprocessor: The feature extractor's settings.
+        sample_rate: Of the waveforms that the model was trained with, in Hz.
     """
 
     folder: Path
     config: dict[str, Any]
     preprocessor: dict[str, Any]
+    sample_rate: int
 
     @property
     def model_type(self) -> str:
@@ -76,41 +77,58 @@ class Settings:
 
 
 class ModelFamily(ABC):
-    """One kind of model: what identifies its embeddings, and how they are computed."""
+    """One kind of model: what identifies its embeddings, and how they are computed.
+
+    A family has no state: a model, its settings and the output are handed to its methods.
+    """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     """Values of `model_type` in config.json."""
     hub_prefixes: ClassVar[tuple[str, ...]]
-    """How the names of its models on the Hub begin, for where config.json can't be had."""
+    """How the names of its models on the Hub begin, for where config.json isn't available."""
     extractor_type: ClassVar[str]
+    """Class of the feature extractor in transformers."""
+    model_class: ClassVar[str]
+    """Class of the model in transformers."""
     front_end_id: ClassVar[str]
+    """The value for `CacheConfig.front_end`."""
     sample_rate: ClassVar[int]
     """Where preprocessor_config.json says nothing else, in Hz."""
     outputs: ClassVar[tuple[str, ...]]
     """The default one first."""
+    takes_num_valid: ClassVar[bool] = True
+    """Whether the extractor gets the clip without the zeros that fill it up to the duration."""
+    implementation: ClassVar[str] = "numpy"
+    """What the extractor computes with."""
 
     def settings(self, folder: Path) -> Settings:
-        """A checkpoint's settings, checked against each other.
+        """Read a checkpoint's settings, checked against each other.
 
         Raises:
             ModelLoadError: They don't fit this family or each other.
         """
         config = read_json(folder / "config.json")
         preprocessor = read_json(folder / "preprocessor_config.json")
-        settings = Settings(folder, config, preprocessor)
-        if settings.model_type not in self.model_types:
+        kind = config.get("model_type")
+        if kind not in self.model_types:
             raise ModelLoadError(
-                f"{folder}: config.json says model_type {settings.model_type!r}; {self.name} is "
+                f"{folder}: config.json says model_type {kind!r}; {self.name} is "
                 f"{', '.join(self.model_types)}"
             )
-        check_extractor_type(folder, preprocessor, self.extractor_type)
+        extractor = preprocessor.get("feature_extractor_type", self.extractor_type)
+        if extractor != self.extractor_type:
+            raise ModelLoadError(
+                f"{folder}: preprocessor_config.json is for {extractor}; expected "
+                f"{self.extractor_type}: take both files from the same model"
+            )
         rate = preprocessor.get("sampling_rate", self.sample_rate)
         if type(rate) is not int or rate < 1:
             raise ModelLoadError(
                 f"{folder}: sampling_rate is {rate!r} in preprocessor_config.json; expected a "
                 "whole number of Hz"
             )
+        settings = Settings(folder, config, preprocessor, rate)
         try:
             self.max_samples(settings)
             self.check_settings(settings)
@@ -123,51 +141,89 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def check_settings(self, settings: Settings) -> None:
-        """Whether the two files fit each other.
+        """Check that the two files fit each other.
 
         Raises:
             ModelLoadError: They don't.
         """
 
+    def min_samples(self, settings: Settings) -> int:  # noqa: ARG002 - most take any length
+        """Return the length of the shortest clip that gives features, in samples."""
+        return 1
+
     def max_samples(self, settings: Settings) -> int | None:  # noqa: ARG002 - most take any length
-        """The longest clip that the model takes, in samples; None if there is no limit."""
+        """Return the length of the longest clip that the model takes; None: no limit."""
         return None
 
     @abstractmethod
     def embedding_shape(
         self, settings: Settings, output: str, num_samples: int
     ) -> tuple[int, ...] | None:
-        """Shape of one embedding; None if the settings don't tell."""
+        """Return the shape of one embedding; None if the settings don't say."""
+
+    def import_transformers(self) -> Any:
+        """Import transformers, once the packages that it needs are known to work.
+
+        Raises:
+            MissingDependencyError: One is missing or can't be imported; the message has the remedy.
+        """
+        try:
+            import torch  # noqa: F401 - transformers only finds out at first use
+            import transformers
+        except (ImportError, OSError) as error:
+            raise MissingDependencyError(
+                f"running {self.name} needs torch and transformers ({error}); "
+                'install them with: pip install "lmdbcache[audio]"'
+            ) from error
+        return transformers
+
+    def extractor_provenance(self) -> dict[str, str]:
+        """Return the implementation in use (key `feature_extractor`), and library versions."""
+        return {
+            "feature_extractor": f"{self.extractor_type} ({self.implementation})",
+            **library_versions("transformers", "soundfile", "soxr"),
+        }
 
     @abstractmethod
-    def make_front_end(self, checkpoint: Checkpoint, config: CacheConfig) -> FrontEnd:
-        """The front end for clips of this config."""
+    def features(
+        self,
+        extract: Callable[..., Any],
+        clip: NDArray[np.float32],
+        settings: Settings,
+        num_samples: int,
+    ) -> NDArray[np.float32]:
+        """Compute the features of a clip that stands for `num_samples`.
+
+        Args:
+            extract: The checkpoint's feature extractor, for arrays at its sample rate.
+            clip: `(num_valid,)`, or `(num_samples,)` without `takes_num_valid`.
+            settings: The checkpoint's.
+            num_samples: Length of the clip with its padding.
+        """
+
+    def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
+        """Load the model, frozen."""
+        return load_weights(checkpoint, self)
 
     @abstractmethod
-    def make_embedder(
-        self, checkpoint: Checkpoint, config: CacheConfig, device: str | None
-    ) -> Embedder:
-        """The model, loaded."""
+    def feature_shape(self, model: Any, settings: Settings, num_samples: int) -> tuple[int, ...]:
+        """Return the shape of one clip's features."""
+
+    @abstractmethod
+    def embed(
+        self, model: Any, features: torch.Tensor, settings: Settings, output: str
+    ) -> torch.Tensor:
+        """Compute an output of a batch, on the model's device."""
 
 
-def check_output(family: str, outputs: tuple[str, ...], output: str) -> None:
-    """Whether a model has this output.
+class TransformersFrontEnd:
+    """A checkpoint's own feature extractor, one clip at a time.
 
-    Raises:
-        ConfigError: It hasn't; the message has those that it has.
-    """
-    if output not in outputs:
-        raise ConfigError(f"output: {output!r}; {family} gives {', '.join(outputs)}")
-
-
-class TransformersFrontEnd(ABC):
-    """A model's own feature extractor, one clip at a time.
-
-    The extractor is given the clip without the zeros that fill it up to the duration, and pads by
-    its own rule. Pickles as checkpoint and sample rate only; each process builds its own extractor
-    at first use.
+    Pickles as checkpoint and sample rate only; each process builds its own extractor at first use.
+    It sets no thread count: in a DataLoader worker torch runs it on one thread.
 
     Args:
+        family: The kind of model.
         checkpoint: As `find_checkpoint` gives it; downloaded at first use if it isn't local.
         sample_rate: Sample rate of the waveforms to come, in Hz.
 
@@ -177,27 +233,32 @@ class TransformersFrontEnd(ABC):
         ModelLoadError: The checkpoint's settings are missing or don't fit.
     """
 
-    family: ClassVar[ModelFamily]
-    implementation: ClassVar[str] = "numpy"
-    takes_num_valid: ClassVar[bool] = True
-
-    def __init__(self, checkpoint: Checkpoint, sample_rate: int) -> None:
+    def __init__(self, family: ModelFamily, checkpoint: Checkpoint, sample_rate: int) -> None:
+        self.family = family
         self.checkpoint = checkpoint
         self.sample_rate = sample_rate
         self._settings: Settings | None = None
-        self._extractor: Any = None
+        self._extract: Callable[..., Any] | None = None
         if checkpoint.is_local:
             self._read_settings()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_settings": None, "_extract": None}
+
     @property
-    def settings(self) -> Settings:
-        """The checkpoint's settings, fetched if need be."""
-        return self._settings or self._read_settings()
+    def identity(self) -> str:
+        """Name of the decoding and feature rules."""
+        return self.family.front_end_id
+
+    @property
+    def takes_num_valid(self) -> bool:
+        """Whether the features depend on how much of the waveform is the clip."""
+        return self.family.takes_num_valid
 
     @property
     def min_samples(self) -> int:
         """The shortest clip that gives features, in samples."""
-        return 1
+        return self.family.min_samples(self._settings or self._read_settings())
 
     def __call__(
         self, waveform: NDArray[np.float32], num_valid: int | None = None
@@ -214,92 +275,91 @@ class TransformersFrontEnd(ABC):
         Raises:
             ConfigError: The waveform isn't one-dimensional float32 or is too short.
             ModelLoadError: The extractor can't be loaded.
-            MissingDependencyError: transformers or torch is missing.
+            MissingDependencyError: A package that the extractor needs is missing.
         """
         check_waveform(waveform)
         clip = waveform[:num_valid]
         check_num_samples(len(clip), self.min_samples, self.sample_rate)
-        if self._extractor is None:
-            self._extractor = load_extractor(
-                self.checkpoint, self.family.name, self.family.extractor_type
-            )
+        settings = self._settings or self._read_settings()
+        if self._extract is None:
+            self._extract = self._load_extractor()
         import torch
 
         # A copy: some extractors work on what they are given.
         clip = np.array(clip, dtype=np.float32)
         with torch.inference_mode():
-            features = self._features(self._extractor, clip, len(waveform))
+            features = self.family.features(self._extract, clip, settings, len(waveform))
         return np.ascontiguousarray(features, dtype=np.float32)
-
-    @abstractmethod
-    def _features(
-        self, extractor: Any, clip: NDArray[np.float32], num_samples: int
-    ) -> NDArray[np.float32]:
-        """The features of a clip that stands for `num_samples`."""
 
     def provenance(self) -> dict[str, str]:
         """Which implementation is in use (key `feature_extractor`), and library versions."""
-        import_transformers(self.family.name)
-        return {
-            "feature_extractor": f"{self.family.extractor_type} ({self.implementation})",
-            **library_versions("transformers", "soundfile", "soxr"),
-        }
+        self.family.import_transformers()
+        return self.family.extractor_provenance()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_extractor": None}
+    def _load_extractor(self) -> Callable[..., Any]:
+        transformers = self.family.import_transformers()
+        with _load_errors(self.checkpoint, self.family), _quiet():
+            extractor = getattr(transformers, self.family.extractor_type).from_pretrained(
+                self.checkpoint.location, local_files_only=True
+            )
+        return functools.partial(extractor, sampling_rate=self.sample_rate, return_tensors="np")
 
     def _read_settings(self) -> Settings:
         self.checkpoint = fetch_checkpoint(self.checkpoint)
         settings = self.family.settings(Path(self.checkpoint.location))
-        trained = settings.preprocessor.get("sampling_rate", self.family.sample_rate)
-        check_sample_rate(self.checkpoint, self.sample_rate, trained)
+        if settings.sample_rate != self.sample_rate:
+            raise ConfigError(
+                f"sample_rate: {self.sample_rate} Hz, but {self.checkpoint.identity} was trained "
+                f"at {settings.sample_rate} Hz; use `sample_rate={settings.sample_rate}` (clips "
+                "are resampled to it)"
+            )
         self._settings = settings
         return settings
 
 
-class TransformersEmbedder(ABC):
+class TransformersEmbedder:
     """A frozen model of transformers, with float32 parameters whatever the checkpoint holds.
 
     With a lower `compute_dtype` torch's autocast decides which operations run in it; with float32 a
-    GPU's TF32 is switched off while the model runs.
+    GPU's TF32 is switched off while the model runs, so that machines agree to about 1e-6.
 
     Args:
+        family: The kind of model.
         checkpoint: As `find_checkpoint` gives it; downloaded now if it isn't local.
-        num_samples: Length of the waveforms that the front end was given, in samples.
-        output: One of `outputs`.
+        output: One of `outputs`; None takes the first one.
         device: Where the model runs; None means a CUDA GPU if there is one, else the CPU.
         compute_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        num_samples: Length of the waveforms that the front end was given, in samples, for families
+            whose features have it.
 
     Raises:
         ConfigError: An unknown output, device or compute dtype.
         ModelLoadError: Another kind of checkpoint, damaged, incomplete, or not to be had.
-        MissingDependencyError: transformers or torch is missing.
+        MissingDependencyError: A package that the model needs is missing.
     """
-
-    family: ClassVar[ModelFamily]
 
     def __init__(
         self,
+        family: ModelFamily,
         checkpoint: Checkpoint,
-        num_samples: int,
         output: str | None = None,
         device: str | torch.device | None = None,
         compute_dtype: str = "float32",
+        *,
+        num_samples: int = 0,
     ) -> None:
-        output = output or self.outputs[0]
-        check_output(self.family.name, self.outputs, output)
+        self.family = family
+        self.output = output or family.outputs[0]
+        check_output(family.name, family.outputs, self.output)
         check_compute_dtype(compute_dtype)
-        import_transformers(self.family.name)
-        self.output = output
+        family.import_transformers()
         self.num_samples = num_samples
         self.compute_dtype = compute_dtype
         self.checkpoint = fetch_checkpoint(checkpoint)
-        self.settings = self.family.settings(Path(self.checkpoint.location))
-        self._model = self._load()
+        settings = family.settings(Path(self.checkpoint.location))
+        self._model = family.load(self.checkpoint, settings)
         # What config.json leaves out is known now.
-        self._full_settings = Settings(
-            self.settings.folder, self._model.config.to_dict(), self.settings.preprocessor
-        )
+        self._settings = replace(settings, config=self._model.config.to_dict())
         self.device = move_to_device(self._model, device)
 
     @property
@@ -310,10 +370,10 @@ class TransformersEmbedder(ABC):
     @property
     def embedding_shape(self) -> tuple[int, ...]:
         """Shape of one embedding."""
-        shape = self.family.embedding_shape(self._full_settings, self.output, self.num_samples)
+        shape = self.family.embedding_shape(self._settings, self.output, self.num_samples)
         if shape is None:
             raise ModelLoadError(
-                f"{self.settings.folder}: config.json has sizes that {self.family.name} can't have"
+                f"{self._settings.folder}: config.json has sizes that {self.family.name} can't have"
             )
         return shape
 
@@ -331,14 +391,16 @@ class TransformersEmbedder(ABC):
         """
         import torch
 
-        expected = self._feature_shape()
+        expected = self.family.feature_shape(self._model, self._settings, self.num_samples)
         if tuple(features.shape[1:]) != expected:
             raise ConfigError(
                 f"features: shape {tuple(features.shape)}, but {self.checkpoint.identity} takes "
                 f"(batch, {', '.join(map(str, expected))}); use its own front end"
             )
         with torch.no_grad(), precision(self.device, self.compute_dtype):
-            embeddings = self._embed(features.to(self.device, torch.float32))
+            embeddings = self.family.embed(
+                self._model, features.to(self.device, torch.float32), self._settings, self.output
+            )
         on_cpu: torch.Tensor = embeddings.to("cpu", torch.float32)
         return on_cpu
 
@@ -351,14 +413,87 @@ class TransformersEmbedder(ABC):
             "compute_dtype": self.compute_dtype,
         }
 
-    @abstractmethod
-    def _load(self) -> Any:
-        """The model with its weights."""
 
-    @abstractmethod
-    def _feature_shape(self) -> tuple[int, ...]:
-        """Shape of one clip's features."""
+def load_weights(
+    checkpoint: Checkpoint,
+    family: ModelFamily,
+    *,
+    model_class: str | None = None,
+    part: str = "",
+    unused: Collection[str] = (),
+    **options: Any,
+) -> Any:
+    """Load a model of transformers with float32 parameters, in eval mode and frozen.
 
-    @abstractmethod
-    def _embed(self, features: torch.Tensor) -> torch.Tensor:
-        """The chosen output, on the model's device."""
+    Args:
+        checkpoint: One whose files are on this machine.
+        family: The kind of model.
+        model_class: Its class in transformers; None takes the family's.
+        part: Only weights whose names begin so must be there: the rest isn't run.
+        unused: Weights that inference never touches, and that some checkpoints lack.
+        options: For `from_pretrained`.
+
+    Raises:
+        ModelLoadError: Damaged, or some weights of the model aren't in it.
+        MissingDependencyError: transformers or torch is missing.
+    """
+    transformers = family.import_transformers()
+    import torch
+
+    with _load_errors(checkpoint, family), _quiet():
+        # transformers 5 takes the checkpoint's own dtype unless it is given one.
+        model, info = getattr(transformers, model_class or family.model_class).from_pretrained(
+            checkpoint.location,
+            dtype=torch.float32,
+            weights_only=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **options,
+        )
+    # "Unexpected" keys are heads and decoders, which this class hasn't.
+    for reason in ("missing_keys", "mismatched_keys", "error_msgs"):
+        keys = sorted(map(_key_name, info.get(reason) or ()))
+        is_error = reason == "error_msgs"
+        problems = [k for k in keys if is_error or (k.startswith(part) and k not in unused)]
+        if problems:
+            raise ModelLoadError(
+                f"{checkpoint.location}: {len(problems)} of the model's weights would stay random "
+                f"({reason.replace('_', ' ')}: {few(problems, 5)}); this checkpoint is incomplete "
+                "or was written for another version of transformers: save or download it again"
+            )
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _key_name(key: str | tuple[str, ...]) -> str:
+    # A mismatched key comes with its two shapes.
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} instead of {tuple(key[2])}"
+
+
+@contextlib.contextmanager
+def _load_errors(checkpoint: Checkpoint, family: ModelFamily) -> Iterator[None]:
+    """Turn any exception inside into a `ModelLoadError` that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelLoadError(
+            f"{checkpoint.location}: loading it as a checkpoint of {family.name} failed "
+            f"({type(error).__name__}: {error}); save or download it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load report off the terminal; we check them instead."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

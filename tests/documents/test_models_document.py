@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbcache.embedders.registry import FAMILIES
+from lmdbcache.embedders.families import FAMILIES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text("utf-8")
 

@@ -1,4 +1,4 @@
-"""wav2vec 2.0 and relatives, Whisper and CLAP give what transformers gives."""
+"""AST, wav2vec 2.0 and relatives, Whisper and CLAP give what transformers gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from embedders.small_folders import VARIANTS, folder_of
 
 from lmdbcache import config_for
 from lmdbcache.embedders import FrontEnd, compute_features, find_model
-from lmdbcache.embedders.registry import FAMILIES
+from lmdbcache.embedders.families import FAMILIES
 from lmdbcache.embedders.transformers_family import Settings
 
 DURATION = 1.0
@@ -27,6 +27,8 @@ def padded(clip: np.ndarray, num_samples: int) -> np.ndarray:
 def inputs_by_hand(folder, clip: np.ndarray, num_samples: int):
     """What the model's own extractor gives for one clip."""
     extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    if isinstance(extractor, transformers.ASTFeatureExtractor):
+        clip = padded(clip, num_samples)  # its stores hold clips that are padded before it
     options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
     if isinstance(extractor, transformers.Wav2Vec2FeatureExtractor):
         options |= {"padding": "max_length", "max_length": num_samples}
@@ -46,6 +48,11 @@ def outputs_by_hand(folder, clip: np.ndarray, num_samples: int) -> dict[str, tor
                 "last_hidden_state": pooled.last_hidden_state[0],
             }
         model = transformers.AutoModel.from_pretrained(folder)
+        if kind == "audio-spectrogram-transformer":
+            result = model(**inputs)
+            hidden = result.last_hidden_state[0]
+            pooled = {"pooler_output": result.pooler_output[0], "last_hidden_state": hidden}
+            return {**pooled, "mean": hidden[2:].mean(dim=0)}
         model = model.encoder if kind == "whisper" else model
         hidden = model(**inputs).last_hidden_state[0]
         frames = len(hidden)
@@ -56,7 +63,7 @@ def outputs_by_hand(folder, clip: np.ndarray, num_samples: int) -> dict[str, tor
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4], ids=["full", "short"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["ast", *VARIANTS])
 def test_equals_transformers_by_hand(variant, share):
     """Every output of a clip that fills the duration, and of one that doesn't."""
     folder = folder_of(variant)
@@ -76,7 +83,7 @@ def test_equals_transformers_by_hand(variant, share):
 
 
 @pytest.mark.parametrize(
-    "variant", ["wav2vec2", "wav2vec2-masked", "whisper", "clap", "clap-fused"]
+    "variant", ["ast", "wav2vec2", "wav2vec2-masked", "whisper", "clap", "clap-fused"]
 )
 def test_features_are_those_of_the_extractor(variant):
     """To the last bit; what is random about an extractor has no part in it."""
@@ -88,7 +95,7 @@ def test_features_are_those_of_the_extractor(variant):
         clip = clip_of(length, length)
         inputs = inputs_by_hand(folder, clip, num_samples)
         expected = inputs["input_values" if "input_values" in inputs else "input_features"]
-        features = front_end(padded(clip, num_samples), num_valid=length)
+        features = compute_features(front_end, padded(clip, num_samples), length)
         if variant == "wav2vec2-masked":
             features, frames = features[:-1], features[-1]
             assert frames == {16000: 49, 5333: 16}[length]
@@ -109,7 +116,7 @@ def test_a_mask_makes_the_duration_irrelevant(variant):
     torch.testing.assert_close(*means, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["wav2vec2-masked", "whisper", "clap"])
+@pytest.mark.parametrize("variant", ["ast", "wav2vec2-masked", "whisper", "clap"])
 def test_lower_compute_dtype(variant):
     """Close to float32, not equal to it."""
     model = find_model(folder_of(variant))
@@ -125,7 +132,7 @@ def test_lower_compute_dtype(variant):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["ast", *VARIANTS])
 def test_a_gpu_agrees_with_the_cpu(variant):
     """float32 means float32 on a GPU too, a padded clip in the batch included."""
     model = find_model(folder_of(variant))
@@ -137,10 +144,11 @@ def test_a_gpu_agrees_with_the_cpu(variant):
     torch.testing.assert_close(on_gpu, on_cpu, atol=1e-4, rtol=1e-4)
 
 
-def test_half_precision_weights_compute_in_float32(tmp_path):
+@pytest.mark.parametrize("variant", ["ast", "wav2vec2"])
+def test_half_precision_weights_compute_in_float32(variant, tmp_path):
     """transformers 5 would otherwise run the model in the checkpoint's own dtype."""
-    source = folder_of("wav2vec2")
-    transformers.Wav2Vec2Model.from_pretrained(source).half().save_pretrained(tmp_path)
+    source = folder_of(variant)
+    transformers.AutoModel.from_pretrained(source).half().save_pretrained(tmp_path)
     transformers.AutoFeatureExtractor.from_pretrained(source).save_pretrained(tmp_path)
     config = config_for(tmp_path, duration=DURATION)
     embedder = find_model(tmp_path).make_embedder(config, "cpu")
@@ -163,7 +171,7 @@ def test_half_precision_weights_compute_in_float32(tmp_path):
 def test_shapes_of_the_published_models(family, model_type, config, output, shape, tmp_path):
     """Known from config.json, of which old ones leave out what is the default."""
     (found,) = [known for known in FAMILIES if known.name == family]
-    settings = Settings(tmp_path, {"model_type": model_type, **config}, {})
+    settings = Settings(tmp_path, {"model_type": model_type, **config}, {}, 16000)
     assert found.embedding_shape(settings, output, 80000) == shape
 
 
@@ -182,8 +190,8 @@ def test_the_default_settings_are_those_of_transformers(tmp_path):
     }
     for model_type, kind in classes.items():
         (family,) = [known for known in FAMILIES if model_type in known.model_types]
-        short = Settings(tmp_path, {"model_type": model_type}, {})
-        full = Settings(tmp_path, kind().to_dict(), {"truncation": "rand_trunc"})
+        short = Settings(tmp_path, {"model_type": model_type}, {}, 16000)
+        full = Settings(tmp_path, kind().to_dict(), {"truncation": "rand_trunc"}, 16000)
         family.check_settings(full)
         for output in family.outputs:
             assert family.embedding_shape(short, output, 80000) == family.embedding_shape(

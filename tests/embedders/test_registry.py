@@ -17,7 +17,7 @@ from small_ast import save_small_ast
 
 from lmdbcache import CacheConfig, config_for, model_identity
 from lmdbcache.embedders import find_model, ready_model
-from lmdbcache.embedders.registry import FAMILIES
+from lmdbcache.embedders.families import FAMILIES
 from lmdbcache.errors import ConfigError, ModelLoadError
 
 ALL = ["ast", "wav2vec2", "whisper", "clap"]
@@ -228,17 +228,19 @@ def test_a_wrong_sample_rate():
 @pytest.mark.parametrize(
     ("variant", "file", "changes", "reason"),
     [
-        ("whisper", "preprocessor_config.json", {"dither": 0.1}, "dither is 0.1"),
-        ("whisper", "preprocessor_config.json", {"feature_size": 128}, "feature_size is 128"),
+        ("ast", "config.json", {"max_length": 1024}, "max_length"),
+        ("ast", "preprocessor_config.json", {"num_mel_bins": 64}, "num_mel_bins"),
+        ("whisper", "preprocessor_config.json", {"dither": 0.1}, "dither"),
+        ("whisper", "preprocessor_config.json", {"feature_size": 128}, "feature_size"),
         ("whisper", "preprocessor_config.json", {"chunk_length": 30}, "number of frames"),
         ("clap", "preprocessor_config.json", {"truncation": "fusion"}, "truncation"),
-        ("clap", "preprocessor_config.json", {"feature_size": 64}, "feature_size is 64"),
+        ("clap", "preprocessor_config.json", {"feature_size": 64}, "feature_size"),
         ("wav2vec2", "config.json", {"conv_kernel": [10, 3]}, "conv_kernel"),
         (
             "wav2vec2",
             "preprocessor_config.json",
             {"feature_extractor_type": "WhisperFeatureExtractor"},
-            "is for WhisperFeatureExtractor",
+            "WhisperFeatureExtractor",
         ),
     ],
 )
@@ -278,6 +280,7 @@ def load(folder):
 @pytest.mark.parametrize(
     ("variant", "key"),
     [
+        ("ast", "layernorm.weight"),
         ("wav2vec2", "encoder.layers.0.attention.k_proj.weight"),
         ("whisper", "encoder.conv1.weight"),
         ("clap", "audio_projection.linear1.weight"),
@@ -287,10 +290,10 @@ def test_missing_weights_are_refused(variant, key, own):
     """transformers would fill them with random numbers and go on."""
     folder = own(variant)
     weights = load_file(folder / "model.safetensors")
-    (name,) = [name for name in weights if name.endswith(key)]
+    (name,) = [name for name in weights if name == key or name.endswith(f".{key}")]
     del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=f"would stay random.*{key}"):
+    with pytest.raises(ModelLoadError, match=key):
         load(folder)
 
 
@@ -335,20 +338,21 @@ def test_pickled_code_never_runs(own, tmp_path):
     folder = own("wav2vec2")
     (folder / "model.safetensors").unlink()
     torch.save({"x": Malicious()}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelLoadError, match="can't be loaded as a wav2vec 2.0 checkpoint"):
+    with pytest.raises(ModelLoadError, match=str(folder)):
         load(folder)
     assert not victim.exists()
 
 
 def test_provenance():
     """Weights and implementation are told, so that two of them never meet in one store."""
-    for variant in ALL[1:]:
+    for variant in ALL:
         config = config_for(folder_of(variant), duration=0.5)
         model = find_model(folder_of(variant))
         embedder = model.make_embedder(config, "cpu").provenance()
         front_end = model.make_front_end(config).provenance()
         assert embedder["weights_digest"] == model.checkpoint.weights_digest
-        assert front_end["feature_extractor"].startswith(model.family.extractor_type)
+        known = ("torchaudio", "numpy") if variant == "ast" else (model.family.extractor_type,)
+        assert front_end["feature_extractor"].startswith(known)
         assert front_end["soxr"] != "not installed"
         assert {"torch", "transformers", "device", "compute_dtype"} <= set(embedder)
 

@@ -74,7 +74,7 @@ def test_published_shape(tmp_path):
 def test_too_little_space_is_told_before_the_model_loads(run, cache, config, clips, monkeypatch):
     """The message names what is needed, what is free, and the ways out; nothing is created."""
     monkeypatch.setattr(space, "free_bytes", lambda _: 1 << 20)
-    monkeypatch.setattr("lmdbcache.embedders.audio_spectrogram_transformer.load_model", never)
+    monkeypatch.setattr("lmdbcache.embedders.transformers_family.load_weights", never)
     with pytest.raises(CacheFullError) as caught:
         run(clips, config.replace(output="last_hidden_state"))
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""The front end gives exactly what transformers' ASTFeatureExtractor gives."""
+"""What AST's front end and embedder do beyond what all families do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from small_ast import save_small_ast
 from torch.utils.data import DataLoader, Dataset
-from transformers import ASTFeatureExtractor
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-from lmdbcache.embedders import ASTFrontEnd, FrontEnd, find_checkpoint
+from lmdbcache.embedders import (
+    ASTEmbedder,
+    ASTFrontEnd,
+    Embedder,
+    FrontEnd,
+    find_checkpoint,
+    weights_digest,
+)
 from lmdbcache.errors import ConfigError, ModelLoadError
 
 
@@ -35,6 +44,14 @@ class Features(Dataset):
 @pytest.fixture
 def front_end(ast_folder) -> ASTFrontEnd:
     return ASTFrontEnd(find_checkpoint(ast_folder), 16000)
+
+
+@pytest.fixture(scope="module")
+def features() -> torch.Tensor:
+    return torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the front end
 
 
 @pytest.mark.parametrize("num_samples", [400, 5000, 80000])
@@ -65,7 +82,6 @@ def test_pickles_small_and_keeps_working(front_end):
     expected = front_end(waveform())
     pickled = pickle.dumps(front_end)
     assert len(pickled) < 500
-    assert pickle.loads(pickled)._extractor is None
     np.testing.assert_array_equal(pickle.loads(pickled)(waveform()), expected)
     assert isinstance(front_end, FrontEnd)
 
@@ -80,23 +96,17 @@ def test_a_read_only_waveform_is_taken(front_end):
     np.testing.assert_array_equal(features, front_end(waveform()))
 
 
-def test_a_wrong_sample_rate_is_refused_at_once(ast_folder):
-    """Before any worker starts, naming the field and the right value."""
-    with pytest.raises(ConfigError, match=r"sample_rate: 44100 Hz.*sample_rate=16000"):
-        ASTFrontEnd(find_checkpoint(ast_folder), 44100)
-
-
 def test_less_than_one_window_is_refused(front_end):
     """The extractor's assertion never reaches the user."""
     assert front_end.min_samples == 400
-    with pytest.raises(ConfigError, match="duration: 399 samples"):
+    with pytest.raises(ConfigError, match="399"):
         front_end(waveform(399))
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 8000), np.float32), np.zeros(8000, np.int16)])
 def test_other_arrays_are_refused(front_end, bad):
     """Integers and stereo would give features of something else."""
-    with pytest.raises(ConfigError, match="mono float32"):
+    with pytest.raises(ConfigError):
         front_end(bad)
 
 
@@ -106,14 +116,6 @@ def test_provenance_names_the_implementation(front_end):
     implementation = "numpy" if "mel_filters" in vars(ASTFeatureExtractor()) else "torchaudio"
     assert provenance["feature_extractor"] == implementation
     assert {"transformers", "torchaudio", "soundfile", "soxr"} <= set(provenance)
-    assert all(isinstance(value, str) for value in provenance.values())
-
-
-def test_missing_preprocessor_config(own_ast_folder):
-    """It isn't replaced by defaults."""
-    (own_ast_folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ModelLoadError, match=r"preprocessor_config.json: missing"):
-        ASTFrontEnd(find_checkpoint(own_ast_folder), 16000)
 
 
 def run_without_a_working_torchaudio(ast_folder, prelude: str) -> str:
@@ -140,7 +142,7 @@ def test_a_broken_torchaudio_names_the_remedy(ast_folder, tmp_path):
     (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('libcudart.so.13')")
     prelude = f"sys.path.insert(0, {str(tmp_path)!r})"
     output = run_without_a_working_torchaudio(ast_folder, prelude)
-    assert output.startswith("refused: torchaudio is installed but can't be imported")
+    assert output.startswith("refused: ")
     assert '"torch>=2.11,<2.15" "torchaudio>=2.11"' in output
 
 
@@ -151,3 +153,78 @@ def test_without_torchaudio_the_numpy_fbank_is_reported(ast_folder):
         "u.find_spec = lambda name, *rest: None if name == 'torchaudio' else find(name, *rest)"
     )
     assert run_without_a_working_torchaudio(ast_folder, prelude).strip() == "numpy"
+
+
+# ---- the embedder
+
+
+def test_a_classification_checkpoint_loads(tmp_path, features, capfd):
+    """The published checkpoints have a classifier and older module names; both are harmless."""
+    config = ASTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_length=128, num_labels=5
+    )
+    classifier = ASTForAudioClassification(config).eval()
+    save_small_ast(tmp_path, max_length=128)
+    classifier.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "model.safetensors")
+    assert any("encoder.layer.0.attention.attention.query" in key for key in keys)
+    capfd.readouterr()
+    embedder = ASTEmbedder(find_checkpoint(tmp_path), device="cpu")
+    assert isinstance(embedder, Embedder)
+    embeddings = embedder.embed(features)
+    assert capfd.readouterr() == ("", "")
+    with torch.no_grad():
+        expected = classifier.audio_spectrogram_transformer(features).pooler_output
+    torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
+
+
+def test_weights_of_another_shape_are_refused(own_ast_folder):
+    """The tensor is named."""
+    weights = load_file(own_ast_folder / "model.safetensors")
+    weights["layernorm.bias"] = torch.zeros(3)
+    save_file(weights, own_ast_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"layernorm.bias \(3,\)"):
+        ASTEmbedder(find_checkpoint(own_ast_folder))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000, -1000])
+def test_damaged_safetensors(own_ast_folder, keep):
+    """A cut-off download is refused."""
+    weights = own_ast_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ModelLoadError, match=str(own_ast_folder)):
+        ASTEmbedder(find_checkpoint(own_ast_folder))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{\xff", None])
+def test_damaged_settings_files(own_ast_folder, content):
+    """They aren't replaced by defaults."""
+    path = own_ast_folder / "preprocessor_config.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ModelLoadError, match=str(path)):
+        ASTFrontEnd(find_checkpoint(own_ast_folder), 16000)
+    with pytest.raises(ModelLoadError, match=str(path)):
+        ASTEmbedder(find_checkpoint(own_ast_folder))
+
+
+def test_unknown_arguments(ast_folder, features):
+    """Outputs, dtypes, devices and shapes are named with their choices."""
+    checkpoint = find_checkpoint(ast_folder)
+    with pytest.raises(ConfigError, match="pooler_output, last_hidden_state, mean"):
+        ASTEmbedder(checkpoint, output="logits")
+    with pytest.raises(ConfigError, match="int8"):
+        ASTEmbedder(checkpoint, compute_dtype="int8")
+    with pytest.raises(ConfigError, match="gpu"):
+        ASTEmbedder(checkpoint, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="cuda"):
+            ASTEmbedder(checkpoint, device="cuda")
+    with pytest.raises(ConfigError, match=r"\(batch, 128, 128\)"):
+        ASTEmbedder(checkpoint).embed(features[:, :100])
+
+
+def test_provenance(ast_folder):
+    """What decides the embedding beyond the config: weights, versions, device, dtype."""
+    provenance = ASTEmbedder(find_checkpoint(ast_folder), device="cpu").provenance()
+    assert provenance["weights_digest"] == weights_digest(ast_folder)
+    assert provenance["torch"] == torch.__version__.split("+")[0]

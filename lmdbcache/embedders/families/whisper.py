@@ -8,36 +8,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.embedders.pretrained import load_weights
-from lmdbcache.embedders.transformers_family import (
-    ModelFamily,
-    Settings,
-    TransformersEmbedder,
-    TransformersFrontEnd,
-)
+from lmdbcache.embedders.transformers_family import ModelFamily, Settings, load_weights
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from lmdbcache.config import CacheConfig
     from lmdbcache.embedders.checkpoints import Checkpoint
 
-__all__ = ["WHISPER", "WhisperEmbedder", "WhisperFrontEnd"]
+__all__ = ["WHISPER"]
 
 _STRIDE: Final = 2  # of the encoder's second convolution
 
 
 class _WhisperFamily(ModelFamily):
+    """The encoder's outputs; the decoder isn't kept.
+
+    - `mean`, (H,): the mean over all 1500 frames, as in `WhisperForAudioClassification`.
+    - `last_hidden_state`, (1500, H): every frame.
+    """
+
     name = "Whisper"
     model_types = ("whisper",)
     hub_prefixes = ("whisper-", "distil-")
     extractor_type = "WhisperFeatureExtractor"
+    model_class = "WhisperModel"
     front_end_id = "soundfile+soxr-hq+mono-mean+zero-pad-30s+whisper-log-mel/1"
     sample_rate = 16000
     outputs = ("mean", "last_hidden_state")
+    implementation = "torch"  # its numpy way is for where torch isn't installed
 
     def check_settings(self, settings: Settings) -> None:
         found, model = settings.preprocessor, settings.config
@@ -58,8 +61,7 @@ class _WhisperFamily(ModelFamily):
         )
 
     def max_samples(self, settings: Settings) -> int:
-        found = settings.preprocessor
-        return int(found.get("chunk_length", 30) * found.get("sampling_rate", self.sample_rate))
+        return int(settings.preprocessor.get("chunk_length", 30) * settings.sample_rate)
 
     def embedding_shape(
         self,
@@ -71,56 +73,37 @@ class _WhisperFamily(ModelFamily):
         frames = settings.config.get("max_source_positions", 1500)
         return (size,) if output == "mean" else (frames, size)
 
-    def make_front_end(self, checkpoint: Checkpoint, config: CacheConfig) -> WhisperFrontEnd:
-        return WhisperFrontEnd(checkpoint, config.sample_rate)
+    def features(
+        self,
+        extract: Callable[..., Any],
+        clip: NDArray[np.float32],
+        settings: Settings,  # noqa: ARG002
+        num_samples: int,  # noqa: ARG002 - always 30 s
+    ) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = extract(clip).input_features[0]
+        return features
 
-    def make_embedder(
-        self, checkpoint: Checkpoint, config: CacheConfig, device: str | None
-    ) -> WhisperEmbedder:
-        return WhisperEmbedder(
-            checkpoint, config.num_samples, config.output, device, config.compute_dtype
-        )
+    def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
+        # A classifier's checkpoint has no decoder, and needs none.
+        return load_weights(checkpoint, self, part="encoder.").encoder
+
+    def feature_shape(
+        self,
+        model: Any,
+        settings: Settings,  # noqa: ARG002
+        num_samples: int,  # noqa: ARG002
+    ) -> tuple[int, ...]:
+        return (model.config.num_mel_bins, _STRIDE * model.config.max_source_positions)
+
+    def embed(
+        self,
+        model: Any,
+        features: torch.Tensor,
+        settings: Settings,  # noqa: ARG002
+        output: str,
+    ) -> torch.Tensor:
+        hidden: torch.Tensor = model(features).last_hidden_state
+        return hidden.float().mean(dim=1) if output == "mean" else hidden
 
 
 WHISPER: Final = _WhisperFamily()
-
-
-class WhisperFrontEnd(TransformersFrontEnd):
-    """Log-mel features by transformers' `WhisperFeatureExtractor`."""
-
-    family = WHISPER
-    implementation = "torch"  # its numpy way is for where torch isn't installed
-
-    def _features(
-        self,
-        extractor: Any,
-        clip: NDArray[np.float32],
-        num_samples: int,  # noqa: ARG002 - always 30 s
-    ) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = extractor(
-            clip, sampling_rate=self.sample_rate, return_tensors="np"
-        ).input_features[0]
-        return features
-
-
-class WhisperEmbedder(TransformersEmbedder):
-    """Embeddings of a frozen Whisper encoder; the decoder isn't kept.
-
-    - `mean`, (H,): the mean over all 1500 frames, as in `WhisperForAudioClassification`.
-    - `last_hidden_state`, (1500, H): every frame.
-    """
-
-    family = WHISPER
-
-    def _load(self) -> Any:
-        # A classifier's checkpoint has no decoder, and needs none.
-        model = load_weights(self.checkpoint, self.family.name, "WhisperModel", part="encoder.")
-        return model.encoder
-
-    def _feature_shape(self) -> tuple[int, ...]:
-        config = self._model.config
-        return (config.num_mel_bins, _STRIDE * config.max_source_positions)
-
-    def _embed(self, features: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self._model(features).last_hidden_state
-        return hidden.float().mean(dim=1) if self.output == "mean" else hidden

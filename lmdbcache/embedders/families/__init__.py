@@ -1,0 +1,20 @@
+"""The kinds of models that lmdbcache runs by itself: one module each, and this table.
+
+To add a family, write a module with a subclass of `ModelFamily` and add an instance of it here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from lmdbcache.embedders.families.audio_spectrogram_transformer import AST
+from lmdbcache.embedders.families.clap import CLAP
+from lmdbcache.embedders.families.wav2vec2 import WAV2VEC2
+from lmdbcache.embedders.families.whisper import WHISPER
+
+if TYPE_CHECKING:
+    from lmdbcache.embedders.transformers_family import ModelFamily
+
+__all__ = ["FAMILIES"]
+
+FAMILIES: Final[tuple[ModelFamily, ...]] = (AST, WAV2VEC2, WHISPER, CLAP)

@@ -1,0 +1,191 @@
+"""The Audio Spectrogram Transformer (AST): a fixed number of log-mel frames in, tokens out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from lmdbcache.config import DEFAULT_FRONT_END
+from lmdbcache.embedders.base import library_versions
+from lmdbcache.embedders.transformers_family import (
+    ModelFamily,
+    Settings,
+    TransformersEmbedder,
+    TransformersFrontEnd,
+)
+from lmdbcache.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from lmdbcache.embedders.checkpoints import Checkpoint
+
+__all__ = ["AST", "ASTEmbedder", "ASTFrontEnd"]
+
+_WINDOW_MILLISECONDS: Final = 25.0
+_HOP_MILLISECONDS: Final = 10
+_NUM_SPECIAL_TOKENS: Final = 2  # CLS and distillation
+# What decides the number of tokens, with ASTConfig's defaults.
+_SIZES: Final = {
+    "hidden_size": 768,
+    "patch_size": 16,
+    "frequency_stride": 10,
+    "time_stride": 10,
+    "num_mel_bins": 128,
+    "max_length": 1024,
+}
+
+
+class _ASTFamily(ModelFamily):
+    """AST's outputs, for hidden_size H and T tokens (768 and 1214 as published).
+
+    - `pooler_output`, (H,): the mean of the CLS and the distillation token, after the last norm.
+    - `last_hidden_state`, (T, H): every token, CLS and distillation first.
+    - `mean`, (H,): the mean over all tokens except CLS and distillation. Tokens of padded frames
+      count like any other.
+    """
+
+    name = "AST"
+    model_types = ("audio-spectrogram-transformer",)
+    hub_prefixes = ("ast-",)
+    extractor_type = "ASTFeatureExtractor"
+    model_class = "ASTModel"
+    front_end_id = DEFAULT_FRONT_END
+    sample_rate = 16000
+    outputs = ("pooler_output", "last_hidden_state", "mean")
+    takes_num_valid = False  # stores hold embeddings of clips padded before the front end
+
+    def check_settings(self, settings: Settings) -> None:
+        for name in ("max_length", "num_mel_bins"):
+            settings.require(
+                name,
+                found=settings.preprocessor.get(name, _SIZES[name]),
+                expected=settings.config.get(name, _SIZES[name]),
+            )
+
+    def min_samples(self, settings: Settings) -> int:
+        """One analysis window of 25 ms: 400 samples at 16 kHz."""
+        return int(settings.sample_rate * _WINDOW_MILLISECONDS / 1000)
+
+    def max_samples(self, settings: Settings) -> int:
+        """`max_length` frames of 10 ms: its extractor drops the frames beyond them."""
+        num_frames = int(settings.preprocessor.get("max_length", _SIZES["max_length"]))
+        return num_frames * settings.sample_rate * _HOP_MILLISECONDS // 1000
+
+    def embedding_shape(
+        self,
+        settings: Settings,
+        output: str,
+        num_samples: int,  # noqa: ARG002 - frames are padded or cut to one number
+    ) -> tuple[int, ...] | None:
+        sizes = [settings.config.get(name, default) for name, default in _SIZES.items()]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            return None  # loading the model will say what is wrong
+        hidden_size, patch, bin_step, frame_step, num_bins, num_frames = sizes
+        if output != "last_hidden_state":
+            return (hidden_size,)
+        patches = ((num_bins - patch) // bin_step + 1) * ((num_frames - patch) // frame_step + 1)
+        return (patches + _NUM_SPECIAL_TOKENS, hidden_size)
+
+    def import_transformers(self) -> Any:
+        transformers = super().import_transformers()
+        if _uses_torchaudio():
+            # transformers looks only whether torchaudio is installed, and imports it much later.
+            try:
+                import torchaudio.compliance.kaldi  # noqa: F401
+            except (ImportError, OSError, RuntimeError) as error:
+                raise MissingDependencyError(
+                    f"torchaudio is installed but can't be imported ({error}). Its wheel fits "
+                    'torch up to 2.14: pip install "torch>=2.11,<2.15" "torchaudio>=2.11"'
+                ) from error
+        return transformers
+
+    def extractor_provenance(self) -> dict[str, str]:
+        """Which fbank is in use, and the versions it depends on.
+
+        transformers takes torchaudio's kaldi fbank where torchaudio is installed and its own in
+        numpy otherwise; the two differ by up to 8e-3.
+        """
+        return {
+            "feature_extractor": "torchaudio" if _uses_torchaudio() else "numpy",
+            **library_versions("transformers", "torchaudio", "soundfile", "soxr"),
+        }
+
+    def features(
+        self,
+        extract: Callable[..., Any],
+        clip: NDArray[np.float32],
+        settings: Settings,  # noqa: ARG002
+        num_samples: int,  # noqa: ARG002 - its extractor pads and cuts by itself
+    ) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = extract(clip).input_values[0]
+        return features
+
+    def feature_shape(
+        self,
+        model: Any,
+        settings: Settings,  # noqa: ARG002
+        num_samples: int,  # noqa: ARG002
+    ) -> tuple[int, ...]:
+        return (model.config.max_length, model.config.num_mel_bins)
+
+    def embed(
+        self,
+        model: Any,
+        features: torch.Tensor,
+        settings: Settings,  # noqa: ARG002
+        output: str,
+    ) -> torch.Tensor:
+        result = model(features)
+        hidden: torch.Tensor = result.last_hidden_state
+        if output == "mean":
+            return hidden[:, _NUM_SPECIAL_TOKENS:].float().mean(dim=1)
+        pooled: torch.Tensor = result.pooler_output
+        return pooled if output == "pooler_output" else hidden
+
+
+AST: Final = _ASTFamily()
+
+
+class ASTFrontEnd(TransformersFrontEnd):
+    """AST's front end, for who builds it by hand; `find_model` does for every family.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it.
+        sample_rate: Sample rate of the waveforms to come, in Hz.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sample_rate: int) -> None:
+        super().__init__(AST, checkpoint, sample_rate)
+
+
+class ASTEmbedder(TransformersEmbedder):
+    """AST's embedder, for who builds it by hand; `find_model` does for every family.
+
+    Args:
+        checkpoint: As `find_checkpoint` gives it.
+        output: One of `outputs`.
+        device: Where the model runs; None means a CUDA GPU if there is one, else the CPU.
+        compute_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = AST.outputs  # known without an instance
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        output: str = "pooler_output",
+        device: str | torch.device | None = None,
+        compute_dtype: str = "float32",
+    ) -> None:
+        super().__init__(AST, checkpoint, output, device, compute_dtype)
+
+
+def _uses_torchaudio() -> bool:
+    """Ask what transformers itself asks when it is imported."""
+    from transformers.utils.import_utils import is_speech_available
+
+    return bool(is_speech_available())

@@ -1,0 +1,195 @@
+"""wav2vec 2.0, HuBERT, WavLM and their relatives: waveform in, one vector per 20 ms out.
+
+Models whose convolutions are layer-normalised take an attention mask: a clip shorter than the
+duration is normalised by itself, and its padding isn't attended. Those with group normalisation
+were trained without a mask, and see the zeros like any other sample.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lmdbcache.embedders.transformers_family import ModelFamily, Settings, load_weights
+from lmdbcache.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from numpy.typing import NDArray
+
+    from lmdbcache.embedders.checkpoints import Checkpoint
+
+__all__ = ["WAV2VEC2"]
+
+_MODEL_CLASSES: Final = {
+    "data2vec-audio": "Data2VecAudioModel",
+    "hubert": "HubertModel",
+    "unispeech": "UniSpeechModel",
+    "unispeech-sat": "UniSpeechSatModel",
+    "wav2vec2": "Wav2Vec2Model",
+    "wav2vec2-conformer": "Wav2Vec2ConformerModel",
+    "wavlm": "WavLMModel",
+}
+_KERNELS: Final = (10, 3, 3, 3, 3, 2, 2)
+_STRIDES: Final = (5, 2, 2, 2, 2, 2, 2)
+# Replaces masked frames in training; published checkpoints without it are complete.
+_UNUSED: Final = ("masked_spec_embed",)
+
+
+class _Wav2Vec2Family(ModelFamily):
+    """The outputs of wav2vec 2.0, HuBERT, WavLM, data2vec, UniSpeech and Conformer.
+
+    - `mean`, (H,): the mean over time, of the clip's own frames if the model takes a mask.
+    - `last_hidden_state`, (T, H): every frame, those of the padding included.
+
+    For a model with a mask one number follows the features, which are the waveform, normalised if
+    the extractor's settings say so: how many frames of it are the clip.
+    """
+
+    name = "wav2vec 2.0"
+    model_types = tuple(_MODEL_CLASSES)
+    hub_prefixes = ("wav2vec2-", "hubert-", "wavlm-", "data2vec-audio-", "unispeech-")
+    extractor_type = "Wav2Vec2FeatureExtractor"
+    model_class = "Wav2Vec2Model"  # that of each model type is in the table
+    front_end_id = "soundfile+soxr-hq+mono-mean+zero-pad-or-mask+wav2vec2-waveform/1"
+    sample_rate = 16000
+    outputs = ("mean", "last_hidden_state")
+
+    def check_settings(self, settings: Settings) -> None:
+        kernels, strides = _convolutions(settings)
+        sizes = (*kernels, *strides)
+        if len(kernels) != len(strides) or not all(type(n) is int and n > 0 for n in sizes):
+            raise ModelLoadError(
+                f"{settings.folder}: config.json has conv_kernel {kernels} and conv_stride "
+                f"{strides}; expected as many positive whole numbers in each"
+            )
+
+    def embedding_shape(
+        self, settings: Settings, output: str, num_samples: int
+    ) -> tuple[int, ...] | None:
+        size = settings.config.get("hidden_size", 768)
+        if settings.config.get("add_adapter"):
+            size = settings.config.get("output_hidden_size") or size
+        frames = _num_output_frames(settings, _num_frames(settings, num_samples))
+        return (size,) if output == "mean" else (frames, size)
+
+    def min_samples(self, settings: Settings) -> int:
+        """What gives one frame: 400 samples at 16 kHz as published."""
+        return _samples_of(settings, 1)
+
+    def features(
+        self,
+        extract: Callable[..., Any],
+        clip: NDArray[np.float32],
+        settings: Settings,
+        num_samples: int,
+    ) -> NDArray[np.float32]:
+        has_mask = _takes_mask(settings)
+        values: NDArray[np.float32] = extract(
+            clip,
+            padding="max_length",
+            max_length=num_samples,
+            truncation=True,
+            return_attention_mask=has_mask,
+        ).input_values[0]
+        if has_mask:
+            # As frames: a float32 counts them exactly for days.
+            values = np.append(values, np.float32(_num_frames(settings, len(clip))))
+        return values
+
+    def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:
+        # With a padded clip in the batch torch may choose another fused attention: the same clip
+        # would then differ in the last bit with its neighbours.
+        options = {"attn_implementation": "eager"} if _takes_mask(settings) else {}
+        return load_weights(
+            checkpoint,
+            self,
+            model_class=_MODEL_CLASSES[settings.model_type],
+            unused=_UNUSED,
+            **options,
+        )
+
+    def feature_shape(
+        self,
+        model: Any,  # noqa: ARG002
+        settings: Settings,
+        num_samples: int,
+    ) -> tuple[int, ...]:
+        return (num_samples + _takes_mask(settings),)
+
+    def embed(
+        self, model: Any, features: torch.Tensor, settings: Settings, output: str
+    ) -> torch.Tensor:
+        if not _takes_mask(settings):
+            hidden: torch.Tensor = model(features).last_hidden_state
+            return hidden.float().mean(dim=1) if output == "mean" else hidden
+        counts = [int(count) for count in features[:, -1].tolist()]
+        values = features[:, :-1]
+        mask = _mask(values, [_samples_of(settings, count) for count in counts])
+        with warnings.catch_warnings():
+            # WavLM's masks are of two dtypes, which torch reminds its authors of.
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+            hidden = model(values, attention_mask=mask).last_hidden_state
+        if output == "last_hidden_state":
+            return hidden
+        lengths = [_num_output_frames(settings, count) for count in counts]
+        of_clip = _mask(hidden, lengths).unsqueeze(-1)
+        kept = hidden.float().where(of_clip.bool(), 0.0)
+        return kept.sum(dim=1) / of_clip.sum(dim=1)
+
+
+WAV2VEC2: Final = _Wav2Vec2Family()
+
+
+def _takes_mask(settings: Settings) -> bool:
+    """Return whether the model was trained with an attention mask.
+
+    Only layer-normalised ones were; preprocessor_config.json may say that such a model wasn't.
+    """
+    default = "layer" if settings.model_type == "data2vec-audio" else "group"
+    is_layer = settings.config.get("feat_extract_norm", default) == "layer"
+    return is_layer and bool(settings.preprocessor.get("return_attention_mask", True))
+
+
+def _num_frames(settings: Settings, num_samples: int) -> int:
+    """Return how many frames the convolutions make of a waveform; 0 if it is too short."""
+    frames = num_samples
+    for kernel, stride in zip(*_convolutions(settings), strict=True):
+        if frames < kernel:
+            return 0
+        frames = (frames - kernel) // stride + 1
+    return frames
+
+
+def _samples_of(settings: Settings, frames: int) -> int:
+    """Return the length of the shortest waveform that gives so many frames, in samples."""
+    samples = frames
+    for kernel, stride in reversed(list(zip(*_convolutions(settings), strict=True))):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def _num_output_frames(settings: Settings, frames: int) -> int:
+    """Return how many frames the model gives: fewer where an adapter follows."""
+    config = settings.config
+    if config.get("add_adapter"):
+        for _ in range(config.get("num_adapter_layers", 3)):
+            frames = (frames - 1) // config.get("adapter_stride", 2) + 1
+    return frames
+
+
+def _convolutions(settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    config = settings.config
+    return tuple(config.get("conv_kernel", _KERNELS)), tuple(config.get("conv_stride", _STRIDES))
+
+
+def _mask(like: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """int64 (batch, like.shape[1]): 1 for the first `lengths[i]` of row i."""
+    import torch
+
+    positions = torch.arange(like.shape[1], device=like.device)
+    return (positions < torch.tensor(lengths, device=like.device).unsqueeze(1)).long()
