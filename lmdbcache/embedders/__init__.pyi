@@ -28,10 +28,10 @@ from .first_batch import (
 )
 from .module_embedder import (
     ModuleEmbedder as ModuleEmbedder,
-    input_dtype as input_dtype,
+    RunningModule as RunningModule,
     no_real_numbers as no_real_numbers,
 )
-from .module_weights import module_digest as module_digest
+from .module_weights import WatchedWeights as WatchedWeights, module_digest as module_digest
 from .registry import (
     PretrainedModel as PretrainedModel,
     config_for as config_for,
@@ -40,4 +40,3 @@ from .registry import (
     known_model as known_model,
     ready_model as ready_model,
 )
-from .weights_watch import WatchedWeights as WatchedWeights

@@ -1,4 +1,4 @@
-"""Which checkpoint a name or a folder stands for, and where it lies.
+"""The checkpoint that a name or a folder stands for, and where it lies.
 
 This module imports neither torch nor transformers: a run that has nothing to compute asks for an
 identity only.
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "fetch_checkpoint",
-    "fetch_settings",
     "find_checkpoint",
     "folder_provenance",
     "identify",
@@ -75,7 +74,7 @@ class Checkpoint:
 
 
 def model_identity(name_or_folder: str | os.PathLike[str]) -> str:
-    """The name by which caches know a model: the value for `CacheConfig.model_name`.
+    """Return the name by which caches know a model: the value for `CacheConfig.model_name`.
 
     A Hub name or alias comes back in its canonical form. A checkpoint folder becomes
     `<folder name>@<first 12 digits of its digest>`: the same on every machine, another one as soon
@@ -92,7 +91,7 @@ def model_identity(name_or_folder: str | os.PathLike[str]) -> str:
 
 
 def identify(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
-    """A checkpoint by its identity: a Hub name isn't looked up.
+    """Return a checkpoint by its identity: a Hub name isn't looked up.
 
     Args:
         name_or_folder: `"ast"`, a Hub name, or a folder.
@@ -131,7 +130,7 @@ def find_checkpoint(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def fetch_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint with its files on this machine, downloaded from the Hub if need be.
+    """Return the same checkpoint with its files on this machine, downloaded if need be.
 
     Args:
         checkpoint: As `find_checkpoint` gives it.
@@ -155,46 +154,31 @@ def fetch_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     return found
 
 
-def _unusable(name: str) -> ModelLoadError:
-    return ModelLoadError(
-        f"{name}: this repository on the Hub isn't a usable checkpoint: "
-        f"expected {', '.join(CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
-    )
-
-
-def settings_folder(checkpoint: Checkpoint) -> Path | None:
-    """The folder with a checkpoint's JSON files, if they are on this machine.
-
-    Args:
-        checkpoint: As `find_checkpoint` gives it; its weights needn't be here.
-
-    Raises:
-        MissingDependencyError: huggingface_hub isn't installed.
-    """
-    return Path(checkpoint.location) if checkpoint.is_local else _cached(checkpoint.location)
-
-
-def fetch_settings(checkpoint: Checkpoint) -> Path:
-    """The folder with a checkpoint's JSON files, downloaded if need be; not the weights.
+def settings_folder(checkpoint: Checkpoint, *, download: bool = False) -> Path | None:
+    """Return the folder with a checkpoint's JSON files; its weights needn't be here.
 
     Args:
         checkpoint: As `find_checkpoint` gives it.
+        download: Download the two files if they aren't on this machine; otherwise the network is
+            never asked, and the answer is None.
 
     Raises:
         ModelLoadError: They can't be downloaded; says what to do.
         MissingDependencyError: huggingface_hub isn't installed.
     """
-    folder = settings_folder(checkpoint)
-    if folder is None:
+    if checkpoint.is_local:
+        return Path(checkpoint.location)
+    folder = _cached(checkpoint.location)
+    if folder is None and download:
         _download(checkpoint.location, CONFIG_FILES)
         folder = _cached(checkpoint.location)
-    if folder is None:
-        raise _unusable(checkpoint.location)
+        if folder is None:
+            raise _unusable(checkpoint.location)
     return folder
 
 
 def folder_provenance(model: str | os.PathLike[str]) -> dict[str, str]:
-    """For a store's provenance: where a model's folder lies, so that an audit finds it again."""
+    """Return where a model's folder lies, for a store's provenance: an audit finds it again."""
     folder = expand_user(model)
     return {"checkpoint": str(folder.absolute())} if (folder / "config.json").is_file() else {}
 
@@ -236,12 +220,12 @@ def moved_weights(
         f"{store} was filled with revision {before[:12]} of {name}, and the Hub's cache on this "
         f"machine has revision {now[:12]}, with other weights or settings. What is stored stays "
         "that of the earlier revision, and nothing of the other is added. Clear the store to "
-        "extract with the new revision, or give that a model_name of its own"
+        "extract with the new revision, or give that another `model_name`"
     )
 
 
 def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
-    """The folder meant, or None for a Hub name or alias.
+    """Return the folder meant, or None for a Hub name or alias.
 
     Raises:
         ModelLoadError: A path that isn't a checkpoint folder.
@@ -251,37 +235,32 @@ def _local_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
         raise ConfigError(
             f"model: a {type(name_or_folder).__name__}; give a Hub name or a checkpoint folder"
         )
-    try:
-        return _checkpoint_folder(name_or_folder)
-    except OSError as error:  # a name longer than the file system's
-        raise ModelLoadError(
-            f"{os.fspath(name_or_folder)[:80]}…: {error.strerror}; give a Hub name or a checkpoint "
-            "folder"
-        ) from error
-
-
-def _checkpoint_folder(name_or_folder: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(name_or_folder)
-    path = expand_user(text) if text.startswith("~") else Path(text)
-    is_path = (
-        isinstance(name_or_folder, os.PathLike)
-        or text.startswith((".", os.sep, "~"))
-        or (os.sep in text and path.exists())
-    )
-    if not is_path:
-        # A bare word: an alias means the same model in every working directory.
-        is_alias = _canonical(text) != unicodedata.normalize("NFC", text).strip()
-        is_path = not is_alias and os.sep not in text and (path / "config.json").is_file()
-    if not is_path:
-        return None
-    if not (path / "config.json").is_file():
-        found = "no such folder" if not path.exists() else "no config.json in it"
-        raise ModelLoadError(
-            f"{shown(path)}: {found if path.is_dir() or not path.exists() else 'not a folder'}; "
-            "expected a checkpoint folder as save_pretrained writes it (config.json, "
-            "preprocessor_config.json, model.safetensors), or a Hub name such as 'ast-finetuned'"
+    try:
+        path = expand_user(text) if text.startswith("~") else Path(text)
+        is_path = (
+            isinstance(name_or_folder, os.PathLike)
+            or text.startswith((".", os.sep, "~"))
+            or (os.sep in text and path.exists())
         )
-    return Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps the name it was given under
+        if not is_path:
+            # A bare word: an alias means the same model in every working directory.
+            is_alias = _canonical(text) != unicodedata.normalize("NFC", text).strip()
+            is_path = not is_alias and os.sep not in text and (path / "config.json").is_file()
+        if not is_path:
+            return None
+        if (path / "config.json").is_file():
+            return Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its given name
+        found = "no config.json in it" if path.is_dir() else "not a folder"
+        if not path.exists():
+            found = "no such folder"
+    except OSError as error:  # a name longer than the file system's
+        path, found = Path(f"{text[:80]}…"), str(error.strerror)
+    raise ModelLoadError(
+        f"{shown(path)}: {found}; expected a checkpoint folder as save_pretrained writes it "
+        "(config.json, preprocessor_config.json, model.safetensors), or a Hub name such as "
+        "'ast-finetuned'"
+    )
 
 
 def _canonical(name: str) -> str:
@@ -332,7 +311,7 @@ def _cached(name: str) -> Path | None:
 
 
 def _download(name: str, wanted: Sequence[str] = ()) -> None:
-    """Bring a repository into the Hub's local cache.
+    """Bring a repository into the Hub's local cache: the files wanted, else all that is needed.
 
     One request without retries goes first: huggingface_hub's own downloads retry for 23 s where
     there is no network.
@@ -340,35 +319,34 @@ def _download(name: str, wanted: Sequence[str] = ()) -> None:
     hub = _hub()
     try:
         info = hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
-        files = [sibling.rfilename for sibling in info.siblings or ()]
-        hub.snapshot_download(name, allow_patterns=list(wanted) or _wanted(files))
+        if not wanted:
+            files = [sibling.rfilename for sibling in info.siblings or ()]
+            has_safetensors = any(file.endswith(".safetensors") for file in files)
+            weights = SAFETENSORS if has_safetensors else TORCH_BIN
+            # Large models come in parts, and an index says which part holds what.
+            wanted = (*CONFIG_FILES, weights, f"{weights}.index.json")
+        hub.snapshot_download(name, allow_patterns=list(wanted))
     except hub.errors.RepositoryNotFoundError as error:
         raise ModelLoadError(
             f"{name}: the Hub has no such model, or it is private or gated; check the spelling, "
             "or log in (hf auth login)"
         ) from error
     except Exception as error:
-        raise ModelLoadError(_unreachable(name, error)) from error
-
-
-def _wanted(files: Sequence[str]) -> list[str]:
-    has_safetensors = any(file.endswith(".safetensors") for file in files)
-    weights = SAFETENSORS if has_safetensors else TORCH_BIN
-    # Large models come in parts, and an index says which part holds what.
-    return [*CONFIG_FILES, weights, f"{weights}.index.json"]
-
-
-def _unreachable(name: str, error: Exception) -> str:
-    hub = _hub()
-    if isinstance(error, hub.errors.OfflineModeIsEnabled):
-        reason, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
-    else:
         reason = f"can't be downloaded ({type(error).__name__}: {error})"
         remedy = "try again when the network is back"
-    return (
-        f"{name}: not on this machine, and {reason}. Give a local checkpoint folder (`model=`); or "
-        f"download {name} on a machine with network (hf download) and set HF_HOME to a copy of its "
-        f"cache; or {remedy}"
+        if isinstance(error, hub.errors.OfflineModeIsEnabled):
+            reason, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+        raise ModelLoadError(
+            f"{name}: not on this machine, and {reason}. Give a local checkpoint folder "
+            f"(`model=`); or download {name} on a machine with network (hf download) and set "
+            f"HF_HOME to a copy of its cache; or {remedy}"
+        ) from error
+
+
+def _unusable(name: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"{name}: this repository on the Hub isn't a usable checkpoint: "
+        f"expected {', '.join(CONFIG_FILES)} and model.safetensors (or pytorch_model.bin)"
     )
 
 

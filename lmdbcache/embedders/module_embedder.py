@@ -20,7 +20,7 @@ from lmdbcache.embedders.base import (
     library_versions,
 )
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
-from lmdbcache.embedders.weights_watch import WatchedWeights
+from lmdbcache.embedders.module_weights import WatchedWeights
 from lmdbcache.errors import (
     AudioDecodeError,
     CacheError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
-__all__ = ["ModuleEmbedder", "input_dtype", "no_real_numbers"]
+__all__ = ["ModuleEmbedder", "RunningModule", "no_real_numbers"]
 
 _DECODING: Final = "soundfile+soxr-hq+mono-mean"
 _WAVEFORM: Final = "zero-pad+waveform/1"
@@ -181,28 +181,7 @@ class ModuleEmbedder:
             MissingDependencyError: torch isn't installed.
         """
         self.check(config)
-        return _RunningModule(self, config, device)
-
-    def _result(self, output: str, features: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        result = self._outputs[output](self.module(features))
-        is_tensor = isinstance(result, torch.Tensor)
-        if is_tensor and (kind := no_real_numbers(result)):
-            raise ConfigError(
-                f"outputs: {output!r} of {self.identity} is {kind}; a store holds arrays of real "
-                "numbers. Give outputs={name: function} that makes one of it, such as "
-                "torch.view_as_real, to_dense or dequantize"
-            )
-        if not is_tensor or result.shape[:1] != features.shape[:1]:
-            kind = type(result).__name__
-            found = f"a tensor of shape {tuple(result.shape)}" if is_tensor else f"a {kind}"
-            raise ConfigError(
-                f"outputs: {output!r} of {self.identity} is {found} for {len(features)} clips; "
-                "give outputs={name: function} that takes a tensor (batch, ...) from the module's "
-                "result"
-            )
-        return result
+        return _OutputEmbedder(self, config, device)
 
 
 class _CallableFrontEnd:
@@ -243,11 +222,35 @@ class _CallableFrontEnd:
         }
 
 
-class _RunningModule:
-    """An `Embedder`: one output of a module."""
+class RunningModule:
+    """A module or a function as it is run for its embeddings: frozen, watched, on its device.
 
-    def __init__(self, source: ModuleEmbedder, config: CacheConfig, device: str | None) -> None:
-        check_compute_dtype(config.compute_dtype)
+    A module runs in eval mode, and each part of it is afterwards in the mode that it was in. Inputs
+    are copied, moved to its device, and cast to the dtype of its weights if they are floats. A
+    function gets its inputs as they are.
+
+    Args:
+        module: The `torch.nn.Module`, or a function of the same inputs.
+        compute_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        take: Takes the embeddings, a tensor (batch, ...), from what the module returns.
+        name: Its name in messages.
+        device: Where to move the module; None leaves it where it is.
+
+    Raises:
+        ConfigError: There is no such device or dtype, or the weights can't be digested.
+        MissingDependencyError: torch isn't installed.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        compute_dtype: str,
+        take: Callable[[Any], torch.Tensor],
+        *,
+        name: str,
+        device: str | torch.device | None = None,
+    ) -> None:
+        check_compute_dtype(compute_dtype)
         try:
             import torch
         except (ImportError, OSError) as error:
@@ -255,13 +258,102 @@ class _RunningModule:
                 f"running a module needs torch ({error}); "
                 'install it with: pip install "lmdbcache[audio]"'
             ) from error
+        self.module: Final = module
+        self._compute_dtype = compute_dtype
+        self._take = take
+        self._name = name
+        is_module = isinstance(module, torch.nn.Module)
+        self._given_device = None
+        if device is not None and is_module:
+            self._given_device = move_to_device(module, device)
+        self.weights: Final = WatchedWeights(module) if is_module else None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its weights are; None for a function."""
+        import torch
+
+        if not isinstance(self.module, torch.nn.Module):
+            return None
+        first = next(_tensors(self.module), None)
+        return self._given_device or torch.device("cpu") if first is None else first.device
+
+    def embed(self, *inputs: Any, **named: Any) -> torch.Tensor:
+        """Embed a batch.
+
+        Args:
+            inputs: What the module takes, for the whole batch.
+            named: Further inputs by name.
+
+        Returns:
+            float32 tensor (batch, *embedding_shape) on the CPU.
+
+        Raises:
+            ModuleError: The module fails.
+            ProvenanceMismatchError: Its weights changed.
+        """
+        import torch
+
+        if self.weights is not None:
+            self.weights.check()
+        device = self.device
+        with (
+            contextlib.nullcontext() if device is None else _in_eval_mode(self.module),
+            torch.no_grad(),
+            precision(device or torch.device("cpu"), self._compute_dtype),
+        ):
+            inputs = tuple(self._placed(one, device) for one in inputs)
+            named = {key: self._placed(one, device) for key, one in named.items()}
+            try:
+                result = self._take(self.module(*inputs, **named))
+            except (CacheError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if type(error).__name__ == "AcceleratorError":  # the device can't go on
+                    raise
+                kinds = [
+                    f"{one.dtype} {tuple(one.shape)}"
+                    for one in (*inputs, *named.values())
+                    if isinstance(one, torch.Tensor)
+                ]
+                raise ModuleError(
+                    f"{self._name} fails on inputs of {', '.join(kinds)}, on {device} "
+                    f"({first_line(error)}); call it on such a batch by hand"
+                ) from error
+        if self.weights is not None:
+            self.weights.computed()
+        on_cpu: torch.Tensor = result.detach().to("cpu", torch.float32)
+        return on_cpu
+
+    def provenance(self) -> dict[str, str]:
+        """The digest of the weights; empty for a function."""
+        return {} if self.weights is None else {"weights_digest": self.weights.digest}
+
+    def _placed(self, value: Any, device: torch.device | None) -> Any:
+        import torch
+
+        if isinstance(value, Mapping):
+            return {key: self._placed(part, device) for key, part in value.items()}
+        if not isinstance(value, torch.Tensor) or device is None:
+            return value
+        return value.to(device, _input_dtype(self.module, value), copy=True)
+
+
+class _OutputEmbedder(RunningModule):
+    """An `Embedder`: one output of a `ModuleEmbedder`."""
+
+    def __init__(self, source: ModuleEmbedder, config: CacheConfig, device: str | None) -> None:
+        take = source._outputs[config.output]  # noqa: SLF001
+        super().__init__(
+            source.module,
+            config.compute_dtype,
+            lambda result: self._checked(take(result)),
+            name=source.identity,
+            device=device,
+        )
         self._source = source
-        self.module: Final = source.module
         self._config = config
-        first = next(iter(_tensors(source.module)), None)
-        here = torch.device("cpu") if first is None else first.device
-        self.device = here if device is None else move_to_device(source.module, device)
-        self._weights = WatchedWeights(source.module)
+        self._num_clips = 0
         self._shape: tuple[int, ...] | None = None
 
     @property
@@ -285,43 +377,39 @@ class _RunningModule:
             self._shape = tuple(self.embed(torch.from_numpy(features)[None]).shape[1:])
         return self._shape
 
-    def embed(self, features: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        module = self._source.module
-        self._weights.check()
-        dtype = input_dtype(module, features)
-        with (
-            _in_eval_mode(module),
-            torch.no_grad(),
-            precision(self.device, self._config.compute_dtype),
-        ):
-            batch = features.to(self.device, dtype, copy=True)
-            try:
-                result = self._source._result(self._config.output, batch)  # noqa: SLF001
-            except (CacheError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                if type(error).__name__ == "AcceleratorError":  # the device can't go on
-                    raise
-                raise ModuleError(
-                    f"{self._source.identity} fails on features of shape {tuple(batch.shape)}, "
-                    f"{dtype}, on {self.device} ({first_line(error)}); call it on such a batch by "
-                    "hand"
-                ) from error
-        self._weights.computed()
-        on_cpu: torch.Tensor = result.detach().to("cpu", torch.float32)
-        return on_cpu
+    def embed(self, *inputs: Any, **named: Any) -> torch.Tensor:
+        self._num_clips = len(inputs[0])
+        return super().embed(*inputs, **named)
 
     def provenance(self) -> dict[str, str]:
-        kind = type(self._source.module)
+        kind = type(self.module)
         return {
-            "weights_digest": self._weights.digest,
+            **super().provenance(),
             "module": f"{kind.__module__}.{kind.__qualname__}",
             **library_versions("torch"),
-            "device": self.device.type,
+            "device": "cpu" if self.device is None else self.device.type,
             "compute_dtype": self._config.compute_dtype,
         }
+
+    def _checked(self, result: Any) -> Any:
+        import torch
+
+        what = f"outputs: {self._config.output!r} of {self._source.identity} is"
+        is_tensor = isinstance(result, torch.Tensor)
+        if is_tensor and (kind := no_real_numbers(result)):
+            raise ConfigError(
+                f"{what} {kind}; a store holds arrays of real numbers. Give "
+                "`outputs={name: function}` that makes one of it, such as torch.view_as_real, "
+                "to_dense or dequantize"
+            )
+        if not is_tensor or result.shape[:1] != (self._num_clips,):
+            kind = type(result).__name__
+            found = f"a tensor of shape {tuple(result.shape)}" if is_tensor else f"a {kind}"
+            raise ConfigError(
+                f"{what} {found} for {self._num_clips} clips; give `outputs={{name: function}}` "
+                "that takes a tensor (batch, ...) from the module's result"
+            )
+        return result
 
 
 @contextlib.contextmanager
@@ -337,8 +425,8 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
-    """The dtype to cast features to: that of the weights, unless the features are no floats."""
+def _input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
+    """Return the dtype to cast features to: that of the weights, unless they aren't floats."""
     import torch
 
     known = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -349,7 +437,7 @@ def input_dtype(module: torch.nn.Module, features: torch.Tensor) -> torch.dtype:
 
 
 def no_real_numbers(result: torch.Tensor) -> str:
-    """What kind of tensor this is, if it isn't a plain array of real numbers; else nothing."""
+    """Return what kind of tensor this is; empty for a plain array of real numbers."""
     import torch
 
     if result.is_nested:

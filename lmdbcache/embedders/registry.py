@@ -1,4 +1,4 @@
-"""Which kind of model a checkpoint is, and the config that its embeddings have.
+"""The kind of model that a checkpoint is, and the config that its embeddings have.
 
 Neither torch nor transformers is imported: config.json says what a checkpoint is.
 """
@@ -17,7 +17,6 @@ from lmdbcache.embedders.checkpoint_files import read_json
 from lmdbcache.embedders.checkpoints import (
     Checkpoint,
     fetch_checkpoint,
-    fetch_settings,
     find_checkpoint,
     identify,
     settings_folder,
@@ -80,7 +79,7 @@ class PretrainedModel:
         return self.family.outputs
 
     def check(self, config: CacheConfig) -> None:
-        """Whether this model can fill a store of this config.
+        """Check that this model can fill a store of this config.
 
         Raises:
             ConfigError: It has no such output, takes no clip of this duration, or the config's
@@ -95,7 +94,7 @@ class PretrainedModel:
                 "the right config"
             )
         front_end = by_soundfile(config.front_end)
-        # A name of the user's own is left alone.
+        # Another name, given by the user, is left alone.
         if front_end in others and front_end != self.front_end_id:
             raise ConfigError(
                 f"front_end: {config.front_end!r} is that of {others[front_end]}, and "
@@ -112,7 +111,7 @@ class PretrainedModel:
             )
 
     def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
-        """Shape of one embedding; None if config.json isn't on this machine or doesn't tell."""
+        """Return the shape of one embedding; None if no config.json here says it."""
         if self.settings is None:
             return None
         try:
@@ -121,7 +120,7 @@ class PretrainedModel:
             return None  # loading the model will say what is wrong with its sizes
 
     def make_front_end(self, config: CacheConfig) -> FrontEnd:
-        """The front end for clips of this config.
+        """Make the front end for clips of this config.
 
         Raises:
             ConfigError: The sample rate isn't the model's.
@@ -129,7 +128,7 @@ class PretrainedModel:
         return TransformersFrontEnd(self.family, self.checkpoint, config.sample_rate)
 
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
-        """The model, loaded.
+        """Load the model.
 
         Raises:
             ConfigError: An unknown device.
@@ -147,7 +146,7 @@ class PretrainedModel:
 
 
 def find_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
-    """What a name, a folder or a module of your own stands for; no weights are loaded.
+    """Return the model that a name or a folder stands for; no weights are loaded.
 
     A Hub model that isn't on this machine is recognised by its name if that begins like those of
     its kind (`openai/whisper-…`); otherwise its two JSON files are downloaded.
@@ -163,11 +162,11 @@ def find_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
     if not isinstance(model, (str, os.PathLike)):
         return _checked(model)
     checkpoint = find_checkpoint(model)
-    return _on_this_machine(checkpoint) or _by_files(checkpoint, fetch_settings(checkpoint))
+    return _on_this_machine(checkpoint) or _downloaded(checkpoint)
 
 
 def known_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel | None:
-    """The same without ever asking the network; None if it would have to be asked.
+    """Return the same without ever asking the network; None if it would have to be asked.
 
     Raises:
         ModelLoadError, ConfigError, MissingDependencyError: See `find_model`.
@@ -178,7 +177,7 @@ def known_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel | None
 
 
 def ready_model(model: str | os.PathLike[str] | AudioModel, config: CacheConfig) -> AudioModel:
-    """The same with its files on this machine, downloaded from the Hub if need be.
+    """Return the same with its files on this machine, downloaded from the Hub if need be.
 
     Args:
         model: As for `find_model`.
@@ -211,7 +210,7 @@ def config_for(
     decoder: str | None = None,
     dataset: str | None = None,
 ) -> CacheConfig:
-    """The config under which a model's embeddings are stored; no weights are loaded.
+    """Return the config under which a model's embeddings are stored; no weights are loaded.
 
     Args:
         model: Alias, Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`.
@@ -247,7 +246,7 @@ def config_for(
 
 
 def described_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
-    """`find_model` for who wants the identity only: the weights of a Hub model aren't read.
+    """Return the model for its identity only: the weights of a Hub model aren't read.
 
     Args:
         model: As for `find_model`.
@@ -262,7 +261,7 @@ def described_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
     if checkpoint.identity == DEFAULT_MODEL_NAME and family is not None:
         return PretrainedModel(checkpoint, family, None)
     try:
-        return _on_this_machine(checkpoint) or _by_files(checkpoint, fetch_settings(checkpoint))
+        return _on_this_machine(checkpoint) or _downloaded(checkpoint)
     except MissingDependencyError:
         # Where nothing but the cache itself is installed, a name has to do.
         if family is None:
@@ -278,16 +277,16 @@ def _on_this_machine(checkpoint: Checkpoint) -> PretrainedModel | None:
     return None if family is None else PretrainedModel(checkpoint, family, None)
 
 
+def _downloaded(checkpoint: Checkpoint) -> PretrainedModel:
+    folder = settings_folder(checkpoint, download=True)
+    return _by_files(checkpoint, folder or Path(checkpoint.location))
+
+
 def _by_files(checkpoint: Checkpoint, folder: Path) -> PretrainedModel:
-    family = _family_of(folder)
-    return PretrainedModel(checkpoint, family, family.settings(folder))
-
-
-def _family_of(folder: Path) -> ModelFamily:
     model_type = read_json(folder / "config.json").get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
-            return family
+            return PretrainedModel(checkpoint, family, family.settings(folder))
     known = "; ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
     raise ModelLoadError(
         f"{folder}: config.json says model_type {model_type!r}, which isn't among those that "

@@ -4,7 +4,11 @@ from .dataset import (
     EmbeddingDataset as EmbeddingDataset,
     collate_embeddings as collate_embeddings,
 )
-from .embedding_forms import (
+from .loader import EmbeddingLoader as EmbeddingLoader, make_dataloader as make_dataloader
+from .preloading import PreloadedEmbeddings as PreloadedEmbeddings, preload as preload
+from .targets import Targets as Targets, target_tensor as target_tensor
+from .tensors import TensorMapping as TensorMapping, as_tensor as as_tensor
+from .torch_files import (
     HIDDEN as HIDDEN,
     MEAN as MEAN,
     POOLED as POOLED,
@@ -13,15 +17,9 @@ from .embedding_forms import (
     output_of as output_of,
     output_of_dimensions as output_of_dimensions,
     plain_tensor as plain_tensor,
-    unwrapped as unwrapped,
-)
-from .loader import EmbeddingLoader as EmbeddingLoader, make_dataloader as make_dataloader
-from .preloading import PreloadedEmbeddings as PreloadedEmbeddings, preload as preload
-from .stored_embeddings import StoredEmbeddings as StoredEmbeddings
-from .targets import Targets as Targets, target_tensor as target_tensor
-from .tensors import TensorMapping as TensorMapping, as_tensor as as_tensor
-from .torch_files import (
     read_tensor_dict as read_tensor_dict,
     read_text_embeddings as read_text_embeddings,
     read_torch_file as read_torch_file,
+    unwrapped as unwrapped,
 )
+from .write_back import StoredEmbeddings as StoredEmbeddings

@@ -1,4 +1,4 @@
-"""From a batch's inputs to those of its misses; what is a promise is only kept for these."""
+"""The inputs of a batch: cut to its misses, which alone are loaded, and grouped by shape."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from lmdbcache.audio import fit
 from lmdbcache.config import CacheConfig
@@ -15,13 +16,25 @@ from lmdbcache.embedders import clip_features
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage import has_masked_elements
 
-__all__ = ["check_precision", "features_of", "select_inputs", "stacked"]
+__all__ = [
+    "Group",
+    "check_precision",
+    "copies_of",
+    "features_of",
+    "groups_by_shape",
+    "row_checksums",
+    "select_inputs",
+    "stacked",
+]
+
+# Rows of a batch, their positional inputs, their named inputs.
+Group = tuple[list[int], Sequence[Any], Mapping[str, Any]]
 
 
 def select_inputs(
     inputs: Any, positions: Sequence[int], sample_ids: Sequence[str], batch_size: int
 ) -> Any:
-    """The inputs of some samples of a batch.
+    """Return the inputs of some samples of a batch.
 
     Args:
         inputs: A tensor or array `(batch, ...)`; a list of one input, or of one function without
@@ -47,22 +60,12 @@ def select_inputs(
         return inputs if len(positions) == batch_size else inputs[list(positions)]
     if isinstance(inputs, (list, tuple)):
         _check_number(len(inputs), batch_size)
-        return [_kept(inputs[position]) for position in positions]
+        return [one() if callable(one) else one for one in (inputs[p] for p in positions)]
     if callable(inputs):
         loaded = inputs(list(sample_ids))
         _check_number(len(loaded), len(positions))
         return loaded
     return inputs
-
-
-def _kept(one: Any) -> Any:
-    """What a function of one sample's input gives; anything else as it is."""
-    if not callable(one):
-        return one
-    if hasattr(one, "decode"):  # a `DeferredAudio`, which knows what of its waveform is padding
-        waveform, num_valid = one.decode()
-        return waveform if num_valid is None else waveform[..., :num_valid]
-    return one()
 
 
 def check_precision(inputs: Any) -> None:
@@ -96,7 +99,7 @@ def features_of(
 
     Args:
         waveforms: A list of n, each `(num_samples,)` or shorter; or a tensor or array of them.
-        front_end: See `lmdbcache.embedders.base.compute_features`.
+        front_end: See `lmdbcache.embedders.FrontEnd`.
         config: Sample rate and duration.
         sample_ids: Of these waveforms.
         num_valid: How many samples of each aren't padding, `(n,)`; None: all of them.
@@ -105,8 +108,8 @@ def features_of(
         A tensor `(n, ...)`, or a list of n tensors where their shapes or dtypes differ.
 
     Raises:
-        ConfigError: A waveform is longer than the duration, or isn't of floats; or nobody can tell
-            what of it is padding.
+        ConfigError: A waveform is longer than the duration, or isn't of floats; or which part of it
+            is padding isn't known.
         AudioDecodeError: One is too short for the front end, or its features hold NaN or Inf.
         FrontEndError: The front end fails on one, or returns no array of numbers.
     """
@@ -121,11 +124,11 @@ def features_of(
             raise ConfigError(
                 f"num_valid: a batch of {valid[0]} samples, the config says {config.num_samples}: "
                 "its rows may be padded to the longest of them, and this front end needs to know. "
-                "Give num_valid= (samples of each that aren't padding), or a list of waveforms"
+                "Give `num_valid=` (samples of each that aren't padding), or a list of waveforms"
             )
     features = []
     for row, count, name in zip(rows, valid, sample_ids, strict=True):
-        # A front end of your own may take something else than waveforms.
+        # A front end of the user's may take something else than waveforms.
         waveform = row
         if row.ndim == 1:
             _check_lengths(name, row, count, config)
@@ -180,7 +183,7 @@ def _check_lengths(
 
 
 def stacked(inputs: Any) -> Any:
-    """One tensor of a list of tensors or arrays; anything else as it is.
+    """Return one tensor of a list of tensors or arrays; anything else as it is.
 
     Raises:
         ConfigError: Their shapes differ.
@@ -206,3 +209,60 @@ def stacked(inputs: Any) -> Any:
 def _check_number(found: int, expected: int) -> None:
     if found != expected:
         raise ConfigError(f"inputs: {found} of them for {expected} samples")
+
+
+# ---- parts of a batch
+
+
+def groups_by_shape(
+    inputs: Sequence[Any], named: Mapping[str, Any], num_samples: int
+) -> list[Group]:
+    """Return the samples whose features have one shape and dtype, for each of these.
+
+    Args:
+        inputs: Positional inputs of all samples. Where the first one is a list of tensors, these
+            are features, whose shapes may differ; anything else is one group.
+        named: Further inputs by name.
+        num_samples: How many samples these are.
+    """
+    first = inputs[0] if inputs else None
+    if not isinstance(first, list) or not all(isinstance(one, torch.Tensor) for one in first):
+        return [(list(range(num_samples)), inputs, named)]
+    alike: dict[Any, list[int]] = {}
+    for row, one in enumerate(first):
+        alike.setdefault((one.dtype, tuple(one.shape)), []).append(row)
+    return [
+        (
+            rows,
+            [stacked(_rows_of(one, rows)) for one in inputs],
+            {name: _rows_of(one, rows) for name, one in named.items()},
+        )
+        for rows in alike.values()
+    ]
+
+
+def _rows_of(value: Any, rows: Sequence[int]) -> Any:
+    """Return an input of these rows; anything but one for each sample as it is."""
+    if isinstance(value, Mapping):
+        return {name: _rows_of(part, rows) for name, part in value.items()}
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim:
+        return value[list(rows)]
+    if isinstance(value, (list, tuple)):
+        return [value[row] for row in rows]
+    return value
+
+
+def copies_of(value: Any, row: int, number: int) -> Any:
+    """Return an input in which every sample is this one."""
+    return _rows_of(value, [row] * number)
+
+
+def row_checksums(value: Any) -> list[int | None]:
+    """Return a checksum of each row of a tensor, None for zeros; empty for anything else."""
+    if not isinstance(value, torch.Tensor) or not value.ndim:
+        return []
+    rows = value.detach().cpu().contiguous().flatten(1) if value.ndim > 1 else value[:, None].cpu()
+    return [
+        xxhash.xxh3_64_intdigest(row.view(torch.uint8).numpy().data) if row.any() else None
+        for row in rows
+    ]

@@ -21,8 +21,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError, ProvenanceMismatchError
 from lmdbcache.storage import StoreMetadata, as_stored, canonical_sample_id
 from lmdbcache.training.batch_inputs import check_precision, features_of, select_inputs, stacked
-from lmdbcache.training.frozen_model import FrozenModel
-from lmdbcache.training.mixed_batches import MixedBatch
+from lmdbcache.training.frozen_encoder import FrozenEncoder
 from lmdbcache.training.tensors import as_tensor
 from lmdbcache.training.write_back import WriteBack
 
@@ -75,12 +74,12 @@ class CachedEncoder(torch.nn.Module):
     take turns. Pickles and copies as its settings and its model; what isn't committed stays here.
 
     Args:
-        model: The frozen encoder: a Hub name, a checkpoint folder or an `AudioModel` (such as
+        cache: The cache, or its root.
+        config: Identity of the embeddings.
+        encoder: The frozen encoder: a Hub name, a checkpoint folder or an `AudioModel` (such as
             `ModuleEmbedder`), looked up and loaded at the first miss; a module in eval mode without
             grad, an `Embedder`, or a function of the inputs; or a function without arguments that
             builds one of these, called at the first miss.
-        cache: The cache, or its root.
-        config: Identity of the embeddings.
         front_end: Waveform → features, for each missing sample's first input; None takes that of
             a model known by its name.
         select_output: Takes the embeddings from what the model returns; None takes a tensor as it
@@ -104,9 +103,9 @@ class CachedEncoder(torch.nn.Module):
 
     def __init__(
         self,
-        model: Any,
         cache: EmbeddingCache | str | os.PathLike[str],
         config: CacheConfig,
+        encoder: Any,
         *,
         front_end: Callable[[Any], Any] | None = None,
         select_output: Callable[[Any], torch.Tensor] | None = None,
@@ -121,7 +120,7 @@ class CachedEncoder(torch.nn.Module):
         self._front_end = front_end
         self.num_hits = 0
         self.num_computed = 0
-        self._frozen = FrozenModel(model, config, select_output)
+        self._frozen = FrozenEncoder(encoder, config, select_output)
         self._given_provenance = dict(provenance or {})
         self._known_provenance: dict[str, str] | None = None
         self._looked_at_name = False
@@ -141,9 +140,7 @@ class CachedEncoder(torch.nn.Module):
         Raises:
             ModelLoadError: There is no such model.
         """
-        if self._front_end is None and self._frozen.by_name is not None:
-            return self._frozen.by_name.front_end
-        return self._front_end
+        return self._front_end or self._frozen.front_end
 
     # ---- the module
 
@@ -195,7 +192,8 @@ class CachedEncoder(torch.nn.Module):
         """The embeddings of a mixed batch: the misses are computed in one forward pass.
 
         Args:
-            batch: As `collate_mixed` or a `VEGASDataset`'s collate function makes it.
+            batch: As `collate_mixed` makes it: `sample_ids`, `mask` (True for a hit), `embeddings`
+                of the hits, and of the misses `waveforms` with `num_valid`, or `features`.
 
         Returns:
             `(batch, *embedding_shape)` in the batch's order, without grad.
@@ -204,27 +202,39 @@ class CachedEncoder(torch.nn.Module):
             ConfigError: Not such a batch, or without the inputs of its misses.
             InvalidEmbeddingError: See `forward`.
         """
-        mixed = MixedBatch.of(batch)
-        missing = mixed.missing_ids
-        if not missing and mixed.embeddings is not None:
-            self.num_hits += len(mixed.sample_ids)
-            return mixed.embeddings.detach().to(self._like)
-        if missing:
-            self._check_inputs(mixed)
-        given = _Inputs((mixed.inputs,), {}, mixed.num_valid, mixed.are_features)
-        computed = self._answer(missing, given)
-        self.num_hits += len(mixed.sample_ids) - len(missing)
-        return mixed.completed(computed)
-
-    def _check_inputs(self, mixed: MixedBatch) -> None:
-        if mixed.inputs is None:
+        if not {"mask", "sample_ids"} <= batch.keys():
             raise ConfigError(
-                f"batch: {len(mixed.missing_ids)} samples aren't cached and it has no waveforms of "
-                "them; make the dataset with load_audio=True, or extract first"
+                f"batch: it has {', '.join(sorted(map(str, batch)))}; expected one of "
+                "`collate_fn=collate_mixed`, with mask and sample_ids"
             )
-        if mixed.are_features:
-            return
-        lengths = {one.shape[-1] for one in mixed.inputs}
+        mask, hits = batch["mask"], batch.get("embeddings")
+        sample_ids = list(batch["sample_ids"])
+        missing = [i for i, hit in zip(sample_ids, mask.tolist(), strict=True) if not hit]
+        if not missing and hits is not None:
+            self.num_hits += len(sample_ids)
+            return hits.detach().to(self._like)  # type: ignore[no-any-return]
+        features = batch.get("features")
+        inputs = batch.get("waveforms") if features is None else features
+        if missing and inputs is None:
+            raise ConfigError(
+                f"batch: {len(missing)} samples aren't cached and it has no waveforms of them; "
+                "extract them first, or keep the collated waveforms in the batch"
+            )
+        if missing and features is None:
+            self._check_duration(inputs)
+        given = _Inputs((inputs,), {}, batch.get("num_valid"), features is not None)
+        computed = self._answer(missing, given)
+        self.num_hits += len(sample_ids) - len(missing)
+        if hits is None:
+            return computed
+        mask = mask.to(computed.device)
+        whole = computed.new_empty((len(mask), *computed.shape[1:]))
+        whole[mask] = hits.to(computed)
+        whole[~mask] = computed
+        return whole
+
+    def _check_duration(self, waveforms: Iterable[torch.Tensor]) -> None:
+        lengths = {one.shape[-1] for one in waveforms}
         if lengths != {self.config.num_samples}:
             raise ConfigError(
                 f"duration: waveforms of {', '.join(map(str, sorted(lengths)))} samples, the "
@@ -281,10 +291,10 @@ class CachedEncoder(torch.nn.Module):
     def _look_at_name(self) -> None:
         """Say once if the model's Hub name stands for other weights than those of the hits."""
         self._looked_at_name = True
-        by_name, reader = self._frozen.by_name, self._write_back.stored.reader()
-        if by_name is None or reader is None:
+        reader = self._write_back.stored.reader()
+        if reader is None:
             return
-        if moved := by_name.moved_weights(reader.metadata.provenance, reader.path):
+        if moved := self._frozen.moved_weights(reader.metadata.provenance, reader.path):
             _logger.warning("%s", moved)
 
     def _refuse_other_weights(self, metadata: StoreMetadata) -> None:
@@ -336,11 +346,9 @@ class CachedEncoder(torch.nn.Module):
         self._check_provenance()
         self._write_back.open_writer(self._provenance())
         has_features = inputs.are_features or self.front_end is not None
-        if has_features and chosen and isinstance(chosen[0], list):
-            embeddings = self._frozen.run_by_shape(chosen, further, wanted)
-        else:
-            inputs_of_all = [stacked(one) for one in chosen]
-            embeddings = self._frozen.run(inputs_of_all, further, len(wanted))
+        if not (has_features and chosen and isinstance(chosen[0], list)):
+            chosen = [stacked(one) for one in chosen]
+        embeddings = self._frozen.run(chosen, further, wanted)
         self.num_computed += len(wanted)
         rows = self._store(wanted, embeddings)
         return {position: rows[name] for position, name in zip(missing, names, strict=True)}

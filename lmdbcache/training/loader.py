@@ -14,8 +14,7 @@ import torch
 from lmdbcache.errors import ConfigError
 from lmdbcache.machine import available_cores
 from lmdbcache.storage import EmbeddingReader
-from lmdbcache.training.batches import CopyThreads
-from lmdbcache.training.dataset import EmbeddingDataset, EmbeddingSource
+from lmdbcache.training.dataset import CopyThreads, EmbeddingDataset, EmbeddingSource
 from lmdbcache.training.targets import Targets
 
 __all__ = ["EmbeddingLoader", "make_dataloader"]

@@ -12,8 +12,9 @@ import torch
 
 from lmdbcache.cache import HiddenStateView
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.files import readable_size
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id
-from lmdbcache.training.batches import DTYPES, shared_memory
+from lmdbcache.training.dataset import DTYPES, shared_memory
 
 __all__ = ["PreloadedEmbeddings", "preload"]
 
@@ -25,7 +26,7 @@ def preload(
     sample_ids: Sequence[str] | None = None,
     *,
     max_bytes: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PreloadedEmbeddings:
     """Copy embeddings into shared memory, once for all processes.
 
@@ -36,7 +37,7 @@ def preload(
         reader: Where the embeddings are, or a view of them.
         sample_ids: Which ones; None takes all.
         max_bytes: Refuse to take more than this.
-        progress: Called with the number of embeddings of each step.
+        progress: Called with how many embeddings are copied, and how many there are.
 
     Raises:
         CacheFullError: More than `max_bytes`, or than there is of shared memory.
@@ -54,8 +55,8 @@ def preload(
     needed = row_bytes * len(selection)
     if max_bytes is not None and needed > max_bytes:
         raise CacheFullError(
-            f"{len(selection)} embeddings need {needed >> 20} MiB, max_bytes allows "
-            f"{max_bytes >> 20} MiB. Preload fewer samples, or read from the store"
+            f"{len(selection)} embeddings need {readable_size(needed)}, `max_bytes` allows "
+            f"{readable_size(max_bytes)}. Preload fewer samples, or read from the store"
         )
     raw = shared_memory(max(1, needed))[:needed]
     step = max(1, _STEP_BYTES // row_bytes)
@@ -64,7 +65,7 @@ def preload(
         batch = selection.get_batch(positions).reshape(-1).view(np.uint8)
         raw[start * row_bytes : start * row_bytes + len(batch)] = torch.from_numpy(batch)
         if progress is not None:
-            progress(len(positions))
+            progress(start + len(positions), len(selection))
     embeddings = raw.view(dtype).view(len(selection), *(n or 0 for n in shape))
     return PreloadedEmbeddings(embeddings, selection.sample_ids)
 
@@ -110,7 +111,7 @@ class PreloadedEmbeddings:
 
 
 class PreloadedSelection:
-    """Some preloaded samples in an order of their own, read by position."""
+    """Some preloaded samples in a given order, read by position."""
 
     def __init__(
         self, embeddings: torch.Tensor, sample_ids: list[str], rows: torch.Tensor | None

@@ -18,7 +18,6 @@ from lmdbcache import (
     CachedAudioDataset,
     CachedEncoder,
     EmbeddingCache,
-    TensorMapping,
     VEGASDataset,
     collate_mixed,
     config_for,
@@ -48,7 +47,7 @@ def model():
 
 @pytest.fixture
 def encoder(cache, model):
-    with CachedEncoder(model, cache, OWN) as encoder:
+    with CachedEncoder(cache, OWN, model) as encoder:
         yield encoder
 
 
@@ -203,7 +202,7 @@ def test_features_from_the_workers(clips, cache, tmp_path):
         dataset = CachedAudioDataset(clips, cache, config, front_end=given)
         batch = next(iter(batches_of(dataset, 6, num_workers=1)))
         assert ("features" in batch, "waveforms" in batch) == (given is not None, given is None)
-        with CachedEncoder(embedder, cache, config, front_end=front_end) as encoder:
+        with CachedEncoder(cache, config, embedder, front_end=front_end) as encoder:
             assert torch.equal(encoder.complete(batch), expected)
         cache.clear(config)
         dataset.close()
@@ -227,46 +226,6 @@ def test_pickles(dataset, clips, cache):
     copied = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copied[0]["embedding"], dataset[0]["embedding"])
     copied.close()
-
-
-# ---- VEGAS's own batches
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_vegas_batches(root, cache, encoder, model, num_workers):
-    """`audio_emb` and `audio_emb_mask` are completed by the same call; hits stay undecoded."""
-    dataset = VEGASDataset(root, split="all", audio_duration=0.5, ast_cache_dir=cache.root)
-    store(cache, dataset, [1, 2, 9])
-    dataset.audio_embs = TensorMapping(cache.reader(OWN))
-    loader = DataLoader(dataset, 6, collate_fn=dataset.get_collate_fn(), num_workers=num_workers)
-    found = []
-    for batch in loader:
-        assert ("audio_emb_mask" in batch) == (len(found) < 2)
-        found.append(encoder.complete(batch))
-        if "audio_emb" in batch:
-            assert batch.is_deferred("audio")
-    expected = CountingEncoder(OWN.num_samples)(waveforms_of(dataset, range(18)))
-    torch.testing.assert_close(torch.cat(found), expected, atol=5e-7, rtol=0)
-    assert model.passes == [4, 5, 6]
-    encoder.flush()
-    for batch, embeddings in zip(loader, found, strict=True):
-        assert batch["audio_emb_mask"].all()
-        assert torch.equal(encoder.complete(batch), embeddings)
-    assert model.passes == [4, 5, 6]
-    dataset.audio_embs.arrays.close()
-
-
-def test_vegas_batches_without_audio(root, cache, encoder):
-    """All hits need none; a miss says what is needed."""
-    dataset = VEGASDataset(root, split="all", load_audio=False, ast_cache_dir=cache.root)
-    store(cache, dataset, range(6))
-    with cache.reader(OWN) as reader:
-        dataset.audio_embs = {name: torch.from_numpy(reader[name]) for name in reader}
-        collate = dataset.get_collate_fn()
-        hits = encoder.complete(collate([dataset[n] for n in range(6)]))
-        assert np.array_equal(hits.numpy(), reader.get_batch(dataset.sample_ids[:6]))
-    with pytest.raises(ConfigError, match="load_audio=True"):
-        encoder.complete(collate([dataset[n] for n in range(5, 8)]))
 
 
 # ---- what isn't padding
@@ -300,7 +259,7 @@ def test_a_clip_too_short_for_the_front_end(clips, cache):
     path = clips.samples[1]["audio_path"]
     soundfile.write(path, np.ones(300, np.float32) / 2, 16000)
     config = config_for(masked_folder(), duration=0.5, namespace="vegas")
-    with CachedEncoder(masked_folder(), cache, config) as encoder:
+    with CachedEncoder(cache, config, masked_folder()) as encoder:
         dataset = CachedAudioDataset(
             clips, cache, config, front_end=encoder.front_end, on_decode_error="skip"
         )
@@ -331,7 +290,7 @@ def test_clips_without_a_file(cache, tmp_path):
         model=masked_folder(), batch_size=1, num_workers=0,
     )  # fmt: skip
     dataset = CachedAudioDataset(clips, cache, config)
-    with CachedEncoder(masked_folder(), cache, config) as encoder:
+    with CachedEncoder(cache, config, masked_folder()) as encoder:
         found = [encoder.complete(batch) for batch in batches_of(dataset, 1, num_workers=2)]
         assert (encoder.num_computed, len(found)) == (12, 12)
     with expected_cache.reader(config) as reader:
@@ -374,14 +333,14 @@ def test_vegas_batches_tell_what_is_padding(root, cache, tmp_path, num_workers):
     loader = DataLoader(dataset, 3, collate_fn=dataset.get_collate_fn(), num_workers=num_workers)
     batch = next(iter(loader))
     assert batch["audio_num_valid"].tolist() == [16000] * 3
-    with CachedEncoder(masked_folder(), cache, config) as encoder:
+    with CachedEncoder(cache, config, masked_folder()) as encoder:
         found = encoder.complete(batch)
     with extracted.reader(config) as reader:
         assert np.array_equal(found.numpy(), reader.get_batch(list(asked)))
     dataset.audio_embs = {dataset.sample_ids[1]: found[1]}
     batch = next(iter(loader))
     assert batch["audio_num_valid"].tolist() == [16000] * 2
-    with CachedEncoder(masked_folder(), tmp_path / "mixed", config) as encoder:
+    with CachedEncoder(tmp_path / "mixed", config, masked_folder()) as encoder:
         torch.testing.assert_close(encoder.complete(batch), found, atol=1e-6, rtol=1e-5)
 
 

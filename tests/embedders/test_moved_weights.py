@@ -49,7 +49,7 @@ def run(hub, tmp_path):
 
     def run(model=NAME):
         summary = extract(cache, config, clips, model=model, num_workers=0, progress=False)
-        with CachedEncoder(NAME, cache, config) as encoder:
+        with CachedEncoder(cache, config, NAME) as encoder:
             for _ in range(2):
                 encoder([None] * 2, sample_ids=sorted(clips))
         return summary

@@ -102,7 +102,7 @@ def test_nothing_is_computed_in_vain(cache):
         return inputs[:, :3] if hits else pytest.fail("computed")
 
     hits = False
-    encoder = CachedEncoder(model, cache, CONFIG)
+    encoder = CachedEncoder(cache, CONFIG, model)
     assert torch.equal(encoder(torch.ones(1, 9), sample_ids=["a:dog"]), torch.ones(1, 3))
     with pytest.raises(ProvenanceMismatchError):
         encoder(torch.ones(2, 9), sample_ids=["a:dog", "b:dog"])

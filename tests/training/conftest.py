@@ -15,5 +15,5 @@ def model():
 
 @pytest.fixture
 def encoder(cache, model):
-    with CachedEncoder(model, cache, OWN) as encoder:
+    with CachedEncoder(cache, OWN, model) as encoder:
         yield encoder

