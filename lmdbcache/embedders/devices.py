@@ -17,7 +17,7 @@ __all__ = ["check_compute_dtype", "device_of_rank", "move_to_device", "precision
 
 
 def check_compute_dtype(compute_dtype: str) -> None:
-    """Whether models can compute in it.
+    """Check that models can compute in it.
 
     Raises:
         ConfigError: An unknown one.
@@ -52,14 +52,14 @@ def move_to_device(module: torch.nn.Module, device: str | torch.device | None) -
 
 
 def device_of_rank(local_rank: int) -> str | None:
-    """The GPU of one of several processes on this machine.
+    """Return the GPU of one of several processes on this machine.
 
     Args:
         local_rank: Which of them, from 0. More processes than GPUs share them in turn.
 
     Returns:
-        None where there are fewer than two to choose from: a launcher often shows each process its
-        own GPU alone.
+        None where there are fewer than two to choose from: a launcher often shows each process
+        only one GPU.
     """
     import torch
 
@@ -68,17 +68,25 @@ def device_of_rank(local_rank: int) -> str | None:
 
 
 @contextlib.contextmanager
-def precision(device: torch.device, compute_dtype: str) -> Iterator[None]:
-    """Compute in `compute_dtype` inside: by autocast, or in float32 without a GPU's TF32."""
+def precision(
+    device: torch.device, compute_dtype: str, *, allow_tf32: bool = False
+) -> Iterator[None]:
+    """Compute in `compute_dtype` inside: by autocast, or in float32.
+
+    Args:
+        device: Where the computation runs.
+        compute_dtype: One of the names in `DTYPES`.
+        allow_tf32: Leave a GPU's TF32 as the program has set it; it is switched off otherwise.
+    """
     import torch
 
     if compute_dtype != "float32":
         with torch.autocast(device.type, dtype=getattr(torch, compute_dtype)):
             yield
-    elif device.type != "cuda":
+    elif allow_tf32 or device.type != "cuda":
         yield
     else:
-        # cuDNN's convolutions use TF32 (10 bits of mantissa) unless they are told not to.
+        # cuDNN's convolutions use TF32 (10 bits of mantissa) by default.
         cudnn: Any = torch.backends.cudnn
         backends: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
         before = [backend.fp32_precision for backend in backends]

@@ -1,4 +1,4 @@
-"""Whether a model's embeddings belong to their clips: looked at in its first batches.
+"""A look at a model's first batches: do its embeddings belong to their clips?
 
 Needs torch only through what it is given.
 """
@@ -22,20 +22,22 @@ NUM_REPEATS: Final = 8  # a small embedding comes through weak dropout unchanged
 # Relative L2 distance of the same clip in another batch: float32 moves by about 1e-6, bfloat16 by
 # 1e-2; dropout and statistics of the batch by several percent.
 _FLOAT32_TOLERANCE: Final = 1e-3
+_TF32_TOLERANCE: Final = 1e-2
 _HALF_TOLERANCE: Final = 5e-2
 # Activations are rounded to 8 bits by the range of the whole batch.
 _QUANTIZED_TOLERANCE: Final = 1e-1
 _ROUNDING: Final = 1e-6  # of an element, where embeddings are close to zero
 
 
-def tolerance_of(module: Any, compute_dtype: str) -> float:
+def tolerance_of(module: Any, compute_dtype: str, *, may_use_tf32: bool = False) -> float:
     """Return the relative L2 distance that rounding explains.
 
     Args:
         module: The `torch.nn.Module` that computes, or anything else.
         compute_dtype: The config's.
+        may_use_tf32: Whether it runs on a GPU as the program has set it up.
     """
-    tolerance = _FLOAT32_TOLERANCE
+    tolerance = _TF32_TOLERANCE if may_use_tf32 else _FLOAT32_TOLERANCE
     parts = list(module.modules()) if hasattr(module, "modules") else []
     weights = list(module.parameters()) if hasattr(module, "parameters") else []
     if compute_dtype != "float32" or any(part.element_size() < 4 for part in weights):
@@ -46,7 +48,7 @@ def tolerance_of(module: Any, compute_dtype: str) -> float:
 
 
 class FirstBatches:
-    """What a model's first batches have shown, until they have shown enough.
+    """The results of a model's first batches, until they have shown enough.
 
     A silent clip, or an embedding that isn't finite, shows nothing: dropout changes no zero.
     """

@@ -235,6 +235,7 @@ class RunningModule:
         take: Takes the embeddings, a tensor (batch, ...), from what the module returns.
         name: Its name in messages.
         device: Where to move the module; None leaves it where it is.
+        allow_tf32: Leave a GPU's TF32 as the program has set it; it is switched off otherwise.
 
     Raises:
         ConfigError: There is no such device or dtype, or the weights can't be digested.
@@ -249,6 +250,7 @@ class RunningModule:
         *,
         name: str,
         device: str | torch.device | None = None,
+        allow_tf32: bool = False,
     ) -> None:
         check_compute_dtype(compute_dtype)
         try:
@@ -260,6 +262,7 @@ class RunningModule:
             ) from error
         self.module: Final = module
         self._compute_dtype = compute_dtype
+        self._allow_tf32 = allow_tf32
         self._take = take
         self._name = name
         is_module = isinstance(module, torch.nn.Module)
@@ -297,10 +300,11 @@ class RunningModule:
         if self.weights is not None:
             self.weights.check()
         device = self.device
+        used = device or torch.device("cpu")
         with (
             contextlib.nullcontext() if device is None else _in_eval_mode(self.module),
             torch.no_grad(),
-            precision(device or torch.device("cpu"), self._compute_dtype),
+            precision(used, self._compute_dtype, allow_tf32=self._allow_tf32),
         ):
             inputs = tuple(self._placed(one, device) for one in inputs)
             named = {key: self._placed(one, device) for key, one in named.items()}
@@ -317,7 +321,7 @@ class RunningModule:
                     if isinstance(one, torch.Tensor)
                 ]
                 raise ModuleError(
-                    f"{self._name} fails on inputs of {', '.join(kinds)}, on {device} "
+                    f"{self._name} fails on inputs of {', '.join(kinds)}, on {used} "
                     f"({first_line(error)}); call it on such a batch by hand"
                 ) from error
         if self.weights is not None:

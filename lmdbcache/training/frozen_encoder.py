@@ -214,7 +214,9 @@ class FrozenEncoder:
                     "module, an embedder, a function of its inputs, or a function that builds one"
                 )
             name = f"{type(model).__name__} ({self._config.model_name})"
-            return RunningModule(model, self._config.compute_dtype, self._taken, name=name)
+            return RunningModule(
+                model, self._config.compute_dtype, self._taken, name=name, allow_tf32=True
+            )
         checkpoint = getattr(model, "checkpoint", None)
         known = {
             "output": getattr(model, "output", None),
@@ -312,11 +314,12 @@ class FrozenEncoder:
             times = range(-(-NUM_REPEATS // number))
             return torch.cat([self._forward(copies, further, number) for _ in times])
 
+        on_gpu = self.device is not None and self.device.type == "cuda"
         self._first_batches.repeat(
             dict(enumerate(embeddings)),
             [row for row, one in enumerate(checksums) if one is None],
             embed_again,
-            tolerance_of(module, self._config.compute_dtype),
+            tolerance_of(module, self._config.compute_dtype, may_use_tf32=on_gpu),
             name,
         )
 
