@@ -74,7 +74,7 @@ def test_an_unstated_front_end_is_stated_before_an_extraction(variant):
     model = find_model(folder_of(variant))
     config = config_for(folder_of(variant), model_name="mine", duration=0.5)
     model.check(config)
-    with pytest.raises(ConfigError, match="config_for"):
+    with pytest.raises(ConfigError, match="front_end"):
         model.check(config.replace(front_end="unstated"))
 
 
@@ -132,7 +132,7 @@ def test_published_names_need_no_network(name, family, empty_hub):
 
 def test_an_unknown_name_that_cant_be_looked_up(empty_hub):
     """Is an error and not a guess."""
-    with pytest.raises(ModelLoadError, match=r"owner/mystery: not on this machine"):
+    with pytest.raises(ModelLoadError, match="owner/mystery"):
         config_for("owner/mystery")
 
 
@@ -160,7 +160,7 @@ def test_the_hubs_local_copy_is_believed_before_the_name(empty_hub, weights):
     if weights:
         assert ready_model("owner/whisper-like-clap", config).checkpoint.is_local
     else:
-        with pytest.raises(ModelLoadError, match="not on this machine"):
+        with pytest.raises(ModelLoadError, match="owner/whisper-like-clap"):
             ready_model("owner/whisper-like-clap", config)
 
 
@@ -191,7 +191,7 @@ def test_an_output_that_isnt_there(variant):
 def test_the_front_end_of_another_family_is_refused(variant):
     """A default config would store these embeddings as AST's."""
     config = CacheConfig(output=find_model(folder_of(variant)).outputs[0], duration=0.5)
-    with pytest.raises(ConfigError, match=r"front_end: .*is that of AST.*config_for\(model\)"):
+    with pytest.raises(ConfigError, match="front_end"):
         ready_model(folder_of(variant), config)
     ready_model(folder_of(variant), config.replace(front_end="my-own-name/1"))
 
@@ -201,7 +201,7 @@ def test_clips_longer_than_the_model_takes(variant, limit):
     """Are refused: AST and Whisper would drop the end, CLAP take a random part."""
     model = find_model(folder_of(variant))
     model.check(config_for(folder_of(variant), duration=limit))
-    with pytest.raises(ConfigError, match=f"duration: 2.5 s .* {limit} s or less"):
+    with pytest.raises(ConfigError, match=f"{limit} s"):
         model.check(config_for(folder_of(variant), duration=2.5))
 
 
@@ -210,7 +210,7 @@ def test_the_window_of_the_published_ast(tmp_path):
     folder = save_small_ast(tmp_path / "ast", hidden_size=16, num_hidden_layers=1)
     model, config = find_model(folder), config_for(folder, duration=10.24)
     model.check(config)
-    with pytest.raises(ConfigError, match=r"duration: 10.25 s .* 10.24 s or less"):
+    with pytest.raises(ConfigError, match="10.24 s"):
         ready_model(folder, config.replace(duration=10.25))
     front_end, clip = model.make_front_end(config), np.zeros(config.num_samples, np.float32)
     silence = front_end(clip)
@@ -221,7 +221,7 @@ def test_the_window_of_the_published_ast(tmp_path):
 def test_a_wrong_sample_rate():
     """Names the right one."""
     config = config_for(folder_of("clap"), sample_rate=16000)
-    with pytest.raises(ConfigError, match=r"16000 Hz, but .* sample_rate=48000"):
+    with pytest.raises(ConfigError, match="48000"):
         find_model(folder_of("clap")).make_front_end(config)
 
 
