@@ -214,7 +214,7 @@ class CachedEncoder(torch.nn.Module):
             self.num_hits += len(sample_ids)
             return hits.detach().to(self._like)  # type: ignore[no-any-return]
         features = batch.get("features")
-        inputs = batch.get("waveforms") if features is None else features
+        inputs: Any = batch.get("waveforms") if features is None else features
         if missing and inputs is None:
             raise ConfigError(
                 f"batch: {len(missing)} samples aren't cached and it has no waveforms of them; "
