@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lmdbcache.cache.coverage import Coverage, coverage_of, shortfall
 from lmdbcache.cache.failures import read_failures
-from lmdbcache.cache.misses import Explanation, explain_config, explain_sample, nearest_store
+from lmdbcache.cache.misses import Explanation, explain_config, explain_sample
 from lmdbcache.cache.statistics import ReadStatistics, statistics_of
 from lmdbcache.cache.store_info import (
     StoreInfo,
@@ -64,7 +64,8 @@ class EmbeddingCache:
     to use in several processes and threads at once.
 
     Args:
-        root: The cache directory; else `$LMDBCACHE_ROOT`, else the platform's cache directory.
+        root: The cache directory; None takes `$LMDBCACHE_ROOT`, else the platform's cache
+            directory.
 
     Raises:
         ConfigError: No root is given, and the user has no home directory.
@@ -80,7 +81,7 @@ class EmbeddingCache:
     # ---- one store
 
     def path(self, config: CacheConfig) -> Path:
-        """The folder of this config's store, whether or not it exists."""
+        """Return the folder of this config's store, whether or not it exists."""
         return self.root / f"{config.slug}-{config.fingerprint}"
 
     def __contains__(self, config: CacheConfig) -> bool:
@@ -89,7 +90,7 @@ class EmbeddingCache:
     def reader(
         self, config: CacheConfig, *, verify: Verify = "never", track_usage: bool = True
     ) -> EmbeddingReader:
-        """A Mapping of the stored embeddings.
+        """Return a Mapping of the stored embeddings.
 
         Args:
             config: Identity of the store.
@@ -114,7 +115,7 @@ class EmbeddingCache:
         dataset_root: str | Path = "",
         **commit_limits: Any,
     ) -> EmbeddingWriter:
-        """A writer; the store is made at its first commit. See `EmbeddingWriter`."""
+        """Return a writer; the store is made at its first commit. See `EmbeddingWriter`."""
         return EmbeddingWriter(
             self.path(config),
             config,
@@ -127,7 +128,7 @@ class EmbeddingCache:
         )
 
     def check_writable(self, config: CacheConfig) -> None:
-        """Tell before any work is done whether this user may store something.
+        """Raise before any work is done if this user may not store something.
 
         Raises:
             ReadOnlyCacheError: The folder can't be written, or lies on a network file system.
@@ -136,16 +137,16 @@ class EmbeddingCache:
         folder = existing_parent(self.path(config))
         if not folder.is_dir():
             raise ReadOnlyCacheError(
-                f"{folder} is a file; a cache root is a folder: choose another"
+                f"{folder} is a file; a cache root is a folder: choose another `root`"
             )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ReadOnlyCacheError(
                 f"{folder} can't be written by this user. Check its permissions, or choose another "
-                f"cache root (--root, ${ROOT_VARIABLE})"
+                f"cache root: `root`, or ${ROOT_VARIABLE}"
             )
 
     def info(self, config: CacheConfig) -> StoreInfo:
-        """What the store of this config holds.
+        """Return what the store of this config holds.
 
         Raises:
             CacheNotFoundError: Nothing is stored for this config.
@@ -156,24 +157,24 @@ class EmbeddingCache:
         return read_store_info(self.path(config))
 
     def size(self, config: CacheConfig | None = None) -> int:
-        """Bytes allocated on disk by one store, or by all."""
+        """Return the bytes allocated on disk by one store, or by all."""
         folders = [self.path(config)] if config else self.folders()
         return sum(allocated_bytes(folder) for folder in folders)
 
     def compact(
         self, config: CacheConfig, *, progress: Callable[[int, int], None] | None = None
     ) -> CompactionResult:
-        """Rewrite the store without unused pages. See `storage.maintenance.compaction`."""
+        """Rewrite the store without unused pages."""
         return compact(self.path(config), progress=progress)
 
     def verify(self, config: CacheConfig, progress: Progress | None = None) -> IntegrityReport:
-        """Check every value. See `storage.maintenance.integrity`."""
+        """Compare every value with its checksum."""
         return verify(self.path(config), progress)
 
     def repair(
         self, config: CacheConfig, *, dry_run: bool = False, progress: Progress | None = None
     ) -> RepairReport:
-        """Keep what is sound of a damaged store. See `storage.maintenance.repair`."""
+        """Keep what is sound of a damaged store."""
         return repair(self.path(config), dry_run=dry_run, progress=progress)
 
     def coverage(self, config: CacheConfig, dataset: Any) -> Coverage:
@@ -223,7 +224,7 @@ class EmbeddingCache:
         raise CoverageError(shortfall(config, dataset, found, str(self.explain(config))))
 
     def statistics(self, config: CacheConfig) -> ReadStatistics:
-        """Hits and misses of all processes, since the store was made or its figures were reset."""
+        """Return hits and misses of all processes, since the store was made or they were reset."""
         return statistics_of(self.path(config))
 
     def get_or_compute(
@@ -235,7 +236,7 @@ class EmbeddingCache:
         provenance: Mapping[str, str] | None = None,
         without_provenance: bool = False,
     ) -> npt.NDArray[Any]:
-        """The embeddings of these samples; what isn't stored is computed once and stored.
+        """Return the embeddings of these samples; compute and store what isn't stored.
 
         Args:
             config: Identity of the store.
@@ -291,11 +292,11 @@ class EmbeddingCache:
     # ---- all stores
 
     def stores(self) -> list[StoreInfo]:
-        """What is stored under this root, damaged stores included, by folder name."""
+        """Return what is stored under this root, damaged stores included, by folder name."""
         return list(map(info_or_damage, self.folders()))
 
     def __iter__(self) -> Iterator[CacheConfig]:
-        """The configs that something is stored for."""
+        """Iterate over the configs that something is stored for."""
         return iter([store.config for store in self.stores() if store.config])
 
     def clear(self, config: CacheConfig | None = None) -> list[StoreInfo]:
@@ -341,12 +342,8 @@ class EmbeddingCache:
             remove_store(folder)
         return removed
 
-    def nearest(self, config: CacheConfig) -> StoreInfo | None:
-        """The stored config with the fewest differing fields; the fullest of several."""
-        return nearest_store(config, self.stores())
-
     def explain(self, config: CacheConfig, sample_id: str | None = None) -> Explanation:
-        """Why this config, or a sample of it, isn't found; or that it is.
+        """Return why this config, or a sample of it, isn't found; or that it is.
 
         Args:
             config: Identity of the store.
@@ -357,14 +354,11 @@ class EmbeddingCache:
         return found if sample_id is None else explain_sample(found, path, stores, sample_id)
 
     def folders(self) -> list[Path]:
-        """The folders of all stores under this root, by name; nothing in them is opened."""
-        return list(self._store_folders())
-
-    def _store_folders(self) -> Iterator[Path]:
+        """Return the folders of all stores under this root, by name; opens nothing in them."""
         try:
-            children = sorted(self.root.iterdir())
+            return [child for child in sorted(self.root.iterdir()) if is_store(child)]
         except FileNotFoundError:
-            return
+            return []
         except NotADirectoryError:
             raise StorageError(f"{self.root} is a file; a cache root is a folder") from None
         except OSError as error:
@@ -372,9 +366,6 @@ class EmbeddingCache:
                 f"{self.root} can't be listed ({error.strerror}). Check its permissions, or choose "
                 "another cache root"
             ) from None
-        for child in children:
-            if is_store(child):
-                yield child
 
 
 def _check_unused(found: StoreInfo, seen: object) -> None:

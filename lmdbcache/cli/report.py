@@ -12,7 +12,13 @@ from lmdbcache.cli.console import counted, print_json, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
 from lmdbcache.files import readable_size
-from lmdbcache.report import build, dataset_coverage
+from lmdbcache.report import (
+    DEFAULT_MAX_SAMPLES,
+    DatasetSplits,
+    check_out,
+    collect_report,
+    write_report,
+)
 
 __all__ = ["report_command"]
 
@@ -35,7 +41,7 @@ def report_command(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
     max_samples: Annotated[
         int, typer.Option(help="Read the values of so many embeddings of a store at most.")
-    ] = build.DEFAULT_MAX_SAMPLES,
+    ] = DEFAULT_MAX_SAMPLES,
     progress: Progress = None,
     yes: Yes = False,
     as_json: Json = False,
@@ -46,11 +52,10 @@ def report_command(
     """
     cache = EmbeddingCache(root)
     chosen = [find_folder(cache, store) for store in stores] if stores else None
-    build.check_dependencies()
     if not as_json:
-        build.check_replaceable(out, overwrite=yes)
+        check_out(out, overwrite=yes)
     with progress_bar("looking at embeddings", shown=progress) as bar:
-        report = build.collect_report(
+        report = collect_report(
             cache,
             None if chosen is None else list(dict.fromkeys(chosen)),
             datasets=[_by_split(folder) for folder in data or ()],
@@ -60,16 +65,16 @@ def report_command(
     if as_json:
         print_json(report.to_dict())
     else:
-        build.write_report(report, out)
+        write_report(report, out)
         state = "no damage found" if report.is_sound else "DAMAGED, see the report"
         found = counted(len(report.stores), "store")
         say(f"{out}: {found}, {state}; {readable_size(out.stat().st_size)}")
-    raise typer.Exit(0 if report.is_sound else 1)
+    raise typer.Exit(report.exit_code)
 
 
-def _by_split(folder: Path) -> dataset_coverage.DatasetSplits:
+def _by_split(folder: Path) -> DatasetSplits:
     choice = DatasetChoice(folder)
-    return dataset_coverage.DatasetSplits(
+    return DatasetSplits(
         name=folder.name or str(folder),
         namespace=choice.namespace,
         splits=choice.ids_by_split(each=True),

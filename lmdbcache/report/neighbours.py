@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,7 @@ from lmdbcache.report.vectors import Vectors
 __all__ = [
     "MAX_LISTED",
     "NEAR_DUPLICATE_COSINE",
-    "EqualGroup",
-    "NearPair",
+    "Alike",
     "Neighbours",
     "Outlier",
     "find_neighbours",
@@ -25,7 +24,7 @@ __all__ = [
 NEAR_DUPLICATE_COSINE: Final = 0.99
 MAX_LISTED: Final = 100
 _NUM_NEIGHBOURS: Final = 10
-_NUM_OF_CLASS: Final = 5  # neighbours that say how far a sample is from its class
+_NUM_OF_CLASS: Final = 5  # that give the distance of a sample from its class
 _OUTLIER_DEVIATIONS: Final = 5.0
 _TINY_NORM: Final = 1e-6  # of the median norm
 _QUERIES: Final = 512
@@ -34,34 +33,31 @@ _NUM_FITTED: Final = 5_000
 
 
 @dataclass(frozen=True)
-class EqualGroup:
-    """Samples whose embeddings have equal bits.
+class Alike:
+    """Samples whose embeddings have equal bits, or two that point nearly the same way.
 
     Args:
-        count: How many.
         sample_ids: The first few.
+        count: How many.
+        cosine: Cosine similarity; 1 for equal bits.
         crosses_classes: Whether they are of more than one class.
         splits: The splits that they are in, if there are several: leakage.
     """
 
+    sample_ids: list[str]
     count: int
-    sample_ids: list[str]
-    crosses_classes: bool
-    splits: list[str]
-
-
-@dataclass(frozen=True)
-class NearPair:
-    """Two samples whose embeddings point nearly the same way; `splits` as in `EqualGroup`."""
-
-    sample_ids: list[str]
     cosine: float
     crosses_classes: bool
     splits: list[str]
 
+    @property
+    def order(self) -> tuple[bool, bool, int, float, list[str]]:
+        """What to sort by: across splits first, then across classes, then the most alike."""
+        sizes = -self.count, -self.cosine
+        return (not self.splits, not self.crosses_classes, *sizes, self.sample_ids)
 
-@dataclass(frozen=True)
-class Outlier:
+
+class Outlier(NamedTuple):
     """A sample far from its own class.
 
     Args:
@@ -79,17 +75,16 @@ class Outlier:
     nearest: str
 
 
-@dataclass(frozen=True)
-class Neighbours:
+class Neighbours(NamedTuple):
     """The three lists, the most telling first, and how long they would be in full.
 
     `zero_norms` are the samples whose norm is less than a millionth of the median.
     """
 
     num_equal_groups: int
-    equal: list[EqualGroup]
+    equal: list[Alike]
     num_near_pairs: int
-    near: list[NearPair]
+    near: list[Alike]
     num_outliers: int
     outliers: list[Outlier]
     num_zero_norms: int
@@ -110,7 +105,7 @@ def find_neighbours(
     """
     equal = _equal_groups(vectors, split_of)
     tiny = _tiny_norms(vectors)
-    near: list[NearPair] = []
+    near: list[Alike] = []
     outliers: list[Outlier] = []
     num_near = num_outliers = 0
     if vectors.pooled is not None:
@@ -134,7 +129,7 @@ def find_neighbours(
     )
 
 
-def _equal_groups(vectors: Vectors, split_of: Mapping[str, str]) -> list[EqualGroup]:
+def _equal_groups(vectors: Vectors, split_of: Mapping[str, str]) -> list[Alike]:
     rows_of: defaultdict[int, list[int]] = defaultdict(list)
     for row, digest in enumerate(vectors.digests):
         rows_of[digest].append(row)
@@ -145,16 +140,15 @@ def _equal_groups(vectors: Vectors, split_of: Mapping[str, str]) -> list[EqualGr
             continue
         sample_ids = sorted(vectors.sample_ids[row] for row in rows)
         groups.append(
-            EqualGroup(
-                count=len(rows),
+            Alike(
                 sample_ids=sample_ids[:10],
+                count=len(rows),
+                cosine=1.0,
                 crosses_classes=len({classes[row] for row in rows}) > 1,
                 splits=_several_splits(sample_ids, split_of),
             )
         )
-    return sorted(
-        groups, key=lambda g: (not g.splits, not g.crosses_classes, -g.count, g.sample_ids)
-    )
+    return sorted(groups, key=lambda group: group.order)
 
 
 def _several_splits(sample_ids: list[str], split_of: Mapping[str, str]) -> list[str]:
@@ -189,13 +183,13 @@ class _Search:
         self.nearest = _nearest(self.units, self.reduced, _NUM_NEIGHBOURS, progress)
 
     def cosine(self, first: Any, second: Any) -> npt.NDArray[np.float64]:
-        """Cosine similarity of rows, exactly: what a search gives is rounded."""
+        """Return the cosine similarity of rows exactly: a search rounds it."""
         left, right = self.units[first].astype(np.float64), self.units[second].astype(np.float64)
         cosines: npt.NDArray[np.float64] = np.einsum("...i,...i->...", left, right)
         return cosines.clip(-1.0, 1.0)
 
-    def near_pairs(self, split_of: Mapping[str, str]) -> tuple[list[NearPair], int]:
-        """The nearest pairs, those across splits and classes first; how many there are."""
+    def near_pairs(self, split_of: Mapping[str, str]) -> tuple[list[Alike], int]:
+        """Return the nearest pairs, across splits and classes first, and how many there are."""
         firsts = np.repeat(np.arange(len(self.nearest)), self.nearest.shape[1])
         seconds = self.nearest.reshape(-1)
         pairs = np.unique(np.sort(np.stack([firsts, seconds], axis=1), axis=1), axis=0)
@@ -207,22 +201,23 @@ class _Search:
             first, second = pairs[index]
             sample_ids = sorted([self.sample_ids[first], self.sample_ids[second]])
             found.append(
-                NearPair(
+                Alike(
                     sample_ids=sample_ids,
+                    count=2,
                     cosine=float(cosines[index]),
                     crosses_classes=self.classes[first] != self.classes[second],
                     splits=_several_splits(sample_ids, split_of),
                 )
             )
-        found.sort(key=lambda p: (not p.splits, not p.crosses_classes, -p.cosine, p.sample_ids))
+        found.sort(key=lambda pair: pair.order)
         return found[:MAX_LISTED], len(found)
 
     def outliers(self) -> tuple[list[Outlier], int]:
-        """The samples farthest from their class, farthest first; how many there are."""
+        """Return the samples farthest from their class, farthest first, and how many there are."""
         found = []
         for name in sorted(set(self.classes)):
             members = np.flatnonzero(self.classes == name)
-            if len(members) >= 2 * _NUM_OF_CLASS:  # of fewer no median tells anything
+            if len(members) >= 2 * _NUM_OF_CLASS:  # fewer give no useful median
                 found += self._outliers_of(members)
         found.sort(key=lambda outlier: (-outlier.deviations, outlier.sample_id))
         return found[:MAX_LISTED], len(found)
@@ -252,7 +247,7 @@ class _Search:
 
 
 def _reduced(units: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The rows in the directions that tell most of them; no two are farther apart than before."""
+    """Return the rows in the directions of most variance; no two are farther apart than before."""
     from sklearn.decomposition import TruncatedSVD
 
     if units.shape[1] <= _NUM_DIRECTIONS or len(units) <= _NUM_DIRECTIONS:
@@ -268,7 +263,7 @@ def _nearest(
     count: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """`(n, count)`: rows of the nearest others, nearest first; fewer columns if there are fewer.
+    """Return `(n, count)`: rows of the nearest others, nearest first; fewer if there are fewer.
 
     Twice as many are searched for among the reduced rows, and ranked by the whole ones.
     """

@@ -1,4 +1,4 @@
-"""The page: a template, its style, its script and plotly in one file that asks for nothing else.
+"""The page: a template, its style, its script and plotly in one file that requests nothing else.
 
 The Content-Security-Policy allows the page's own two scripts by their digests and no request at
 all: whatever a sample id or a failure's reason might bring in couldn't run.
@@ -15,16 +15,13 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.files import readable_size
+from lmdbcache.report.figures import CacheReport, StoreFigures
 from lmdbcache.report.neighbours import MAX_LISTED, NEAR_DUPLICATE_COSINE
-from lmdbcache.report.projection import MAX_POINTS, EmbeddingMap
-from lmdbcache.report.sampling import class_of
+from lmdbcache.report.vectors import MAX_POINTS, Distribution, EmbeddingMap
+from lmdbcache.storage import class_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-    from lmdbcache.report.build import Report
-    from lmdbcache.report.distributions import Distribution
-    from lmdbcache.report.store_figures import StoreFigures
 
 __all__ = ["GENERATOR", "page_of"]
 
@@ -33,8 +30,8 @@ GENERATOR: Final = "lmdbcache report"
 _NOT_SHOWN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def page_of(report: Report) -> str:
-    """The report as HTML."""
+def page_of(report: CacheReport) -> str:
+    """Return the report as HTML."""
     from jinja2.utils import htmlsafe_json_dumps
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -90,14 +87,14 @@ def _digest(script: str) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Text as it can be shown; anything else, escaped markup included, as it is."""
+    """Return text as it can be shown; anything else, escaped markup included, as it is."""
     if type(value) is not str:
         return value
     return _NOT_SHOWN.sub(lambda match: ascii(match[0])[1:-1], value)
 
 
 def _percent(stored: int, asked: int) -> str:
-    """A share in percent that says 100 only of all and 0 only of none."""
+    """Return a share in percent that is 100 only for all and 0 only for none."""
     share = 100 * stored / asked if asked else 100.0
     if 0 < stored < asked:
         share = min(max(share, 0.1), 99.9)
@@ -105,7 +102,7 @@ def _percent(stored: int, asked: int) -> str:
 
 
 def _class_numbers(store: StoreFigures, sample_ids: Iterable[str]) -> str:
-    """The numbers of some samples' classes, as the page's script knows them."""
+    """Return the numbers of some samples' classes, as the page's script knows them."""
     numbers = _numbers(store)
     return " ".join(sorted({str(numbers.get(class_of(sample_id), -1)) for sample_id in sample_ids}))
 
@@ -115,7 +112,7 @@ def _numbers(store: StoreFigures) -> Mapping[str, int]:
 
 
 def _chart_data(store: StoreFigures) -> dict[str, Any]:
-    """What the page's script draws for a store."""
+    """Return what the page's script draws for a store."""
     found = store.map
     drawn = None
     if isinstance(found, EmbeddingMap):

@@ -1,9 +1,10 @@
-"""The embeddings that are looked at, read in small batches and each reduced to one vector."""
+"""The embeddings that are looked at: which ones, reduced to vectors, their spread and their map."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -13,10 +14,18 @@ import numpy.typing as npt
 import xxhash
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.report.sampling import class_of
-from lmdbcache.storage import EmbeddingReader
+from lmdbcache.storage import EmbeddingReader, class_of
 
-__all__ = ["Vectors", "read_vectors"]
+__all__ = [
+    "MAX_POINTS",
+    "Distribution",
+    "EmbeddingMap",
+    "Vectors",
+    "distribution_of",
+    "in_stratified_order",
+    "map_of",
+    "read_vectors",
+]
 
 _BATCH_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 2 << 30  # of one store: some seconds from a disk, 550 hidden states of AST
@@ -24,6 +33,36 @@ _POOLED_BYTES: Final = 512 << 20  # what the vectors may take in memory
 _NUM_VALUES: Final = 1_000_000  # kept for the histogram of values
 _NUM_PROBED: Final = 16
 _MAX_UNREADABLE: Final = 1_000  # of a store in ruins; each is looked for by itself
+_NUM_BINS: Final = 60
+_PERCENTS: Final = (0, 1, 50, 99, 100)
+MAX_POINTS: Final = 5_000  # what a phone still draws and moves as SVG
+
+
+# ---- which ones
+
+
+def in_stratified_order(sample_ids: Iterable[str]) -> list[str]:
+    """Return the sample ids in an order whose every beginning is a fair sample.
+
+    The first n hold each class in its proportion, at least once if n allows, and within a class
+    the choice is by hash: the same on every machine, and stable while other samples come and go.
+    """
+    hashed = sorted((_hash(sample_id), sample_id) for sample_id in sample_ids)
+    sizes = Counter(class_of(sample_id) for _, sample_id in hashed)
+    seen: Counter[str] = Counter()
+    ranked = []
+    for number, sample_id in hashed:
+        name = class_of(sample_id)
+        ranked.append((seen[name] / sizes[name], number, sample_id))
+        seen[name] += 1
+    return [sample_id for _, _, sample_id in sorted(ranked)]
+
+
+def _hash(sample_id: str) -> int:
+    return xxhash.xxh3_64_intdigest(sample_id.encode("utf-8", "surrogatepass"))
+
+
+# ---- reading
 
 
 @dataclass
@@ -132,7 +171,7 @@ def _mean_bytes(reader: EmbeddingReader, sample_ids: Sequence[str]) -> float:
 def _read(
     reader: EmbeddingReader, sample_ids: Sequence[str], unreadable: dict[str, str]
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """(sample id, embedding) of what can be read; the reasons of the others are added."""
+    """Yield (sample id, embedding) of what can be read; add the reasons of the others."""
     shape = reader.embedding_shape or ()
     try:
         if sample_ids and None not in shape:
@@ -149,7 +188,7 @@ def _read(
         try:
             embedding = reader[sample_id]
         except SampleNotFoundError:
-            continue  # removed meanwhile
+            continue  # removed in the meantime
         except CacheError as error:
             unreadable[sample_id] = str(error)
             continue
@@ -167,3 +206,107 @@ def _pooled(embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _digest(embedding: npt.NDArray[Any]) -> int:
     raw = np.ascontiguousarray(embedding).reshape(-1).view(np.uint8)
     return xxhash.xxh3_128_intdigest(raw.data, seed=embedding.shape[0] if embedding.ndim else 0)
+
+
+# ---- what is shown of them
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How numbers are spread, ready to be drawn.
+
+    Args:
+        count: How many there are.
+        mean: Their mean.
+        standard_deviation: Of all of them.
+        percentiles: Percent → value.
+        edges: Of the bins; one more than there are bins.
+        counts: Numbers in each bin. What lies beyond the edges is in the outermost bins.
+    """
+
+    count: int
+    mean: float
+    standard_deviation: float
+    percentiles: dict[str, float]
+    edges: list[float]
+    counts: list[int]
+
+
+def distribution_of(numbers: npt.NDArray[Any], *, trim: float = 0.0) -> Distribution | None:
+    """Return the distribution of some finite numbers; None of no numbers.
+
+    Args:
+        numbers: Of any shape.
+        trim: Percent at either end that needn't be within the edges, so that a few far values
+            don't press all others into one bar.
+    """
+    flat = np.asarray(numbers, np.float64).reshape(-1)
+    if not flat.size:
+        return None
+    percentiles = np.percentile(flat, _PERCENTS)
+    low, high = np.percentile(flat, (trim, 100 - trim))
+    # Equal numbers, or nearly so, still get a bar of some width.
+    least = max(abs(low), abs(high), 1e-30) * 1e-6
+    if high - low < least:
+        low, high = low - least, high + least
+    counts, edges = np.histogram(flat.clip(low, high), bins=_NUM_BINS, range=(low, high))
+    return Distribution(
+        count=int(flat.size),
+        mean=float(flat.mean()),
+        standard_deviation=float(flat.std()),
+        percentiles={
+            f"{percent} %": float(value)
+            for percent, value in zip(_PERCENTS, percentiles, strict=True)
+        },
+        edges=edges.tolist(),
+        counts=counts.tolist(),
+    )
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """Two principal components.
+
+    Args:
+        sample_ids: One for each point.
+        x: First component.
+        y: Second component.
+        explained_variance: Share of the variance along each, 0 to 1.
+    """
+
+    sample_ids: list[str]
+    x: list[float]
+    y: list[float]
+    explained_variance: list[float]
+
+
+def map_of(vectors: Vectors) -> EmbeddingMap | str:
+    """Return the map of the first 5,000 vectors, or why there is none."""
+    from sklearn.decomposition import PCA
+
+    if vectors.pooled is None or not vectors.sample_ids:
+        return (
+            "The embeddings have different lengths." if vectors.sample_ids else "Nothing to show."
+        )
+    points = vectors.pooled[:MAX_POINTS].astype(np.float64)
+    if len(points) == 1:
+        return "One embedding alone has no map."
+    largest = np.abs(points).max()
+    points /= largest or 1.0
+    if np.ptp(points, axis=0).max() == 0:
+        return "All embeddings that were looked at are equal."
+    num_components = min(2, *points.shape)
+    pca = PCA(
+        num_components,
+        svd_solver="covariance_eigh" if points.shape[1] < 4096 else "auto",
+        random_state=0,
+    )
+    coordinates = pca.fit_transform(points)
+    coordinates = np.pad(coordinates, ((0, 0), (0, 2 - num_components))) * (largest or 1.0)
+    shares = [float(share) for share in pca.explained_variance_ratio_]
+    return EmbeddingMap(
+        sample_ids=vectors.sample_ids[:MAX_POINTS],
+        x=coordinates[:, 0].tolist(),
+        y=coordinates[:, 1].tolist(),
+        explained_variance=[*shares, 0.0][:2],
+    )

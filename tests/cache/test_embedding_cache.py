@@ -52,7 +52,6 @@ def test_only_looking_creates_nothing(cache, config):
     assert cache.size() == cache.size(config) == 0
     assert cache.coverage(config, ["a:x"]).missing == ("a:x",)
     assert cache.clear() == cache.clear(config) == []
-    assert cache.nearest(config) is None
     for use in (cache.reader, cache.info, cache.verify, cache.compact):
         with pytest.raises(CacheNotFoundError):
             use(config)
@@ -92,7 +91,6 @@ def test_damaged_store_is_listed_with_its_damage(filled, config):
     assert broken.to_dict()["fingerprint"] is None
     assert sound.config == OTHER
     assert list(filled) == [OTHER]
-    assert filled.nearest(config).config == OTHER
     assert [store.damage is None for store in filled.clear(config)] == [False]
     assert config not in filled
 

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from report.clusters import CONFIG, clustered, store
 
-from lmdbcache.report.dataset_coverage import DatasetSplits, coverage_by_split
-from lmdbcache.report.distributions import distribution_of
+from lmdbcache.report import DatasetSplits, collect_report
 from lmdbcache.report.neighbours import find_neighbours
-from lmdbcache.report.projection import EmbeddingMap, map_of
-from lmdbcache.report.sampling import class_of, in_stratified_order
-from lmdbcache.report.vectors import read_vectors
+from lmdbcache.report.vectors import (
+    EmbeddingMap,
+    distribution_of,
+    in_stratified_order,
+    map_of,
+    read_vectors,
+)
+from lmdbcache.storage import class_of
 
 
 def vectors_of(tmp_path, embeddings, config=CONFIG, *, limit=None, **options):
@@ -215,15 +219,12 @@ def test_bytes_are_those_of_all_embeddings(tmp_path):
 def test_coverage_by_split(tmp_path):
     """Stored and asked for each class and split; the emptiest class comes first."""
     cache = store(tmp_path / "cache", {"a:dog": [1.0], "b:drum": [1.0], "c:drum": [1.0]})
-    dataset = DatasetSplits(
-        "VEGAS", "vegas", {"train": ["a:dog", "b:drum", "x:dog"], "test": ["c:drum"]}
-    )
-    with cache.reader(CONFIG) as reader:
-        found = coverage_by_split(dataset, reader)
+    splits = {"train": ["a:dog", "b:drum", "x:dog"], "test": ["c:drum"]}
+    datasets = [DatasetSplits(name, name, splits) for name in ("vegas", "", "esc50")]
+    (figures,) = collect_report(cache, datasets=datasets).stores
+    found, of_any = figures.coverage  # a dataset without a namespace fits every store
+    assert (found.dataset, of_any.dataset) == ("vegas", "")
     assert list(found.by_class) == ["dog", "drum"]
     assert found.by_class["dog"] == {"train": (1, 2)}
     assert found.by_class["drum"] == {"train": (1, 1), "test": (1, 1)}
     assert found.in_all == {"train": (2, 3), "test": (1, 1)}
-    assert dataset.fits("vegas")
-    assert dataset.fits("")
-    assert not dataset.fits("esc50")

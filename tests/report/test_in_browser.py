@@ -12,7 +12,7 @@ from report.clusters import CONFIG, clustered, store
 
 from lmdbcache import build_report
 from lmdbcache.cache import ClipFailure, update_failures
-from lmdbcache.report.dataset_coverage import DatasetSplits
+from lmdbcache.report import DatasetSplits
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
