@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from lmdbcache.cache.embedding_cache import EmbeddingCache
+from lmdbcache.cache.records import RECORD_FILES
 from lmdbcache.cache.store_info import StoreInfo, users_of
 from lmdbcache.errors import CacheNotFoundError, StorageError
 from lmdbcache.storage import (
@@ -169,7 +170,8 @@ def leftovers_under(root: Path, *, remove: bool = False) -> list[Leftover]:
     found = []
     for folder in folders:
         try:
-            found += remove_leftovers(folder) if remove else find_leftovers(folder)
+            look = remove_leftovers if remove else find_leftovers
+            found += look(folder, RECORD_FILES)
         except StorageError:  # a process writes there
             if not remove:
                 raise

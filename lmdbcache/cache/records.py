@@ -34,6 +34,7 @@ from lmdbcache.files import check_file, occupy_standard_descriptors, open_file
 from lmdbcache.storage import EmbeddingReader, sample_id_of_key, stored_checksums
 
 __all__ = [
+    "RECORD_FILES",
     "SOURCES_NAME",
     "THIS_STORE",
     "Origin",
@@ -49,6 +50,7 @@ __all__ = [
 _logger: Final = logging.getLogger(__name__)
 
 SOURCES_NAME: Final = "sources.sqlite3"
+RECORD_FILES: Final = (SOURCES_NAME, f"{SOURCES_NAME}-journal")
 _VERSION: Final = 1
 _BUSY_SECONDS: Final = 5.0
 # Inside a commit, which keeps the store's other writers waiting.

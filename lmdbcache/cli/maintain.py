@@ -144,7 +144,7 @@ def verify_command(
                     "structure": list(report.structure),
                     "damaged": list(report.damaged),
                     "missing": list(report.missing),
-                    "lost": report.lost,
+                    "lost": len(report.missing),
                 }
                 for report in reports
             ]
@@ -195,7 +195,6 @@ def repair_command(
                     "was_sound": report.was_sound,
                     "is_repaired": report.is_repaired,
                     "num_kept": report.num_kept,
-                    "num_outside": report.num_outside,
                     "dropped": list(report.dropped),
                     "structure": list(report.structure),
                 }

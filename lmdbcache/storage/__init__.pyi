@@ -45,10 +45,6 @@ from .layout import (
     sample_key as sample_key,
     split_sample_id as split_sample_id,
 )
-from .maintenance.checksums import (
-    checksums_of as checksums_of,
-    stored_checksums as stored_checksums,
-)
 from .maintenance.compaction import (
     CompactionResult as CompactionResult,
     compact as compact,
@@ -59,7 +55,6 @@ from .maintenance.damaged_store import (
     data_file as data_file,
     unnamed_generations as unnamed_generations,
 )
-from .maintenance.integrity import IntegrityReport as IntegrityReport, verify as verify
 from .maintenance.leftovers import (
     Leftover as Leftover,
     find_leftovers as find_leftovers,
@@ -69,6 +64,7 @@ from .maintenance.repair import (
     RepairReport as RepairReport,
     repair as repair,
 )
+from .maintenance.verification import IntegrityReport as IntegrityReport, verify as verify
 from .metadata import (
     StoreMetadata as StoreMetadata,
     checksum as checksum,
@@ -90,6 +86,10 @@ from .running_lock import (
     RUNNING_SUFFIX as RUNNING_SUFFIX,
     at_rest as at_rest,
     held_store as held_store,
+)
+from .stored_checksums import (
+    checksums_of as checksums_of,
+    stored_checksums as stored_checksums,
 )
 from .values import (
     NUMPY_DTYPES as NUMPY_DTYPES,

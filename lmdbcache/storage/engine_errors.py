@@ -26,8 +26,7 @@ __all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_error
 _NAMED: Final = 4  # processes, in a message
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 DAMAGE_REMEDY: Final = (
-    "Run `lmdbcache repair` to keep what is sound and extract what isn't, or restore the file "
-    "from a copy"
+    "Repair the store to keep what is sound and extract what isn't, or restore the file from a copy"
 )
 LOSS_REMEDY: Final = "Restore the file from a copy, or clear this store and extract again"
 

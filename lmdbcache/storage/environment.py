@@ -27,7 +27,7 @@ import lmdb
 
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError, StorageError
 from lmdbcache.storage.checks.first_opening import check_first_opening
-from lmdbcache.storage.engine_errors import translated_errors
+from lmdbcache.storage.engine_errors import LOSS_REMEDY, translated_errors
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
@@ -188,8 +188,7 @@ class Environment:
         expected = transaction.get(METADATA_KEY, db=self.checksums)
         if expected is None or bytes(expected) != checksum(METADATA_KEY, record):
             raise IntegrityError(
-                f"{self.generation}: the metadata record is damaged. Run `lmdbcache repair`, which "
-                "looks for another copy of it, or clear this store and extract again"
+                f"{self.generation}: the metadata record is damaged. {LOSS_REMEDY}"
             )
         return StoreMetadata.unpack(bytes(record), self.generation)
 

@@ -128,7 +128,7 @@ def publish_generation(store: Path, generation: Path) -> None:
 
     It was made on this machine, from what is known to be sound.
     """
-    record_commit(generation, is_new=True)
+    record_commit(generation)
     mark_known(generation)
     sync_file(generation)
     point_at(store, generation)

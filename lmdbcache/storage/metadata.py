@@ -206,10 +206,7 @@ class StoreMetadata:
             ) from None
 
 
-_REMEDY: Final = (
-    "Run `lmdbcache repair`, which looks for another copy of it, or clear this store and extract "
-    "again"
-)
+_REMEDY: Final = "Restore the store from a copy, or clear it and extract again"
 
 
 def _unpack_map(record: bytes, store: object) -> dict[str, Any]:

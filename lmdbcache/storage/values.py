@@ -112,7 +112,7 @@ def from_stored(
         pass
     raise IntegrityError(
         f"{sample_id}: {len(value)} bytes are stored, which isn't an embedding of shape "
-        f"{stored_shape} in {dtype}. Run `lmdbcache repair` and extract again"
+        f"{stored_shape} in {dtype}. Repair the store and extract again"
     )
 
 

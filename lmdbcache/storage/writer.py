@@ -658,7 +658,7 @@ class EmbeddingWriter:
                 )
         if warning := stored.mixing(metadata.provenance):
             _logger.warning("%s %s", self._store, warning)
-        record_commit(environment.generation, overwrites=overwrites_all or bool(self._overwritten))
+        record_commit(environment.generation)
         self._known = metadata
         return written
 
@@ -669,7 +669,7 @@ class EmbeddingWriter:
             for key in keys:
                 removed += transaction.delete(key)
                 transaction.delete(key, db=environment.checksums)
-        record_commit(environment.generation, overwrites=True)
+        record_commit(environment.generation)
         return removed
 
 

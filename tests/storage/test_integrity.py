@@ -48,7 +48,12 @@ def test_clean_store_is_sound(cache, config, store):
     """Nothing is found where nothing is wrong."""
     report = cache.verify(config)
     assert report.is_sound
-    assert (report.num_embeddings, report.structure, report.damaged, report.lost) == (10, (), (), 0)
+    assert (report.num_embeddings, report.structure, report.damaged, report.missing) == (
+        10,
+        (),
+        (),
+        (),
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 1, 1799, 3599])
@@ -99,7 +104,7 @@ def test_damaged_key_is_found(cache, config, change_main, key):
     change_main(rename)
     report = cache.verify(config)
     assert report.damaged == (key.decode(errors="backslashreplace"),)
-    assert report.lost == 1
+    assert report.missing == ("3:dog",)
     list(cache.reader(config))
 
 
@@ -107,14 +112,14 @@ def test_lost_value_is_found(cache, config, change_main):
     """A checksum whose value is gone counts as lost."""
     change_main(lambda transaction, _: transaction.delete(b"3:dog"))
     report = cache.verify(config)
-    assert (report.is_sound, report.lost, report.damaged) == (False, 1, ())
+    assert (report.is_sound, report.missing, report.damaged) == (False, ("3:dog",), ())
 
 
 def test_missing_checksum_is_found(cache, config, change_main):
     """A value that can't be checked isn't sound."""
     change_main(lambda transaction, checksums: transaction.delete(b"3:dog", db=checksums))
     report = cache.verify(config)
-    assert (report.damaged, report.lost) == (("3:dog",), 0)
+    assert (report.damaged, report.missing) == (("3:dog",), ())
 
 
 def test_wrong_structure_is_reported_without_reading_values(cache, config, store):

@@ -15,6 +15,7 @@ from storage.child_processes import compact_until_killed, numbered, peer_process
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.cache import Source, write_sources
+from lmdbcache.cache.records import RECORD_FILES
 from lmdbcache.errors import StorageError
 from lmdbcache.storage import find_leftovers, is_being_written, remove_leftovers, write_lock
 from lmdbcache.storage.maintenance.leftovers import is_abandoned
@@ -73,7 +74,8 @@ def test_a_generation_that_is_a_link(filled, store, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "data.mdb").write_bytes(b"mine")
     (store / "gen-000007").symlink_to(tmp_path / "elsewhere")
-    assert [leftover.path.name for leftover in remove_leftovers(store)] == ["gen-000007"]
+    (leftover,) = remove_leftovers(store)
+    assert leftover.path.name == "gen-000007"
     assert (tmp_path / "elsewhere" / "data.mdb").read_bytes() == b"mine"
 
 
@@ -132,7 +134,7 @@ def test_a_store_that_was_removed_by_half(filled, config, store):
     write_sources(store, [("a:b", None, b"12345678", Source("a.wav", 1, 1, None))])
     (store / "CURRENT").unlink()
     shutil.rmtree(store / "gen-000001")
-    assert remove_leftovers(store)
+    assert remove_leftovers(store, RECORD_FILES)
     assert not store.exists()
 
 

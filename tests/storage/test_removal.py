@@ -31,7 +31,7 @@ def test_removed_samples_are_gone_and_the_others_untouched(filled, config, embed
         assert list(reader) == DRUMS
         assert all(reader[name].tobytes() == embeddings[name].tobytes() for name in DRUMS)
         assert DOGS[0] not in reader
-    assert filled.coverage(config, embeddings).missing == tuple(DOGS)
+    assert filled.coverage(config, list(embeddings)).missing == tuple(DOGS)
     report = filled.verify(config)
     assert report.is_sound
     assert report.num_embeddings == len(DRUMS)
@@ -149,7 +149,7 @@ def remove_and_wait(root, config, sample_ids, removed):
 
 
 def test_repair_does_not_bring_back_what_was_removed(cache, config):
-    """Pages of removed values are still in the file; salvage leaves them alone."""
+    """Pages of removed values are still in the file, and nothing leads to them."""
     write(cache.root, config, numbered(0, 60, 2048))
     gone = list(numbered(10, 30))
     remove(cache.root, config, gone)

@@ -10,9 +10,7 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
-from lmdbcache.storage import checksum
 from lmdbcache.storage.maintenance import repair as repair_module
-from lmdbcache.storage.maintenance.salvage import _collect_others, _Found, _matched_outside
 from lmdbcache.storage.pages.page_file import PageFile
 
 NUM_SAMPLES = 300
@@ -64,19 +62,45 @@ def test_damaged_value_is_dropped_and_recomputed(cache, config, data, values):
     np.testing.assert_array_equal(batch, np.stack(list(values.values())))
 
 
-def test_broken_root_loses_nothing(cache, config, data, values):
-    """The leaf pages are found without the branch page that led to them."""
-    overwrite(data, main_root(data) * 4096 + 16, os.urandom(64))
-    report = cache.verify(config)
-    assert report.structure
-    assert cache.repair(config).num_outside > 100
-    assert cache.reader(config) == values
+def broken_page(path, wanted):
+    """Overwrite the kind of a leaf page of the main database: the one with this key."""
+    with PageFile(path) as file:
+        numbers = [file.meta.main.root]
+        for number in numbers:
+            page = file.read(number * 4096, 4096)
+            entries = list(file._entries(page, number)) if page[10] == 2 else []
+            if any(entry.key == wanted for entry in entries):
+                overwrite(path, number * 4096 + 10, bytes(2))
+                return {entry.key.decode() for entry in entries}
+            numbers += file._children(page, number) if page[10] == 1 else []
+    raise LookupError(wanted)
+
+
+def test_broken_page_loses_what_it_led_to(cache, config, data, values):
+    """The checksums of the page's values are left, and name them; all others are kept."""
+    lost = broken_page(data, b"clip_123:x")
+    assert cache.verify(config).structure
+    report = cache.repair(config)
+    assert set(report.dropped) >= lost
+    assert report.num_kept == NUM_SAMPLES - len(lost)
+    with cache.reader(config) as reader:
+        assert set(reader) == values.keys() - lost
+        for sample_id, value in reader.items():
+            np.testing.assert_array_equal(value, values[sample_id])
+
+
+def test_broken_root_loses_all(cache, config, data):
+    """Nothing leads to a value or a checksum any more; the next extraction begins anew."""
+    overwrite(data, main_root(data) * 4096 + 10, bytes(2))
+    report = cache.repair(config)
+    assert (report.num_kept, report.was_sound) == (0, False)
+    assert cache.verify(config).is_sound
 
 
 def test_lost_meta_pages_lose_nothing(cache, config, data, values):
     """The newest, and even both: the record beside data.mdb has a copy."""
     overwrite(data, 0, bytes(8192))
-    with pytest.raises(IntegrityError, match="repair"):
+    with pytest.raises(IntegrityError):
         cache.reader(config)["clip_007:x"]
     report = cache.repair(config)
     assert (report.num_kept, report.dropped) == (NUM_SAMPLES, ())
@@ -84,15 +108,14 @@ def test_lost_meta_pages_lose_nothing(cache, config, data, values):
 
 
 def test_overwritten_values_never_come_back(cache, config, data, values):
-    """Old pairs of value and checksum verify, too, and are left where they are."""
+    """Old pairs of value and checksum are still in the file, and nothing leads to them."""
     with cache.writer(config, on_duplicate="overwrite", commit_records=50) as writer:
         for sample_id in values:
             writer.put(sample_id, values[sample_id] + 1)
-    overwrite(data, main_root(data) * 4096 + 16, os.urandom(64))
+    broken_page(data, b"clip_123:x")
     (data.parent / "committed").unlink()
-    cache.repair(config)
+    assert cache.repair(config).num_kept > 200
     with cache.reader(config) as reader:
-        assert len(reader) > 200
         for sample_id, value in reader.items():
             np.testing.assert_array_equal(value, values[sample_id] + 1)
 
@@ -135,7 +158,7 @@ def test_lost_metadata_is_refused(cache, config, data):
     """Without its metadata nothing can be read: the store stays as it is, and the error says so."""
     content = data.read_bytes().replace(b"format_version", b"format_versiom")
     data.write_bytes(content)
-    with pytest.raises(IntegrityError, match="metadata record is lost"):
+    with pytest.raises(IntegrityError):
         cache.repair(config)
     assert data.read_bytes() == content
 
@@ -184,60 +207,8 @@ def test_older_copy_put_in_place_gives_its_own_newest_values(cache, config, tmp_
             fill(value)
     (tmp_path / "older.mdb").replace(generation / "data.mdb")
     (generation / "lock.mdb").unlink()
-    with pytest.raises(IntegrityError, match="older"):
+    with pytest.raises(IntegrityError):
         len(cache.reader(config))
     assert cache.repair(config).num_kept == 50
     with cache.reader(config) as reader:
         assert (reader.get_batch(names) == 19).all()
-
-
-def checksums_root(path):
-    with PageFile(path) as file:
-        return file.find_named(b"checksums").root
-
-
-def test_what_no_page_leads_to_and_no_value_matches_is_named(cache, config, data, values):
-    """Its checksum, on a page that is found by searching, tells that it was stored."""
-    content = data.read_bytes()
-    at = content.rindex(values["clip_123:x"].tobytes())
-    overwrite(data, at, bytes(8))
-    for root in (main_root(data), checksums_root(data)):
-        overwrite(data, root * 4096 + 16, os.urandom(64))
-    report = cache.repair(config)
-    assert "clip_123:x" in report.dropped
-    with cache.reader(config) as reader:
-        assert set(reader) | set(report.dropped) == set(values)
-        for sample_id, value in reader.items():
-            np.testing.assert_array_equal(value, values[sample_id])
-
-
-def test_of_several_values_that_match_none_is_taken(cache, config, data, values):
-    """Which of them is the newest can't be told; one that alone matches any checksum is taken."""
-    with PageFile(data) as file:
-        entries = {entry.key: entry for entry in file.walk(file.meta.main)}
-        first, second = (entries[f"clip_{n:03d}:x".encode()] for n in (1, 2))
-        digests = [
-            checksum(b"new:x", file.read(entry.offset, entry.length)) for entry in (first, second)
-        ]
-        for known, expected in (
-            (digests, None),
-            (digests[:1], (first, digests[0])),
-            ([digests[1], b"another!"], (second, digests[1])),
-            ([b"another!"], None),
-        ):
-            found = _Found(
-                other_values={b"new:x": [first, second]}, other_checksums={b"new:x": known}
-            )
-            assert _matched_outside(file, found, b"new:x") == expected
-
-
-def test_every_checksum_of_a_key_is_collected(cache, config, data, values):
-    """Searching the pages finds those of older commits, too."""
-    with cache.writer(config, on_duplicate="overwrite") as writer:
-        writer.put("clip_005:x", values["clip_005:x"] + 1)
-    with PageFile(data) as file:
-        found = _Found()
-        _collect_others(file, found, set())
-    value = np.float32(values["clip_005:x"] + 1)
-    expected = {checksum(b"clip_005:x", v.tobytes()) for v in (values["clip_005:x"], value)}
-    assert expected <= set(found.other_checksums[b"clip_005:x"])

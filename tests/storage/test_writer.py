@@ -21,7 +21,6 @@ from lmdbcache.errors import (
     ProvenanceMismatchError,
     WriterClosedError,
 )
-from lmdbcache.storage.pages.commit_record import has_old_values, read_commit_record
 
 ONES = np.ones(4, np.float32)
 
@@ -359,5 +358,3 @@ def test_some_samples_are_replaced_and_others_skipped(filled, config, embeddings
     with filled.reader(config) as reader:
         np.testing.assert_array_equal(reader[first], 2 * ones[0])
         np.testing.assert_array_equal(reader[second], embeddings[second])
-    generation = filled.path(config) / "gen-000001"
-    assert has_old_values(generation, read_commit_record(generation).transaction)

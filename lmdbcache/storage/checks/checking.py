@@ -19,7 +19,7 @@ from lmdbcache.storage.checks.value_checks import (
     damaged_rows,
     paired,
 )
-from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
+from lmdbcache.storage.engine_errors import LOSS_REMEDY
 from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import checksum
@@ -110,7 +110,7 @@ def structure_findings(generation: Path) -> tuple[str, ...]:
     problem, _ = file_problem(generation)
     with PageFile(path) as file:
         if file.meta is None:
-            raise IntegrityError(f"{path} {problem}. {DAMAGE_REMEDY}")
+            raise IntegrityError(f"{path} {problem}. {LOSS_REMEDY}")
     findings = [] if problem is None else [f"data.mdb {problem}"]
     try:
         findings += verify_structure(str(generation))  # type: ignore[no-untyped-call]

@@ -110,8 +110,8 @@ def _described(findings: Findings, store: Path) -> str:
     if bad:
         parts.append(f"{len(bad)} damaged embeddings, the first {sample_id_of_key(bad[0])!r}")
     return (
-        f"{store} is damaged: {'; '.join(parts)}. `lmdbcache verify` lists all of it, "
-        "`lmdbcache repair` keeps what is sound"
+        f"{store} is damaged: {'; '.join(parts)}. Verify the store to list all of it, repair it to "
+        "keep what is sound"
     )
 
 

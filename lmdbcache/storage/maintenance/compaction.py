@@ -141,7 +141,7 @@ def _copy(
     if copied != entries:
         raise IntegrityError(
             f"{store}: the compacted copy has {copied} entries of {entries}. The store was left "
-            "as it is; run `lmdbcache verify`"
+            "as it is; verify it"
         )
     return new, entries[1] - 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,27 +19,20 @@ from lmdbcache.storage.generations import (
 )
 from lmdbcache.storage.last_use import LAST_USE_NAME
 from lmdbcache.storage.layout import (
-    CHECKSUMS_NAME,
     CURRENT_NAME,
     GENERATION_NAME,
-    METADATA_KEY,
     STATISTICS_NAME,
     WRITER_LOCK_NAME,
 )
+from lmdbcache.storage.maintenance.damaged_store import unnamed_generations
 from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.reading.located import table_number
 
 __all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers"]
 
 # What only lmdbcache makes: a folder with anything else in it is nobody's leftover.
 _STORE_NAME: Final = re.compile(r".*-[0-9a-f]{16}")
-# The records of sources and the figures say something of embeddings, which are gone.
-_NAMES_OF_NO_STORE: Final = frozenset(
-    (
-        *(WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME),
-        *("sources.sqlite3", "sources.sqlite3-journal"),
-    )
-)
-_OFFSETS: Final = re.compile(r"offsets-([0-9]+)")
+_OWN_NAMES: Final = frozenset((WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME))
 
 
 @dataclass(frozen=True)
@@ -56,15 +50,24 @@ class Leftover:
     what: str
 
 
-def find_leftovers(store: Path) -> list[Leftover]:
-    """What may be removed from a folder; nothing while somebody writes there."""
+def find_leftovers(store: Path, records: Collection[str] = ()) -> list[Leftover]:
+    """Return what may be removed from a folder; nothing while somebody writes there.
+
+    Args:
+        store: The folder.
+        records: Names of files that are kept there and only say something of its embeddings.
+    """
     if is_being_written(store):
         return []
-    return _found(store)
+    return _found(store, records)
 
 
-def remove_leftovers(store: Path) -> list[Leftover]:
+def remove_leftovers(store: Path, records: Collection[str] = ()) -> list[Leftover]:
     """Remove what a killed process left.
+
+    Args:
+        store: The folder.
+        records: See `find_leftovers`.
 
     Returns:
         What was removed.
@@ -72,40 +75,43 @@ def remove_leftovers(store: Path) -> list[Leftover]:
     Raises:
         StorageError: Somebody writes to the store at this moment, or this user may not.
     """
-    if not _found(store):
+    if not _found(store, records):
         return []  # no lock file is made where there is nothing to do
     with write_lock(store, wait=False):
-        if is_abandoned(store):
-            found = _found(store)
+        found = _found(store, records)
+        if is_abandoned(store, records):
             remove_store(store)
             return found
-        found = _found(store)
         for leftover in found:
-            _remove(leftover.path)
+            # A file that can't be removed now is found again the next time.
+            with contextlib.suppress(OSError):
+                remove_entry(leftover.path)
     return [leftover for leftover in found if not leftover.path.exists()]
 
 
-def is_abandoned(folder: Path) -> bool:
-    """Whether the folder was to become a store and holds nothing: its maker was killed."""
+def is_abandoned(folder: Path, records: Collection[str] = ()) -> bool:
+    """Return whether the folder was to become a store and holds nothing: its maker was killed.
+
+    Args:
+        folder: The folder.
+        records: See `find_leftovers`.
+    """
     if not _STORE_NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     try:
-        children = list(folder.iterdir())
+        names = {child.name for child in folder.iterdir()}
+        # A store that has only lost `CURRENT` can be had back.
+        generations = unnamed_generations(folder)
     except OSError:
         return False
-    names = {child.name for child in children}
-    if CURRENT_NAME in names or not names:
+    if CURRENT_NAME in names or not names or any(generations.values()):
         return False
-    generations = [child for child in children if GENERATION_NAME.fullmatch(child.name)]
-    own = names - {child.name for child in generations}
-    if any(n not in _NAMES_OF_NO_STORE and not is_temporary(n) for n in own):
-        return False
-    # A store that has only lost `CURRENT` can be had back.
-    return not any(_holds_embeddings(generation) for generation in generations)
+    others = names - _OWN_NAMES - set(records) - generations.keys()
+    return all(map(is_temporary, others))
 
 
-def _found(store: Path) -> list[Leftover]:
-    if is_abandoned(store):
+def _found(store: Path, records: Collection[str]) -> list[Leftover]:
+    if is_abandoned(store, records):
         return [Leftover(store, _size(store), "a store that was never finished")]
     try:
         live = current_generation(store)
@@ -121,16 +127,11 @@ def _found(store: Path) -> list[Leftover]:
             found.append(Leftover(child, _size(child), "an old or unfinished generation"))
         elif is_old_temporary(child):
             found.append(Leftover(child, _size(child), "a temporary file"))
-    return found + _found_inside(live)
-
-
-def _found_inside(live: Path) -> list[Leftover]:
-    newest = _newest_transaction(live)
-    found = []
     with contextlib.suppress(OSError):
+        newest = _newest_transaction(live)
         for child in live.iterdir():
-            table = _OFFSETS.fullmatch(child.name)
-            if table and newest is not None and int(table[1]) < newest:
+            number = table_number(child.name)
+            if number is not None and newest is not None and number < newest:
                 found.append(Leftover(child, _size(child), "an index of an older commit"))
             elif is_old_temporary(child):
                 found.append(Leftover(child, _size(child), "a temporary file"))
@@ -138,28 +139,8 @@ def _found_inside(live: Path) -> list[Leftover]:
 
 
 def _newest_transaction(generation: Path) -> int | None:
-    try:
-        with PageFile(generation / "data.mdb") as file:
-            return file.meta.transaction if file.meta else None
-    except OSError:
-        return None
-
-
-def _holds_embeddings(generation: Path) -> bool:
-    """Whether anything but the reserved entries is, or may be, in there."""
-    try:
-        with PageFile(generation / "data.mdb") as file:
-            if file.size <= 2 * file.page_size:
-                return False  # nothing beyond the meta pages
-            if file.meta is None:
-                return True
-            reserved = (METADATA_KEY, CHECKSUMS_NAME)
-            holds = any(entry.key not in reserved for entry in file.walk(file.meta.main))
-            return holds or bool(file.problems)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True  # nobody knows
+    with PageFile(generation / "data.mdb") as file:
+        return file.meta.transaction if file.meta else None
 
 
 def _size(path: Path) -> int:
@@ -169,9 +150,3 @@ def _size(path: Path) -> int:
         with contextlib.suppress(OSError):
             total += one.lstat().st_blocks * 512
     return total
-
-
-def _remove(path: Path) -> None:
-    # A file that can't be removed now is found again the next time.
-    with contextlib.suppress(OSError):
-        remove_entry(path)

@@ -26,7 +26,6 @@ from lmdbcache.storage.pages.meta_pages import (
 
 __all__ = [
     "contradiction",
-    "has_old_values",
     "is_older_copy",
     "read_commit_record",
     "record_commit",
@@ -35,22 +34,16 @@ __all__ = [
 
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
+_RESERVED: Final = b"\1"
 _MAX_BYTES: Final = 4096
 
 _Metas = tuple[MetaPage | None, MetaPage | None]
 
 
-def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = True) -> None:
-    """Write down the newest commit. The caller holds the writer lock and has just committed.
-
-    Args:
-        generation: Its folder.
-        is_new: The generation was just made: no sample in it has an older value.
-        overwrites: Whether the commit may have replaced values.
-    """
+def record_commit(generation: Path) -> None:
+    """Write down the newest commit. The caller holds the writer lock and has just committed."""
     # A full disk or a read-only folder costs the guard, not the commit.
     with contextlib.suppress(OSError):
-        before, was_overwritten = _read(generation)
         data = open_file(generation / "data.mdb")
         try:
             meta = newest(read_meta_pages(data))
@@ -58,10 +51,7 @@ def record_commit(generation: Path, *, is_new: bool = False, overwrites: bool = 
             os.close(data)
         if meta is None:
             return
-        # Of a commit in between, by a killed writer or another program, nothing is known.
-        is_next = before is not None and before.transaction + 1 == meta.transaction
-        has_old = not is_new and (overwrites or was_overwritten or not is_next)
-        record = _MAGIC + meta.raw + bytes([has_old])
+        record = _MAGIC + meta.raw + _RESERVED
         descriptor = open_file(generation / _NAME, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(descriptor, record + xxhash.xxh3_64_digest(record), 0)
@@ -75,28 +65,18 @@ def read_commit_record(generation: Path) -> MetaPage | None:
     Raises:
         NotRegularFileError: Something else than a file has its name.
     """
-    return _read(generation)[0]
-
-
-def has_old_values(generation: Path, transaction: int) -> bool:
-    """Whether values may have been replaced in this generation up to this commit."""
-    record, was_overwritten = _read(generation)
-    return record is None or record.transaction != transaction or was_overwritten
-
-
-def _read(generation: Path) -> tuple[MetaPage | None, bool]:
     try:
         content = read_file(generation / _NAME, _MAX_BYTES)
     except NotRegularFileError:
         raise
     except OSError:
-        return None, True
-    end = len(_MAGIC) + META_BYTES + 1
+        return None
+    end = len(_MAGIC) + META_BYTES + len(_RESERVED)
     record, digest = content[:end], content[end:]
     if not record.startswith(_MAGIC) or digest != xxhash.xxh3_64_digest(record):
-        return None, True
-    raw = record[len(_MAGIC) : -1]
-    return parse_meta(raw, raw[0]), bool(record[-1])
+        return None
+    raw = record[len(_MAGIC) : -len(_RESERVED)]
+    return parse_meta(raw, raw[0])
 
 
 def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:

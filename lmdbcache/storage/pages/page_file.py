@@ -16,8 +16,6 @@ from typing import Final, NamedTuple
 
 from lmdbcache.files import check_folder, open_file
 from lmdbcache.storage.pages.commit_record import (
-    contradiction,
-    is_older_copy,
     read_commit_record,
     trusted_meta,
 )
@@ -29,7 +27,6 @@ _HEADER_BYTES: Final = 16
 _NODE: Final = struct.Struct("<HHHH")  # two halves of length or child, flags, length of the key
 _BRANCH, _LEAF = 0x01, 0x02
 _BIG_VALUE, _SUB_DATABASE = 0x01, 0x02
-_PAGES_AT_ONCE: Final = 256
 _MAX_PROBLEMS: Final = 20
 
 
@@ -64,12 +61,6 @@ class PageFile:
         self.metas = read_meta_pages(self.descriptor)
         self.size = os.fstat(self.descriptor).st_size
         self.meta: MetaPage | None = trusted_meta(record, self.metas)
-        # Whether that is known to be the newest commit's.
-        self.is_newest = (
-            self.meta is record
-            or contradiction(record, self.metas) is None
-            or is_older_copy(record, self.metas)
-        )
         self.page_size = self.meta.page_size if self.meta else mmap.PAGESIZE
         self.num_pages = self.size // self.page_size
         self.visited: set[int] = set()
@@ -136,32 +127,12 @@ class PageFile:
         record = self.read(entry.offset, entry.length) if entry and entry.is_database else None
         return parse_tree(record) if record else None
 
-    def scan(self, skipped: set[int]) -> Iterator[Entry]:
-        """The entries of every leaf page that no walk has reached, but for the skipped pages."""
-        for start in range(2, self.num_pages, _PAGES_AT_ONCE):
-            for number in range(start, min(start + _PAGES_AT_ONCE, self.num_pages)):
-                if number in self.visited or number in skipped:
-                    continue
-                head = self.read(number * self.page_size, _HEADER_BYTES)
-                if head is None or struct.unpack("<QHH", head[:12])[::2] != (number, _LEAF):
-                    continue
-                page = self.read(number * self.page_size, self.page_size)
-                yield from self._entries(page, number) if page else ()
-
-    def free_pages(self) -> set[int] | None:
-        """Pages that may be used again, as of the newest commit; None if that can't be told."""
-        if self.meta is None or not self.is_newest:
-            return None
-        num_problems, free = len(self.problems), set[int]()
-        for entry in self.walk(self.meta.free):
-            listed = self.read(entry.offset, entry.length)
-            if listed is None or len(listed) % 8 or not listed:
-                return None
-            count, *numbers = struct.unpack(f"<{len(listed) // 8}Q", listed)
-            if count > len(numbers):
-                return None
-            free.update(numbers[:count])
-        return free if len(self.problems) == num_problems else None
+    def scan(self, key: bytes) -> Iterator[Entry]:
+        """The entries of a key on all leaf pages of the file, whatever leads there."""
+        for number in range(2, self.num_pages):
+            page = self.read(number * self.page_size, self.page_size)
+            if page is not None and key in page and page[:8] == number.to_bytes(8, "little"):
+                yield from (entry for entry in self._entries(page, number) if entry.key == key)
 
     def _tree_page(self, number: int) -> bytes | None:
         if not 1 < number < self.num_pages or number in self.visited:

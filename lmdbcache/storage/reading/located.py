@@ -34,7 +34,7 @@ from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages.pages import UnreadablePagesError, ValueTable, read_value_table
 from lmdbcache.storage.values import NUMPY_DTYPES
 
-__all__ = ["LocatedValues", "locate", "located_values"]
+__all__ = ["LocatedValues", "locate", "located_values", "table_number"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -224,9 +224,13 @@ def _write_table(table: ValueTable, identity: _Identity, generation: Path) -> No
     # A cache of a cache: a full disk or a compaction meanwhile is no reason to fail.
     with contextlib.suppress(OSError):
         replace_file(path, head + content)
-        for other in generation.glob(f"{_PREFIX}*"):
-            if (
-                other.name[len(_PREFIX) :].isdigit()
-                and int(other.name[len(_PREFIX) :]) < identity[1]
-            ):
+        for other in generation.iterdir():
+            number = table_number(other.name)
+            if number is not None and number < identity[1]:
                 other.unlink(missing_ok=True)
+
+
+def table_number(name: str) -> int | None:
+    """Return the transaction of a kept table from its file's name; None for another file."""
+    number = name.removeprefix(_PREFIX)
+    return int(number) if name.startswith(_PREFIX) and number.isdigit() else None

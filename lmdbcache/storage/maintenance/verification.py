@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
 from lmdbcache.storage.checked_marker import is_known, mark_known
@@ -21,12 +22,13 @@ from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import current_generation, write_lock
 from lmdbcache.storage.layout import sample_id_of_key
 from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.report import Report
 
 __all__ = ["IntegrityReport", "verify"]
 
 
 @dataclass(frozen=True)
-class IntegrityReport:
+class IntegrityReport(Report):
     """What `verify` found.
 
     Args:
@@ -38,16 +40,13 @@ class IntegrityReport:
         missing: Sample ids of which only the checksum is left.
     """
 
+    derived: ClassVar[tuple[str, ...]] = ("is_sound",)
+
     path: Path
     num_embeddings: int
     structure: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-
-    @property
-    def lost(self) -> int:
-        """How many checksums have no value."""
-        return len(self.missing)
 
     @property
     def is_sound(self) -> bool:
