@@ -10,13 +10,14 @@ from .coverage import (
     left_out_counts as left_out_counts,
 )
 from .embedding_cache import ROOT_VARIABLE as ROOT_VARIABLE, EmbeddingCache as EmbeddingCache
-from .failures import (
+from .misses import (
     FAILURES_NAME as FAILURES_NAME,
     ClipFailure as ClipFailure,
+    Explanation as Explanation,
+    MissReason as MissReason,
     read_failures as read_failures,
     update_failures as update_failures,
 )
-from .misses import Explanation as Explanation
 from .pruning import (
     PrunePlan as PrunePlan,
     PrunePolicy as PrunePolicy,

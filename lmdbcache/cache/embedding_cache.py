@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.cache.coverage import Coverage, coverage_of, shortfall
-from lmdbcache.cache.failures import read_failures
-from lmdbcache.cache.misses import Explanation, explain_config, explain_sample
+from lmdbcache.cache.misses import Explanation, explain_config, explain_sample, read_failures
 from lmdbcache.cache.statistics import ReadStatistics, statistics_of
 from lmdbcache.cache.store_info import (
     StoreInfo,
