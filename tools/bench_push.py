@@ -1,7 +1,8 @@
-"""How long push takes, against a copy: `python tools/bench_push.py URL` (an empty place).
+"""How long push and pull take, against a copy: `python tools/bench_push.py URL` (an empty place).
 
-A store of 28,109 pooled embeddings (82 MiB) is pushed, pushed again, and pushed with 100 more; then
-what is there is verified. The copy is `shutil.copyfile` of as many bytes, with fsync.
+A store of 28,109 pooled embeddings (82 MiB) is pushed, pushed again, and pushed with 100 more, and
+pulled in the same steps; then what is there is verified. The copy is `shutil.copyfile` of as many
+bytes, with fsync.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.exchange import push, verify_remote
+from lmdbcache.exchange import pull, push, verify_remote
 
 
 def put(cache: EmbeddingCache, config: CacheConfig, first: int, number: int) -> None:
@@ -54,8 +55,12 @@ def main() -> None:
         timed("copy of 83 MiB", lambda: copied(raw, raw.with_name("copy")))
         first = timed(f"push {number:,}", lambda: push(cache, config, url))
         timed("push again", lambda: push(cache, config, url))
+        other = EmbeddingCache(Path(folder) / "other")
+        timed(f"pull {number:,}", lambda: pull(other, config, url))
+        timed("pull again", lambda: pull(other, config, url))
         put(cache, config, number, 100)
         second = timed("push 100 more", lambda: push(cache, config, url))
+        timed("pull 100 more", lambda: pull(other, config, url))
         report = timed("verify", lambda: verify_remote(url))
     print(f"{first.num_shards} shards, {first.num_bytes} bytes; then {second.num_bytes} bytes")
     print("sound" if report.is_sound else "DAMAGED")

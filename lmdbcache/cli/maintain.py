@@ -26,7 +26,6 @@ from lmdbcache.cli.verify_remote import verify_shared
 from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
 from lmdbcache.errors import (
     CacheFullError,
-    ConfigError,
     IntegrityError,
     NotRegularFileError,
     StorageError,
@@ -109,12 +108,6 @@ def verify_command(
     source_choice: SourceChoice,
     root: Root = None,
     everything: All = False,
-    repair_shared: Annotated[
-        bool,
-        typer.Option(
-            "--repair", help="With a URL: put what is damaged there right, from the stores here."
-        ),
-    ] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
@@ -124,11 +117,7 @@ def verify_command(
     place of the first store: every file that was pushed there, of all stores or of those named.
     """
     if stores and is_url(stores[0]):
-        verify_shared(
-            stores, EmbeddingCache(root), repair=repair_shared, progress=progress, as_json=as_json
-        )
-    if repair_shared:
-        raise ConfigError("--repair: give the URL that was pushed to; a store has `repair`")
+        verify_shared(stores, progress=progress, as_json=as_json)
     chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
     if source_choice.is_wanted:
         verify_sources(chosen, source_choice, progress=progress, as_json=as_json)

@@ -7,13 +7,25 @@ from typing import Annotated, Optional
 import typer
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
-from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say
+from lmdbcache.cli.console import (
+    counted,
+    print_error,
+    print_json,
+    progress_bar,
+    say,
+)
 from lmdbcache.cli.id_lists import ids_in
 from lmdbcache.cli.merge import OnDuplicateChoice, print_conflicts, print_unresolved
 from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root
 from lmdbcache.errors import ConfigError
-from lmdbcache.exchange import PullReport, Remote, find_fingerprint, pull, shared_fingerprints
-from lmdbcache.files import readable_size
+from lmdbcache.exchange import (
+    PullReport,
+    Remote,
+    find_fingerprint,
+    pull,
+    shared_fingerprints,
+)
+from lmdbcache.files import few, readable_size
 
 __all__ = ["pull_command"]
 
@@ -37,10 +49,10 @@ def pull_command(
         bool, typer.Option("--all", help="All stores that are shared there.")
     ] = False,
     root: Root = None,
-    commit: Annotated[
+    manifest: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="The state to pull: a commit id, or its beginning; default: all that is there.",
+            help="The state to pull: a manifest's id, or its beginning; default: all there is.",
             show_default=False,
         ),
     ] = None,
@@ -49,15 +61,15 @@ def pull_command(
     on_duplicate: Annotated[
         OnDuplicateChoice,
         typer.Option(
-            help="If a stored embedding differs: error leaves it and reports the conflict, skip "
-            "keeps it, overwrite takes what is shared."
+            help="Where a stored embedding differs: error leaves it and lists both, skip keeps it "
+            "without a look, overwrite takes what is shared."
         ),
     ] = OnDuplicateChoice.ERROR,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
     ] = DEFAULT_TOLERANCE,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would be fetched.")
+        bool, typer.Option("--dry-run", help="Only count what would be fetched.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,
@@ -67,16 +79,18 @@ def pull_command(
     Stopped at any moment, it goes on where it was when run again. Exit code 1 if something was
     left out: a conflict, a damaged file, a sample that nobody shares; 3 if the disk is full.
     """
-    if everything and (fingerprint or commit):
-        raise ConfigError("--all takes all that is shared: leave out the fingerprint and --commit")
+    if everything and (fingerprint or manifest):
+        raise ConfigError(
+            "--all takes all that is shared: leave out the fingerprint and --manifest"
+        )
     reports = []
     for one in _all_shared(url) if everything else [fingerprint]:
         with progress_bar("pulling", shown=progress, in_bytes=True) as report_progress:
             report = pull(
                 EmbeddingCache(root),
-                url,
                 one,
-                commit=commit,
+                url,
+                manifest=manifest,
                 on_duplicate=on_duplicate.value,
                 tolerance=tolerance,
                 classes=classes,
@@ -106,24 +120,21 @@ def _print_report(report: PullReport) -> None:
             f"{readable_size(report.bytes_to_fetch)}; nothing was fetched (--dry-run)"
         )
     else:
-        print_conflicts(report.merged)
+        print_conflicts(report.intake)
         say(f"{report}; {readable_size(report.bytes_fetched)} fetched")
-    state = report.commit or (report.heads[0] if len(report.heads) == 1 else None)
-    say(f"commit {state}" if state else f"{len(report.heads)} newest commits, side by side")
+    if report.manifest:
+        say(f"manifest {report.manifest}")
     if not report.is_dry_run:
         say(str(report.path))
-    for problem in report.made_up_for[:_FEW]:
-        say(f"note: {problem}; other shards had its samples")
     _print_left_out(report)
 
 
 def _print_left_out(report: PullReport) -> None:
-    for one in (*report.problems[:_FEW], *report.merged.refused[:_FEW]):
+    for one in (*[*report.problems.values()][:_FEW], *report.intake.refused[:_FEW]):
         print_error(f"not imported: {one}")
     if report.problems:
-        print_error(f"run `lmdbcache verify {report.url} --repair` where the embeddings are")
+        print_error(f"`lmdbcache push {report.url} --repair`, where the embeddings are, helps")
     for what, names in (("lost", report.lost), ("not shared there", report.absent)):
         if names:
-            few = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            print_error(f"{counted(len(names), 'sample')} {what}: {few}")
-    print_unresolved(report.merged)
+            print_error(f"{counted(len(names), 'sample')} {what}: {few(names, 3)}")
+    print_unresolved(report.intake)

@@ -10,7 +10,17 @@ import typer
 from lmdbcache.cache import EmbeddingCache, read_store_info
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say
 from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.options import All, Classes, IdsFile, Json, Progress, Root, Stores, find_folders
+from lmdbcache.cli.merge import OnDuplicateChoice
+from lmdbcache.cli.options import (
+    All,
+    Classes,
+    IdsFile,
+    Json,
+    Progress,
+    Root,
+    Stores,
+    find_folders,
+)
 from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
 from lmdbcache.exchange import PushReport, Remote, push
 from lmdbcache.files import readable_size
@@ -38,31 +48,42 @@ def push_command(
     ] = False,
     class_names: Classes = None,
     ids_file: IdsFile = None,
-    replace: Annotated[
+    on_duplicate: Annotated[
+        OnDuplicateChoice,
+        typer.Option(
+            help="Where a sample is there with another value: overwrite pushes this store's in the "
+            "place of its earlier one, and beside those of others; skip leaves the sample out; "
+            "error also lists it."
+        ),
+    ] = OnDuplicateChoice.OVERWRITE,
+    repair: Annotated[
         bool,
         typer.Option(
-            "--replace",
-            help="Where a sample is there with another value, this one counts from now on.",
+            "--repair",
+            help="Read all that is there, and upload damaged shards again that are stored here.",
         ),
     ] = False,
     writer: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Name that the commits carry; default: this host's.", show_default=False),
+        typer.Option(
+            help="Name that is pushed with the embeddings; default: a random id of the store.",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would be pushed.")
+        bool, typer.Option("--dry-run", help="Only count what would be pushed.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
-    """Upload what a place lacks of stores, so that others can pull it. Nothing there is changed.
+    """Upload what a place lacks of stores, so that others can pull it.
 
     Without STORES: the only one under the root. Embeddings derive from the audio, which may be
     private: nothing is ever pushed unless this command is given. Exit code 1 if a stored value is
-    damaged; all others are pushed.
+    damaged, or was left out because of another one there; all others are pushed.
     """
     cache = EmbeddingCache(root)
-    Remote(url)  # a wrong one is told before any store is looked at
+    Remote(url)  # a wrong one is refused before any store is looked at
     chosen = _folders(cache, stores, everything=everything)
     ids = None if ids_file is None else ids_in(ids_file)
     reports: list[PushReport] = []
@@ -81,7 +102,8 @@ def push_command(
                     own=own,
                     classes=class_names,
                     sample_ids=ids,
-                    replace=replace,
+                    on_duplicate=on_duplicate.value,
+                    repair=repair,
                     dry_run=dry_run,
                     progress=bar,
                 )
@@ -127,16 +149,18 @@ def _say_report(name: str, report: PushReport) -> None:
     else:
         say(f"{name}: nothing to push, {report.num_there} of {chosen} are at {report.url}")
     if report.num_different:
-        say(f"  {counted(report.num_different, 'sample')} of these are there with another value")
-    for sample_id, why in list(report.damaged.items())[:_FEW]:
-        say(f"  damaged, not pushed: {sample_id}: {why}")
-    if len(report.damaged) > _FEW:
-        say(f"  … and {len(report.damaged) - _FEW} more; see --json")
-    for path, why in list(report.problems.items())[:_FEW]:
-        say(f"  there: {path}: {why}")
-    if report.problems:
-        say(f"  `lmdbcache verify {report.url} --repair` looks after these")
-    if report.commit:
-        say(f"  commit {report.commit}")
-    elif report.heads:
-        say(f"  several writers have pushed side by side: {', '.join(report.heads)}")
+        what = "left out" if report.conflicts else "of these"
+        say(f"  {counted(report.num_different, 'sample')} {what}, there with another value")
+    damaged = [f"{sample_id}: {why}" for sample_id, why in report.damaged.items()]
+    _say_some("damaged, not pushed", damaged)
+    _say_some("uploaded again", report.repaired)
+    _say_some("can't be used", [f"{path}: {why}" for path, why in report.problems.items()])
+    if report.manifest:
+        say(f"  manifest {report.manifest}")
+
+
+def _say_some(what: str, items: list[str]) -> None:
+    for one in items[:_FEW]:
+        say(f"  {what}: {one}")
+    if len(items) > _FEW:
+        say(f"  … and {len(items) - _FEW} more; see --json")

@@ -6,21 +6,19 @@ from .intake import (
     Row as Row,
 )
 from .merge import MergeReport as MergeReport, merge_stores as merge_stores
-from .sharing.places import (
+from .sharing.pulling import PullReport as PullReport, pull as pull
+from .sharing.pushing import PushReport as PushReport, push as push
+from .sharing.remote import Remote as Remote, is_url as is_url
+from .sharing.remote_index import (
     find_fingerprint as find_fingerprint,
     shared_fingerprints as shared_fingerprints,
 )
-from .sharing.pull_report import PullReport as PullReport
-from .sharing.pulling import pull as pull
-from .sharing.push_report import PushReport as PushReport
-from .sharing.pushing import push as push
-from .sharing.remote import Remote as Remote, is_url as is_url
-from .sharing.remote_report import (
+from .sharing.shards import decode_shard as decode_shard, encode_shard as encode_shard
+from .sharing.verifying import (
     RemoteReport as RemoteReport,
     SharedStoreReport as SharedStoreReport,
+    verify_remote as verify_remote,
 )
-from .sharing.shards import decode_shard as decode_shard, encode_shard as encode_shard
-from .sharing.verifying import verify_remote as verify_remote
 from .transfer.agreement import missing_fields as missing_fields
 from .transfer.entries import Source as Source
 from .transfer.exporting import (

@@ -34,9 +34,8 @@ from .generations import (
 )
 from .last_use import last_used as last_used, last_written as last_written
 from .layout import (
-    COMMIT_COPIES_NAME as COMMIT_COPIES_NAME,
     CURRENT_NAME as CURRENT_NAME,
-    PULLING_NAME as PULLING_NAME,
+    SHARING_NAME as SHARING_NAME,
     canonical_class as canonical_class,
     canonical_sample_id as canonical_sample_id,
     class_of as class_of,

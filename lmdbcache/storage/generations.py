@@ -34,10 +34,9 @@ from lmdbcache.files import (
 )
 from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.layout import (
-    COMMIT_COPIES_NAME,
     CURRENT_NAME,
     GENERATION_NAME,
-    PULLING_NAME,
+    SHARING_NAME,
     STATISTICS_NAME,
     WRITER_LOCK_NAME,
 )
@@ -175,7 +174,7 @@ def remove_store(store: Path) -> None:
     remove_entry(store / CURRENT_NAME)
     sync_file(store)
     remove_other_generations(store)
-    own_folders = (STATISTICS_NAME, COMMIT_COPIES_NAME, PULLING_NAME)
+    own_folders = (STATISTICS_NAME, SHARING_NAME)
     for child in store.iterdir():
         is_folder = child.is_dir() and not child.is_symlink()
         if child.name in own_folders or (child.name != WRITER_LOCK_NAME and not is_folder):

@@ -10,14 +10,13 @@ from lmdbcache.errors import InvalidSampleIdError
 
 __all__ = [
     "CHECKSUMS_NAME",
-    "COMMIT_COPIES_NAME",
     "CURRENT_NAME",
     "FORMAT_VERSION",
     "GENERATION_NAME",
     "MAX_KEY_BYTES",
     "METADATA_KEY",
     "NUM_RESERVED_KEYS",
-    "PULLING_NAME",
+    "SHARING_NAME",
     "STATISTICS_NAME",
     "WRITER_LOCK_NAME",
     "canonical_class",
@@ -34,8 +33,7 @@ FORMAT_VERSION: Final = 1
 CURRENT_NAME: Final = "CURRENT"
 WRITER_LOCK_NAME: Final = "writer.lock"
 STATISTICS_NAME: Final = "statistics"
-COMMIT_COPIES_NAME: Final = "commits"
-PULLING_NAME: Final = "pulling"
+SHARING_NAME: Final = "sharing"
 GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
 
 # Both live in the main database beside the embeddings. Neither holds a colon, every embedding's

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from sharing.shared_samples import some_embeddings
@@ -34,19 +33,20 @@ def store(cache, config, values):
 
 
 def test_push_and_verify(cli, cache, config, place):
-    """What is pushed is told with the commit that pins it; again there is nothing to do."""
+    """What is pushed is shown with the id that pins it; again there is nothing to do."""
     folder, url = place
     store(cache, config, some_embeddings(0, 10))
     result = cli("push", url, "--writer", "node-a")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "pushed 10 of 10 embeddings" in result.stdout
-    (commit,) = (folder / config.fingerprint / "commits").iterdir()
-    assert f"commit {commit.stem}" in result.stdout
-    assert commit.stem.startswith("node-a-")
+    (manifest,) = (folder / config.fingerprint / "manifests").iterdir()
+    assert f"manifest {manifest.stem}" in result.stdout
+    assert manifest.stem.startswith("node-a-")
     assert "nothing to push" in cli("push", url).stdout
     (report,) = json.loads(cli("push", url, config.fingerprint[:6], "--json").stdout)
-    assert (report["num_there"], report["num_pushed"], report["commit"]) == (10, 0, commit.stem)
+    assert report["manifest"] == manifest.stem
+    assert (report["num_there"], report["num_pushed"]) == (10, 0)
     result = cli("verify", url)
     assert result.returncode == 0, result.stderr
     assert f"{config.fingerprint}: sound, 10 samples in 1 sound shard" in result.stdout
@@ -95,7 +95,7 @@ def test_which_store_is_asked_for(cli, refused, cache, config, place):
 
 
 def test_damage_is_found_and_repaired(cli, refused, cache, config, place, tmp_path):
-    """Exit code 1 until it is repaired; who has nothing keeps what is sound and names the rest."""
+    """Exit code 1 until a store that has the embeddings pushes again."""
     folder, url = place
     values = some_embeddings(0, 5)
     store(cache, config, values)
@@ -105,40 +105,26 @@ def test_damage_is_found_and_repaired(cli, refused, cache, config, place, tmp_pa
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     result = cli("verify", url)
     assert result.returncode == 1
-    assert "DAMAGED" in result.stdout
-    assert "--repair" in result.stdout
-    result = cli("verify", url, "--repair")
-    assert result.returncode == 0, result.stderr
-    assert "sound now" in result.stdout
+    assert shard.name in result.stdout
+    assert f"lmdbcache push {url} --repair" in result.stdout
+    result = cli("push", url, "--repair")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"uploaded again: shards/{shard.name}" in result.stdout
     assert shard.read_bytes() == whole
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    result = cli("verify", url, "--repair", root=tmp_path / "empty")
-    assert result.returncode == 1
-    assert f"lost: {max(values)}" in result.stdout
     assert cli("verify", url).returncode == 0
-    assert "pushed 1 of 5" in cli("push", url).stdout
-    store_name = config.fingerprint
-    assert "--repair" in refused("verify", store_name, "--repair")
 
 
-def test_what_is_given_up_is_never_called_sound(cli, cache, config, place):
-    """A commit and a shard that nothing can name any more: where they are, and what helps."""
-    folder, url = place
+def test_another_value_there_is_counted(cli, cache, config, place, tmp_path):
+    """Beside it, or left out: as asked."""
+    _, url = place
     store(cache, config, some_embeddings(0, 5))
     cli("push", url)
-    shutil.rmtree(cache.path(config) / "commits")
-    (shard,) = (folder / config.fingerprint / "shards").iterdir()
-    (commit,) = (folder / config.fingerprint / "commits").iterdir()
-    shard.write_bytes(b"nothing of it is left")
-    commit.write_bytes(commit.read_bytes()[:-9])
-    result = cli("verify", url, "--repair")
+    other = EmbeddingCache(tmp_path / "other")
+    store(other, config, some_embeddings(0, 2, seed=1))
+    result = cli("push", url, "--on-duplicate", "error", root=other.root)
     assert result.returncode == 1
-    assert "sound now" not in result.stdout
-    assert f"put aside as damaged/{shard.name}" in result.stdout
-    again = f"lmdbcache push {url} {config.fingerprint} --root {cache.root}"
-    assert f"`{again}`" in result.stdout
-    assert "pushed 5 of 5" in cli(*again.split()[1:]).stdout
-    assert cli("verify", url).returncode == 0
+    assert "2 samples left out" in result.stdout
+    assert "2 samples of these" in cli("push", url, root=other.root).stdout
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,11 @@ def serve(connection: socket.socket) -> None:
 
 def _make_small(sizes: dict[str, Any]) -> None:
     """Small shards, pieces and waits, so that a small store has many of them."""
-    from lmdbcache.exchange.sharing import pushing, remote, uploading
+    from lmdbcache.exchange.sharing import pushing, remote
 
-    for module in (remote, uploading):
+    for module in (remote, pushing):
         for name in sizes.keys() & vars(module).keys():
             setattr(module, name, sizes[name])
-    if "shard_bytes" in sizes:
-        pushing.push.__kwdefaults__["shard_bytes"] = sizes["shard_bytes"]
 
 
 def _be_the_command(

@@ -24,8 +24,8 @@ IMPATIENT = {
     "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 5, "connect_timeout": 5}}),
     "FSSPEC_SSH": json.dumps({"keepalive_interval": 2, "connect_timeout": 9, "login_timeout": 9}),
 }
-# 16 samples of 1 KiB in a shard, 2 shards in a commit; a wait before a new try is short.
-SIZES = {"shard_bytes": 1 << 14, "_SHARDS_PER_COMMIT": 2, "_PIECE_BYTES": 1 << 13}
+# 16 samples of 1 KiB in a shard, 2 shards in a manifest; a wait before a new try is short.
+SIZES = {"SHARD_BYTES": 1 << 14, "_SHARDS_PER_MANIFEST": 2, "_PIECE_BYTES": 1 << 13}
 WAITS = {"_FIRST_WAIT": 0.01}
 
 

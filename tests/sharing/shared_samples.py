@@ -1,11 +1,11 @@
-"""Embeddings, shards and commits for the tests of sharing."""
+"""Embeddings, shards and manifests for the tests of sharing."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from lmdbcache.exchange import encode_shard
-from lmdbcache.exchange.sharing.commits import new_commit
+from lmdbcache.exchange.sharing.manifests import encode_manifest
 from lmdbcache.storage import NUMPY_DTYPES
 
 
@@ -36,10 +36,10 @@ def shard_of(config, embeddings, shape=None):
     return encode_shard(config, shape or values[0].shape, list(embeddings), values)
 
 
-def put_commit(remote, config, entries, *, shape=(8,), writer="node-a", **more):
-    """Write a commit that lists these shards."""
-    commit, data = new_commit(
+def put_manifest(remote, config, entries, *, shape=(8,), writer="node-a", **more):
+    """Write a manifest that lists these shards."""
+    manifest, data = encode_manifest(
         config, shape, writer, "2026-01-01T00:00:00+00:00", shards=entries, **more
     )
-    remote.write(f"{config.fingerprint}/{commit.path}", data)
-    return commit
+    remote.write(f"{config.fingerprint}/{manifest.path}", data)
+    return manifest

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from sharing.shared_samples import put_commit, shard_of
+from sharing.shared_samples import put_manifest, shard_of
 
 from lmdbcache.exchange import decode_shard
-from lmdbcache.exchange.sharing.history import read_history
-from lmdbcache.exchange.sharing.shards import check_content
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
+from lmdbcache.exchange.sharing.remote_index import read_state
 
 
 def share(remote, config, *parts, writer="node-a", **more):
-    """Push each part as one shard, all with one commit."""
+    """Push each part as one shard, all with one manifest."""
     entries, shape = [], None
     for part in parts:
         shape = more.pop("shape", shape) or next(iter(part.values())).shape
         entry, data = shard_of(config, part, shape)
         remote.write(f"{config.fingerprint}/{entry.path}", data)
         entries.append(entry)
-    return put_commit(remote, config, entries, shape=shape, writer=writer, **more)
+    return put_manifest(remote, config, entries, shape=shape, writer=writer, **more)
 
 
 def stored(cache, config):
@@ -46,14 +47,21 @@ def store(cache, config, values, **options):
             writer.put(sample_id, value)
 
 
+def state_of(remote, config):
+    """What is shared of a store, as a stranger reads it."""
+    return read_state(remote, config.fingerprint, LocalFolder(None))
+
+
 def shared(remote, config):
-    """Sample id → the values that are shared, in the order of the history."""
+    """Sample id → the values that are shared."""
     found = {}
-    for commit, entry, rows in read_history(remote, config.fingerprint).offers():
+    for offer in state_of(remote, config).offers():
+        entry = offer.entry
         data = remote.read(f"{config.fingerprint}/{entry.path}", entry.num_bytes)
+        assert hashlib.sha256(data).hexdigest() == entry.sha256
         content = decode_shard(data, entry.path)
-        check_content(content, entry, commit.config)
-        for row in rows:
+        assert content.config == config
+        for row in offer.rows(content.header):
             found.setdefault(content.sample_ids[row], []).append(content.embeddings[row])
     return found
 

@@ -141,10 +141,10 @@ def accuracies(printed: str) -> list[float]:
 
 
 def test_nodes_pull_their_own_part_and_train(flower, source, tmp_path):
-    """A SuperLink and two SuperNodes: each has URL, fingerprint and commit, and pulls its part."""
+    """A SuperLink and two SuperNodes: each pulls its own part, by URL and manifest."""
     url = f"file://{tmp_path}/bucket"
-    commit = push(source, CONFIG, url).commit
-    with source.writer(CONFIG) as writer:  # what comes after the commit doesn't concern them
+    manifest = push(source, CONFIG, url).manifest
+    with source.writer(CONFIG) as writer:  # what comes after the push doesn't concern them
         writer.put("video_99999:dog", np.ones(HIDDEN_SIZE))
     push(source, CONFIG, url)
     with source.reader(CONFIG) as reader:
@@ -154,7 +154,7 @@ def test_nodes_pull_their_own_part_and_train(flower, source, tmp_path):
         (tmp_path / f"node{node}.txt").write_text("\n".join(ids[node::2]))
         flower.supernode(
             f'cache-root="{tmp_path}/node{node}.cache" samples="{tmp_path}/node{node}.txt"'
-            f' url="{url}" fingerprint="{CONFIG.fingerprint}" commit="{commit}"'
+            f' url="{url}" fingerprint="{CONFIG.fingerprint}" manifest="{manifest}"'
         )
     printed = flower.run(f"num-server-rounds=1 hidden-size={HIDDEN_SIZE}")
     assert accuracies(printed)[-1] > 0.9

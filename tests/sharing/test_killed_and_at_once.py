@@ -10,7 +10,7 @@ from sharing.nodes import CONFIG, embeddings
 from stress.figures import fault_seed
 from stress.rounds import rounds
 
-ITEMS = embeddings(0, 160)  # 10 shards, 5 commits
+ITEMS = embeddings(0, 160)  # 10 shards, 5 manifests
 
 
 @pytest.fixture(
@@ -51,7 +51,7 @@ def test_killed_pushes(place, nodes_at, round_number):
         one.store(embeddings(160 * number, 160))
         everything = embeddings(0, 160 * (number + 1))
         for _ in kill_some(one, "push", dice, 4):
-            if place.names("commits/"):
+            if place.names("manifests/"):
                 two.pull()
                 assert two.stored().keys() <= everything.keys()
         one.push()
@@ -105,7 +105,7 @@ def test_pushes_at_once(request, nodes_at, kind, seed, number):
             everything |= items
         running = [node.start("push", place.url, "--writer", node.folder.name) for node in pushing]
         while any(command.is_running() for command in running):
-            if place.names("commits/"):
+            if place.names("manifests/"):
                 pulling.pull()
         assert [command.returncode for command in running] == [0, 0, 0], [
             command.stderr for command in running
@@ -138,7 +138,7 @@ def test_signals(on_moto, nodes_at, number):
     """Ctrl-C and SIGTERM end a push with one line; the next one goes on."""
     one, two = nodes_at(on_moto)
     one.store(ITEMS)
-    on_moto.proxy.fault("stall answer", method="PUT", fits=lambda put: "commits" in put.path)
+    on_moto.proxy.fault("stall answer", method="PUT", fits=lambda put: "manifests" in put.path)
     running = one.start("push", on_moto.url)
     while not any(put.fault for put in on_moto.proxy.select(answered=False)):
         assert running.is_running(), running.stderr

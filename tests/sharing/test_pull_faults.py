@@ -20,15 +20,16 @@ from small_disks import empty, fill, small_disk
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError, RemoteError, StorageError
 from lmdbcache.exchange import Remote, pull
-from lmdbcache.exchange.sharing.downloads import Downloads
-from lmdbcache.exchange.sharing.history import read_history
-from lmdbcache.storage import PULLING_NAME
+from lmdbcache.exchange.sharing import pulling
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
+from lmdbcache.exchange.sharing.remote_index import read_state
+from lmdbcache.storage import SHARING_NAME
 
 LARGE = (64, 64)  # 16 KiB an embedding
 
 
 def part_of(cache, config, entry) -> Path:
-    return cache.path(config) / PULLING_NAME / f"{entry.sha256}.part"
+    return cache.path(config) / SHARING_NAME / f"{entry.sha256}.part"
 
 
 def begin(cache, config, entry, data) -> None:
@@ -43,33 +44,36 @@ def test_a_cut_download_goes_on_where_it_was(remote, cache, config):
     values = some_embeddings(0, 8)
     entry, data = shard_of(config, values)
     share(remote, config, values)
-    begin(cache, config, entry, data[:100])
-    report = pull(cache, remote.url)
-    assert report.bytes_to_fetch == report.bytes_fetched == entry.num_bytes - 100
+    begin(cache, config, entry, data[: entry.header_bytes + 100])
+    report = pull(cache, None, remote.url)
+    num_bytes = entry.num_bytes - entry.header_bytes - 100
+    assert report.bytes_to_fetch == report.bytes_fetched == num_bytes
     assert_same(stored(cache, config), values)
     assert not part_of(cache, config, entry).exists()
 
 
-@pytest.mark.parametrize("left", [b"\0" * 100, b"\0" * 10_000])
+@pytest.mark.parametrize("left", [b"\0" * 10, b"\0" * 1000, b"\0" * 10_000])
 def test_a_damaged_beginning_is_fetched_again(remote, cache, config, left):
     """What a power cut left, or more than the shard has, costs a second look and no more."""
     values = some_embeddings(0, 8)
     share(remote, config, values)
     begin(cache, config, shard_of(config, values)[0], left)
-    assert pull(cache, remote.url).exit_code == 0
+    assert pull(cache, None, remote.url).exit_code == 0
     assert_same(stored(cache, config), values)
 
 
 def test_a_connection_that_breaks_leaves_what_came(remote, cache, config, monkeypatch):
     """A place that goes away: one error; what is imported stays, and the rest isn't begun anew."""
+    monkeypatch.setattr(pulling, "_AT_ONCE", 1)
     parts = [some_embeddings(10 * n, 10, shape=LARGE) for n in range(3)]
-    commit = share(remote, config, *parts)
+    shared = share(remote, config, *parts)
     plain, calls = Remote.fetch, []
 
     def fetch(self, path, target, num_bytes, progress=None):
         calls.append(path)
         if len(calls) == 2:
             plain(self, path, target, num_bytes // 2, progress)
+            target.flush()
             raise RemoteError("the connection is gone")
         plain(self, path, target, num_bytes, progress)
 
@@ -78,17 +82,18 @@ def test_a_connection_that_breaks_leaves_what_came(remote, cache, config, monkey
 
     def list_files(self, folder):
         if len(calls) == 2:
-            raise RemoteError("nobody answers")
+            raise RemoteError("nothing answers")
         return plain_list(self, folder)
 
     monkeypatch.setattr(Remote, "list_files", list_files)
-    with pytest.raises(RemoteError, match="nobody answers"):
-        pull(cache, remote.url)
+    with pytest.raises(RemoteError):
+        pull(cache, None, remote.url)
     assert len(stored(cache, config)) == 10
     calls.extend([""] * 5)
-    report = pull(cache, remote.url)
-    sizes = [entry.num_bytes for entry in commit.shards]
-    assert report.bytes_fetched == sum(sizes[1:]) - sizes[1] // 2
+    report = pull(cache, None, remote.url)
+    second, third = (entry for entry in shared.shards if entry.path not in calls[0])
+    num_bytes = second.num_bytes - second.num_bytes // 2 + third.num_bytes - third.header_bytes
+    assert report.bytes_fetched == num_bytes
     assert_same(stored(cache, config), {k: v for part in parts for k, v in part.items()})
 
 
@@ -96,17 +101,13 @@ def test_parts_that_no_shard_asks_for_are_removed(remote, cache, config):
     """What a killed pull left of a shard that was withdrawn since isn't kept for ever."""
     share(remote, config, some_embeddings(0, 3))
     begin(cache, config, shard_of(config, some_embeddings(50, 3))[0], b"half a shard")
-    assert pull(cache, remote.url).exit_code == 0
+    assert pull(cache, None, remote.url).exit_code == 0
     assert not list(cache.root.rglob("*.part"))
 
 
 KILLED = """
 import os, signal, sys
-from lmdbcache.exchange.sharing import pulling, downloads
-from lmdbcache.exchange.sharing.history import read_history
 from lmdbcache.exchange import pull
-from lmdbcache.exchange import Remote
-from lmdbcache.exchange import verify_remote
 import lmdbcache.exchange.sharing.remote as remote
 remote._PIECE_BYTES = 20_000
 left = int(sys.argv[3])
@@ -116,9 +117,9 @@ def count(frame, event, argument):
         left -= 1
         if left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
-pull(sys.argv[1] + "-warm", sys.argv[2])
+pull(sys.argv[1] + "-warm", None, sys.argv[2])
 sys.setprofile(count)
-pull(sys.argv[1], sys.argv[2])
+pull(sys.argv[1], None, sys.argv[2])
 sys.setprofile(None)
 print("calls", int(sys.argv[3]) - left)
 """
@@ -149,88 +150,72 @@ def test_killed_at_any_moment(remote, tmp_path, config):
             found = stored(cache, config)
             assert_same(found, {name: expected[name] for name in found})
             assert len(found) % 4 == 0  # each shard is one transaction
-    assert pull(cache, remote.url).exit_code == 0
+    assert pull(cache, None, remote.url).exit_code == 0
     assert_same(stored(cache, config), expected)
     assert cache.verify(config).is_sound
 
 
 def test_two_pulls_at_once_fetch_everything_once(remote, cache, config, caplog):
     """The second waits for the first, and finds it all there."""
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     values = some_embeddings(0, 30)
-    commit = share(remote, config, values)
+    (entry,) = share(remote, config, values).shards
     reports = []
-    with Downloads(cache.path(config)).held():
+    with LocalFolder(cache.path(config)).held():
         pulls = [
-            threading.Thread(target=lambda: reports.append(pull(cache, remote.url)))
+            threading.Thread(target=lambda: reports.append(pull(cache, None, remote.url)))
             for _ in range(2)
         ]
         for one in pulls:
             one.start()
-        while sum("waiting for another pull" in line for line in caplog.messages) < 2:
+        while sum(str(SHARING_NAME) in line for line in caplog.messages) < 2:
             time.sleep(0.01)
         time.sleep(0.3)
         assert not reports
         assert config not in cache
     for one in pulls:
         one.join()
-    assert sum(report.bytes_fetched for report in reports) == commit.shards[0].num_bytes
+    assert sum(report.bytes_fetched for report in reports) == entry.num_bytes - entry.header_bytes
     assert_same(stored(cache, config), values)
 
 
 def test_two_pushers_in_conflict_are_both_named(remote, cache, config):
-    """`error` keeps what came first and names both; `theirs` ends at the later, and stays there."""
+    """`error` keeps what came first and names both; `overwrite` ends at the later."""
     ours, theirs = some_embeddings(0, 3), some_embeddings(0, 3, seed=1)
     one = share(remote, config, ours, writer="node-a")
     two = share(remote, config, theirs, writer="node-b")
-    report = pull(cache, remote.url)
-    assert (report.exit_code, report.merged.num_new) == (1, 3)
-    first, second = sorted((one, two), key=lambda commit: commit.id)
-    for conflict in report.merged.conflicts:
-        assert conflict.stored.detail["commit"] == first.id
-        assert conflict.given.detail["commit"] == second.id
+    report = pull(cache, None, remote.url)
+    assert (report.exit_code, report.intake.num_new) == (1, 3)
+    first, second = sorted((one, two), key=lambda manifest: manifest.id)
+    for conflict in report.intake.conflicts:
+        assert conflict.stored.detail["manifest"] == first.id
+        assert conflict.given.detail["manifest"] == second.id
         assert conflict.max_abs > 0
     before, after = (ours, theirs) if first is one else (theirs, ours)
     assert_same(stored(cache, config), before)
-    assert pull(cache, remote.url, on_duplicate="overwrite").exit_code == 0
+    assert pull(cache, None, remote.url, on_duplicate="overwrite").exit_code == 0
     assert_same(stored(cache, config), after)
-    again = pull(cache, remote.url, on_duplicate="overwrite")
+    again = pull(cache, None, remote.url, on_duplicate="overwrite")
     assert (again.exit_code, again.bytes_fetched) == (0, 0)
     assert_same(stored(cache, config), after)
 
 
-def test_what_differs_in_the_last_bits_is_fetched_once(remote, filled, config, embeddings):
-    """Within the tolerance ours is kept and counted; the next pull doesn't look again."""
+def test_what_differs_in_the_last_bits_is_kept(remote, filled, config, embeddings):
+    """Within the tolerance the stored one is kept and counted; `skip` doesn't even look."""
     near = {name: value + np.float32(1e-6) for name, value in embeddings.items()}
     share(remote, config, near)
-    report = pull(filled, remote.url)
-    assert (report.exit_code, report.merged.num_close) == (0, 20)
-    again = pull(filled, remote.url)
-    assert (again.exit_code, again.bytes_fetched, again.num_settled) == (0, 0, 20)
-    closer = pull(filled, remote.url, tolerance=1e-9)
-    assert (closer.exit_code, len(closer.merged.conflicts)) == (1, 20)
+    report = pull(filled, None, remote.url)
+    assert (report.exit_code, report.intake.num_close) == (0, 20)
+    skipped = pull(filled, None, remote.url, on_duplicate="skip", tolerance=1e-9)
+    assert (skipped.exit_code, skipped.bytes_fetched, skipped.num_skipped) == (0, 0, 20)
+    closer = pull(filled, None, remote.url, tolerance=1e-9)
+    assert (closer.exit_code, len(closer.intake.conflicts)) == (1, 20)
     assert_same(stored(filled, config), embeddings)
 
 
-def test_a_record_of_comparisons_that_was_cut_does_no_harm(remote, filled, config, embeddings):
-    """Half a record at the end, as a kill leaves it, and rubbish: what is whole still counts."""
-    near = {name: value + np.float32(1e-6) for name, value in embeddings.items()}
-    names = sorted(near)
-    share(remote, config, {name: near[name] for name in names[:10]})
-    pull(filled, remote.url)
-    path = filled.path(config) / PULLING_NAME / "compared"
-    path.write_bytes(path.read_bytes() + b"half a rec")
-    share(remote, config, {name: near[name] for name in names[10:]}, writer="node-b")
-    again = pull(filled, remote.url)
-    assert (again.num_settled, again.merged.num_close) == (10, 10)
-    assert pull(filled, remote.url).num_settled == 20
-    path.write_bytes(b"rubbish" * 100)
-    assert pull(filled, remote.url).merged.num_close == 20
-
-
-def test_a_place_that_goes_away_while_commits_are_read(remote, config, monkeypatch):
-    """One error, at once, and not a try for each of the commits that are left."""
-    for number in range(5):
+def test_a_place_that_goes_away_while_manifests_are_read(remote, config, monkeypatch):
+    """One error, at once, and not a try for each of the manifests that are left."""
+    for number in range(50):
         share(remote, config, some_embeddings(number, 1), writer=f"node-{number}")
     plain, read = Remote.list_files, []
 
@@ -240,26 +225,27 @@ def test_a_place_that_goes_away_while_commits_are_read(remote, config, monkeypat
 
     def list_files(self, folder):
         if read:
-            raise RemoteError("nobody answers")
+            raise RemoteError("nothing answers")
         return plain(self, folder)
 
     monkeypatch.setattr(Remote, "read", fail)
     monkeypatch.setattr(Remote, "list_files", list_files)
-    with pytest.raises(RemoteError, match="nobody answers"):
-        read_history(remote, config.fingerprint)
-    assert len(read) == 1
+    with pytest.raises(RemoteError):
+        read_state(remote, config.fingerprint, LocalFolder(None))
+    assert len(read) <= 8
 
 
-def test_a_conflict_is_told_until_it_is_decided(remote, filled, config, embeddings):
-    """`error` tells it at every pull; `ours` decides it, and asks for no bytes again."""
+def test_a_conflict_is_reported_until_it_is_decided(remote, filled, config, embeddings):
+    """`error` lists it at every pull; `skip` and `overwrite` decide."""
     share(remote, config, {"video_00001:dog": np.ones(8, "f4")})
     for _ in range(2):
-        report = pull(filled, remote.url)
-        assert (report.exit_code, len(report.merged.conflicts)) == (1, 1)
-        assert report.merged.conflicts[0].stored.writer == "this store"
-    assert pull(filled, remote.url, on_duplicate="skip").exit_code == 0
-    assert pull(filled, remote.url, on_duplicate="skip").bytes_fetched == 0
+        report = pull(filled, None, remote.url)
+        assert (report.exit_code, len(report.intake.conflicts)) == (1, 1)
+        assert report.intake.conflicts[0].stored.writer == "this store"
+    assert pull(filled, None, remote.url, on_duplicate="skip").exit_code == 0
     assert_same(stored(filled, config), embeddings)
+    assert pull(filled, None, remote.url, on_duplicate="overwrite").exit_code == 0
+    assert stored(filled, config)["video_00001:dog"].tolist() == [1.0] * 8
 
 
 def test_embeddings_of_other_weights_are_refused(remote, cache, config):
@@ -270,9 +256,9 @@ def test_embeddings_of_other_weights_are_refused(remote, cache, config):
     share(remote, config, one, provenance={"weights_digest": "1"})
     three = some_embeddings(6, 3)
     share(remote, config, two, three, provenance={"weights_digest": "2"}, writer="node-b")
-    report = pull(cache, remote.url)
+    report = pull(cache, None, remote.url)
     assert report.exit_code == 1
-    assert [refusal.where for refusal in report.merged.refused] == ["node-b"]
+    assert [refusal.where for refusal in report.intake.refused] == ["node-b"]
     assert sorted(stored(cache, config)) == sorted([*one, "mine:dog"])
 
 
@@ -281,8 +267,8 @@ def test_a_disk_without_room_is_refused_before(remote, tmp_path, config):
     share(remote, config, some_embeddings(0, 10))
     with small_disk(tmp_path / "disk", 40) as disk:
         fill(disk, 4 << 20)
-        with pytest.raises(CacheFullError, match="this pull needs"):
-            pull(disk / "cache", remote.url)
+        with pytest.raises(CacheFullError):
+            pull(disk / "cache", None, remote.url)
         assert not list((disk / "cache").rglob("*.part"))
 
 
@@ -292,7 +278,8 @@ def test_a_disk_that_fills_up_keeps_what_was_imported(remote, tmp_path, config, 
     share(remote, config, *parts)
     with small_disk(tmp_path / "disk", 64) as disk:
         cache = EmbeddingCache(disk / "cache")
-        plain, calls = Downloads.fetch, []
+        monkeypatch.setattr(pulling, "_AT_ONCE", 1)
+        plain, calls = LocalFolder.fetch, []
 
         def fetch(self, *arguments):
             calls.append(arguments)
@@ -300,13 +287,12 @@ def test_a_disk_that_fills_up_keeps_what_was_imported(remote, tmp_path, config, 
                 fill(disk, 300_000)
             return plain(self, *arguments)
 
-        monkeypatch.setattr(Downloads, "fetch", fetch)
+        monkeypatch.setattr(LocalFolder, "fetch", fetch)
         with pytest.raises(CacheFullError):
-            pull(cache, remote.url)
+            pull(cache, None, remote.url)
         assert len(stored(cache, config)) == 120
-        assert not list(cache.root.rglob("*.part"))
         empty(disk)
-        assert pull(cache, remote.url).exit_code == 0
+        assert pull(cache, None, remote.url).exit_code == 0
         assert_same(stored(cache, config), {k: v for part in parts for k, v in part.items()})
 
 
@@ -314,5 +300,5 @@ def test_a_root_that_cannot_be_written(remote, tmp_path, config):
     """A file in the place of the root is said before anything is fetched."""
     share(remote, config, some_embeddings(0, 3))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="is a file"):
-        pull(tmp_path / "file", remote.url)
+    with pytest.raises(StorageError):
+        pull(tmp_path / "file", None, remote.url)

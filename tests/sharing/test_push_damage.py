@@ -7,8 +7,10 @@ import pytest
 from sharing.shared_samples import some_embeddings
 from sharing.shared_stores import assert_shared, store
 
+from lmdbcache import EmbeddingCache
 from lmdbcache.errors import RemoteError
-from lmdbcache.exchange import Remote, push
+from lmdbcache.exchange import Remote, push, verify_remote
+from lmdbcache.exchange.sharing import pushing
 from lmdbcache.storage import current_generation
 
 
@@ -38,69 +40,97 @@ def test_a_damaged_key_is_never_pushed(remote, cache, config):
     assert_shared(remote, config, {name: values[name] for name in ("v:dog", "v:x")})
 
 
-def test_what_a_damaged_commit_listed_is_pushed_again(remote, cache, config):
-    """Its samples count as missing; the shard is there already."""
+def test_a_damaged_manifest_is_replaced(remote, cache, config):
+    """Its samples count as missing; the shard is there already; the new one takes its place."""
     values = some_embeddings(0, 5)
     store(cache, config, values)
     first = push(cache, config, remote.url)
-    path = f"{config.fingerprint}/commits/{first.commit}.json"
-    remote.write(path, b"{}")
+    remote.write(f"{config.fingerprint}/manifests/{first.manifest}.json", b"{}")
+    assert not verify_remote(remote.url).is_sound
     report = push(cache, config, remote.url)
     assert (report.num_pushed, report.num_shards, report.num_uploaded) == (5, 1, 0)
-    assert list(report.problems) == [f"commits/{first.commit}.json"]
+    assert report.problems == {}
     assert_shared(remote, config, values)
+    assert verify_remote(remote.url).is_sound
 
 
-def test_what_vanished_is_pushed_again(remote, cache, config):
-    """A commit isn't believed where a listing lacks its shard, or has less of it."""
+def test_what_vanished_is_pushed_again(remote, cache, config, monkeypatch):
+    """A shard that a listing lacks, or has less of, is uploaded again under its name."""
+    monkeypatch.setattr(pushing, "SHARD_BYTES", 32 * 10)
     values = some_embeddings(0, 30)
     store(cache, config, values)
-    push(cache, config, remote.url, shard_bytes=32 * 10)
-    names = sorted(remote.list_files(f"{config.fingerprint}/shards"))
+    push(cache, config, remote.url)
+    sound = remote.list_files(f"{config.fingerprint}/shards")
+    names = sorted(sound)
     remote.remove(f"{config.fingerprint}/shards/{names[0]}")
     remote.write(f"{config.fingerprint}/shards/{names[1]}", b"cut")
-    report = push(cache, config, remote.url, shard_bytes=32 * 10)
-    assert (report.num_there, report.num_pushed, report.num_uploaded) == (10, 20, 2)
-    assert sorted(report.problems) == [f"shards/{name}" for name in names[:2]]
+    assert not verify_remote(remote.url).is_sound
+    report = push(cache, config, remote.url)
+    assert (report.num_there, report.num_pushed, report.num_uploaded) == (30, 0, 2)
+    assert sorted(report.repaired) == [f"shards/{name}" for name in names[:2]]
+    assert remote.list_files(f"{config.fingerprint}/shards") == sound
     assert_shared(remote, config, values)
-    assert not push(cache, config, remote.url).problems
+    assert verify_remote(remote.url).is_sound
 
 
-def test_a_shard_that_a_server_cut_is_uploaded_again(remote, cache, config, monkeypatch):
-    """No commit names a shard that isn't listed in its whole size."""
+@pytest.mark.parametrize("position", [20, -1])
+def test_a_flipped_bit_is_repaired_when_asked(remote, cache, config, tmp_path, position):
+    """From any store that has the shard's embeddings, byte for byte; else it stays and is named."""
+    values = some_embeddings(0, 30)
+    store(cache, config, values)
+    push(cache, config, remote.url)
+    (name,) = remote.list_files(f"{config.fingerprint}/shards")
+    path = tmp_path / "shared" / config.fingerprint / "shards" / name
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[position] ^= 4
+    path.write_bytes(data)
+    (store_report,) = verify_remote(remote.url).stores
+    assert [(one.path, one.state) for one in store_report.findings] == [
+        (f"shards/{name}", "damaged")
+    ]
+    poor, rich = EmbeddingCache(tmp_path / "poor"), EmbeddingCache(tmp_path / "rich")
+    store(poor, config, some_embeddings(0, 3))
+    assert push(poor, config, remote.url, repair=True, dry_run=True).repaired == []
+    assert push(cache, config, remote.url, dry_run=True, repair=True).repaired == [f"shards/{name}"]
+    assert path.read_bytes() == data
+    store(rich, config, values)
+    helper = cache if position == 20 else rich  # a damaged header is known by who has pushed it
+    assert push(helper, config, remote.url, repair=True).repaired == [f"shards/{name}"]
+    assert path.read_bytes() == whole
+    assert verify_remote(remote.url).is_sound
+
+
+def test_what_can_not_be_made_again_is_given_up_by_its_writer(remote, cache, config, tmp_path):
+    """The rest of a damaged shard is pushed in another one, and the damaged one isn't listed."""
+    values = some_embeddings(0, 30)
+    store(cache, config, values)
+    push(cache, config, remote.url)
+    (name,) = remote.list_files(f"{config.fingerprint}/shards")
+    remote.write(f"{config.fingerprint}/shards/{name}", b"cut")
+    gone = sorted(values)[3]
+    with cache.writer(config) as writer:
+        writer.remove([gone])
+    report = push(cache, config, remote.url)
+    assert (report.num_pushed, list(report.problems)) == (29, [f"shards/{name}"])
+    assert_shared(remote, config, {one: v for one, v in values.items() if one != gone})
+
+
+def test_a_server_that_keeps_less_is_an_error(remote, cache, config, monkeypatch):
+    """No manifest names a shard that isn't listed in its whole size; nor is a cut one accepted."""
     values = some_embeddings(0, 10)
     store(cache, config, values)
-    original, cut = Remote.write, []
-
-    def cutting(self, path, data):
-        if "shards" in path and len(cut) < 2:
-            cut.append(path)
-            data = data[:-1]
-        original(self, path, data)
-
-    monkeypatch.setattr(Remote, "write", cutting)
-    report = push(cache, config, remote.url)
-    assert report.num_uploaded == 3
-    assert_shared(remote, config, values)
-    monkeypatch.setattr(
-        Remote, "write", lambda self, path, data: original(self, path, data[: len(data) // 2])
-    )
-    store(cache, config, some_embeddings(10, 1))
-    with pytest.raises(RemoteError, match="isn't there, or not whole"):
-        push(cache, config, remote.url)
-
-
-def test_a_commit_that_a_server_cut_is_told(remote, cache, config, monkeypatch):
-    """A push doesn't end well unless its commit is there in its whole size."""
-    store(cache, config, some_embeddings(0, 3))
     original = Remote.write
-
-    def cutting(self, path, data):
-        original(self, path, data[:-9] if "/commits/" in path else data)
-
-    monkeypatch.setattr(Remote, "write", cutting)
-    with pytest.raises(RemoteError, match=r"commit .* has \d+ of \d+ bytes.*Push again"):
-        push(cache, config, remote.url)
+    for kind in ("shards", "manifests"):
+        monkeypatch.setattr(
+            Remote,
+            "write",
+            lambda self, path, data, kind=kind: original(
+                self, path, data[:-9] if kind in path else data
+            ),
+        )
+        with pytest.raises(RemoteError):
+            push(cache, config, remote.url)
     monkeypatch.setattr(Remote, "write", original)
     push(cache, config, remote.url)
-    assert_shared(remote, config, some_embeddings(0, 3))
+    assert_shared(remote, config, values)

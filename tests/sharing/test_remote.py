@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import time
 
 import pytest
 
 from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
 from lmdbcache.exchange import Remote, is_url
 from lmdbcache.exchange.sharing import remote as remote_module
+from lmdbcache.exchange.sharing.remote import in_parallel, without_secrets
 
 
 @pytest.fixture(params=["remote", "in_memory"])
@@ -49,10 +51,9 @@ def test_a_fetch_goes_on_where_it_was_cut(place, monkeypatch):
     place.fetch("x", target, 35, pieces.append)
     assert target.getvalue() == data
     assert pieces == [10, 10, 3]
-    with pytest.raises(RemoteError, match="isn't there"):
-        place.fetch("y", io.BytesIO(), 35)
-    with pytest.raises(RemoteError, match="35"):
-        place.read("x", 34)
+    for path, num_bytes in (("y", 35), ("x", 34)):
+        with pytest.raises(RemoteError):
+            place.read(path, num_bytes)
     with pytest.raises(RemoteError):
         place.fetch("x", io.BytesIO(), 36)
 
@@ -73,9 +74,10 @@ def test_what_breaks_on_the_way_is_tried_again(place):
         return action
 
     assert place._try(failing(4, ConnectionResetError("cut")), "x") == "done"
-    with pytest.raises(RemoteError, match="tried 5 times"):
+    with pytest.raises(RemoteError):
         place._try(failing(5, TimeoutError()), "x")
-    with pytest.raises(RemoteError, match="credentials"):
+    assert len(calls) == 5
+    with pytest.raises(RemoteError):
         place._try(failing(1, PermissionError("no")), "x")
     assert len(calls) == 1
 
@@ -86,9 +88,7 @@ def test_files_being_uploaded_are_not_listed(remote, tmp_path):
     folder.mkdir(parents=True)
     (folder / ".uploading-1234-abc").write_bytes(b"half")
     assert remote.list_files("shards") == {}
-    ((name, age),) = remote.leftovers("shards").items()
-    assert name == ".uploading-1234-abc"
-    assert 0 <= age < 3600
+    assert remote.leftovers("shards") == [".uploading-1234-abc"]
 
 
 def test_a_failed_write_leaves_nothing(remote, tmp_path):
@@ -111,7 +111,7 @@ def test_what_is_no_place_is_refused(url):
 
 def test_a_missing_package_is_named():
     """The error says what to install."""
-    with pytest.raises(MissingDependencyError, match="pip install"):
+    with pytest.raises(MissingDependencyError, match="gcsfs"):
         Remote("gs://bucket/x")
 
 
@@ -126,12 +126,32 @@ def test_a_place_pickles_and_works_in_a_forked_process(place):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_folders_on_a_server_that_lists_none(in_memory, monkeypatch):
-    """s3rver lists nothing where there are only folders of folders: the files tell."""
-    in_memory.write("a/commits/one", b"1")
-    in_memory.write("b/shards/two", b"2")
-    monkeypatch.setattr(Remote, "_list", lambda *_: {})
-    monkeypatch.setattr(in_memory, "protocol", "s3")
-    assert in_memory.list_folders() == ["a", "b"]
-    assert in_memory.list_folders("a") == ["commits"]
-    assert in_memory.list_folders("c") == []
+def test_several_at_once_and_in_order():
+    """Results come in the order of the items, exceptions where they are asked for."""
+    running, most = [], []
+
+    def action(number):
+        running.append(number)
+        most.append(len(running))
+        time.sleep(0.02 if number % 3 else 0.05)
+        running.remove(number)
+        if number == 7:
+            raise ValueError(number)
+        return -number
+
+    found = []
+    for number, result in in_parallel(action, range(20), limit=4):
+        found.append(number)
+        if number == 7:
+            assert isinstance(result.exception(), ValueError)
+        else:
+            assert result.result() == -number
+    assert found == list(range(20))
+    assert 1 < max(most) <= 4
+
+
+def test_secrets_of_a_url_are_not_kept():
+    """A password or access key in a URL isn't shown, nor written to the store."""
+    assert without_secrets("ssh://me:pass@host/folder") == "ssh://me@host/folder"
+    for url in ("s3://bucket/folder", "ssh://me@host/a", "file:///a:b@c", "memory://x"):
+        assert without_secrets(url) == url

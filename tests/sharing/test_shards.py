@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 
@@ -13,7 +14,6 @@ from sharing.shared_samples import ragged_embeddings, shard_of, some_embeddings
 from lmdbcache import CacheConfig
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
 from lmdbcache.exchange import decode_shard, encode_shard
-from lmdbcache.exchange.sharing.shards import check_content, sound_rows
 from lmdbcache.storage import checksum, sample_key
 
 
@@ -24,24 +24,24 @@ def test_a_shard_comes_back_bit_for_bit(dtype):
     embeddings = some_embeddings(0, 9, dtype=dtype, shape=(3, 5))
     entry, data = shard_of(config, embeddings)
     content = decode_shard(data, "shard")
-    assert content.sample_ids == entry.sample_ids == tuple(sorted(embeddings))
+    assert content.sample_ids == tuple(sorted(embeddings))
     assert content.config == config
     assert content.embeddings.shape == (9, 3, 5)
     for sample_id, value in zip(content.sample_ids, content.embeddings, strict=True):
         assert value.dtype == embeddings[sample_id].dtype
         assert value.tobytes() == embeddings[sample_id].tobytes()
-    check_content(content, entry, config)
-    key = sample_key(entry.sample_ids[0])
-    assert entry.checksums[0] == checksum(key, embeddings[entry.sample_ids[0]].tobytes())
+    (first, *_) = content.sample_ids
+    assert content.header.checksums[0] == checksum(sample_key(first), embeddings[first].tobytes())
+    assert (entry.num_samples, entry.first) == (9, first)
+    assert data[: entry.header_bytes] == content.header.encoded
 
 
 def test_a_ragged_shard_comes_back_bit_for_bit(config):
     """Embeddings of different lengths lie one after the other."""
     embeddings = ragged_embeddings(11)
-    entry, data = shard_of(config, embeddings, (None, 4))
+    _, data = shard_of(config, embeddings, (None, 4))
     content = decode_shard(data, "shard")
-    check_content(content, entry, config)
-    assert entry.lengths == tuple(len(embeddings[one]) for one in entry.sample_ids)
+    assert content.header.lengths == tuple(len(embeddings[one]) for one in content.sample_ids)
     for sample_id, value in zip(content.sample_ids, content.embeddings, strict=True):
         np.testing.assert_array_equal(value, embeddings[sample_id])
 
@@ -54,35 +54,35 @@ def test_the_order_in_which_samples_are_given_does_not_matter(config):
 
 
 def test_the_bytes_never_change_between_releases():
-    """A shard of format 1 has this digest for ever."""
+    """A shard of format 2 has this digest for ever."""
     values = (np.arange(12, dtype=np.float32) / 4).reshape(3, 4)
     names = ["b:dog", "a:dog", "ü:hund"]
     entry, data = encode_shard(CacheConfig(), (4,), names, values)
     assert entry.sha256 == hashlib.sha256(data).hexdigest()
-    assert entry.sha256 == "bde434bbc6c6625ea77dd9d72d3ddbdb3c19d682649f3e201a7a79b8c8ac6948"
+    assert entry.sha256 == "0ee8c536eed468cbf9afb82885b49e062dd0d4a94e0ba6b1e92eacbe73f93ea9"
 
 
 def test_the_safetensors_package_reads_a_shard(config, tmp_path):
     """A shard is an ordinary safetensors file, with the ids in its metadata."""
     embeddings = some_embeddings(0, 5)
-    entry, data = shard_of(config, embeddings)
+    _, data = shard_of(config, embeddings)
     path = tmp_path / "shard.safetensors"
     path.write_bytes(data)
     with safe_open(path, "np") as file:
         values = file.get_tensor("embeddings")
         about = json.loads(file.metadata()["lmdbcache"])
-    assert about["sample_ids"] == list(entry.sample_ids)
-    np.testing.assert_array_equal(values, [embeddings[one] for one in entry.sample_ids])
+    assert about["sample_ids"] == sorted(embeddings)
+    np.testing.assert_array_equal(values, [embeddings[one] for one in sorted(embeddings)])
 
 
-def test_every_flipped_bit_and_every_cut_is_an_error_of_ours(config):
-    """No damage crashes the decoder or passes both of its checks."""
-    entry, data = shard_of(config, some_embeddings(0, 3, shape=(2,)))
+def test_no_flipped_bit_and_no_cut_crashes_the_decoder(config):
+    """What isn't an error of ours has another header than the manifest lists, or other values."""
+    _, data = shard_of(config, some_embeddings(0, 3, shape=(2,)))
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8
-        with pytest.raises(IntegrityError):
-            check_content(decode_shard(bytes(damaged), "shard"), entry, config)
+        with contextlib.suppress(IntegrityError):
+            assert decode_shard(bytes(damaged), "shard").header.num_bytes == len(data)
         with pytest.raises(IntegrityError):
             decode_shard(data[:position], "shard")
     with pytest.raises(IntegrityError):
@@ -125,7 +125,11 @@ def with_about(data, about):
         {"fingerprint": "0" * 16},
         {"config": {"evil": 1}},
         {"config": 7},
-        {"format": "1"},
+        {"format": "2"},
+        {"format": 1},
+        {"checksums": ""},
+        {"checksums": "zz" * 24},
+        {"checksums": "00" * 24 + "0"},
     ],
 )
 def test_a_header_that_lies_is_refused(config, changes):
@@ -141,8 +145,8 @@ def test_a_header_that_lies_is_refused(config, changes):
 def test_a_newer_format_is_named(config):
     """A shard of a later release asks for an upgrade."""
     _, data = shard_of(config, some_embeddings(0, 3))
-    with pytest.raises(FormatVersionError, match="Upgrade"):
-        decode_shard(with_about(data, {**about_of(data), "format": 2}), "shard")
+    with pytest.raises(FormatVersionError):
+        decode_shard(with_about(data, {**about_of(data), "format": 3}), "shard")
 
 
 def test_what_cannot_be_a_shard_is_refused(config):
@@ -156,32 +160,3 @@ def test_what_cannot_be_a_shard_is_refused(config):
     ]:
         with pytest.raises(ConfigError):
             encode_shard(config, (4,), names, values)
-
-
-def test_sound_rows_of_a_damaged_shard_are_found(config):
-    """Each embedding that still has its checksum is found, in a cut or flipped file alike."""
-    embeddings = some_embeddings(0, 6)
-    entry, data = shard_of(config, embeddings)
-    damaged = bytearray(data)
-    damaged[-1] ^= 1
-    damaged[3] ^= 255  # the header is of no importance
-    found = sound_rows(bytes(damaged), entry, config, (8,))
-    assert list(found) == list(entry.sample_ids[:5])
-    for sample_id, value in found.items():
-        np.testing.assert_array_equal(value, embeddings[sample_id])
-    assert list(sound_rows(data[:-33], entry, config, (8,))) == list(entry.sample_ids[:4])
-    assert sound_rows(b"", entry, config, (8,)) == {}
-
-
-def test_another_shard_than_the_commit_says_is_refused(config):
-    """Samples, config and values are compared with the commit's."""
-    embeddings = some_embeddings(0, 4)
-    entry, data = shard_of(config, embeddings)
-    other_values, _ = shard_of(config, some_embeddings(0, 4, seed=1))
-    other_samples, _ = shard_of(config, some_embeddings(1, 4))
-    content = decode_shard(data, "shard")
-    for wrong in (other_values, other_samples):
-        with pytest.raises(IntegrityError):
-            check_content(content, wrong, config)
-    with pytest.raises(IntegrityError, match="another config"):
-        check_content(content, entry, config.replace(duration=1.0))

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from lmdbcache.exchange.sharing.downloads import Downloads
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.files import opened_for_flock
 from lmdbcache.storage import write_lock
 from lmdbcache.storage.checks.first_opening import _one_at_a_time
@@ -33,7 +33,7 @@ def writing(store):
 
 
 def pulling(store):
-    return Downloads(store).held(), store / "pulling" / "lock"
+    return LocalFolder(store).held(), store / "sharing" / "lock"
 
 
 def checking(store):

@@ -25,7 +25,7 @@ from lmdbcache.cache import (
 )
 from lmdbcache.cli.doctor.stores import check_stores
 from lmdbcache.errors import CacheError, NotRegularFileError
-from lmdbcache.exchange.sharing.downloads import Downloads
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.files import check_file, open_file, read_file, replace_file
 from lmdbcache.storage import held_store
 
@@ -289,7 +289,7 @@ def test_files_are_opened_as_themselves_or_not_at_all(tmp_path, outside, kind):
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
-@pytest.mark.parametrize("name", ["pulling/lock", "pulling", "gone.running"])
+@pytest.mark.parametrize("name", ["sharing/lock", "sharing", "gone.running"])
 def test_folders_that_are_filled_are_no_way_out(root, outside, name, kind):
     """A pull's folder and the lock beside a staging store are refused in the same way."""
     store, before = root.path(HOSTILE), seen(outside)
@@ -300,7 +300,7 @@ def test_folders_that_are_filled_are_no_way_out(root, outside, name, kind):
             if name == "gone.running":
                 stack.enter_context(held_store(store / "gone", 0))
             else:
-                stack.enter_context(Downloads(store).held())
+                stack.enter_context(LocalFolder(store).held())
 
     in_fork(refused)
     assert seen(outside) == before

@@ -3,92 +3,193 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from threading import Lock
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
-from lmdbcache.exchange.intake import Intake, Refusal
-from lmdbcache.exchange.sharing.commits import Commit
-from lmdbcache.exchange.sharing.copies import CommitCopies
-from lmdbcache.exchange.sharing.downloads import Downloads
-from lmdbcache.exchange.sharing.history import History, read_history
-from lmdbcache.exchange.sharing.partial import Span, fetch_rows, spans_of
-from lmdbcache.exchange.sharing.places import (
-    copies_of,
+from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
+from lmdbcache.exchange.sharing.remote import Remote, in_parallel
+from lmdbcache.exchange.sharing.remote_index import (
+    FINGERPRINT,
+    Offer,
+    SharedState,
     find_fingerprint,
-    first_commit,
-    pinned_state,
+    read_header,
+    read_state,
 )
-from lmdbcache.exchange.sharing.pull_report import Problem, PullReport
-from lmdbcache.exchange.sharing.remote import Remote
-from lmdbcache.exchange.sharing.settled import Settled
-from lmdbcache.exchange.sharing.shards import ShardEntry, check_content, decode_shard
-from lmdbcache.exchange.sharing.wanted import Plan, Selection, Wanted, alternatives, make_plan
+from lmdbcache.exchange.sharing.selection import Selection
+from lmdbcache.exchange.sharing.shards import ShardHeader, decode_shard
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
+    Report,
     check_room,
+    checksum,
     portable,
     sample_id_of_key,
     stored_checksums,
 )
 
-__all__ = ["pull"]
+__all__ = ["PullReport", "pull"]
 
-_SETTLED_NAME: Final = "compared"
-_TRANSACTION_BYTES: Final = 256 << 20  # shards are smaller, unless somebody wanted them larger
 _PAGE: Final = 4096
-Bytes = Callable[[int, int], None]
+_AT_ONCE: Final = 8
+# So many bytes come in the time that one more request takes.
+_GAP_BYTES: Final = 1 << 20
+_Values = Mapping[int, Any] | Sequence[Any]  # by position in the shard
+
+
+class _Wanted(NamedTuple):
+    """A shard to fetch, and the positions of the samples in it to bring in."""
+
+    offer: Offer
+    header: ShardHeader
+    rows: list[int]
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return [self.header.sample_ids[row] for row in self.rows]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """What to read of the file; nothing if it may as well be fetched as a whole."""
+        spans: list[tuple[int, int]] = []
+        for first, last in (self.header.bounds[row] for row in self.rows):
+            if spans and first - spans[-1][1] < _GAP_BYTES:
+                spans[-1] = (spans[-1][0], last)
+            else:
+                spans.append((first, last))
+        num_bytes = sum(last - first for first, last in spans)
+        return spans if 2 * num_bytes <= self.header.num_value_bytes else []
+
+
+@dataclass
+class PullReport(Report):
+    """What came into one store.
+
+    Args:
+        path: The store's folder.
+        config: Its identity.
+        url: The place, without what is secret in it.
+        is_dry_run: Whether nothing was fetched.
+        intake: What became of the embeddings that were fetched.
+        manifest: The id that stands for the state that was pulled; None if several writers have
+            pushed side by side.
+        num_samples: Samples that are shared and were asked for.
+        num_present: Of these, stored before, with the same bytes.
+        num_skipped: Of these, stored with other bytes, and not looked at (`on_duplicate="skip"`).
+        num_shards: Shards that hold the others.
+        bytes_to_fetch: Of these shards, less what is here already.
+        bytes_fetched: Of these, what came over the network.
+        problems: Manifests and shards that can't be used: path → why.
+        lost: Sample ids that only such shards have, sorted.
+        absent: Sample ids that were asked for and aren't shared, sorted.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("fingerprint",)
+
+    path: Path
+    config: CacheConfig
+    url: str
+    is_dry_run: bool
+    intake: IntakeReport
+    manifest: str | None = None
+    num_samples: int = 0
+    num_present: int = 0
+    num_skipped: int = 0
+    num_shards: int = 0
+    bytes_to_fetch: int = 0
+    bytes_fetched: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the store's config."""
+        return self.config.fingerprint
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all that was asked for is in the store, or was decided for what is; else 1."""
+        return 1 if self.problems or self.lost or self.absent or self.intake.exit_code else 0
+
+    def __str__(self) -> str:
+        if self.is_dry_run:
+            return (
+                f"{self.num_samples} samples are shared, {self.num_present} are stored with the "
+                f"same bytes; {self.num_shards} shards, {self.bytes_to_fetch} bytes, to fetch"
+            )
+        taken = self.intake
+        counts = {
+            f"within {taken.tolerance:g} of what is stored": taken.num_close,
+            "kept as they are": self.num_skipped,
+            "in conflict": len(taken.conflicts),
+            "refused": len(taken.refused),
+            "lost in damaged files": len(self.lost),
+            "asked for and not shared": len(self.absent),
+        }
+        parts = [
+            f"{taken.num_new} of {self.num_samples} samples are new",
+            f"{self.num_present} were stored with the same bytes",
+            *(f"{number} {what}" for what, number in counts.items() if number),
+        ]
+        return "; ".join([*parts, *list(self.problems.values())[:3]])
 
 
 def pull(
     cache: EmbeddingCache | str | Path,
+    config: CacheConfig | str | None,
     url: str,
-    fingerprint: str | CacheConfig | None = None,
     *,
-    commit: str | None = None,
+    manifest: str | None = None,
     on_duplicate: OnDuplicate = "error",
     tolerance: float = DEFAULT_TOLERANCE,
     classes: Iterable[str] | None = None,
     sample_ids: Iterable[str] | None = None,
     dry_run: bool = False,
     storage_options: Mapping[str, Any] | None = None,
-    progress: Bytes | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PullReport:
     """Bring embeddings that were pushed to a place into a store.
 
-    Only shards that hold something that is missing here are fetched. Each is checked by its digest
-    and imported in one transaction. Stopped or cut at any moment, the same call goes on where it
-    was.
+    Only shards that hold something that is missing here are fetched, several at once. Each is
+    checked by its digest and imported as a whole. Stopped or cut at any moment, the same call goes
+    on where it was.
 
     Args:
         cache: The cache, or its root.
+        config: The config, or its fingerprint, or the fingerprint's first digits; None takes the
+            only store that is shared there.
         url: Where they were pushed to: `s3://bucket/folder`, `file:///mnt/shared`, …
-        fingerprint: Of the config, or its first digits, or the config; None takes the only one
-            that is there.
-        commit: The state to pull: the id of a commit, or the beginning of the id or of its digest;
-            None takes all that is there now.
-        on_duplicate: `"error"` leaves a stored embedding that is further from the shared one than
-            the tolerance as it is and lists both; `"skip"` keeps it, `"overwrite"` takes the
-            shared one.
+        manifest: The state to pull: the id of a manifest, or its beginning; None takes all that is
+            there now.
+        on_duplicate: What happens to a sample that is stored already and whose shared value is
+            further from it than the tolerance. `"error"` leaves it as it is and lists both;
+            `"skip"` keeps it without a look at the shared one; `"overwrite"` takes the shared one.
         tolerance: Largest difference of two elements that counts as none.
         classes: Only samples of these classes.
         sample_ids: Only these samples.
-        dry_run: Only tell what would be fetched.
+        dry_run: Only count what would be fetched.
         storage_options: For the fsspec file system; default: fsspec's configuration and the
             environment.
-        progress: Called with the bytes fetched and in all.
+        progress: Called with the bytes fetched and in all, from the threads that fetch.
 
     Returns:
         What came into the store, and what didn't.
 
     Raises:
         CacheNotFoundError: Nothing of this fingerprint is there; names what is.
-        ConfigError: Not a URL, no such commit or class, or a commit id that stands for several.
+        ConfigError: Not a URL, no such manifest or class, or the beginning of several ids.
         RemoteError: The place can't be reached or refuses.
+        IntegrityError: Nothing that is there can be read.
+        FormatVersionError: It was pushed by another release, in a form that isn't read.
         CacheFullError: The disk is full; what was imported stays.
         ReadOnlyCacheError: The cache directory can't be written.
         MissingDependencyError: A package is needed for this kind of place.
@@ -96,13 +197,17 @@ def pull(
     cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
     selection = Selection(classes, sample_ids)
     remote = Remote(url, storage_options)
-    asked = fingerprint.fingerprint if isinstance(fingerprint, CacheConfig) else fingerprint
-    pinned = pinned_state(cache, remote.url, asked, commit)
-    if pinned is not None:
-        first = pinned.find(commit or "")
-    else:
-        named = find_fingerprint(remote, asked)
-        first = first_commit(remote, named, copies_of(cache, named, remote.url))
+    asked = config.fingerprint if isinstance(config, CacheConfig) else config
+    if asked is None or not FINGERPRINT.fullmatch(asked):
+        asked = find_fingerprint(remote, asked)
+    folders = [one for one in cache.folders() if one.name.endswith(f"-{asked}")]
+    local = LocalFolder(folders[0] if folders else None, read_only=dry_run)
+    state = read_state(remote, asked, local, manifest)
+    first = state.first()
+    if first is None:
+        find_fingerprint(remote, asked)  # names what is there, if this isn't
+        why = next(iter(state.problems.values()), "nothing was pushed, or the push isn't done")
+        raise IntegrityError(f"{remote.place}/{asked} has no manifest that can be read: {why}")
     intake = Intake(
         cache,
         first.config,
@@ -111,15 +216,14 @@ def pull(
         ragged=None in first.embedding_shape,
         dry_run=dry_run,
     )
-    run = _Pull(remote, cache, intake, pinned, progress)
+    local.store = intake.report.path
+    run = _Pull(remote, cache, intake, local, state, progress)
     if dry_run:
-        run.look(selection, commit)
+        run.look(selection)
         return run.report
-    with run.downloads.held():
-        plan = run.look(selection, commit)
-        run.check_room(plan)
-        run.bring_in(plan)
-        run.downloads.tidy()
+    with local.held():
+        run.bring_in(selection)
+        local.tidy({*state.manifests, *(offer.entry.sha256 for offer in state.offers())})
     return run.report
 
 
@@ -131,248 +235,245 @@ class _Pull:
         remote: Remote,
         cache: EmbeddingCache,
         intake: Intake,
-        pinned: History | None,
-        progress: Bytes | None,
+        local: LocalFolder,
+        state: SharedState,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._remote = remote
-        self._cache = cache
-        self._intake = intake
-        self._progress = progress
-        merged = intake.report
-        self._config = merged.config
-        self._fingerprint = self._config.fingerprint
-        self._pinned = pinned
-        self._all_history: History | None = None
-        self._there: dict[str, int] = {}
-        self._stored: dict[str, bytes] = {}
-        self._new: set[str] = set()
-        self._close: set[str] = set()
-        self._not_taken: set[str] = set()  # of refused weights
+        self._remote, self._cache, self._intake, self._local = remote, cache, intake, local
+        self._state, self._progress = state, progress
+        taken = intake.report
+        self._config = taken.config
+        self._listed: dict[str, int] = {}  # name → bytes of the shards that are there
+        self._failed: set[str] = set()  # digests
         self._refused_weights: set[str] = set()
-        self._spans_of_shard: dict[str, list[Span]] = {}
-        # Of the files that are dealt with, of the one at hand, of all.
-        self._bytes_before = self._bytes_of_this = self._bytes_in_all = 0
-        self.report = PullReport(merged.path, self._config, remote.place, merged.is_dry_run, merged)
-        self.downloads = Downloads(merged.path)
-        self._settled = Settled(
-            self.downloads.folder / _SETTLED_NAME,
-            merged.tolerance,
-            keeps_ours=merged.on_duplicate == "skip",
+        self._lock = Lock()  # of the counts, which several downloads add to
+        self._bytes_done = self._bytes_in_all = 0
+        self._is_over = False
+        self.report = PullReport(
+            *(taken.path, self._config, remote.place, taken.is_dry_run, taken),
+            manifest=state.pin,
+            problems=dict(state.problems),
         )
 
-    def look(self, selection: Selection, commit: str | None) -> Plan:
-        """Read what is shared and what is stored, and see what is missing."""
-        report = self.report
-        history = self._pinned or self._everything()
-        if commit is not None:
-            report.commit = history.find(commit).id
-            history = history.at(report.commit)
-        report.heads = history.heads
-        report.problems += [Problem(*pair) for pair in sorted(history.problems.items())]
-        self._stored = self._checksums()
-        plan = make_plan(
-            history,
-            self._stored,
-            selection,
-            self._settled,
-            newest_wins=report.merged.on_duplicate == "overwrite",
-        )
-        report.num_samples, report.num_present = plan.num_samples, plan.num_present
-        report.num_settled, report.absent = plan.num_settled, plan.absent
-        report.num_shards = len(plan.shards)
-        self._bytes_in_all = sum(map(self._size, plan.shards))
-        here = sum(self.downloads.bytes_there(wanted.offer.entry) for wanted in plan.shards)
-        report.bytes_to_fetch = self._bytes_in_all - here
-        return plan
+    def look(self, selection: Selection) -> list[_Wanted]:
+        """Return the shards to fetch, so that all that is asked for is here or can be compared."""
+        report, search = self.report, self._search(selection)
+        if not report.problems:
+            selection.check_classes(f"{self._remote.place}/{self._config.fingerprint}")
+        wanted = search.wanted()
+        report.num_samples, report.num_present = len(search.asked), len(search.present)
+        report.num_skipped, report.num_shards = len(search.skipped), len(wanted)
+        report.absent = sorted((selection.sample_ids or frozenset()) - search.asked)
+        report.bytes_to_fetch = sum(map(self._size, wanted))
+        return wanted
 
-    def check_room(self, plan: Plan) -> None:
-        """Refuse what the disk can't hold.
+    def bring_in(self, selection: Selection) -> None:
+        """Fetch and check several shards at once, and import them one after the other.
 
         Raises:
-            CacheFullError: It can't hold the embeddings and, for a moment, the largest shard.
+            CacheFullError: The disk can't hold them.
         """
-        if not plan.shards:
-            return
-        self._there = self._listed()
-        # A shard that isn't there as its commit says is no reason to refuse all others.
-        coming = [one for one in plan.shards if _is_listed(one.offer.entry, self._there)]
-        stored = 0.0
-        for _, entry, rows in [(*wanted.offer[:2], wanted.rows) for wanted in coming]:
-            size = entry.num_bytes / len(entry.sample_ids)
-            # A value of more than half a page gets pages of its own.
-            stored += len(rows) * (math.ceil(size / _PAGE) * _PAGE if size > _PAGE / 2 else size)
-        entries = [wanted.offer.entry for wanted in coming]
-        beside = max(
-            (entry.num_bytes - self.downloads.bytes_there(entry) for entry in entries),
-            default=0,
-        )
-        check_room(self.report.path, int(stored) + beside + RESERVE_BYTES, "this pull")
-
-    def bring_in(self, plan: Plan) -> None:
-        """Fetch, check and import shard after shard."""
-        queue, tried = list(plan.shards), set[str]()
-        failed: list[tuple[Wanted, str]] = []
-        lost: set[tuple[str, bytes]] = set()
-        while queue:
-            missed: set[tuple[str, bytes]] = set()
-            for wanted in queue:
-                entry = wanted.offer.entry
-                tried.add(entry.sha256)
-                try:
-                    _check_listed(entry, self._there)
-                    self._import(wanted)
-                except (IntegrityError, RemoteError) as error:
-                    if isinstance(error, RemoteError):
-                        # What concerns this shard alone, or else all others would fail, too.
-                        self._listed()
-                    failed.append((wanted, str(error)))
-                    missed.update(wanted.versions)
-                self._bytes_before += self._size(wanted)
-            # Of all that is shared, not of the state alone: a repair comes after what it repairs.
-            if not missed:
-                break
-            queue, missed = alternatives(self._everything(), missed, tried)
-            lost |= missed
-            self._bytes_in_all += sum(map(self._size, queue))
-        for wanted, reason in failed:
-            is_made_up_for = lost.isdisjoint(wanted.versions)
-            listed = self.report.made_up_for if is_made_up_for else self.report.problems
-            listed.append(Problem(wanted.offer.entry.path, reason))
-        self.report.lost = sorted({sample_id for sample_id, _ in lost})
-        self._count_samples(plan)
-
-    def _count_samples(self, plan: Plan) -> None:
-        """Each sample once, by the most that there is to say of it."""
-        merged = self.report.merged
-        refused = {one.sample_id for one in merged.refused if one.sample_id is not None}
-        self.report.count(
-            {
-                "conflict": {one.sample_id for one in merged.conflicts},
-                "refused": refused | self._not_taken,
-                "lost": set(self.report.lost),
-                "new": self._new,
-                "close": self._close,
-                "settled": plan.settled,
-                "same": plan.present,
-            }
-        )
-
-    def _everything(self) -> History:
-        """All that is shared, read once."""
-        if self._all_history is None:
-            copies = CommitCopies(self.report.path, self._remote.url)
-            self._all_history = read_history(self._remote, self._fingerprint, copies)
-        return self._all_history
-
-    def _listed(self) -> dict[str, int]:
-        return self._remote.list_files(f"{self._fingerprint}/shards")
-
-    def _import(self, wanted: Wanted) -> None:
-        commit, entry, _ = wanted.offer
-        weights = commit.provenance.get("weights_digest", "")
-        if weights in self._refused_weights:
-            self._not_taken.update(sample_id for sample_id, _ in wanted.versions)
-            return
-        self._bytes_of_this = 0
-        self._count(self.downloads.bytes_there(entry))
-        embeddings = self._embeddings(wanted)
+        queue, lost = self.look(selection), set[str]()
         try:
-            self._add(wanted, embeddings)
-        except ProvenanceMismatchError as error:
-            self._refused_weights.add(weights)
-            self._not_taken.update(sample_id for sample_id, _ in wanted.versions)
-            self._intake.report.refused.append(Refusal(commit.writer, None, str(error)))
-        self.downloads.discard(entry)
+            while queue:
+                self._check_room(queue)
+                self._bytes_in_all += sum(map(self._size, queue))
+                missed: set[str] = set()
+                for wanted, embeddings in in_parallel(self._embeddings, queue, limit=_AT_ONCE):
+                    try:
+                        self._import(wanted, embeddings.result())
+                    except (IntegrityError, RemoteError) as error:
+                        self._fail(wanted.offer, error)
+                        missed.update(wanted.sample_ids)
+                lost |= missed
+                # Another shard may have what a damaged one was to bring.
+                queue = self._search(Selection(sample_ids=missed)).wanted() if missed else []
+        finally:
+            self._is_over = True
+        self.report.lost = sorted(lost - self._stored().keys()) if lost else []
 
-    def _embeddings(self, wanted: Wanted) -> Any:
-        """The embeddings by row: of the whole shard, or of the rows that are wanted."""
-        entry = wanted.offer.entry
-        if spans := self._spans(wanted):
+    def _search(self, selection: Selection) -> _Search:
+        """Read what the shards hold that may have some of these samples."""
+        search = _Search(selection, self._stored(), self._intake.report.on_duplicate)
+        offers = [
+            one
+            for one in self._state.offers()
+            if one.entry.sha256 not in self._failed
+            and selection.meets(one.entry.first, one.entry.last)
+        ]
+        looks = in_parallel(lambda one: read_header(self._remote, one, self._local), offers)
+        for offer, header in looks:
             try:
-                return fetch_rows(self._remote, wanted, spans, self._count_fetched)
-            except IntegrityError:  # on the way, or where it comes from: one look more
-                return fetch_rows(self._remote, wanted, spans, self._count_fetched)
-        data = self.downloads.fetch(self._remote, self._fingerprint, entry, self._count_fetched)
-        content = decode_shard(data, entry.path)
-        check_content(content, entry, self._config)
-        return content.embeddings
+                search.look_at(offer, header.result())
+            except (IntegrityError, RemoteError) as error:
+                self._fail(offer, error)
+        return search
 
-    def _spans(self, wanted: Wanted) -> list[Span]:
-        """What to read of a shard that little is wanted of; nothing: the shard as a whole."""
-        entry = wanted.offer.entry
-        if entry.sha256 not in self._spans_of_shard:
-            begun = self.downloads.bytes_there(entry)
-            self._spans_of_shard[entry.sha256] = [] if begun else spans_of(wanted)
-        return self._spans_of_shard[entry.sha256]
-
-    def _size(self, wanted: Wanted) -> int:
-        """How many bytes are fetched of a shard, or were."""
-        spans = self._spans(wanted)
-        return sum(last - first for first, last in spans) or wanted.offer.entry.num_bytes
-
-    def _add(self, wanted: Wanted, embeddings: Any) -> None:
-        commit, entry, _ = wanted.offer
-        origin, merged = _origin(commit, self.report.url), self._intake.report
-        for rows in _in_steps(wanted.rows, entry.num_bytes // len(entry.sample_ids)):
-            num_conflicts = len(merged.conflicts)
-            checked = self._intake.checked(
-                [entry.sample_ids[row] for row in rows],
-                [embeddings[row] for row in rows],
-                origin,
-                checksums=[entry.checksums[row] for row in rows],
-            )
-            self._intake.add(checked, origin.provenance)
-            conflicts = merged.conflicts[num_conflicts:]
-            self._note_compared(entry, rows, {one.sample_id: one.kept for one in conflicts})
-
-    def _note_compared(
-        self, entry: ShardEntry, rows: Iterable[int], conflicts: Mapping[str, str]
-    ) -> None:
-        kept = []
-        for row in rows:
-            sample_id, theirs = entry.sample_ids[row], entry.checksums[row]
-            ours = self._stored.get(sample_id)
-            (self._new if ours is None else self._close).add(sample_id)
-            if ours is None or conflicts.get(sample_id) == "given":
-                self._stored[sample_id] = theirs
-            elif ours != theirs:
-                kept.append((sample_id, ours, theirs))
-        self._settled.add(kept, frozenset(conflicts))
-
-    def _checksums(self) -> dict[str, bytes]:
+    def _stored(self) -> dict[str, bytes]:
+        """Return sample id → checksum of what is stored."""
         if self._config not in self._cache:
             return {}
         with self._cache.reader(self._config, track_usage=False) as reader:
             return {sample_id_of_key(key): found for key, found in stored_checksums(reader)}
 
-    def _count_fetched(self, num_bytes: int) -> None:
-        self.report.bytes_fetched += max(0, num_bytes)
-        self._count(num_bytes)
+    def _check_room(self, queue: Sequence[_Wanted]) -> None:
+        self._listed = self._remote.list_files(f"{self._config.fingerprint}/shards")
+        # A shard that isn't there as its manifest says is no reason to refuse all others.
+        coming = [one for one in queue if self._listed.get(one.offer.entry.name)]
+        stored = 0.0
+        for wanted in coming:
+            size = wanted.header.num_bytes / len(wanted.header.keys)
+            # A value of more than half a page gets pages of its own.
+            pages = math.ceil(size / _PAGE) * _PAGE
+            stored += len(wanted.rows) * (pages if size > _PAGE / 2 else size)
+        on_their_way = sum(sorted(map(self._size, coming))[-_AT_ONCE:])
+        check_room(self.report.path, int(stored) + on_their_way + RESERVE_BYTES, "this pull")
+
+    def _fail(self, offer: Offer, error: Exception) -> None:
+        if isinstance(error, RemoteError):
+            # Raises where nothing answers any more: all others would fail as well.
+            self._remote.list_files(f"{self._config.fingerprint}/shards")
+        self._failed.add(offer.entry.sha256)
+        self.report.problems[offer.entry.path] = str(error)
+
+    # ---- one shard: in a thread
+
+    def _embeddings(self, wanted: _Wanted) -> _Values | None:
+        """Return the embeddings by row; None of a shard whose weights are refused."""
+        entry = wanted.offer.entry
+        if _weights(wanted) in self._refused_weights:
+            return None
+        found = self._listed.get(entry.name)
+        if found != entry.num_bytes:
+            size = "isn't there (any more)" if found is None else f"has {found} bytes"
+            raise IntegrityError(f"{entry.path} {size}; it should have {entry.num_bytes}")
+        if self._is_in_part(wanted):
+            return self._fetch_rows(wanted)
+        data = self._local.fetch(self._remote, entry, wanted.header, self._count)
+        return cast("Sequence[Any]", decode_shard(data, entry.path).embeddings)
+
+    def _fetch_rows(self, wanted: _Wanted, *, again: bool = True) -> dict[int, Any]:
+        """Return the embeddings that are wanted; only their bytes are read."""
+        header, entry = wanted.header, wanted.offer.entry
+        found: dict[int, Any] = {}
+        for start, end in wanted.spans:
+            path = f"{self._config.fingerprint}/{entry.path}"
+            data = memoryview(self._remote.read_span(path, start, end))
+            self._count(len(data))
+            for row in wanted.rows:
+                first, last = header.bounds[row]
+                if start <= first and last <= end:
+                    raw = data[first - start : last - start]
+                    if checksum(header.keys[row], raw) == header.checksums[row]:
+                        found[row] = header.value(raw)
+        if len(found) < len(wanted.rows):
+            if again:  # it may be damaged on the way only
+                return self._fetch_rows(wanted, again=False)
+            raise IntegrityError(f"{entry.path} is damaged: its values don't have their checksums")
+        return found
+
+    def _is_in_part(self, wanted: _Wanted) -> bool:
+        entry = wanted.offer.entry
+        return self._local.bytes_there(entry) == entry.header_bytes and bool(wanted.spans)
+
+    def _size(self, wanted: _Wanted) -> int:
+        """Return how many bytes are to be fetched of a shard."""
+        if self._is_in_part(wanted):
+            return sum(last - first for first, last in wanted.spans)
+        entry = wanted.offer.entry
+        return entry.num_bytes - self._local.bytes_there(entry)
 
     def _count(self, num_bytes: int) -> None:
-        self._bytes_of_this += num_bytes
-        if self._progress is not None:
-            self._progress(self._bytes_before + self._bytes_of_this, self._bytes_in_all)
+        with self._lock:
+            if self._is_over:
+                raise RemoteError("the pull has ended")
+            self._bytes_done += num_bytes
+            self.report.bytes_fetched = self._bytes_done
+            if self._progress is not None:
+                self._progress(self._bytes_done, max(self._bytes_done, self._bytes_in_all))
+
+    # ---- into the store
+
+    def _import(
+        self, wanted: _Wanted, embeddings: Mapping[int, Any] | Sequence[Any] | None
+    ) -> None:
+        manifest, header = wanted.offer.manifest, wanted.header
+        if embeddings is not None and _weights(wanted) not in self._refused_weights:
+            detail = {"url": self.report.url, "manifest": manifest.id, "created": manifest.created}
+            rows = self._intake.checked(
+                wanted.sample_ids,
+                [embeddings[row] for row in wanted.rows],
+                Origin(manifest.writer, detail, portable(manifest.provenance)),
+                checksums=[header.checksums[row] for row in wanted.rows],
+            )
+            try:
+                self._intake.add(rows, portable(manifest.provenance))
+            except ProvenanceMismatchError as error:
+                self._refused_weights.add(_weights(wanted))
+                refusal = Refusal(manifest.writer, None, str(error))
+                self._intake.report.refused.append(refusal)
+        self._local.discard(wanted.offer.entry)
 
 
-def _is_listed(entry: ShardEntry, there: Mapping[str, int]) -> bool:
-    return there.get(entry.path.rpartition("/")[2]) == entry.num_bytes
+class _Search:
+    """Which shards to fetch.
+
+    Args:
+        selection: What is asked for.
+        stored: Sample id → checksum of what is stored.
+        on_duplicate: What happens to a sample that is stored with another value.
+    """
+
+    def __init__(
+        self, selection: Selection, stored: Mapping[str, bytes], on_duplicate: OnDuplicate
+    ) -> None:
+        self._selection, self._stored, self._on_duplicate = selection, stored, on_duplicate
+        # (digest of the shard, position in it) of each value that is wanted, once.
+        self._places: dict[tuple[str, bytes], tuple[str, int]] = {}
+        self._shards: dict[str, tuple[Offer, ShardHeader]] = {}
+        self._last: dict[str, bytes] = {}
+        self.asked: set[str] = set()
+        self.present: set[str] = set()
+        self.skipped: set[str] = set()
+
+    def look_at(self, offer: Offer, header: ShardHeader) -> None:
+        """Note what a shard holds."""
+        digest = offer.entry.sha256
+        for row in offer.rows(header):
+            sample_id, theirs = header.sample_ids[row], header.checksums[row]
+            if sample_id in self._selection:
+                self.asked.add(sample_id)
+                if self._is_wanted(sample_id, theirs):
+                    self._places.setdefault((sample_id, theirs), (digest, row))
+                    self._shards.setdefault(digest, (offer, header))
+
+    def _is_wanted(self, sample_id: str, theirs: bytes) -> bool:
+        ours = self._stored.get(sample_id)
+        if ours is None:
+            return True
+        if self._on_duplicate == "overwrite":
+            # The last of several shared values counts, or the store would go to and fro.
+            self._places.pop((sample_id, self._last.get(sample_id, b"")), None)
+            self._last[sample_id] = theirs
+        if ours == theirs:
+            self.present.add(sample_id)
+            return False
+        if self._on_duplicate == "skip":
+            self.skipped.add(sample_id)
+            return False
+        return True
+
+    def wanted(self) -> list[_Wanted]:
+        """Return the shards that hold what is wanted, in order."""
+        rows: dict[str, list[int]] = {}
+        for digest, row in self._places.values():
+            rows.setdefault(digest, []).append(row)
+        return [
+            _Wanted(*shard, sorted(rows[digest]))
+            for digest, shard in self._shards.items()
+            if digest in rows
+        ]
 
 
-def _check_listed(entry: ShardEntry, there: Mapping[str, int]) -> None:
-    found = there.get(entry.path.rpartition("/")[2])
-    if found is None:
-        raise IntegrityError(f"{entry.path} isn't there (any more)")
-    if found != entry.num_bytes:
-        raise IntegrityError(f"{entry.path} has {found} bytes instead of {entry.num_bytes}")
-
-
-def _origin(commit: Commit, url: str) -> Origin:
-    detail = {"url": url, "commit": commit.id, "created": commit.created}
-    return Origin(commit.writer, detail, portable(commit.provenance))
-
-
-def _in_steps(rows: Sequence[int], row_bytes: int) -> Iterator[Sequence[int]]:
-    step = max(1, _TRANSACTION_BYTES // max(1, row_bytes))
-    for first in range(0, len(rows), step):
-        yield rows[first : first + step]
+def _weights(wanted: _Wanted) -> str:
+    return wanted.offer.manifest.provenance.get("weights_digest", "")

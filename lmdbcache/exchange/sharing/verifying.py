@@ -1,82 +1,230 @@
-"""Verify: whether everything that is shared is as it was written, and what to do if it isn't."""
+"""`verify_remote`: whether everything that is shared is as it was written."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
-from lmdbcache.cache import EmbeddingCache
-from lmdbcache.errors import CacheNotFoundError
-from lmdbcache.exchange.sharing.commits import checked_writer
-from lmdbcache.exchange.sharing.copies import CommitCopies
-from lmdbcache.exchange.sharing.inspecting import Inspection
-from lmdbcache.exchange.sharing.pushing import default_writer
-from lmdbcache.exchange.sharing.remote import Remote
-from lmdbcache.exchange.sharing.remote_repair import Repair
-from lmdbcache.exchange.sharing.remote_report import RemoteReport
+from lmdbcache.errors import CacheNotFoundError, FormatVersionError, IntegrityError, RemoteError
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
+from lmdbcache.exchange.sharing.manifests import MANIFESTS_NAME
+from lmdbcache.exchange.sharing.remote import Remote, in_parallel
+from lmdbcache.exchange.sharing.remote_index import (
+    Offer,
+    SharedState,
+    read_header,
+    read_state,
+    shared_fingerprints,
+)
+from lmdbcache.exchange.sharing.shards import MAX_SHARD_FILE_BYTES
+from lmdbcache.storage import Report
 
-__all__ = ["verify_remote"]
+__all__ = ["RemoteReport", "SharedStoreReport", "check_shard", "verify_remote"]
 
-_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+_SHARD_NAME: Final = re.compile(r"([0-9a-f]{64})\.safetensors")
+
+
+class Finding(NamedTuple):
+    """A file that isn't as it should be.
+
+    Args:
+        path: Below the fingerprint's folder.
+        state: `"unreadable"` if the place refuses it, or it is of a newer release.
+        reason: What is wrong.
+    """
+
+    path: str
+    state: Literal["damaged", "missing", "unreadable"]
+    reason: str
+
+
+@dataclass
+class SharedStoreReport(Report):
+    """What is shared of one store.
+
+    Args:
+        fingerprint: Of its config.
+        num_manifests: Manifests that count and are sound.
+        num_shards: Shards that they list and that are sound.
+        num_samples: Samples that the sound ones hold, each once.
+        num_bytes: Size of all shards that are there.
+        findings: What is wrong.
+        num_unlisted: Sound shards that no manifest lists: of a push that is under way or that was
+            interrupted and will use them, or of an earlier state.
+        leftovers: Files that interrupted uploads have left.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("is_sound",)
+
+    fingerprint: str
+    num_manifests: int = 0
+    num_shards: int = 0
+    num_samples: int = 0
+    num_bytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    num_unlisted: int = 0
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all is as it should be."""
+        return not self.findings
+
+
+@dataclass
+class RemoteReport(Report):
+    """What a look at a shared place found.
+
+    Args:
+        url: The place, without a password.
+        stores: What is shared there.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("is_sound",)
+
+    url: str
+    stores: list[SharedStoreReport] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all is as it should be."""
+        return all(store.is_sound for store in self.stores)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all is sound, else 1."""
+        return 0 if self.is_sound else 1
 
 
 def verify_remote(
     url: str,
     fingerprint: str | None = None,
     *,
-    repair_from: EmbeddingCache | None = None,
-    known_to: EmbeddingCache | None = None,
-    writer: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RemoteReport:
-    """Compare every commit file and shard with its digest, and repair what is damaged if asked to.
+    """Compare every manifest and shard of a place with its digest; nothing is changed.
 
-    A repair writes the very same bytes again where a local store, or what is sound of a damaged
-    shard, has all of its embeddings. Else it keeps what there is in a new shard, takes the damaged
-    one back, and names the samples that nobody here has.
+    `push(…, repair=True)` uploads damaged shards again.
 
     Args:
         url: The place.
         fingerprint: Of the store to look at, or its first digits; None takes all.
-        repair_from: Repair, with what this cache has.
-        known_to: A cache that has pushed to or pulled from there: its copies tell of commits that
-            have vanished since; default: `repair_from`.
-        writer: Name for commits that a repair makes; default: this host's.
         storage_options: For fsspec; default: its configuration and the environment.
         progress: Called with the bytes read and those of the shards, for each store.
 
     Raises:
         CacheNotFoundError: Nothing is shared there, or nothing with this fingerprint.
         RemoteError: The place can't be reached or refuses.
-        ConfigError: Not a URL, or no name for a writer.
+        FormatVersionError: It was pushed by the previous form of sharing.
+        ConfigError: Not a URL.
     """
     remote = Remote(url, storage_options)
-    report = RemoteReport(remote.place)
-    name = default_writer() if writer is None else checked_writer(writer)
-    cache = repair_from or known_to
-    for one in _fingerprints(remote, fingerprint):
-        inspection = Inspection(remote, one, CommitCopies(_folder(cache, one), remote.url))
-        inspection.run(progress)
-        if repair_from is not None:
-            Repair(inspection, repair_from, name).run()
-        report.stores.append(inspection.report)
+    there = shared_fingerprints(remote)
+    found = [name for name in there if name.startswith((fingerprint or "").strip().lower())]
+    if not found:
+        others = f"; there are {', '.join(there)}" if there else ": nothing is"
+        what = f"{fingerprint!r} isn't shared" if fingerprint else "no store is shared"
+        raise CacheNotFoundError(f"{what} at {remote.place}{others if fingerprint else ''}")
+    return RemoteReport(remote.place, [_look_at(remote, one, progress) for one in found])
+
+
+def _look_at(
+    remote: Remote, fingerprint: str, progress: Callable[[int, int], None] | None
+) -> SharedStoreReport:
+    report = SharedStoreReport(fingerprint)
+    state = read_state(remote, fingerprint, LocalFolder(None))
+    _note_manifests(report, state)
+    listed = remote.list_files(f"{fingerprint}/shards")
+    sizes = {match[1]: n for name, n in listed.items() if (match := _SHARD_NAME.fullmatch(name))}
+    report.num_bytes = sum(sizes.values())
+    report.leftovers = [
+        f"{folder}/{name}"
+        for folder in ("shards", MANIFESTS_NAME)
+        for name in remote.leftovers(f"{fingerprint}/{folder}")
+    ]
+    offers: dict[str, list[Offer]] = {digest: [] for digest in sizes}
+    for offer in state.offers():
+        offers.setdefault(offer.entry.sha256, []).append(offer)
+
+    def look(digest: str) -> list[str]:
+        return _check(remote, fingerprint, digest, sizes.get(digest), offers[digest])
+
+    done = 0
+    sample_ids: set[str] = set()
+    for digest, looked in in_parallel(look, offers):
+        path = f"shards/{digest}.safetensors"
+        try:
+            sample_ids.update(looked.result())
+        except (RemoteError, FormatVersionError) as error:
+            report.findings.append(Finding(path, "unreadable", str(error)))
+        except IntegrityError as error:
+            is_there = digest in sizes
+            report.findings.append(Finding(path, "damaged" if is_there else "missing", str(error)))
+        else:
+            report.num_shards += bool(offers[digest])
+            report.num_unlisted += not offers[digest]
+        done += sizes.get(digest, 0)
+        if progress is not None:
+            progress(done, report.num_bytes)
+    report.num_samples = len(sample_ids)
     return report
 
 
-def _fingerprints(remote: Remote, asked: str | None) -> list[str]:
-    there = [name for name in remote.list_folders() if _FINGERPRINT.fullmatch(name)]
-    found = [name for name in there if name.startswith((asked or "").strip().lower())]
-    if not found:
-        others = f"; there are {', '.join(there)}" if there else ": nothing is"
-        what = f"{asked!r} isn't shared" if asked else "no store is shared"
-        raise CacheNotFoundError(f"{what} at {remote.place}{others if asked else ''}")
+def _note_manifests(report: SharedStoreReport, state: SharedState) -> None:
+    report.num_manifests = len(state.manifests)
+    for path, why in sorted(state.problems.items()):
+        name = path.rpartition("/")[2].removesuffix(".json")
+        reason = why.removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ")
+        if path in state.unread:
+            report.findings.append(Finding(path, "unreadable", reason))
+        else:
+            is_there = name in state.listed
+            report.findings.append(Finding(path, "damaged" if is_there else "missing", reason))
+
+
+def _check(
+    remote: Remote, fingerprint: str, digest: str, size: int | None, offers: list[Offer]
+) -> list[str]:
+    """Compare one shard with its digest and with the manifests; return the samples that count."""
+    if size is None:
+        raise IntegrityError("isn't there")
+    check_shard(remote, fingerprint, digest, size)
+    found: list[str] = []
+    for offer in offers:
+        header = read_header(remote, offer, LocalFolder(None))
+        found += [header.sample_ids[row] for row in offer.rows(header)]
     return found
 
 
-def _folder(cache: EmbeddingCache | None, fingerprint: str) -> Path | None:
-    if cache is None:
-        return None
-    return next((one for one in cache.folders() if one.name.endswith(f"-{fingerprint}")), None)
+def check_shard(remote: Remote, fingerprint: str, digest: str, num_bytes: int) -> None:
+    """Compare a shard with the digest in its name, piece by piece.
+
+    Raises:
+        IntegrityError: It is damaged, or larger than any shard.
+        RemoteError: It can't be read.
+    """
+    if num_bytes > MAX_SHARD_FILE_BYTES:
+        raise IntegrityError(f"{num_bytes} bytes, too many for a shard")
+    received = _Digest()
+    remote.fetch(f"{fingerprint}/shards/{digest}.safetensors", received, num_bytes)
+    if received.sha256.hexdigest() != digest:
+        raise IntegrityError("its bytes don't have the digest in its name")
+
+
+class _Digest:
+    """Takes the digest of what is written to it, and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self._size = 0
+
+    def seek(self, *_: int) -> int:
+        return self._size
+
+    def write(self, data: bytes) -> None:
+        self.sha256.update(data)
+        self._size += len(data)

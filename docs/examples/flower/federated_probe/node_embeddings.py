@@ -32,9 +32,9 @@ def open_node(settings: Mapping[str, Any]) -> tuple[EmbeddingReader, list[str]]:
     if settings["url"]:
         report = pull(
             cache,
-            settings["url"],
             fingerprint,
-            commit=settings["commit"] or None,
+            settings["url"],
+            manifest=settings["manifest"] or None,
             sample_ids=listed or None,
         )
         if report.exit_code:
