@@ -1,8 +1,8 @@
 """All samples divided between the nodes of a federation. No torch here.
 
 Like `lmdbcache.datasets.splits`, who goes where depends on the seed and on hashes of the samples'
-names, never on the order of a list, the platform, or the random stream of a library's release:
-nodes on different machines have to agree without talking.
+names, never on the order of a list or the platform: nodes on different machines have to agree
+without talking.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final, Literal
 
+import numpy as np
 import xxhash
 
 from lmdbcache.datasets.splits import largest_remainder, ranked_groups, whole_number
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["PartitionRule", "partition_samples"]
 
 PartitionRule = Literal["count", "share", "dirichlet"]
+
+# Part of the random stream's key. To be changed with anything that changes who gets what.
+_STREAM: Final = "dirichlet/2"
 
 
 def partition_samples(
@@ -132,38 +136,8 @@ def _top_up(groups: list[list[list[int]]], nodes: int, least: int) -> None:
             totals[giver] -= 1
 
 
-# ---- a Dirichlet distribution from hashes
-
-_LARGEST_HASH: Final = 1 << 64
-
-
 def _dirichlet(name: str, size: int, alpha: float) -> list[float]:
-    """Shares drawn for this name, from `size` gamma variates that are scaled to a sum of 1.
-
-    Not numpy's: its streams may change with a release, and two nodes would share clips.
-    """
-    logs = [_log_gamma_variate(f"{name}:{number}", alpha) for number in range(size)]
-    # In logarithms, as a variate of a small alpha is easily below the smallest float.
-    weights = [math.exp(log - max(logs)) for log in logs]
-    return [weight / sum(weights) for weight in weights]
-
-
-def _log_gamma_variate(name: str, alpha: float) -> float:
-    """Logarithm of a Gamma(alpha, 1) variate, by Marsaglia and Tsang (2000)."""
-    # Gamma(alpha) is Gamma(alpha + 1) times U^(1 / alpha), for any alpha.
-    d = alpha + 1 - 1 / 3
-    c = 1 / math.sqrt(9 * d)
-    attempt = 0
-    while True:
-        first, second, third = (_uniform(f"{name}:{attempt}:{part}") for part in "abc")
-        normal = math.sqrt(-2 * math.log(first)) * math.cos(2 * math.pi * second)
-        v = (1 + c * normal) ** 3
-        if v > 0 and math.log(third) < 0.5 * normal**2 + d * (1 - v + math.log(v)):
-            break
-        attempt += 1
-    return math.log(d * v) + math.log(_uniform(f"{name}:boost")) / alpha
-
-
-def _uniform(name: str) -> float:
-    """Between 0 and 1, never either."""
-    return float((xxhash.xxh3_64_intdigest(name.encode()) + 0.5) / _LARGEST_HASH)
+    """Shares drawn from the random stream of this name, of a symmetric Dirichlet distribution."""
+    key = xxhash.xxh3_128_intdigest(f"{_STREAM}:{name}".encode())
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return [float(share) for share in generator.dirichlet([alpha] * size)]

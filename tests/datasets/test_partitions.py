@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from lmdbcache.datasets import node_split, partition_samples, partitions
+from lmdbcache.datasets import node_split, partition_samples
 from lmdbcache.errors import DatasetError
 
 
@@ -115,37 +115,18 @@ def test_shares_are_dirichlet_distributed(alpha):
     assert 0.8 < shares.var() / variance < 1.2
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 10.0])
-def test_gamma_variates(alpha):
-    """What the shares are made of has the mean and variance of a gamma distribution."""
-    draws = np.exp([partitions._log_gamma_variate(f"draw {n}", alpha) for n in range(8000)])
-    assert abs(draws.mean() - alpha) < 4 * np.sqrt(alpha / 8000)
-    assert 0.85 < draws.var() / alpha < 1.15
-
-
-def test_numbers_that_stay_for_ever():
-    """Written down: another Python, numpy or platform gives the same nodes."""
+def test_numbers_of_a_stream():
+    """Written down: another process or platform gives the same nodes."""
     parts = partition_samples(SAMPLES, 3, by="dirichlet", alpha=0.5, seed=1, min_samples=2)
     counts = [dict(sorted(Counter(s["class_name"] for s in part).items())) for part in parts]
     assert counts == EXPECTED_COUNTS
-    assert ids(parts[0] + parts[1]) == EXPECTED_IDS
+    assert ids(parts[1]) == ["0000:wind", "0001:wind", "0002:wind", "0000:siren"]
 
 
 EXPECTED_COUNTS = [
-    {"bell": 1, "wind": 1},
-    {"bell": 1, "rain": 4, "wind": 2},
-    {"bell": 38, "rain": 13, "siren": 1},
-]
-EXPECTED_IDS = [
-    "0039:bell",
-    "0000:wind",
-    "0018:bell",
-    "0007:rain",
-    "0010:rain",
-    "0012:rain",
-    "0015:rain",
-    "0001:wind",
-    "0002:wind",
+    {"bell": 16, "rain": 4},
+    {"siren": 1, "wind": 3},
+    {"bell": 24, "rain": 13},
 ]
 
 
@@ -179,26 +160,25 @@ def test_another_process_agrees():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("argument", "others"),
     [
-        ({"num_nodes": 0}, "num_nodes: 0"),
-        ({"num_nodes": 2.5}, "num_nodes: 2.5"),
-        ({"by": "magic"}, "by: 'magic'"),
-        ({"by": "share"}, "shares: needed"),
-        ({"by": "dirichlet"}, "alpha: needed"),
-        ({"alpha": 1.0}, "alpha: not used with by='count'"),
-        ({"by": "share", "shares": [1]}, "one number of 0 or more for each of 2 nodes"),
-        ({"by": "share", "shares": [1, -1]}, "shares: "),
-        ({"by": "share", "shares": [0, 0]}, "at least one above 0"),
-        ({"by": "share", "shares": [1, float("nan")]}, "shares: "),
-        ({"by": "dirichlet", "alpha": 0.0}, "alpha: 0.0"),
-        ({"by": "dirichlet", "alpha": float("inf")}, "alpha: inf"),
-        ({"min_samples": 31}, "31 for each of 2 nodes; there are 61"),
-        ({"min_samples": -1}, "min_samples: -1"),
+        ("num_nodes", {"num_nodes": 0}),
+        ("num_nodes", {"num_nodes": 2.5}),
+        ("by", {"by": "magic"}),
+        ("shares", {"by": "share"}),
+        ("shares", {"by": "share", "shares": [1]}),
+        ("shares", {"by": "share", "shares": [1, -1]}),
+        ("shares", {"by": "share", "shares": [0, 0]}),
+        ("shares", {"by": "share", "shares": [1, float("nan")]}),
+        ("alpha", {"by": "dirichlet"}),
+        ("alpha", {"alpha": 1.0}),
+        ("alpha", {"by": "dirichlet", "alpha": 0.0}),
+        ("alpha", {"by": "dirichlet", "alpha": float("inf")}),
+        ("min_samples", {"min_samples": 31}),
+        ("min_samples", {"min_samples": -1}),
     ],
 )
-def test_wrong_arguments(arguments, words):
-    """Each is named with what it may be."""
-    with pytest.raises(DatasetError) as caught:
-        partition_samples(SAMPLES, **{"num_nodes": 2, **arguments})
-    assert words in str(caught.value)
+def test_wrong_arguments(argument, others):
+    """Each is named."""
+    with pytest.raises(DatasetError, match=f"^{argument}: "):
+        partition_samples(SAMPLES, **{"num_nodes": 2, **others})
