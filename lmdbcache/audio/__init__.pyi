@@ -14,6 +14,7 @@ from .source import (
     AudioSource as AudioSource,
     Clips as Clips,
     as_source as as_source,
+    open_source as open_source,
     shown as shown,
 )
 from .waveform import fit as fit, is_digital_silence as is_digital_silence

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,7 +17,7 @@ from lmdbcache.audio.containers import DamagedAudioError, PiecedFile, size_of
 from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg
 from lmdbcache.audio.formats import check_decoder
 from lmdbcache.audio.soundfile_decoder import read_by_soundfile
-from lmdbcache.audio.source import AudioSource, shown
+from lmdbcache.audio.source import AudioSource, open_source, shown
 from lmdbcache.audio.waveform import fit
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
 
@@ -83,8 +81,6 @@ def load_clip(
             raise DamagedAudioError("it holds no samples (0 frames)")
         if recording.rate != sample_rate:
             waveform = resample(waveform, recording.rate, sample_rate, quality="HQ")
-    except AudioDecodeError:
-        raise
     except DamagedAudioError as error:
         raise _failure(path, str(error)) from error
     except Exception as error:
@@ -131,37 +127,22 @@ def _audio_packages(decoder: str) -> tuple[Any, Callable[..., Recording]]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, BinaryIO]]:
     """What soundfile opens, and the same as a binary file."""
-    if isinstance(path, AudioSource):
-        with path.open_binary() as file:
-            _check_not_empty(file)
+    with open_source(path) as file:
+        if not file.read(1):
+            raise DamagedAudioError("the file is empty (0 bytes)")
+        file.seek(0)
+        if isinstance(path, (str, os.PathLike)):
+            yield os.fsencode(path), file
+        else:
             # soundfile would print each seek that the source's own file refuses.
             yield PiecedFile(file, [(0, size_of(file))]), file
-        return
-    with _open_regular_file(path) as file:
-        _check_not_empty(file)
-        yield os.fsencode(path), file
-
-
-def _check_not_empty(file: BinaryIO) -> None:
-    if not file.read(1):
-        raise DamagedAudioError("the file is empty (0 bytes)")
-    file.seek(0)
-
-
-def _open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Name the plain reasons that libsndfile reports as `System error`; a pipe would block it."""
-    try:
-        if stat.S_ISREG(Path(path).stat().st_mode):
-            return Path(path).open("rb")
-        kind = "a folder, not an audio file" if Path(path).is_dir() else "not a regular file"
-    except FileNotFoundError:
-        kind = "no such file"
-    except PermissionError:
-        kind = "no permission to read it"
-    raise DamagedAudioError(kind)
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
     text = getattr(error, "error_string", "") or getattr(error, "strerror", "") or str(error)
     text = " ".join(str(text).split()).rstrip(".")
     return f"not readable as audio: {text or type(error).__name__}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["AudioSource", "Clips", "as_source", "shown"]
+__all__ = ["AudioSource", "Clips", "as_source", "open_source", "shown"]
 
 
 @runtime_checkable
@@ -43,6 +45,22 @@ def as_source(given: str | os.PathLike[str] | AudioSource) -> str | AudioSource:
     if isinstance(given, AudioSource):
         return given
     raise TypeError(f"{given!r:.80} is neither a path nor an AudioSource with open_binary()")
+
+
+def open_source(source: str | os.PathLike[str] | AudioSource) -> BinaryIO:
+    """Open a source as a binary file.
+
+    Raises:
+        OSError: It can't be read, or is something other than a file, such as a pipe, whose reader
+            would wait.
+        ValueError: The path has a NUL in it.
+    """
+    if isinstance(source, AudioSource) and not isinstance(source, os.PathLike):
+        return source.open_binary()
+    path = Path(source)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("a folder, not an audio file" if path.is_dir() else "not a regular file")
+    return path.open("rb")
 
 
 def shown(source: str | os.PathLike[str] | AudioSource) -> str:

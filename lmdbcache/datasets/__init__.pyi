@@ -1,5 +1,6 @@
 from .base import (
     AudioDataset as AudioDataset,
+    ListedDataset as ListedDataset,
     Sample as Sample,
     sample_id_of as sample_id_of,
     source_of as source_of,
@@ -15,12 +16,15 @@ from .narrowing import (
 )
 from .opening import open_dataset as open_dataset
 from .overlaps import overlap_audit as overlap_audit
-from .partitions import partition_samples as partition_samples
 from .scanning import LeftOut as LeftOut
-from .splits import node_split as node_split, split_samples as split_samples
-from .vegas.collate import (
-    create_vegas_dataloader as create_vegas_dataloader,
-    vegas_collate_fn as vegas_collate_fn,
+from .splits import (
+    node_split as node_split,
+    partition_samples as partition_samples,
+    split_samples as split_samples,
 )
-from .vegas.dataset import VEGASDataset as VEGASDataset
+from .vegas.dataset import (
+    VEGASDataset as VEGASDataset,
+    create_vegas_dataloader as create_vegas_dataloader,
+)
+from .vegas.items import vegas_collate_fn as vegas_collate_fn
 from .vegas.layout import CLASS_LABELS as CLASS_LABELS, NAMESPACE as NAMESPACE

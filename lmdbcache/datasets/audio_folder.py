@@ -7,8 +7,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.audio import shown
-from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
-from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
+from lmdbcache.datasets.base import ListedDataset, checked_folder, own_split_name
+from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import (
     Entry,
     PassedOver,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["AudioFolderDataset", "looks_like_classes"]
+__all__ = ["AudioFolderDataset"]
 
 _LAYOUT: Final = "<root>/<class>/clip.wav"
 _SPLITS: Final = ("train", "val", "test")
@@ -49,13 +49,14 @@ class AudioFolderDataset(ListedDataset):
     Args:
         root: Folder that holds one folder per class.
         namespace: None makes one from the folder's name, see `lmdbcache.datasets.namespaces`.
-        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
+        decoder: What decodes the clips: files that it doesn't read are left out.
 
     Raises:
         DatasetError: Not a folder, no clips in it, or two clips with one sample id.
     """
 
     kind = "folder"
+    layout = "<class>/*.wav (or flac, ogg, opus, mp3, aiff, …)"
 
     def __init__(
         self, root: str | Path, *, namespace: str | None = None, decoder: str = "soundfile"
@@ -67,32 +68,31 @@ class AudioFolderDataset(ListedDataset):
         name = os.path.basename(os.path.realpath(folder))  # noqa: PTH119
         super().__init__(
             folder,
-            chosen_namespace(namespace, self.kind)
-            if namespace
-            else derived_namespace(self.kind, name),
+            namespace_of(self.kind, namespace, name),
             {class_name: number for number, class_name in enumerate(sorted(groups))},
             namespace_is_derived=namespace is None,
             passed_over=passed_over,
         )
-        self.can_be_opened_with()
         for class_name, clips in groups.items():
             for split, file_id, path in clips:
                 more: dict[str, Any] = {"split": split} if split else {}
                 self.add(file_id, class_name, path, **more)
         self.finish()
 
+    @classmethod
+    def recognizes(cls, root: Path, decoder: str) -> bool:
+        """Return whether folders right below the root, or below its splits, hold audio files.
 
-def looks_like_classes(root: str | Path, decoder: str = "soundfile") -> bool:
-    """Return whether folders right below the root, or below its splits, hold audio files.
-
-    Folders that seem to hold all clips of a dataset whose table is missing don't count. Files in a
-    folder `audios` of a class, as in VEGAS, do. Audio files beside the folders are strays as long
-    as they are fewer than the folders; else the root is taken for a folder of clips.
-    """
-    num_stray = sum(
-        bool(audio_file_id(entry.name, decoder)) for entry in visible_entries(root) if entry.is_file
-    )
-    return next(islice(_class_like(root, decoder), num_stray, None), None) is not None
+        Folders that seem to hold all clips of a dataset whose table is missing don't count. Files
+        in a folder `audios` of a class, as in VEGAS, do. Audio files beside the folders are strays
+        as long as they are fewer than the folders; else the root is a folder of clips.
+        """
+        num_stray = sum(
+            bool(audio_file_id(entry.name, decoder))
+            for entry in visible_entries(root)
+            if entry.is_file
+        )
+        return next(islice(_class_like(root, decoder), num_stray, None), None) is not None
 
 
 def _class_like(root: str | Path, decoder: str) -> Iterator[Entry]:

@@ -1,7 +1,8 @@
-"""Any audio data set with its cached embeddings: hits without decoding, waveforms of the misses."""
+"""Any audio dataset with its cached embeddings: hits without decoding, waveforms of the misses."""
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -12,19 +13,25 @@ from lmdbcache.audio import decoder_of, load_clip, shown
 from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.datasets.base import AudioDataset, sample_id_of, source_of
 from lmdbcache.embedders import clip_features
-from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
+from lmdbcache.errors import (
+    AudioDecodeError,
+    CacheNotFoundError,
+    ConfigError,
+    SampleNotFoundError,
+)
 from lmdbcache.training import StoredEmbeddings, Targets, as_tensor, target_tensor
 
 if TYPE_CHECKING:
     from lmdbcache.config import CacheConfig
+    from lmdbcache.storage import Selection
 
-__all__ = ["CachedAudioDataset", "collate_mixed"]
+__all__ = ["CachedAudioDataset", "FetchedItems", "collate_mixed", "stacked"]
 
 OnDecodeError = Literal["raise", "skip"]
 
 
 class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """The clips of a data set: the embedding where one is cached, else the waveform.
+    """The clips of a dataset: the embedding where one is cached, else the waveform.
 
     An item is a dict with `sample_id`, `label` and
 
@@ -35,13 +42,13 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
     - or `failure`, a `ClipFailure`, for a clip that can't be decoded (`on_decode_error="skip"`).
 
     Batches of both kinds are made by `collate_mixed` and completed by `CachedEncoder.complete`.
-    Embeddings that are committed meanwhile, by any process, are found. Works with any
-    `num_workers` and start method.
+    Embeddings that any process commits later are found. Works with any `num_workers` and start
+    method.
 
     Args:
-        dataset: The clips: files, or whatever else their `audio_source` opens.
         cache: The cache, or its root; nothing needs to be stored yet.
         config: Identity of the embeddings; clips are decoded with its sample rate and duration.
+        dataset: The clips: files, or whatever else their `audio_source` opens.
         front_end: Waveform → features, computed where the clip is decoded; for a model known by
             its name or folder, `encoder.front_end`.
         on_decode_error: For a clip that gives no usable waveform: `"raise"`, or `"skip"` leaves it
@@ -56,9 +63,9 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        dataset: AudioDataset,
         cache: EmbeddingCache | str | os.PathLike[str],
         config: CacheConfig,
+        dataset: AudioDataset,
         *,
         front_end: Callable[[Any], Any] | None = None,
         on_decode_error: OnDecodeError = "raise",
@@ -77,6 +84,11 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._stored = StoredEmbeddings(
             cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache), config
         )
+        self._selection: Selection | None = None
+        self._are_all_stored = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_selection": None}
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -92,24 +104,40 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several items; the cached ones are fetched in one call."""
         indices = [int(index) for index in indices]
-        hits, is_hit = self._stored.find([self.sample_ids[index] for index in indices])
-        embeddings = None if hits is None else as_tensor(hits)
-        rows = iter(()) if embeddings is None else iter(embeddings.unbind(0))
-        items = _Items(
-            self._item(index, {"embedding": next(rows)} if hit else None)
-            for index, hit in zip(indices, is_hit.tolist(), strict=True)
-        )
-        items.embeddings = embeddings
+        hits, is_hit = self._find(indices)
+        labels = self.labels[indices]
+        tensors = {"label": labels} if hits is None else {"label": labels, "embedding": hits}
+        items = FetchedItems(tensors)
+        embeddings = iter(items.rows.get("embedding", ()))
+        for index, label, hit in zip(indices, items.rows["label"], is_hit, strict=True):
+            item = _Item(sample_id=self.sample_ids[index], label=label)
+            if hit:
+                item["embedding"] = next(embeddings)
+            else:
+                item.update(self._decoded(index))
+            items.append(item)
         return items
 
     def close(self) -> None:
         """Give back the store; the next item opens it again."""
+        self._selection = None
         self._stored.close()
 
-    def _item(self, index: int, hit: dict[str, Any] | None) -> dict[str, Any]:
-        item = _Item(sample_id=self.sample_ids[index], label=self.labels[index])
-        item.update(self._decoded(index) if hit is None else hit)
-        return item
+    def _find(self, indices: list[int]) -> tuple[torch.Tensor | None, list[bool]]:
+        """The stored embeddings of these samples, and which samples have one."""
+        # By position where the last batch was complete: looked up once, not in every batch. New
+        # commits would have all samples looked up again.
+        if self._are_all_stored and (reader := self._stored.reader()) is not None:
+            if self._selection is None or self._selection.reader is not reader:
+                self._selection = reader.select(self.sample_ids)
+            try:
+                return as_tensor(self._selection.get_batch(indices)), [True] * len(indices)
+            except (CacheNotFoundError, SampleNotFoundError):
+                self._are_all_stored = False
+        hits, found = self._stored.find([self.sample_ids[index] for index in indices])
+        is_hit: list[bool] = found.tolist()
+        self._are_all_stored = all(is_hit)
+        return None if hits is None else as_tensor(hits), is_hit
 
     def _decoded(self, index: int) -> dict[str, Any]:
         source, rate = source_of(self.dataset.samples[index]), self.config.sample_rate
@@ -131,14 +159,34 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return {**found, "num_valid": torch.tensor(num_valid, dtype=torch.long)}
 
 
-class _Items(list[dict[str, Any]]):
-    """Items with the embeddings of the hits among them, stacked already."""
+class FetchedItems(list[dict[str, Any]]):
+    """Items of a batch, some of whose tensors were fetched as one.
 
-    embeddings: torch.Tensor | None = None
+    Args:
+        tensors: Key → tensor; the items that have the key have its rows, in order.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.rows = {key: tensor.unbind(0) for key, tensor in tensors.items()}
+
+
+def stacked(items: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
+    """Return the tensors under a key of the items that have it, stacked.
+
+    Tensors that were fetched as one aren't copied, unless an item has got another one since.
+    """
+    rows = [item[key] for item in items if key in item]
+    if isinstance(items, FetchedItems) and key in items.rows:
+        fetched = items.rows[key]
+        if len(rows) == len(fetched) and all(map(operator.is_, rows, fetched)):
+            return items.tensors[key]
+    return torch.stack(rows)
 
 
 class _Item(dict[str, Any]):
-    """An item that says what to do where torch's default collate looks for what it hasn't."""
+    """An item that says what to do where torch's default collate looks for a key it lacks."""
 
     def __missing__(self, key: str) -> Any:
         if key not in ("embedding", "waveform", "features", "num_valid"):
@@ -167,14 +215,11 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         - `num_valid`: int64 `(misses,)`, how many samples of each waveform came from the clip;
         - `failures`: list of `ClipFailure`: clips that were left out.
     """
-    fetched = items.embeddings if isinstance(items, _Items) else None
-    items = list(items)
+    items = items if isinstance(items, FetchedItems) else list(items)
     usable = [item for item in items if "failure" not in item]
     batch: dict[str, Any] = {
         "sample_ids": [item["sample_id"] for item in usable],
-        "labels": target_tensor(
-            [item["sample_id"] for item in usable], [item["label"] for item in usable]
-        ),
+        "labels": _labels(items, usable),
         "mask": torch.tensor(["embedding" in item for item in usable], dtype=torch.bool),
         "failures": [item["failure"] for item in items if "failure" in item],
     }
@@ -186,7 +231,12 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
     ):
         rows = [item[key] for item in usable if key in item]
         if rows:
-            stacked = fetched if name == "embeddings" and fetched is not None else None
             is_ragged = name == "features" and len({(row.dtype, row.shape) for row in rows}) > 1
-            batch[name] = rows if is_ragged else torch.stack(rows) if stacked is None else stacked
+            batch[name] = rows if is_ragged else stacked(items, key)
     return batch
+
+
+def _labels(items: Sequence[dict[str, Any]], usable: list[dict[str, Any]]) -> torch.Tensor:
+    if len(usable) == len(items) > 0:
+        return stacked(items, "label")
+    return target_tensor([item["sample_id"] for item in usable], [item["label"] for item in usable])

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lmdbcache.audio import shown
-from lmdbcache.datasets.listed import ListedDataset, checked_folder
-from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
+from lmdbcache.datasets.base import ListedDataset, checked_folder
+from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import (
     Entry,
     PassedOver,
@@ -41,13 +41,14 @@ class ESC50Dataset(ListedDataset):
     Args:
         root: Folder with `meta` and `audio`.
         namespace: Another name than `esc50`.
-        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
+        decoder: What decodes the clips: files that it doesn't read are left out.
 
     Raises:
         DatasetError: The folder isn't ESC-50, or its table can't be used.
     """
 
     kind = "esc50"
+    layout = "meta/esc50.csv and audio/*.wav"
 
     def __init__(
         self, root: str | Path, *, namespace: str | None = None, decoder: str = "soundfile"
@@ -63,10 +64,9 @@ class ESC50Dataset(ListedDataset):
                     f"{table}, line {line}: {row['category']!r} has target {label}; it had "
                     f"{labels[row['category']]} before"
                 )
-        name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
+        name = namespace_of(self.kind, namespace)
         classes = dict(sorted(labels.items(), key=lambda pair: pair[1]))
         super().__init__(folder, name, classes, passed_over=PassedOver(decoder))
-        self.can_be_opened_with()
         audio = Path(folder, "audio")
         there = {entry.name: entry for entry in entries_of(audio)}
         for line, row in rows:
@@ -91,6 +91,12 @@ class ESC50Dataset(ListedDataset):
         unlisted = [entry for name, entry in there.items() if name not in listed]
         self._leave_out_the_rest(folder, unlisted)
         self.finish()
+
+    @classmethod
+    def recognizes(cls, root: Path, decoder: str) -> bool:
+        """Return whether its table is there."""
+        del decoder
+        return (root / _TABLE).is_file()
 
     def _leave_out_the_rest(self, folder: str, unlisted: list[Entry]) -> None:
         """Note audio that the table doesn't list."""

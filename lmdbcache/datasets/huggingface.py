@@ -2,34 +2,48 @@
 
 Clips stay where they are, as bytes in memory-mapped Arrow files or as paths: a sample refers to
 its row, and a decoding process reads that row alone. Decoding is ours, not torchcodec's.
+
+A row's file id depends on the row alone, not on its number or on the other rows, so that `select`,
+`shuffle`, `filter` and `train_test_split` give each clip the id that it has in the whole dataset.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from lmdbcache.audio import shown
-from lmdbcache.datasets.huggingface_columns import Labels, choose_columns, labels_of
-from lmdbcache.datasets.huggingface_ids import column_ids, content_ids, opened_file, paths_of
-from lmdbcache.datasets.listed import ListedDataset, own_split_name
-from lmdbcache.datasets.namespaces import chosen_namespace, derived_namespace
-from lmdbcache.datasets.scanning import PassedOver, leave_out_all
+import numpy as np
+import xxhash
+
+from lmdbcache.audio import open_source, shown
+from lmdbcache.datasets.base import ListedDataset, own_split_name
+from lmdbcache.datasets.namespaces import namespace_of
+from lmdbcache.datasets.scanning import PassedOver, leave_out_all, visible_entries
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.files import expand_user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 __all__ = ["HuggingFaceDataset", "RowSource"]
 
 # Names of loaders, which many datasets share.
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
+_ROWS_AT_ONCE: Final = 32
+_PIECE_BYTES: Final = 1 << 20
+_LARGE_BYTES: Final = 1 << 30
+_LABEL_NAMES: Final = ("label", "labels", "class", "class_name", "category", "target")
+_MULTILABEL: Final = "multilabel"
+
+_logger = logging.getLogger(__name__)
 
 
 class _Table:
@@ -70,7 +84,7 @@ class RowSource:
             return io.BytesIO(value["bytes"])
         if not value.get("path"):
             raise OSError("the row has neither bytes nor a path")
-        return opened_file(value["path"])
+        return open_source(value["path"])
 
     def __str__(self) -> str:
         return self.name
@@ -107,6 +121,7 @@ class HuggingFaceDataset(ListedDataset):
     """
 
     kind = "huggingface"
+    layout = "a folder of save_to_disk, or one with parquet files"
 
     def __init__(
         self,
@@ -118,34 +133,28 @@ class HuggingFaceDataset(ListedDataset):
         namespace: str | None = None,
     ) -> None:
         root, name, splits = _opened(source)
-        columns = choose_columns(
+        columns = _choose_columns(
             next(iter(splits.values())).features, root, audio_column, label_column, id_column
         )
         if namespace is None and name in _LOADERS:
-            raise DatasetError(
-                "this Hugging Face dataset has no name of its own; give one with namespace="
-            )
-        labels = labels_of(splits, columns.label, root)
+            raise DatasetError("this Hugging Face dataset has no name of its own; give `namespace`")
+        labels = _labels_of(splits, columns.label, root)
         super().__init__(
             root,
-            chosen_namespace(namespace, self.kind) if namespace else derived_namespace("hf", name),
+            namespace_of("hf", namespace, name),
             labels.class_labels,
             namespace_is_derived=namespace is None,
         )
         is_folder = isinstance(source, (str, os.PathLike))
-        if is_folder:
-            self.can_be_opened_with(
-                audio_column=audio_column, label_column=label_column, id_column=id_column
-            )
         self.target_names = labels.target_names
         audio = {split: _audio_only(table, columns.audio, root) for split, table in splits.items()}
         if columns.id is None:
             wanted = {
                 split: [name is not None for name in part] for split, part in labels.classes.items()
             }
-            file_ids = content_ids(audio, columns.audio, wanted, root)
+            file_ids = _content_ids(audio, columns.audio, wanted, root)
         else:
-            file_ids = column_ids(splits, audio, columns.id, root)
+            file_ids = _column_ids(splits, audio, columns.id, root)
         self._first_rows: dict[tuple[str, str], tuple[str, Any]] | None = (
             {} if columns.id is None else None
         )
@@ -160,6 +169,21 @@ class HuggingFaceDataset(ListedDataset):
         if is_folder:
             self._leave_out_strays(audio, columns.audio)
         self.finish()
+
+    @classmethod
+    def recognizes(cls, root: Path, decoder: str) -> bool:
+        """Return whether it was saved by the library, or holds parquet files or their kin."""
+        del decoder
+        if _is_saved(root):
+            return True
+        folders = [root, *(Path(entry.path) for entry in visible_entries(root) if entry.is_folder)]
+        names = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+        return any(
+            entry.name.endswith(".parquet") or entry.name in names
+            for folder in folders
+            for entry in visible_entries(folder)
+            if entry.is_file
+        )
 
     @property
     def targets(self) -> dict[str, Any]:
@@ -178,10 +202,10 @@ class HuggingFaceDataset(ListedDataset):
         strays = PassedOver()
         leave_out_all(self.root, strays, "no row of the dataset has its name")
         if strays.items:
-            named = {Path(path).name for path in paths_of(audio, column)}
+            named = {Path(path).name for path in _paths_of(audio, column)}
             self.left_out.extend(item for item in strays.items if Path(item.name).name not in named)
 
-    def _add_split(self, split: str, table: _Table, file_ids: list[str], labels: Labels) -> None:
+    def _add_split(self, split: str, table: _Table, file_ids: list[str], labels: _Labels) -> None:
         place = f"{shown(self.root)}, split {split}" if split else shown(self.root)
         for row, (file_id, class_name) in enumerate(
             zip(file_ids, labels.classes[split], strict=True)
@@ -200,7 +224,7 @@ class HuggingFaceDataset(ListedDataset):
                 )
 
     def _is_repeated(self, file_id: str, class_name: str, name: str, target: Any) -> bool:
-        """Leave a row out whose audio and class are those of one before it."""
+        """Leave out a row with the audio and class of an earlier one."""
         if self._first_rows is None:
             return False
         first, other = self._first_rows.setdefault((file_id, class_name), (name, target))
@@ -244,16 +268,19 @@ def _opened(source: Any) -> tuple[str, str, dict[str, Any]]:
     return f"huggingface:{name}/{info.config_name or ''}", name, splits
 
 
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
 def _loaded(datasets: Any, folder: Path) -> Any:
     if not folder.is_dir():
         raise DatasetError(
             f"{shown(folder)} isn't a folder; a dataset of the Hub is loaded with "
             "datasets.load_dataset and given as an object"
         )
-    saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     try:
         with _no_bars_in_a_pipe(datasets):
-            if saved:
+            if _is_saved(folder):
                 return datasets.load_from_disk(str(folder))
             return datasets.load_dataset(str(folder))
     except Exception as error:
@@ -291,3 +318,267 @@ def _audio_only(table: Any, column: str, root: str) -> Any:
             "from encoded files, so it has to hold their bytes or paths (the feature `Audio`), "
             "not arrays of samples"
         ) from error
+
+
+# ---- columns and labels
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Names of the columns; `id` is None where rows have no id of their own."""
+
+    audio: str
+    label: str
+    id: str | None
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What a label column says.
+
+    Args:
+        class_labels: Class → label.
+        classes: Split → the class of each row, None where it has no label.
+        target_names: What the places of a target stand for; empty with one label in a row.
+        targets: Split → each row's target, bool `(len(target_names),)`; None likewise.
+    """
+
+    class_labels: dict[str, int]
+    classes: dict[str, list[str | None]]
+    target_names: tuple[str, ...] = ()
+    targets: dict[str, list[NDArray[np.bool_]]] | None = None
+
+
+def _choose_columns(
+    features: Mapping[str, Any],
+    root: str,
+    audio_column: str | None,
+    label_column: str | None,
+    id_column: str | None,
+) -> _Columns:
+    """Return the given columns, or else those of a usual type or name.
+
+    Args:
+        features: Column → feature.
+        root: The dataset, for messages.
+        audio_column: None chooses.
+        label_column: None chooses.
+        id_column: None is none.
+
+    Raises:
+        DatasetError: There is no such column, or not exactly one of a usual type or name.
+    """
+    audio = audio_column or _only(features, root, "audio", ("Audio",), ("audio",))
+    label = label_column or _only(features, root, "label", ("ClassLabel",), _LABEL_NAMES)
+    for name, column in (("audio", audio), ("label", label), ("id", id_column)):
+        known = column in features or (name == "id" and column == f"{audio}.path")
+        if column is not None and not known:
+            raise DatasetError(
+                f"{shown(root)}: {name}_column {column!r} isn't a column; there are "
+                f"{', '.join(features)}"
+            )
+    return _Columns(audio, label, id_column)
+
+
+def _only(
+    features: Mapping[str, Any],
+    root: str,
+    role: str,
+    types: tuple[str, ...],
+    names: tuple[str, ...],
+) -> str:
+    typed = [name for name, feature in features.items() if type(feature).__name__ in types]
+    typed = typed or [
+        name for name, feature in features.items() if type(_of_list(feature)).__name__ in types
+    ]
+    named = [name for name in names if name in features]
+    found = typed or named
+    if len(found) != 1:
+        what = f"{', '.join(found)} are possible" if found else "none has a usual type or name"
+        raise DatasetError(
+            f"{shown(root)}: which column is the {role}? {what}; give `{role}_column`. There are "
+            f"{', '.join(features)}"
+        )
+    return found[0]
+
+
+def _labels_of(splits: Mapping[str, Any], column: str, root: str) -> _Labels:
+    """Return the classes of a label column.
+
+    Raises:
+        DatasetError: The column holds something else than names or whole numbers, or lists of
+            names, or a `ClassLabel` differs between splits.
+    """
+    features = [table.features[column] for table in splits.values()]
+    values = {
+        split: table.with_format(None).select_columns([column])[:][column]
+        for split, table in splits.items()
+    }
+    inner = [_of_list(feature) for feature in features]
+    names = [
+        getattr(feature if part is None else part, "names", None)
+        for feature, part in zip(features, inner, strict=True)
+    ]
+    if any(each != names[0] for each in names):
+        raise DatasetError(f"{shown(root)}: the splits name the classes of {column!r} differently")
+    if inner[0] is not None:
+        return _several(values, names[0], f"{shown(root)}: column {column!r}", inner[0])
+    if names[0]:
+        classes = list(names[0])
+        return _Labels(
+            {name: label for label, name in enumerate(classes)},
+            {split: [_named(classes, value) for value in part] for split, part in values.items()},
+        )
+    known = [value for part in values.values() for value in part if value is not None]
+    odd = [value for value in known if type(value) not in (str, int)]
+    if odd or len({type(value) for value in known}) > 1:
+        raise DatasetError(
+            f"{shown(root)}: column {column!r} holds {str((odd or known)[0])!r:.60}; labels are "
+            "all text or all whole numbers, or lists of text or of a ClassLabel"
+        )
+    found = sorted(set(known))
+    by_number = bool(found) and type(found[0]) is int
+    return _Labels(
+        {str(value): value if by_number else place for place, value in enumerate(found)},
+        {
+            split: [None if value is None else str(value) for value in part]
+            for split, part in values.items()
+        },
+    )
+
+
+def _of_list(feature: Any) -> Any:
+    """What a list's items are, None for what isn't a list."""
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", None)
+
+
+def _named(classes: list[str], value: int | None) -> str | None:
+    """The library writes -1 where there is no label."""
+    return None if value is None or not 0 <= value < len(classes) else classes[value]
+
+
+def _several(
+    values: Mapping[str, list[list[Any] | None]], names: list[str] | None, where: str, inner: Any
+) -> _Labels:
+    """Of a column with a list of labels in each row."""
+    rows: dict[str, list[list[str] | None]] = {
+        split: [_known(row, names) for row in part] for split, part in values.items()
+    }
+    found = [name for part in rows.values() for row in part if row is not None for name in row]
+    if names is None and any(type(name) is not str for name in found):
+        raise DatasetError(
+            f"{where} holds lists of {inner!s:.60}; several labels in a row are lists of text or "
+            "of a ClassLabel: cast it, or give another label_column"
+        )
+    places = {name: place for place, name in enumerate(names or sorted(set(found)))}
+    return _Labels(
+        {_MULTILABEL: 0},
+        {
+            split: [None if row is None else _MULTILABEL for row in part]
+            for split, part in rows.items()
+        },
+        tuple(places),
+        {split: [_multi_hot(row, places) for row in part] for split, part in rows.items()},
+    )
+
+
+def _known(row: list[Any] | None, names: list[str] | None) -> list[Any] | None:
+    """The row's labels without those that stand for none; None if nothing else was there."""
+    if row is None:
+        return None
+    given = row if names is None else [_named(names, value) for value in row]
+    known = [name for name in given if name is not None]
+    return None if given and not known else known
+
+
+def _multi_hot(row: list[str] | None, places: Mapping[str, int]) -> NDArray[np.bool_]:
+    target = np.zeros(len(places), dtype=np.bool_)
+    target[[places[name] for name in row or ()]] = True
+    return target
+
+
+# ---- file ids
+
+
+def _column_ids(
+    splits: Mapping[str, Any], audio: Mapping[str, Any], column: str, root: str
+) -> dict[str, list[str]]:
+    """Return split → the id column's value in each row, as text.
+
+    Args:
+        splits: Split → its rows.
+        audio: Split → its audio column alone, undecoded.
+        column: The id column, or `<audio column>.path`: the names of the files, without suffix.
+        root: The dataset, for messages.
+
+    Raises:
+        DatasetError: A row has none.
+    """
+    found = {}
+    for split, table in splits.items():
+        is_path = column not in table.features
+        flat = audio[split].flatten() if is_path else table.with_format(None)
+        values = flat.select_columns([column])[:][column]
+        if None in values:
+            raise DatasetError(
+                f"{shown(root)}: column {column!r} is empty in row {values.index(None)}"
+            )
+        found[split] = [Path(value).stem if is_path else str(value) for value in values]
+    return found
+
+
+def _content_ids(
+    audio: Mapping[str, Any], column: str, wanted: Mapping[str, Sequence[bool]], root: str
+) -> dict[str, list[str]]:
+    """Return split → a digest of each row's audio file, 32 hexadecimal digits.
+
+    All of the audio is read, but none of it decoded. A row whose file can't be read has an id that
+    begins with `unreadable-`: its clip fails, so that nothing is stored under it.
+
+    Args:
+        audio: Split → its audio column alone, undecoded.
+        column: That column's name.
+        wanted: Split → whether each row's id is needed; the others' are empty.
+        root: The dataset, for messages.
+    """
+    if sum(table.data.nbytes for table in audio.values()) > _LARGE_BYTES:
+        _logger.warning(
+            "%s: no id column is given, so every clip is read for an id from its content; with "
+            "id_column this isn't necessary",
+            shown(root),
+        )
+    return {split: list(_digests(table, column, wanted[split])) for split, table in audio.items()}
+
+
+def _paths_of(audio: Mapping[str, Any], column: str) -> Iterator[str]:
+    """Yield the path of each row that has one; no audio is read."""
+    name = f"{column}.path"
+    for table in audio.values():
+        yield from filter(None, table.flatten().select_columns([name])[:][name])
+
+
+def _digests(table: Any, column: str, wanted: Sequence[bool]) -> Iterator[str]:
+    rows = 0
+    for batch in table.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        structs = batch[column].combine_chunks()
+        for value, path in zip(structs.field("bytes"), structs.field("path"), strict=True):
+            yield _digest(value, path.as_py(), rows) if wanted[rows] else ""
+            rows += 1
+
+
+def _digest(value: Any, path: str | None, row: int) -> str:
+    """The digest of a row's bytes, or of the file that it names."""
+    if value.is_valid:
+        return xxhash.xxh3_128_hexdigest(value.as_buffer())
+    if not path:
+        return f"unreadable-row-{row}"
+    digest = xxhash.xxh3_128()
+    try:
+        with open_source(path) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except (OSError, ValueError):  # ValueError: NUL in the path
+        return f"unreadable-{xxhash.xxh3_128_hexdigest(os.fsencode(path))}"
+    return digest.hexdigest()

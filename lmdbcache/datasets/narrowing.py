@@ -1,19 +1,25 @@
-"""Which of a dataset's samples are wanted: the same rules for every adapter. No torch here."""
+"""Parts of a dataset: by class, node, fold and split, for every adapter. No torch here."""
 
 from __future__ import annotations
 
 import logging
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.datasets.classes import chosen_classes
-from lmdbcache.datasets.partitions import partition_samples
-from lmdbcache.datasets.splits import SPLITS, node_split, split_samples, whole_number
+from lmdbcache.datasets.splits import (
+    SPLITS,
+    node_split,
+    partition_samples,
+    split_samples,
+    whole_number,
+)
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import few
+from lmdbcache.storage import canonical_class
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lmdbcache.datasets.base import AudioDataset, Sample
 
@@ -21,6 +27,7 @@ __all__ = [
     "NODE_SEED",
     "SPLIT_SEED",
     "Narrowing",
+    "chosen_classes",
     "first_of_each_class",
     "split_names",
     "split_of",
@@ -32,6 +39,7 @@ SPLIT_SEED: Final = 42
 NODE_SEED: Final = 42
 
 _FEWEST_FOLDS: Final = 3
+_MOST_SHOWN: Final = 60
 _SOURCES: Final = ("auto", "own", "folds", "ratios")
 
 _logger = logging.getLogger(__name__)
@@ -76,7 +84,7 @@ class Narrowing:
     split_by: str = "auto"
 
     def of(self, dataset: AudioDataset) -> list[Sample]:
-        """The samples of a dataset that are wanted, in its order; labels keep their value.
+        """Return this part of a dataset, in its order; labels keep their value.
 
         Raises:
             DatasetError: A choice can't be used with this dataset.
@@ -86,7 +94,7 @@ class Narrowing:
         return self._of_folds_and_split(self._of_node(self.of_classes(dataset)), dataset)
 
     def nodes_of(self, dataset: AudioDataset) -> list[list[Sample]]:
-        """What `of` gives for each node; `node_split_id` is only checked.
+        """Return what `of` gives for each node; `node_split_id` is only checked.
 
         Raises:
             DatasetError: A choice can't be used, or the number of nodes isn't given.
@@ -94,8 +102,7 @@ class Narrowing:
         check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
         samples = self.of_classes(dataset)
         if self.num_nodes is None:
-            beside = " beside samples_per_node" if self.samples_per_node is not None else ""
-            raise DatasetError(f"num_nodes: how many nodes are there? (--num-nodes){beside}")
+            raise DatasetError("`num_nodes`: how many nodes are there?")
         self._check_node(self.num_nodes)
         if self.samples_per_node is None:
             nodes = self._partition(samples, self.num_nodes)
@@ -104,7 +111,7 @@ class Narrowing:
         return [self._of_folds_and_split(node, dataset) for node in nodes]
 
     def of_classes(self, dataset: AudioDataset) -> list[Sample]:
-        """The samples of the classes that are wanted.
+        """Return the samples of the chosen classes.
 
         Raises:
             DatasetError: A class isn't one of the dataset's, or none of them has clips.
@@ -140,7 +147,7 @@ class Narrowing:
         if self.samples_per_node is not None or (rule["by"] == "count" and not self.min_per_node):
             return self._counted(samples, self.node_split_id)
         if self.num_nodes is None:
-            raise DatasetError("num_nodes: needed to divide by shares (--num-nodes)")
+            raise DatasetError("`num_nodes`: needed to divide by shares")
         return self._partition(samples, self.num_nodes)[self.node_split_id]
 
     def _check_node(self, num_nodes: int) -> None:
@@ -164,8 +171,8 @@ class Narrowing:
         """A node's samples, by a number that each has or by an even division."""
         if self.num_nodes is None and self.samples_per_node is None:
             raise DatasetError(
-                "node_split_id: a node of how many (num_nodes, --num-nodes), or of how many "
-                "samples of each class (samples_per_node, --samples-per-node)?"
+                "node_split_id: a node of how many (`num_nodes`), or of how many samples of each "
+                "class (`samples_per_node`)?"
             )
         if self._partition_rule()["by"] != "count" or (
             self.samples_per_node is not None and self.min_per_node
@@ -187,8 +194,52 @@ class Narrowing:
         return {"by": "count"}
 
 
+def chosen_classes(
+    classes: str | int | Iterable[str | int] | None,
+    class_labels: Mapping[str, int],
+    dataset: str,
+) -> list[str] | None:
+    """Return the class names of a selection given as names (any case) or labels.
+
+    Args:
+        classes: Names and labels.
+        class_labels: Class name, in lower case → label.
+        dataset: What to call the dataset in an error.
+
+    Returns:
+        The names in the order given, or None without a selection.
+
+    Raises:
+        DatasetError: A name or label isn't one of the dataset's.
+    """
+    if classes is None:
+        return None
+    if isinstance(classes, (str, int)):
+        classes = [classes]
+    return [_class_name(item, class_labels, dataset) for item in classes] or None
+
+
+def _class_name(item: Any, class_labels: Mapping[str, int], dataset: str) -> str:
+    name: str | None
+    if isinstance(item, str):
+        name = canonical_class(item.strip())
+        name = name if name in class_labels else None
+    else:
+        names = {label: name for name, label in class_labels.items()}
+        try:
+            name = None if isinstance(item, bool) else names.get(operator.index(item))
+        except TypeError:
+            name = None
+    if name is None:
+        pairs = [f"{name} ({label})" for name, label in class_labels.items()]
+        raise DatasetError(
+            f"{item!r} isn't a class of {dataset}; names and labels are {few(pairs, _MOST_SHOWN)}"
+        )
+    return name
+
+
 def first_of_each_class(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """The first so many of each class; None, 0 and less are no limit."""
+    """Return the first samples of each class; None, 0 and less are no limit."""
     if not limit or limit < 0:
         return list(samples)
     taken: dict[str, int] = {}
@@ -202,14 +253,14 @@ def first_of_each_class(samples: Sequence[Sample], limit: int | None) -> list[Sa
 
 
 def split_source(samples: Sequence[Sample], split_by: str = "auto") -> str:
-    """Where the splits of a dataset come from: `own`, `folds` or `ratios`.
+    """Return where the splits of a dataset come from: `own`, `folds` or `ratios`.
 
     Args:
         samples: All of the dataset.
         split_by: See `Narrowing`.
 
     Raises:
-        DatasetError: There is no such source, or the samples haven't what it needs.
+        DatasetError: There is no such source, or the samples lack what it needs.
     """
     if split_by not in _SOURCES:
         raise DatasetError(f"split_by: {split_by!r}; use {', '.join(_SOURCES)}")
@@ -229,7 +280,7 @@ def split_source(samples: Sequence[Sample], split_by: str = "auto") -> str:
 
 
 def check_split(samples: Sequence[Sample], split: str, split_by: str, name: str) -> None:
-    """Refuse a split that a dataset hasn't.
+    """Refuse a split that a dataset doesn't have.
 
     Args:
         samples: All of the dataset.
@@ -238,7 +289,7 @@ def check_split(samples: Sequence[Sample], split: str, split_by: str, name: str)
         name: What to call the dataset.
 
     Raises:
-        DatasetError: It hasn't.
+        DatasetError: It has no such split.
     """
     known = split_names(samples, split_by)
     if split == "all" or split in known:
@@ -246,16 +297,16 @@ def check_split(samples: Sequence[Sample], split: str, split_by: str, name: str)
     source = split_source(samples, split_by)
     if source == "folds" and not known:
         raise DatasetError(
-            f"split: {split!r}; {name} has fewer than 3 folds, of which train, val and test could "
-            "be made. Use folds (--fold), or split_by='ratios' (--split-by ratios)"
+            f"split: {split!r}; {name} has fewer than 3 folds, too few for train, val and test. "
+            'Give `folds`, or `split_by="ratios"`'
         )
     names = ", ".join(repr(each) for each in known)
-    own = " of its own; split_by='ratios' (--split-by ratios) draws others" * (source == "own")
+    own = ' of its own; `split_by="ratios"` draws others' * (source == "own")
     raise DatasetError(f"split: {split!r}; {name} has {names} and 'all'{own}")
 
 
 def split_names(samples: Sequence[Sample], split_by: str = "auto") -> tuple[str, ...]:
-    """The names of a dataset's splits; none if its folds are too few.
+    """Return the names of a dataset's splits, none if its folds are too few.
 
     Args:
         samples: All of the dataset.
@@ -274,7 +325,7 @@ def split_names(samples: Sequence[Sample], split_by: str = "auto") -> tuple[str,
 def split_of(
     samples: Sequence[Sample], split: str, split_by: str, *, whole: Sequence[Sample]
 ) -> list[Sample]:
-    """The samples of one split.
+    """Return the samples of one split.
 
     Args:
         samples: Those to choose from.

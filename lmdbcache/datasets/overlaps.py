@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, ClassVar
 
 import xxhash
 
-from lmdbcache.audio import AudioSource
+from lmdbcache.audio import open_source
 from lmdbcache.datasets.base import Sample, sample_id_of, source_of
 from lmdbcache.files import few
+from lmdbcache.storage import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lmdbcache.audio import AudioSource
+
 __all__ = ["Overlap", "OverlapReport", "overlap_audit"]
 
 _CHUNK = 1 << 20
+_FEW = 5
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,23 @@ class Overlap:
     by: str
     samples: tuple[tuple[str, str], ...]
 
+    def __str__(self) -> str:
+        pairs = few([a if a == b else f"{a} = {b}" for a, b in self.samples], _FEW)
+        return f"{self.first} and {self.second} share by {self.by.replace('_', ' ')}: {pairs}"
+
 
 @dataclass(frozen=True)
-class OverlapReport:
-    """What `overlap_audit` found.
+class OverlapReport(Report):
+    """The result of `overlap_audit`.
 
     Args:
         sizes: Part → number of its samples.
         overlaps: The pairs of parts that share clips; empty if none do.
-        by_content: Whether the files' bytes were compared, too.
+        by_content: Whether the files' bytes were also compared.
         unreadable: Sample ids whose bytes couldn't be read.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("is_disjoint",)
 
     sizes: Mapping[str, int]
     overlaps: tuple[Overlap, ...]
@@ -60,31 +69,20 @@ class OverlapReport:
         """Whether no two parts share a clip, as far as could be read."""
         return not self.overlaps
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "is_disjoint": self.is_disjoint,
-            "by_content": self.by_content,
-            "sizes": dict(self.sizes),
-            "overlaps": [
-                {**vars(overlap), "samples": [list(pair) for pair in overlap.samples]}
-                for overlap in self.overlaps
-            ],
-            "unreadable": list(self.unreadable),
-        }
+    @property
+    def exit_code(self) -> int:
+        """1 if two parts share a clip."""
+        return int(not self.is_disjoint)
 
     def __str__(self) -> str:
-        what = "sample id or content" if self.by_content else "sample id"
-        lines = []
+        lines = list(map(str, self.overlaps))
         if self.is_disjoint:
-            lines.append(f"no two of {len(self.sizes)} parts share a {what}")
-        for overlap in self.overlaps:
-            pairs = few([a if a == b else f"{a} = {b}" for a, b in overlap.samples], 5)
-            same = "sample id" if overlap.by == "sample_id" else "content"
-            lines.append(f"{overlap.first} and {overlap.second} share by {same}: {pairs}")
+            by = "sample id or content" if self.by_content else "sample id"
+            lines.append(f"no two of {len(self.sizes)} parts share a {by}")
         if self.unreadable:
-            unreadable = few(self.unreadable, 5)
-            lines.append(f"{len(self.unreadable)} clips couldn't be read: {unreadable}")
+            lines.append(
+                f"{len(self.unreadable)} clips couldn't be read: {few(self.unreadable, _FEW)}"
+            )
         return "\n".join(lines)
 
 
@@ -105,31 +103,25 @@ def overlap_audit(
         parts = {f"part {number}": samples for number, samples in enumerate(parts)}
     by_id = {name: {sample_id_of(s): sample_id_of(s) for s in part} for name, part in parts.items()}
     overlaps = _shared(by_id, "sample_id")
-    unreadable: list[str] = []
+    digests: dict[str, str | None] = {}
     if by_content:
-        digests: dict[str, str | None] = {}
-        by_digest: dict[str, dict[str, str]] = {}
-        for name, samples in parts.items():
-            by_digest[name] = {}
-            for sample in samples:
-                sample_id = sample_id_of(sample)
-                if sample_id not in digests:
-                    digests[sample_id] = _content_digest(source_of(sample))
-                digest = digests[sample_id]
-                if digest is not None:
-                    by_digest[name][digest] = sample_id
+        sources = {sample_id_of(s): source_of(s) for part in parts.values() for s in part}
+        digests = {sample_id: _content_digest(source) for sample_id, source in sources.items()}
+        by_digest = {
+            name: {digest: each for each in ids if (digest := digests[each]) is not None}
+            for name, ids in by_id.items()
+        }
         overlaps += _shared(by_digest, "content")
-        unreadable = [sample_id for sample_id, digest in digests.items() if digest is None]
     return OverlapReport(
         sizes={name: len(samples) for name, samples in parts.items()},
         overlaps=tuple(overlaps),
         by_content=by_content,
-        unreadable=tuple(unreadable),
+        unreadable=tuple(each for each, digest in digests.items() if digest is None),
     )
 
 
 def _shared(parts: Mapping[str, Mapping[str, str]], by: str) -> list[Overlap]:
-    """Pairs of parts with equal keys; equal sample ids aren't told again as equal content."""
+    """Pairs of parts with equal keys; equal sample ids aren't listed again as equal content."""
     found = []
     for first, second in combinations(parts, 2):
         pairs = [
@@ -143,17 +135,11 @@ def _shared(parts: Mapping[str, Mapping[str, str]], by: str) -> list[Overlap]:
 
 
 def _content_digest(source: str | AudioSource) -> str | None:
-    if not isinstance(source, AudioSource) and not Path(source).is_file():
-        return None  # a pipe would wait for ever
     digest = xxhash.xxh3_128()
     try:
-        with source.open_binary() if isinstance(source, AudioSource) else _file(source) as file:
+        with open_source(source) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     except (OSError, ValueError):
         return None
     return str(digest.hexdigest())
-
-
-def _file(path: str) -> BinaryIO:
-    return Path(path).open("rb")

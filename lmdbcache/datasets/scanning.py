@@ -1,12 +1,13 @@
-"""What lies in a dataset's folders, and what of it is passed over. No torch here.
+"""The files in a dataset's folders, and which of them are left out. No torch here.
 
 A link that leads nowhere or in a circle, a pipe, a hidden copy or a folder without permission is
-noted and passed over: one of them doesn't keep the rest from being listed.
+noted and left out: none of them keeps the rest from being listed.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ __all__ = [
     "leave_out_all",
     "pass_over",
     "suffix_of",
+    "summary_of",
     "usable_entries",
     "visible_entries",
 ]
@@ -90,6 +92,19 @@ class PassedOver:
         return audio_file_id(name, self.decoder)
 
 
+def summary_of(left_out: list[LeftOut]) -> str:
+    """Return `3 left out: no label, such as …; 1 left out: …`, most frequent first."""
+    first = {item.kind: item for item in reversed(left_out)}
+    kinds = Counter(item.kind for item in left_out).most_common()
+    counted = [f"{count} left out: {kind}{_example(first[kind])}" for kind, count in kinds[:3]]
+    rest = sum(count for _, count in kinds[3:])
+    return "; ".join([*counted, *([f"{rest} more left out"] if rest else [])])
+
+
+def _example(item: LeftOut) -> str:
+    return f", such as {item.name}" + (f" ({item.reason})" if item.reason != item.kind else "")
+
+
 @dataclass(frozen=True)
 class Entry:
     """What a folder holds under one name.
@@ -117,7 +132,7 @@ class Entry:
 
 
 def entries_of(folder: str | Path) -> list[Entry]:
-    """Return what is in a folder, by name, hidden names too.
+    """Return the entries of a folder, sorted by name, including hidden ones.
 
     Raises:
         DatasetError: It can't be listed.
@@ -143,7 +158,7 @@ def _entry(entry: os.DirEntry[str]) -> Entry:
 
 
 def visible_entries(folder: str | Path) -> list[Entry]:
-    """Return what is in a folder, by name, without hidden names; none if it can't be listed."""
+    """Return a folder's entries without hidden ones; an empty list if it can't be listed."""
     try:
         return [entry for entry in entries_of(folder) if not entry.is_hidden]
     except DatasetError:

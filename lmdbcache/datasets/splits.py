@@ -1,8 +1,8 @@
 """Dividing samples between nodes and between train, val and test. No torch here.
 
 Who goes where depends on nothing but the seed and a hash of `class:file_id`: not on the order of
-the list, the process, the platform or a library's random stream. A clip that is added later
-moves few others.
+the list, the process or the platform, since nodes on different machines have to agree without
+talking. A clip that is added later moves few others.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
 import xxhash
 
 from lmdbcache.errors import DatasetError
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SPLITS",
-    "largest_remainder",
     "node_split",
-    "normalised_ratios",
-    "ranked_groups",
+    "normalized_ratios",
+    "partition_samples",
     "split_samples",
     "whole_number",
 ]
 
 SPLITS: Final = ("train", "val", "test")
+
+PartitionRule = Literal["count", "share", "dirichlet"]
+
+# Part of the random stream's key. To be changed with anything that changes who gets what.
+_STREAM: Final = "dirichlet/2"
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +51,7 @@ def split_samples(
     stratify: bool = True,
     seed: int = 42,
 ) -> list[Sample]:
-    """The samples of one split; train, val and test are disjoint and cover all samples.
+    """Return the samples of one split; train, val and test are disjoint and cover all samples.
 
     Args:
         samples: Dicts with `file_id` and `class_name`.
@@ -65,12 +70,12 @@ def split_samples(
     """
     if split not in (*SPLITS, "all"):
         raise DatasetError(f"split: {split!r}; use 'train', 'val', 'test' or 'all'")
-    ratios = normalised_ratios(train_ratio, val_ratio, test_ratio)
+    ratios = normalized_ratios(train_ratio, val_ratio, test_ratio)
     if split == "all":
         return list(samples)
     chosen: set[int] = set()
-    for ranked in ranked_groups(samples, seed, by_class=stratify):
-        sizes = largest_remainder(len(ranked), ratios)
+    for ranked in _ranked_groups(samples, seed, by_class=stratify):
+        sizes = _largest_remainder(len(ranked), ratios)
         position = SPLITS.index(split)
         start = sum(sizes[:position])
         chosen.update(ranked[start : start + sizes[position]])
@@ -84,7 +89,7 @@ def node_split(
     samples_per_node: int | None = None,
     seed: int = 42,
 ) -> list[Sample]:
-    """The samples of one node; the samples of two nodes are disjoint.
+    """Return the samples of one node; the samples of two nodes are disjoint.
 
     Args:
         samples: Dicts with `file_id` and `class_name`.
@@ -104,7 +109,7 @@ def node_split(
     """
     bounds = _node_bounds(node_split_id, num_nodes, samples_per_node)
     chosen: set[int] = set()
-    for ranked in ranked_groups(samples, seed, by_class=True):
+    for ranked in _ranked_groups(samples, seed, by_class=True):
         start, stop = bounds(len(ranked))
         chosen.update(ranked[start:stop])
         wanted = samples_per_node or 1
@@ -120,10 +125,124 @@ def node_split(
     return [sample for index, sample in enumerate(samples) if index in chosen]
 
 
-def normalised_ratios(
+def partition_samples(
+    samples: Sequence[Sample],
+    num_nodes: int,
+    *,
+    by: PartitionRule = "count",
+    shares: Sequence[float] | None = None,
+    alpha: float | None = None,
+    min_samples: int = 0,
+    seed: int = 42,
+) -> list[list[Sample]]:
+    """Divide samples between nodes: the parts are disjoint and cover all samples.
+
+    Args:
+        samples: Dicts with `file_id` and `class_name`.
+        num_nodes: How many nodes.
+        by: `"count"` gives each node the same number of every class (they differ by at most one;
+            node k gets what `node_split(samples, k, num_nodes)` gives). `"share"` divides every
+            class by `shares`. `"dirichlet"` draws the shares of each class from a symmetric
+            Dirichlet distribution: the smaller `alpha`, the fewer nodes have a class.
+        shares: Of each node, for `"share"`; scaled to a sum of 1.
+        alpha: Concentration, above 0, for `"dirichlet"`; 0.1 is very uneven, 100 nearly even.
+        min_samples: Every node gets at least so many: one that has fewer takes samples of the
+            largest node's largest class, one at a time.
+        seed: Another seed, another division; all nodes must use the same.
+
+    Returns:
+        The samples of each node, in the order of `samples`.
+
+    Raises:
+        DatasetError: An argument that can't be used, or fewer than `num_nodes * min_samples`
+            samples.
+    """
+    nodes = whole_number("num_nodes", num_nodes, minimum=1)
+    least = whole_number("min_samples", min_samples, minimum=0)
+    if least * nodes > len(samples):
+        raise DatasetError(
+            f"min_samples: {least} for each of {nodes} nodes; there are {len(samples)} samples"
+        )
+    sizes_of = _sizes(by, nodes, shares, alpha, seed)
+    groups: dict[str, list[list[int]]] = {}
+    for ranked in sorted(_ranked_groups(samples, seed, by_class=True), key=_first_class(samples)):
+        class_name = samples[ranked[0]]["class_name"]
+        parts, start = [], 0
+        for size in sizes_of(class_name, len(ranked)):
+            parts.append(ranked[start : start + size])
+            start += size
+        groups[class_name] = parts
+    _top_up(list(groups.values()), nodes, least)
+    return [
+        [samples[index] for index in sorted(i for parts in groups.values() for i in parts[node])]
+        for node in range(nodes)
+    ]
+
+
+def _first_class(samples: Sequence[Sample]) -> Callable[[list[int]], str]:
+    return lambda ranked: str(samples[ranked[0]]["class_name"])
+
+
+def _sizes(
+    by: str, nodes: int, shares: Sequence[float] | None, alpha: float | None, seed: int
+) -> Callable[[str, int], list[int]]:
+    """(class, number of its samples) → how many each node gets."""
+    needed = {"count": (), "share": ("shares",), "dirichlet": ("alpha",)}
+    if by not in needed:
+        raise DatasetError(f"by: {by!r}; use 'count', 'share' or 'dirichlet'")
+    given = {"shares": shares, "alpha": alpha}
+    for name, value in given.items():
+        if (value is not None) != (name in needed[by]):
+            state = "needed" if value is None else "not used"
+            raise DatasetError(f"{name}: {state} with by={by!r}")
+    if shares is not None:
+        fixed = _normalized(shares, nodes)
+        return lambda _, count: _largest_remainder(count, fixed)
+    if alpha is not None:
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise DatasetError(f"alpha: {alpha}; it must be finite and above 0, such as 0.5")
+        return lambda name, count: _largest_remainder(
+            count, _dirichlet(f"{seed}:{name}", nodes, alpha)
+        )
+    return lambda _, count: [
+        (node + 1) * count // nodes - node * count // nodes for node in range(nodes)
+    ]
+
+
+def _normalized(shares: Sequence[float], nodes: int) -> list[float]:
+    values = [float(share) for share in shares]
+    usable = all(math.isfinite(value) and value >= 0 for value in values) and sum(values) > 0
+    if len(values) != nodes or not usable:
+        raise DatasetError(
+            f"shares: {list(shares)}; give one number of 0 or more for each of {nodes} nodes, and "
+            "at least one above 0"
+        )
+    return [value / sum(values) for value in values]
+
+
+def _top_up(groups: list[list[list[int]]], nodes: int, least: int) -> None:
+    """Move single samples from the largest node to each that has too few."""
+    totals = [sum(len(parts[node]) for parts in groups) for node in range(nodes)]
+    for node in range(nodes):
+        while totals[node] < least:
+            giver = max(range(nodes), key=lambda other: (totals[other], -other))
+            parts = max(groups, key=lambda parts: len(parts[giver]))
+            parts[node].append(parts[giver].pop())
+            totals[node] += 1
+            totals[giver] -= 1
+
+
+def _dirichlet(name: str, size: int, alpha: float) -> list[float]:
+    """Shares drawn from the random stream of this name, of a symmetric Dirichlet distribution."""
+    key = xxhash.xxh3_128_intdigest(f"{_STREAM}:{name}".encode())
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return [float(share) for share in generator.dirichlet([alpha] * size)]
+
+
+def normalized_ratios(
     train_ratio: float, val_ratio: float, test_ratio: float
 ) -> tuple[float, float, float]:
-    """The three ratios, scaled to a sum of 1 (with a warning if that changes them).
+    """Return the three ratios, scaled to a sum of 1 (with a warning if that changes them).
 
     Raises:
         DatasetError: A ratio is negative or not finite, or all are zero.
@@ -141,7 +260,7 @@ def normalised_ratios(
     return (ratios[0] / total, ratios[1] / total, ratios[2] / total)
 
 
-def ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> list[list[int]]:
+def _ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> list[list[int]]:
     """Indices into `samples`, ordered by hash, one list per class or one for all."""
 
     def rank(index: int) -> tuple[int, str, str]:
@@ -155,7 +274,7 @@ def ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> li
     return [sorted(group, key=rank) for group in groups.values()]
 
 
-def largest_remainder(total: int, ratios: Sequence[float]) -> list[int]:
+def _largest_remainder(total: int, ratios: Sequence[float]) -> list[int]:
     """Whole numbers that sum to `total` and are nearest to the ratios."""
     # Rounding first keeps 0.7 * 10 = 7.000000000000001 from looking like a remainder.
     shares = [round(total * ratio, 9) for ratio in ratios]
@@ -185,7 +304,7 @@ def _node_bounds(
 
 
 def whole_number(name: str, value: Any, *, minimum: int) -> int:
-    """An argument that must be a whole number of at least this.
+    """Return an argument that must be a whole number of at least this.
 
     Raises:
         DatasetError: It isn't.

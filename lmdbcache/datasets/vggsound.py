@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from lmdbcache.audio import shown
-from lmdbcache.datasets.listed import ListedDataset, checked_folder, own_split_name
-from lmdbcache.datasets.namespaces import PUBLISHED, chosen_namespace
+from lmdbcache.datasets.base import ListedDataset, checked_folder, own_split_name
+from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import (
     PassedOver,
     check_table,
@@ -24,7 +24,7 @@ from lmdbcache.files import expand_user
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-__all__ = ["VGGSoundDataset", "find_table"]
+__all__ = ["VGGSoundDataset"]
 
 _LAYOUT: Final = (
     "<root>/vggsound.csv (YouTube id, start second, label, split) and "
@@ -56,13 +56,14 @@ class VGGSoundDataset(ListedDataset):
         root: Folder with the audio files.
         table: The table; None takes `vggsound.csv` of the root, or the only `vggsound*.csv`.
         namespace: Another name than `vggsound`.
-        decoder: What the clips are to be decoded by: files that it doesn't read are left out.
+        decoder: What decodes the clips: files that it doesn't read are left out.
 
     Raises:
         DatasetError: There is no such table or file, or the table can't be used.
     """
 
     kind = "vggsound"
+    layout = "vggsound.csv and <YouTube id>_<start, six digits>.wav"
 
     def __init__(
         self,
@@ -73,14 +74,14 @@ class VGGSoundDataset(ListedDataset):
         decoder: str = "soundfile",
     ) -> None:
         folder = checked_folder(root, _LAYOUT)
-        path = find_table(folder) if table is None else expand_user(table)
+        path = _find_table(folder) if table is None else expand_user(table)
         if path is None:
             raise DatasetError(
-                f"{shown(folder)} has no vggsound.csv; name the table with table (--csv). "
-                f"Expected is {_LAYOUT}"
+                f"{shown(folder)} has no vggsound.csv; give the table with `table`. Expected is "
+                f"{_LAYOUT}"
             )
         rows = list(_rows(path))
-        name = chosen_namespace(namespace, self.kind) if namespace else PUBLISHED[self.kind]
+        name = namespace_of(self.kind, namespace)
         classes = sorted({row.label for row in rows})
         super().__init__(
             folder,
@@ -88,7 +89,6 @@ class VGGSoundDataset(ListedDataset):
             {label: number for number, label in enumerate(classes)},
             passed_over=PassedOver(decoder),
         )
-        self.can_be_opened_with(csv=None if table is None else path)
         labels_of_ids = {row.file_id: row.label for row in rows}
         files = self._audio_files(folder, labels_of_ids.keys())
         passed_over = self._give_classes(labels_of_ids)
@@ -110,6 +110,12 @@ class VGGSoundDataset(ListedDataset):
                 **more,
             )
         self.finish()
+
+    @classmethod
+    def recognizes(cls, root: Path, decoder: str) -> bool:
+        """Return whether its table is there."""
+        del decoder
+        return _find_table(root) is not None
 
     def _give_classes(self, labels: dict[str, str]) -> set[str]:
         """Note the classes of listed files that are passed over; the ids of these files."""
@@ -140,7 +146,7 @@ class VGGSoundDataset(ListedDataset):
         return files
 
 
-def find_table(folder: str | Path) -> Path | None:
+def _find_table(folder: str | Path) -> Path | None:
     """`vggsound.csv` of a folder, or its only `vggsound*.csv`, or None."""
     tables = [
         Path(entry.path)

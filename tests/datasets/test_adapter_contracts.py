@@ -9,7 +9,7 @@ from lmdbcache.datasets import open_dataset
 from lmdbcache.datasets.audio_folder import AudioFolderDataset
 from lmdbcache.datasets.esc50 import ESC50Dataset
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
-from lmdbcache.datasets.vegas.selection import VEGASSelection
+from lmdbcache.datasets.vegas.layout import VEGASFolder
 from lmdbcache.datasets.vggsound import VGGSoundDataset
 from lmdbcache.testing.dataset_contract import DatasetContract
 
@@ -48,7 +48,7 @@ class TestVEGAS(DatasetContract):
             for number in range(5):
                 path = tmp_path / "VEGAS" / name / "audios" / f"video_{number:05d}.wav"
                 write_audio(path, tone(name, number))
-        return VEGASSelection(tmp_path / "VEGAS")
+        return VEGASFolder(tmp_path / "VEGAS")
 
 
 class TestHuggingFaceSaved(DatasetContract):

@@ -91,13 +91,13 @@ def test_columns_by_name_and_by_type():
     plain = table(rows(), label=datasets.Value("string"), audio=False)
     assert len(HuggingFaceDataset(plain, namespace="x").samples) == 4
     renamed = plain.rename_column("audio", "sound").rename_column("label", "what")
-    with pytest.raises(DatasetError, match=r"which column is the audio\? none.*--audio-column"):
+    with pytest.raises(DatasetError, match="`audio_column`"):
         HuggingFaceDataset(renamed, namespace="x")
-    with pytest.raises(DatasetError, match=r"which column is the label\?.*There are sound, what"):
+    with pytest.raises(DatasetError, match="`label_column`.*sound, what"):
         HuggingFaceDataset(renamed, audio_column="sound", namespace="x")
     found = HuggingFaceDataset(renamed, audio_column="sound", label_column="what", namespace="x")
     assert len(found.samples) == 4
-    with pytest.raises(DatasetError, match="id_column 'no' isn't a column"):
+    with pytest.raises(DatasetError, match="id_column 'no'"):
         HuggingFaceDataset(plain, id_column="no", namespace="x")
 
 
@@ -113,7 +113,7 @@ def test_text_and_number_labels():
     dataset = HuggingFaceDataset(table(numbers, label=datasets.Value("int64")), namespace="x")
     assert dataset.class_labels == {"-2": -2, "5": 5}
     odd = [(0.5, encoded("a", 0), "a.wav")]
-    with pytest.raises(DatasetError, match=r"column 'label' holds '0.5'; labels are"):
+    with pytest.raises(DatasetError, match="'label'.*0.5"):
         HuggingFaceDataset(table(odd, label=datasets.Value("float64")), namespace="x")
 
 
@@ -146,19 +146,19 @@ def test_ids_by_column_and_by_file_name():
     named = HuggingFaceDataset(table(rows()), id_column="audio.path", namespace="x")
     assert "clip0:siren" in named.sample_ids
     missing = table(rows(), id=["p", None, "r", "s"])
-    with pytest.raises(DatasetError, match="column 'id' is empty in row 1"):
+    with pytest.raises(DatasetError, match="'id'.*row 1"):
         HuggingFaceDataset(missing, id_column="id", namespace="x")
-    with pytest.raises(DatasetError, match=r"'audio.path' is empty in row 0"):
+    with pytest.raises(DatasetError, match="'audio.path'.*row 0"):
         HuggingFaceDataset(table(rows(paths=False)), id_column="audio.path", namespace="x")
     same = [(CLASSES[0], content, "audio.wav") for _, content, _ in rows()]
-    with pytest.raises(DatasetError, match="same sample id"):
+    with pytest.raises(DatasetError, match="row 1"):
         HuggingFaceDataset(table(same), id_column="audio.path", namespace="x")
 
 
 def test_two_rows_of_one_id_are_refused():
     """Both rows are named."""
     twice = table(rows(), id=["p", "q", "r", "p"])
-    with pytest.raises(DatasetError, match=r"row 0 and .*row 3 have the same sample id 'p:siren'"):
+    with pytest.raises(DatasetError, match="row 0.*row 3.*'p:siren'"):
         HuggingFaceDataset(twice, id_column="id", namespace="x")
 
 
@@ -169,10 +169,8 @@ def test_rows_that_name_files(tmp_path):
     made = table([("bell", None, str(path)), ("wind", None, gone), ("wind", None, None)])
     dataset = HuggingFaceDataset(made, namespace="x")
     assert load_waveform(source_of(dataset.samples[0]), 16000, 0.1).any()
-    for sample, reason in zip(
-        dataset.samples[1:], ("No such file", "neither bytes nor"), strict=True
-    ):
-        with pytest.raises(AudioDecodeError, match=rf"row [12].*{reason}"):
+    for row, sample in enumerate(dataset.samples[1:], 1):
+        with pytest.raises(AudioDecodeError, match=f"row {row}"):
             load_waveform(source_of(sample), 16000, 0.1)
 
 
@@ -192,13 +190,13 @@ def test_parquet_files(tmp_path, monkeypatch):
 def test_what_cannot_be_opened(tmp_path):
     """A folder without a dataset, a streamed one, one without a name: each says what to do."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="can't be opened as a Hugging Face dataset"):
+    with pytest.raises(DatasetError):
         HuggingFaceDataset(tmp_path / "empty")
-    with pytest.raises(DatasetError, match=r"isn't a folder; .*load_dataset"):
+    with pytest.raises(DatasetError, match="load_dataset"):
         HuggingFaceDataset("someone/sounds")
     with pytest.raises(DatasetError, match="streaming=True"):
         HuggingFaceDataset(table(rows()).to_iterable_dataset(), namespace="x")
-    with pytest.raises(DatasetError, match="no name of its own.*namespace"):
+    with pytest.raises(DatasetError, match="`namespace`"):
         HuggingFaceDataset(table(rows()))
 
 
@@ -209,7 +207,7 @@ def test_damaged_arrow_files(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     for path in (tmp_path / "copy").rglob("*.arrow"):
         path.write_bytes(b"not arrow")
-    with pytest.raises(DatasetError, match="copy can't be opened"):
+    with pytest.raises(DatasetError, match="copy"):
         HuggingFaceDataset(tmp_path / "copy")
 
 

@@ -211,7 +211,7 @@ def test_several_labels_in_a_row_are_a_multi_hot_target(kind):
         sample_id_of(sample): sample["target"].tolist() for sample in dataset.samples
     }
     config = CacheConfig(sample_rate=16000, duration=0.1, namespace="x")
-    clips = CachedAudioDataset(dataset, "none", config)
+    clips = CachedAudioDataset("none", config, dataset)
     labels = collate_mixed([clips[n] for n in range(4)])["labels"]
     assert labels.dtype == torch.bool
     assert labels.tolist() == [sample["target"].tolist() for sample in dataset.samples]

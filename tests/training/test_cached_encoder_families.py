@@ -92,7 +92,7 @@ def completed(known, root, batch_size, **options):
     """Through data set and `complete`, into a store of its own."""
     with CachedEncoder(root, known.config, known.model, device="cpu") as encoder:
         front_end = encoder.front_end if options else None
-        dataset = CachedAudioDataset(known.dataset, root, known.config, front_end=front_end)
+        dataset = CachedAudioDataset(root, known.config, known.dataset, front_end=front_end)
         loader = DataLoader(dataset, batch_size, collate_fn=collate_mixed)
         found = torch.cat([encoder.complete(batch) for batch in loader])
         dataset.close()

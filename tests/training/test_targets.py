@@ -125,8 +125,8 @@ def test_mixed_batches_carry_the_targets(cache, config, reader, kind):
 
     labels, expected = GIVEN[kind]
     for dataset in (
-        CachedAudioDataset(Clips(), cache, config, labels=labels),
-        CachedAudioDataset(_with_targets(Clips(), labels), cache, config),
+        CachedAudioDataset(cache, config, Clips(), labels=labels),
+        CachedAudioDataset(cache, config, _with_targets(Clips(), labels)),
     ):
         batch = next(iter(DataLoader(dataset, 12, collate_fn=collate_mixed)))
         assert batch["labels"].dtype == expected.dtype

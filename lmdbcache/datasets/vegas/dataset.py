@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.base import sample_id_of
-from lmdbcache.datasets.listed import summary_of
-from lmdbcache.datasets.vegas.cache_methods import ASTCacheMixin
-from lmdbcache.datasets.vegas.class_statistics import ClassStatisticsMixin
-from lmdbcache.datasets.vegas.collate import create_vegas_dataloader, vegas_collate_fn
-from lmdbcache.datasets.vegas.deferred import DeferredAudio, LazyDict
+from lmdbcache.datasets.base import Sample
+from lmdbcache.datasets.cached_audio import FetchedItems
+from lmdbcache.datasets.narrowing import SPLIT_SEED, chosen_classes, first_of_each_class
+from lmdbcache.datasets.scanning import LeftOut, summary_of
+from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_samples
+from lmdbcache.datasets.vegas.ast_cache import ASTCache
+from lmdbcache.datasets.vegas.items import DeferredAudio, LazyDict, vegas_collate_fn
 from lmdbcache.datasets.vegas.layout import (
     CLASS_LABELS,
     LABEL_TO_CLASS,
-    NO_SAMPLE_ID,
+    VEGASFolder,
     read_captions,
-    resolve_classes,
 )
-from lmdbcache.datasets.vegas.selection import SelectionMixin, checked_splits, split_ratios
 from lmdbcache.datasets.vegas.visual import ImageToTensor, load_image, load_video
+from lmdbcache.errors import DatasetError, InvalidEmbeddingError, SampleNotFoundError
 from lmdbcache.files import expand_user
-from lmdbcache.training import plain_tensor, read_tensor_dict, read_text_embeddings
+from lmdbcache.storage import EmbeddingReader, Selection
+from lmdbcache.training import (
+    TensorMapping,
+    as_tensor,
+    plain_tensor,
+    read_tensor_dict,
+    read_text_embeddings,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from lmdbcache.datasets.base import Sample
-
-__all__ = ["VEGASDataset", "create_vegas_dataloader", "vegas_collate_fn"]
+__all__ = ["VEGASDataset", "create_vegas_dataloader"]
 
 _ITEM_KEYS = (
     *("audio_filename", "image_filename", "video_filename", "class_name", "video_id", "file_id"),
     *("sample_idx", "ytid", "start_second", "end_second", "caption"),
 )
 
+_metadata_of = operator.itemgetter(*_ITEM_KEYS)
+
+# Arguments of earlier versions, and the values that scripts find in the attributes.
+_WITHOUT_EFFECT: Final[dict[str, Any]] = {
+    "use_folds": False,
+    "train_folds": None,
+    "val_folds": None,
+    "test_folds": None,
+    "enable_cache": False,
+    "cache_dir": None,
+}
+
 _logger = logging.getLogger(__name__)
 _vegas_collate_fn = vegas_collate_fn  # the name by which older scripts import it
 
 
-class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[dict[str, Any]]):
+class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
     """The VEGAS clips under a folder, `<root_dir>/<class>/audios/video_00001.wav`.
 
     A sample needs its audio file only. Labels are those of `CLASS_LABELS` under any selection.
-    With `split=None` the data set holds all samples, and `.train`, `.val` and `.test` hold its
+    With `split=None` the dataset holds all samples, and `.train`, `.val` and `.test` hold its
     splits; what is loaded into it is shared with them.
 
     An item is a dict with `label`, names, ids and metadata; `audio` with `load_audio`; `audio_emb`
-    where an embedding is cached. In that case `audio` is decoded when it is first read; in the
-    other `audio_num_valid` (int64) says how many samples of it the file gave, unless
+    where an embedding is cached. In that case `audio` is decoded when it is first read; otherwise
+    `audio_num_valid` (int64) says how many of its samples came from the file, unless
     `transform_audio` changed them.
 
     Args:
@@ -81,13 +99,7 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
             `load_audio_embeddings_from_file`.
         splits_to_load: Hold the union of these splits, whatever `split` says.
         split_ratio: Deprecated: share of train and val together.
-        use_folds: No effect, as are the folds: VEGAS has none.
-        train_folds: No effect.
-        val_folds: No effect.
-        test_folds: No effect.
         use_saved_audio_embeddings: If false, `audio_embedding_file` isn't loaded.
-        enable_cache: No effect: listing the files is fast, and nothing is pickled.
-        cache_dir: No effect.
         image_size: Height and width of pictures and frames, in pixels.
         video_fps: Frames per second of `audio_duration`.
         transform_audio: Applied to the waveform (1, num_samples).
@@ -96,16 +108,22 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         load_image: Whether items have `image`, where there is a file.
         load_video: Whether items have `video`, None where there is no file.
         ast_output: Which output of the model is cached (`"pooler_output"`,
-            `"last_hidden_state"`, `"mean"`); None: decided by what is saved or stored.
+            `"last_hidden_state"`, `"mean"`); None: the one that is saved or stored.
+        ignored: Arguments of earlier versions that have no effect: `use_folds` and the folds, as
+            VEGAS has none; `enable_cache` and `cache_dir`, as listing the files is fast.
 
     Raises:
         DatasetError: The folder or an argument can't be used.
-        ConfigError: A sample rate or duration that can't be.
+        ConfigError: An impossible sample rate or duration.
+        TypeError: An unknown argument.
     """
 
     CLASS_LABELS: ClassVar[dict[str, int]] = CLASS_LABELS
     LABEL_TO_CLASS: ClassVar[dict[int, str]] = LABEL_TO_CLASS
 
+    class_labels: Mapping[str, int] = CLASS_LABELS
+    samples: list[Sample]
+    left_out: list[LeftOut]
     train: VEGASDataset
     val: VEGASDataset
     test: VEGASDataset
@@ -135,13 +153,7 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         audio_embedding_file: str | Path | None = None,
         splits_to_load: Sequence[str] | None = None,
         split_ratio: float | None = None,
-        use_folds: bool = False,
-        train_folds: Sequence[int] | None = None,
-        val_folds: Sequence[int] | None = None,
-        test_folds: Sequence[int] | None = None,
         use_saved_audio_embeddings: bool = True,
-        enable_cache: bool = False,
-        cache_dir: str | Path | None = None,
         image_size: tuple[int, int] = (224, 224),
         video_fps: int = 25,
         transform_audio: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -150,24 +162,25 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         load_image: bool = False,
         load_video: bool = False,
         ast_output: str | None = None,
+        **ignored: Any,
     ) -> None:
+        if unknown := ignored.keys() - _WITHOUT_EFFECT.keys():
+            raise TypeError(f"VEGASDataset has no argument {', '.join(sorted(unknown))}")
+        if ignored:
+            _logger.warning("without effect: %s", ", ".join(ignored))
+        vars(self).update(_WITHOUT_EFFECT | ignored)
         self.root_dir = str(expand_user(root_dir))
         self.root = str(Path(self.root_dir).absolute())
         self.enable_ast_cache, self.ast_output = enable_ast_cache, ast_output
         self.ast_cache_dir = str(ast_cache_dir or Path(self.root_dir) / "ast_cache")
-        self.split, self.splits_to_load = checked_splits(split, splits_to_load)
+        self.split, self.splits_to_load = _checked_splits(split, splits_to_load)
         self.stratify, self.split_ratio = stratify, split_ratio
-        self.train_ratio, self.val_ratio, self.test_ratio = split_ratios(
+        self.train_ratio, self.val_ratio, self.test_ratio = _split_ratios(
             train_ratio, val_ratio, test_ratio, split_ratio
         )
         self.num_samples_per_class = num_samples_per_class
         self.node_split_id, self.num_nodes = node_split_id, num_nodes
         self.samples_per_node, self.node_split_seed = samples_per_node, node_split_seed
-        self.use_folds, self.train_folds = use_folds, train_folds
-        self.val_folds, self.test_folds = val_folds, test_folds
-        self.enable_cache, self.cache_dir = enable_cache, cache_dir
-        if use_folds:
-            _logger.warning("use_folds has no effect: VEGAS has no folds; the ratios are used")
 
         audio = CacheConfig(sample_rate=audio_sample_rate, duration=audio_duration)
         self.audio_sample_rate, self.audio_duration = audio.sample_rate, audio.duration
@@ -179,20 +192,127 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
 
         self.available_classes = list(CLASS_LABELS)
         self.captions = read_captions(Path(self.root_dir))
-        self._selected_classes = resolve_classes(selected_classes)
-        self._excluded_classes = resolve_classes(excluded_classes)
+        self._selected_classes = _resolved(selected_classes)
+        self._excluded_classes = _resolved(excluded_classes)
         self._audio_embs, self._audio_embs_from_file = {}, None
+        self._selection: Selection | None = None
+        self._are_all_stored = True
         self.embedding_file = embedding_file
         self.text_embs = None if embedding_file is None else read_text_embeddings(embedding_file)
         self.audio_embedding_file = audio_embedding_file
         self.use_saved_audio_embeddings = use_saved_audio_embeddings
         self._reload()
-        if passed_over := [item for item in self.left_out if item.kind != NO_SAMPLE_ID]:
-            _logger.warning("%s: %s", self.root_dir, summary_of(passed_over))
+        if self.left_out:
+            _logger.warning("%s: %s", self.root_dir, summary_of(self.left_out))
         if split is None:
             self._make_parts()
         if audio_embedding_file is not None and use_saved_audio_embeddings:
             self.load_audio_embeddings_from_file(audio_embedding_file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_selection": None}
+
+    # ---- which clips
+
+    @property
+    def selected_classes(self) -> list[str] | None:
+        """Names of the classes to use, None for all; setting it reloads the samples."""
+        return self._selected_classes
+
+    @selected_classes.setter
+    def selected_classes(self, classes: str | int | Iterable[str | int] | None) -> None:
+        self._selected_classes = _resolved(classes)
+        self._reload()
+
+    @property
+    def excluded_classes(self) -> list[str] | None:
+        """Names of the classes to leave out; setting it reloads the samples."""
+        return self._excluded_classes
+
+    @excluded_classes.setter
+    def excluded_classes(self, classes: str | int | Iterable[str | int] | None) -> None:
+        self._excluded_classes = _resolved(classes)
+        self._reload()
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """`file_id:class` of every sample, in the order of `samples`."""
+        return [_sample_id(sample) for sample in self.samples]
+
+    def load_samples(self) -> list[Sample]:
+        """List the files anew and return the samples of this node and split."""
+        return self._of_split(self._list_node())
+
+    _load_samples = load_samples
+
+    def _reload(self) -> None:
+        self.active_classes = {
+            name: label
+            for name, label in CLASS_LABELS.items()
+            if (not self._selected_classes or name in self._selected_classes)
+            and name not in (self._excluded_classes or ())
+        }
+        self._node_samples = self._list_node()
+        for part in (self, *self._parts()):
+            part._selected_classes = self._selected_classes  # noqa: SLF001
+            part._excluded_classes = self._excluded_classes  # noqa: SLF001
+            part.active_classes = self.active_classes
+            part.samples = part._of_split(self._node_samples)  # noqa: SLF001
+        _logger.info(
+            "VEGAS: %d samples, split %s, classes %s",
+            len(self.samples),
+            self.split,
+            ", ".join(self.active_classes),
+        )
+
+    def _list_node(self) -> list[Sample]:
+        folder = VEGASFolder(
+            self.root,
+            classes=list(self.active_classes),
+            audio_duration=self.audio_duration,
+            captions=self.captions,
+        )
+        self.left_out = folder.left_out
+        samples = folder.samples
+        for index, sample in enumerate(samples):
+            sample["sample_idx"] = index
+        if self.samples_per_node is None:
+            samples = first_of_each_class(samples, self.num_samples_per_class)
+        divided = self.num_nodes is not None or self.samples_per_node is not None
+        if self.node_split_id is None or not divided:
+            return samples
+        return node_split(
+            samples, self.node_split_id, self.num_nodes, self.samples_per_node, self.node_split_seed
+        )
+
+    def _of_split(self, samples: list[Sample]) -> list[Sample]:
+        wanted = [self.split] if self.splits_to_load is None else self.splits_to_load
+        if "all" in wanted:
+            return list(samples)
+        ratios = (self.train_ratio, self.val_ratio, self.test_ratio)
+        return [
+            sample
+            for split in SPLITS
+            if split in wanted
+            for sample in split_samples(
+                samples, split, *ratios, stratify=self.stratify, seed=SPLIT_SEED
+            )
+        ]
+
+    def _make_parts(self) -> None:
+        parts = {}
+        for split in SPLITS:
+            part = copy.copy(self)
+            part.split = split
+            if self.splits_to_load is not None:
+                listed = split in self.splits_to_load or "all" in self.splits_to_load
+                part.splits_to_load = [split] if listed else []
+            part.samples = part._of_split(self._node_samples)  # noqa: SLF001
+            parts[split] = part
+        self.train, self.val, self.test = parts.values()
+
+    def _parts(self) -> list[VEGASDataset]:
+        return [vars(self)[split] for split in SPLITS if split in vars(self)]
 
     # ---- items
 
@@ -208,8 +328,34 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
             DatasetError: A picture or video can't be read.
         """
         sample = self.samples[index]
+        embedding = self._embedding_of(_sample_id(sample))
+        return self._item(sample, torch.tensor(sample["class_label"], dtype=torch.long), embedding)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several items; stored embeddings are fetched in one call.
+
+        Raises:
+            AudioDecodeError, DatasetError: See `__getitem__`.
+        """
+        if type(self).__getitem__ is not VEGASDataset.__getitem__:
+            return [self[index] for index in indices]  # of a subclass with items of its own
+        samples = [self.samples[index] for index in indices]
+        labels = torch.tensor([sample["class_label"] for sample in samples], dtype=torch.long)
+        fetched = self._fetched(indices, samples)
+        items = FetchedItems(
+            {"label": labels} if fetched is None else {"label": labels, "audio_emb": fetched}
+        )
+        embeddings: Sequence[torch.Tensor | None] | None = items.rows.get("audio_emb")
+        if embeddings is None:
+            embeddings = [self._embedding_of(_sample_id(sample)) for sample in samples]
+            self._are_all_stored = None not in embeddings
+        items += map(self._item, samples, items.rows["label"], embeddings)
+        return items
+
+    def _item(
+        self, sample: Sample, label: torch.Tensor, embedding: torch.Tensor | None
+    ) -> dict[str, Any]:
         item = LazyDict()
-        embedding = self._embedding_of(sample)
         if self.load_audio:
             waveform = self._deferred_audio(sample["audio_path"])
             if embedding is None:
@@ -226,12 +372,55 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
             item["text_emb"] = self.text_embs[sample["class_name"]]
         if embedding is not None:
             item["audio_emb"] = embedding
-        item["label"] = torch.tensor(sample["class_label"], dtype=torch.long)
-        item.update((key, sample[key]) for key in _ITEM_KEYS)
+        item["label"] = label
+        item.update(zip(_ITEM_KEYS, _metadata_of(sample), strict=True))
         return item
 
+    def _fetched(self, indices: Sequence[int], samples: Sequence[Sample]) -> torch.Tensor | None:
+        """The embeddings of a batch by position; None where it isn't one gather from a store."""
+        reader = self._first_reader()
+        # After a miss sample by sample, until a batch is complete again: new commits would have
+        # all samples looked up anew.
+        if reader is None or not self._are_all_stored:
+            return None
+        selection = self._selection
+        if selection is None or selection.reader is not reader:
+            selection = self._selection = reader.select(self.sample_ids)
+        known = selection.sample_ids
+        try:
+            # A script may have changed `samples` since.
+            if any(
+                known[index] != _sample_id(sample)
+                for index, sample in zip(indices, samples, strict=True)
+            ):
+                self._selection = None
+                return self._fetched(indices, samples)
+            return as_tensor(selection.get_batch([index % len(known) for index in indices]))
+        except (IndexError, SampleNotFoundError, InvalidEmbeddingError):
+            return None
+
+    def _first_reader(self) -> EmbeddingReader | None:
+        """The store where an item looks first, if that is one with all of its classes."""
+        source: Mapping[str, Any] | None = self._audio_embs
+        if not isinstance(source, TensorMapping):
+            if source:
+                return None
+            source = self._audio_embs_from_file
+        if not isinstance(source, TensorMapping) or not isinstance(source.arrays, EmbeddingReader):
+            return None
+        return source.arrays if source.has_classes(self.active_classes) else None
+
+    def _embedding_of(self, sample_id: str) -> torch.Tensor | None:
+        for embeddings in (self._audio_embs, self._audio_embs_from_file):
+            if embeddings is not None:
+                try:
+                    return plain_tensor(embeddings[sample_id])
+                except KeyError:
+                    continue
+        return None
+
     def load_waveform(self, audio_path: str | Path) -> torch.Tensor:
-        """Decode a file as float32 (num_samples,), mono, cut or padded, transformed if asked for.
+        """Decode a file to float32 (num_samples,), mono, cut or padded, transformed if asked for.
 
         Raises:
             AudioDecodeError: The file gives no usable waveform.
@@ -257,20 +446,10 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
             audio_path, self.audio_sample_rate, self.audio_duration, self.transform_audio
         )
 
-    def _embedding_of(self, sample: Sample) -> torch.Tensor | None:
-        sample_id = sample_id_of(sample)
-        for embeddings in (self._audio_embs, self._audio_embs_from_file):
-            if embeddings is not None:
-                try:
-                    return plain_tensor(embeddings[sample_id])
-                except KeyError:
-                    continue
-        return None
-
     # ---- embeddings from files
 
     def load_audio_embeddings_from_file(self, embedding_file: str | Path) -> bool:
-        """Take embeddings from a `torch.save`d dict of sample id → tensor (or dict with one).
+        """Use the embeddings of a `torch.save`d dict of sample id → tensor (or dict with one).
 
         Tensors stay on disk until they are read. For large files and for sharing between
         processes import the file into the cache instead.
@@ -290,21 +469,135 @@ class VEGASDataset(SelectionMixin, ASTCacheMixin, ClassStatisticsMixin, Dataset[
         return True
 
     def get_text_embeddings(self, class_name: str) -> Any:
-        """Text embedding of a class, or None."""
+        """Return the text embedding of a class, or None."""
         return None if self.text_embs is None else self.text_embs.get(class_name.lower())
 
     # ---- the rest of the interface
 
     def get_collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-        """The function that makes a batch of items."""
+        """Return the function that makes a batch of items."""
         return vegas_collate_fn
 
     def clear_cache(self) -> None:
-        """Does nothing: no list of samples is kept on disk. For embeddings: `clear_ast_cache`."""
+        """Do nothing: no list of samples is kept on disk. For embeddings: `clear_ast_cache`."""
 
     def to(self, device: str | torch.device) -> VEGASDataset:
-        """Note the device that a training loop uses; items stay on the CPU."""
+        """Note the device of a training loop; items stay on the CPU."""
         self.device = torch.device(device)
         for part in self._parts():
             part.to(self.device)
         return self
+
+    # ---- classes
+
+    def get_class_names(self) -> list[str]:
+        """Return the names of the active classes."""
+        return list(self.active_classes)
+
+    def get_class_labels(self) -> list[int]:
+        """Return the labels of the active classes."""
+        return list(self.active_classes.values())
+
+    def get_num_classes(self) -> int:
+        """Return how many classes are active; a model's output has `get_max_class_label` + 1."""
+        return len(self.active_classes)
+
+    def get_max_class_label(self) -> int:
+        """Return the largest active label, -1 without any. Labels are never remapped."""
+        return max(self.active_classes.values(), default=-1)
+
+    def get_samples_per_class(self) -> dict[str, int]:
+        """Return class name → number of samples, of the classes that have any."""
+        return dict(Counter(sample["class_name"] for sample in self.samples))
+
+    def get_class_distribution(self) -> dict[str, float]:
+        """Return class name → share of the samples, in percent."""
+        counts = self.get_samples_per_class()
+        return {name: 100 * count / len(self.samples) for name, count in counts.items()}
+
+    def print_split_statistics(self) -> None:
+        """Log the number of samples and each class's share."""
+        counts, shares = self.get_samples_per_class(), self.get_class_distribution()
+        _logger.info(
+            "split %s: %d samples, %d classes, stratified: %s",
+            self.split,
+            len(self.samples),
+            len(self.active_classes),
+            self.stratify,
+        )
+        for name in sorted(self.active_classes):
+            _logger.info(
+                "  %s: %d samples (%.2f %%)", name, counts.get(name, 0), shares.get(name, 0.0)
+            )
+
+    def verify_stratification(self, other_dataset: VEGASDataset, tolerance: float = 0.05) -> bool:
+        """Return whether each class has about the same share in both datasets.
+
+        Args:
+            other_dataset: To compare with.
+            tolerance: Largest difference of a share; 0.05 is five percentage points.
+        """
+        mine, theirs = self.get_class_distribution(), other_dataset.get_class_distribution()
+        names = sorted(mine.keys() | theirs.keys())
+        shares = [(name, mine.get(name, 0.0), theirs.get(name, 0.0)) for name in names]
+        for name, own, other in shares:
+            _logger.info("  %s: %.2f %% and %.2f %%", name, own, other)
+        return all(abs(own - other) <= 100 * tolerance for _, own, other in shares)
+
+
+def create_vegas_dataloader(
+    dataset: VEGASDataset,
+    batch_size: int = 32,
+    shuffle: bool = True,  # noqa: FBT001, FBT002
+    num_workers: int = 4,
+    pin_memory: bool | None = None,  # noqa: FBT001
+    **options: Any,
+) -> DataLoader[Mapping[str, Any]]:
+    """Return a `DataLoader` over a VEGAS dataset.
+
+    Args:
+        dataset: The dataset.
+        batch_size: Items per batch.
+        shuffle: Another order in every epoch.
+        num_workers: Worker processes.
+        pin_memory: Batches in page-locked memory; None means if there is a CUDA device.
+        options: Further arguments of `DataLoader`.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        collate_fn=options.pop("collate_fn", vegas_collate_fn),
+        **options,
+    )
+
+
+def _sample_id(sample: Sample) -> str:
+    """`file_id:class`; both parts are canonical since the files were listed."""
+    return f"{sample['file_id']}:{sample['class_name']}"
+
+
+def _resolved(classes: str | int | Iterable[str | int] | None) -> list[str] | None:
+    return chosen_classes(classes, CLASS_LABELS, "VEGAS")
+
+
+def _checked_splits(
+    split: str | None, splits_to_load: Sequence[str] | None
+) -> tuple[str, list[str] | None]:
+    """The names of splits; no split means all samples."""
+    for name in [split or "all", *(splits_to_load or ())]:
+        if name not in (*SPLITS, "all"):
+            raise DatasetError(f"split: {name!r}; use 'train', 'val', 'test' or 'all'")
+    return split or "all", None if splits_to_load is None else list(splits_to_load)
+
+
+def _split_ratios(
+    train: float, val: float, test: float, split_ratio: float | None
+) -> tuple[float, float, float]:
+    """The ratios of train, val and test, normalized; `split_ratio` overrides the first and last."""
+    if split_ratio is None:
+        return normalized_ratios(train, val, test)
+    _logger.warning("split_ratio is deprecated; use train_ratio, val_ratio and test_ratio")
+    return normalized_ratios(split_ratio * (1 - val), split_ratio * val, 1 - split_ratio)

@@ -13,34 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.audio import shown
-from lmdbcache.datasets.base import Sample, sample_id_of
-from lmdbcache.datasets.classes import chosen_classes
-from lmdbcache.datasets.listed import summary_of
+from lmdbcache.datasets.base import ListedDataset
+from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import (
     Entry,
     PassedOver,
     leave_out_all,
+    summary_of,
     usable_entries,
     visible_entries,
 )
-from lmdbcache.errors import DatasetError, InvalidSampleIdError
+from lmdbcache.errors import DatasetError
+from lmdbcache.files import expand_user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "CLASS_LABELS",
     "LABEL_TO_CLASS",
     "NAMESPACE",
-    "NO_SAMPLE_ID",
-    "has_class",
-    "list_samples",
-    "meant_class",
+    "VEGASFolder",
+    "check_spelling",
     "read_captions",
-    "resolve_classes",
 ]
-
-NAMESPACE: Final = "vegas"
 
 CLASS_LABELS: Final[dict[str, int]] = {
     "baby_cry": 0,
@@ -56,74 +52,138 @@ CLASS_LABELS: Final[dict[str, int]] = {
 }
 LABEL_TO_CLASS: Final[dict[int, str]] = {label: name for name, label in CLASS_LABELS.items()}
 
+NAMESPACE: Final = "vegas"
+
 _IMAGE_EXTENSIONS: Final = (".jpg", ".jpeg", ".png")
 _VIDEO_EXTENSIONS: Final = (".mp4",)
 _NO_AUDIO: Final = ("img", "videos")
-NO_SAMPLE_ID: Final = "no sample id"
 _LAYOUT: Final = "<root_dir>/<class>/audios/video_00001.wav"
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_classes(classes: str | int | Iterable[str | int] | None) -> list[str] | None:
-    """Class names of a selection of the ten, see `lmdbcache.datasets.classes`."""
-    return chosen_classes(classes, CLASS_LABELS, "VEGAS")
+class VEGASFolder(ListedDataset):
+    """The clips of VEGAS below a folder, `<class>/audios/video_00001.wav`.
 
-
-def list_samples(
-    root: Path,
-    classes: Mapping[str, int],
-    *,
-    audio_duration: float,
-    captions: Mapping[str, Any],
-    leave_out: PassedOver,
-) -> list[Sample]:
-    """Return every clip of these classes, by class and then by file id.
-
-    A file whose name can't be an id, such as one that isn't UTF-8, is left out with a warning.
+    A sample needs its audio file only. It has the paths of its picture and video where there are
+    any, the clip's place in its video by `video_info.csv`, and its caption. Audio that is passed
+    over is in `left_out`.
 
     Args:
         root: Folder that holds one folder per class.
-        classes: Class name → label.
+        namespace: Another name than `vegas`.
+        decoder: What decodes the clips: files that it doesn't read are left out.
+        classes: Which of the ten classes to list; None for those that are there.
         audio_duration: Default of `end_second`, in seconds.
         captions: As of `read_captions`.
-        leave_out: Takes the audio that is passed over.
 
     Raises:
-        DatasetError: The root or all class folders are missing, or two files have one file id.
+        DatasetError: The root or all class folders are missing, there are no clips but others
+            that are left out, or two files have one file id.
     """
-    if not root.is_dir():
-        raise DatasetError(f"root_dir: {str(root)!r} isn't a folder; expected is {_LAYOUT}")
-    _pass_over_others(root, leave_out)
-    missing = [name for name in classes if not has_class(root, name)]
-    if missing and len(missing) == len(classes):
-        raise DatasetError(
-            f"root_dir: {str(root)!r} has no folder <class>/audios for any of "
-            f"{', '.join(missing)}; expected is {_LAYOUT}"
-            + (f"; {summary_of(leave_out.items)}" if leave_out.items else "")
+
+    kind = NAMESPACE
+    layout = "<class>/audios/video_00001.wav"
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        namespace: str | None = None,
+        decoder: str = "soundfile",
+        classes: Sequence[str] | None = None,
+        audio_duration: float = 0.0,
+        captions: Mapping[str, Any] | None = None,
+    ) -> None:
+        folder = expand_user(root).absolute()
+        super().__init__(
+            str(folder),
+            namespace_of(self.kind, namespace),
+            CLASS_LABELS,
+            passed_over=PassedOver(decoder),
         )
-    if missing:
-        _logger.warning("%s has no folder <class>/audios for: %s", root, ", ".join(missing))
-    samples: list[Sample] = []
-    for name, label in classes.items():
-        if name not in missing:
-            samples += _class_samples(root / name, name, label, audio_duration, captions, leave_out)
-    for index, sample in enumerate(samples):
-        sample["sample_idx"] = index
-    return samples
+        if not folder.is_dir():
+            raise DatasetError(f"root_dir: {str(folder)!r} isn't a folder; expected is {_LAYOUT}")
+        _pass_over_others(folder, self.passed_over)
+        wanted = list(CLASS_LABELS if classes is None else classes)
+        missing = [name for name in wanted if not _has_class(folder, name)]
+        if missing and len(missing) == len(wanted):
+            raise DatasetError(
+                f"root_dir: {str(folder)!r} has no folder <class>/audios for any of "
+                f"{', '.join(missing)}; expected is {_LAYOUT}"
+                + (f"; {summary_of(self.left_out)}" if self.left_out else "")
+            )
+        if missing and classes is not None:
+            _logger.warning("%s has no folder <class>/audios for: %s", folder, ", ".join(missing))
+        self._audio_duration, self._captions = audio_duration, captions or {}
+        for name in wanted:
+            if name not in missing:
+                self._add_class(folder / name, name)
+        if self.samples or classes is None:
+            self.finish()
+
+    @classmethod
+    def recognizes(cls, root: Path, decoder: str) -> bool:
+        """Return whether there is a class folder of VEGAS."""
+        del decoder
+        return any(_has_class(root, name) for name in CLASS_LABELS)
+
+    def _add_class(self, folder: Path, class_name: str) -> None:
+        images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS)
+        videos = _files_by_stem(folder / "videos", _VIDEO_EXTENSIONS)
+        clips = _read_video_info(folder / "video_info.csv")
+        for stem, path in _audio_files(folder, class_name, self.passed_over):
+            file_id = unicodedata.normalize("NFC", stem)
+            image, video, clip = images.get(file_id), videos.get(file_id), clips.get(file_id, {})
+            caption = self._captions.get(f"{file_id}:{class_name}", self._captions.get(file_id, ""))
+            self.add(
+                file_id,
+                class_name,
+                path,
+                video_id=file_id,
+                audio_filename=os.path.basename(path),  # noqa: PTH119
+                image_path=image,
+                image_filename="" if image is None else Path(image).name,
+                video_path=video,
+                video_filename="" if video is None else Path(video).name,
+                ytid=clip.get("YTID") or "",
+                start_second=_seconds(clip.get("start_second"), default=0.0),
+                end_second=_seconds(clip.get("end_second"), default=self._audio_duration),
+                audio_emb=None,
+                caption=str(caption),
+            )
 
 
-def has_class(root: Path, name: str) -> bool:
+def _has_class(root: Path, name: str) -> bool:
     """Return whether there is a folder `<name>/audios`."""
     return os.path.isdir(root / name / "audios")  # noqa: PTH112 - False for a link in a circle
 
 
-def meant_class(name: str) -> str | None:
-    """Return the class that a folder of another spelling seems to be: `Baby-cry ` is baby_cry."""
+def _meant_class(name: str) -> str | None:
+    """Return the class that a folder's name seems to mean: baby_cry for `Baby-cry `."""
     plain = re.sub(r"[\W_]+", "_", unicodedata.normalize("NFKC", name).lower()).strip("_")
     squeezed = {known.replace("_", ""): known for known in CLASS_LABELS}
     found = difflib.get_close_matches(plain.replace("_", ""), squeezed, n=1, cutoff=0.85)
     return squeezed[found[0]] if found else None
+
+
+def check_spelling(root: Path) -> None:
+    """Refuse a folder of VEGAS all of whose class folders have other names than in VEGAS.
+
+    Raises:
+        DatasetError: It is one; the message says what to rename.
+    """
+    meant = {
+        entry.name: _meant_class(entry.name)
+        for entry in visible_entries(root)
+        if entry.is_folder and _has_class(root, entry.name)
+    }
+    renamed = [f"{shown(name)!a} to {known!r}" for name, known in meant.items() if known]
+    if renamed:
+        raise DatasetError(
+            f"{shown(root)} looks like VEGAS with other names of classes: rename "
+            f"{', '.join(renamed)}. If it is another dataset, open it with kind 'folder'"
+        )
 
 
 def _pass_over_others(root: Path, leave_out: PassedOver) -> None:
@@ -135,13 +195,13 @@ def _pass_over_others(root: Path, leave_out: PassedOver) -> None:
             leave_out(entry.path, "not in a class folder")
         elif entry.is_folder and entry.name not in CLASS_LABELS:
             _pass_over_folder(entry, leave_out)
-        elif entry.is_folder and not has_class(root, entry.name):
+        elif entry.is_folder and not _has_class(root, entry.name):
             for inside in usable_entries(entry.path, leave_out, entry.name, _NO_AUDIO):
                 _pass_over_beside(inside, entry.name, leave_out)
 
 
 def _pass_over_folder(entry: Entry, leave_out: PassedOver) -> None:
-    meant = meant_class(entry.name)
+    meant = _meant_class(entry.name)
     if meant is None:
         kind = "not in one of the ten classes of VEGAS"
         reason = (
@@ -156,66 +216,16 @@ def _pass_over_folder(entry: Entry, leave_out: PassedOver) -> None:
     )
 
 
-def _class_samples(
-    folder: Path,
-    class_name: str,
-    label: int,
-    audio_duration: float,
-    captions: Mapping[str, Any],
-    leave_out: PassedOver,
-) -> list[Sample]:
-    audios = _audio_files(folder, class_name, leave_out)
-    images = _files_by_stem(folder / "img", _IMAGE_EXTENSIONS)
-    videos = _files_by_stem(folder / "videos", _VIDEO_EXTENSIONS)
-    clips = _read_video_info(folder / "video_info.csv")
-    samples = []
-    for file_id, path in audios.items():
-        image, video, clip = images.get(file_id), videos.get(file_id), clips.get(file_id, {})
-        sample: Sample = {
-            "file_id": file_id,
-            "class_name": class_name,
-            "class_label": label,
-            "video_id": file_id,
-            "audio_path": str(path),
-            "audio_filename": path.name,
-            "image_path": None if image is None else str(image),
-            "image_filename": "" if image is None else image.name,
-            "video_path": None if video is None else str(video),
-            "video_filename": "" if video is None else video.name,
-            "ytid": clip.get("YTID") or "",
-            "start_second": _seconds(clip.get("start_second"), default=0.0),
-            "end_second": _seconds(clip.get("end_second"), default=audio_duration),
-            "audio_emb": None,
-        }
-        try:
-            sample_id = sample_id_of(sample)
-        except InvalidSampleIdError as error:
-            _logger.warning("%a is left out; its name can't be a file id: %s", str(path), error)
-            leave_out(str(path), str(error), kind=NO_SAMPLE_ID, class_name=class_name)
-            continue
-        sample["caption"] = _caption(captions, sample_id, file_id)
-        samples.append(sample)
-    return samples
-
-
-def _audio_files(folder: Path, class_name: str, leave_out: PassedOver) -> dict[str, Path]:
-    """File id → file, of a class's `audios`; audio elsewhere in its folder is noted."""
-    found: dict[str, Path] = {}
+def _audio_files(folder: Path, class_name: str, leave_out: PassedOver) -> Iterator[tuple[str, str]]:
+    """Stem and path of the files in a class's `audios`; audio elsewhere in its folder is noted."""
     for entry in usable_entries(folder, leave_out, class_name, ("audios", *_NO_AUDIO)):
         _pass_over_beside(entry, class_name, leave_out)
     for entry in usable_entries(folder / "audios", leave_out, class_name):
         stem = leave_out.file_id(entry.name) if entry.is_file else None
         if stem is None:
             _pass_over_beside(entry, class_name, leave_out)
-            continue
-        file_id = unicodedata.normalize("NFC", stem)
-        if file_id in found:
-            raise DatasetError(
-                f"{found[file_id]} and {entry.path} have the same file id {file_id!r}; "
-                "rename or remove one of them"
-            )
-        found[file_id] = Path(entry.path)
-    return dict(sorted(found.items()))
+        else:
+            yield stem, entry.path
 
 
 def _pass_over_beside(entry: Entry, class_name: str, leave_out: PassedOver) -> None:
@@ -229,13 +239,13 @@ def _pass_over_beside(entry: Entry, class_name: str, leave_out: PassedOver) -> N
         leave_out(entry.path, "a file in place of the folder audios", class_name=class_name)
 
 
-def _files_by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
-    """NFC-normalised stem → file; the first of several."""
-    found: dict[str, Path] = {}
+def _files_by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
+    """NFC-normalized stem → path; the first of several."""
+    found: dict[str, str] = {}
     for entry in visible_entries(folder):
         stem, extension = os.path.splitext(entry.name)  # noqa: PTH122 - a stem may end in a dot
         if entry.is_file and extension.lower() in extensions:
-            found.setdefault(unicodedata.normalize("NFC", stem), Path(entry.path))
+            found.setdefault(unicodedata.normalize("NFC", stem), entry.path)
     return found
 
 
@@ -259,7 +269,7 @@ def _seconds(text: str | None, *, default: float) -> float:
 
 
 def read_captions(root: Path) -> dict[str, Any]:
-    """`captions.json` of the root, or nothing where there is none.
+    """Return `captions.json` of the root, an empty dict without one.
 
     Keys are `file_id` or `file_id:class`; the second wins, as file ids repeat between classes.
 
@@ -276,8 +286,3 @@ def read_captions(root: Path) -> dict[str, Any]:
     if not isinstance(captions, dict):
         raise DatasetError(f"{path}: expected an object of file_id → caption")
     return captions
-
-
-def _caption(captions: Mapping[str, Any], sample_id: str, file_id: str) -> str:
-    caption = captions.get(sample_id, captions.get(file_id, ""))
-    return caption if isinstance(caption, str) else str(caption)

@@ -1,4 +1,4 @@
-"""The AST cache of a VEGAS data set: the methods that its scripts have always called."""
+"""The AST cache of a `VEGASDataset`: the methods that its scripts have always called."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lmdbcache.storage import EmbeddingReader
 from lmdbcache.training import HIDDEN, MEAN, POOLED, TensorMapping, checked, class_of, output_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["ASTCacheMixin"]
+__all__ = ["ASTCache"]
 
 _OUTPUT_ORDER: Final = (POOLED, HIDDEN, MEAN)
 
 _logger = logging.getLogger(__name__)
 
 
-class ASTCacheMixin:
+class ASTCache:
     """Save, load and narrow cached embeddings, on top of `EmbeddingCache`.
 
     Attributes:
@@ -36,11 +36,11 @@ class ASTCacheMixin:
         root_dir: Folder of the clips; noted in a store that is made.
         ast_cache_dir: Root of the cache; made when something is saved.
         enable_ast_cache: If false, loading and saving do nothing and return False.
-        ast_output: Which output is cached where a call doesn't say; None: decide by what is there.
+        ast_output: Which output is cached unless a call names one; None: the one that is there.
         active_classes: Class name → label; embeddings are narrowed to these.
     """
 
-    namespace: str
+    namespace: str = "vegas"
     root_dir: str
     ast_cache_dir: str
     enable_ast_cache: bool
@@ -55,9 +55,8 @@ class ASTCacheMixin:
         def sample_ids(self) -> list[str]:
             """`file_id:class` of every sample."""
 
-    def _parts(self) -> list[ASTCacheMixin]:
-        """The data sets that share what is loaded here (train, val and test of this one)."""
-        return []
+        def _parts(self) -> Sequence[ASTCache]:
+            """The datasets that share what is loaded here (train, val and test of this one)."""
 
     @property
     def audio_embs(self) -> Mapping[str, Any]:
@@ -81,6 +80,11 @@ class ASTCacheMixin:
         for part in self._parts():
             part.audio_embs_from_file = value
 
+    def _is_enabled(self) -> bool:
+        if not self.enable_ast_cache:
+            _logger.info("the AST cache is switched off (enable_ast_cache=False)")
+        return self.enable_ast_cache
+
     def cache_config(
         self,
         sample_rate: int = 16000,
@@ -88,7 +92,7 @@ class ASTCacheMixin:
         model_name: str = "ast",
         output: str | None = None,
     ) -> CacheConfig:
-        """The config under which this data set's embeddings are stored.
+        """Return the config under which this dataset's embeddings are stored.
 
         Args:
             sample_rate: In Hz.
@@ -97,7 +101,7 @@ class ASTCacheMixin:
             output: None: `ast_output`, or else the pooled one.
 
         Raises:
-            ConfigError: A value can't identify a cache.
+            ConfigError: An invalid value.
             ModelLoadError: A path that isn't a checkpoint folder.
         """
         return CacheConfig(
@@ -117,13 +121,12 @@ class ASTCacheMixin:
     ) -> bool:
         """Make the stored embeddings of this config available to the items.
 
-        Nothing is read yet: `audio_embs_from_file` becomes a lazy mapping.
+        Nothing is read yet: `audio_embs_from_file` becomes a lazy Mapping.
 
         Returns:
             False if nothing is stored for it, or it can't be read; the log says why.
         """
-        if not self.enable_ast_cache:
-            _logger.info("the AST cache is switched off (enable_ast_cache=False)")
+        if not self._is_enabled():
             return False
         try:
             config = self.stored_config(sample_rate, duration, model_name, output)
@@ -134,7 +137,7 @@ class ASTCacheMixin:
         if reader is None:
             return False
         if isinstance(self.audio_embs, TensorMapping):
-            self.audio_embs = {}  # narrowed from what was loaded before
+            self.audio_embs = {}  # narrowed from an earlier load
         self.audio_embs_from_file = TensorMapping(reader)
         _logger.info("loaded %d AST embeddings (%s)", len(reader), config.slug)
         return True
@@ -150,7 +153,7 @@ class ASTCacheMixin:
         *,
         without_provenance: bool = False,
     ) -> bool:
-        """Store embeddings; what is stored already is skipped.
+        """Store embeddings; samples that are stored already are skipped.
 
         Args:
             embeddings: `file_id:class` → tensor, array, or a dict holding one under `embeddings`
@@ -168,8 +171,7 @@ class ASTCacheMixin:
             True if all of them are stored now. Refused ones (NaN, wrong shape, …) are logged by
             name and the others are stored all the same.
         """
-        if not self.enable_ast_cache:
-            _logger.info("the AST cache is switched off (enable_ast_cache=False); nothing is saved")
+        if not self._is_enabled():
             return False
         if not embeddings:
             _logger.warning("no embeddings to save")
@@ -220,13 +222,12 @@ class ASTCacheMixin:
         duration: float | None = None,
         model_name: str | None = None,
     ) -> None:
-        """Remove stored embeddings of this data set; each argument given narrows what goes.
+        """Remove stored embeddings of this dataset; each argument given narrows what goes.
 
         Raises:
-            CacheError: An argument is no good, or the disk refuses.
+            CacheError: An invalid argument, or the disk refuses.
         """
-        if not self.enable_ast_cache:
-            _logger.warning("the AST cache is switched off (enable_ast_cache=False)")
+        if not self._is_enabled():
             return
         wanted = self.cache_config(
             16000 if sample_rate is None else sample_rate,
@@ -249,7 +250,7 @@ class ASTCacheMixin:
                 _logger.info("removed %s (%d embeddings)", info.path, info.num_embeddings)
 
     def _config_by_folder(self, like: CacheConfig, path: Path) -> CacheConfig | None:
-        """The config of a store too damaged to tell, if its folder's name gives it away."""
+        """The config of a damaged store, by its folder's name."""
         for output in (self.ast_output, *_OUTPUT_ORDER):
             config = like.replace(output=output or POOLED)
             if self._cache().path(config) == path:
@@ -257,7 +258,7 @@ class ASTCacheMixin:
         return None
 
     def _forget(self, path: Path) -> None:
-        """Let go of what was loaded from this store."""
+        """Drop the embeddings that were loaded from this store."""
         if _is_read_from(self.audio_embs_from_file, path):
             self.audio_embs_from_file = None
         if _is_read_from(self.audio_embs, path):
@@ -287,7 +288,7 @@ class ASTCacheMixin:
         model_name: str = "ast",
         output: str | None = None,
     ) -> str:
-        """The folder in which the embeddings of this config are, or would be, stored."""
+        """Return the folder where the embeddings of this config are, or would be, stored."""
         config = self.stored_config(sample_rate, duration, model_name, output)
         return str(self._cache().path(config))
 
@@ -298,7 +299,7 @@ class ASTCacheMixin:
         expected_duration: float,
         expected_model: str = "ast",
     ) -> bool:
-        """Whether the store in this folder holds embeddings of this config, whatever the output."""
+        """Return whether the store in this folder has this config, whatever the output."""
         try:
             stored = read_store_info(cache_file).config or CacheConfig()
             expected = self.cache_config(
@@ -310,7 +311,7 @@ class ASTCacheMixin:
             _logger.error("%s can't be verified: %s", cache_file, str(error))
             return False
         if differences := expected.differences(stored):
-            _logger.info("%s: %s", cache_file, _told(differences))
+            _logger.info("%s: (here, there) differ in %s", cache_file, differences)
         return not differences
 
     _get_ast_cache_filepath = get_ast_cache_filepath
@@ -322,9 +323,10 @@ class ASTCacheMixin:
     def stored_config(
         self, sample_rate: int, duration: float, model_name: str, output: str | None
     ) -> CacheConfig:
-        """The config to read or to extend: where no output is asked for, the one that is there.
+        """Return the config to read or to extend: without an output, the one that is stored.
 
-        Several: the one with most of this data set's samples. None: the pooled output.
+        Of several it is the one with most of this dataset's samples; the pooled output if there is
+        none.
         """
         config = self.cache_config(sample_rate, duration, model_name, output)
         if output or self.ast_output:
@@ -365,10 +367,3 @@ def _is_read_from(embeddings: Mapping[str, Any] | None, store: Path) -> bool:
 
 def _output_rank(output: str) -> int:
     return _OUTPUT_ORDER.index(output) if output in _OUTPUT_ORDER else len(_OUTPUT_ORDER)
-
-
-def _told(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    return "; ".join(
-        f"{field} is {mine!r} here, {theirs!r} there"
-        for field, (mine, theirs) in differences.items()
-    )
