@@ -21,7 +21,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
 from lmdbcache.extraction.rank_share import RankShare
 from lmdbcache.files import expand_user
-from lmdbcache.storage import at_rest, check_local_for_writing, held_store, is_on_network
+from lmdbcache.storage import at_rest, check_local_for_writing, held_store, network_mount
 
 __all__ = ["Staging"]
 
@@ -80,7 +80,7 @@ class Staging:
     def num_stores(self) -> int:
         """How many such stores are filled on the same disk, as far as that is known."""
         share = self._share
-        return share.world_size if is_on_network(self._folder) else share.local_world_size
+        return share.world_size if network_mount(self._folder) else share.local_world_size
 
     def stored(self, sample_ids: Collection[str]) -> set[str]:
         """Those of the samples that the root or a rank of another group has stored.

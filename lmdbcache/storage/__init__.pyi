@@ -1,4 +1,4 @@
-from .checked_marker import is_known as is_known
+from .checks.first_opening import is_known as is_known
 from .checks.value_checks import Progress as Progress
 from .counting.absence import explain_sample_absence as explain_sample_absence
 from .counting.hit_counts import (
@@ -13,9 +13,8 @@ from .filesystems import (
     NETWORK_VARIABLE as NETWORK_VARIABLE,
     Mount as Mount,
     check_local_for_writing as check_local_for_writing,
-    is_network as is_network,
-    is_on_network as is_on_network,
     mount_of as mount_of,
+    network_mount as network_mount,
 )
 from .forking import process_id as process_id
 from .gather import (

@@ -1,6 +1,6 @@
 """Network file systems: LMDB's locks and its shared map don't work across machines there.
 
-Known from /proc/self/mountinfo; where that doesn't exist, nothing is recognised.
+Known from /proc/self/mountinfo; where that doesn't exist, nothing is recognized.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ __all__ = [
     "check_local_for_reading",
     "check_local_for_writing",
     "find_mount",
-    "is_network",
     "mount_of",
-    "is_on_network",
+    "network_mount",
     "parse_mounts",
 ]
 
@@ -32,59 +31,14 @@ NETWORK_VARIABLE: Final = "LMDBCACHE_ALLOW_NETWORK"
 
 _logger: Final = logging.getLogger(__name__)
 
-_NETWORK_TYPES: Final = frozenset(
-    [
-        "9p",
-        "acfs",
-        "afs",
-        "afpfs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "coda",
-        "davfs",
-        "fhgfs",
-        "fuse",
-        "gfs",
-        "gfs2",
-        "glusterfs",
-        "gpfs",
-        "juicefs",
-        "lustre",
-        "mfs",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-        "ocfs2",
-        "orangefs",
-        "panfs",
-        "prl_fs",
-        "pvfs2",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "vboxsf",
-        "virtiofs",
-        "wekafs",
-    ]
+_NETWORK_TYPES: Final = re.compile(
+    "9p|acfs|afpfs|afs|beegfs|ceph|cifs|coda|davfs|fhgfs|fuse|gfs2?|glusterfs|gpfs|juicefs|lustre|"
+    r"mfs|ncpfs|nfs4?|ocfs2|orangefs|panfs|prl_fs|pvfs2|smb[23]|smbfs|vboxsf|virtiofs|wekafs|fuse\..*"
 )
 # A folder of this machine by way of a process: no other machine writes there.
-_LOCAL_FUSE_TYPES: Final = frozenset(
-    [
-        "fuse.bindfs",
-        "fuse.encfs",
-        "fuse.ext2",
-        "fuse.ext4",
-        "fuse.gocryptfs",
-        "fuse.mergerfs",
-        "fuse.ntfs-3g",
-        "fuse.fuse-overlayfs",
-        "fuse.lxcfs",
-        "fuse.ntfs",
-        "fuse.squashfuse",
-        "fuse.zfs",
-        "fuse.cryfs",
-    ]
+_LOCAL_FUSE_TYPES: Final = re.compile(
+    r"fuse\.(bindfs|cryfs|encfs|ext[24]|fuse-overlayfs|gocryptfs|lxcfs|mergerfs|ntfs|ntfs-3g|"
+    "squashfuse|zfs)"
 )
 # Shared by a virtual machine's host. As the root they are the machine's own disk.
 _HOST_TYPES: Final = frozenset(("9p", "virtiofs"))
@@ -99,6 +53,14 @@ class Mount:
     kind: str
     source: str
 
+    @property
+    def is_network(self) -> bool:
+        """Whether other machines may reach what lies there."""
+        if self.kind in _HOST_TYPES and self.point == "/":
+            return False
+        is_local = _LOCAL_FUSE_TYPES.fullmatch(self.kind)
+        return not is_local and _NETWORK_TYPES.fullmatch(self.kind) is not None
+
 
 def check_local_for_writing(folder: Path) -> None:
     """Refuse to write where other machines may, unless `$LMDBCACHE_ALLOW_NETWORK` is 1.
@@ -109,8 +71,7 @@ def check_local_for_writing(folder: Path) -> None:
     Raises:
         ReadOnlyCacheError: It lies on a network file system.
     """
-    mount = _network_mount(folder)
-    if mount is None:
+    if (mount := network_mount(folder)) is None:
         return
     if not _is_allowed():
         raise ReadOnlyCacheError(
@@ -123,13 +84,12 @@ def check_local_for_writing(folder: Path) -> None:
 
 
 def check_local_for_reading(folder: Path) -> bool:
-    """Whether to read with locks; without on a network file system, and only when asked.
+    """Return whether to read with locks; without on a network file system, and only when asked.
 
     Raises:
         StorageError: It lies on a network file system and `$LMDBCACHE_ALLOW_NETWORK` isn't 1.
     """
-    mount = _network_mount(folder)
-    if mount is None:
+    if (mount := network_mount(folder)) is None:
         return True
     if not _is_allowed():
         raise StorageError(
@@ -141,58 +101,19 @@ def check_local_for_reading(folder: Path) -> bool:
     return False
 
 
-def is_on_network(folder: Path) -> bool:
-    """Whether a folder lies on a network file system."""
-    return _network_mount(folder) is not None
-
-
-def is_network(mount: Mount) -> bool:
-    """Whether other machines may reach what lies there."""
-    if mount.kind in _HOST_TYPES and mount.point == "/":
-        return False
-    if mount.kind.startswith("fuse."):
-        return mount.kind not in _LOCAL_FUSE_TYPES
-    return mount.kind in _NETWORK_TYPES
-
-
-def parse_mounts(text: bytes) -> list[Mount]:
-    """The mounts that /proc/self/mountinfo lists, in its order; other lines are left out."""
-    mounts = []
-    for line in text.splitlines():
-        before, dash, after = line.partition(b" - ")
-        fields, types = before.split(b" "), after.split(b" ")
-        if dash and len(fields) >= 6 and len(types) >= 2:
-            point, source = _unescaped(fields[4]), _unescaped(types[1])
-            mounts.append(Mount(point, types[0].decode("ascii", "replace"), source))
-    return mounts
-
-
-def find_mount(mounts: list[Mount], path: str) -> Mount | None:
-    """The mount of an absolute path without links: the longest, of equal ones the last."""
-    found = None
-    for mount in mounts:
-        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
-        if inside and (found is None or len(mount.point) >= len(found.point)):
-            found = mount
-    return found
-
-
-def _unescaped(field: bytes) -> str:
-    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
+def network_mount(folder: Path) -> Mount | None:
+    """Return the network file system that a folder lies on; None if it lies on another."""
+    mount = mount_of(folder)
+    return mount if mount is not None and mount.is_network else None
 
 
 def mount_of(folder: Path) -> Mount | None:
-    """The mount that a folder lies on, or would; None where that can't be told."""
+    """Return the mount that a folder lies on, or would; None where that can't be told."""
     folder = existing_parent(folder)
     try:
         return _mount_of(folder.stat().st_dev, os.fspath(folder))
     except OSError:  # not ours to look at
         return None
-
-
-def _network_mount(folder: Path) -> Mount | None:
-    mount = mount_of(folder)
-    return mount if mount is not None and is_network(mount) else None
 
 
 @lru_cache(maxsize=256)
@@ -205,6 +126,32 @@ def _mount_of(device: int, folder: str) -> Mount | None:
     mount = find_mount(parse_mounts(text), os.path.realpath(folder))
     _logger.debug("%s (device %d) lies on %s", folder, device, mount)
     return mount
+
+
+def parse_mounts(text: bytes) -> list[Mount]:
+    """Return the mounts that /proc/self/mountinfo lists, in its order, without unknown lines."""
+    mounts = []
+    for line in text.splitlines():
+        before, dash, after = line.partition(b" - ")
+        fields, types = before.split(b" "), after.split(b" ")
+        if dash and len(fields) >= 6 and len(types) >= 2:
+            point, source = _unescaped(fields[4]), _unescaped(types[1])
+            mounts.append(Mount(point, types[0].decode("ascii", "replace"), source))
+    return mounts
+
+
+def find_mount(mounts: list[Mount], path: str) -> Mount | None:
+    """Return the mount of an absolute path without links: the longest, of equal ones the last."""
+    found = None
+    for mount in mounts:
+        inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
+        if inside and (found is None or len(mount.point) >= len(found.point)):
+            found = mount
+    return found
+
+
+def _unescaped(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
 
 
 def _is_allowed() -> bool:

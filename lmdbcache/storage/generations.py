@@ -32,7 +32,6 @@ from lmdbcache.files import (
     replace_file,
     sync_file,
 )
-from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.layout import (
     CURRENT_NAME,
     GENERATION_NAME,
@@ -123,12 +122,8 @@ def create_generation(store: Path) -> Path:
 
 
 def publish_generation(store: Path, generation: Path) -> None:
-    """Make a generation the live one, durably and at once. The caller holds the writer lock.
-
-    It was made on this machine, from what is known to be sound.
-    """
+    """Make a generation the live one, durably and at once. The caller holds the writer lock."""
     record_commit(generation)
-    mark_known(generation)
     sync_file(generation)
     point_at(store, generation)
 

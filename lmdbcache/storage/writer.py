@@ -29,6 +29,7 @@ from lmdbcache.errors import (
     WriterClosedError,
 )
 from lmdbcache.files import few
+from lmdbcache.storage.checks.first_opening import mark_known
 from lmdbcache.storage.commit import (
     Batch,
     checksums_in,
@@ -619,6 +620,7 @@ class EmbeddingWriter:
         with translated_errors(self._store), environment.env.begin(write=True) as transaction:
             environment.create_databases(transaction)
             put_metadata(environment, transaction, metadata)
+        mark_known(generation)
         publish_generation(self._store, generation)
         return environment
 

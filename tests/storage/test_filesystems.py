@@ -14,7 +14,7 @@ from storage.child_processes import numbered, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
-from lmdbcache.storage import NETWORK_VARIABLE, filesystems, is_network
+from lmdbcache.storage import NETWORK_VARIABLE, filesystems
 from lmdbcache.storage.filesystems import find_mount, parse_mounts
 
 MOUNTINFO = rb"""21 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -56,16 +56,16 @@ def test_longest_and_latest_mount_wins(path, kind, network):
     """A path lies on the deepest mount above it, with octal escapes undone."""
     mount = find_mount(parse_mounts(MOUNTINFO), path)
     assert mount is not None
-    assert (mount.kind, is_network(mount)) == (kind, network)
+    assert (mount.kind, mount.is_network) == (kind, network)
 
 
 @pytest.mark.parametrize("kind", ["9p", "virtiofs", "overlay", "ext4", "btrfs", "xfs", "zfs"])
 def test_root_of_a_virtual_machine_is_its_own_disk(kind):
     """What a container or a virtual machine has as its root is accepted; NFS isn't even there."""
     (mount,) = parse_mounts(f"1 0 0:1 / / rw - {kind} none rw".encode())
-    assert not is_network(mount)
+    assert not mount.is_network
     (mount,) = parse_mounts(b"1 0 0:1 / / rw - nfs server:/ rw")
-    assert is_network(mount)
+    assert mount.is_network
 
 
 def test_this_machine_is_accepted(tmp_path):

@@ -13,7 +13,7 @@ from typing import Final
 
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.files import existing_parent
-from lmdbcache.storage import NETWORK_VARIABLE, RESERVE_BYTES, Mount, is_network, mount_of
+from lmdbcache.storage import NETWORK_VARIABLE, RESERVE_BYTES, Mount, mount_of
 
 __all__ = ["check_root"]
 
@@ -60,7 +60,7 @@ def _file_system(mount: Mount | None) -> Finding:
     if mount is None:
         return note("file system", "unknown; LMDB needs a local disk")
     text = f"{mount.kind} on {mount.point}"
-    if not is_network(mount):
+    if not mount.is_network:
         return ok("file system", f"{text}, local")
     allowed = os.environ.get(NETWORK_VARIABLE)
     remedy = "put the root on a local disk (scratch, $TMPDIR) and copy finished stores"

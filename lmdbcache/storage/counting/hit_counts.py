@@ -26,7 +26,7 @@ from lmdbcache.storage.counting.counter_files import (
     read_records,
     reset_records,
 )
-from lmdbcache.storage.filesystems import is_on_network
+from lmdbcache.storage.filesystems import network_mount
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import STATISTICS_NAME, class_of
 
@@ -74,7 +74,7 @@ class StoreCounts:
             if self._is_settled() or current_generation(self.store) is None:
                 return
             try:
-                is_refused = is_on_network(self.store)
+                is_refused = network_mount(self.store) is not None
                 if not is_refused:
                     self._begin_file()
             except (OSError, ValueError):

@@ -14,7 +14,7 @@ import lmdb
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.files import open_file, sync_file
-from lmdbcache.storage.checked_marker import mark_known
+from lmdbcache.storage.checks.first_opening import mark_known
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, acquire, acquire_current, release
 from lmdbcache.storage.forking import no_fork

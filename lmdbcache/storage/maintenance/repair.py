@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
-from lmdbcache.storage.checked_marker import mark_known
 from lmdbcache.storage.checks.checking import Findings, check_generation
+from lmdbcache.storage.checks.first_opening import mark_known
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.commit import put_metadata, transaction_in
 from lmdbcache.storage.engine_errors import translated_errors

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
-from lmdbcache.storage.checked_marker import is_known, mark_known
 from lmdbcache.storage.checks.checking import (
     Findings,
     check_generation,
@@ -16,6 +15,7 @@ from lmdbcache.storage.checks.checking import (
     placed_values,
     structure_findings,
 )
+from lmdbcache.storage.checks.first_opening import is_known, mark_known
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.environment import Snapshot, acquire, release
 from lmdbcache.storage.forking import no_fork
