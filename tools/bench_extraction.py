@@ -119,7 +119,6 @@ class _Bench:
             self.clips,
             front_end=self.front_end,
             make_embedder=lambda: embedder,
-            progress=False,
         )
         assert summary.num_extracted == self.num_clips, summary
 

@@ -22,9 +22,10 @@ from lmdbcache import (
     VEGASDataset,
     collate_embeddings,
     extract_or_load_ast_embeddings,
+    progress_bar,
 )
 from lmdbcache.cli.inspect import ls_command
-from lmdbcache.extraction.summary import ExtractionSummary
+from lmdbcache.extraction import ExtractionSummary
 
 
 def main() -> None:
@@ -71,7 +72,10 @@ class Demo:
     def extract(self, title: str) -> ExtractionSummary:
         headline(title)
         dataset = self.dataset()
-        summary = extract_or_load_ast_embeddings(dataset, model_name=str(self.model), progress=True)
+        with progress_bar("extracting", shown=True) as report:
+            summary = extract_or_load_ast_embeddings(
+                dataset, model_name=str(self.model), progress=report
+            )
         print(summary)
         print(f"model loaded: {'yes' if summary.built_model else 'no'}")
         return summary

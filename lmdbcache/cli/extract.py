@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.capacity import show_capacity
 from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import DISK_FULL, print_json, say
+from lmdbcache.cli.console import DISK_FULL, print_json, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.launching import LaunchChoice
 from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
@@ -113,17 +114,23 @@ def extract_command(
             "model": choice.model,
             "batch_size": batch_size,
             "device": device,
-            "progress": progress,
             "dataset_root": dataset.data_dir.absolute(),
             "commit_seconds": commit_seconds,
             "recompute_changed": changed,
             "staging": launch.staging,
         }
-        if launch.launcher == "ray":
-            summary = extract_on_ray(cache, config, clips, **common, **ray.options)
-        else:
-            own: dict[str, Any] = {"num_workers": num_workers, "share": share}
-            summary = extract(cache, config, clips, **common, **own)
+        name = config.model_name.rsplit("/", 1)[-1]
+        label = name if share.is_all else f"{name} {share.rank}/{share.world_size}"
+        with progress_bar(label, shown=progress) as report:
+            if launch.launcher == "ray":
+                # Ray prints what it repairs on standard output.
+                with contextlib.redirect_stdout(sys.stderr):
+                    summary = extract_on_ray(
+                        cache, config, clips, progress=report, **common, **ray.options
+                    )
+            else:
+                own: dict[str, Any] = {"num_workers": num_workers, "share": share}
+                summary = extract(cache, config, clips, progress=report, **common, **own)
         summary = replace(summary, left_out=dataset.left_out_counts)
     except KeyboardInterrupt:
         kept = _kept(cache, config, clips, launch, batch_size)

@@ -51,9 +51,9 @@ class LaunchChoice:
     staging: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Store in this folder, each process in a store of its own, to be merged into the "
-            "root later; for processes on several machines. With ray a folder or URL where "
-            "embeddings wait.",
+            help="Each process stores in this folder, to be merged into the root later; for "
+            "processes on several machines. ray merges by itself and needs a folder that all nodes "
+            "share.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -70,8 +70,6 @@ class LaunchChoice:
         Raises:
             ConfigError: The options or the launcher's variables make no sense.
         """
-        if self.folder is not None and "://" in self.folder:
-            raise ConfigError(f"--staging: {self.folder!r}; ranks need a folder, ray takes a URL")
         if (self.rank is None) != (self.world_size is None):
             raise ConfigError("--rank and --world-size: give both, or --launcher")
         if self.rank is not None and self.world_size is not None:

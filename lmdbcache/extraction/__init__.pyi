@@ -16,3 +16,4 @@ from .pipeline import (
 from .rank_share import RankShare as RankShare
 from .samples import to_clips as to_clips
 from .space import ExtractionPlan as ExtractionPlan
+from .summary import ExtractionSummary as ExtractionSummary

@@ -1,49 +1,56 @@
-"""The extraction on a Ray cluster: nodes decode and embed, this process alone stores.
-
-The units are those of every other run, so are the embeddings. Ray Data moves them: a task for each
-step of a unit, what dies with a process or a node is done again, and nodes wait when this process
-is slower than they are.
-"""
+"""The extraction on a Ray cluster: a Ray task for each rank, which stages; this process merges."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import Any, Final
 
 from lmdbcache.audio import AudioSource, Clips
 from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import AudioDataset
-from lmdbcache.embedders import AudioModel, ModuleEmbedder, identify, ready_model
-from lmdbcache.errors import ConfigError, DatasetError, ExtractionError, IntegrityError, RemoteError
-from lmdbcache.extraction.pipeline import check_duration, check_options
-from lmdbcache.extraction.progress import ProgressBar
-from lmdbcache.extraction.ray_cluster import check_device, connected
-from lmdbcache.extraction.ray_pipeline import UnitPipeline
-from lmdbcache.extraction.run import ExtractionRun
+from lmdbcache.embedders import AudioModel, PretrainedModel, identify, ready_model
+from lmdbcache.errors import (
+    CacheError,
+    ConfigError,
+    DatasetError,
+    ExtractionError,
+    MissingDependencyError,
+    ModelLoadError,
+    StorageError,
+)
+from lmdbcache.exchange import Refusal, merge_stores
+from lmdbcache.extraction.pipeline import check_duration, check_options, extract
+from lmdbcache.extraction.rank_share import RankShare
+from lmdbcache.extraction.run import ExtractionRun, Progress
 from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
-from lmdbcache.extraction.staged_units import StagedUnit, StagingPlace
+from lmdbcache.extraction.staging import staging_folder
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
-from lmdbcache.extraction.units import units_of
-from lmdbcache.storage import StoreMetadata
-
-if TYPE_CHECKING:
-    from lmdbcache.extraction.feature_batch import Clip, FeatureBatch
-    from lmdbcache.extraction.ray_workers import UnitAnswer
 
 __all__ = ["extract_on_ray"]
 
 _logger: Final = logging.getLogger(__name__)
 
-_MOST_PASSES: Final = 3
+_MOST_LEVEL: Final = logging.CRITICAL + 1
+_REACH_SECONDS: Final = 10.0
+# A rank whose process or node dies is started again so often. A clip that always kills its process
+# is another matter.
+_RETRIES: Final = 3
+_NEWS_SECONDS: Final = 1.0
+_COMMIT_SECONDS: Final = 20.0  # for ranks to commit what they have when the run is stopped
 
 
 def extract_on_ray(  # noqa: PLR0913
@@ -54,7 +61,7 @@ def extract_on_ray(  # noqa: PLR0913
     model: str | os.PathLike[str] | AudioModel | None = None,
     batch_size: int = 8,
     device: str | None = None,
-    progress: bool | None = None,
+    progress: Progress | None = None,
     dataset_root: str | Path = "",
     commit_seconds: float = 10.0,
     recompute_changed: bool = False,
@@ -62,14 +69,15 @@ def extract_on_ray(  # noqa: PLR0913
     num_actors: int | None = None,
     staging: str | os.PathLike[str] | None = None,
 ) -> ExtractionSummary:
-    """`extract` on the nodes of a Ray cluster; the store lies on a disk of this machine.
+    """Run `extract` on the nodes of a Ray cluster; the store lies on a disk of this machine.
 
-    Decoding runs as Ray tasks of one CPU each, the model in a pool of actors with a GPU each, or on
-    CPUs. A process or node that dies costs the units it had, which are computed again elsewhere.
-    This process may be killed, too: run again, it goes on with what isn't stored.
+    Each rank is a Ray task that decodes, embeds and stores its share in a staging folder; this
+    process merges what they have staged into `cache`. A rank whose process or node dies is started
+    again, on another node if necessary, and goes on where it was. This process may be killed, too:
+    the next run merges what is staged and computes the rest.
 
-    Every node needs lmdbcache with its extra `ray`, the audio files and a checkpoint folder at the
-    same paths as here.
+    Every node needs lmdbcache with its extra `ray`, and the audio files, a checkpoint folder and
+    the staging folder at the same paths as here.
 
     Args:
         cache: Where to store.
@@ -78,38 +86,41 @@ def extract_on_ray(  # noqa: PLR0913
         model: Hub name, checkpoint folder, or an `AudioModel`; None takes `config.model_name`.
         batch_size: Clips per forward pass.
         device: `"cpu"` or `"cuda"`; None takes the cluster's GPUs if it has any.
-        progress: Show a bar; None does if standard error is a terminal.
+        progress: Called with (clips done, clips in all).
         dataset_root: Kept in the store's metadata.
         commit_seconds: Commit at least this often.
-        recompute_changed: Compute cached clips again, too, whose file has changed since.
+        recompute_changed: Also compute cached clips again whose file has changed since.
         address: Of the cluster; None takes `RAY_ADDRESS`, else a cluster that runs on this machine,
             else starts one here for the time of the run.
-        num_actors: Processes that run the model; None: one for each GPU, else for each node.
-        staging: A folder that all nodes share, or a URL, for hidden states: embeddings wait there
-            as files and not in Ray's object store, and what a killed run has left there is stored
-            by the next.
+        num_actors: Ranks, each with a model; None: one for each GPU, else for each node.
+        staging: A folder that all nodes share; None takes `<root>.staging`, which suits a cluster
+            of one machine.
 
     Returns:
         What was done, failures included.
 
     Raises:
         MissingDependencyError: ray isn't installed.
-        ConfigError: The config doesn't fit the model, or an option is no good.
+        ConfigError: The config doesn't fit the model, or an option is invalid.
         DatasetError: Two files for one sample id, or the files aren't on a node.
-        ExtractionError: No cluster, too little memory on a device, or a unit that kills every
-            process that tries it.
+        ExtractionError: No cluster, too little memory on a device, or a rank whose processes die
+            again and again.
         ModelLoadError: The model can't be loaded, here or on a node.
         ProvenanceMismatchError: The store was filled with other weights or features.
-        RemoteError: The staging place can't be reached.
+        StorageError: A node doesn't see the staging folder, or what is staged can't be merged.
         CacheFullError: A disk is full; what was committed is kept.
     """
     check_options(batch_size, None, commit_seconds)
-    check_device(device)
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f'device: {device!r}; each rank has a GPU of its own: `device="cuda"` or `device="cpu"`'
+        )
     if num_actors is not None and num_actors < 1:
         raise ConfigError(f"num_actors: {num_actors}; it must be 1 or more")
     started = time.perf_counter()
-    place = None if staging is None else StagingPlace(staging, config)
-    run = _RayRun(cache, config, progress=progress, dataset_root=dataset_root)
+    folder = staging_folder(staging or cache.root.with_name(f"{cache.root.name}.staging"))
+    _merge(cache, config, folder)  # a run that was killed may have left something
+    run = ExtractionRun(cache, config, dataset_root=dataset_root)
     run.take(pairs_of(clips), batch_size)
     run.left_out = counts_of_left_out(clips)
     missing = run.look_at_sources(run.plan(), recompute=recompute_changed)
@@ -121,206 +132,360 @@ def extract_on_ray(  # noqa: PLR0913
     given = config.model_name if model is None else model
     found = ready_model(given, config)  # its errors are for the user to read, before Ray starts
     check_duration(config, found.make_front_end(config))
-    shape = found.embedding_shape(config)
-    run.check_space(shape)
-    digest = None
-    if isinstance(given, (str, os.PathLike)):
-        run.model = os.fspath(given)
-        folder = identify(given)
-        given = os.fspath(Path(folder.location).absolute()) if folder.is_local else run.model
-        digest = found.checkpoint.weights_digest  # type: ignore[attr-defined]
+    run.check_space(found.embedding_shape(config))
+    digest = found.checkpoint.weights_digest if isinstance(found, PretrainedModel) else None
+    if digest and config in cache:
+        with cache.reader(config, track_usage=False) as reader:
+            reader.metadata.with_provenance({"weights_digest": digest}, reader.path)
     if config not in cache:
         cache.explain(config).log_new_store()
-    pipeline = UnitPipeline(
-        address,
-        num_actors,
-        batch_size,
-        given,
+    ranks = _Ranks(
+        config,
+        _seen_from_nodes(given),
         digest,
         device,
-        shape=shape if isinstance(found, ModuleEmbedder) else None,
-        is_proven=run.known_shape() is not None,
+        batch_size,
+        commit_seconds,
+        os.fspath(dataset_root),
+        folder,
+        {sample_id: _absolute(source) for sample_id, source in run.paths.items()},
+        run.paths.keys() - missing,
     )
-    run.compute(missing, pipeline, place, commit_seconds)
+    with _connected(address) as ray:
+        try:
+            answers = ranks.run(ray, num_actors, progress)
+        except BaseException:
+            with contextlib.suppress(CacheError):  # the next run tries again
+                _merge(cache, config, folder)
+            raise
+    refused = _merge(cache, config, folder)
+    _add_up(run, answers)
+    left = set(run.still_missing(missing)) - run.changed
+    left -= {failure.sample_id for failure in run.outcomes.failures}
+    if left:
+        reason = "; ".join(map(str, refused)) or "is another process removing stores there?"
+        raise StorageError(f"{len(left)} clips were computed and can't be merged: {reason}")
+    run.outcomes.record_failures(cache.path(config))
     return run.summary(time.perf_counter() - started)
 
 
-class _RayRun(ExtractionRun):
-    """One extraction whose units come back from a pipeline."""
+@dataclass(frozen=True)
+class _Answer:
+    """What became of one rank's share.
 
-    _bar: ProgressBar
-    _stack: contextlib.ExitStack
-    _commit_seconds: float
-    _place: StagingPlace | None
-    _provenance: dict[str, str] | None = None
+    Args:
+        summary: What it did.
+        absent: Failed clips whose file isn't on the node.
+        host: The node's name.
+    """
 
-    def compute(
-        self,
-        missing: Mapping[str, str | AudioSource],
-        pipeline: UnitPipeline,
-        place: StagingPlace | None,
-        commit_seconds: float,
-    ) -> None:
-        """Have what is missing computed, and store it.
+    summary: ExtractionSummary
+    absent: tuple[str, ...]
+    host: str
 
-        Args:
-            missing: Sample id → audio file, sorted.
-            pipeline: Who computes.
-            place: Where embeddings wait.
-            commit_seconds: Commit at least this often.
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks of one run, and what each of them has to know.
+
+    Args:
+        config: Identity of the embeddings.
+        model: Hub name, absolute checkpoint folder, or an `AudioModel`.
+        weights_digest: Of the checkpoint where the run was started; None if there is none.
+        device: Where the model runs; None takes the GPU that Ray gives, if any.
+        batch_size: Clips of a unit.
+        commit_seconds: Commit at least this often.
+        dataset_root: Kept in the store's metadata.
+        folder: Where they stage.
+        clips: All clips of the run, by absolute path.
+        stored: Those that aren't to be computed.
+    """
+
+    config: CacheConfig
+    model: str | AudioModel
+    weights_digest: str | None
+    device: str | None
+    batch_size: int
+    commit_seconds: float
+    dataset_root: str
+    folder: Path
+    clips: Mapping[str, str | AudioSource]
+    stored: Collection[str]
+
+    def run(self, ray: Any, num_ranks: int | None, progress: Progress | None) -> list[_Answer]:
+        """Have all shares computed and staged; an error of one rank ends the others.
 
         Raises:
-            CacheError: See `extract_on_ray`.
+            CacheError: A rank's, or Ray has given up.
         """
-        self._bar = ProgressBar(
-            self.num_cached + len(missing),
-            initial=self.num_cached,
-            shown=self.progress,
-            description=self._description(),
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = [node["CPU"] for node in nodes if node.get("CPU")]
+        gpus = 0 if self.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+        num_units = ceil(len(self.clips) / self.batch_size)
+        size = min(num_ranks or gpus or len(cores) or 1, num_units)
+        num_cores = max(1, int(min(cores, default=1)) // ceil(size / max(1, len(cores))))
+        _logger.info("%d nodes, %d GPUs: %d ranks of %d cores", len(nodes), gpus, size, num_cores)
+        task = ray.remote(_extract_share).options(
+            num_cpus=num_cores,
+            num_gpus=1 if gpus or self.device == "cuda" else 0,
+            max_retries=_RETRIES,
         )
-        self._place, self._commit_seconds = place, commit_seconds
-        units = dict(enumerate(units_of(self.paths, missing, pipeline.batch_size)))
-        with contextlib.ExitStack() as self._stack:
-            self._stack.enter_context(self._bar)
-            with self._keeping():
-                self.outcomes.is_front_end_proven = self.known_shape() is not None
-                self._store_leftovers(missing)
-                left = self._left_of(units)
-                if left:
-                    ray = self._stack.enter_context(connected(pipeline.address))
-                    self._passes(ray, left, pipeline)
-                    # Processes of a killed run may have ended after this one began.
-                    self._store_leftovers({})
-                self.outcomes.check_front_end(is_last=True)
+        counter = ray.remote(_Counter).options(num_cpus=0).remote() if progress else None
+        mark = self.folder / f"run-{secrets.token_hex(8)}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        everything = ray.put((self, mark))
+        shares = [RankShare(rank, size, num_cores=num_cores) for rank in range(size)]
+        pending = [task.remote(everything, share, counter) for share in shares]
+        answers = []
+        try:
+            while pending:
+                done, pending = ray.wait(pending, timeout=_NEWS_SECONDS)
+                answers += [_answer_of(ray, reference) for reference in done]
+                if progress is not None and counter is not None:
+                    with contextlib.suppress(ray.exceptions.RayError):  # its node is gone
+                        progress(ray.get(counter.total.remote()), len(self.clips))
+        finally:
+            for reference in pending:
+                ray.cancel(reference)  # a KeyboardInterrupt there: it commits what it has
+            if pending:
+                ray.wait(pending, num_returns=len(pending), timeout=_COMMIT_SECONDS)
+            mark.unlink(missing_ok=True)
+        return answers
 
-    def _passes(self, ray: Any, left: dict[int, list[str]], pipeline: UnitPipeline) -> None:
-        for _ in range(_MOST_PASSES):
-            clips = {number: self._clips_of(unit) for number, unit in left.items()}
-            with pipeline.answers(ray, self.config, clips, self._place) as answers:
-                for number, answer in answers:
-                    if self._take(answer):
-                        left.pop(number, None)
-            if not left:
-                return
-            _logger.warning("%d units have to be computed again", len(left))
-        raise ExtractionError(
-            f"{len(left)} units were computed and not found at {self._place} or damaged there, "
-            f"{_MOST_PASSES} times; is somebody removing them?"
-        )
 
-    def _left_of(self, units: Mapping[int, list[str]]) -> dict[int, list[str]]:
-        wanted = set(self.still_missing([i for unit in units.values() for i in unit]))
-        left = {number: [i for i in unit if i in wanted] for number, unit in units.items()}
-        return {number: unit for number, unit in left.items() if unit}
+class _Counter:
+    """An actor that adds up how far the ranks are."""
 
-    def _clips_of(self, unit: list[str]) -> list[Clip]:
-        from lmdbcache.extraction.feature_batch import Clip
+    def __init__(self) -> None:
+        self._done: dict[int, int] = {}
 
-        # Processes on nodes have other working folders.
-        return [Clip(sample_id, _absolute(self.paths[sample_id])) for sample_id in unit]
+    def note(self, rank: int, done: int) -> None:
+        self._done[rank] = done
 
-    def _take(self, answer: UnitAnswer) -> bool:
-        """Store a unit; False if it has to be computed again."""
-        if answer.error is not None:
-            raise answer.error from (_TraceOnNodeError(answer.trace) if answer.trace else None)
-        self._check_files(answer)
-        batch, embeddings = answer.batch, answer.embeddings
-        batch.failures = [
-            ClipFailure(failure.sample_id, str(self.paths[failure.sample_id]), failure.reason)
-            for failure in batch.failures
-        ]
-        if answer.staged is not None:
-            found = self._staged(*answer.staged)
-            if found is None:
-                return False
-            embeddings = found.embeddings
-            batch.sample_ids = list(found.sample_ids)  # in their order there
-        self.compute_seconds += answer.seconds
-        if embeddings is not None:
-            self.built_model = True
-            self._store(batch, embeddings, answer.provenance)
-        if answer.staged is not None:
-            self._forget(answer.staged[0])
-        self._count(batch, self._bar)
-        return True
+    def total(self) -> int:
+        return sum(self._done.values())
 
-    def _store(self, batch: FeatureBatch, embeddings: Any, provenance: dict[str, str]) -> None:
-        """Collect a batch's embeddings for the next commit, but for those stored meanwhile."""
-        rows = dict(zip(batch.sample_ids, embeddings, strict=True))
-        wanted = set(self.still_missing(batch.sample_ids))
-        self._leave_out([i for i in batch.sample_ids if i not in wanted], self._bar)
-        batch.sample_ids = [i for i in batch.sample_ids if i in wanted]
-        if not batch.sample_ids:
-            return
-        writer = self.writer
-        if writer is None or self._provenance is None:
-            self.check_space(embeddings.shape[1:])
-            self._provenance = provenance
-            writer = self.writer = self._stack.enter_context(
-                self._writer(provenance, self._commit_seconds)
+
+def _extract_share(everything: tuple[_Ranks, Path], share: RankShare, counter: Any) -> _Answer:
+    """One rank, in a process on a node."""
+    import torch
+
+    ranks, mark = everything
+    host = socket.gethostname()
+    torch.set_num_threads(max(1, (share.num_cores or 1) // 2))  # the others decode
+    try:
+        if not mark.exists():
+            raise StorageError(
+                f"the staging folder {ranks.folder} isn't the one that the run was started with; "
+                "`staging` has to be a folder that all nodes share"
             )
-        elif provenance != self._provenance:
-            store = self.cache.path(self.config)
-            metadata = StoreMetadata.new(self.config).with_provenance(self._provenance, store)
-            metadata.with_provenance(provenance, store)
-        self._put(batch, [rows[i] for i in batch.sample_ids], writer)
+        _check_weights(ranks)
+        summary = extract(
+            # The root is on the machine that has started the run, which knows what it holds.
+            EmbeddingCache(ranks.folder),
+            ranks.config,
+            ranks.clips,
+            model=ranks.model,
+            batch_size=ranks.batch_size,
+            device=ranks.device,
+            progress=None if counter is None else _reported(counter, share.rank),
+            dataset_root=ranks.dataset_root,
+            commit_seconds=ranks.commit_seconds,
+            share=share,
+            staging=ranks.folder,
+            stored=ranks.stored,
+        )
+    except CacheError as error:
+        raise type(error)(f"on node {host}: {error}") from error
+    absent = [one.sample_id for one in summary.failures if one.path and not Path(one.path).exists()]
+    return _Answer(summary, tuple(absent), host)
 
-    def _check_files(self, answer: UnitAnswer) -> None:
-        """A file that is here and not on a node is no failure of the clip."""
-        for sample_id in answer.absent:
-            path = _absolute(self.paths[sample_id])
+
+def _reported(counter: Any, rank: int) -> Progress:
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > _NEWS_SECONDS:
+            last = time.monotonic()
+            counter.note.remote(rank, done)
+
+    return report
+
+
+def _check_weights(ranks: _Ranks) -> None:
+    """Refuse a checkpoint of this node that isn't the one of the run."""
+    if ranks.weights_digest is None:
+        return
+    found = ready_model(ranks.model, ranks.config)
+    digest = found.checkpoint.weights_digest if isinstance(found, PretrainedModel) else None
+    if digest and digest != ranks.weights_digest:
+        raise ModelLoadError(
+            f"{ranks.model} has the weights {digest} here and {ranks.weights_digest} where the run "
+            "was started: give every node the same files"
+        )
+
+
+def _answer_of(ray: Any, reference: Any) -> _Answer:
+    try:
+        answer: _Answer = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CacheError):
+            raise error.cause from error
+        raise _given_up(error.cause) from error
+    except ray.exceptions.RayError as error:
+        raise _given_up(error) from error
+    return answer
+
+
+def _given_up(error: BaseException) -> CacheError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:500]
+    if isinstance(error, ModuleNotFoundError):
+        return MissingDependencyError(
+            f'on a node: {reason}. Every node needs pip install "lmdbcache[ray]", the same version'
+        )
+    return ExtractionError(
+        f"a rank can't go on ({type(error).__name__}: {reason}). What was computed is kept; run "
+        f"again to go on. If its process was killed {_RETRIES + 1} times, memory is short on the "
+        "nodes or a clip crashes the model: leave it out, or use a smaller `batch_size`"
+    )
+
+
+def _add_up(run: ExtractionRun, answers: list[_Answer]) -> None:
+    """Take down what became of all clips.
+
+    Raises:
+        DatasetError: A file is here and not on a node, which is no failure of the clip.
+    """
+    for answer in answers:
+        here = [run.paths[sample_id] for sample_id in answer.absent]
+        for path in here:
             if isinstance(path, str) and Path(path).exists():
                 raise DatasetError(
                     f"{path} isn't on node {answer.host}, but it is here: the audio files have to "
                     "lie at the same paths on every node"
                 )
-
-    # ---- staged units
-
-    def _store_leftovers(self, missing: Mapping[str, str | AudioSource]) -> None:
-        """What a run that was killed has left is as good as computed now."""
-        from lmdbcache.extraction.feature_batch import FeatureBatch
-
-        if self._place is None:
-            return
-        for name, num_bytes in self._place.names().items():
-            found = self._staged(name, num_bytes)
-            if found is not None:
-                kept = [i for i in found.sample_ids if i in missing]
-                rows = dict(zip(found.sample_ids, found.embeddings, strict=True))
-                batch = FeatureBatch(
-                    kept,
-                    silent=list(found.silent),
-                    cancelled=list(found.cancelled),
-                    sources=found.sources,
-                )
-                if kept:
-                    embeddings = np.stack([rows[i] for i in kept])
-                    self._store(batch, embeddings, found.provenance)
-                    self._count(batch, self._bar)
-            self._forget(name)
-
-    def _staged(self, name: str, num_bytes: int) -> StagedUnit | None:
-        assert self._place is not None
-        try:
-            return self._place.get(name, num_bytes)
-        except (IntegrityError, RemoteError) as error:
-            _logger.warning("%s; its clips are computed again", error)
-            return None
-
-    def _forget(self, name: str) -> None:
-        """A unit's embeddings are stored, in one transaction, before it is removed."""
-        assert self._place is not None
-        if self.writer is not None:
-            self.writer.commit()
-        self._place.remove(name)
+        summary, outcomes = answer.summary, run.outcomes
+        outcomes.failures += [
+            ClipFailure(failure.sample_id, str(run.paths[failure.sample_id]), failure.reason)
+            for failure in summary.failures
+        ]
+        outcomes.silent.extend(summary.silent)
+        outcomes.cancelled.extend(summary.cancelled)
+        run.compute_seconds += summary.compute_seconds
+        run.built_model |= summary.built_model
+    run.outcomes.settled = run.asked
 
 
-class _TraceOnNodeError(Exception):
-    """Where an error on a node came from."""
+# ---- the staging folder
 
-    def __str__(self) -> str:
-        return f"on the node:\n{self.args[0]}"
+
+def _merge(cache: EmbeddingCache, config: CacheConfig, folder: Path) -> list[Refusal]:
+    """Bring what is staged for this config into the cache, and remove it there.
+
+    Returns:
+        What couldn't be merged, and stays.
+    """
+    if not folder.is_dir():
+        return []
+    # What is staged was missing in the cache, or computed again since its file changed.
+    found = merge_stores(cache, [folder], configs=[config], on_conflict="theirs")
+    refused = [one for report in found.stores for one in report.refused]
+    if refused or found.refused:
+        return [*refused, *found.refused]
+    for rank in sorted(folder.glob("world-*/rank-*")):
+        EmbeddingCache(rank).clear(config)
+        with contextlib.suppress(OSError):  # a store of another config is there
+            if not EmbeddingCache(rank).folders():
+                shutil.rmtree(rank)
+            rank.parent.rmdir()
+            folder.rmdir()
+    return []
+
+
+# ---- the cluster
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """The package ray, connected to a cluster.
+
+    A program that has called `ray.init` itself stays connected; otherwise a cluster on this machine
+    that was started here ends with the block.
+    """
+    asked = address or os.environ.get("RAY_ADDRESS") or ""
+    if asked.startswith("ray://"):
+        raise ConfigError(
+            f"address: {asked}; through Ray's client no folder is shared. Start the program on a "
+            'node of the cluster, or by `ray job submit`, with `address="auto"`'
+        )
+    _check_reachable(asked)
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'extraction on Ray needs ray ({error}): pip install "lmdbcache[ray]", on every node'
+        ) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    is_quiet = not _logger.isEnabledFor(logging.INFO)
+    try:
+        with _signals_kept():
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=not is_quiet,
+                logging_level=_MOST_LEVEL if is_quiet else logging.INFO,
+            )
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        raise _no_cluster(asked, error) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # auto, local
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ExtractionError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ExtractionError(
+        f"no Ray cluster at {address or 'this machine'} ({reason}). `ray status` shows what runs; "
+        "without an `address` one is started here"
+    )
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Starting Ray takes SIGTERM for itself; whoever had it before keeps it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _seen_from_nodes(model: str | os.PathLike[str] | AudioModel) -> str | AudioModel:
+    """The model as processes find it that have other working folders."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    found = identify(model)
+    return os.fspath(Path(found.location).absolute()) if found.is_local else os.fspath(model)
 
 
 def _absolute(source: str | AudioSource) -> str | AudioSource:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
@@ -29,7 +29,7 @@ from lmdbcache.embedders import (
 )
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.rank_share import RankShare
-from lmdbcache.extraction.run import ExtractionRun
+from lmdbcache.extraction.run import ExtractionRun, Progress
 from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
 from lmdbcache.extraction.scaling import warnings_of
 from lmdbcache.extraction.space import (
@@ -66,12 +66,13 @@ def extract(  # noqa: PLR0913
     batch_size: int = 8,
     num_workers: int | None = None,
     device: str | None = None,
-    progress: bool | None = None,
+    progress: Progress | None = None,
     dataset_root: str | Path = "",
     commit_seconds: float = 10.0,
     recompute_changed: bool = False,
     share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
+    stored: Collection[str] = (),
 ) -> ExtractionSummary:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
@@ -98,7 +99,7 @@ def extract(  # noqa: PLR0913
             that can't start others, with a warning. In a forked process that has torch imported,
             torch is set to one thread, as the parent's others aren't there.
         device: Where the model runs; None takes a CUDA GPU if there is one.
-        progress: Show a bar; None does if standard error is a terminal.
+        progress: Called with (clips done, clips in all); see `progress_bar`.
         dataset_root: Kept in the store's metadata.
         commit_seconds: Commit at least this often.
         recompute_changed: Compute cached clips again, too, whose file has changed since, and
@@ -107,7 +108,9 @@ def extract(  # noqa: PLR0913
             own; see `share_from_environment`. They may start at different moments.
         staging: Write to a store of this rank's own in this folder, for ranks on several machines;
             what `cache` holds is left out, and so is what other ranks have staged before.
-            `lmdbcache merge` brings it into `cache`.
+            `merge_stores(cache, [staging])` brings it into `cache`.
+        stored: Sample ids that are stored where this process can't see them. They keep their places
+            in the fixed batches, and aren't computed.
 
     Returns:
         What was done, failures included.
@@ -135,7 +138,7 @@ def extract(  # noqa: PLR0913
         )
     started = time.perf_counter()
     run = ExtractionRun(cache, config, progress=progress, dataset_root=dataset_root, share=share)
-    run.take(pairs_of(clips), batch_size)
+    run.take(pairs_of(clips), batch_size, stored)
     run.left_out = counts_of_left_out(clips)
     with ExitStack() as stack:
         if staging is not None:

@@ -24,7 +24,6 @@ from lmdbcache.errors import (
     ModuleError,
 )
 from lmdbcache.extraction.outcomes import Outcomes
-from lmdbcache.extraction.progress import ProgressBar
 from lmdbcache.extraction.rank_share import RankShare
 from lmdbcache.extraction.samples import distinct_clips
 from lmdbcache.extraction.space import check_space
@@ -38,9 +37,11 @@ if TYPE_CHECKING:
     from lmdbcache.extraction.feature_batch import FeatureBatch
     from lmdbcache.extraction.forward_passes import ForwardPasses
 
-__all__ = ["ExtractionRun"]
+__all__ = ["ExtractionRun", "Progress"]
 
 _logger: Final = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
 
 
 class ExtractionRun:
@@ -51,13 +52,15 @@ class ExtractionRun:
         cache: EmbeddingCache,
         config: CacheConfig,
         *,
-        progress: bool | None = None,
+        progress: Progress | None = None,
         dataset_root: str | Path = "",
         share: RankShare | None = None,
     ) -> None:
         self.cache = cache
         self.config = config
-        self.progress = progress
+        self._progress = progress
+        self._num_done = 0
+        self._stored_elsewhere: Collection[str] = ()
         self.dataset_root = dataset_root
         self.paths: dict[str, str | AudioSource] = {}
         self.asked: set[str] = set()
@@ -78,14 +81,18 @@ class ExtractionRun:
         self._recorder = SourceRecorder(cache.path(config), dataset_root)
 
     def take(
-        self, clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]], unit_size: int
+        self,
+        clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]],
+        unit_size: int,
+        stored: Collection[str] = (),
     ) -> None:
-        """Our share of these clips.
+        """Take our share of these clips, and leave out of it what is stored elsewhere.
 
         Raises:
             DatasetError: Two files for one sample id.
         """
         paths, failures = distinct_clips(clips)
+        self._stored_elsewhere = set(stored)
         self._all_samples = list(paths)
         ours = paths if self.share.is_all else self.share.of(paths, unit_size)
         self.paths = {sample_id: paths[sample_id] for sample_id in ours}
@@ -106,9 +113,9 @@ class ExtractionRun:
         """The missing clips by sample id, sorted."""
         # Ranks that fill one store look at the space that all of them need.
         asked = self.paths if self.staging or self.share.is_all else self._all_samples
-        missing = set(asked)
+        missing = set(asked) - set(self._stored_elsewhere)
         if self.config in self.cache:
-            missing = set(self.cache.coverage(self.config, asked).missing)
+            missing = set(self.cache.coverage(self.config, missing).missing)
         if self.staging is not None:
             missing -= self.staging.stored(missing)
         self._missing_on_disk = missing
@@ -236,18 +243,12 @@ class ExtractionRun:
         _logger.info("%d clips to extract, %d cached", len(missing), self.num_cached)
         # Before the workers are forked, so that what it imports is there for all of them.
         features = front_end.provenance()
-        bar = ProgressBar(
-            self.num_cached + len(missing),
-            initial=self.num_cached,
-            shown=self.progress,
-            description=self._description(),
-            line=None if self.share.is_all else self.share.local_rank,
-        )
+        self._advance(self.num_cached)
 
         def is_wanted(sample_ids: list[str]) -> bool:
             if self.still_missing(sample_ids):
                 return True
-            self._leave_out(sample_ids, bar)
+            self._leave_out(sample_ids)
             return False
 
         batches = feature_batches(
@@ -263,13 +264,12 @@ class ExtractionRun:
         is_proven = self.outcomes.is_front_end_proven = self.known_shape() is not None
         passes: ForwardPasses | None = None
         with ExitStack() as stack:
-            stack.enter_context(bar)
             stack.callback(batches.close)
             stack.enter_context(worker_errors())
             with self._keeping():
                 for batch in batches:
                     wanted = set(self.still_missing(batch.sample_ids))
-                    self._leave_out([i for i in batch.sample_ids if i not in wanted], bar)
+                    self._leave_out([i for i in batch.sample_ids if i not in wanted])
                     batch.keep(wanted)
                     if batch.features is not None:
                         if passes is None or self.writer is None:
@@ -286,7 +286,7 @@ class ExtractionRun:
                                 embedder, self.config, shape, is_proven=is_proven
                             )
                         self._embed(batch, passes, self.writer)
-                    self._count(batch, bar)
+                    self._count(batch)
                 self.outcomes.check_front_end(is_last=True)
 
     @contextmanager
@@ -303,9 +303,10 @@ class ExtractionRun:
         finally:
             self.outcomes.record_failures(self.cache.path(self.config))
 
-    def _description(self) -> str:
-        name = self.config.model_name.rsplit("/", 1)[-1]
-        return name if self.share.is_all else f"{name} {self.share.rank}/{self.share.world_size}"
+    def _advance(self, number: int) -> None:
+        self._num_done += number
+        if self._progress is not None:
+            self._progress(self._num_done, len(self.paths))
 
     def _commit_in_spite_of(self, error: BaseException) -> None:
         if self.writer is None or not self.writer.num_pending:
@@ -318,10 +319,10 @@ class ExtractionRun:
                     "%d embeddings couldn't be committed: %s", self.writer.num_pending, another
                 )
 
-    def _leave_out(self, sample_ids: Collection[str], bar: ProgressBar) -> None:
+    def _leave_out(self, sample_ids: Collection[str]) -> None:
         """Another process has stored these since the run began."""
         self.outcomes.settled.update(sample_ids)
-        bar.advance(len(sample_ids))
+        self._advance(len(sample_ids))
 
     def _writer(self, provenance: Mapping[str, str], commit_seconds: float) -> EmbeddingWriter:
         provenance = {**folder_provenance(self.model), **provenance}
@@ -366,12 +367,9 @@ class ExtractionRun:
                 else:
                     self.outcomes.note_stored(sample_id, embedding, batch)
 
-    def _count(self, batch: FeatureBatch, bar: ProgressBar) -> None:
-        outcomes = self.outcomes
-        num_failed = len(outcomes.failures) + len(batch.failures)
-        bar.note(failed=num_failed, silent=len(outcomes.silent))
-        bar.advance(batch.num_clips)
-        outcomes.note_batch(batch)
+    def _count(self, batch: FeatureBatch) -> None:
+        self._advance(batch.num_clips)
+        self.outcomes.note_batch(batch)
 
     def summary(self, seconds: float) -> ExtractionSummary:
         """What was done."""

@@ -18,17 +18,28 @@ import xxhash
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, ReadOnlyCacheError, StorageError
+from lmdbcache.errors import CacheError, ConfigError, ReadOnlyCacheError, StorageError
 from lmdbcache.extraction.rank_share import RankShare
 from lmdbcache.files import expand_user
 from lmdbcache.storage import at_rest, check_local_for_writing, held_store, network_mount
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "staging_folder"]
 
 _logger: Final = logging.getLogger(__name__)
 
 # A batch system may start a task again before the old one has committed and ended.
 _PATIENCE_SECONDS: Final = 60.0
+
+
+def staging_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a staging folder.
+
+    Raises:
+        ConfigError: It is a URL.
+    """
+    if "://" in os.fspath(folder):
+        raise ConfigError(f"staging: {os.fspath(folder)!r} is a URL; it has to be a folder")
+    return expand_user(folder).absolute()
 
 
 class Staging:
@@ -59,7 +70,7 @@ class Staging:
         patience: float = _PATIENCE_SECONDS,
     ) -> None:
         self._patience = patience
-        self._folder = expand_user(folder).absolute()
+        self._folder = staging_folder(folder)
         self._root = root
         self._config = config
         self._share = share

@@ -193,7 +193,7 @@ class DatasetContract:
         runs = [
             extract(
                 cache, config, clips, front_end=_FrontEnd(), make_embedder=_Embedder,
-                batch_size=4, num_workers=workers, progress=False,
+                batch_size=4, num_workers=workers,
             )
             for workers in (2, 0)
         ]  # fmt: skip

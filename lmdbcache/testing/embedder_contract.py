@@ -228,7 +228,6 @@ class EmbedderContract:
             make_embedder=lambda: embedder,
             batch_size=self.batch_size,
             num_workers=0,
-            progress=False,
         )
         assert not summary.failures, summary.failures[0].reason
         import torch

@@ -6,18 +6,18 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "named"),
     [
-        (["--num-actors", "2"], "only with --launcher ray"),
-        (["--ray-address", "auto"], "only with --launcher ray"),
-        (["--launcher", "ray", "--num-workers", "2"], "--num-workers: not with --launcher ray"),
-        (["--launcher", "ray", "--rank", "0", "--world-size", "2"], "not with --launcher ray"),
-        (["--staging", "s3://bucket/folder"], "ray takes a URL"),
-        (["--launcher", "roy"], "known are auto, none, slurm, torchrun, ray"),
+        (["--num-actors", "2"], "--num-actors"),
+        (["--ray-address", "auto"], "--ray-address"),
+        (["--launcher", "ray", "--num-workers", "2"], "--num-workers"),
+        (["--launcher", "ray", "--rank", "0", "--world-size", "2"], "--rank"),
+        (["--staging", "s3://bucket/folder"], "s3://bucket/folder"),
+        (["--launcher", "roy"], "roy"),
     ],
 )
-def test_options_that_are_refused(refused, data, ast_folder, options, reason):
+def test_options_that_are_refused(refused, data, ast_folder, options, named):
     """With one line, and before anything is started."""
     given = ("extract", data, "--model", ast_folder, "--duration", "0.5")
     line = refused(*given, "--namespace", "mine", *options)
-    assert reason in line
+    assert named in line

@@ -111,7 +111,7 @@ def test_an_extraction_of_another_range_has_no_false_hits(name, tmp_path):
         found = cache.coverage(config, dataset)
         assert found.num_present == hits
         summary = extract(
-            cache, config, dataset, front_end=front_end, progress=False, num_workers=0,
+            cache, config, dataset, front_end=front_end, num_workers=0,
             make_embedder=dataset_contract._Embedder,
         )  # fmt: skip
         assert (summary.num_cached, summary.num_extracted) == (hits, 10 - hits)

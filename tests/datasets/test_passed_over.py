@@ -324,7 +324,7 @@ def test_an_extraction_of_a_dataset_says_what_was_left_out(tmp_path):
     )
     summaries = [
         extract(
-            EmbeddingCache(tmp_path / "cache"), config, clips, progress=False, num_workers=0,
+            EmbeddingCache(tmp_path / "cache"), config, clips, num_workers=0,
             front_end=dataset_contract._FrontEnd(), make_embedder=dataset_contract._Embedder,
         )
         for clips in (dataset, dataset, to_clips(dataset.samples))

@@ -351,7 +351,7 @@ def test_lengths_that_an_embedder_cant_take_cost_these_clips(tmp_path, clips, ba
     config = CacheConfig(model_name="own", duration=DURATION, sample_rate=RATE, front_end="own/1")
     summary = extract(
         EmbeddingCache(tmp_path / "cache"), config, clips, front_end=Frames(), make_embedder=Own,
-        batch_size=batch_size, num_workers=0, progress=False,
+        batch_size=batch_size, num_workers=0,
     )  # fmt: skip
     short = {i for i, seconds in zip(clips, SECONDS, strict=True) if seconds < DURATION}
     assert {failure.sample_id for failure in summary.failures} == short

@@ -48,7 +48,7 @@ def run(hub, tmp_path):
     clips = write_tones(tmp_path / "clips", 2)
 
     def run(model=NAME):
-        summary = extract(cache, config, clips, model=model, num_workers=0, progress=False)
+        summary = extract(cache, config, clips, model=model, num_workers=0)
         with CachedEncoder(cache, config, NAME) as encoder:
             for _ in range(2):
                 encoder([None] * 2, sample_ids=sorted(clips))
@@ -100,7 +100,7 @@ def test_a_store_of_no_revision_asks_nothing(run, hub, tmp_path):
     cache, config = EmbeddingCache(tmp_path / "other"), config_for(folder, duration=0.5)
     clips = write_tones(tmp_path / "more", 1)
     for _ in range(2):
-        summary = extract(cache, config, clips, model=folder, num_workers=0, progress=False)
+        summary = extract(cache, config, clips, model=folder, num_workers=0)
         assert not summary.moved_model
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -117,7 +117,7 @@ def test_hits_of_a_module_with_other_weights_are_refused(tmp_path):
             module.weight[0] = torch.linspace(-1, 1, 1600)
         model = ModuleEmbedder(module, name="linear/1", sample_rate=16000)
         config = config_for(model, duration=0.1)
-        return extract(cache, config, clips, model=model, num_workers=0, progress=False)
+        return extract(cache, config, clips, model=model, num_workers=0)
 
     run(0.0)
     assert run(0.0).num_cached == 2

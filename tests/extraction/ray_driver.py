@@ -9,19 +9,21 @@ import json
 import os
 import signal
 import sys
+import time
 
 import torch
 
 from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, open_dataset
 from lmdbcache.errors import CacheError
-from lmdbcache.extraction import extract_on_ray, ray_pipeline
+from lmdbcache.extraction import extract_on_ray, on_ray
 
 
 class Frames(torch.nn.Module):
-    """Hidden states of 20 frames; if asked to, it ends any process but the one that made it."""
+    """Hidden states of 20 frames, slowly; if asked to, it ends any process but its maker's."""
 
-    def __init__(self, *, crashes: bool = False) -> None:
+    def __init__(self, seconds: float = 0.0, *, crashes: bool = False) -> None:
         super().__init__()
+        self.seconds = seconds
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(400, 50, generator=generator))
         self.harmless_in = os.getpid() if crashes else None
@@ -29,11 +31,12 @@ class Frames(torch.nn.Module):
     def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
         if self.harmless_in not in (None, os.getpid()):
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
         return waveforms.reshape(len(waveforms), 20, 400) @ self.weight
 
 
-def frames(*, crashes: bool = False) -> ModuleEmbedder:
-    return ModuleEmbedder(Frames(crashes=crashes), name="frames/1", sample_rate=16000)
+def frames(seconds: float = 0.0, *, crashes: bool = False) -> ModuleEmbedder:
+    return ModuleEmbedder(Frames(seconds, crashes=crashes), name="frames/1", sample_rate=16000)
 
 
 def frames_config(dataset: str) -> CacheConfig:
@@ -45,11 +48,11 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     dataset = open_dataset(options.pop("data"))
     cache = EmbeddingCache(options.pop("root"))
-    model = frames(crashes=options.pop("crashes", False))
-    ray_pipeline._MOST_BEGINNINGS = options.pop("most_beginnings", 8)
+    model = frames(options.pop("seconds", 0.0), crashes=options.pop("crashes", False))
+    on_ray._RETRIES = options.pop("retries", 3)
     try:
         config = frames_config(dataset.namespace)
-        summary = extract_on_ray(cache, config, dataset, model=model, num_actors=1, **options)
+        summary = extract_on_ray(cache, config, dataset, model=model, **options)
     except CacheError as error:
         print(f"{type(error).__name__}: {error}")
         return 1

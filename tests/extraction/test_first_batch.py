@@ -110,7 +110,7 @@ def run(cache):
     def run(module, clips, **options):
         embedder = ModuleEmbedder(module, name=type(module).__name__, sample_rate=RATE)
         config = config_for(embedder, duration=0.5)
-        options = {"num_workers": 0, "progress": False, "batch_size": 4, **options}
+        options = {"num_workers": 0, "batch_size": 4, **options}
         return extract(cache, config, clips, model=embedder, **options)
 
     return run

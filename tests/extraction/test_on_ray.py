@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,9 +21,24 @@ from extraction.clips import write_bad, write_tones
 from extraction.processes import PATIENCE
 from extraction.ray_driver import frames, frames_config
 
-from lmdbcache import EmbeddingCache, config_for, open_dataset
-from lmdbcache.cache import SourceRecords
-from lmdbcache.extraction import extract
+from lmdbcache import EmbeddingCache, open_dataset
+from lmdbcache.cache import ClipFailure, SourceRecords
+from lmdbcache.errors import (
+    ConfigError,
+    DatasetError,
+    ExtractionError,
+    MissingDependencyError,
+    ModelLoadError,
+    StorageError,
+)
+from lmdbcache.extraction import (
+    ExtractionSummary,
+    RankShare,
+    extract,
+    extract_on_ray,
+    on_ray,
+)
+from lmdbcache.extraction.run import ExtractionRun
 from lmdbcache.storage import stored_checksums
 
 pytest.importorskip("ray", reason="the extra [ray]")
@@ -58,9 +75,9 @@ class Host:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def actors(self) -> list[int]:
-        """The processes that run the model."""
-        return [pid for pid in descendants(self.process.pid) if "EmbedUnits" in command_of(pid)]
+    def ranks(self) -> list[int]:
+        """The processes of the ranks."""
+        return [pid for pid in descendants(self.process.pid) if "_extract_share" in command_of(pid)]
 
     def close(self) -> None:
         members = descendants(self.process.pid)
@@ -146,14 +163,17 @@ def num_stored(cache, config) -> int:
     return cache.info(config).num_embeddings if config in cache else 0
 
 
-def wait_for_more(command, cache, config, more=10) -> None:
-    """Wait until the command has stored some more."""
-    goal = num_stored(cache, config) + more
-    process = getattr(command, "process", command)
+def num_staged(folder, config) -> int:
+    """How many are staged; the stores are looked into while they are filled."""
+    return sum(num_stored(EmbeddingCache(rank), config) for rank in folder.glob("world-*/rank-*"))
+
+
+def wait_for_more(command, folder, config, more=6) -> None:
+    """Wait until the command has staged some more."""
+    goal = num_staged(folder, config) + more
     deadline = time.monotonic() + PATIENCE
-    while num_stored(cache, config) < goal:
-        is_alive = process.poll() is None if process is command else process.is_alive()
-        assert is_alive
+    while num_staged(folder, config) < goal:
+        assert command.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -169,74 +189,167 @@ def assert_same(found, expected):
 
 
 def test_what_is_killed_on_the_way(driver, host, cache, data, tmp_path):
-    """No clip is lost, computed twice or changed in a bit, and no staged file is left behind.
+    """Whatever dies, no clip is lost or changed in a bit, and nothing stays staged.
 
-    First the driver is killed; the run that goes on there loses an actor, then a node.
+    First the program is killed; the run that goes on there, with one rank more, loses a rank's
+    process, then a node.
     """
-    place, dataset = tmp_path / "staging place", open_dataset(data)
+    folder, dataset = tmp_path / "staging", open_dataset(data)
     config = frames_config(dataset.namespace)
     expected = EmbeddingCache(tmp_path / "expected")
     extract(expected, config, dataset, model=frames(), batch_size=2, num_workers=0)
-    command = driver(staging=str(place))
-    wait_for_more(command, cache, config)
+    command = driver(staging=str(folder), num_actors=1, seconds=0.2)
+    wait_for_more(command, folder, config)
     command.kill()
     command.wait(PATIENCE)
-    before = num_stored(cache, config)
+    while host.ranks():  # Ray ends them: their program is gone
+        time.sleep(0.1)
+    before = num_staged(folder, config)
+    assert config not in cache
 
-    command = driver(staging=str(place))
-    wait_for_more(command, cache, config)
-    os.kill(host.actors()[-1], signal.SIGKILL)
-    wait_for_more(command, cache, config)
+    command = driver(staging=str(folder), num_actors=2, seconds=0.2)
+    wait_for_more(command, folder, config)
+    os.kill(host.ranks()[-1], signal.SIGKILL)
+    wait_for_more(command, folder, config)
     host.ask("kill")
     try:
         assert command.wait(PATIENCE) == 0
     finally:
         host.ask("add")
-    found = json.loads(command.stdout.read())
-    assert found["num_extracted"] == num_stored(expected, config) - before
+    found = json.loads(command.stdout.read().splitlines()[-1])
     assert found["num_cached"] == before
-    assert [path for path in place.rglob("*") if path.is_file()] == []
+    assert found["num_extracted"] == num_stored(expected, config) - before
+    assert {failure["sample_id"].split(":")[1] for failure in found["failures"]} == {"drum"}
+    assert not folder.exists()
     assert_same(values(cache, config), values(expected, config))
     assert sources_of(cache, config) == sources_of(expected, config)
 
 
-def test_stopped_command(start, host, cache, data, ast_folder):
-    """Ctrl-C keeps what came back; a run without Ray does the rest: all is as if there were no Ray.
-
-    Nothing of Ray's is printed.
-    """
+def test_stopped_program(driver, cache, data):
+    """Ctrl-C keeps what is computed; a run without Ray does the rest, as if there were no Ray."""
     dataset = open_dataset(data)
-    command = start(
-        *("extract", data, "--root", cache.root, "--model", ast_folder, "--duration", 0.5),
-        *("--batch-size", 2, "--commit-seconds", 0.2, "--launcher", "ray"),
-        *("--ray-address", host.address, "--num-actors", 2),
-    )
-    config = config_for(ast_folder, duration=0.5, namespace=dataset.namespace)
-    wait_for_more(command, cache, config, 30)
-    command.signal(signal.SIGINT)
-    assert command.wait() == 130, command.err
+    config = frames_config(dataset.namespace)
+    folder = cache.root.with_name("cache.staging")
+    command = driver(seconds=0.2)
+    wait_for_more(command, folder, config)
+    command.send_signal(signal.SIGINT)
+    assert command.wait(PATIENCE) == 130
+    assert not folder.exists()
     before = num_stored(cache, config)
-    *noise, last = command.err.splitlines()
-    assert [line for line in noise if "has no clips of" not in line] == []
-    assert f"interrupted; {before} of {len(dataset.samples)} are stored" in last
-    assert command.out == ""
+    assert before > 0
 
     caches = [cache, EmbeddingCache(cache.root.parent / "expected")]
-    options = {"model": ast_folder, "batch_size": 2, "num_workers": 0, "dataset_root": data}
+    options = {"model": frames(), "batch_size": 2, "num_workers": 0}
     rest, whole = [extract(one, config, dataset, **options) for one in caches]
     assert rest.num_extracted == NUM_CLIPS - before
     assert rest.failures == whole.failures
     assert_same(*[values(one, config) for one in caches])
     assert sources_of(caches[0], config) == sources_of(caches[1], config)
-    assert len(sources_of(cache, config)) == NUM_CLIPS
-    for name, value in caches[1].info(config).provenance.items():
-        assert cache.info(config).provenance[name] == value
 
 
-def test_unit_that_kills_its_process(driver):
-    """A clip that ends every process that tries it ends the run, with one line."""
-    command = driver(crashes=True, most_beginnings=2)
+def test_clip_that_kills_its_process(driver):
+    """What ends every process that tries it ends the run, with one line."""
+    command = driver(crashes=True, retries=1, num_actors=1)
     assert command.wait(PATIENCE) == 1
-    (line,) = command.stdout.read().splitlines()
+    *_, line = command.stdout.read().splitlines()
     assert line.startswith("ExtractionError: ")
-    assert "has ended its process 2 times" in line
+    assert "WorkerCrashedError" in line
+
+
+# ---- one rank, in this process
+
+
+@pytest.fixture
+def ranks(clips, config, tmp_path):
+    """Make the record of a run that this process began, and its mark."""
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "staging" / "mark").touch()
+
+    def ranks(model, config=config, clips=clips, **changes):
+        made = on_ray._Ranks(
+            config, model, None, "cpu", 4, 10.0, "", tmp_path / "staging", clips, ()
+        )
+        return dataclasses.replace(made, **changes), tmp_path / "staging" / "mark"
+
+    return ranks
+
+
+def test_rank_leaves_out_what_is_stored(ranks, clips, tmp_path):
+    """The root isn't seen from a node: the program says what it holds."""
+    config = frames_config("vegas")
+    stored = list(clips)[1:3]
+    answer = on_ray._extract_share(ranks(frames(), config, stored=stored), RankShare(0, 1), None)
+    assert answer.summary.num_extracted == len(clips) - 2
+    assert answer.summary.num_cached == 2
+    staged = EmbeddingCache(next((tmp_path / "staging").glob("world-*/rank-0")))
+    assert values(staged, config).keys() == clips.keys() - set(stored)
+
+
+def test_other_weights_on_a_node(ranks, ast_folder):
+    """A node whose checkpoint isn't that of the run is refused, and named."""
+    given = ranks(str(ast_folder), weights_digest="0123456789abcdef")
+    with pytest.raises(ModelLoadError, match="0123456789abcdef") as caught:
+        on_ray._extract_share(given, RankShare(), None)
+    assert socket.gethostname() in str(caught.value)
+
+
+def test_staging_folder_that_is_not_shared(ranks):
+    """A folder of the node itself is noticed before anything is staged there."""
+    given, mark = ranks(frames(), frames_config("vegas"))
+    mark.unlink()
+    with pytest.raises(StorageError, match="`staging`"):
+        on_ray._extract_share((given, mark), RankShare(), None)
+    assert not list(given.folder.iterdir())
+
+
+def test_files_that_are_not_on_a_node(cache, clips):
+    """A file that is here and not on a node ends the run; one that is nowhere is a failed clip."""
+    run = ExtractionRun(cache, frames_config("vegas"))
+    run.take({**clips, "gone:dog": "/nowhere/gone.wav"}.items(), 8)
+    summary = ExtractionSummary(None, 1, 0, failures=(ClipFailure("gone:dog", "", "absent"),))
+    on_ray._add_up(run, [on_ray._Answer(summary, ("gone:dog",), "there")])
+    with pytest.raises(DatasetError, match="there"):
+        on_ray._add_up(run, [on_ray._Answer(summary, (next(iter(clips)),), "there")])
+
+
+# ---- without a cluster
+
+
+def test_nothing_to_do_needs_no_ray(cache, clips, monkeypatch):
+    """A run that finds everything cached doesn't start Ray."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    config = frames_config("vegas")
+    extract(cache, config, clips, model=frames(), num_workers=0)
+    assert extract_on_ray(cache, config, clips, model=frames()).num_cached == len(clips)
+
+
+def test_ray_that_is_not_installed(cache, clips, monkeypatch):
+    """The error names the extra."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"lmdbcache\[ray\]"):
+        extract_on_ray(cache, frames_config("vegas"), clips, model=frames())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_actors": 0},
+        {"batch_size": 0},
+        {"device": "cuda:1"},
+        {"address": "ray://head:10001"},
+        {"staging": "s3://bucket/folder"},
+    ],
+)
+def test_options_that_are_refused(cache, clips, options):
+    """Before anything is started, by name."""
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        extract_on_ray(cache, frames_config("vegas"), clips, model=frames(), **options)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "[::1]:99999"])
+def test_no_cluster_there(cache, clips, address):
+    """An address where nothing answers is an error of one line, and quickly."""
+    with pytest.raises(ExtractionError) as caught:
+        extract_on_ray(cache, frames_config("vegas"), clips, model=frames(), address=address)
+    assert address in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -256,12 +256,12 @@ def test_a_digest_is_the_same_through_both_doors(cache, tmp_path):
     embedder = ModuleEmbedder(module, name="own/1", sample_rate=16000)
     config = config_for(embedder, duration=0.5)
     clips = write_tones(tmp_path / "clips", 3)
-    extract(cache, config, clips, model=embedder, num_workers=0, progress=False)
+    extract(cache, config, clips, model=embedder, num_workers=0)
     with CachedEncoder(cache, config, module) as encoder:
         encoder(torch.randn(1, 8000), sample_ids=["further:x"])
     extract(
         cache, config, {**clips, "more:x": next(iter(clips.values()))}, model=embedder,
-        num_workers=0, progress=False,
+        num_workers=0,
     )  # fmt: skip
     assert len(cache.reader(config)) == 5
 
