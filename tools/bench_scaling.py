@@ -1,115 +1,404 @@
-"""What grows with a store: three sizes measured, larger ones by formula; writes docs/scaling.md.
+"""What is done with a store of any size, step by step, each in a fresh process.
 
-    python tools/bench_scaling.py [--folder DIR] [--json FILE]   # 25 GB of disk, half an hour
-    python tools/bench_scaling.py --growth                       # the formulas alone, at once
-    python tools/bench_scaling.py --quick                        # tiny sizes; writes nothing
+    python tools/bench_scaling.py STEP ROOT NUM_SAMPLES [ARGUMENTS]
 
-Each step runs in a process of its own (tools/scaling_steps.py), some several times, and the
-smallest figure is kept: others use the machine, too. Times are those of the processor (user and
-system), but where the table says wall time.
+prints one JSON object: the step's own figures, its seconds and its memory. `write` comes first;
+docs/scaling.md has the figures of several sizes, `make stress` runs all steps with two millions.
+
+Embedding number n holds n in its first place and the rest of row n % 1024 of a fixed random block:
+every read can be checked.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import shutil
+import os
 import subprocess
 import sys
-import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from document_tables import write_between
-from scaling_samples import HIDDEN_SHAPE, name_of
-from scaling_steps import NUM_SINGLES
+import numpy as np
+from page_cache import evict
+from process_watch import Figures, Watch
 
-from lmdbcache.extraction.scaling import growth_of
+from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.extraction.space import estimated_bytes
-from lmdbcache.files import readable_size
+from lmdbcache.storage import class_of, gather
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
-STEPS = Path(__file__).with_name("scaling_steps.py")
-SIZES = (28_109, 500_000, 2_000_000)
-LARGEST = 20_000_000
-NUM_HIDDEN = 400
-Figures = dict[str, float]
-Table = dict[str, Figures]
+HIDDEN_SHAPE = (1214, 768)
+_EXACT = 1 << 24  # float32 holds the numbers below
+BATCH, NUM_SINGLES = 256, 3000
+STEPS: dict[str, Callable[..., Figures]] = {}
 
-# Step, arguments, how often. The second look at the table finds it kept.
-POOLED = [
-    ("first_reads", [], 3),
-    ("singles", [], 3),
-    ("select_all", [], 2),
-    ("epoch", ["200000"], 2),
-    ("page_tables", [], 1),
-    ("coverage", [], 2),
-    ("info", [], 2),
-    ("list_stores", [], 3),
-    ("checksums", [], 2),
-    ("verify", [], 2),
-    ("evicted", ["0"], 2),
-    ("evicted", ["0.5"], 2),
-    ("evicted", ["0.5", "asked"], 2),
-    ("evicted", ["1"], 2),
-    ("evicted", ["1", "asked"], 2),
-    ("compact", [], 1),
-]
-HIDDEN = [
-    ("page_tables", [], 1),
-    ("verify", [], 2),
-    ("evicted", ["0"], 2),
-    ("evicted", ["1"], 2),
-    ("evicted", ["1", "asked"], 2),
-    ("compact", [], 1),
-]
-ROWS = [
-    ("write, sorted: µs each", "write", "CPU µs", "{:.0f}"),
-    ("write, random order: µs each", "write random", "CPU µs", "{:.0f}"),
-    ("the same, embeddings/s of wall time", "write random", "rate", "{:,.0f}"),
-    ("write, sorted, embeddings/s of wall time", "write", "rate", "{:,.0f}"),
-    ("the same, MB/s of values", "write", "MB/s", "{:.0f}"),
-    ("on disk, bytes each", "write", "bytes per embedding", "{:,.0f}"),
-    ("open to first sample, ms of wall time", "first_reads", "open to first sample, ms", "{:.1f}"),
-    ("first batch of 256 by id, ms of wall time", "first_reads", "first batch by id, ms", "{:.1f}"),
-    ("private memory of 40 batches, MiB", "first_reads", "private, MiB", "{:.1f}"),
-    ("single sample by id, µs", "singles", "CPU µs", "{:.0f}"),
-    ("table of all places: made, s", "table", "CPU s", "{:.2f}"),
-    ("the same from its file, s", "table again", "CPU s", "{:.2f}"),
-    ("select of all: private bytes each", "select_all", "bytes per id", "{:.0f}"),
-    ("200,000 in random order, first time, µs each", "epoch", "CPU µs per sample", "{:.1f}"),
-    ("page tables of a reader of all, MiB per GiB", "page_tables", "MiB per GiB", "{:.1f}"),
-    ("coverage of all ids, s", "coverage", "CPU s", "{:.2f}"),
-    ("its memory at most, bytes each", "coverage", "peak bytes per id", "{:.0f}"),
-    ("`ls`, ms", "list_stores", "CPU ms", "{:.1f}"),
-    ("`info` with its classes, s", "info", "CPU s", "{:.2f}"),
-    ("all keys with checksums, s", "checksums", "CPU s", "{:.2f}"),
-    ("`verify`, s", "verify", "CPU s", "{:.2f}"),
-    ("its memory at most, MiB", "verify", "private peak, MiB", "{:.0f}"),
-    ("`compact`, s", "compact", "CPU s", "{:.2f}"),
-    ("`merge` into another root, s", "merge", "CPU s", "{:.1f}"),
-    ("the same again, nothing new, s", "merge again", "CPU s", "{:.1f}"),
-    ("its memory at most, MiB", "merge", "private peak, MiB", "{:.0f}"),
-    ("`push` to a folder, s", "push", "CPU s", "{:.1f}"),
-    ("the same again, nothing new, s", "push again", "CPU s", "{:.1f}"),
-    ("its memory at most, MiB", "push", "private peak, MiB", "{:.0f}"),
-    ("there: bytes each", "push", "there, bytes each", "{:,.0f}"),
-    ("of these, in commits", "push", "commits, bytes each", "{:.0f}"),
-    ("files there", "push", "files", "{:.0f}"),
-    ("`pull` from a folder, s", "pull", "CPU s", "{:.1f}"),
-    ("the same again, nothing new, s", "pull again", "CPU s", "{:.1f}"),
-    ("its memory at most, MiB", "pull", "private peak, MiB", "{:.0f}"),
-    ("random batches, all in memory, µs each of wall time", "evicted 0", "µs per sample", "{:.0f}"),
-    ("half of it dropped, as such", "evicted 0.5", "µs per sample", "{:.0f}"),
-    ("half of it dropped, asked ahead", "evicted 0.5 asked", "µs per sample", "{:.0f}"),
-    ("all of it dropped, as such", "evicted 1", "µs per sample", "{:.0f}"),
-    ("all of it dropped, asked ahead", "evicted 1 asked", "µs per sample", "{:.0f}"),
-]
+
+def name_of(number: int) -> str:
+    return f"clip_{number:09d}:{number % 309}"
+
+
+def names_of(numbers: Any) -> list[str]:
+    return [name_of(number) for number in np.asarray(numbers).tolist()]
+
+
+def config_of(width: int = 768) -> CacheConfig:
+    return CacheConfig(namespace="" if width == 768 else f"width-{width}")
+
+
+def block_of(width: int) -> np.ndarray:
+    return np.random.default_rng(0).random((1024, width), dtype=np.float32)
+
+
+def embeddings_of(numbers: np.ndarray, block: np.ndarray) -> np.ndarray:
+    rows = block[numbers % len(block)]
+    rows[:, 0] = numbers % _EXACT
+    return rows
+
+
+def check(batch: np.ndarray, numbers: np.ndarray) -> None:
+    rows = batch.reshape(len(numbers), -1)
+    assert (rows[:, 0] == numbers % _EXACT).all()
+    if batch.ndim == 2:
+        assert (rows[:, 1:] == block_of(rows.shape[1])[numbers % 1024, 1:]).all()
+
+
+def store_in(root: str) -> tuple[EmbeddingCache, CacheConfig]:
+    """The only store under this root."""
+    cache = EmbeddingCache(root)
+    [config] = cache
+    return cache, config
+
+
+def step(function: Callable[..., Figures]) -> Callable[..., Figures]:
+    STEPS[function.__name__] = function
+    return function
+
+
+def batch_size(reader: Any) -> int:
+    return BATCH if len(reader.embedding_shape or ()) == 1 else 8
+
+
+# ---- writing
+
+
+@step
+def write(root: str, num_samples: str, order: str = "sorted", width: str = "768") -> Figures:
+    """Everything through one writer, 1024 at a time, with its default commits."""
+    total, block = int(num_samples), block_of(int(width))
+    cache, config = EmbeddingCache(root), config_of(int(width))
+    numbers = np.arange(total)
+    if order == "random":
+        numbers = np.random.default_rng(1).permutation(total)
+    with Watch() as watch, cache.writer(config) as writer:
+        for start in range(0, total, 1024):
+            part = numbers[start : start + 1024]
+            writer.put_batch(names_of(part), embeddings_of(part, block))
+    size = cache.size(config)
+    return {
+        **watch.figures,
+        "bytes per embedding": size / total,
+        "overhead, bytes": size / total - 4 * int(width),
+    }
+
+
+@step
+def write_hidden(root: str, num_samples: str) -> Figures:
+    """Hidden states one by one, as an extraction puts them."""
+    total = int(num_samples)
+    cache, config = EmbeddingCache(root), hidden_config()
+    rows = np.random.default_rng(0).random((4, *HIDDEN_SHAPE), dtype=np.float32)
+    with Watch() as watch, cache.writer(config) as writer:
+        for number in range(total):
+            row = rows[number % 4]
+            row[0, 0] = number
+            writer.put(name_of(number), row)
+    size = cache.size(config)
+    return {
+        **watch.figures,
+        "MB/s": rows[0].nbytes * total / 1e6 / watch.figures["s"],
+        "CPU MB/s": rows[0].nbytes * total / 1e6 / watch.figures["CPU s"],
+        "bytes per embedding": size / total,
+        "overhead, bytes": size / total - rows[0].nbytes,
+    }
+
+
+def hidden_config() -> CacheConfig:
+    return CacheConfig(output="last_hidden_state")
+
+
+# ---- reading
+
+
+@step
+def first_reads(root: str, num_samples: str) -> Figures:
+    """What a script does that opens a store and reads by sample id."""
+    total, dice = int(num_samples), np.random.default_rng(os.getpid())
+    cache, config = store_in(root)
+    figures: Figures = {}
+    with Watch() as watch:
+        started = time.perf_counter()
+        reader = cache.reader(config)
+        reader[name_of(total // 2)]
+        figures["open to first sample, ms"] = 1e3 * (time.perf_counter() - started)
+        seconds = []
+        for _ in range(40):
+            numbers = dice.integers(0, total, BATCH)
+            names = names_of(numbers)
+            started = time.perf_counter()
+            batch = reader.get_batch(names)
+            seconds.append(time.perf_counter() - started)
+            check(batch, numbers)
+    figures["first batch by id, ms"] = 1e3 * seconds[0]
+    figures["median batch by id, ms"] = 1e3 * sorted(seconds)[20]
+    reader.close()
+    return {**watch.figures, **figures}
+
+
+@step
+def singles(root: str, num_samples: str) -> Figures:
+    """Single random samples by id."""
+    numbers = np.random.default_rng(os.getpid()).integers(0, int(num_samples), NUM_SINGLES)
+    names = names_of(numbers)
+    cache, config = store_in(root)
+    with cache.reader(config) as reader:
+        reader[names[0]]
+        with Watch() as watch:
+            rows = [reader[name] for name in names]
+        check(np.stack(rows), numbers)
+    return {**watch.figures, "µs per sample": 1e6 * watch.figures["s"] / len(names)}
+
+
+@step
+def table(root: str, num_samples: str) -> Figures:
+    """Enough batches by id that the table of all places is made, or read."""
+    total = int(num_samples)
+    cache, config = store_in(root)
+    with cache.reader(config) as reader, Watch() as watch:
+        longest = 0.0
+        for start in range(0, total // 8, 4096):
+            names = names_of(np.arange(start, min(start + 4096, total)) * 7919 % total)
+            started = time.perf_counter()
+            reader.get_batch(names)
+            longest = max(longest, time.perf_counter() - started)
+    kept = [path.stat().st_size for path in Path(root).rglob("offsets-*")]
+    return {**watch.figures, "longest batch, s": longest, "kept file, MB": sum(kept) / 1e6}
+
+
+@step
+def select_all(root: str, num_samples: str) -> Figures:
+    """A selection of all samples: its list of ids, its places, the first batch."""
+    total = int(num_samples)
+    cache, config = store_in(root)
+    with cache.reader(config) as reader, Watch() as watch:
+        selection = reader.select()
+        selection.get_batch([0, total - 1])
+    bytes_each = 2**20 * watch.figures["private, MiB"] / total
+    peak_each = 2**20 * watch.figures["private peak, MiB"] / total
+    return {**watch.figures, "bytes per id": bytes_each, "peak bytes per id": peak_each}
+
+
+@step
+def epoch(root: str, num_samples: str, num_read: str) -> Figures:
+    """A random subset by position, in batches: µs per sample, page tables per GiB touched."""
+    total, count = int(num_samples), min(int(num_read), int(num_samples))
+    numbers = np.random.default_rng(3).permutation(total)[:count]
+    cache, config = store_in(root)
+    with cache.reader(config) as reader:
+        selection, batch = reader.select(names_of(numbers)), batch_size(reader)
+        check(selection.get_batch(np.arange(8)), numbers[:8])
+        with Watch() as watch:
+            for start in range(0, count, batch):
+                selection.get_batch(np.arange(start, min(start + batch, count)))
+        with Watch() as again:
+            for start in range(0, count, batch):
+                selection.get_batch(np.arange(start, min(start + batch, count)))
+        check(selection.get_batch(np.arange(count - 8, count)), numbers[-8:])
+    return {
+        **watch.figures,
+        "µs per sample": 1e6 * watch.figures["s"] / count,
+        "CPU µs per sample": 1e6 * watch.figures["CPU s"] / count,
+        "again, µs per sample": 1e6 * again.figures["s"] / count,
+    }
+
+
+@step
+def page_tables(root: str, num_samples: str) -> Figures:
+    """The whole map, read front to back in slices: what its page tables take."""
+    total = int(num_samples)
+    cache, config = store_in(root)
+    with Watch() as watch, cache.reader(config) as reader:
+        selection = reader.select()
+        batch = batch_size(reader)
+        for start in range(0, total, batch):
+            selection.get_batch(np.arange(start, min(start + batch, total)))
+        watch._look()  # noqa: SLF001 - before the map goes
+    mapped = max(path.stat().st_size for path in Path(root).rglob("data.mdb")) / 2**30
+    each = watch.figures["page tables, MiB"] / mapped
+    return {**watch.figures, "mapped, GiB": mapped, "MiB per GiB": each}
+
+
+@step
+def evicted(root: str, num_samples: str, share: str, is_asked: str = "") -> Figures:
+    """Random batches with this share of the file dropped from the page cache.
+
+    That is how a store looks that is larger than the memory: of a file twice as large, half.
+    `is_asked` has it read as such a store is.
+    """
+    if is_asked:
+        gather.memory_limit = lambda: 0  # type: ignore[assignment]
+    total, count = int(num_samples), min(4096, int(num_samples))
+    numbers = np.random.default_rng(os.getpid()).permutation(total)[:count]
+    left = evict(root, float(share))
+    cache, config = store_in(root)
+    with cache.reader(config) as reader:
+        selection = reader.select(names_of(numbers))
+        # The places come from the kept table; nothing of the values is read for it.
+        reader.num_read = total
+        selection._look_up([0], lambda *_: True)  # noqa: SLF001
+        batch = batch_size(reader)
+        with Watch() as watch:
+            for start in range(0, count, batch):
+                positions = np.arange(start, min(start + batch, count))
+                check(selection.get_batch(positions), numbers[positions])
+    return {
+        **watch.figures,
+        "left in the page cache": left,
+        "µs per sample": 1e6 * watch.figures["s"] / count,
+    }
+
+
+# ---- looking after it
+
+
+@step
+def coverage(root: str, num_samples: str) -> Figures:
+    """Coverage of as many ids as there are, and of some that aren't."""
+    total = int(num_samples)
+    names = names_of(np.arange(total + 1000))
+    cache, config = store_in(root)
+    with Watch() as watch:
+        found = cache.coverage(config, names)
+    assert (found.num_present, len(found.missing)) == (total, 1000)
+    return {**watch.figures, **_each(watch, total)}
+
+
+@step
+def list_stores(root: str, num_samples: str) -> Figures:
+    """`ls`."""
+    with Watch() as watch:
+        [store] = EmbeddingCache(root).stores()
+    assert store.num_embeddings == int(num_samples)
+    return watch.figures
+
+
+@step
+def info(root: str, num_samples: str) -> Figures:
+    """What `info` does: every key is looked at for its class."""
+    cache, config = store_in(root)
+    with Watch() as watch:
+        assert cache.info(config).num_embeddings == int(num_samples)
+        with cache.reader(config) as reader:
+            classes = Counter(map(class_of, reader))
+    assert sum(classes.values()) == int(num_samples)
+    return {**watch.figures, **_each(watch, int(num_samples))}
+
+
+@step
+def verify(root: str, num_samples: str) -> Figures:
+    """`verify`: every value against its checksum."""
+    cache, config = store_in(root)
+    with Watch() as watch:
+        report = cache.verify(config)
+    assert report.is_sound
+    assert report.num_embeddings == int(num_samples)
+    return {**watch.figures, **_each(watch, int(num_samples))}
+
+
+@step
+def checksums(root: str, num_samples: str) -> Figures:
+    """All keys with their checksums: what `diff`, `merge` and `push` begin with."""
+    from lmdbcache.storage import stored_checksums
+
+    cache, config = store_in(root)
+    with cache.reader(config) as reader, Watch() as watch:
+        count = sum(1 for _ in stored_checksums(reader))
+    assert count == int(num_samples)
+    return {**watch.figures, **_each(watch, count)}
+
+
+@step
+def compact(root: str, num_samples: str) -> Figures:
+    """`compact`."""
+    cache, config = store_in(root)
+    with Watch() as watch:
+        result = cache.compact(config)
+    assert result.num_embeddings == int(num_samples)
+    return {**watch.figures, "MB/s": result.bytes_after / 1e6 / watch.figures["s"]}
+
+
+# ---- beyond one store
+
+
+@step
+def merge(root: str, num_samples: str, target: str) -> Figures:
+    """The store into another root; when it is there, nothing is written."""
+    from lmdbcache.exchange import merge_stores
+
+    with Watch() as watch:
+        [report] = merge_stores(EmbeddingCache(target), [root]).stores
+    assert report.num_new + report.num_same == int(num_samples)
+    return {**watch.figures, **_each(watch, int(num_samples)), "new": report.num_new}
+
+
+@step
+def push(root: str, num_samples: str, folder: str) -> Figures:
+    """The store to a shared folder; when it is there, nothing is moved."""
+    from lmdbcache.exchange import push
+
+    cache, config = store_in(root)
+    with Watch() as watch:
+        report = push(cache, config, Path(folder).absolute().as_uri())
+    assert report.num_pushed in (0, int(num_samples))
+    size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    commits = sum(path.stat().st_size for path in Path(folder).rglob("commits/*"))
+    return {
+        **watch.figures,
+        **_each(watch, int(num_samples)),
+        "new": report.num_pushed,
+        "there, bytes each": size / int(num_samples),
+        "commits, bytes each": commits / int(num_samples),
+        "files": sum(1 for path in Path(folder).rglob("*") if path.is_file()),
+    }
+
+
+@step
+def pull(root: str, num_samples: str, folder: str) -> Figures:
+    """From a shared folder into a new store; when it is there, nothing is moved."""
+    from lmdbcache.exchange import pull
+
+    with Watch() as watch:
+        report = pull(EmbeddingCache(root), Path(folder).absolute().as_uri())
+    cache, config = store_in(root)
+    assert cache.info(config).num_embeddings == int(num_samples)
+    return {**watch.figures, **_each(watch, int(num_samples)), "new": report.merged.num_new}
+
+
+def _each(watch: Watch, number: int) -> Figures:
+    return {
+        "µs each": 1e6 * watch.figures["s"] / number,
+        "CPU µs each": 1e6 * watch.figures["CPU s"] / number,
+        "peak bytes per id": 2**20 * watch.figures["private peak, MiB"] / number,
+    }
+
+
+# ---- for tests
 
 
 def run_step(name: str, root: Path, num_samples: int, *arguments: str) -> Figures:
     """One step in a process of its own."""
-    command = [sys.executable, str(STEPS), name, str(root), str(num_samples), *arguments]
+    command = [sys.executable, __file__, name, str(root), str(num_samples), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
@@ -122,91 +411,6 @@ def best(runs: list[Figures]) -> Figures:
     return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
-def measure(num_samples: int, folder: Path, *, is_hidden: bool = False) -> Table:
-    """All figures of one store, which is removed again."""
-    table: Table = {}
-    value_bytes = 4 * (math.prod(HIDDEN_SHAPE) if is_hidden else 768)
-    with tempfile.TemporaryDirectory(prefix="lmdbcache-scaling-", dir=folder) as scratch:
-        root = Path(scratch) / "cache"
-        if not is_hidden and num_samples <= SIZES[1]:
-            shuffled = Path(scratch) / "shuffled"
-            table["write random"] = run_step("write", shuffled, num_samples, "random")
-            for path in sorted(shuffled.rglob("data.mdb")):
-                path.unlink()
-        table["write"] = run_step("write_hidden" if is_hidden else "write", root, num_samples)
-        if not is_hidden:
-            table["table"] = run_step("table", root, num_samples)
-            table["table again"] = run_step("table", root, num_samples)
-        for name, arguments, times in HIDDEN if is_hidden else POOLED:
-            runs = [
-                run_step(name, root, num_samples, *arguments)
-                for _ in range(times if num_samples in (*SIZES, NUM_HIDDEN) else 1)
-            ]
-            table[" ".join([name, *arguments]) if name == "evicted" else name] = best(runs)
-            print(num_samples, name, *arguments, file=sys.stderr)
-        if not is_hidden:
-            table |= beyond_one_store(root, num_samples, Path(scratch))
-    for name in ("write", "write random", "singles", "list_stores"):
-        if name in table:
-            number = {"singles": NUM_SINGLES, "list_stores": 1}.get(name, num_samples)
-            table[name]["CPU µs"] = 1e6 * table[name]["CPU s"] / number
-            table[name]["CPU ms"] = 1e3 * table[name]["CPU s"] / number
-            table[name]["rate"] = number / table[name]["s"]
-            table[name]["MB/s"] = table[name]["rate"] * value_bytes / 1e6
-    return table
-
-
-def beyond_one_store(root: Path, num_samples: int, scratch: Path) -> Table:
-    """Merged into another root, pushed to a folder and pulled from there; each once more."""
-    table: Table = {}
-    place = scratch / "place"
-    for name, store, target in (
-        ("merge", root, scratch / "merged"),
-        ("push", root, place),
-        ("pull", scratch / "pulled", place),
-    ):
-        for title in (name, f"{name} again"):
-            table[title] = run_step(name, store, num_samples, str(target))
-            print(num_samples, title, file=sys.stderr)
-        shutil.rmtree(scratch / "merged", ignore_errors=True)
-    return table
-
-
-def figures_table(tables: dict[str, Table]) -> str:
-    """The measured figures as Markdown: one column for each store."""
-    lines = ["| | " + " | ".join(tables) + " |", "|---|" + "---|" * len(tables)]
-    for title, name, figure, form in ROWS:
-        cells = [
-            form.format(table[name][figure]) if name in table else "" for table in tables.values()
-        ]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def growth_table() -> str:
-    """What the formulas say of four sizes, pooled and hidden, as Markdown."""
-    columns = {}
-    for kind, shape in (("pooled", (768,)), ("hidden", HIDDEN_SHAPE)):
-        each = bytes_each(shape)
-        for number in (*SIZES, LARGEST):
-            growth = growth_of(number, round(number * each), 4 * math.prod(shape))
-            columns[f"{_number(number)} {kind}"] = growth
-    rows = [
-        ("on disk; memory for random reads", "store_bytes", readable_size),
-        ("one writer", "write_seconds", readable_time),
-        ("page tables, each process, at most", "table_bytes", readable_size),
-        ("list of samples, each process", "list_bytes", readable_size),
-        ("list of clips, each process of an extraction", "clip_bytes", readable_size),
-        ("`verify`, first opening of a copy", "check_seconds", readable_time),
-        ("`push`, `pull` at 1 Gbit/s", "transfer_seconds", readable_time),
-    ]
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for title, field, form in rows:
-        cells = [form(getattr(growth, field)) for growth in columns.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def bytes_each(shape: tuple[int, ...]) -> float:
     """What one more embedding takes on disk, as foretold."""
     names = [name_of(number) for number in range(2000)]
@@ -215,41 +419,9 @@ def bytes_each(shape: tuple[int, ...]) -> float:
     ) / 1000
 
 
-def readable_time(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def _number(number: int) -> str:
-    return f"{number / 1e6:.0f} M" if number >= 1_000_000 else f"{number / 1e3:.0f} k"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing")
-    parser.add_argument("--growth", action="store_true", help="write the formulas' table alone")
-    parser.add_argument("--folder", type=Path, help="where the data goes; default: the temp folder")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    if arguments.growth:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        DOCUMENT.write_text(write_between(text, "growth", growth_table()), encoding="utf-8")
-        return
-    sizes, num_hidden = ((2000,), 8) if arguments.quick else (SIZES, NUM_HIDDEN)
-    folder = arguments.folder or Path(tempfile.gettempdir())
-    tables = {f"{_number(size)} pooled": measure(size, folder) for size in sizes}
-    tables[f"{num_hidden} hidden"] = measure(num_hidden, folder, is_hidden=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(tables, indent=1), encoding="utf-8")
-    figures, growth = figures_table(tables), growth_table()
-    print(f"{figures}\n\n{growth}")
-    if not arguments.quick:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        text = write_between(write_between(text, "figures", figures), "growth", growth)
-        DOCUMENT.write_text(text, encoding="utf-8")
+    name, *arguments = sys.argv[1:]
+    print(json.dumps(STEPS[name](*arguments)))
 
 
 if __name__ == "__main__":

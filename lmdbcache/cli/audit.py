@@ -86,7 +86,7 @@ def audit_command(
         print_json(found.to_dict())
     else:
         _say_report(found)
-    raise typer.Exit(0 if found.is_sound else 1)
+    raise typer.Exit(found.exit_code)
 
 
 def _say_report(report: AuditReport) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from dataclasses import replace
 from typing import Annotated, Any, Final
@@ -12,9 +11,8 @@ import typer
 
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.capacity import show_capacity
 from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import DISK_FULL, print_json, progress_bar, say
+from lmdbcache.cli.console import DISK_FULL, print_json, print_table, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.launching import LaunchChoice
 from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
@@ -24,18 +22,19 @@ from lmdbcache.cli.stopping import Stopped
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction import (
+    Choice,
     ExtractionPlan,
     extract,
     extract_on_ray,
     finish_with_other_ranks,
-    plan_capacity,
     plan_extraction,
     stored_of_share,
 )
+from lmdbcache.files import readable_size
 
 __all__ = ["extract_command"]
 
-_logger: Final = logging.getLogger(__name__)
+_TRIAL_SECONDS: Final = 5.0
 
 
 @grouped
@@ -83,31 +82,20 @@ def extract_command(
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
     dataset.check_namespace(cache, config)
-    if dry_run:
+    if dry_run or plan:
         shown = plan_extraction(
             cache,
             config,
             clips,
             model=choice.model,
             batch_size=batch_size,
-            share=share,
-            staging=launch.folder,
-        )
-        _show_plan(replace(shown, left_out=dataset.left_out_counts), as_json=as_json)
-        return
-    if plan:
-        if not share.is_all or launch.folder is not None:
-            _logger.warning("--plan is for the clips of all ranks; --dry-run tells this one's")
-        found = plan_capacity(
-            cache,
-            config,
-            dict(clips),
-            model=choice.model,
-            batch_size=batch_size,
             num_workers=num_workers,
             device=device,
+            share=share,
+            staging=launch.folder,
+            trial_seconds=_TRIAL_SECONDS if plan else 0.0,
         )
-        show_capacity(found, as_json=as_json)
+        _show_plan(replace(shown, left_out=dataset.left_out_counts), config, as_json=as_json)
         return
     try:
         common: dict[str, Any] = {
@@ -161,11 +149,28 @@ def _kept(
     return f"{num_cached} of {num_samples} are stored"
 
 
-def _show_plan(plan: ExtractionPlan, *, as_json: bool) -> None:
+def _show_plan(plan: ExtractionPlan, config: CacheConfig, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_dict())
     else:
+        if plan.choices:
+            print_table(
+                ("", "output", "dtype", "shape", "all clips"),
+                [_row(choice, config) for choice in plan.choices],
+                num_text_columns=4,
+            )
+            say("")
         say(f"{plan}\n{plan.store}")
-        for warning in plan.warnings:
-            say(str(warning))
     raise typer.Exit(0 if plan.fits else DISK_FULL)
+
+
+def _row(choice: Choice, config: CacheConfig) -> tuple[object, ...]:
+    is_chosen = (choice.output, choice.dtype) == (config.output, config.dtype)
+    shape, size = choice.embedding_shape, choice.bytes_for_all
+    return (
+        "*" if is_chosen else "",
+        choice.output,
+        choice.dtype,
+        "?" if shape is None else " x ".join(map(str, shape)),
+        "?" if size is None else readable_size(size),
+    )

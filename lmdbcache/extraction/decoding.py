@@ -1,4 +1,4 @@
-"""Clips decoded and turned into features in worker processes."""
+"""Clips decoded and turned into features, in worker processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
 
@@ -19,14 +20,12 @@ import numpy as np
 import torch
 import xxhash
 
-from lmdbcache.audio import is_digital_silence, load_clip, shown
-from lmdbcache.cache import ClipFailure, source_of
+from lmdbcache.audio import AudioSource, is_digital_silence, load_clip, shown
+from lmdbcache.cache import ClipFailure, Source, source_of
 from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
-from lmdbcache.extraction.feature_batch import Clip, FeatureBatch, stacked_if_alike
 
 __all__ = [
-    "Clip",
     "FeatureBatch",
     "FeatureBatches",
     "decode_unit",
@@ -40,6 +39,92 @@ _QUIET: Final = 1e-4  # of full scale; models may take quieter clips for silence
 _NEWS_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 5.0
 _FOR_THE_MAIN_PROCESS: Final = {signal.SIGINT, signal.SIGTERM}
+
+
+Clip = tuple[str, "str | AudioSource"]  # sample id, audio file or source
+
+
+@dataclass
+class FeatureBatch:
+    """One unit of work for the model.
+
+    Args:
+        sample_ids: The clips that gave features.
+        features: Their features: a tensor `(len(sample_ids), ...)`, or a list of one tensor for
+            each where their shapes or dtypes differ; None if no clip gave any.
+        failures: The clips that didn't.
+        num_features: How many clips gave features.
+        num_front_end_errors: How many of the failures are the front end's.
+        audio: Sample id → checksum of the waveform, of the clips that aren't silent.
+        silent: The sample ids of digital silence among `sample_ids`.
+        cancelled: Those whose channels cancel when they are mixed to mono.
+        sources: What their files were like right before they were decoded.
+        error: What ends the whole run, such as a front end that can't be loaded.
+    """
+
+    sample_ids: list[str] = field(default_factory=list)
+    features: torch.Tensor | list[torch.Tensor] | None = None
+    failures: list[ClipFailure] = field(default_factory=list)
+    num_features: int = 0
+    num_front_end_errors: int = 0
+    audio: dict[str, int] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    sources: dict[str, Source | None] = field(default_factory=dict)
+    error: CacheError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Out of a worker as bytes in its pipe. As a tensor the features would go through /dev/shm,
+        # which containers keep small; where it is full, torch loses the batch without a word.
+        alike = [(positions, features.numpy()) for positions, features in self.groups()]
+        return {**self.__dict__, "features": alike}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        alike = state.pop("features")
+        self.__dict__.update(state, features=None)
+        if len(alike) == 1:
+            self.features = torch.from_numpy(alike[0][1])
+        elif alike:
+            pairs = [
+                pair
+                for places, rows in alike
+                for pair in zip(places, torch.from_numpy(rows), strict=True)
+            ]
+            self.features = [features for _, features in sorted(pairs, key=lambda pair: pair[0])]
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of this unit, failed ones included."""
+        return len(self.sample_ids) + len(self.failures)
+
+    def keep(self, wanted: set[str]) -> None:
+        """Drop the features of all other samples."""
+        rows = [row for row, sample_id in enumerate(self.sample_ids) if sample_id in wanted]
+        if self.features is not None and len(rows) < len(self.sample_ids):
+            self.sample_ids = [self.sample_ids[row] for row in rows]
+            if isinstance(self.features, list):
+                self.features = stacked_if_alike([self.features[row] for row in rows])
+            else:
+                self.features = self.features[rows] if rows else None
+
+    def groups(self) -> list[tuple[list[int], torch.Tensor]]:
+        """Return (positions in `sample_ids`, their features stacked), by shape and dtype."""
+        if self.features is None or isinstance(self.features, torch.Tensor):
+            stacked = self.features
+            return [] if stacked is None else [(list(range(len(stacked))), stacked)]
+        alike: dict[Any, list[int]] = {}
+        for position, one in enumerate(self.features):
+            alike.setdefault((one.dtype, one.shape), []).append(position)
+        return [
+            (positions, torch.stack([self.features[position] for position in positions]))
+            for positions in alike.values()
+        ]
+
+
+def stacked_if_alike(features: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor] | None:
+    """Return the features as one tensor, as they are if they differ, None if there are none."""
+    kinds = {(one.dtype, one.shape) for one in features}
+    return torch.stack(features) if len(kinds) == 1 else (features or None)
 
 
 class _Units(torch.utils.data.Dataset[FeatureBatch]):
@@ -73,7 +158,7 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
 
 
 def _picklable(error: CacheError) -> CacheError:
-    """The error, or what it says: torch loses what can't be pickled, and would wait for it."""
+    """Return the error, or its text: torch loses what can't be pickled, and would wait for it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever a class of the user's raises
@@ -88,7 +173,7 @@ def decode_unit(
     duration: float,
     decoder: str = "soundfile",
 ) -> FeatureBatch:
-    """The features of one unit's clips; those that give none are in the batch's `failures`.
+    """Return the features of one unit's clips; those that give none are in its `failures`.
 
     Args:
         clips: The unit.
@@ -102,30 +187,30 @@ def decode_unit(
     """
     batch = FeatureBatch()
     features = []
-    for clip in clips:
+    for sample_id, given in clips:
         # Before decoding: a file that is replaced meanwhile isn't the one remembered.
-        batch.sources[clip.sample_id] = source_of(clip.source)
+        batch.sources[sample_id] = source_of(given)
         try:
-            decoded = load_clip(clip.source, sample_rate, duration, decoder)
+            decoded = load_clip(given, sample_rate, duration, decoder)
             found = clip_features(
                 front_end,
                 decoded.waveform,
                 decoded.num_valid,
                 sample_rate=sample_rate,
-                name=shown(clip.source),
+                name=shown(given),
             )
         except AudioDecodeError as error:
-            batch.failures.append(ClipFailure(clip.sample_id, str(clip.source), str(error)))
+            batch.failures.append(ClipFailure(sample_id, str(given), str(error)))
             batch.num_front_end_errors += isinstance(error, FrontEndError)
             continue
         features.append(torch.from_numpy(found))
-        batch.sample_ids.append(clip.sample_id)
+        batch.sample_ids.append(sample_id)
         if is_digital_silence(decoded.waveform):
-            batch.silent.append(clip.sample_id)
+            batch.silent.append(sample_id)
         if decoded.is_cancelled:
-            batch.cancelled.append(clip.sample_id)
+            batch.cancelled.append(sample_id)
         if np.abs(decoded.waveform).max() > _QUIET:
-            batch.audio[clip.sample_id] = xxhash.xxh3_64_intdigest(decoded.waveform.data)
+            batch.audio[sample_id] = xxhash.xxh3_64_intdigest(decoded.waveform.data)
     batch.num_features, batch.features = len(features), stacked_if_alike(features)
     return batch
 
@@ -279,7 +364,7 @@ class _Wanted(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         for number in self._order(len(self._units)):
-            if self._is_wanted([clip.sample_id for clip in self._units[number]]):
+            if self._is_wanted([sample_id for sample_id, _ in self._units[number]]):
                 yield number
 
     def __len__(self) -> int:
@@ -308,7 +393,7 @@ def _worker_failure(error: BaseException) -> ExtractionError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ExtractionError(
         f"a decoding process ended or got stuck ({reason}). What was computed is kept; run again "
-        "to go on, with num_workers=0 if it happens again: memory or shared memory may be short, "
+        "to go on, with `num_workers=0` if it happens again: memory or shared memory may be short, "
         "or a clip may crash its decoder"
     )
 
@@ -337,7 +422,6 @@ def _begin_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAIN_PROCESS)
     # Features are fastest on one thread per clip.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     sys.excepthook = _show_unless_hung_up
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
 

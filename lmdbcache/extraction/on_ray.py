@@ -32,13 +32,16 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.exchange import Refusal, merge_stores
-from lmdbcache.extraction.pipeline import check_duration, check_options, extract
-from lmdbcache.extraction.rank_share import RankShare
-from lmdbcache.extraction.run import ExtractionRun, Progress
-from lmdbcache.extraction.samples import counts_of_left_out, pairs_of
+from lmdbcache.extraction.pipeline import (
+    ExtractionRun,
+    Progress,
+    check_duration,
+    check_options,
+    extract,
+)
+from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.staging import staging_folder
 from lmdbcache.extraction.summary import ExtractionSummary
-from lmdbcache.extraction.unbuilt_model import check_unbuilt_model
 
 __all__ = ["extract_on_ray"]
 
@@ -117,17 +120,13 @@ def extract_on_ray(  # noqa: PLR0913
         )
     if num_actors is not None and num_actors < 1:
         raise ConfigError(f"num_actors: {num_actors}; it must be 1 or more")
-    started = time.perf_counter()
     folder = staging_folder(staging or cache.root.with_name(f"{cache.root.name}.staging"))
     _merge(cache, config, folder)  # a run that was killed may have left something
-    run = ExtractionRun(cache, config, dataset_root=dataset_root)
-    run.take(pairs_of(clips), batch_size)
-    run.left_out = counts_of_left_out(clips)
-    missing = run.look_at_sources(run.plan(), recompute=recompute_changed)
+    run = ExtractionRun(cache, config, clips, batch_size=batch_size, dataset_root=dataset_root)
+    missing = run.plan(recompute_changed=recompute_changed)
+    run.close_reader()
     if not missing:
-        run.outcomes.record_failures(run.cache.path(config))
-        run.moved_model = check_unbuilt_model(run.cache, config, model)
-        return run.summary(time.perf_counter() - started)
+        return run.nothing_to_do(model)
     cache.check_writable(config)
     given = config.model_name if model is None else model
     found = ready_model(given, config)  # its errors are for the user to read, before Ray starts
@@ -160,13 +159,14 @@ def extract_on_ray(  # noqa: PLR0913
             raise
     refused = _merge(cache, config, folder)
     _add_up(run, answers)
-    left = set(run.still_missing(missing)) - run.changed
-    left -= {failure.sample_id for failure in run.outcomes.failures}
+    computed = missing.keys() - {failure.sample_id for failure in run.outcomes.failures}
+    left = cache.coverage(config, computed).missing
     if left:
         reason = "; ".join(map(str, refused)) or "is another process removing stores there?"
         raise StorageError(f"{len(left)} clips were computed and can't be merged: {reason}")
-    run.outcomes.record_failures(cache.path(config))
-    return run.summary(time.perf_counter() - started)
+    run.num_extracted = len(computed)
+    run.outcomes.record_failures(run.store)
+    return run.summary()
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def _merge(cache: EmbeddingCache, config: CacheConfig, folder: Path) -> list[Ref
     if not folder.is_dir():
         return []
     # What is staged was missing in the cache, or computed again since its file changed.
-    found = merge_stores(cache, [folder], configs=[config], on_conflict="theirs")
+    found = merge_stores(cache, [folder], configs=[config], on_duplicate="overwrite")
     refused = [one for report in found.stores for one in report.refused]
     if refused or found.refused:
         return [*refused, *found.refused]

@@ -19,7 +19,7 @@ import xxhash
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ConfigError, ReadOnlyCacheError, StorageError
-from lmdbcache.extraction.rank_share import RankShare
+from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.files import expand_user
 from lmdbcache.storage import at_rest, check_local_for_writing, held_store, network_mount
 
@@ -56,7 +56,8 @@ class Staging:
         share: Which rank this is.
         sample_ids: All samples of the extraction, those of other ranks included.
         unit_size: Clips of a unit.
-        patience: How many seconds to wait for processes that are about to end.
+        patience: How many seconds to wait for processes that are about to end; None waits a
+            minute.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class Staging:
         share: RankShare,
         sample_ids: Iterable[str],
         unit_size: int,
-        patience: float = _PATIENCE_SECONDS,
+        patience: float | None = None,
     ) -> None:
-        self._patience = patience
+        self._patience = _PATIENCE_SECONDS if patience is None else patience
         self._folder = staging_folder(folder)
         self._root = root
         self._config = config

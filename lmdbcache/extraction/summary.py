@@ -1,29 +1,40 @@
-"""What an extraction did."""
+"""What became of a run's clips, and what the run reports."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from lmdbcache.cache import FAILURES_NAME, ClipFailure
+import xxhash
+
+from lmdbcache.cache import FAILURES_NAME, ClipFailure, update_failures
+from lmdbcache.errors import CacheError, ExtractionError
 from lmdbcache.files import few
+from lmdbcache.storage import Report, as_stored
 
-__all__ = ["ExtractionSummary"]
+if TYPE_CHECKING:
+    from lmdbcache.extraction.decoding import FeatureBatch
 
+__all__ = ["ExtractionSummary", "Outcomes"]
+
+_logger: Final = logging.getLogger(__name__)
+
+_FRONT_END_TRIALS: Final = 32  # a front end that fails on so many first clips fails on all
 _NUM_NAMED: Final = 5
+_NUM_FAILED_SHOWN: Final = 20
 
 
 @dataclass(frozen=True)
-class ExtractionSummary:
+class ExtractionSummary(Report):
     """What one run did.
 
     Args:
         store: The store's folder; None if nothing is stored.
         num_samples: Distinct samples asked for.
-        num_cached: Of these, stored before the run, or by another process meanwhile.
+        num_cached: Of these, stored before the run, or by another process in the meantime.
         num_extracted: Embeddings added by the run.
         silent: The sample ids of digital silence among them.
         cancelled: Those whose channels cancel when they are mixed to mono: the mix has less than a
@@ -37,11 +48,13 @@ class ExtractionSummary:
         moved_model: How the model's Hub name stands for other weights now than those that filled
             the store; empty if it doesn't, or something had to be computed.
         num_suspects: Cached clips whose file has another size or time than when it was embedded.
-        rank: Which of the processes that share the clips, from 0; the figures are its own.
+        rank: Which of the processes that share the clips, from 0; the counts are of this rank.
         world_size: How many there are.
         left_out: How much of the dataset is no clip though it looks like one: `count`, and
             `by_kind`, `by_suffix`, `by_class`; empty for clips that aren't a dataset.
     """
+
+    derived: ClassVar = ("num_silent", "num_equal")
 
     store: Path | None
     num_samples: int
@@ -67,19 +80,13 @@ class ExtractionSummary:
 
     @property
     def num_equal(self) -> int:
-        """Clips in `equal`."""
+        """Number of clips in `equal`."""
         return sum(map(len, self.equal))
 
     @property
     def exit_code(self) -> int:
         """0, or 1 if a clip failed."""
         return 1 if self.failures else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        store = None if self.store is None else os.fspath(self.store)
-        counts = {"num_silent": self.num_silent, "num_equal": self.num_equal}
-        return {**asdict(self), "store": store, **counts}
 
     def __str__(self) -> str:
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
@@ -100,17 +107,102 @@ class ExtractionSummary:
         if self.moved_model:
             lines.append(self.moved_model)
         if self.num_suspects:
-            name = self.store.name if self.store else ""
             lines.append(
                 f"{self.num_suspects} cached clips have files of another size or time than when "
-                f"they were embedded: see `lmdbcache verify {name} --sources`"
+                "they were embedded: verify the sources of the store"
             )
-        shown = 20
         lines += [
-            f"failed: {failure.sample_id}: {failure.reason}" for failure in self.failures[:shown]
+            f"failed: {failure.sample_id}: {failure.reason}"
+            for failure in self.failures[:_NUM_FAILED_SHOWN]
         ]
-        if len(self.failures) > shown:
+        if len(self.failures) > _NUM_FAILED_SHOWN:
             has_list = self.store and (self.num_cached or self.num_extracted)
-            where = self.store / FAILURES_NAME if self.store and has_list else "`failures` (--json)"
-            lines.append(f"… and {len(self.failures) - shown} more in {where}")
+            where = self.store / FAILURES_NAME if self.store and has_list else "`failures`"
+            lines.append(f"… and {len(self.failures) - _NUM_FAILED_SHOWN} more in {where}")
         return "\n".join(lines)
+
+
+class Outcomes:
+    """What became of the clips of one run.
+
+    Args:
+        failures: Of clips that are in no batch.
+    """
+
+    def __init__(self, failures: Iterable[ClipFailure] = ()) -> None:
+        self.failures = list(failures)
+        self.silent: Final[list[str]] = []
+        self.cancelled: Final[list[str]] = []
+        self.settled: set[str] = set()
+        self.is_front_end_proven = False
+        self._num_front_end_errors = 0
+        # Checksum of an embedding → its first clip and the checksum of that one's waveform.
+        self._first: Final[dict[int, tuple[str, int]]] = {}
+        self._equal: Final[dict[int, list[str]]] = {}
+
+    @property
+    def num_failed(self) -> int:
+        """Number of clips that failed."""
+        return len({failure.sample_id for failure in self.failures})
+
+    def note_stored(self, sample_id: str, embedding: Any, batch: FeatureBatch) -> None:
+        """Record a clip of a batch whose embedding is stored."""
+        if sample_id in batch.silent:
+            self.silent.append(sample_id)
+        if sample_id in batch.cancelled:
+            self.cancelled.append(sample_id)
+        audio = batch.audio.get(sample_id)
+        if audio is None:  # silent clips and copies of a clip may have equal embeddings
+            return
+        values = as_stored(sample_id, embedding, "float32", copy=False)
+        checksum = xxhash.xxh3_64_intdigest(values.data)
+        first, heard = self._first.setdefault(checksum, (sample_id, audio))
+        if heard != audio:
+            self._equal.setdefault(checksum, [first]).append(sample_id)
+
+    def equal_embeddings(self) -> tuple[tuple[str, ...], ...]:
+        """Return the sample ids that share one embedding although their clips sound different."""
+        return tuple(sorted(tuple(sorted(group)) for group in self._equal.values()))
+
+    def note_batch(self, batch: FeatureBatch) -> None:
+        """Record the failures of a batch, and which of its clips are done.
+
+        Raises:
+            ExtractionError: See `check_front_end`.
+        """
+        self.failures += batch.failures
+        self.settled.update(batch.sample_ids, [failure.sample_id for failure in batch.failures])
+        for failure in batch.failures:
+            _logger.info("%s: %s", failure.sample_id, failure.reason)
+        self.is_front_end_proven |= batch.num_features > 0
+        self._num_front_end_errors += batch.num_front_end_errors
+        self.check_front_end()
+
+    def check_front_end(self, *, is_last: bool = False) -> None:
+        """End a run whose front end fails on every clip, instead of trying all of them.
+
+        Raises:
+            ExtractionError: It has failed on all so far, which are enough or all there are.
+        """
+        enough = 2 if is_last else _FRONT_END_TRIALS
+        if not self.is_front_end_proven and self._num_front_end_errors >= enough:
+            raise ExtractionError(
+                f"the front end fails on each of {self._num_front_end_errors} clips, and nothing "
+                f"is stored yet: {self.failures[-1].reason}"
+            )
+
+    def record_failures(self, store: Path) -> None:
+        """Keep the list of failed clips beside a store, and log how many there are."""
+        if self.failures:
+            _logger.warning(
+                "%d %s no embedding and will be tried again by the next run (%s%s)",
+                len(self.failures),
+                "clip has" if len(self.failures) == 1 else "clips have",
+                self.failures[0].reason,
+                "" if len(self.failures) == 1 else "; all are in the summary's failures",
+            )
+        try:
+            update_failures(store, self.settled, self.failures)
+        except (OSError, CacheError) as error:
+            # A full disk, say. The list is a convenience, and must not hide the error itself.
+            _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))

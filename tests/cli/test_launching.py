@@ -58,7 +58,7 @@ def test_a_rank_says_which_it_is(cli, options, environment):
     result = cli("-v", "extract", *options, "--launcher", "auto", **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("rank 1 of 2: 2 samples: 0 were cached, 2 extracted")
-    assert "rank 1 of 2: INFO lmdbcache.extraction.run: 2 clips to extract, 0 cached" in (
+    assert "rank 1 of 2: INFO lmdbcache.extraction.pipeline: 2 clips to extract, 0 cached" in (
         result.stderr.splitlines()
     )
 

@@ -38,7 +38,7 @@ from lmdbcache.extraction import (
     extract_on_ray,
     on_ray,
 )
-from lmdbcache.extraction.run import ExtractionRun
+from lmdbcache.extraction.pipeline import ExtractionRun
 from lmdbcache.storage import stored_checksums
 
 pytest.importorskip("ray", reason="the extra [ray]")

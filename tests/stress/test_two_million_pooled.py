@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from bench_scaling import best, bytes_each, run_step
-from scaling_samples import store_in
+from bench_scaling import best, bytes_each, run_step, store_in
 
 pytestmark = pytest.mark.stress
 NUM_SAMPLES = 2_000_000

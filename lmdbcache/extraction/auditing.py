@@ -1,4 +1,4 @@
-"""`audit`: a few stored embeddings are computed again and compared."""
+"""`audit`: compute a few stored embeddings again and compare."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lmdbcache.cache import EmbeddingCache, compare, difference_of, recorded_sou
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.features import features_of
-from lmdbcache.extraction.pipeline import default_num_workers
+from lmdbcache.extraction.clips import features_of
+from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.storage import EmbeddingReader, Report
 
 __all__ = ["AuditReport", "AuditedSample", "audit", "tolerance_for"]
@@ -88,23 +88,23 @@ class AuditReport(Report):
         return tuple(s for s in self.samples if not s.relative_l2 <= self.tolerance)
 
     @property
+    def num_drifted(self) -> int:
+        """Number of `drifted`."""
+        return len(self.drifted)
+
+    @property
     def is_sound(self) -> bool:
         """Whether every embedding could be compared and is what its clip gives."""
         return bool(self.samples) and not (self.drifted or self.failed)
 
     @property
-    def num_drifted(self) -> int:
-        """How many are farther away than the tolerance."""
-        return len(self.drifted)
-
-    @property
     def exit_code(self) -> int:
-        """0 if the audit is sound, else 1."""
+        """0, or 1 if an embedding drifted, failed, or none could be compared."""
         return 0 if self.is_sound else 1
 
 
 def tolerance_for(config: CacheConfig) -> float:
-    """The relative L2 distance that rounding explains, for this dtype and compute dtype."""
+    """Return the relative L2 distance that rounding explains, for this dtype and compute dtype."""
     return max(_OF_STORED[config.dtype], _OF_COMPUTED[config.compute_dtype])
 
 
@@ -125,7 +125,7 @@ def audit(  # noqa: PLR0913
     device: str | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
-    """Compute some stored embeddings again and tell how far they are off. Writes nothing.
+    """Compute some stored embeddings again and report how far they are off. Writes nothing.
 
     Args:
         cache: Where they are stored.
@@ -172,7 +172,7 @@ def audit(  # noqa: PLR0913
             front_end,
             embedder,
             batch_size=batch_size,
-            num_workers=default_num_workers() if num_workers is None else num_workers,
+            num_workers=RankShare().decoding_processes() if num_workers is None else num_workers,
             progress=progress,
         )
         samples = [
@@ -201,7 +201,7 @@ def _pick(
     clips: Mapping[str, str],
     data_dir: str | Path | None,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """(sample id → file) of those to compare, (sample id → reason) of those passed over."""
+    """Return (sample id → file) of those to compare, (sample id → reason) of those skipped."""
     by_hash = sorted(reader, key=lambda i: xxhash.xxh3_64_intdigest(i.encode(), seed=seed))
     picked: dict[str, str] = {}
     skipped: dict[str, str] = {}
@@ -242,9 +242,9 @@ def _computed(
 ) -> tuple[list[tuple[str, npt.NDArray[np.float32]]], dict[str, str]]:
     computed: list[tuple[str, npt.NDArray[np.float32]]] = []
     failed: dict[str, str] = {}
-    with features_of(
-        sorted(paths.items()), config, front_end, batch_size=batch_size, num_workers=num_workers
-    ) as batches:
+    ordered = sorted(paths.items())
+    units = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    with features_of(units, config, front_end, num_workers=num_workers) as batches:
         for batch in batches:
             failed.update({failure.sample_id: failure.reason for failure in batch.failures})
             for positions, features in batch.groups():

@@ -13,8 +13,8 @@ from lmdbcache.audio import Clips
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import Sample
+from lmdbcache.extraction.clips import to_clips
 from lmdbcache.extraction.pipeline import extract
-from lmdbcache.extraction.samples import to_clips
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.training import TensorMapping
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -10,8 +12,7 @@ from lmdbcache.cache import ClipFailure
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, first_line, tolerance_of
 from lmdbcache.errors import CacheError, ExtractionError, ModuleError
-from lmdbcache.extraction.feature_batch import FeatureBatch
-from lmdbcache.extraction.memory_errors import memory_errors
+from lmdbcache.extraction.decoding import FeatureBatch
 
 __all__ = ["ForwardPasses"]
 
@@ -114,7 +115,7 @@ class ForwardPasses:
         return good, bad
 
     def _forward(self, features: torch.Tensor) -> torch.Tensor:
-        with memory_errors(len(features)):
+        with _memory_errors(len(features)):
             found = self.embedder.embed(features)
         if len(found) != len(features):
             raise ExtractionError(
@@ -164,3 +165,23 @@ class ForwardPasses:
         """Embeddings of one clip, as often as a batch can have it or at least so many times."""
         batch = torch.cat([features] * copies)
         return torch.cat([self._forward(batch) for _ in range(-(-NUM_REPEATS // copies))])
+
+
+@contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    """Around a forward pass: too little memory on the device is an error of ours.
+
+    Args:
+        batch_size: Clips of the batch.
+
+    Raises:
+        ExtractionError: Says what to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ExtractionError(
+            f"the device has too little memory for a batch of {batch_size} clips "
+            f"({str(error).splitlines()[0]}). What was computed is kept; run again with a smaller "
+            "`batch_size`"
+        ) from error

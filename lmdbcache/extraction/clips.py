@@ -1,0 +1,117 @@
+"""The clips that an extraction is asked for, and their features."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmdbcache.audio import AudioSource, Clips, as_source, decoder_of
+from lmdbcache.cache import ClipFailure, left_out_counts
+from lmdbcache.config import CacheConfig
+from lmdbcache.datasets import AudioDataset, Sample, source_of
+from lmdbcache.embedders import FrontEnd
+from lmdbcache.errors import DatasetError, InvalidSampleIdError, MissingDependencyError
+from lmdbcache.storage import canonical_sample_id
+
+if TYPE_CHECKING:
+    from lmdbcache.extraction.decoding import Clip, FeatureBatches
+
+__all__ = ["counts_of_left_out", "distinct_clips", "features_of", "pairs_of", "to_clips"]
+
+
+def to_clips(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
+    """Return (sample id, audio file or source) of each sample."""
+    return [
+        (f"{sample['file_id']}:{sample['class_name']}", source_of(sample)) for sample in samples
+    ]
+
+
+def pairs_of(
+    clips: Clips | AudioDataset,
+) -> Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]:
+    """Return (sample id, audio file or source) of a dataset, a Mapping, or pairs."""
+    if isinstance(clips, Mapping):
+        return clips.items()
+    samples = getattr(clips, "samples", None)
+    return clips if samples is None else to_clips(samples)  # type: ignore[return-value]
+
+
+def counts_of_left_out(clips: Clips | AudioDataset) -> dict[str, Any]:
+    """Return how much a dataset leaves out, by kind, suffix and class; empty for other clips."""
+    left_out = getattr(clips, "left_out", None)
+    return {} if left_out is None else left_out_counts(left_out)
+
+
+def distinct_clips(
+    clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]],
+) -> tuple[dict[str, str | AudioSource], list[ClipFailure]]:
+    """Return the clips by canonical sample id, and those whose sample id can't be stored.
+
+    Raises:
+        DatasetError: Two files for one sample id.
+    """
+    paths: dict[str, str | AudioSource] = {}
+    failures = []
+    for sample_id, given in clips:
+        source = as_source(given)
+        try:
+            known = paths.setdefault(canonical_sample_id(sample_id), source)
+        except InvalidSampleIdError as error:
+            failures.append(ClipFailure(str(sample_id), str(source), str(error)))
+            continue
+        if known != source:
+            raise DatasetError(
+                f"{str(known)!a} and {str(source)!a} have the same sample id {sample_id!r}; "
+                "rename or leave out one of them"
+            )
+    return paths, failures
+
+
+@contextlib.contextmanager
+def features_of(
+    units: Sequence[Sequence[Clip]],
+    config: CacheConfig,
+    front_end: FrontEnd,
+    *,
+    num_workers: int,
+    order: Callable[[int], Iterable[int]] = range,
+    is_wanted: Callable[[list[str]], bool] = lambda _: True,
+) -> Iterator[FeatureBatches]:
+    """Decode units of clips; the worker processes end with the `with` block.
+
+    Args:
+        units: Of (sample id, audio file or source).
+        config: Sample rate, duration and decoder.
+        front_end: Waveform → features.
+        num_workers: Decoding processes; 0 decodes in this process.
+        order: Number of units → the order to take them in.
+        is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
+
+    Raises:
+        ExtractionError: A decoding process died.
+        MissingDependencyError: torch is missing.
+    """
+    # torch is needed from here on, not for a run that has nothing to do.
+    try:
+        from lmdbcache.extraction.decoding import feature_batches, worker_errors
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
+        ) from error
+    batches = feature_batches(
+        units,
+        front_end,
+        num_workers=num_workers,
+        sample_rate=config.sample_rate,
+        duration=config.duration,
+        decoder=decoder_of(config.front_end),
+        order=order,
+        is_wanted=is_wanted,
+    )
+    try:
+        with worker_errors():
+            yield batches
+    finally:
+        batches.close()
