@@ -19,6 +19,7 @@ from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress,
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.cli.ray_choice import RayChoice
 from lmdbcache.cli.stopping import Stopped
+from lmdbcache.cli.wording import in_options
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction import (
@@ -39,6 +40,7 @@ _TRIAL_SECONDS: Final = 5.0
 
 @grouped
 def extract_command(
+    context: typer.Context,
     dataset: DatasetChoice,
     choice: ConfigChoice,
     launch: LaunchChoice,
@@ -54,28 +56,28 @@ def extract_command(
     progress: Progress = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only tell what is missing and the space that it needs."),
+        typer.Option("--dry-run", help="Only print what is missing and the space that it needs."),
     ] = False,
     plan: Annotated[
         bool,
         typer.Option(
             "--plan",
-            help="Only tell what every output and dtype would take of the disk, and the time, by "
+            help="Only print what every output and dtype would take of the disk, and the time, by "
             "a trial of a few seconds.",
         ),
     ] = False,
     changed: Annotated[
         bool,
         typer.Option(
-            "--changed", help="Compute stored clips again, too, whose file has changed since."
+            "--changed", help="Also compute stored clips again whose file has changed since."
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Extract and store the embeddings of a dataset; only what is missing is computed.
 
-    Stopped at any moment, by Ctrl-C or by a batch system's SIGTERM too, it goes on where it was
-    when run again. Exit code 1 if a clip failed, 3 if the disk is full.
+    Stopped at any moment, by Ctrl-C or by a batch system's SIGTERM, it continues where it was when
+    run again. Exit code 1 if a clip failed, 3 if the disk is full.
     """
     share = launch.share
     ray.check(launch.launcher, num_workers)
@@ -95,8 +97,12 @@ def extract_command(
             staging=launch.folder,
             trial_seconds=_TRIAL_SECONDS if plan else 0.0,
         )
-        _show_plan(replace(shown, left_out=dataset.left_out_counts), config, as_json=as_json)
-        return
+        shown = replace(shown, left_out=dataset.left_out_counts)
+        if as_json:
+            print_json(shown.to_dict())
+        else:
+            _print_plan(shown, config, context)
+        raise typer.Exit(0 if shown.fits else DISK_FULL)
     try:
         common: dict[str, Any] = {
             "model": choice.model,
@@ -149,19 +155,15 @@ def _kept(
     return f"{num_cached} of {num_samples} are stored"
 
 
-def _show_plan(plan: ExtractionPlan, config: CacheConfig, *, as_json: bool) -> None:
-    if as_json:
-        print_json(plan.to_dict())
-    else:
-        if plan.choices:
-            print_table(
-                ("", "output", "dtype", "shape", "all clips"),
-                [_row(choice, config) for choice in plan.choices],
-                num_text_columns=4,
-            )
-            say("")
-        say(f"{plan}\n{plan.store}")
-    raise typer.Exit(0 if plan.fits else DISK_FULL)
+def _print_plan(plan: ExtractionPlan, config: CacheConfig, context: typer.Context) -> None:
+    if plan.choices:
+        print_table(
+            ("", "output", "dtype", "shape", "all clips"),
+            [_row(choice, config) for choice in plan.choices],
+            num_text_columns=4,
+        )
+        say("")
+    say(f"{in_options(str(plan), context.command.params)}\n{plan.store}")
 
 
 def _row(choice: Choice, config: CacheConfig) -> tuple[object, ...]:

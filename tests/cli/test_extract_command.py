@@ -131,8 +131,8 @@ def test_warnings_of_a_plan(data, options, tmp_path, option):
     """What the machine won't bear is said after the plan, with the way out, and in JSON."""
     code = (
         "import sys\nfrom lmdbcache.cli import main\n"
-        "from lmdbcache.extraction import scaling\n"
-        "scaling.memory_limit = lambda: 4096\n"  # a very small machine
+        "from lmdbcache.extraction import estimate\n"
+        "estimate.memory_limit = lambda: 4096\n"  # a very small machine
         "sys.argv = ['lmdbcache', *sys.argv[1:]]\n"
         "main()\n"
     )
@@ -148,10 +148,9 @@ def test_warnings_of_a_plan(data, options, tmp_path, option):
     (memory,) = [line for line in warnings if "of random reads will wait" in line]
     assert "4.0 KiB of memory" in memory
     assert "--dtype float16" in memory
-    assert memory.endswith("(docs/scaling.md)")
-    found = {entry["name"]: entry for entry in json.loads(run("--json"))["warnings"]}
+    found = [entry["name"] for entry in json.loads(run("--json"))["limits"]]
+    assert found == ["memory"]
     assert len(found) == len(warnings)
-    assert (found["page_cache"]["limit"], found["page_cache"]["unit"]) == (4096, "bytes")
 
 
 def test_full_disk(cli, data, options, tmp_path):

@@ -14,7 +14,7 @@ from extraction.clips import tone, write, write_tones
 from lmdbcache.embedders import ASTEmbedder, find_checkpoint
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction import audit
-from lmdbcache.extraction.audit import tolerance_for
+from lmdbcache.extraction.auditing import tolerance_for
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from extraction.clips import RATE, tone, write, write_tones
-from lmdbcache.extraction.feature_batch import FeatureBatch
 
 from lmdbcache import ModuleEmbedder, config_for, extract
 from lmdbcache.errors import ExtractionError, InvalidEmbeddingError
+from lmdbcache.extraction.decoding import FeatureBatch
 
 
 class Net(torch.nn.Module):

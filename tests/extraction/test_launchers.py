@@ -16,7 +16,7 @@ from lmdbcache.extraction import (
     launched_by,
     share_from_environment,
 )
-from lmdbcache.extraction.units import units_of
+from lmdbcache.extraction.pipeline import units_of
 from lmdbcache.machine import available_cores
 
 _samples = st.sets(st.integers(0, 999).map(lambda number: f"{number:03d}:dog"), max_size=60)
@@ -47,7 +47,7 @@ def test_units_of_nothing_are_refused():
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch):
     """Decoding processes are chosen so that all ranks of a machine fit; never none."""
-    monkeypatch.setattr("lmdbcache.extraction.rank_share.available_cores", lambda: 16)
+    monkeypatch.setattr("lmdbcache.extraction.ranks.available_cores", lambda: 16)
     assert RankShare().decoding_processes() == 8
     assert RankShare(1, 8, 1, 4).decoding_processes() == 2
     assert RankShare(1, 8, 1, 2, num_cores=12).decoding_processes() == 6

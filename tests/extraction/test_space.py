@@ -80,7 +80,7 @@ def test_too_little_space_is_told_before_the_model_loads(run, cache, config, cli
     message = str(caught.value)
     assert "10 embeddings of shape (146, 64) need " in message
     assert "1.0 MiB are free" in message
-    for remedy in ("free space", "--root", "pooler_output", "float16", "Nothing was computed"):
+    for remedy in ("free space", "`root`", "pooler_output", "float16", "Nothing was computed"):
         assert remedy in message
     assert "\n" not in message
     assert not cache.root.exists()
@@ -123,7 +123,6 @@ def test_plan_of_a_model_that_is_not_here(cache, clips, monkeypatch, tmp_path):
     plan = plan_extraction(cache, config, clips)
     assert plan.bytes_needed is None
     assert plan.fits
-    assert "not known before the model is on this machine" in str(plan)
 
 
 def test_identity_and_plan_agree(ast_folder, cache, clips):

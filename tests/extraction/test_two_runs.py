@@ -15,7 +15,6 @@ from extraction.processes import PATIENCE
 from lmdbcache import EmbeddingCache
 from lmdbcache.embedders import NUM_REPEATS
 from lmdbcache.extraction import extract
-from lmdbcache.extraction.turns import order_of_units, place_among_runs
 
 NUM_CLIPS = 240
 _context = multiprocessing.get_context("fork")
@@ -75,24 +74,8 @@ def test_simultaneous_runs_share_the_clips(num_runs, cache, config, clips, tmp_p
         assert summary["num_cached"] + summary["num_extracted"] == NUM_CLIPS
         assert summary["num_extracted"] > NUM_CLIPS / (3 * num_runs)
     computed = (tmp_path / "log").stat().st_size
-    # A few units are under way where they meet, and each run looks at its first clip several times.
-    # A third run begins between the two and meets both.
+    # Both begin with the same units, until one finds what the other has committed; later they
+    # rarely meet. Each run looks at its first clip several times.
     looks = num_runs * (NUM_REPEATS + 1)
-    assert computed <= NUM_CLIPS + looks + (16 if num_runs == 2 else NUM_CLIPS // 3), computed
+    assert computed <= 1.3 * NUM_CLIPS + looks, computed
     assert cache.verify(config).is_sound
-
-
-def test_places(tmp_path):
-    """Each run of a store has a place of its own, which is free again after it."""
-    with place_among_runs(tmp_path) as first, place_among_runs(tmp_path) as second:
-        with place_among_runs(tmp_path / "other") as other, place_among_runs(tmp_path) as third:
-            assert (first, second, third, other) == (0, 1, 2, 0)
-    with place_among_runs(tmp_path) as again:
-        assert again == 0
-
-
-@pytest.mark.parametrize("place", range(5))
-@pytest.mark.parametrize("num_units", [0, 1, 2, 17])
-def test_every_order_has_every_unit(num_units, place):
-    """No unit is left out, wherever a run begins."""
-    assert sorted(order_of_units(num_units, place)) == list(range(num_units))

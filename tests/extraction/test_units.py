@@ -6,7 +6,7 @@ import random
 
 from hypothesis import given, strategies as st
 
-from lmdbcache.extraction.units import units_of
+from lmdbcache.extraction.pipeline import units_of
 
 _samples = st.sets(st.integers(0, 999).map(lambda number: f"{number:03d}:dog"), max_size=60)
 

@@ -222,9 +222,7 @@ class _Failing(_Unpicklable):
 
 
 def units_of(paths):
-    from lmdbcache.extraction.feature_batch import Clip
-
-    return [[Clip(sample_id, path)] for sample_id, path in paths.items()]
+    return [[(sample_id, path)] for sample_id, path in paths.items()]
 
 
 def test_workers_that_cannot_start_are_done_without(noises, monkeypatch):
