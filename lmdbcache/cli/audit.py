@@ -58,7 +58,7 @@ def audit_command(
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
-    """Compute some stored embeddings again and tell how far they are off. Changes nothing.
+    """Compute some stored embeddings again and report how far they are off. Changes nothing.
 
     Exit code 1 if one is farther off than rounding explains, or none can be compared.
     """

@@ -122,7 +122,7 @@ class FeatureBatch:
 
 
 def stacked_if_alike(features: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor] | None:
-    """Return the features as one tensor, as they are if they differ, None if there are none."""
+    """Return the features as one tensor; as they are if they differ; None for an empty list."""
     kinds = {(one.dtype, one.shape) for one in features}
     return torch.stack(features) if len(kinds) == 1 else (features or None)
 
@@ -188,7 +188,7 @@ def decode_unit(
     batch = FeatureBatch()
     features = []
     for sample_id, given in clips:
-        # Before decoding: a file that is replaced meanwhile isn't the one remembered.
+        # Before decoding: a file that is replaced after that isn't the one remembered.
         batch.sources[sample_id] = source_of(given)
         try:
             decoded = load_clip(given, sample_rate, duration, decoder)
@@ -269,7 +269,7 @@ class FeatureBatches(Iterator[FeatureBatch]):
         self._workers = list(getattr(self._batches, "_workers", ()))
 
     def close(self) -> None:
-        """End the worker processes now, whoever keeps an exception and with it torch's iterator."""
+        """End the worker processes now, even if an exception keeps torch's iterator alive."""
         batches, self._batches, workers = self._batches, None, self._workers
         # A worker that hangs in a file would let torch wait for each in turn.
         patience = threading.Timer(_CLOSE_SECONDS, _kill, [workers])
@@ -344,7 +344,7 @@ def _why_no_workers(num_workers: int) -> str | None:
     method = _start_method() or multiprocessing.get_start_method(allow_none=True)
     context = multiprocessing.get_context(method or "spawn")
     try:
-        # What torch's iterator makes: where that fails, it prints errors of its own.
+        # What torch's iterator makes: where that fails, it prints its own errors.
         _ = [context.Event(), *(context.Queue() for _ in range(num_workers + 1))]
     except (ImportError, OSError) as error:  # /dev/shm is full, read-only or missing
         return f"decoding processes need semaphores in /dev/shm ({error})"
@@ -428,7 +428,7 @@ def _begin_worker(_: int) -> None:
 
 def _end_with(parent: int) -> None:
     # torch's loop ends by itself when the main process is killed, but then waits for features to be
-    # read from a pipe that nobody reads any more.
+    # read from a pipe that no process reads any more.
     while os.getppid() == parent:
         time.sleep(_NEWS_SECONDS)
     os._exit(1)

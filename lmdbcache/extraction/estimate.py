@@ -49,7 +49,7 @@ _MOST_CLIPS: Final = 4096  # of a trial
 
 
 class Choice(NamedTuple):
-    """One output and dtype, which make a store of their own.
+    """One output and dtype; each pair makes another store.
 
     Args:
         output: What is stored of the model's output.
@@ -120,7 +120,7 @@ class ExtractionPlan(Report):
         limits: What this machine would exceed.
         choices: What every other output and dtype would take; empty without a trial.
         trial: What a trial measured, or None.
-        no_trial: Why there was none, if one was asked for.
+        no_trial: Why a trial that was asked for didn't run.
         left_out: See `ExtractionSummary`.
     """
 
@@ -148,7 +148,7 @@ class ExtractionPlan(Report):
 
     @property
     def seconds(self) -> float | None:
-        """The time for what is missing; None if there was no trial."""
+        """The time for what is missing; None without a trial."""
         return self.trial.seconds_for(self.num_missing) if self.trial else None
 
     def __str__(self) -> str:
@@ -201,8 +201,8 @@ def plan_extraction(
         device: Where the model runs; None takes a CUDA GPU if there is one.
         share: See `extract`.
         staging: See `extract`.
-        trial_seconds: Embed real clips for so long, to tell the time, and tell what every other
-            output and dtype would take; 0 doesn't load the model.
+        trial_seconds: Embed real clips for so long to estimate the time, and give the bytes of
+            every other output and dtype; 0 doesn't load the model.
 
     Raises:
         ConfigError: The model has no such output.
@@ -242,7 +242,7 @@ def plan_extraction(
         if found is None or (isinstance(found, PretrainedModel) and not found.checkpoint.is_local):
             plan = replace(plan, no_trial="the model isn't on this machine")
         elif not run.paths:
-            plan = replace(plan, no_trial="there are no clips")
+            plan = replace(plan, no_trial="no clips were given")
         else:
             try:
                 ready = ready_model(named, config)
@@ -354,8 +354,8 @@ def _limits(plan: ExtractionPlan, config: CacheConfig, run: ExtractionRun) -> It
         yield Limit(
             "writer",
             f"one writer takes {_time(write_seconds * len(run.to_be_written))} for what is "
-            f"missing, however many GPUs compute it; {smaller} give each process a store of its "
-            "own (`staging`)",
+            f"missing, however many GPUs compute it; {smaller} give each process another store "
+            "(`staging`)",
         )
 
 

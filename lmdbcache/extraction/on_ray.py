@@ -52,6 +52,7 @@ _REACH_SECONDS: Final = 10.0
 # A rank whose process or node dies is started again so often. A clip that always kills its process
 # is another matter.
 _RETRIES: Final = 3
+_MARK_NAME: Final = "ray-run"  # in the staging folder, for nodes to know it by
 _NEWS_SECONDS: Final = 1.0
 _COMMIT_SECONDS: Final = 20.0  # for ranks to commit what they have when the run is stopped
 
@@ -76,8 +77,8 @@ def extract_on_ray(  # noqa: PLR0913
 
     Each rank is a Ray task that decodes, embeds and stores its share in a staging folder; this
     process merges what they have staged into `cache`. A rank whose process or node dies is started
-    again, on another node if necessary, and goes on where it was. This process may be killed, too:
-    the next run merges what is staged and computes the rest.
+    again, on another node if necessary, and goes on where it was. This process may also be
+    killed: the next run merges what is staged and computes the rest.
 
     Every node needs lmdbcache with its extra `ray`, and the audio files, a checkpoint folder and
     the staging folder at the same paths as here.
@@ -106,7 +107,7 @@ def extract_on_ray(  # noqa: PLR0913
         MissingDependencyError: ray isn't installed.
         ConfigError: The config doesn't fit the model, or an option is invalid.
         DatasetError: Two files for one sample id, or the files aren't on a node.
-        ExtractionError: No cluster, too little memory on a device, or a rank whose processes die
+        ExtractionError: No cluster, not enough memory on a device, or a rank whose processes die
             again and again.
         ModelLoadError: The model can't be loaded, here or on a node.
         ProvenanceMismatchError: The store was filled with other weights or features.
@@ -116,7 +117,7 @@ def extract_on_ray(  # noqa: PLR0913
     check_options(batch_size, None, commit_seconds)
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(
-            f'device: {device!r}; each rank has a GPU of its own: `device="cuda"` or `device="cpu"`'
+            f'device: {device!r}; each rank has one GPU: `device="cuda"` or `device="cpu"`'
         )
     if num_actors is not None and num_actors < 1:
         raise ConfigError(f"num_actors: {num_actors}; it must be 1 or more")
@@ -191,7 +192,7 @@ class _Ranks:
     Args:
         config: Identity of the embeddings.
         model: Hub name, absolute checkpoint folder, or an `AudioModel`.
-        weights_digest: Of the checkpoint where the run was started; None if there is none.
+        weights_digest: Of the checkpoint where the run was started; None if it isn't known.
         device: Where the model runs; None takes the GPU that Ray gives, if any.
         batch_size: Clips of a unit.
         commit_seconds: Commit at least this often.
@@ -231,9 +232,9 @@ class _Ranks:
             max_retries=_RETRIES,
         )
         counter = ray.remote(_Counter).options(num_cpus=0).remote() if progress else None
-        mark = self.folder / f"run-{secrets.token_hex(8)}"
+        mark = secrets.token_hex(8)
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        (self.folder / _MARK_NAME).write_text(mark, "ascii")
         everything = ray.put((self, mark))
         shares = [RankShare(rank, size, num_cores=num_cores) for rank in range(size)]
         pending = [task.remote(everything, share, counter) for share in shares]
@@ -250,7 +251,7 @@ class _Ranks:
                 ray.cancel(reference)  # a KeyboardInterrupt there: it commits what it has
             if pending:
                 ray.wait(pending, num_returns=len(pending), timeout=_COMMIT_SECONDS)
-            mark.unlink(missing_ok=True)
+            (self.folder / _MARK_NAME).unlink(missing_ok=True)
         return answers
 
 
@@ -267,7 +268,7 @@ class _Counter:
         return sum(self._done.values())
 
 
-def _extract_share(everything: tuple[_Ranks, Path], share: RankShare, counter: Any) -> _Answer:
+def _extract_share(everything: tuple[_Ranks, str], share: RankShare, counter: Any) -> _Answer:
     """One rank, in a process on a node."""
     import torch
 
@@ -275,11 +276,7 @@ def _extract_share(everything: tuple[_Ranks, Path], share: RankShare, counter: A
     host = socket.gethostname()
     torch.set_num_threads(max(1, (share.num_cores or 1) // 2))  # the others decode
     try:
-        if not mark.exists():
-            raise StorageError(
-                f"the staging folder {ranks.folder} isn't the one that the run was started with; "
-                "`staging` has to be a folder that all nodes share"
-            )
+        _check_folder(ranks.folder, mark)
         _check_weights(ranks)
         summary = extract(
             # The root is on the machine that has started the run, which knows what it holds.
@@ -312,6 +309,18 @@ def _reported(counter: Any, rank: int) -> Progress:
             counter.note.remote(rank, done)
 
     return report
+
+
+def _check_folder(folder: Path, mark: str) -> None:
+    """Refuse a staging folder of this node alone."""
+    found = ""
+    with contextlib.suppress(OSError):
+        found = (folder / _MARK_NAME).read_text("ascii")
+    if found != mark:
+        raise StorageError(
+            f"the staging folder {folder} isn't the one that the run was started with; `staging` "
+            "has to be a folder that all nodes share"
+        )
 
 
 def _check_weights(ranks: _Ranks) -> None:
@@ -356,7 +365,7 @@ def _add_up(run: ExtractionRun, answers: list[_Answer]) -> None:
     """Take down what became of all clips.
 
     Raises:
-        DatasetError: A file is here and not on a node, which is no failure of the clip.
+        DatasetError: A file is here and not on a node: the clip didn't fail.
     """
     for answer in answers:
         here = [run.paths[sample_id] for sample_id in answer.absent]
@@ -468,7 +477,7 @@ def _no_cluster(address: str, error: Exception) -> ExtractionError:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Starting Ray takes SIGTERM for itself; whoever had it before keeps it."""
+    """Keep the handler of SIGTERM, which starting Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

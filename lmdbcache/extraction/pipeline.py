@@ -105,7 +105,7 @@ def extract(  # noqa: PLR0913
 
     Ctrl-C (KeyboardInterrupt) and an exit from a signal handler commit what is computed and go on
     to the caller. Several runs of the same clips share the work: each leaves out what another has
-    committed in the meantime, and takes the rest in an order of its own.
+    committed in the meantime, and takes the rest in an order that no other run has.
 
     Args:
         cache: Where to store.
@@ -345,7 +345,7 @@ class ExtractionRun:
         if recompute_changed:
             self._changed = set(changed_clips(self.store, cached))
             return
-        with suppress(CacheError):  # `verify` tells what is wrong with the records
+        with suppress(CacheError):  # `check_sources` reports what is wrong with the records
             self._num_suspects = num_suspects(self.store, cached)
             if self._staging is not None:
                 self._num_suspects += num_suspects(self._staging.root_store, cached)
@@ -354,7 +354,7 @@ class ExtractionRun:
         """Return the summary of a run of hits, whose model is never built.
 
         Its weights are compared with those that filled the store all the same. A Hub name that
-        stands for other weights now is a warning: the model at hand is only a name. Of a module at
+        means other weights now is a warning: only the name is known. Of a module at
         hand it is an error, as hits would pass for its embeddings.
 
         Raises:
@@ -390,7 +390,7 @@ class ExtractionRun:
         return set(sample_ids if reader is None else reader.missing(sample_ids))
 
     def known_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the store's embeddings; None if there are none yet."""
+        """Return the shape of the store's embeddings; None while it is empty."""
         reader = self._open_reader()
         shape = None if reader is None else reader.embedding_shape
         if shape is None and self._staging is not None:
@@ -593,9 +593,9 @@ def units_of(
 ) -> list[list[str]]:
     """Return what is missing in batches that depend on nothing but the samples asked for.
 
-    All samples are cut, sorted, and not only the missing ones: whoever else fills the store, and
-    whenever each of them looks, unit 7 is unit 7 for all. The last bits of an embedding depend on
-    the batch it was computed in.
+    All samples are cut, sorted, and not only the missing ones: unit 7 is unit 7 for all
+    processes that fill the store, whenever each of them looks. The last bits of an embedding depend
+    on the batch it was computed in.
 
     Args:
         sample_ids: All samples of the run.

@@ -181,7 +181,7 @@ def _torchrun(given: Mapping[str, str]) -> RankShare | None:
 
 
 def _srun(given: Mapping[str, str]) -> RankShare | None:
-    # The batch script itself has a SLURM_PROCID of 0 and the job's SLURM_NTASKS: it is no task.
+    # The batch script itself has a SLURM_PROCID of 0 and the job's SLURM_NTASKS: it isn't a task.
     is_step = "SLURM_STEP_ID" in given or given.get("ENVIRONMENT") != "BATCH"
     if "SLURM_PROCID" not in given or not is_step:
         return None
@@ -222,7 +222,7 @@ def _array(given: Mapping[str, str]) -> RankShare | None:
     if not is_range or rest or not 0 <= rank < count:
         raise ConfigError(
             f"launcher: task {task} of a job array of {count} tasks from {first} to {last}: a list "
-            "such as 1,3,7 doesn't tell the number of shares. Submit the range "
+            "such as 1,3,7 doesn't determine the number of shares. Submit the range "
             f"0-{max(1, count) - 1}, or give `rank` and `world_size`"
         )
     return RankShare(rank, count)
@@ -246,7 +246,7 @@ def finish_with_other_ranks(exit_code: int) -> None:
     others. Counted in the store that torchrun itself keeps; without torchrun nothing happens.
 
     Args:
-        exit_code: Of this rank; with 0 the others are told and not waited for.
+        exit_code: Of this rank; with 0 the others are notified and not waited for.
     """
     store = _store_of_torchrun()
     if store is None:

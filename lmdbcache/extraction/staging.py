@@ -1,4 +1,4 @@
-"""A store of its own for each rank of an extraction on several machines, to be merged afterwards.
+"""One store for each rank of an extraction on several machines, to be merged afterwards.
 
 LMDB wants one machine to use a store at a time. Below a staging folder that all machines see, each
 store has one process that writes and reads it; others look into it when that process has ended.

@@ -45,12 +45,12 @@ class ExtractionSummary(Report):
         seconds: Wall time of the run.
         compute_seconds: Wall time of the model's forward passes.
         built_model: Whether the model had to be loaded.
-        moved_model: How the model's Hub name stands for other weights now than those that filled
-            the store; empty if it doesn't, or something had to be computed.
+        moved_model: How the weights of the model's Hub name differ now from those that filled the
+            store; empty if it doesn't, or something had to be computed.
         num_suspects: Cached clips whose file has another size or time than when it was embedded.
         rank: Which of the processes that share the clips, from 0; the counts are of this rank.
         world_size: How many there are.
-        left_out: How much of the dataset is no clip though it looks like one: `count`, and
+        left_out: How much of the dataset isn't a clip though it looks like one: `count`, and
             `by_kind`, `by_suffix`, `by_class`; empty for clips that aren't a dataset.
     """
 
@@ -192,7 +192,7 @@ class Outcomes:
             )
 
     def record_failures(self, store: Path) -> None:
-        """Keep the list of failed clips beside a store, and log how many there are."""
+        """Keep the list of failed clips with a store, and log how many there are."""
         if self.failures:
             _logger.warning(
                 "%d %s no embedding and will be tried again by the next run (%s%s)",

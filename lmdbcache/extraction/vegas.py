@@ -22,7 +22,7 @@ __all__ = ["extract_or_load_ast_embeddings"]
 
 
 class _ASTCachedDataset(Protocol):
-    """What `VEGASDataset` offers; a dataset of your own may, too."""
+    """What `VEGASDataset` offers; another dataset may offer the same."""
 
     samples: list[Sample]
     root_dir: str

@@ -263,13 +263,13 @@ def test_clip_that_kills_its_process(driver):
 def ranks(clips, config, tmp_path):
     """Make the record of a run that this process began, and its mark."""
     (tmp_path / "staging").mkdir()
-    (tmp_path / "staging" / "mark").touch()
+    (tmp_path / "staging" / on_ray._MARK_NAME).write_text("this run")
 
     def ranks(model, config=config, clips=clips, **changes):
         made = on_ray._Ranks(
             config, model, None, "cpu", 4, 10.0, "", tmp_path / "staging", clips, ()
         )
-        return dataclasses.replace(made, **changes), tmp_path / "staging" / "mark"
+        return dataclasses.replace(made, **changes), "this run"
 
     return ranks
 
@@ -296,10 +296,10 @@ def test_other_weights_on_a_node(ranks, ast_folder):
 def test_staging_folder_that_is_not_shared(ranks):
     """A folder of the node itself is noticed before anything is staged there."""
     given, mark = ranks(frames(), frames_config("vegas"))
-    mark.unlink()
+    (given.folder / on_ray._MARK_NAME).write_text("another run")
     with pytest.raises(StorageError, match="`staging`"):
         on_ray._extract_share((given, mark), RankShare(), None)
-    assert not list(given.folder.iterdir())
+    assert not list(given.folder.glob("world-*"))
 
 
 def test_files_that_are_not_on_a_node(cache, clips):
