@@ -101,7 +101,8 @@ def progress_bar(
     Yields:
         To be called with what is done and what there is in all; None if no bar is shown.
     """
-    if not (sys.stderr.isatty() if shown is None else shown):
+    is_open = sys.stderr is not None and not sys.stderr.closed  # a daemon may have closed it
+    if not is_open or not (sys.stderr.isatty() if shown is None else shown):
         yield None
         return
     from rich.console import Console
@@ -110,14 +111,26 @@ def progress_bar(
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        """Steps per second."""
+
+        def render(self, task: Task) -> Text:
+            """Return the rate; nothing before there is one."""
+            return Text(f"{task.speed:.1f}/s" if task.speed else "", "progress.data.speed")
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        TransferSpeedColumn() if in_bytes else RateColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=shown is None) as bar:
