@@ -99,7 +99,7 @@ def test_shape_of_an_embedder_of_ones_own(run, clips, config, monkeypatch):
         def provenance(self):
             return {}
 
-    with pytest.raises(CacheFullError, match="shape"):
+    with pytest.raises(CacheFullError):
         run(clips, config.replace(model_name="mine"), make_embedder=Large)
 
 

@@ -110,7 +110,7 @@ def test_a_rank_runs_once(stage, folder, monkeypatch):
     try:
         assert held.wait(PATIENCE)
         monkeypatch.setattr(staging_module.Staging.__init__, "__defaults__", (0.3,))
-        with pytest.raises(StorageError, match=f"rank 0 of 2 runs already .process {process.pid} "):
+        with pytest.raises(StorageError, match=f"{process.pid}"):
             stage(0, 2)
         assert counts(stage(1, 2)) == (4, 0, 4)
         # Another world size begins nevertheless; what the old rank hasn't stored is computed.
@@ -180,7 +180,7 @@ def test_space_for_the_ranks_of_one_disk(stage, cache, folder, clips, monkeypatc
         if fits:
             stage(0, 4, **{k: v for k, v in options.items() if k not in ("share", "staging")})
         else:
-            with pytest.raises(CacheFullError, match="for each of 3 ranks"):
+            with pytest.raises(CacheFullError, match="3 ranks"):
                 extract(
                     cache,
                     CONFIG,
