@@ -173,7 +173,7 @@ def wait_for_more(command, folder, config, more=6) -> None:
     goal = num_staged(folder, config) + more
     deadline = time.monotonic() + PATIENCE
     while num_staged(folder, config) < goal:
-        assert command.poll() is None
+        assert command.poll() is None, command.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -213,7 +213,7 @@ def test_what_is_killed_on_the_way(driver, host, cache, data, tmp_path):
     wait_for_more(command, folder, config)
     host.ask("kill")
     try:
-        assert command.wait(PATIENCE) == 0
+        assert command.wait(PATIENCE) == 0, command.stdout.read()
     finally:
         host.ask("add")
     found = json.loads(command.stdout.read().splitlines()[-1])
