@@ -73,17 +73,7 @@ def compact_command(
     if failed and not results:
         raise typer.Exit(1)
     if as_json:
-        print_json(
-            [
-                {
-                    "path": str(result.path),
-                    "bytes_before": result.bytes_before,
-                    "bytes_after": result.bytes_after,
-                    "num_embeddings": result.num_embeddings,
-                }
-                for result in results
-            ]
-        )
+        print_json([result.to_dict() for result in results])
     else:
         print_table(
             ("store", "embeddings", "before", "after"),
@@ -124,20 +114,7 @@ def verify_command(
         return
     reports = [_verified(store, shown=progress) for store in chosen]
     if as_json:
-        print_json(
-            [
-                {
-                    "path": str(report.path),
-                    "is_sound": report.is_sound,
-                    "num_embeddings": report.num_embeddings,
-                    "structure": list(report.structure),
-                    "damaged": list(report.damaged),
-                    "missing": list(report.missing),
-                    "lost": len(report.missing),
-                }
-                for report in reports
-            ]
-        )
+        print_json([report.to_dict() for report in reports])
     for report in reports if not as_json else ():
         say(
             f"{report.path.name}: {'sound' if report.is_sound else 'DAMAGED'}, "
@@ -177,19 +154,7 @@ def repair_command(
                     say(f"repaired {store.name}, {counted(report.num_kept, 'embedding')}")
             reports.append(report)
     if as_json and not (failed and not reports):
-        print_json(
-            [
-                {
-                    "path": str(report.path),
-                    "was_sound": report.was_sound,
-                    "is_repaired": report.is_repaired,
-                    "num_kept": report.num_kept,
-                    "dropped": list(report.dropped),
-                    "structure": list(report.structure),
-                }
-                for report in reports
-            ]
-        )
+        print_json([report.to_dict() for report in reports])
     if failed:
         raise typer.Exit(1)
 

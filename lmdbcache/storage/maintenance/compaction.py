@@ -26,6 +26,7 @@ from lmdbcache.storage.generations import (
     remove_other_generations,
     write_lock,
 )
+from lmdbcache.storage.report import Report
 
 __all__ = ["CompactionResult", "compact", "plan_compaction"]
 
@@ -36,7 +37,7 @@ _PROGRESS_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True)
-class CompactionResult:
+class CompactionResult(Report):
     """What a compaction did; sizes in bytes on disk."""
 
     path: Path
