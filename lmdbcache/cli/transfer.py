@@ -12,8 +12,10 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
 from lmdbcache.cli.given_config import GivenConfig
 from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root, Store, Yes, find_store
+from lmdbcache.cli.merge import OnDuplicateChoice, print_conflicts, print_unresolved
+from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root, Store, find_store
 from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.wording import in_options
 from lmdbcache.datasets import CLASS_LABELS, NAMESPACE
 from lmdbcache.errors import IntegrityError
 from lmdbcache.exchange import (
@@ -22,7 +24,7 @@ from lmdbcache.exchange import (
     KeyChoice,
     Source,
     export_embeddings,
-    import_source,
+    import_embeddings,
     missing_fields,
     open_source,
 )
@@ -44,6 +46,7 @@ def import_command(
         ),
     ],
     given: GivenConfig,
+    context: typer.Context,
     *,
     root: Root = None,
     class_name: Annotated[
@@ -54,8 +57,12 @@ def import_command(
         str, typer.Option(help="Order in names: auto, file_id:class or class:file_id.")
     ] = "auto",
     on_duplicate: Annotated[
-        str, typer.Option(help="What is stored already: skip, overwrite or error.")
-    ] = "skip",
+        OnDuplicateChoice,
+        typer.Option(
+            help="If a stored embedding differs: error leaves it and reports the conflict, skip "
+            "keeps it, overwrite takes the file's."
+        ),
+    ] = OnDuplicateChoice.ERROR,
     ragged: Annotated[
         bool, typer.Option("--ragged", help="The first dimension may differ.")
     ] = False,
@@ -81,23 +88,23 @@ def import_command(
 ) -> None:
     """Bring embeddings of other tools' files into a store, and compare them with the source.
 
-    Stopped at any moment, it goes on where it was when run again. Exit code 1 if something of the
-    source isn't in the store as it is in the source, 3 if the disk is full.
+    A stopped import continues where it was when you run it again. Exit code 1 if something of the
+    source isn't in the store, 3 if the disk is full.
     """
-    opened = open_source(source, KeyChoice(keys, class_name))
+    opened = open_source(source, KeyChoice(keys, class_name))  # type: ignore[arg-type]
     model = given.described()
     fields = given.fields(model)
     if not ignore_metadata and not as_json and sys.stdin.isatty():
         fields |= _asked(opened, fields)
-    if "dataset" not in fields and "dataset" not in opened.description.facts:
+    if "dataset" not in fields and "namespace" not in opened.description.facts:
         fields["dataset"] = _dataset_of(opened)
     label = f"checking {source.name}" if dry_run else f"importing {source.name}"
     with progress_bar(label, shown=progress) as report_progress:
-        report = import_source(
-            opened,
+        report = import_embeddings(
             EmbeddingCache(root),
             fields,
-            on_duplicate=on_duplicate,  # type: ignore[arg-type]
+            opened,
+            on_duplicate=on_duplicate.value,
             ragged=ragged,
             squeeze=squeeze,
             ignore_metadata=ignore_metadata,
@@ -109,7 +116,7 @@ def import_command(
     if as_json:
         print_json(report.to_dict())
     else:
-        _print_report(report)
+        _print_report(report, context)
     raise typer.Exit(report.exit_code)
 
 
@@ -122,7 +129,7 @@ def _asked(source: Source, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataset_of(source: Source) -> str:
-    classes = {split_sample_id(sample_id)[1] for sample_id in source.listing.entries}
+    classes = {split_sample_id(sample_id)[1] for sample_id in source.entries}
     if classes and classes <= set(CLASS_LABELS):
         source.notes.append(
             f"all classes are those of VEGAS: stored for the dataset {NAMESPACE!r}, where "
@@ -135,17 +142,22 @@ def _dataset_of(source: Source) -> str:
     return ""
 
 
-def _print_report(report: ImportReport) -> None:
+def _print_report(report: ImportReport, context: typer.Context) -> None:
     say(f"{report.source} ({report.kind}): {sum(report.classes.values())} usable embeddings")
     if report.classes:
         _print_facts(report)
     for note in report.notes:
-        say(f"note: {note}")
-    _say_some("not imported", [str(one) for one in report.refused])
-    _say_some("stored with another value, kept", report.differing)
-    say(_summary(report))
-    if report.store is not None:
-        say(str(report.store))
+        say(f"note: {in_options(note, context.command.params)}")
+    for refusal in report.refused[:_FEW]:
+        say(f"not imported: {in_options(str(refusal), context.command.params)}")
+    if len(report.refused) > _FEW:
+        say(f"… and {len(report.refused) - _FEW} more; see --json")
+    print_conflicts(report)
+    checked = "nothing was stored" if report.is_dry_run else "read back and compared bit for bit"
+    say(f"{report}; {readable_size(report.num_bytes)}; {checked}")
+    if report.path.exists():
+        say(str(report.path))
+    print_unresolved(report)
 
 
 def _print_facts(report: ImportReport) -> None:
@@ -160,30 +172,6 @@ def _print_facts(report: ImportReport) -> None:
     }
     rows = [(name, value) for name, value in facts.items() if value != ""]
     print_table(("field", "value"), rows, num_text_columns=2)
-
-
-def _summary(report: ImportReport) -> str:
-    done = "to import" if report.is_dry_run else "imported"
-    parts = [
-        f"{report.num_imported} {done} ({readable_size(report.num_bytes)})",
-        f"{report.num_present} stored already",
-    ]
-    if report.num_repeated:
-        parts.append(f"{report.num_repeated} twice in the source")
-    if report.differing:
-        parts.append(f"{len(report.differing)} stored with another value")
-    parts.append(f"{len(report.refused)} not imported")
-    text = ", ".join(parts)
-    if report.is_dry_run:
-        return f"{text}; nothing was stored (--dry-run)"
-    return f"{text}; {report.num_verified} read back and equal to the source, bit for bit"
-
-
-def _say_some(what: str, lines: list[str]) -> None:
-    for line in lines[:_FEW]:
-        say(f"{what}: {line}")
-    if len(lines) > _FEW:
-        say(f"… and {len(lines) - _FEW} more; see --json")
 
 
 def export_command(
@@ -213,13 +201,15 @@ def export_command(
         Optional[int],  # noqa: UP045
         typer.Option(help="Random order, by this seed.", metavar="SEED", show_default=False),
     ] = None,
-    yes: Yes = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier export has left there.")
+    ] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
-    """Write the embeddings of a store to files that other tools read, and `import`, too.
+    """Write the embeddings of a store to files that other tools and `import` read.
 
-    Nothing that is there is replaced without --yes. Exit code 3 if the disk is full.
+    Nothing is replaced without --overwrite. Exit code 3 if the disk is full.
     """
     cache = EmbeddingCache(root)
     info = find_store(cache, store)
@@ -233,7 +223,7 @@ def export_command(
             format=format_,  # type: ignore[arg-type]
             classes=classes,
             sample_ids=None if ids is None else ids_in(ids),
-            overwrite=yes,
+            overwrite=overwrite,
             shard_bytes=shard_size << 20,
             num_shards=num_shards,
             shuffle=shuffle,

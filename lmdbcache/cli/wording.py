@@ -13,7 +13,7 @@ __all__ = ["in_options"]
 _ARGUMENT: Final = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 _CALL: Final = re.compile(r"`cache\.(?P<method>[a-z]+)\(config\)`")
 # Arguments whose option has another name in every command.
-_OTHER_NAMES: Final = {"sample_ids": "ids", "classes": "class_"}
+_OTHER_NAMES: Final = {"sample_ids": "ids", "classes": "class_", "namespace": "dataset"}
 
 
 def in_options(message: str, parameters: Iterable[Any]) -> str:

@@ -1,3 +1,10 @@
+from .config_inference import missing_fields as missing_fields
+from .exporting import ExportReport as ExportReport, export_embeddings as export_embeddings
+from .formats import FORMATS as FORMATS
+from .formats.base import Source as Source
+from .formats.keys import KeyChoice as KeyChoice
+from .importing import ImportReport as ImportReport, import_embeddings as import_embeddings
+from .inspect_source import open_source as open_source
 from .intake import (
     Conflict as Conflict,
     Intake as Intake,
@@ -19,17 +26,3 @@ from .sharing.verifying import (
     SharedStoreReport as SharedStoreReport,
     verify_remote as verify_remote,
 )
-from .transfer.agreement import missing_fields as missing_fields
-from .transfer.entries import Source as Source
-from .transfer.exporting import (
-    FORMATS as FORMATS,
-    ExportReport as ExportReport,
-    export_embeddings as export_embeddings,
-)
-from .transfer.forms import KeyChoice as KeyChoice
-from .transfer.importing import (
-    import_embeddings as import_embeddings,
-    import_source as import_source,
-)
-from .transfer.report import ImportReport as ImportReport
-from .transfer.sources import open_source as open_source

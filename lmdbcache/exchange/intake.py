@@ -247,6 +247,7 @@ class Intake:
         ragged: Let the first dimension differ between embeddings, if the store is new.
         dry_run: Only find out what would be done.
         dataset_root: Kept in the metadata of a new store.
+        without_provenance: Add to a store of known weights although `provenance` states none.
         read_back: Read what was written once more, and refuse what isn't as it was given.
 
     Raises:
@@ -265,6 +266,7 @@ class Intake:
         ragged: bool = False,
         dry_run: bool = False,
         dataset_root: str = "",
+        without_provenance: bool = False,
         read_back: bool = False,
     ) -> None:
         if on_duplicate not in _CHOICES:
@@ -277,10 +279,11 @@ class Intake:
         if config in cache:
             # LMDB follows damaged pages into nowhere: look before it does.
             check_pages(path)
-        self.report: Final = IntakeReport(path, config, on_duplicate, float(tolerance), dry_run)
+        self.report = IntakeReport(path, config, on_duplicate, float(tolerance), dry_run)
         self._cache = cache
         self._ragged = ragged
         self._dataset_root = dataset_root
+        self._without_provenance = without_provenance
         self._reads_back = read_back
         # Of a dry run: what would be stored by now.
         self._would_be: dict[bytes, bytes] = {}
@@ -440,6 +443,7 @@ class Intake:
             self.report.config,
             ragged=self._ragged,
             provenance=provenance,
+            without_provenance=self._without_provenance,
             dataset_root=self._dataset_root,
             commit_bytes=_NO_LIMIT,
             commit_records=_NO_LIMIT,

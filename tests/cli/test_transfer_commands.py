@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 from embedders.small_folders import folder_of
+from exchange.old_caches import save_folder, save_manifests, save_npz, save_seed, values
 from small_disks import fill, small_disk
-from transfer.old_caches import save_folder, save_manifests, save_npz, save_seed, values
 
 from lmdbcache import CacheConfig, EmbeddingCache, config_for
 from lmdbcache.config import DEFAULT_FRONT_END
@@ -32,13 +32,13 @@ def test_import_of_an_old_file(cli, root, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     for words in (
         "12 usable embeddings", "dog             6", "guessed from the shape", "VEGAS",
-        "12 imported (384 B), 0 stored already, 0 not imported; 12 read back and equal to the",
+        "12 new, 0 stored already; 384 B",
     ):  # fmt: skip
         assert words in result.stdout
     config = CacheConfig(namespace="vegas")
     assert str(root.path(config)) in result.stdout
     assert len(root.reader(config)) == 12
-    assert "0 imported (0 B), 12 stored already" in cli("import", path).stdout
+    assert "0 new, 12 stored already" in cli("import", path).stdout
 
 
 def test_what_was_imported_is_found(cli, data, tmp_path):
@@ -97,19 +97,18 @@ def test_a_model_that_can_not_have_computed_them(refused, root, tmp_path, model,
 
 
 def test_no_store_is_named_where_none_is(cli, root, tmp_path):
-    """With nothing imported there is no path, and `store` is null."""
+    """With nothing imported there is no path."""
     path = save_npz(tmp_path / "old.npz", {"nothing": np.ones(8, "f4")})
     result = cli("import", path)
     assert result.returncode == 1
     assert str(root.root) not in result.stdout
-    assert json.loads(cli("import", path, "--json").stdout)["store"] is None
 
 
 def test_missing_options_are_named(refused, root, tmp_path):
     """In a pipe nothing is asked: the line names what to give."""
     save_folder(tmp_path / "old", values())
     line = refused("import", tmp_path / "old")
-    assert "--sample-rate … --duration … --model-name …" in line
+    assert "--sample-rate, --duration, --model-name" in line
     assert "--model-name" in refused("import", tmp_path / "old", *GIVEN[:4])
     assert root.stores() == []
 
@@ -137,7 +136,6 @@ def test_disagreement_and_other_errors(refused, tmp_path, root):
     assert "says 22050, 16000 is given" in refused("import", path, "--sample-rate", 16000)
     assert "isn't there" in refused("import", tmp_path / "nothing.npz")
     assert "copy it to this one" in refused("import", "s3://bucket/shards")
-    assert "on_duplicate: 'x'" in refused("import", path, "--on-duplicate", "x")
     path.write_bytes(b"junk")
     assert "not a whole .npz file" in refused("import", path)
     assert root.stores() == []
@@ -147,13 +145,12 @@ def test_dry_run_and_json(cli, root, tmp_path):
     """--dry-run stores nothing; JSON has the same figures."""
     path = save_npz(tmp_path / "old.npz", values())
     result = cli("import", path, "--dry-run")
-    assert "12 to import" in result.stdout
-    assert "nothing was stored" in result.stdout
+    assert "12 would be new" in result.stdout
     assert not root.root.exists()
     planned = json.loads(cli("import", path, "--dry-run", "--json").stdout)
     done = json.loads(cli("import", path, "--json").stdout)
     assert (planned["is_dry_run"], done["is_dry_run"]) == (True, False)
-    assert planned["num_imported"] == done["num_imported"] == done["num_verified"] == 12
+    assert planned["num_new"] == done["num_new"] == 12
     assert planned["fingerprint"] == done["fingerprint"]
     assert done["classes"] == {"dog": 6, "drum": 6}
 
@@ -167,7 +164,7 @@ def test_what_is_left_out_is_listed(cli, tmp_path):
     assert result.stdout.count("not imported: bad_") == 10
     assert "NaN" in result.stdout
     assert "… and 5 more; see --json" in result.stdout
-    assert "12 imported" in result.stdout
+    assert "12 new" in result.stdout
     assert "for no dataset in particular" in result.stdout
 
 
@@ -219,8 +216,8 @@ def test_shards_in_random_order_at_a_url(cli, refused, cache, configs, tmp_path)
     assert (found["path"], found["num_files"], found["num_embeddings"]) == (url, 3, 6)
     shards = {path.name: path.read_bytes() for path in (tmp_path / "far").iterdir()}
     assert len(shards) == 3
-    assert "--yes" in refused("export", store, *to)
-    assert cli("export", store, *to, "--yes").stdout.startswith("6 embeddings in 3 files")
+    assert "--overwrite" in refused("export", store, *to)
+    assert cli("export", store, *to, "--overwrite").stdout.startswith("6 embeddings in 3 files")
     assert {path.name: path.read_bytes() for path in (tmp_path / "far").iterdir()} != shards
     assert "nosuch" in refused("export", store, *to[:2], "--out", "nosuch://x/y")
     assert "copy it" in refused("export", store, "--format", "npz", "--out", url)
@@ -230,18 +227,19 @@ def test_shards_in_random_order_at_a_url(cli, refused, cache, configs, tmp_path)
 
 
 def test_export_refuses(cli, refused, cache, configs, tmp_path):
-    """Nothing is replaced without --yes; what isn't there is an error."""
+    """Nothing is replaced without --overwrite; what isn't there is an error."""
     store, out = configs[0].fingerprint, tmp_path / "x.npz"
     to = ("--format", "npz", "--out", out)
     (tmp_path / "ids.txt").write_text("video_00001:dog\n\n")
     result = cli("export", store, *to, "--ids", tmp_path / "ids.txt", "--json")
     assert json.loads(result.stdout)["num_embeddings"] == 1
-    assert "--yes" in refused("export", store, *to)
-    assert cli("export", store, *to, "--class", "dog", "--yes").stdout.startswith("3 embeddings")
-    assert "class cat" in refused("export", store, *to, "--class", "cat", "--yes")
-    assert "--ids" in refused("export", store, *to, "--ids", tmp_path / "none", "--yes")
+    assert "--overwrite" in refused("export", store, *to)
+    result = cli("export", store, *to, "--class", "dog", "--overwrite")
+    assert result.stdout.startswith("3 embeddings")
+    assert "class cat" in refused("export", store, *to, "--class", "cat", "--overwrite")
+    assert "--ids" in refused("export", store, *to, "--ids", tmp_path / "none", "--overwrite")
     assert "known are pt" in refused("export", store, "--format", "csv", "--out", tmp_path / "y")
-    assert "isn't a store" in refused("export", "zzz", *to, "--yes")
+    assert "isn't a store" in refused("export", "zzz", *to, "--overwrite")
     assert cli("export", store, "--format", "npz").returncode == 2
 
 

@@ -1,0 +1,317 @@
+"""`import_embeddings`: embeddings of other tools' files into a store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from lmdbcache.cache import EmbeddingCache
+from lmdbcache.config import CacheConfig
+from lmdbcache.embedders import AudioModel
+from lmdbcache.errors import CacheError, ConfigError, ProvenanceMismatchError, TransferError
+from lmdbcache.exchange.config_inference import infer_config
+from lmdbcache.exchange.formats.base import Entry, Source
+from lmdbcache.exchange.formats.keys import KeyChoice, KeyOrder
+from lmdbcache.exchange.inspect_source import (
+    Shape,
+    Survey,
+    inspect_source,
+    misfit,
+    open_source,
+    squeezed,
+)
+from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Row
+from lmdbcache.files import existing_parent, few
+from lmdbcache.storage import (
+    NUMPY_DTYPES,
+    RESERVE_BYTES,
+    OnDuplicate,
+    as_stored,
+    check_room,
+    check_shape,
+    checksum,
+    sample_key,
+)
+
+__all__ = ["ImportReport", "import_embeddings"]
+
+# What one value may fail with; the import goes on with the others.
+_UNUSABLE: Final = (CacheError, OSError, ValueError, IndexError, RuntimeError, TypeError)
+_FROM, _AT, _DIGEST = "imported_from", "imported_at", "weights_digest"
+
+
+@dataclass
+class ImportReport(IntakeReport):
+    """What an import did, or would do.
+
+    Args:
+        source: Where the embeddings come from.
+        kind: What that is, in words.
+        classes: Class → number of samples of the source.
+        embedding_shape: Of the store; None in front if the first dimension may differ.
+        dtypes: dtype → number of embeddings of the source.
+        zeros: Samples of the source whose embedding is all zeros; they are imported, too.
+    """
+
+    source: Path = Path()
+    kind: str = ""
+    classes: Mapping[str, int] = field(default_factory=dict)
+    embedding_shape: Shape | None = None
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    zeros: list[str] = field(default_factory=list)
+
+
+def import_embeddings(  # noqa: PLR0913 - what a file may leave open
+    cache: EmbeddingCache | str | Path,
+    config: CacheConfig | Mapping[str, Any] | None,
+    source: str | Path | Source,
+    *,
+    class_name: str | None = None,
+    keys: KeyOrder = "auto",
+    on_duplicate: OnDuplicate = "error",
+    ragged: bool = False,
+    squeeze: bool = False,
+    ignore_metadata: bool = False,
+    weights_digest: str | None = None,
+    model: AudioModel | None = None,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportReport:
+    """Bring the embeddings of a file or folder into a store.
+
+    Each batch is one transaction, and is then read back and compared with the source bit for bit.
+    Stopped at any moment, the same call continues where it was.
+
+    Args:
+        cache: The cache, or its root.
+        config: What the embeddings are: a whole config, or some fields. It must agree with what
+            the file says; sample_rate, duration and model_name must come from one of the two.
+        source: What `torch.save` has written, a folder of .npy files with or without manifests,
+            safetensors, .npz or Parquet: see docs/migrating.md. Or what `open_source` returned.
+        class_name: Class of names that have none.
+        keys: Whether names such as `video_00001:dog` are `"file_id:class"` or `"class:file_id"`;
+            `"auto"` infers it.
+        on_duplicate: For a sample that is stored, or that the source has twice, with other bits:
+            `"error"` keeps what is stored, takes neither of two, and reports a conflict;
+            `"skip"` keeps the stored or first one, `"overwrite"` takes the last one.
+        ragged: Let the first dimension differ between embeddings.
+        squeeze: Take off a leading dimension of size 1, that of a batch of one.
+        ignore_metadata: Where the file disagrees with `config`, take the latter.
+        weights_digest: Digest of the weights that computed the embeddings, where known.
+        model: What computed them, where that is known: its output and front end are the defaults,
+            and it must be able to fill the store.
+        dry_run: Read and check everything, store nothing.
+        progress: Called with the number of embeddings done and in all.
+
+    Returns:
+        What was imported and what wasn't.
+
+    Raises:
+        TransferError: The source can't be read, or holds nothing.
+        ConfigError: File and config disagree, or a field is missing.
+        ProvenanceMismatchError: The store was filled with known weights, the source's are unknown.
+        CacheFullError: The disk is full; what was committed stays.
+        MissingDependencyError: A package is needed to read the source.
+    """
+    cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
+    if not isinstance(source, Source):
+        source = open_source(source, KeyChoice(keys, class_name))
+    survey = inspect_source(source, squeeze=squeeze, ragged=ragged)
+    inferred, notes = infer_config(
+        survey, _fields(config), ignore_metadata=ignore_metadata, model=model
+    )
+    provenance, more = _provenance(source, cache, inferred, weights_digest)
+    shape = cache.info(inferred).embedding_shape if inferred in cache else None
+    shape = survey.shape if shape is None else shape
+    intake = Intake(
+        cache,
+        inferred,
+        tolerance=0.0,
+        on_duplicate=on_duplicate,
+        ragged=shape is not None and None in shape,
+        dry_run=dry_run,
+        without_provenance=True,  # `_provenance` has decided
+        read_back=True,
+    )
+    report = intake.report = ImportReport(
+        **vars(intake.report),
+        source=source.path,
+        kind=source.kind,
+        classes=dict(sorted(survey.classes.items())),
+        embedding_shape=shape,
+        dtypes={str(name): number for name, number in survey.dtypes.items()},
+    )
+    report.refused += source.refused
+    report.notes += [*source.notes, *notes, *more, *_doubts(survey)]
+    rows = _Rows(source, report, squeeze=squeeze)
+    if not dry_run:
+        _check_room(intake, rows.entries)
+    rows.bring_into(intake, provenance, progress)
+    if report.zeros:
+        are, of = ("are", "clips") if len(report.zeros) > 1 else ("is", "a clip")
+        report.notes.append(
+            f"{len(report.zeros)} {are} all zeros, perhaps of {of} that failed: "
+            f"{few(report.zeros, 3)}"
+        )
+    return report
+
+
+def _fields(config: CacheConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    given = config.to_dict() if isinstance(config, CacheConfig) else dict(config or {})
+    if "dataset" in given:  # the name of the namespace on disk
+        given["namespace"] = given.pop("dataset")
+    if unknown := sorted(set(given) - set(CacheConfig.__dataclass_fields__)):
+        raise ConfigError(f"{', '.join(unknown)}: not a field of CacheConfig")
+    return given
+
+
+def _doubts(found: Survey) -> list[str]:
+    """What in a source looks as if something were missing."""
+    notes, source = [], found.source
+    stated = source.description.num_embeddings
+    held = len(source.entries) + len(source.refused) + len(source.repeated)
+    if stated is not None and stated != held:
+        notes.append(f"{source.path.name} says num_embeddings {stated}, and holds {held}")
+    shape = found.shape
+    if shape is not None and len(shape) > 1 and shape[0] == 1:
+        notes.append(
+            f"the embeddings have shape {shape}; `squeeze=True` takes off the 1, which is no part "
+            "of an embedding if it was a batch of one"
+        )
+    return notes
+
+
+def _check_room(intake: Intake, entries: list[Entry]) -> None:
+    """Refuse what the disk can't hold, as far as shapes are known."""
+    report = intake.report
+    new = {sample_key(entry.sample_id): entry.shape for entry in entries}
+    if report.on_duplicate != "overwrite":
+        for key in intake.stored(list(new)):
+            del new[key]
+    itemsize = NUMPY_DTYPES[report.config.dtype].itemsize
+    needed = sum(itemsize * math.prod(shape) for shape in new.values() if shape is not None)
+    if needed:
+        check_room(existing_parent(report.path), needed + RESERVE_BYTES, "this import")
+
+
+class _Rows:
+    """The embeddings of a source as rows, those of one sample together."""
+
+    def __init__(self, source: Source, report: ImportReport, *, squeeze: bool) -> None:
+        self._report = report
+        self._squeeze = squeeze
+        self._num_refused = 0
+        groups = {sample_id: [entry] for sample_id, entry in source.entries.items()}
+        for entry in source.repeated:
+            groups[entry.sample_id].append(entry)
+        self.entries: list[Entry] = []
+        for entry in (entry for group in groups.values() for entry in group):
+            if (refusal := misfit(entry, report.embedding_shape)) is None:
+                self.entries.append(entry)
+            else:
+                report.refused.append(refusal)
+
+    def bring_into(
+        self,
+        intake: Intake,
+        provenance: Mapping[str, str],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Read and check them all, and store them."""
+        done, total = 0, len(self.entries)
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
+            if progress is not None:
+                progress(min(total, done + self._num_refused), total)
+
+        intake.add(self._checked(), provenance, advance=advance)
+        advance(0)
+
+    def _checked(self) -> Iterator[Row]:
+        report = self._report
+        for entry in self.entries:
+            try:
+                value = self._read(entry)
+                check_shape(entry.sample_id, value.shape, report.embedding_shape)
+            except _UNUSABLE as error:
+                reason = " ".join(str(error).removeprefix(f"{entry.sample_id}: ").split())
+                report.refused.append(Refusal(entry.name, entry.sample_id, reason))
+                self._num_refused += 1
+                continue
+            if report.embedding_shape is None:
+                report.embedding_shape = value.shape
+            if not value.any():
+                report.zeros.append(entry.sample_id)
+            key = sample_key(entry.sample_id)
+            yield Row(key, checksum(key, value.reshape(-1).view("u1").data), value, entry.name)
+
+    def _read(self, entry: Entry) -> npt.NDArray[Any]:
+        value = entry.load()
+        if value is None:
+            raise TransferError("there is no value")
+        if self._squeeze:
+            value = value.reshape(squeezed(value.shape))
+        return as_stored(entry.sample_id, value, self._report.config.dtype, copy=False)
+
+
+# ---- where they come from
+
+
+def _provenance(
+    source: Source, cache: EmbeddingCache, config: CacheConfig, weights_digest: str | None
+) -> tuple[dict[str, str], list[str]]:
+    """The provenance to store with a source's embeddings, and notes.
+
+    Raises:
+        ProvenanceMismatchError: The store was filled with known weights, and nothing states
+            whether these embeddings were computed with them.
+    """
+    stated = dict(source.description.provenance)
+    if weights_digest is not None:
+        if stated.get(_DIGEST, weights_digest) != weights_digest:
+            raise ProvenanceMismatchError(
+                f"{source.path.name} says weights_digest {stated[_DIGEST]!r}, {weights_digest!r} "
+                "is given. Leave `weights_digest` out"
+            )
+        stated[_DIGEST] = weights_digest
+    stored = dict(cache.info(config).provenance) if config in cache else {}
+    name = _name_size_and_time(source)
+    # Behind the names of what is kept: nothing for the first source, then `_2`, `_3`.
+    number, suffix = 1, ""
+    while stored.get(f"{_FROM}{suffix}", name) != name:
+        number += 1
+        suffix = f"_{number}"
+    is_known = stored.get(f"{_FROM}{suffix}") == name
+    if _DIGEST in stored and _DIGEST not in stated and not is_known:
+        raise ProvenanceMismatchError(
+            f"{cache.path(config)} was filled with the weights {stored[_DIGEST]!r}, and "
+            f"{source.path.name} doesn't say which weights computed its embeddings. If they are "
+            f"the same, give `weights_digest={stored[_DIGEST]!r}`; else give `model_name` or "
+            "`front_end` another name, which makes another store"
+        )
+    notes = []
+    if _DIGEST not in stated and not is_known:
+        notes.append(
+            "the weights that computed these aren't stated: an extraction that adds to the store "
+            "warns, and the store then counts as filled with its weights"
+        )
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**stated, f"{_FROM}{suffix}": name, f"{_AT}{suffix}": now}, notes
+
+
+def _name_size_and_time(source: Source) -> str:
+    """What distinguishes a source from another one later."""
+    found = [file.stat() for file in source.files]
+    newest = max((one.st_mtime for one in found), default=0.0)
+    when = datetime.fromtimestamp(newest, timezone.utc).isoformat(timespec="seconds")
+    size = sum(one.st_size for one in found)
+    files = f"{len(found)} files, " if len(found) != 1 else ""
+    return f"{source.path.name} ({files}{size} bytes, modified {when})"
