@@ -1,10 +1,8 @@
 from .cache import (
     Coverage as Coverage,
     EmbeddingCache as EmbeddingCache,
-    EpochStatistics as EpochStatistics,
     Explanation as Explanation,
     HiddenStateView as HiddenStateView,
-    ReadStatistics as ReadStatistics,
     StoreInfo as StoreInfo,
     TokenLayout as TokenLayout,
 )
@@ -59,7 +57,12 @@ from .extraction import (
     to_clips as to_clips,
 )
 from .report import build_report as build_report
-from .storage import EmbeddingReader as EmbeddingReader, EmbeddingWriter as EmbeddingWriter
+from .storage import (
+    EmbeddingReader as EmbeddingReader,
+    EmbeddingWriter as EmbeddingWriter,
+    EpochStatistics as EpochStatistics,
+    ReadStatistics as ReadStatistics,
+)
 from .training import (
     CachedEncoder as CachedEncoder,
     EmbeddingDataset as EmbeddingDataset,

@@ -47,12 +47,6 @@ from .sources import (
     recorded_sources as recorded_sources,
     source_of as source_of,
 )
-from .statistics import (
-    EpochStatistics as EpochStatistics,
-    ReadStatistics as ReadStatistics,
-    reset_statistics as reset_statistics,
-    statistics_of as statistics_of,
-)
 from .store_info import (
     StoreInfo as StoreInfo,
     info_or_damage as info_or_damage,

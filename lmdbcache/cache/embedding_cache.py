@@ -11,8 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.cache.coverage import Coverage, coverage_of, shortfall
-from lmdbcache.cache.misses import Explanation, explain_config, explain_sample, read_failures
-from lmdbcache.cache.statistics import ReadStatistics, statistics_of
+from lmdbcache.cache.misses import (
+    Explanation,
+    explain_config,
+    explain_sample,
+    log_misses,
+    read_failures,
+)
 from lmdbcache.cache.store_info import (
     StoreInfo,
     allocated_bytes,
@@ -37,8 +42,10 @@ from lmdbcache.storage import (
     IntegrityReport,
     OnDuplicate,
     Progress,
+    ReadStatistics,
     RepairReport,
     Verify,
+    add_reads,
     canonical_sample_id,
     check_local_for_writing,
     compact,
@@ -47,6 +54,7 @@ from lmdbcache.storage import (
     remove_foreign_lock,
     remove_store,
     repair,
+    statistics_of,
     verify,
     write_lock,
 )
@@ -101,7 +109,9 @@ class EmbeddingCache:
         """
         if config not in self:
             raise CacheNotFoundError(str(self.explain(config)))
-        return EmbeddingReader(self.path(config), config, verify, track_usage=track_usage)
+        reader = EmbeddingReader(self.path(config), config, verify, track_usage=track_usage)
+        reader.on_miss = log_misses
+        return reader
 
     def writer(
         self,
@@ -261,11 +271,8 @@ class EmbeddingCache:
             self.explain(config).log()
         if (counts := counts_of(self.path(config))) is not None:
             absent = set(missing)
-            for sample_id in asked:
-                if sample_id in absent:
-                    counts.miss(sample_id)
-                else:
-                    counts.hit(sample_id)
+            counts.count([i for i in asked if i in absent], are_there=False)
+            counts.count([i for i in asked if i not in absent], are_there=True)
         if missing:
             with self.writer(
                 config, provenance=provenance, without_provenance=without_provenance
@@ -338,6 +345,7 @@ class EmbeddingCache:
             removed = info_or_damage(folder)
             if unless_used:
                 _check_unused(removed, store)
+            add_reads(folder)  # to what goes, not to a store that is made here again
             remove_store(folder)
         return removed
 

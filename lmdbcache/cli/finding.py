@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from lmdbcache.cache import EmbeddingCache, ReadStatistics, reset_statistics, statistics_of
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import counted, print_json, print_table, say
 from lmdbcache.cli.options import Json, Root, Yes, find_folder
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets import NAMESPACE
 from lmdbcache.errors import ConfigError
+from lmdbcache.storage import ReadStatistics, reset_statistics, statistics_of
 
 __all__ = ["explain_command", "stats_command"]
 

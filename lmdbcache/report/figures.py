@@ -13,7 +13,6 @@ from typing import ClassVar, Final, NamedTuple
 from lmdbcache.cache import (
     ClipFailure,
     EmbeddingCache,
-    ReadStatistics,
     StoreInfo,
     coverage_of,
     info_or_damage,
@@ -29,7 +28,7 @@ from lmdbcache.report.vectors import (
     map_of,
     read_vectors,
 )
-from lmdbcache.storage import EmbeddingReader, Report, class_of, plan_compaction
+from lmdbcache.storage import EmbeddingReader, ReadStatistics, Report, class_of, plan_compaction
 
 __all__ = [
     "DEFAULT_MAX_SAMPLES",

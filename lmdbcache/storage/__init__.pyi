@@ -1,12 +1,5 @@
 from .checks.first_opening import is_known as is_known
 from .checks.value_checks import Progress as Progress
-from .counting.absence import explain_sample_absence as explain_sample_absence
-from .counting.hit_counts import (
-    counts_of as counts_of,
-    reset_counts as reset_counts,
-    store_counts as store_counts,
-    tree_counts as tree_counts,
-)
 from .engine_errors import translated_errors as translated_errors
 from .environment import Snapshot as Snapshot
 from .filesystems import (
@@ -84,6 +77,14 @@ from .running_lock import (
     RUNNING_SUFFIX as RUNNING_SUFFIX,
     at_rest as at_rest,
     held_store as held_store,
+)
+from .statistics import (
+    EpochStatistics as EpochStatistics,
+    ReadStatistics as ReadStatistics,
+    add_reads as add_reads,
+    counts_of as counts_of,
+    reset_statistics as reset_statistics,
+    statistics_of as statistics_of,
 )
 from .stored_checksums import (
     checksums_of as checksums_of,

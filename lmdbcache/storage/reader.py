@@ -15,15 +15,11 @@ import numpy.typing as npt
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
 from lmdbcache.files import few
-from lmdbcache.storage.counting.absence import explain_sample_absence
-from lmdbcache.storage.counting.hit_counts import counts_of
-from lmdbcache.storage.counting.miss_log import note_misses
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.last_use import touch
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.metadata import StoreMetadata
-from lmdbcache.storage.reading.batches import gather, key_or_empty, offsets_of, remember_all, stack
+from lmdbcache.storage.reading.batches import gather, key_or_empty, remember_all, rows_of, stack
 from lmdbcache.storage.reading.key_pages import ask_for_keys, keys_after
 from lmdbcache.storage.reading.located import LocatedValues, locate
 from lmdbcache.storage.reading.pinning import PinnedStore, reduce_for_child
@@ -39,13 +35,13 @@ from lmdbcache.storage.reading.verified_reads import (
     read_one,
     stored_keys,
 )
+from lmdbcache.storage.statistics import add_reads, counts_of
 from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
 
 __all__ = ["EmbeddingReader"]
 
 _KEYS_PER_STEP: Final = 4096
 _MANY: Final = 64  # from this share of the samples on, all keys are read at once
-_EXPLAINED_UP_TO: Final = 100_000  # samples
 _SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 
 
@@ -72,6 +68,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
     """
 
     num_read = 0
+    # Called with the reader and the samples of a read that it doesn't have.
+    on_miss: Callable[[EmbeddingReader, Sequence[str]], None] | None = None
 
     def __init__(
         self,
@@ -92,28 +90,27 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         self.counts_reads = track_usage
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"verify": self.verify, "track_usage": self._counts_as_use}
+        own = {
+            "verify": self.verify,
+            "track_usage": self._counts_as_use,
+            "on_miss": self.on_miss,
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set_options(state["verify"], track_usage=state["track_usage"])
+        self.on_miss = state["on_miss"]
         super().__setstate__(state)
 
     def close(self) -> None:
         """Give back the snapshot and the environment. Reading again opens them again."""
-        snapshot = self._snapshot
-        if self._counts_as_use and snapshot is not None and snapshot.is_protected:
-            touch(self._store)  # it may have been open for days
+        if self._counts_as_use and self._snapshot is not None:
+            add_reads(self._store)
         super().close()
 
     def _pin(self, instead_of: Snapshot | None) -> Snapshot:
-        snapshot = self._pin_verified(instead_of)
-        # Where readers leave no trace, on a network mount or without the right to, there is none.
-        if self._counts_as_use and snapshot.is_protected:
-            touch(self._store)
-        return snapshot
-
-    def _pin_verified(self, instead_of: Snapshot | None) -> Snapshot:
+        if self._counts_as_use:
+            counts_of(self._store)  # from here on, the end of the process is noted as a use
         if self.verify == "never":
             return super()._pin(instead_of)
         check_pages(self._store)
@@ -166,11 +163,11 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected:
-                offset = located.known_offsets.get(sample_id)
-                if offset is not None:
-                    if located.counts is not None and self.counts_reads:
-                        located.counts.hit(sample_id)
-                    return located.copy(offset)
+                row = located.known_rows.get(sample_id)
+                if row is not None:
+                    if located.counter is not None and self.counts_reads:
+                        located.counter.count_one(row)
+                    return located.copy(row)
         key = self._lookup_key(sample_id)
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:
@@ -178,8 +175,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             if self.num_read > _SINGLES_BEFORE_LOOKUP:
                 located = self._locate(snapshot, transaction)
                 if located is not None and remember_all(located):
-                    offset = located.known_offsets.get(sample_id_of_key(key))
-                    return None if offset is None else located.copy(offset)
+                    row = located.known_rows.get(sample_id_of_key(key))
+                    return None if row is None else located.copy(row)
             value = transaction.get(key)
             if value is None:
                 return None
@@ -290,11 +287,11 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
             located = self._locate(snapshot, transaction)
             if located is not None and located.common_length:
-                offsets = offsets_of(located, sample_ids)
-                if offsets is not None:
-                    batch = gather(located, offsets, out)
-                    if located.places is not None and self.counts_reads:
-                        located.places.count(offsets, sample_ids)
+                rows = rows_of(located, sample_ids)
+                if rows is not None:
+                    batch = gather(located, located.table.offsets[rows], out)
+                    if located.counter is not None and self.counts_reads:
+                        located.counter.count(rows)
                     return batch
             if not keys:
                 keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
@@ -364,9 +361,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         try:
             return sample_key(sample_id)
         except InvalidSampleIdError as error:
-            message = str(error)
-            self._count_misses([sample_id], lambda _: message)
-            raise SampleNotFoundError(message) from None
+            self._count_misses([sample_id])
+            raise SampleNotFoundError(str(error)) from None
 
     def _not_found(self, sample_ids: Sequence[str]) -> SampleNotFoundError:
         names = few(list(map(repr, sample_ids)), 3)
@@ -374,22 +370,20 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             f"{names}: not in {self._store} ({len(self)} embeddings, newest commit looked "
             "at). Extract what is missing, or check the file id and class"
         )
-        self._count_misses(sample_ids, self._absence)
+        self._count_misses(sample_ids)
         return SampleNotFoundError(message)
 
     def _count_hits(self, sample_ids: Sequence[str]) -> None:
         if self.counts_reads and (counts := counts_of(self._store)) is not None:
-            counts.hits(sample_ids)
+            counts.count(sample_ids, are_there=True)
 
-    def _count_misses(self, sample_ids: Sequence[str], explain: Callable[[str], str]) -> None:
-        if self.counts_reads and (counts := counts_of(self._store)) is not None:
-            note_misses(counts, sample_ids, explain)
-
-    def _absence(self, sample_id: str) -> str:
-        # Looking at all ids takes long in a large store.
-        if len(self) > _EXPLAINED_UP_TO:
-            return f"{sample_id!r} isn't stored"
-        return explain_sample_absence(sample_id, self).text
+    def _count_misses(self, sample_ids: Sequence[str]) -> None:
+        if not self.counts_reads:
+            return
+        if (counts := counts_of(self._store)) is not None:
+            counts.count(sample_ids, are_there=False)
+        if self.on_miss is not None:
+            self.on_miss(self, sample_ids)
 
 
 def _is_list(found: object) -> bool:

@@ -8,8 +8,9 @@ import torch
 from exchange.old_caches import FACTS, save_folder, save_seed, save_torch, values
 
 from lmdbcache import export_embeddings, import_embeddings
-from lmdbcache.cache import compare_stores, statistics_of
+from lmdbcache.cache import compare_stores
 from lmdbcache.errors import ConfigError
+from lmdbcache.storage import statistics_of
 
 
 def test_all_that_is_missing_or_unusable_is_told_at_once(bring, cache, tmp_path):

@@ -40,7 +40,7 @@ def make_older(path, seconds):
 
 
 def test_reading_is_a_use_and_looking_is_none(filled, config, is_of_this_test):
-    """info, stores, coverage and writing leave no mark; the first read of a reader does."""
+    """info, stores, coverage and writing leave no mark; a reader does when it is closed."""
     store = filled.path(config)
     assert filled.info(config).last_used is None
     filled.stores()
@@ -48,8 +48,8 @@ def test_reading_is_a_use_and_looking_is_none(filled, config, is_of_this_test):
     write(filled.root, config, numbered(0, 3, 8))
     assert not (store / MARKER).exists()
     with filled.reader(config) as reader:
-        assert not (store / MARKER).exists()
         assert len(reader) == 23
+        assert not (store / MARKER).exists()
     assert is_of_this_test(store / MARKER)
     info = filled.info(config)
     assert info.last_used.timestamp() == pytest.approx((store / MARKER).stat().st_mtime, abs=1)
@@ -85,6 +85,7 @@ def test_another_process_does_not_write_again(filled, config, is_of_this_test):
 def test_closing_a_reader_that_was_open_for_days_counts(filled, config, is_of_this_test):
     """What was read for days was last used when it was closed."""
     store = filled.path(config)
+    read(filled.root, config, NAMES)
     with filled.reader(config) as reader:
         len(reader)
         make_older(store / MARKER, 3 * DAY)

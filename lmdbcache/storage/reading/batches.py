@@ -15,9 +15,9 @@ from lmdbcache.storage.reading.located import LocatedValues
 from lmdbcache.storage.row_parts import RowPart
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 
-__all__ = ["gather", "key_or_empty", "offsets_of", "remember_all", "stack"]
+__all__ = ["gather", "key_or_empty", "remember_all", "rows_of", "stack"]
 
-_REMEMBERED_OFFSETS: Final = 1 << 16
+_REMEMBERED_ROWS: Final = 1 << 16
 
 
 def key_or_empty(sample_id: str) -> bytes:
@@ -28,32 +28,31 @@ def key_or_empty(sample_id: str) -> bytes:
         return b""
 
 
-def offsets_of(located: LocatedValues, sample_ids: Sequence[str]) -> npt.NDArray[np.int64] | None:
-    """Place of each sample in the file, or None if one isn't stored."""
-    known = located.known_offsets
+def rows_of(located: LocatedValues, sample_ids: Sequence[str]) -> npt.NDArray[np.int64] | None:
+    """Row of each sample in the table, or None if one isn't stored."""
+    known = located.known_rows
     try:
         return np.fromiter(map(known.__getitem__, sample_ids), np.int64, len(sample_ids))
     except KeyError:
         pass
-    if len(known) > _REMEMBERED_OFFSETS:
+    if len(known) > _REMEMBERED_ROWS:
         known.clear()
         located.knows_all = False
     rows = located.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
     if rows.size and rows.min() < 0:
         return None
-    offsets = located.table.offsets[rows]
-    known.update(zip(sample_ids, offsets.tolist(), strict=True))
-    return offsets
+    known.update(zip(sample_ids, rows.tolist(), strict=True))
+    return rows
 
 
 def remember_all(located: LocatedValues) -> bool:
-    """Remember the place of every sample by its id, if the store is small enough for that."""
-    known, table = located.known_offsets, located.table
-    if located.common_length is None or len(table.keys) > _REMEMBERED_OFFSETS:
+    """Remember the row of every sample by its id, if the store is small enough for that."""
+    known, table = located.known_rows, located.table
+    if located.common_length is None or len(table.keys) > _REMEMBERED_ROWS:
         return False
     if not located.knows_all:
         sample_ids = map(sample_id_of_key, table.keys.tolist())
-        known.update(zip(sample_ids, table.offsets.tolist(), strict=True))
+        known.update(zip(sample_ids, range(len(table.keys)), strict=False))
         located.knows_all = True
     return True
 

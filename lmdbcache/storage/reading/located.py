@@ -25,13 +25,13 @@ import numpy.typing as npt
 import xxhash
 
 from lmdbcache.files import open_file, replace_file
-from lmdbcache.storage.counting.hit_counts import PlaceCounter, StoreCounts, counts_of
 from lmdbcache.storage.environment import Environment, Snapshot
 from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages.pages import UnreadablePagesError, ValueTable, read_value_table
+from lmdbcache.storage.statistics import HitCounter, counts_of
 from lmdbcache.storage.values import NUMPY_DTYPES
 
 __all__ = ["LocatedValues", "locate", "located_values", "table_number"]
@@ -64,16 +64,19 @@ class LocatedValues:
     common_length: int | None
     # Shape of one embedding, if all are alike.
     shape: tuple[int, ...]
-    known_offsets: dict[str, int] = field(default_factory=dict)
+    known_rows: dict[str, int] = field(default_factory=dict)
     # Whether that has every sample; its length doesn't tell: ids have several spellings.
     knows_all: bool = False
-    # Where reads are counted, values of a common length by their place; None: they aren't.
-    counts: StoreCounts | None = None
-    places: PlaceCounter | None = None
+    # Where values of a common length are counted; None: they aren't.
+    counter: HitCounter | None = None
 
-    def copy(self, offset: int) -> npt.NDArray[Any]:
-        """An owned copy of the embedding at this place of the file."""
-        length = self.common_length or 0
+    def __post_init__(self) -> None:
+        # One number of it is read faster than one of the array.
+        self._offset_cells = memoryview(self.table.offsets)  # type: ignore[arg-type]
+
+    def copy(self, row: int) -> npt.NDArray[Any]:
+        """An owned copy of the embedding in this row of the table, of the common length."""
+        offset, length = self._offset_cells[row], self.common_length or 0
         if length >= LARGE_VALUE_BYTES:
             rows = self.file.gather(np.array([offset]), length)
             return rows.view(self.dtype).reshape(self.shape)
@@ -126,16 +129,11 @@ def locate(
     with _tables_lock:
         _tables[snapshot.environment] = (snapshot.id, table)
     located = located_values(file, table, snapshot.metadata)
-    if is_counted:
-        _count_reads(located, generation.parent)
+    counts = counts_of(generation.parent) if is_counted and located.common_length else None
+    if counts is not None:
+        located.counter = HitCounter(counts, table.keys)
     snapshot.located = located
     return located
-
-
-def _count_reads(located: LocatedValues, store: Path) -> None:
-    located.counts = counts = counts_of(store)
-    if counts is not None and located.common_length:
-        located.places = PlaceCounter(counts, len(located.file.data), located.common_length)
 
 
 def _check(table: ValueTable, file: MappedFile, count: int, transaction: lmdb.Transaction) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +14,11 @@ import lmdb
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError
-from lmdbcache.storage.counting.hit_counts import adopt_ancestors, own_lineage
 from lmdbcache.storage.engine_errors import raise_translated
 from lmdbcache.storage.environment import Environment, Holder, Snapshot, acquire_current, release
 from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
+from lmdbcache.storage.statistics import family, join_family
 
 __all__ = ["PinnedStore", "reduce_for_child"]
 
@@ -166,14 +166,12 @@ class PinnedStore:
 
 
 def reduce_for_child(reader: PinnedStore) -> tuple[Any, ...]:
-    """How multiprocessing pickles a reader: with the processes that the child works for."""
-    return _in_child, (type(reader), reader.__getstate__(), own_lineage())
+    """How multiprocessing pickles a reader: with the place where the child's reads count."""
+    return _in_child, (type(reader), reader.__getstate__(), family())
 
 
-def _in_child(
-    kind: type[PinnedStore], state: dict[str, Any], lineage: Sequence[str]
-) -> PinnedStore:
-    adopt_ancestors(lineage)
+def _in_child(kind: type[PinnedStore], state: dict[str, Any], folder: str | None) -> PinnedStore:
+    join_family(folder)
     reader = kind.__new__(kind)
     reader.__setstate__(state)
     return reader

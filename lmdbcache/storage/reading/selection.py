@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import InvalidEmbeddingError
-from lmdbcache.storage.counting.hit_counts import PlaceCounter
 from lmdbcache.storage.environment import Snapshot
 from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.pages.pages import ValueTable
@@ -26,7 +25,7 @@ __all__ = ["Positions", "Selection"]
 
 _T = TypeVar("_T")
 Positions = Sequence[int] | npt.NDArray[np.int64]
-Offsets = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 
 
 class Selection:
@@ -52,9 +51,8 @@ class Selection:
         self.part = part
         self.sample_ids: list[str] = list(reader if sample_ids is None else sample_ids)
         self._table: ValueTable | None = None
-        self._offsets: Offsets = np.empty(0, np.int64)
+        self._rows: Rows = np.empty(0, np.int64)
         self._is_complete = False
-        self._counter: PlaceCounter | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -89,17 +87,8 @@ class Selection:
         with snapshot.lock:
             located: LocatedValues | None = snapshot.located
             if located is not None and snapshot.is_protected and self._knows_all(located):
-                indices = _indices(positions)
-                batch = gather(located, self._offsets[indices], out, self.part)
-                self._count(located, indices)
-                return batch
-
-        def gather_with_lookup(located: LocatedValues, wanted: Offsets) -> npt.NDArray[Any]:
-            batch = gather(located, wanted, out, self.part)
-            self._count(located, _indices(positions))
-            return batch
-
-        found = self._look_up(positions, gather_with_lookup)
+                return self._gather(located, self._rows[_indices(positions)], out)
+        found = self._look_up(positions, lambda located, rows: self._gather(located, rows, out))
         return self._read_whole(positions, out) if found is None else found
 
     def _read_whole(self, positions: Positions, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
@@ -139,11 +128,11 @@ class Selection:
         if self.reader.verify != "never":
             return None
 
-        def read(located: LocatedValues, wanted: Offsets) -> _T:
-            places, length = self._places(located, wanted)
+        def read(located: LocatedValues, rows: Rows) -> _T:
+            places, length = self._places(located, rows)
             located.file.prepare(places, length)
             copied = copy(located.file, places, length)
-            self._count(located, _indices(positions))
+            self._count(located, rows)
             return copied
 
         return self._look_up(positions, read)
@@ -151,20 +140,32 @@ class Selection:
     def will_need(self, positions: Positions) -> None:
         """Ask the kernel to read these embeddings from disk, in the background."""
 
-        def read(located: LocatedValues, wanted: Offsets) -> None:
-            located.file.will_need(*self._places(located, wanted))
+        def read(located: LocatedValues, rows: Rows) -> None:
+            located.file.will_need(*self._places(located, rows))
 
         self._look_up(positions, read)
 
-    def _places(self, located: LocatedValues, wanted: Offsets) -> tuple[Offsets, int]:
+    def _gather(
+        self, located: LocatedValues, rows: Rows, out: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any]:
+        batch = gather(located, located.table.offsets[rows], out, self.part)
+        self._count(located, rows)
+        return batch
+
+    def _count(self, located: LocatedValues, rows: Rows) -> None:
+        if located.counter is not None and self.reader.counts_reads:
+            located.counter.count(rows)
+
+    def _places(self, located: LocatedValues, rows: Rows) -> tuple[npt.NDArray[np.int64], int]:
+        offsets = located.table.offsets[rows]
         if self.part is None:
-            return wanted, located.common_length or 0
-        return self.part.places(wanted, located.shape, located.dtype.itemsize)
+            return offsets, located.common_length or 0
+        return self.part.places(offsets, located.shape, located.dtype.itemsize)
 
     def _look_up(
-        self, positions: Positions, read: Callable[[LocatedValues, Offsets], _T]
+        self, positions: Positions, read: Callable[[LocatedValues, Rows], _T]
     ) -> _T | None:
-        """Call `read` with the places of these samples; None if one isn't known."""
+        """Call `read` with the rows of these samples; None if one isn't known."""
 
         def find(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
             reader = self.reader
@@ -172,25 +173,15 @@ class Selection:
             if located is None or located.common_length is None:
                 return None
             if not self._knows_all(located) and self._table is not located.table:
-                rows = located.table.find([key_or_empty(i) for i in self.sample_ids])
-                self._offsets = np.where(rows < 0, -1, located.table.offsets[rows])
-                self._is_complete = bool((rows >= 0).all())
+                self._rows = located.table.find([key_or_empty(i) for i in self.sample_ids])
+                self._is_complete = bool((self._rows >= 0).all())
                 self._table = located.table
-            wanted = self._offsets[_indices(positions)]
-            if not self._is_complete and wanted.size and wanted.min() < 0:
+            rows = self._rows[_indices(positions)]
+            if not self._is_complete and rows.size and rows.min() < 0:
                 return None
-            return read(located, wanted)
+            return read(located, rows)
 
         return self.reader.read_pinned(find)
-
-    def _count(self, located: LocatedValues, indices: npt.NDArray[np.int64]) -> None:
-        counts = located.counts
-        if counts is None or not self.reader.counts_reads:
-            return
-        counter = self._counter
-        if counter is None or counter.counts is not counts:
-            counter = self._counter = PlaceCounter(counts, len(self.sample_ids))
-        counter.count(indices, self.sample_ids, indices)
 
     def _knows_all(self, located: LocatedValues) -> bool:
         return self._table is located.table and self._is_complete

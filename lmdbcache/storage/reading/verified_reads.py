@@ -249,10 +249,10 @@ def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str]
     if rows[0] < 0:
         return verified.absent([sample_id], rows)
     table, located = verified.values.table, verified.located
-    offset, length = int(table.offsets[rows[0]]), int(table.lengths[rows[0]])
     if located.common_length:
-        embedding = located.copy(offset)
+        embedding = located.copy(int(rows[0]))
     else:
+        offset, length = int(table.offsets[rows[0]]), int(table.lengths[rows[0]])
         metadata = snapshot.metadata
         view = located.file.data[offset : offset + length]
         embedding = from_stored(sample_id, view, metadata.config.dtype, metadata.embedding_shape)

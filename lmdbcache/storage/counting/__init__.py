@@ -1,1 +1,0 @@
-"""How often samples were found, and which were not."""
