@@ -48,7 +48,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+/@-]{0,127}")
 
 
 class ModelName(str):
-    """The name of a model that was looked at, with the front end of its kind.
+    """The name of a model, with the front end of its kind.
 
     A config that is given such a name and no front end takes that one.
     """
@@ -82,7 +82,7 @@ class CacheConfig:
     Args:
         sample_rate: Sample rate of the waveform given to the front end, in Hz.
         duration: Length that each clip is cut or zero-padded to, in seconds.
-        model_name: Hub name or a name of your own. `"ast"` and `"ast-finetuned"` stand for
+        model_name: Hub name or a name of your own. `"ast"` and `"ast-finetuned"` mean
             `MIT/ast-finetuned-audioset-10-10-0.4593`. For a local folder use
             `lmdbcache.embedders.model_identity(folder)`.
         output: What is stored of the model's output: `"pooler_output"`, `"last_hidden_state"`,
@@ -221,7 +221,7 @@ def _sample_rate(name: str, value: Any) -> int:
 
 
 def _plain_number(value: Any) -> Any:
-    """The Python number of a numpy scalar or of an array or tensor without dimensions."""
+    """Return the Python number of a numpy scalar, or of an array or tensor without dimensions."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 

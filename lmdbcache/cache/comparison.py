@@ -1,4 +1,4 @@
-"""What differs between two stores: identity, provenance, samples, values."""
+"""The differences of two stores: identity, provenance, samples, values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Differences = Mapping[str, tuple[Any, Any]]
 
 
 class Difference(NamedTuple):
-    """How far two embeddings are apart.
+    """The distance of two embeddings.
 
     Args:
         max_abs: Largest difference of two elements; infinite if the shapes differ.
@@ -51,7 +51,7 @@ class Difference(NamedTuple):
 
 
 class SampleDifference(NamedTuple):
-    """How far two embeddings of one sample are apart, as in `Difference`."""
+    """The distance of two embeddings of one sample, as in `Difference`."""
 
     sample_id: str
     max_abs: float
@@ -60,7 +60,7 @@ class SampleDifference(NamedTuple):
 
 @dataclass
 class StoreComparison(Report):
-    """What differs between two stores.
+    """The differences of two stores.
 
     Args:
         config: Fields of the identity that differ, each with both values.
@@ -125,8 +125,8 @@ def compare_stores(
     Args:
         a: A store's folder.
         b: Another's, of any root.
-        values: Read values; without, only equal checksums are told from others, and of different
-            dtypes nothing.
+        values: Read values; without, checksums show only whether values are equal, and nothing for
+            different dtypes.
         tolerance: Largest difference of two elements that counts as none.
         progress: Called with (samples done, samples in all).
 
@@ -151,7 +151,7 @@ def compare_stores(
 
 
 def difference_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Difference:
-    """Return how far two embeddings are apart."""
+    """Return the distance of two embeddings."""
     if x.shape != y.shape:
         return Difference(math.inf, 1.0, math.inf)
     a, b = (value.reshape(1, -1).astype(np.float64) for value in (x, y))
@@ -166,7 +166,7 @@ def _provenance_differences(a: Mapping[str, str], b: Mapping[str, str]) -> _Diff
 
 
 class _Comparer:
-    """Walks both stores side by side, by key, and reads what has to be read in batches."""
+    """A walk through both stores by key, which reads values in batches."""
 
     def __init__(self, a: EmbeddingReader, b: EmbeddingReader, found: StoreComparison) -> None:
         self._readers = (a, b)

@@ -20,7 +20,7 @@ _PARTS: Final = ("train", "val", "test")
 
 
 class Part(NamedTuple):
-    """Samples of one split of one node; each of the two names is empty where there is none."""
+    """The samples of one split of one node; a dataset without these has empty names."""
 
     node: str
     split: str
@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 class CoverageRow(NamedTuple):
-    """How much of one class in one split of one node is stored; failed clips aren't."""
+    """The stored and failed samples of one class in one split of one node."""
 
     class_name: str
     split: str
@@ -40,7 +40,7 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Coverage(Report):
-    """How much of a dataset, or of a list of samples, a store holds.
+    """The part of a dataset, or of a list of samples, that a store holds.
 
     Args:
         num_asked: Distinct samples asked for.

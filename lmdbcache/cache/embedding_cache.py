@@ -309,7 +309,7 @@ class EmbeddingCache:
         """Remove one store, or all under this root.
 
         Returns:
-            What was removed; nothing stored is no error.
+            What was removed; empty if nothing is stored.
 
         Raises:
             ReadOnlyCacheError: No permission to remove it.

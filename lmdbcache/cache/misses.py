@@ -56,7 +56,7 @@ _logger: Final = logging.getLogger("lmdbcache")
 
 
 class MissReason(str, Enum):
-    """Why a config or a sample isn't found, or that it is."""
+    """The reasons why a config or a sample isn't found, or that it is."""
 
     STORED = "stored"
     # Of a config:
@@ -97,7 +97,7 @@ def _sentence(reason: MissReason, **facts: Any) -> str:
 
 @dataclass(frozen=True)
 class Explanation(Report):
-    """Why a config, or a sample of it, isn't found; or that it is. `str()` is the sentence.
+    """The reason why a config, or a sample of it, isn't found, or that it is, in a sentence.
 
     Args:
         reason: Which of the reasons; equals its text, such as `"config_absent"`.
@@ -340,7 +340,7 @@ class ClipFailure:
 
 
 def read_failures(store: Path) -> list[ClipFailure]:
-    """Return the clips of this store that failed when last tried; none if there is no list."""
+    """Return the clips of this store that failed when last tried; empty without a list."""
     try:
         entries = json.loads(read_file(store / FAILURES_NAME))["failures"]
         return [ClipFailure(**{k: str(v) for k, v in entry.items()}) for entry in entries]
@@ -351,9 +351,9 @@ def read_failures(store: Path) -> list[ClipFailure]:
 def update_failures(store: Path, tried: Iterable[str], failures: Sequence[ClipFailure]) -> None:
     """Replace what the list says of the tried samples; written at once or not at all.
 
-    Several runs may do so at once: each waits for the store's writer lock. Where nothing is stored
-    there is no list: a folder with nothing else in it would look like a store. The run's summary
-    has the failures.
+    Several runs may do so at once: each waits for the store's writer lock. No list is
+    written where nothing is stored: a folder with nothing else in it would look like a store. The
+    run's summary has the failures.
 
     Raises:
         OSError, ReadOnlyCacheError: It can't be written.
@@ -408,7 +408,7 @@ _EXPLAINED_UP_TO: Final = 100_000  # samples; looking at all ids takes long in a
 
 
 class _MissLog:
-    """What this process has missed in one store, and how much of it was logged."""
+    """The misses of this process in one store, and how many of them were logged."""
 
     def __init__(self, store: Path) -> None:
         self.process = process_id()

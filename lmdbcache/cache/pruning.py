@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Final
+from typing import Any, ClassVar, Final
 
 from lmdbcache.cache.embedding_cache import EmbeddingCache
 from lmdbcache.cache.records import RECORD_FILES
@@ -13,6 +13,7 @@ from lmdbcache.cache.store_info import StoreInfo, users_of
 from lmdbcache.errors import CacheNotFoundError, StorageError
 from lmdbcache.storage import (
     Leftover,
+    Report,
     find_leftovers,
     is_being_written,
     remove_leftovers,
@@ -33,10 +34,10 @@ _LONG_AGO: Final = datetime.fromtimestamp(0, timezone.utc)
 
 @dataclass(frozen=True)
 class PrunePolicy:
-    """What makes a store one to be removed.
+    """The conditions under which a store is removed.
 
     Of the ages given both must hold, and of the kinds given (`empty`, `damaged`) one: each further
-    age, and kinds beside ages, make it fewer stores. The size is looked at after that.
+    age, and kinds in addition to ages, select fewer stores. The size is looked at after that.
 
     Args:
         written_before: The newest commit is older.
@@ -83,16 +84,22 @@ class Verdict:
     store: StoreInfo
     reason: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the store's values and the reason, for JSON."""
+        return {**self.store.to_dict(), "reason": self.reason}
+
 
 @dataclass(frozen=True)
-class PrunePlan:
-    """What a policy means for the stores under a root.
+class PrunePlan(Report):
+    """The stores under a root that a policy removes.
 
     Args:
         removed: Stores to remove, or removed.
         kept: Stores that the policy would remove and another process uses.
         bytes_left: What the remaining stores take.
     """
+
+    derived: ClassVar = ("bytes_freed",)
 
     removed: tuple[Verdict, ...]
     kept: tuple[Verdict, ...]
@@ -109,7 +116,7 @@ def plan_pruning(cache: EmbeddingCache, policy: PrunePolicy, *, force: bool = Fa
 
     Args:
         cache: The root.
-        policy: What makes a store one to be removed.
+        policy: The conditions.
         force: Take stores that are in use as well.
     """
     stores = cache.stores()

@@ -86,7 +86,7 @@ _ORIGIN_TABLES: Final = (
 
 
 class Source(NamedTuple):
-    """What an embedding was computed from, as it was right before it was decoded.
+    """The file that an embedding was computed from, as it was right before it was decoded.
 
     Args:
         path: The file, relative to `root` if there is one; empty if it wasn't a file.
@@ -119,7 +119,7 @@ class Source(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where an embedding comes from that wasn't computed in its store.
+    """The origin of an embedding that wasn't computed in its store.
 
     Args:
         writer: Who computed it or passed it on: a host's name, the folder of a store.
@@ -332,7 +332,7 @@ def write_sources(
 
 def forget_sources(store: Path) -> None:
     """Remove all records."""
-    for name in (SOURCES_NAME, f"{SOURCES_NAME}-journal"):
+    for name in RECORD_FILES:
         (store / name).unlink(missing_ok=True)
 
 
@@ -440,7 +440,7 @@ def _has_origins(connection: sqlite3.Connection) -> bool:
 
 
 def _number_of(connection: sqlite3.Connection, table: str, column: str, value: object) -> int:
-    """Return the id of a row with this value, which is added if there is none."""
+    """Return the id of a row with this value, and add it if necessary."""
     connection.execute(f"INSERT OR IGNORE INTO {table} ({column}) VALUES (?)", (value,))
     found = connection.execute(f"SELECT id FROM {table} WHERE {column} = ?", (value,))
     return int(found.fetchone()[0])

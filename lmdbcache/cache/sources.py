@@ -119,7 +119,7 @@ def _file_source(path: str) -> Source | None:
 
 
 class FoundSource(NamedTuple):
-    """One embedding and the state of its file; `path` is None if no file is recorded."""
+    """One embedding and the state of its file; `path` is None without a record."""
 
     sample_id: str
     path: str | None
@@ -128,7 +128,7 @@ class FoundSource(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceReport(Report):
-    """How the files of a store's embeddings compare with what was recorded.
+    """The files of a store's embeddings, compared with what was recorded.
 
     Args:
         path: The store's folder.

@@ -34,11 +34,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StoreInfo(Report):
-    """What one store holds.
+    """The content of one store, or its damage.
 
     Args:
         path: The store's folder.
-        config: Its identity; None if the store is too damaged to tell.
+        config: Its identity; None if the store is too damaged to read it.
         num_embeddings: Embeddings of the newest commit.
         size_bytes: Allocated on disk.
         embedding_shape: Shape of one embedding, None in front if the first dimension is free.
@@ -77,7 +77,7 @@ class StoreInfo(Report):
 
     @property
     def created(self) -> datetime | None:
-        """`creation_time` as a time; None if there is none."""
+        """`creation_time` as a time; None if it isn't known."""
         with contextlib.suppress(ValueError):
             time = datetime.fromisoformat(self.creation_time)
             return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
@@ -90,7 +90,7 @@ class StoreInfo(Report):
 
     @property
     def fingerprint(self) -> str | None:
-        """The config's; None if the store is too damaged to tell."""
+        """The config's fingerprint; None without a config."""
         return self.config.fingerprint if self.config else None
 
 

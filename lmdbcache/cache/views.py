@@ -26,9 +26,9 @@ _BLOCK_ROWS: Final = 32
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What the rows of a model's hidden states are.
+    """The meaning of the rows of a model's hidden states.
 
-    Special tokens come first. The others stand for steps of time, `tokens_per_step` each; where
+    Special tokens come first. The others are steps of time, `tokens_per_step` each; where
     that is more than one, all steps of the first frequency band come first, then those of the
     second (the order of a flattened convolution over frequency and time, as in AST).
 
@@ -60,7 +60,7 @@ class TokenLayout:
         time_stride: int = 10,
         num_mel_bins: int = 128,
     ) -> TokenLayout:
-        """The Audio Spectrogram Transformer's: CLS, distillation, 12 bands of 101 steps.
+        """Return the Audio Spectrogram Transformer's: CLS, distillation, 12 bands of 101 steps.
 
         The arguments are those of transformers' `ASTConfig`; the defaults are as published.
         """
@@ -74,11 +74,11 @@ class TokenLayout:
 
     @property
     def num_special_tokens(self) -> int:
-        """Tokens that stand for no time."""
+        """Number of special tokens."""
         return len(self.special_tokens)
 
     def num_steps(self, num_tokens: int) -> int:
-        """Steps of time among so many tokens.
+        """Return the steps of time among so many tokens.
 
         Raises:
             ConfigError: No whole number of steps.
@@ -93,7 +93,7 @@ class TokenLayout:
         return steps
 
     def num_valid_steps(self, config: CacheConfig) -> int:
-        """Steps whose frames all come from a waveform of the config's duration, at least 1.
+        """Return how many steps see only frames of the config's duration, at least 1.
 
         For AST and 5 s at 16 kHz: 498 frames of 25 ms every 10 ms, so 49 of the 101 steps; the
         others see frames that were padded. A clip that is shorter than the duration is padded
@@ -108,10 +108,10 @@ class TokenLayout:
 class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
     """One view of the hidden states in a store, by sample id.
 
-    With a model whose layout has special tokens, each is a view by its name: for AST `"cls"` and
-    `"distillation"`, shape `(hidden_size,)`. Besides, for any model:
+    Each special token of the layout is a view by its name: for AST `"cls"` and `"distillation"`,
+    shape `(hidden_size,)`. Views for any model:
 
-    - `"pooler_output"`, `(hidden_size,)`: what the model calls so, where that is the mean of
+    - `"pooler_output"`, `(hidden_size,)`: the model's pooled output, where that is the mean of
       special tokens (AST);
     - `"mean"`, `(hidden_size,)`: over all tokens but the special ones, as the output `mean`;
     - `"valid_mean"`, `(hidden_size,)`: over the valid ones of these;
@@ -159,7 +159,9 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
             return self._valid_part(num_tokens)
         known = [*layout.special_tokens, *(["pooler_output"] if layout.pooled_tokens else [])]
         known += ["mean", "valid_mean", "frames", "valid"]
-        raise ConfigError(f"name: {name!r} is no view of this model; known are {', '.join(known)}")
+        raise ConfigError(
+            f"name: {name!r} isn't a view of this model; known are {', '.join(known)}"
+        )
 
     def _valid_part(self, num_tokens: int | None) -> RowPart:
         special, per_step = self.layout.num_special_tokens, self.layout.tokens_per_step
@@ -212,7 +214,7 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
     # ---- the Mapping
 
     def __getitem__(self, sample_id: str) -> npt.NDArray[Any]:
-        """The view of one sample, owned and writable.
+        """Return the view of one sample, owned and writable.
 
         Raises:
             SampleNotFoundError: The newest commit doesn't hold it (a KeyError).
@@ -237,7 +239,7 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
     # ---- more than one
 
     def get_batch(self, sample_ids: Sequence[str]) -> npt.NDArray[Any]:
-        """The view of several samples, `(len(sample_ids), *view_shape)`, in the order asked for.
+        """Return the view of several samples, `(len(sample_ids), *view_shape)`, in their order.
 
         Raises:
             SampleNotFoundError: Names what the newest commit lacks.
@@ -245,7 +247,7 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
         return self.select(sample_ids).get_batch(np.arange(len(sample_ids)))
 
     def select(self, sample_ids: Iterable[str] | None = None) -> ViewSelection:
-        """The view of these samples by position, for a training loop; None takes all, sorted."""
+        """Return the view of these samples by position, for a training loop; None takes all."""
         return ViewSelection(self, sample_ids)
 
 
@@ -270,7 +272,7 @@ class ViewSelection:
         return len(self.rows)
 
     def get_batch(self, positions: Positions) -> npt.NDArray[Any]:
-        """The view at these positions, `(n, *view_shape)`, stored dtype.
+        """Return the view at these positions, `(n, *view_shape)`, stored dtype.
 
         Raises:
             SampleNotFoundError: Names what the newest commit lacks.
@@ -292,7 +294,7 @@ class ViewSelection:
     def _means_in_place(
         self, file: MappedFile, offsets: npt.NDArray[np.int64], length: int
     ) -> npt.NDArray[np.float32]:
-        """Means that are taken where the values lie, without a copy of them."""
+        """Return means that are taken where the values lie, without a copy of them."""
         dtype, row = self.view.dtype, self._row_shape
         shape = (length // (math.prod(row) * dtype.itemsize), *row)
         means = [_mean(file.value(offset, dtype, shape)) for offset in offsets.tolist()]
@@ -307,7 +309,7 @@ class ViewSelection:
 
 
 def _mean(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Of `(..., rows, hidden_size)` over the rows."""
+    """Return the mean of `(..., rows, hidden_size)` over the rows."""
     # Block by block: one long sum of float32 loses a digit, and a product's threads cost more.
     rows = rows.astype(np.float32, copy=False)
     *outer, num_rows, hidden_size = rows.shape
@@ -323,6 +325,6 @@ def _known_layout(config: CacheConfig) -> TokenLayout:
         return TokenLayout.ast()
     raise ConfigError(
         f"layout: what the tokens of {config.model_name} with the front end {config.front_end!r} "
-        "are isn't known here; give a TokenLayout (TokenLayout.ast() for an AST, TokenLayout() for "
-        "one token per step and none in front)"
+        "mean isn't known here; give a TokenLayout (TokenLayout.ast() for an AST, TokenLayout() "
+        "for one token per step and none in front)"
     )

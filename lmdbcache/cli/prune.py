@@ -11,7 +11,6 @@ from lmdbcache.cache import (
     EmbeddingCache,
     PrunePlan,
     PrunePolicy,
-    Verdict,
     leftovers_under,
     plan_pruning,
     prune,
@@ -21,7 +20,7 @@ from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import readable_size
-from lmdbcache.storage import Leftover
+from lmdbcache.storage import Leftover, plain
 
 __all__ = ["prune_command"]
 
@@ -125,16 +124,5 @@ def _summary(plan: PrunePlan, leftovers: list[Leftover]) -> str:
 
 
 def _as_json(plan: PrunePlan, leftovers: list[Leftover]) -> dict[str, Any]:
-    def entry(verdict: Verdict) -> dict[str, Any]:
-        return {**verdict.store.to_dict(), "reason": verdict.reason}
-
-    return {
-        "removed": [entry(verdict) for verdict in plan.removed],
-        "kept": [entry(verdict) for verdict in plan.kept],
-        "leftovers": [
-            {"path": str(left.path), "size_bytes": left.size_bytes, "what": left.what}
-            for left in leftovers
-        ],
-        "bytes_freed": plan.bytes_freed + sum(left.size_bytes for left in leftovers),
-        "bytes_left": plan.bytes_left,
-    }
+    freed = plan.bytes_freed + sum(leftover.size_bytes for leftover in leftovers)
+    return {**plan.to_dict(), "leftovers": plain(leftovers), "bytes_freed": freed}

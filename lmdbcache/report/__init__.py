@@ -1,4 +1,4 @@
-"""The HTML report: one file that shows what a cache holds, to read and to hand on."""
+"""The HTML report: one file that shows what a cache holds, to read and to share."""
 
 import lazy_loader
 

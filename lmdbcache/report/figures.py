@@ -1,4 +1,4 @@
-"""What the report says: of a root, and of each of its stores."""
+"""The facts that a report shows: of a root, and of each of its stores."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ClassSize(NamedTuple):
 
 @dataclass(frozen=True)
 class StoreFigures:
-    """What the report says of one store.
+    """The facts about one store.
 
     Args:
         info: The store.
@@ -136,7 +136,7 @@ class StoreFigures:
 
 @dataclass(frozen=True)
 class CacheReport(Report):
-    """What a report says.
+    """The facts about the stores under a root.
 
     Args:
         root: The cache directory.

@@ -76,7 +76,7 @@ class Outlier(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The three lists, the most telling first, and how long they would be in full.
+    """The three lists, the strongest findings first, and their full lengths.
 
     `zero_norms` are the samples whose norm is less than a millionth of the median.
     """

@@ -67,7 +67,7 @@ def _hash(sample_id: str) -> int:
 
 @dataclass
 class Vectors:
-    """What was read of one store; row i belongs to `sample_ids[i]`.
+    """The embeddings that were read of one store; row i belongs to `sample_ids[i]`.
 
     Args:
         sample_ids: In the order given, less what couldn't be read.
@@ -213,7 +213,7 @@ def _digest(embedding: npt.NDArray[Any]) -> int:
 
 @dataclass(frozen=True)
 class Distribution:
-    """How numbers are spread, ready to be drawn.
+    """The spread of some numbers, ready to be drawn.
 
     Args:
         count: How many there are.
@@ -281,7 +281,7 @@ class EmbeddingMap:
 
 
 def map_of(vectors: Vectors) -> EmbeddingMap | str:
-    """Return the map of the first 5,000 vectors, or why there is none."""
+    """Return the map of the first 5,000 vectors, or why none can be drawn."""
     from sklearn.decomposition import PCA
 
     if vectors.pooled is None or not vectors.sample_ids:
