@@ -104,7 +104,7 @@ def test_sample_listed_twice_is_one_sample(filled, config, embeddings):
 
 def test_nothing_is_stored_names_the_nearest_config(filled, config, embeddings):
     """A wrong duration is named before the call that would compute everything anew."""
-    with pytest.raises(CoverageError, match=r"duration: 10.0 asked, 5.0 stored; 20 embeddings"):
+    with pytest.raises(CoverageError, match=r"10\.0.*5\.0"):
         filled.require(config.replace(duration=10), list(embeddings))
 
 

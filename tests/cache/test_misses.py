@@ -45,7 +45,7 @@ def test_config_names_the_nearest_and_the_fields_that_differ(filled, config):
     assert found.nearest.config == config
     assert found.differences == {"duration": (10.0, 5.0)}
     assert "duration: 10.0 asked, 5.0 stored; 20 embeddings there" in str(found)
-    with pytest.raises(CacheNotFoundError, match=r"duration: 10.0 asked, 5.0 stored"):
+    with pytest.raises(CacheNotFoundError, match=r"10\.0.*5\.0"):
         filled.reader(OTHER)
 
 
