@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Final, NamedTuple
 
 from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig
@@ -154,34 +155,37 @@ def coverage_of(
         ConfigError: `dataset` isn't one.
     """
     parts = parts_of(dataset)
-    asked = list(dict.fromkeys(sample_id for part in parts for sample_id in part.sample_ids))
+    asked = list(dict.fromkeys(chain.from_iterable(part.sample_ids for part in parts)))
     missing = asked if reader is None else reader.missing(asked)
-    absent = dict.fromkeys(missing)
-    in_vain = absent.keys() & set(failed)
-    counts: dict[tuple[str, str, str], list[int]] = {}
+    absent, known_failed = set(missing), set(failed)
+    rows = []
     for part in parts:
         sample_ids = dict.fromkeys(part.sample_ids)
-        for place, those in enumerate(
-            (sample_ids, absent.keys() & sample_ids, in_vain & sample_ids.keys())
-        ):
-            for name, number in Counter(map(class_of, those)).items():
-                counts.setdefault((name, part.split, part.node), [0, 0, 0])[place] += number
-    absent_by_class = Counter(map(class_of, missing))
+        lacking = _by_class(filter(absent.__contains__, sample_ids))
+        in_vain = _by_class(i for i in sample_ids if i in absent and i in known_failed)
+        rows += [
+            CoverageRow(name, part.split, part.node, total - lacking[name], total, in_vain[name])
+            for name, total in _by_class(sample_ids).items()
+        ]
+    if len(parts) == 1:
+        by_class = {row.class_name: (row.num_present, row.num_asked) for row in rows}
+    else:  # which may have samples in common
+        lacking = _by_class(missing)
+        totals = _by_class(asked)
+        by_class = {name: (total - lacking[name], total) for name, total in totals.items()}
     left_out = getattr(dataset, "left_out", None)
     return Coverage(
         num_asked=len(asked),
         missing=tuple(missing),
-        by_class={
-            name: (total - absent_by_class[name], total)
-            for name, total in Counter(map(class_of, asked)).items()
-        },
-        failed=tuple(sample_id for sample_id in missing if sample_id in in_vain),
-        rows=tuple(
-            CoverageRow(*where, total - lacking, total, num_failed)
-            for where, (total, lacking, num_failed) in counts.items()
-        ),
+        by_class=by_class,
+        failed=tuple(sample_id for sample_id in missing if sample_id in known_failed),
+        rows=tuple(rows),
         left_out={} if left_out is None else left_out_counts(left_out),
     )
+
+
+def _by_class(sample_ids: Iterable[str]) -> Counter[str]:
+    return Counter(map(class_of, sample_ids))
 
 
 def shortfall(config: CacheConfig, dataset: Any, found: Coverage, reason: str) -> str:
