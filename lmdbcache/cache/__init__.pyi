@@ -21,7 +21,6 @@ from .misses import (
 from .pruning import (
     PrunePlan as PrunePlan,
     PrunePolicy as PrunePolicy,
-    Verdict as Verdict,
     leftovers_under as leftovers_under,
     plan_pruning as plan_pruning,
     prune as prune,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
@@ -13,7 +13,14 @@ from typing import Any, ClassVar, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.storage import EmbeddingReader, Report, portable, sample_id_of_key, stored_checksums
+from lmdbcache.storage import (
+    EmbeddingReader,
+    Progress,
+    Report,
+    portable,
+    sample_id_of_key,
+    stored_checksums,
+)
 
 __all__ = [
     "DEFAULT_TOLERANCE",
@@ -115,7 +122,7 @@ def compare_stores(
     *,
     values: bool = True,
     tolerance: float = DEFAULT_TOLERANCE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> StoreComparison:
     """Compare two stores. Memory is bounded, whatever their size.
 
@@ -181,7 +188,7 @@ class _Comparer:
             a.embedding_shape or (None,)
         )
 
-    def run(self, progress: Callable[[int, int], None]) -> None:
+    def run(self, progress: Progress) -> None:
         a, b = self._readers
         found, total = self._found, len(a) + len(b)
         for done, (key, in_a, in_b) in enumerate(_merged(a, b)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, Final, NamedTuple
@@ -73,26 +73,12 @@ class Coverage(Report):
         return self.num_present / self.num_asked if self.num_asked else 1.0
 
     @property
-    def fraction_of_possible(self) -> float:
-        """Share that is stored of what didn't fail, 0 to 1."""
-        possible = self.num_asked - len(self.failed)
-        return self.num_present / possible if possible else 1.0
-
-    @property
     def by_split(self) -> dict[str, tuple[int, int]]:
         """Split → (stored, asked)."""
-        return self._by(lambda row: row.split)
-
-    @property
-    def by_node(self) -> dict[str, tuple[int, int]]:
-        """Node → (stored, asked)."""
-        return self._by(lambda row: row.node)
-
-    def _by(self, name_of: Callable[[CoverageRow], str]) -> dict[str, tuple[int, int]]:
         sums: dict[str, tuple[int, int]] = {}
         for row in self.rows:
-            stored, asked = sums.get(name_of(row), (0, 0))
-            sums[name_of(row)] = stored + row.num_present, asked + row.num_asked
+            stored, asked = sums.get(row.split, (0, 0))
+            sums[row.split] = stored + row.num_present, asked + row.num_asked
         return sums
 
     def is_enough(self, min_coverage: float, *, allow_failed: bool = False) -> bool:

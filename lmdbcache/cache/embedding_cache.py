@@ -170,13 +170,11 @@ class EmbeddingCache:
         folders = [self.path(config)] if config else self.folders()
         return sum(allocated_bytes(folder) for folder in folders)
 
-    def compact(
-        self, config: CacheConfig, *, progress: Callable[[int, int], None] | None = None
-    ) -> CompactionResult:
+    def compact(self, config: CacheConfig, *, progress: Progress | None = None) -> CompactionResult:
         """Rewrite the store without unused pages."""
         return compact(self.path(config), progress=progress)
 
-    def verify(self, config: CacheConfig, progress: Progress | None = None) -> IntegrityReport:
+    def verify(self, config: CacheConfig, *, progress: Progress | None = None) -> IntegrityReport:
         """Compare every value with its checksum."""
         return verify(self.path(config), progress)
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
@@ -15,7 +15,7 @@ import xxhash
 
 from lmdbcache.cache.records import Source, SourceRecords, Written, forget_sources, write_sources
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage import EmbeddingReader, Report, checksums_of, class_of, sample_key
+from lmdbcache.storage import EmbeddingReader, Progress, Report, checksums_of, class_of, sample_key
 
 __all__ = [
     "STATES",
@@ -40,7 +40,6 @@ _CHUNK_BYTES: Final = 256 << 10
 _AT_ONCE: Final = 4096
 _NEWS_EVERY: Final = 64
 _T = TypeVar("_T")
-Progress = Callable[[int, int], None]
 
 
 # ---- one file

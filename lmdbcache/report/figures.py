@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -28,7 +28,14 @@ from lmdbcache.report.vectors import (
     map_of,
     read_vectors,
 )
-from lmdbcache.storage import EmbeddingReader, ReadStatistics, Report, class_of, plan_compaction
+from lmdbcache.storage import (
+    EmbeddingReader,
+    Progress,
+    ReadStatistics,
+    Report,
+    class_of,
+    plan_compaction,
+)
 
 __all__ = [
     "DEFAULT_MAX_SAMPLES",
@@ -44,7 +51,6 @@ DEFAULT_MAX_SAMPLES: Final = 30_000
 _MAX_FAILURES: Final = 200
 _MAX_UNREADABLE: Final = 100
 _TRIM: Final = 0.1  # percent at either end of the histogram of values
-_Progress = Callable[[int, int], None]
 
 
 class DatasetSplits(NamedTuple):
@@ -172,7 +178,7 @@ def collect_report(
     datasets: Iterable[DatasetSplits] = (),
     hit_rates: Mapping[str, ReadStatistics] | None = None,
     max_samples: int = DEFAULT_MAX_SAMPLES,
-    progress: _Progress | None = None,
+    progress: Progress | None = None,
 ) -> CacheReport:
     """Look at stores; damage is a finding, not an error.
 
@@ -198,7 +204,7 @@ def collect_report(
     chosen, figures, done = list(datasets), [], 0
     steps = [2 * min(max_samples, info.num_embeddings) for info in infos]
     for info, num_steps in zip(infos, steps, strict=True):
-        found = _Progression(progress, done, num_steps, sum(steps))
+        found = _Steps(progress, done, num_steps, sum(steps))
         figures.append(_figures_of(cache, info, chosen, max_samples, found))
         done += num_steps
         if progress is not None:
@@ -226,10 +232,10 @@ def _check_dependencies() -> None:
         ) from None
 
 
-class _Progression(NamedTuple):
+class _Steps(NamedTuple):
     """The steps of one store among those of all: the first half reads, the second compares."""
 
-    progress: _Progress | None
+    progress: Progress | None
     before: int
     num_steps: int
     in_all: int
@@ -250,7 +256,7 @@ def _figures_of(
     info: StoreInfo,
     datasets: Sequence[DatasetSplits],
     max_samples: int,
-    progress: _Progression,
+    progress: _Steps,
 ) -> StoreFigures:
     failures = read_failures(info.path)
     figures = StoreFigures(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.report.vectors import Vectors
+from lmdbcache.storage import Progress
 
 __all__ = [
     "MAX_LISTED",
@@ -94,7 +95,7 @@ class Neighbours(NamedTuple):
 def find_neighbours(
     vectors: Vectors,
     split_of: Mapping[str, str],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Neighbours:
     """Compare the vectors with one another.
 
@@ -171,7 +172,7 @@ class _Search:
         self,
         vectors: Vectors,
         rows: npt.NDArray[np.int64],
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> None:
         if vectors.pooled is None:
             raise ValueError("vectors of different lengths have no angles")
@@ -261,7 +262,7 @@ def _nearest(
     units: npt.NDArray[np.float32],
     reduced: npt.NDArray[np.float32],
     count: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return `(n, count)`: rows of the nearest others, nearest first; fewer if there are fewer.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.storage import EmbeddingReader, class_of
+from lmdbcache.storage import EmbeddingReader, Progress, class_of
 
 __all__ = [
     "MAX_POINTS",
@@ -101,7 +101,7 @@ class Vectors:
 def read_vectors(
     reader: EmbeddingReader,
     sample_ids: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Vectors:
     """Read embeddings: of the list's beginning what 2 GiB, or 512 MiB of vectors, can hold.
 
