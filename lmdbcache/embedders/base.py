@@ -1,7 +1,6 @@
-"""What a model has to offer to be run by the extraction: a front end and an embedder.
+"""The interface of a model: a front end, an embedder, and what identifies them.
 
-All are structural: a class of your own needs these methods, not this base. The module stays free
-of torch at run time.
+All are structural: your class needs these methods, not this base. torch isn't imported here.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = [
 
 @runtime_checkable
 class FrontEnd(Protocol):
-    """Turns one waveform into the model's input, inside DataLoader worker processes.
+    """A function from one waveform to the model's input, called in DataLoader worker processes.
 
     An instance is pickled to the workers: keep it small, and build what is heavy at first use.
 
@@ -66,13 +65,13 @@ class FrontEnd(Protocol):
         ...
 
     def provenance(self) -> dict[str, str]:
-        """What else decides the features' last bits: implementation, library versions."""
+        """Return what else decides the features' last bits: implementation, library versions."""
         ...
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Turns a batch of features into embeddings, in the main process."""
+    """A function from a batch of features to embeddings, called in the main process."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -97,7 +96,7 @@ class Embedder(Protocol):
         ...
 
     def provenance(self) -> dict[str, str]:
-        """Weights, revision, library versions, device and compute dtype."""
+        """Return weights, revision, library versions, device and compute dtype."""
         ...
 
 
@@ -126,7 +125,7 @@ class AudioModel(Protocol):
         ...
 
     def check(self, config: CacheConfig) -> None:
-        """Whether this model can fill a store of this config.
+        """Check that this model can fill a store of this config.
 
         Raises:
             ConfigError: It can't; the message names the field.
@@ -134,15 +133,15 @@ class AudioModel(Protocol):
         ...
 
     def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
-        """Shape of one embedding, without loading weights; None if that can't be told."""
+        """Return the shape of one embedding, without loading weights; None if it isn't known."""
         ...
 
     def make_front_end(self, config: CacheConfig) -> FrontEnd:
-        """The front end for clips of this config."""
+        """Make the front end for clips of this config."""
         ...
 
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
-        """The model, loaded."""
+        """Load the model."""
         ...
 
 
@@ -157,7 +156,7 @@ def check_output(name: str, outputs: tuple[str, ...], output: str) -> None:
 
 
 def check_waveform(waveform: NDArray[Any]) -> None:
-    """Whether a front end can take this waveform.
+    """Check that a front end can take this waveform.
 
     Raises:
         ConfigError: It isn't one-dimensional float32.
@@ -170,7 +169,7 @@ def check_waveform(waveform: NDArray[Any]) -> None:
 
 
 def check_num_samples(num_samples: int, min_samples: int, sample_rate: int) -> None:
-    """Whether a waveform is long enough for any features.
+    """Check that a waveform is long enough for any features.
 
     Raises:
         ConfigError: It is shorter than one analysis window.
@@ -183,7 +182,7 @@ def check_num_samples(num_samples: int, min_samples: int, sample_rate: int) -> N
 
 
 def as_features(found: Any) -> NDArray[Any]:
-    """What a front end returned, as an array for the model.
+    """Convert what a front end returned to an array for the model.
 
     Args:
         found: Array, tensor (any device, with or without grad), number, or nested list of numbers.
@@ -208,7 +207,7 @@ def as_features(found: Any) -> NDArray[Any]:
         array: NDArray[Any] = np.asarray(found)
     except (ValueError, TypeError) as error:
         raise FrontEndError(
-            f"its features are a {kind} that is no array ({first_line(error)}); return one array"
+            f"its features are a {kind}, not an array ({first_line(error)}); return one array"
         ) from error
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
@@ -291,7 +290,7 @@ def clip_features(
 
 
 def front_end_name(front_end: Any) -> str:
-    """What to call a front end in a message: its id, or the function's name."""
+    """Return the name of a front end for a message: its id, or the function's name."""
     own = getattr(front_end, "identity", None) or getattr(front_end, "__name__", None)
     return str(own or type(front_end).__name__)
 
@@ -309,6 +308,6 @@ def _version(package: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's class and the first line of what it says, for a message of one line."""
+    """Return an error's class and the first line of its text."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The checkpoint that a name or a folder stands for, and where it lies.
+"""The checkpoint that a name or a folder means, and where it lies.
 
 This module imports neither torch nor transformers: a run that has nothing to compute asks for an
 identity only.
@@ -68,7 +68,7 @@ class Checkpoint:
         return self.weights_digest is not None
 
     def provenance(self) -> dict[str, str]:
-        """The weights' digest and the Hub's revision, as far as they are known."""
+        """Return the weights' digest and the Hub's revision, as far as they are known."""
         known = {"weights_digest": self.weights_digest, "revision": self.revision}
         return {name: value for name, value in known.items() if value}
 
@@ -160,7 +160,7 @@ def settings_folder(checkpoint: Checkpoint, *, download: bool = False) -> Path |
     Args:
         checkpoint: As `find_checkpoint` gives it.
         download: Download the two files if they aren't on this machine; otherwise the network is
-            never asked, and the answer is None.
+            never asked, and None is returned.
 
     Raises:
         ModelLoadError: They can't be downloaded; says what to do.
@@ -186,7 +186,7 @@ def folder_provenance(model: str | os.PathLike[str]) -> dict[str, str]:
 def moved_weights(
     model: str | os.PathLike[str], provenance: Mapping[str, str], store: object
 ) -> str:
-    """Describe how a Hub name stands for other weights here than those that filled a store.
+    """Describe how a Hub name means other weights here than those that filled a store.
 
     The Hub's cache on this machine is looked at; the network is never asked.
 
@@ -196,7 +196,7 @@ def moved_weights(
         store: For the message.
 
     Returns:
-        Empty where the name stands for the same weights, or nothing is known.
+        Empty where the name means the same weights, or nothing is known.
     """
     before, digest = provenance.get("revision"), provenance.get("weights_digest")
     if before is None:
@@ -289,7 +289,7 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder in the Hub's local cache that has both JSON files."""
+    """Return the folder in the Hub's local cache that has both JSON files."""
     hub = _hub()
     if "@" in name:
         raise ModelLoadError(
@@ -314,7 +314,7 @@ def _download(name: str, wanted: Sequence[str] = ()) -> None:
     """Bring a repository into the Hub's local cache: the files wanted, else all that is needed.
 
     One request without retries goes first: huggingface_hub's own downloads retry for 23 s where
-    there is no network.
+    the network is missing.
     """
     hub = _hub()
     try:

@@ -52,7 +52,7 @@ class ModuleEmbedder:
 
     The module is called with a batch of features, in eval mode and without gradients; afterwards
     each of its submodules is in the mode it was in before. It stays on its device unless
-    `extract` is told another one. Floating-point features are cast to the dtype of the module's
+    `extract` is given another one. Floating-point features are cast to the dtype of the module's
     weights (float16 for `module.half()`); integers and bools stay as they are. Embeddings are
     float32.
 
@@ -136,7 +136,7 @@ class ModuleEmbedder:
         return tuple(self._outputs)
 
     def check(self, config: CacheConfig) -> None:
-        """Whether this module can fill a store of this config.
+        """Check that this module can fill a store of this config.
 
         Raises:
             ConfigError: The config is another model's; the message names the field.
@@ -155,7 +155,7 @@ class ModuleEmbedder:
                 )
 
     def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
-        """Shape of one embedding, found by running the module on one clip of noise.
+        """Return the shape of one embedding, by running the module on one clip of noise.
 
         None if the front end or the module fails on noise, which says little about real clips.
         """
@@ -165,19 +165,19 @@ class ModuleEmbedder:
             return None
 
     def make_front_end(self, config: CacheConfig) -> FrontEnd:
-        """The front end; the same for every config that `check` lets pass."""
+        """Return the front end; the same for every config that `check` lets pass."""
         self.check(config)
         return self._front_end
 
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
-        """The module, ready to run.
+        """Make an embedder of the module.
 
         Args:
             config: Says which output, and the precision.
             device: Where to move the module; None leaves it where it is.
 
         Raises:
-            ConfigError: The config is another model's, or there is no such device.
+            ConfigError: The config is another model's, or the device doesn't exist.
             MissingDependencyError: torch isn't installed.
         """
         self.check(config)
@@ -223,7 +223,7 @@ class _CallableFrontEnd:
 
 
 class RunningModule:
-    """A module or a function as it is run for its embeddings: frozen, watched, on its device.
+    """A module or a function that is run for its embeddings: frozen, watched, on its device.
 
     A module runs in eval mode, and each part of it is afterwards in the mode that it was in. Inputs
     are copied, moved to its device, and cast to the dtype of its weights if they are floats. A
@@ -238,7 +238,7 @@ class RunningModule:
         allow_tf32: Leave a GPU's TF32 as the program has set it; it is switched off otherwise.
 
     Raises:
-        ConfigError: There is no such device or dtype, or the weights can't be digested.
+        ConfigError: An unknown device or dtype, or weights that can't be digested.
         MissingDependencyError: torch isn't installed.
     """
 
@@ -330,7 +330,7 @@ class RunningModule:
         return on_cpu
 
     def provenance(self) -> dict[str, str]:
-        """The digest of the weights; empty for a function."""
+        """Return the digest of the weights; empty for a function."""
         return {} if self.weights is None else {"weights_digest": self.weights.digest}
 
     def _placed(self, value: Any, device: torch.device | None) -> Any:

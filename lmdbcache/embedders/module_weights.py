@@ -58,7 +58,7 @@ class _ModuleState(NamedTuple):
 def module_digest(module: torch.nn.Module) -> str:
     """Return 16 hex digits over the name, dtype, shape and values of all weights of a module.
 
-    It covers parameters, buffers (non-persistent ones, too), packed parameters of quantized
+    It covers parameters, buffers, non-persistent ones included, packed parameters of quantized
     modules, `get_extra_state`, and the attributes and constants of scripted modules. A tensor in a
     plain attribute isn't covered: register it as a buffer.
 
@@ -109,7 +109,7 @@ def _values_digest(values: Mapping[str, Any]) -> str:
 
 
 def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every submodule under each of its names, with the prefix of its tensors' names."""
+    """Yield every submodule under each of its names, with the prefix of its tensors' names."""
     import torch
 
     yield prefix, module
@@ -121,7 +121,7 @@ def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn
 
 
 def _saved_besides(part: torch.nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
-    """What a module saves of itself by code of its own."""
+    """Yield what a module saves of itself by code that overrides torch's."""
     import torch
 
     plain, kind = torch.nn.Module, type(part)
@@ -144,7 +144,7 @@ def _saved_besides(part: torch.nn.Module, prefix: str) -> Iterator[tuple[str, An
 
 
 def _script_attributes(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """What a scripted module holds besides tensors, and the constants of its code.
+    """Yield what a scripted module holds besides tensors, and the constants of its code.
 
     The weights of a frozen one are such constants.
     """
@@ -212,7 +212,7 @@ def _add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def _parts_of_tensor(tensor: torch.Tensor) -> tuple[str, dict[str, Any]] | None:
-    """Its kind and components, of a tensor that isn't plain memory."""
+    """Return kind and components of a tensor that isn't plain memory."""
     import torch
 
     tensor = tensor.detach()
@@ -282,7 +282,7 @@ def _raw(value: Any) -> bytes:
 def _refused(name: str, value: Any, reason: str) -> ConfigError:
     return ConfigError(
         f"module: {name}, a {type(value).__name__}, can't be digested ({reason}); a cache can't "
-        "tell these weights from others"
+        "distinguish these weights from others"
     )
 
 
@@ -329,7 +329,7 @@ class WatchedWeights:
             raise ProvenanceMismatchError(
                 f"the weights of {type(self._module).__name__} changed{named if changed else ''} "
                 "since its first embeddings were computed, and embeddings of different weights "
-                "must not be mixed. Make a new encoder, with a model_name of its own for these "
+                "must not be mixed. Make a new encoder, with another `model_name` for these "
                 "weights; or load the earlier weights again"
             )
         self._seen = _Glance(self._module)
@@ -353,7 +353,7 @@ class WatchedWeights:
 
 
 class _Glance:
-    """What can be seen of a module's tensors in microseconds each."""
+    """The state of a module's tensors, as far as it is seen in microseconds each."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         state = _module_state(module)
@@ -383,7 +383,7 @@ class _Glance:
         )
 
     def changed(self, module: torch.nn.Module) -> list[str]:
-        """Names of the tensors that were written or replaced, as far as their counters show."""
+        """Return the names of tensors that were written or replaced, as far as counters show."""
         now = _places(_module_state(module).tensors)
         return [name for name in now | self._places if now.get(name) != self._places.get(name)]
 
@@ -411,7 +411,7 @@ def _unplaced(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _samples(tensors: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Some elements of each tensor, as views that can be read in one go: one list for each kind."""
+    """Return some elements of each tensor, as views that can be read in one go: a list a kind."""
     import torch
 
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -146,7 +146,7 @@ class PretrainedModel:
 
 
 def find_model(model: str | os.PathLike[str] | AudioModel) -> AudioModel:
-    """Return the model that a name or a folder stands for; no weights are loaded.
+    """Return the model that a name or a folder means; no weights are loaded.
 
     A Hub model that isn't on this machine is recognised by its name if that begins like those of
     its kind (`openai/whisper-…`); otherwise its two JSON files are downloaded.

@@ -1,4 +1,4 @@
-"""Audio encoders of transformers: what a family of models has to say, and how one is run.
+"""Audio encoders of transformers: the interface of a family of models, and how one is run.
 
 A family is a kind of model with one feature extractor and one way of being run. Every check that
 transformers omits when it loads a checkpoint is made here. transformers and torch are imported at
@@ -94,7 +94,7 @@ class ModelFamily(ABC):
     front_end_id: ClassVar[str]
     """The value for `CacheConfig.front_end`."""
     sample_rate: ClassVar[int]
-    """Where preprocessor_config.json says nothing else, in Hz."""
+    """The default of preprocessor_config.json's sampling_rate, in Hz."""
     outputs: ClassVar[tuple[str, ...]]
     """The default one first."""
     takes_num_valid: ClassVar[bool] = True
@@ -192,13 +192,13 @@ class ModelFamily(ABC):
         settings: Settings,
         num_samples: int,
     ) -> NDArray[np.float32]:
-        """Compute the features of a clip that stands for `num_samples`.
+        """Compute the features of a clip that fills `num_samples` with its padding.
 
         Args:
             extract: The checkpoint's feature extractor, for arrays at its sample rate.
             clip: `(num_valid,)`, or `(num_samples,)` without `takes_num_valid`.
             settings: The checkpoint's.
-            num_samples: Length of the clip with its padding.
+            num_samples: That length.
         """
 
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
@@ -292,7 +292,7 @@ class TransformersFrontEnd:
         return np.ascontiguousarray(features, dtype=np.float32)
 
     def provenance(self) -> dict[str, str]:
-        """Which implementation is in use (key `feature_extractor`), and library versions."""
+        """Return the implementation in use (key `feature_extractor`), and library versions."""
         self.family.import_transformers()
         return self.family.extractor_provenance()
 
@@ -405,7 +405,7 @@ class TransformersEmbedder:
         return on_cpu
 
     def provenance(self) -> dict[str, str]:
-        """Weights, Hub revision where known, library versions, device type and compute dtype."""
+        """Return weights, revision, library versions, device type and compute dtype."""
         return {
             **self.checkpoint.provenance(),
             **library_versions("torch", "transformers"),

@@ -48,7 +48,7 @@ def _left_out_of_graphs(function: _Function) -> _Function:
 
 @dataclass
 class _Inputs:
-    """What was given for a whole batch."""
+    """The inputs of a whole batch."""
 
     positional: Sequence[Any]
     named: Mapping[str, Any]
@@ -57,7 +57,7 @@ class _Inputs:
 
 
 class CachedEncoder(torch.nn.Module):
-    """Takes a frozen encoder's place in a training script and answers from the cache.
+    """A frozen encoder's substitute in a training script, which answers from the cache.
 
     Called with what the model takes and the sample ids, it returns what the model returns. Only
     what isn't stored is computed: each sample once, the misses of a batch in one forward pass. They
@@ -70,7 +70,7 @@ class CachedEncoder(torch.nn.Module):
     returned; `to(dtype)` changes the dtype that is returned (float32), not the one computed in,
     which is the config's whatever autocast is on.
 
-    Each process (DDP ranks, forked and spawned workers) has a reader and writer of its own; writers
+    Each process (DDP ranks, forked and spawned workers) has its own reader and writer; writers
     take turns. Pickles and copies as its settings and its model; what isn't committed stays here.
 
     Args:
@@ -85,7 +85,7 @@ class CachedEncoder(torch.nn.Module):
         select_output: Takes the embeddings from what the model returns; None takes a tensor as it
             is, else the attribute or item named `config.output`.
         provenance: Kept in the store's metadata. A `weights_digest` here is believed; else an
-            embedder tells its own, and a module's is taken over all its weights.
+            embedder has its own, and a module's is taken over all its weights.
         device: Where the model runs and embeddings are returned; None: returned where the module
             is, else on the CPU, and a model known by its name runs on a CUDA GPU if there is one.
         commit_seconds: Commit at least this often, while it is used.
@@ -138,7 +138,7 @@ class CachedEncoder(torch.nn.Module):
         """Waveform → features; that of a model known by its name is built now.
 
         Raises:
-            ModelLoadError: There is no such model.
+            ModelLoadError: The model can't be found.
         """
         return self._front_end or self._frozen.front_end
 
@@ -151,7 +151,7 @@ class CachedEncoder(torch.nn.Module):
         num_valid: Any = None,
         **named_inputs: Any,
     ) -> torch.Tensor:
-        """The embeddings of a batch.
+        """Return the embeddings of a batch.
 
         With a front end the first input is waveforms, cut to no more than the config's duration.
         Shorter ones are padded here. Some front ends (of models with an attention mask, of CLAP)
@@ -166,7 +166,7 @@ class CachedEncoder(torch.nn.Module):
                 function of the sample ids that are missing.
             sample_ids: One for each sample, `file_id:class`; repeats are computed once.
             num_valid: How many samples of each waveform aren't padding, `(batch,)`; None: all.
-                Without effect where there is no front end.
+                Without effect where no front end is used.
             named_inputs: Further inputs by name; what isn't a tensor, array, list or function is
                 handed to the model as it is.
 
@@ -189,7 +189,7 @@ class CachedEncoder(torch.nn.Module):
         return self._answer(list(sample_ids), given)
 
     def complete(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The embeddings of a mixed batch: the misses are computed in one forward pass.
+        """Return the embeddings of a mixed batch: misses are computed in one forward pass.
 
         Args:
             batch: As `collate_mixed` makes it: `sample_ids`, `mask` (True for a hit), `embeddings`
@@ -249,7 +249,7 @@ class CachedEncoder(torch.nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        """What `print` shows of it."""
+        """Return the store's name, which `print` shows."""
         return f"{self._write_back.stored.cache.path(self.config).name}"
 
     # ---- the cache
@@ -289,7 +289,7 @@ class CachedEncoder(torch.nn.Module):
             self._refuse_other_weights(reader.metadata)
 
     def _look_at_name(self) -> None:
-        """Say once if the model's Hub name stands for other weights than those of the hits."""
+        """Say once if the model's Hub name means other weights than those of the hits."""
         self._looked_at_name = True
         reader = self._write_back.stored.reader()
         if reader is None:
@@ -356,7 +356,7 @@ class CachedEncoder(torch.nn.Module):
     def _chosen(
         self, inputs: _Inputs, positions: list[int], wanted: list[str], batch_size: int
     ) -> tuple[list[Any], dict[str, Any]]:
-        """What the model takes for the samples that are wanted."""
+        """Return what the model takes for the samples that are wanted."""
         select = functools.partial(
             select_inputs, positions=positions, sample_ids=wanted, batch_size=batch_size
         )

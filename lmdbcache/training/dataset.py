@@ -51,7 +51,7 @@ class EmbeddingSource(Protocol):
     """Where a Dataset reads: an `EmbeddingReader`, a `HiddenStateView`, or RAM (`preload`)."""
 
     def select(self, sample_ids: Sequence[str] | None = None) -> Any:
-        """The samples by position."""
+        """Return the samples by position."""
 
 
 class EmbeddingDataset(torch.utils.data.Dataset[Any]):
@@ -73,7 +73,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     Raises:
         ValueError: Not as many labels as samples.
         ConfigError: The labels aren't numbers, or differ in shape.
-        MissingLabelError: A sample has no label; a `KeyError`, too.
+        MissingLabelError: A sample has no label; also a `KeyError`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         pin_memory: bool = False,
         threads: CopyThreads | None = None,
     ) -> Any:
-        """A collated batch: `embeddings`, or `(embeddings, labels)`. See `fetch_batch`."""
+        """Return a collated batch: `embeddings`, or `(embeddings, labels)`. See `fetch_batch`."""
         if isinstance(self.selection, (Selection, ViewSelection)):
             embeddings = fetch_batch(
                 self.selection,
@@ -193,7 +193,7 @@ class CollatedBatch(list[Any]):
 
 
 def collate_embeddings(batch: Any) -> Any:
-    """The `collate_fn` of `EmbeddingDataset`: takes the collated batch as it is.
+    """Return the batch that an `EmbeddingDataset` has collated, as a `collate_fn`.
 
     Returns:
         `embeddings` of shape `(batch, *embedding_shape)`, or `(embeddings, labels)` with labels
@@ -248,7 +248,7 @@ def fetch_batch(
     pin_memory: bool = False,
     threads: CopyThreads | None = None,
 ) -> torch.Tensor:
-    """One batch as a CPU tensor of its own memory.
+    """Copy one batch into a new CPU tensor.
 
     In a DataLoader's worker process it lies in shared memory, so that it isn't copied again on
     its way to the main process.
@@ -256,7 +256,7 @@ def fetch_batch(
     Args:
         selection: Where to read.
         positions: Positions in the selection, `(n,)`.
-        in_background: Copy so that the main thread's Python can run meanwhile.
+        in_background: Copy so that the main thread's Python can run in the meantime.
         pin_memory: Put it into page-locked memory, for an asynchronous copy to a GPU.
         threads: Share the copying of large embeddings with these.
 
@@ -345,7 +345,7 @@ def _fill(
 
 
 def _view(file: MappedFile, length: int) -> torch.Tensor:
-    """Every position of the file as the start of a row. It never leaves this module."""
+    """Return every position of the file as the start of a row; for this module only."""
     views = _views.setdefault(file, {})
     if length not in views:
         with warnings.catch_warnings():

@@ -34,7 +34,7 @@ __all__ = ["FrozenEncoder"]
 
 
 class FrozenEncoder:
-    """An encoder whose weights don't change, and that isn't there before it has to compute.
+    """An encoder whose weights don't change, and that is built when it has to compute.
 
     Whatever it is given becomes an embedder: an `AudioModel` makes one, an embedder is one, a
     module or a function of the inputs is wrapped as `RunningModule`, which is also what a
@@ -92,7 +92,7 @@ class FrozenEncoder:
 
         Raises:
             ConfigError: The model can't fill a store of this config.
-            ModelLoadError: There is no such model, or it can't be downloaded.
+            ModelLoadError: The model can't be found or downloaded.
         """
         if self._is_model and self._front_end is None:
             self._front_end = self._ready().make_front_end(self._config)
@@ -144,12 +144,12 @@ class FrozenEncoder:
             self._embedder.weights.check_written()
 
     def provenance(self) -> dict[str, str]:
-        """What is known of the weights, and where a model's folder lies, as `extract` notes it."""
+        """Return what is known of the weights, and the model's folder, as `extract` notes it."""
         folder = folder_provenance(self._given) if self._is_name else {}
         return {**folder, **self._embedder.provenance()}
 
     def moved_weights(self, provenance: Mapping[str, str], store: object) -> str:
-        """Describe how its Hub name stands for other weights than a store's, else nothing."""
+        """Describe how its Hub name means other weights than a store's, else nothing."""
         return moved_weights(self._given, provenance, store) if self._is_name else ""
 
     def run(

@@ -90,7 +90,7 @@ class PreloadedEmbeddings:
         return {**self.__dict__, "_rows": None}
 
     def select(self, sample_ids: Sequence[str] | None = None) -> PreloadedSelection:
-        """These samples by position; None takes all.
+        """Return these samples by position; None takes all.
 
         Raises:
             SampleNotFoundError: A sample wasn't preloaded.
@@ -124,10 +124,10 @@ class PreloadedSelection:
         return len(self.sample_ids)
 
     def get_batch(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
-        """The embeddings at these positions, `(n, *embedding_shape)`, a copy."""
+        """Return the embeddings at these positions, `(n, *embedding_shape)`, a copy."""
         wanted = torch.as_tensor(positions, dtype=torch.long)
         rows = wanted if self._rows is None else self._rows[wanted]
         return self._embeddings.index_select(0, rows)
 
     def will_need(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> None:
-        """Nothing to do: they are in memory."""
+        """Do nothing: they are in memory."""

@@ -36,7 +36,7 @@ def target_tensor(sample_ids: Sequence[str], targets: Targets) -> torch.Tensor:
 
     Raises:
         ConfigError: The targets aren't numbers, differ in shape, or aren't one for each sample.
-        MissingLabelError: A sample has no target; a `KeyError`, too.
+        MissingLabelError: A sample has no target; also a `KeyError`.
     """
     if isinstance(targets, Mapping):
         targets = _by_name(sample_ids, targets)

@@ -18,14 +18,14 @@ _BFLOAT16: Final = NUMPY_DTYPES["bfloat16"]
 
 
 def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-    """A CPU tensor over the memory of an owned, writable array; bfloat16 included."""
+    """Return a CPU tensor over the memory of an owned, writable array; bfloat16 included."""
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 class TensorMapping(Mapping[str, torch.Tensor]):
-    """A Mapping of arrays seen as one of CPU tensors; each is read when it is asked for.
+    """A Mapping of arrays as one of CPU tensors; each is read when it is asked for.
 
     Picklable if the arrays' Mapping is; works in forked and spawned workers as that does.
 

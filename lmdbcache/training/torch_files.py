@@ -1,4 +1,4 @@
-"""What scripts keep: dicts written by `torch.save`, and the tensors, arrays or dicts in them.
+"""Files of scripts: dicts written by `torch.save`, and the tensors, arrays or dicts in them.
 
 torch is imported inside the functions: the names of outputs are needed without it.
 """
@@ -81,7 +81,7 @@ def read_torch_file(path: str | Path, *, mmap: bool) -> Any:
 
 
 def _numpy_allowed() -> contextlib.AbstractContextManager[None]:
-    """While this is entered, what rebuilds numpy arrays and scalars of numbers is no code."""
+    """Allow what rebuilds numpy arrays and scalars of numbers, while this is entered."""
     import torch
 
     if torch.__version__ < "2.6":  # no way to tell numpy 1's names from numpy 2's
@@ -101,7 +101,7 @@ def _numpy_allowed() -> contextlib.AbstractContextManager[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What torch says, in one line, without its advice to trust the file."""
+    """Return torch's reason in one line, without its advice to trust the file."""
     text = str(error)
     for before in ("WeightsUnpickler error:", "from a trusted source."):
         text = text.rpartition(before)[2]
@@ -125,13 +125,13 @@ def read_text_embeddings(path: str | Path) -> dict[str, Any]:
 
 
 def plain_tensor(value: Any) -> torch.Tensor:
-    """A stored value, in whichever form a script holds it, as a tensor without a graph.
+    """Convert a value, in whichever form a script holds it, to a tensor without a graph.
 
     Args:
         value: Tensor, array, or a dict holding one under `embeddings` or `embedding`.
 
     Raises:
-        InvalidEmbeddingError: It is none of these, or has masked elements.
+        InvalidEmbeddingError: It is another kind of value, or has masked elements.
     """
     import torch
 
@@ -153,14 +153,14 @@ def plain_tensor(value: Any) -> torch.Tensor:
 
 
 def unwrapped(value: Any) -> Any:
-    """What a dict holds under `embeddings` or `embedding`; anything else as it is."""
+    """Return what a dict holds under `embeddings` or `embedding`; anything else as it is."""
     if isinstance(value, Mapping):
         return value.get("embeddings", value.get("embedding"))
     return value
 
 
 def checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
-    """The tensor or array in a value, if it is one and has this shape.
+    """Return the tensor or array in a value, if it is one and has this shape.
 
     Raises:
         InvalidEmbeddingError: It isn't or hasn't; the message names the sample.
@@ -182,18 +182,18 @@ def checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
 
 
 def output_of(embeddings: Mapping[str, Any]) -> str:
-    """Which output of the model these are, by the number of dimensions of the first."""
+    """Guess which output of the model these are, by the dimensions of the first."""
     first = unwrapped(next(iter(embeddings.values())))
     return output_of_dimensions(getattr(first, "ndim", 1))
 
 
 def output_of_dimensions(num_dimensions: int) -> str:
-    """Which output of the model embeddings of so many dimensions are, as far as one can guess."""
+    """Guess which output of the model embeddings of so many dimensions are."""
     return HIDDEN if num_dimensions >= 2 else POOLED
 
 
 def class_of(key: str, value: Any) -> str:
-    """The class in a legacy value, or else in the sample id."""
+    """Return the class in a legacy value, or else in the sample id."""
     if isinstance(value, Mapping) and "class_name" in value:
         return str(value["class_name"]).lower()
     try:

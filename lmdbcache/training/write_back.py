@@ -25,7 +25,7 @@ _logger: Final = logging.getLogger(__name__)
 
 
 class StoredEmbeddings:
-    """Looks up whatever is stored; nothing stored yet is no error.
+    """A look-up of whatever is stored; a store that doesn't exist yet isn't an error.
 
     New commits of any process are seen at the first miss after them. Picklable, fork-safe.
 
@@ -45,13 +45,13 @@ class StoredEmbeddings:
     def find(
         self, sample_ids: Sequence[str]
     ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.bool_]]:
-        """The stored ones of these samples.
+        """Return the embeddings of these samples that are stored.
 
         Args:
             sample_ids: Sample ids; repeats are fine. One that can't be stored is a miss.
 
         Returns:
-            `(hits, *embedding_shape)` in the order asked for, owned, or None if there are none;
+            `(hits, *embedding_shape)` in the order asked for, owned, or None without a hit;
             and which samples these are, `(len(sample_ids),)`.
         """
         while (reader := self.reader()) is not None:
@@ -71,7 +71,7 @@ class StoredEmbeddings:
         return None, np.zeros(len(sample_ids), np.bool_)
 
     def reader(self) -> EmbeddingReader | None:
-        """The reader, if anything is stored."""
+        """Return the reader, if anything is stored."""
         if self._reader is None and self.config in self.cache:
             self._reader = self.cache.reader(self.config)
         return self._reader
@@ -85,7 +85,7 @@ class StoredEmbeddings:
 
 @dataclass
 class Found:
-    """What is known of a batch.
+    """The embeddings of a batch that are known.
 
     Args:
         stored: `(hits, *embedding_shape)`, or None.
@@ -99,12 +99,12 @@ class Found:
 
     @property
     def missing(self) -> list[int]:
-        """Positions of what has to be computed."""
+        """Positions of the samples that have to be computed."""
         absent = np.flatnonzero(~self.is_stored).tolist()
         return [position for position in absent if position not in self.waiting]
 
     def completed(self, computed: Mapping[int, npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """The whole batch in order, given the missing ones by position."""
+        """Return the whole batch in order, given the missing ones by position."""
         others = {**self.waiting, **computed}
         if self.stored is not None and not others:
             return self.stored
@@ -165,7 +165,7 @@ class WriteBack:
         return self._lock
 
     def find(self, sample_ids: Sequence[str]) -> Found:
-        """What is stored, or computed already, of these samples."""
+        """Return what is stored, or computed already, of these samples."""
         if self._since is not None and time.monotonic() - self._since >= self._commit_seconds:
             self.flush()
         stored, is_stored = self.stored.find(sample_ids)
@@ -243,7 +243,7 @@ class WriteBack:
             self._since = None
 
 
-# Encoders of this process with something to commit, those that nobody else holds included: a
+# Encoders of this process with something to commit, unreferenced ones included: a
 # commit out of a finalizer could meet another one half done in its own thread.
 _unfinished: set[WriteBack] = set()
 _has_exit_handler_in = -1

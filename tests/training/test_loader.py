@@ -45,7 +45,7 @@ def flat(batches):
 
 
 def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "lmdbcache-prefetch"]
+    return [t for t in threading.enumerate() if t.name.startswith("lmdbcache-prefetch")]
 
 
 @pytest.fixture(autouse=True)

@@ -67,11 +67,11 @@ class _ASTFamily(ModelFamily):
             )
 
     def min_samples(self, settings: Settings) -> int:
-        """One analysis window of 25 ms: 400 samples at 16 kHz."""
+        """Return one analysis window of 25 ms: 400 samples at 16 kHz."""
         return int(settings.sample_rate * _WINDOW_MILLISECONDS / 1000)
 
     def max_samples(self, settings: Settings) -> int:
-        """`max_length` frames of 10 ms: its extractor drops the frames beyond them."""
+        """Return `max_length` frames of 10 ms: its extractor drops the frames beyond them."""
         num_frames = int(settings.preprocessor.get("max_length", _SIZES["max_length"]))
         return num_frames * settings.sample_rate * _HOP_MILLISECONDS // 1000
 
@@ -104,7 +104,7 @@ class _ASTFamily(ModelFamily):
         return transformers
 
     def extractor_provenance(self) -> dict[str, str]:
-        """Which fbank is in use, and the versions it depends on.
+        """Return which fbank is in use, and the versions it depends on.
 
         transformers takes torchaudio's kaldi fbank where torchaudio is installed and its own in
         numpy otherwise; the two differ by up to 8e-3.
@@ -151,7 +151,7 @@ AST: Final = _ASTFamily()
 
 
 class ASTFrontEnd(TransformersFrontEnd):
-    """AST's front end, for who builds it by hand; `find_model` does for every family.
+    """AST's front end, built by hand; `find_model` builds that of every family.
 
     Args:
         checkpoint: As `find_checkpoint` gives it.
@@ -163,7 +163,7 @@ class ASTFrontEnd(TransformersFrontEnd):
 
 
 class ASTEmbedder(TransformersEmbedder):
-    """AST's embedder, for who builds it by hand; `find_model` does for every family.
+    """AST's embedder, built by hand; `find_model` builds that of every family.
 
     Args:
         checkpoint: As `find_checkpoint` gives it.

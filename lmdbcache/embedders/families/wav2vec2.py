@@ -78,7 +78,7 @@ class _Wav2Vec2Family(ModelFamily):
         return (size,) if output == "mean" else (frames, size)
 
     def min_samples(self, settings: Settings) -> int:
-        """What gives one frame: 400 samples at 16 kHz as published."""
+        """Return what gives one frame: 400 samples at 16 kHz as published."""
         return _samples_of(settings, 1)
 
     def features(
