@@ -8,8 +8,6 @@ from .base import (
 )
 from .checkpoint_files import weights_digest as weights_digest
 from .checkpoints import (
-    Checkpoint as Checkpoint,
-    fetch_checkpoint as fetch_checkpoint,
     find_checkpoint as find_checkpoint,
     folder_provenance as folder_provenance,
     identify as identify,
@@ -31,7 +29,7 @@ from .module_embedder import (
     RunningModule as RunningModule,
     no_real_numbers as no_real_numbers,
 )
-from .module_weights import WatchedWeights as WatchedWeights, module_digest as module_digest
+from .module_weights import module_digest as module_digest
 from .registry import (
     PretrainedModel as PretrainedModel,
     config_for as config_for,

@@ -1,20 +1,16 @@
 from .cached_encoder import CachedEncoder as CachedEncoder
 from .dataset import (
-    CollatedBatch as CollatedBatch,
     EmbeddingDataset as EmbeddingDataset,
     collate_embeddings as collate_embeddings,
 )
-from .loader import EmbeddingLoader as EmbeddingLoader, make_dataloader as make_dataloader
-from .preloading import PreloadedEmbeddings as PreloadedEmbeddings, preload as preload
+from .loader import make_dataloader as make_dataloader
+from .preloading import preload as preload
 from .targets import Targets as Targets, target_tensor as target_tensor
 from .tensors import TensorMapping as TensorMapping, as_tensor as as_tensor
 from .torch_files import (
     HIDDEN as HIDDEN,
     MEAN as MEAN,
     POOLED as POOLED,
-    checked as checked,
-    class_of as class_of,
-    output_of as output_of,
     output_of_dimensions as output_of_dimensions,
     plain_tensor as plain_tensor,
     read_tensor_dict as read_tensor_dict,

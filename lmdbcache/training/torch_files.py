@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.lib import NumpyVersion
 
-from lmdbcache.errors import DatasetError, InvalidEmbeddingError, InvalidSampleIdError
-from lmdbcache.storage import has_masked_elements, split_sample_id
+from lmdbcache.errors import DatasetError, InvalidEmbeddingError
+from lmdbcache.storage import has_masked_elements
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,6 @@ __all__ = [
     "HIDDEN",
     "MEAN",
     "POOLED",
-    "checked",
-    "class_of",
-    "output_of",
     "output_of_dimensions",
     "plain_tensor",
     "read_tensor_dict",
@@ -159,44 +156,6 @@ def unwrapped(value: Any) -> Any:
     return value
 
 
-def checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
-    """Return the tensor or array in a value, if it is one and has this shape.
-
-    Raises:
-        InvalidEmbeddingError: It isn't or hasn't; the message names the sample.
-    """
-    import torch
-
-    embedding = unwrapped(value)
-    if has_masked_elements(embedding):
-        raise InvalidEmbeddingError(f"{sample_id}: an embedding with masked elements has no value")
-    if not isinstance(embedding, (torch.Tensor, np.ndarray)):
-        raise InvalidEmbeddingError(
-            f"{sample_id}: a {type(value).__name__} without a tensor or array in it"
-        )
-    if shape is not None and tuple(embedding.shape) != tuple(shape):
-        raise InvalidEmbeddingError(
-            f"{sample_id}: shape {tuple(embedding.shape)}; embedding_shape says {tuple(shape)}"
-        )
-    return embedding
-
-
-def output_of(embeddings: Mapping[str, Any]) -> str:
-    """Guess which output of the model these are, by the dimensions of the first."""
-    first = unwrapped(next(iter(embeddings.values())))
-    return output_of_dimensions(getattr(first, "ndim", 1))
-
-
 def output_of_dimensions(num_dimensions: int) -> str:
     """Guess which output of the model embeddings of so many dimensions are."""
     return HIDDEN if num_dimensions >= 2 else POOLED
-
-
-def class_of(key: str, value: Any) -> str:
-    """Return the class in a legacy value, or else in the sample id."""
-    if isinstance(value, Mapping) and "class_name" in value:
-        return str(value["class_name"]).lower()
-    try:
-        return split_sample_id(key)[1]
-    except InvalidSampleIdError:
-        return ""

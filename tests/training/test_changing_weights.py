@@ -18,7 +18,7 @@ from lmdbcache import (
     config_for,
     extract,
 )
-from lmdbcache.embedders import WatchedWeights
+from lmdbcache.embedders.module_weights import WatchedWeights
 from lmdbcache.errors import ConfigError, ProvenanceMismatchError
 
 CONFIG = CacheConfig(model_name="own", front_end="own/1", output="embedding", duration=1.0)

@@ -12,7 +12,7 @@ from storage.child_processes import in_fork, numbered
 
 from lmdbcache import EmbeddingDataset
 from lmdbcache.errors import ConfigError, SampleNotFoundError
-from lmdbcache.training import EmbeddingLoader, make_dataloader, preload
+from lmdbcache.training import make_dataloader, preload
 
 NUM_SAMPLES = 103
 SAMPLES = numbered(0, NUM_SAMPLES, size=5)
@@ -274,7 +274,7 @@ def test_a_dataset_brings_its_own_samples_and_labels(reader):
     """They can't be given twice."""
     dataset = EmbeddingDataset(reader, list(SAMPLES)[:7])
     loader = make_dataloader(dataset, 3)
-    assert isinstance(loader, EmbeddingLoader)
+    assert loader.dataset is dataset
     assert [len(batch) for batch in loader] == [3, 3, 1]
     with pytest.raises(ConfigError, match="EmbeddingDataset"):
         make_dataloader(dataset, 3, labels={"x": 1})

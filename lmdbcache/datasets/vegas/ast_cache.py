@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.cache import EmbeddingCache, read_store_info
@@ -14,11 +15,18 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     InvalidSampleIdError,
 )
-from lmdbcache.storage import EmbeddingReader
-from lmdbcache.training import HIDDEN, MEAN, POOLED, TensorMapping, checked, class_of, output_of
+from lmdbcache.storage import EmbeddingReader, has_masked_elements, split_sample_id
+from lmdbcache.training import (
+    HIDDEN,
+    MEAN,
+    POOLED,
+    TensorMapping,
+    output_of_dimensions,
+    unwrapped,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["ASTCache"]
@@ -177,7 +185,7 @@ class ASTCache:
             _logger.warning("no embeddings to save")
             return False
         try:
-            output = output or self.ast_output or output_of(embeddings)
+            output = output or self.ast_output or _output_of(embeddings)
             config = self.cache_config(sample_rate, duration, model_name, output)
             refused = self._put_all(
                 config, embeddings, embedding_shape, without_provenance=without_provenance
@@ -210,7 +218,7 @@ class ASTCache:
         ) as writer:
             for sample_id, value in embeddings.items():
                 try:
-                    writer.put(sample_id, checked(sample_id, value, embedding_shape))
+                    writer.put(sample_id, _checked(sample_id, value, embedding_shape))
                 except (InvalidEmbeddingError, InvalidSampleIdError) as error:
                     _logger.error("not saved: %s", str(error))
                     refused += 1
@@ -277,7 +285,7 @@ class ASTCache:
             self.audio_embs = {
                 key: value
                 for key, value in source.items()
-                if class_of(key, value) in self.active_classes
+                if _class_of(key, value) in self.active_classes
             }
         _logger.info("%d audio embeddings after filtering", len(self.audio_embs))
 
@@ -358,6 +366,42 @@ class ASTCache:
             self._cache().explain(config).log()
             return None
         return reader if len(reader) else None
+
+
+def _checked(sample_id: str, value: Any, shape: tuple[int, ...] | None) -> Any:
+    """Return the tensor or array in a value, if it is one and has this shape.
+
+    Raises:
+        InvalidEmbeddingError: It isn't or hasn't; the message names the sample.
+    """
+    embedding = unwrapped(value)
+    if has_masked_elements(embedding):
+        raise InvalidEmbeddingError(f"{sample_id}: an embedding with masked elements has no value")
+    if not hasattr(embedding, "shape") or not hasattr(embedding, "dtype"):
+        raise InvalidEmbeddingError(
+            f"{sample_id}: a {type(value).__name__} without a tensor or array in it"
+        )
+    if shape is not None and tuple(embedding.shape) != tuple(shape):
+        raise InvalidEmbeddingError(
+            f"{sample_id}: shape {tuple(embedding.shape)}; `embedding_shape` says {tuple(shape)}"
+        )
+    return embedding
+
+
+def _output_of(embeddings: Mapping[str, Any]) -> str:
+    """Guess which output of the model these are, by the dimensions of the first."""
+    first = unwrapped(next(iter(embeddings.values())))
+    return output_of_dimensions(getattr(first, "ndim", 1))
+
+
+def _class_of(key: str, value: Any) -> str:
+    """Return the class in a legacy value, or else in the sample id."""
+    if isinstance(value, Mapping) and "class_name" in value:
+        return str(value["class_name"]).lower()
+    try:
+        return split_sample_id(key)[1]
+    except InvalidSampleIdError:
+        return ""
 
 
 def _is_read_from(embeddings: Mapping[str, Any] | None, store: Path) -> bool:
