@@ -54,7 +54,7 @@ def run(tmp_path, clips):
         own = {} if front_end is None else {"front_end": front_end, "front_end_id": "own/1"}
         embedder = ModuleEmbedder(module, name="own/1", sample_rate=RATE, **own)
         config = config_for(embedder, duration=DURATION)
-        options = {"num_workers": 0, "progress": False, "batch_size": 4, **options}
+        options = {"num_workers": 0, "batch_size": 4, **options}
         summary = extract(cache, config, clips, model=embedder, **options)
         return summary, dict(cache.reader(config)) if config in cache else {}
 

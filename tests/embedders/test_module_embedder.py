@@ -61,7 +61,7 @@ def cache(tmp_path):
 
 def run(cache, embedder, clips, config=None, **options):
     config = config or config_for(embedder, duration=DURATION)
-    options = {"num_workers": 0, "progress": False, "batch_size": 2, **options}
+    options = {"num_workers": 0, "batch_size": 2, **options}
     return extract(cache, config, clips, model=embedder, **options)
 
 
