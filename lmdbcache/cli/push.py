@@ -53,7 +53,7 @@ def push_command(
         typer.Option(
             help="Where a sample is there with another value: overwrite pushes this store's in the "
             "place of its earlier one, and beside those of others; skip leaves the sample out; "
-            "error also lists it."
+            "error pushes nothing."
         ),
     ] = OnDuplicateChoice.OVERWRITE,
     repair: Annotated[
@@ -80,7 +80,7 @@ def push_command(
 
     Without STORES: the only one under the root. Embeddings derive from the audio, which may be
     private: nothing is ever pushed unless this command is given. Exit code 1 if a stored value is
-    damaged, or was left out because of another one there; all others are pushed.
+    damaged; all others are pushed.
     """
     cache = EmbeddingCache(root)
     Remote(url)  # a wrong one is refused before any store is looked at
@@ -149,8 +149,7 @@ def _say_report(name: str, report: PushReport) -> None:
     else:
         say(f"{name}: nothing to push, {report.num_there} of {chosen} are at {report.url}")
     if report.num_different:
-        what = "left out" if report.conflicts else "of these"
-        say(f"  {counted(report.num_different, 'sample')} {what}, there with another value")
+        say(f"  {counted(report.num_different, 'sample')} there with another value")
     damaged = [f"{sample_id}: {why}" for sample_id, why in report.damaged.items()]
     _say_some("damaged, not pushed", damaged)
     _say_some("uploaded again", report.repaired)

@@ -53,11 +53,10 @@ def _say_report(store: SharedStoreReport) -> None:
         f"{counted(store.num_samples, 'sample')} in {counted(store.num_shards, 'sound shard')}, "
         f"{counted(store.num_manifests, 'manifest')}, {readable_size(store.num_bytes)}"
     )
-    for found in store.findings[:_FEW]:
-        say(f"  {found.state}: {found.path}: {found.reason}")
-    if len(store.findings) > _FEW:
-        say(f"  … and {len(store.findings) - _FEW} more; see --json")
+    problems = [f"{path}: {why}" for path, why in store.problems.items()]
+    for one in problems[:_FEW]:
+        say(f"  {one}")
+    if len(problems) > _FEW:
+        say(f"  … and {len(problems) - _FEW} more; see --json")
     if store.num_unlisted:
         say(f"  {counted(store.num_unlisted, 'shard')} that no manifest lists")
-    if store.leftovers:
-        say(f"  {counted(len(store.leftovers), 'file')} left by interrupted uploads")

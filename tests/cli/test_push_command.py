@@ -123,8 +123,8 @@ def test_another_value_there_is_counted(cli, cache, config, place, tmp_path):
     store(other, config, some_embeddings(0, 2, seed=1))
     result = cli("push", url, "--on-duplicate", "error", root=other.root)
     assert result.returncode == 1
-    assert "2 samples left out" in result.stdout
-    assert "2 samples of these" in cli("push", url, root=other.root).stdout
+    assert "2 samples are at" in result.stderr
+    assert "2 samples there with another value" in cli("push", url, root=other.root).stdout
 
 
 @pytest.mark.parametrize(

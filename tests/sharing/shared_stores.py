@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sharing.shared_samples import put_manifest, shard_of
 
-from lmdbcache.exchange import decode_shard
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.remote_index import read_state
+from lmdbcache.exchange.sharing.shards import decode_header
 
 
 def share(remote, config, *parts, writer="node-a", **more):
@@ -59,10 +59,11 @@ def shared(remote, config):
         entry = offer.entry
         data = remote.read(f"{config.fingerprint}/{entry.path}", entry.num_bytes)
         assert hashlib.sha256(data).hexdigest() == entry.sha256
-        content = decode_shard(data, entry.path)
-        assert content.config == config
-        for row in offer.rows(content.header):
-            found.setdefault(content.sample_ids[row], []).append(content.embeddings[row])
+        header = decode_header(data[: entry.header_bytes], entry.path)
+        assert header.config == config
+        values = header.values(data)
+        for row in offer.rows(header):
+            found.setdefault(header.sample_ids[row], []).append(values[row])
     return found
 
 

@@ -217,7 +217,7 @@ def test_a_writers_value_takes_the_place_of_its_earlier_one(remote, cache, confi
     push(cache, config, remote.url)
     store(cache, config, some_embeddings(6, 1))
     push(cache, config, remote.url)
-    store(cache, config, new, replace=list(new))
+    store(cache, config, new, on_duplicate="overwrite")
     report = push(cache, config, remote.url)
     assert (report.num_pushed, report.num_different) == (3, 3)
     assert_shared(remote, config, {**old, **some_embeddings(6, 1), **new})
@@ -235,8 +235,8 @@ def test_another_writers_value_stays_beside(remote, tmp_path, config):
         push(two, config, remote.url, on_duplicate="theirs")
     report = push(two, config, remote.url, on_duplicate="skip")
     assert (report.num_pushed, report.num_different, report.exit_code) == (1, 3, 0)
-    report = push(two, config, remote.url, on_duplicate="error")
-    assert (report.num_pushed, report.conflicts, report.exit_code) == (0, sorted(new), 1)
+    with pytest.raises(ConfigError, match=min(new)):
+        push(two, config, remote.url, on_duplicate="error")
     assert_shared(remote, config, {**old, **some_embeddings(6, 1)})
     assert push(two, config, remote.url).num_pushed == 3
     assert {len(values) for values in shared(remote, config).values()} == {1, 2}

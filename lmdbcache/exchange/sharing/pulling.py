@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, NamedTuple
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
@@ -24,7 +24,7 @@ from lmdbcache.exchange.sharing.remote_index import (
     read_state,
 )
 from lmdbcache.exchange.sharing.selection import Selection
-from lmdbcache.exchange.sharing.shards import ShardHeader, decode_shard
+from lmdbcache.exchange.sharing.shards import ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
@@ -66,7 +66,7 @@ class _Wanted(NamedTuple):
             else:
                 spans.append((first, last))
         num_bytes = sum(last - first for first, last in spans)
-        return spans if 2 * num_bytes <= self.header.num_value_bytes else []
+        return spans if 2 * num_bytes <= self.header.num_bytes - len(self.header.encoded) else []
 
 
 @dataclass
@@ -121,13 +121,10 @@ class PullReport(Report):
         return 1 if self.problems or self.lost or self.absent or self.intake.exit_code else 0
 
     def __str__(self) -> str:
-        if self.is_dry_run:
-            return (
-                f"{self.num_samples} samples are shared, {self.num_present} are stored with the "
-                f"same bytes; {self.num_shards} shards, {self.bytes_to_fetch} bytes, to fetch"
-            )
         taken = self.intake
         counts = {
+            f"of {self.num_samples} samples are new": taken.num_new,
+            "were stored with the same bytes": self.num_present,
             f"within {taken.tolerance:g} of what is stored": taken.num_close,
             "kept as they are": self.num_skipped,
             "in conflict": len(taken.conflicts),
@@ -135,11 +132,8 @@ class PullReport(Report):
             "lost in damaged files": len(self.lost),
             "asked for and not shared": len(self.absent),
         }
-        parts = [
-            f"{taken.num_new} of {self.num_samples} samples are new",
-            f"{self.num_present} were stored with the same bytes",
-            *(f"{number} {what}" for what, number in counts.items() if number),
-        ]
+        parts = [f"{number} {what}" for what, number in [*counts.items()][:2]]
+        parts += [f"{number} {what}" for what, number in [*counts.items()][2:] if number]
         return "; ".join([*parts, *list(self.problems.values())[:3]])
 
 
@@ -350,7 +344,7 @@ class _Pull:
         if self._is_in_part(wanted):
             return self._fetch_rows(wanted)
         data = self._local.fetch(self._remote, entry, wanted.header, self._count)
-        return cast("Sequence[Any]", decode_shard(data, entry.path).embeddings)
+        return wanted.header.values(data)
 
     def _fetch_rows(self, wanted: _Wanted, *, again: bool = True) -> dict[int, Any]:
         """Return the embeddings that are wanted; only their bytes are read."""

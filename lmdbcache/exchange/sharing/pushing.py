@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
-from typing import Any, ClassVar, Final, NamedTuple
+from threading import Lock
+from typing import Any, Final
 
 import numpy.typing as npt
 
 from lmdbcache.cache import EmbeddingCache, SourceRecords
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
-    CacheError,
     ConfigError,
     IntegrityError,
     RemoteError,
@@ -35,11 +36,9 @@ from lmdbcache.exchange.sharing.remote_index import Offer, SharedState, read_hea
 from lmdbcache.exchange.sharing.selection import Selection
 from lmdbcache.exchange.sharing.shards import (
     MAX_SHARD_SAMPLES,
-    SHARD_BYTES,
     ShardEntry,
     ShardHeader,
     encode_shard,
-    row_bytes,
 )
 from lmdbcache.exchange.sharing.verifying import check_shard
 from lmdbcache.files import few
@@ -56,10 +55,12 @@ from lmdbcache.storage import (
 
 __all__ = ["PushReport", "push"]
 
+SHARD_BYTES: Final = 16 << 20  # of values
 # A push that is killed has no more than this to list again; its shards stay.
 _SHARDS_PER_MANIFEST: Final = 64
 _CHOICES: Final = ("skip", "overwrite", "error")
 _ORIGINS_AT_ONCE: Final = 10_000
+_READ_AT_ONCE: Final = 64
 
 Values = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 
@@ -76,7 +77,6 @@ class PushReport(Report):
         num_there: Of these, there already with the same value.
         num_pushed: Of these, pushed.
         num_different: Of these, there already with another value.
-        conflicts: Those of them that were not pushed for that reason, with `on_duplicate="error"`.
         damaged: Sample id → why its stored value can't be pushed.
         num_shards: Shards that were listed anew.
         num_uploaded: Shards that were uploaded; a push that was interrupted had uploaded others.
@@ -90,8 +90,6 @@ class PushReport(Report):
         dry_run: Nothing was pushed, only looked at.
     """
 
-    derived: ClassVar[tuple[str, ...]] = ("is_complete",)
-
     url: str
     fingerprint: str
     writer: str
@@ -99,7 +97,6 @@ class PushReport(Report):
     num_there: int = 0
     num_pushed: int = 0
     num_different: int = 0
-    conflicts: list[str] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     num_shards: int = 0
     num_uploaded: int = 0
@@ -111,14 +108,9 @@ class PushReport(Report):
     dry_run: bool = False
 
     @property
-    def is_complete(self) -> bool:
-        """Whether all that was chosen is there now."""
-        return not (self.damaged or self.conflicts or self.dry_run)
-
-    @property
     def exit_code(self) -> int:
-        """0; 1 if a stored value is damaged, or wasn't pushed because of another one."""
-        return 1 if self.damaged or self.conflicts else 0
+        """0; 1 if a stored value is damaged."""
+        return 1 if self.damaged else 0
 
 
 def push(
@@ -155,7 +147,7 @@ def push(
         on_duplicate: What happens to a sample that is there with another value. `"overwrite"`
             pushes this store's: it takes the place of an earlier one of the same writer; one of
             another writer stays beside it, and a pull finds the conflict. `"skip"` leaves the
-            sample out, and so does `"error"`, which lists it.
+            sample out, `"error"` raises.
         repair: Read every shard that is there, and upload a damaged one again if all of its
             embeddings are stored here. A shard that is missing or cut is uploaded again in any
             case.
@@ -166,8 +158,8 @@ def push(
     Raises:
         CacheNotFoundError: Nothing is stored for this config.
         SampleNotFoundError: A sample isn't stored.
-        ConfigError: Not a URL, no such class, no name for a writer, or the place holds embeddings
-            of another shape.
+        ConfigError: Not a URL, no such class, no name for a writer, another value is there with
+            `on_duplicate="error"`, or the place holds embeddings of another shape.
         ProvenanceMismatchError: The place holds embeddings of other weights.
         IntegrityError: The store is damaged. A single damaged value is reported instead.
         FormatVersionError: The place was pushed by another release, in a form that isn't read.
@@ -193,13 +185,6 @@ def push(
     return report
 
 
-class _Looked(NamedTuple):
-    """What a look at one shard found: what it holds, and what is wrong with the file."""
-
-    header: ShardHeader | None
-    trouble: str | None
-
-
 class _Push:
     """One push on its way.
 
@@ -214,17 +199,16 @@ class _Push:
         self, reader: EmbeddingReader, remote: Remote, local: LocalFolder, report: PushReport
     ) -> None:
         self._reader, self._remote, self._local, self._report = reader, remote, local, report
-        self._folder = report.fingerprint
+        self._folder, self._shape = report.fingerprint, reader.embedding_shape or ()
         self._state: SharedState = read_state(remote, self._folder, local)
-        self._mine = {
-            one.id: one for one in self._state.manifests.values() if one.writer == report.writer
-        }
-        self._my_digests = {s.sha256 for one in self._mine.values() for s in one.shards}
+        report.problems.update(self._state.problems)
+        report.manifest = self._state.pin
+        self._listed: dict[str, int] = {}  # name → bytes of the shards that are there
         self._missing: dict[str, bytes] = {}
         self._pending: list[ShardEntry] = []  # uploaded, and in no manifest yet
-        self._dropped: set[str] = set()  # digests of my shards that can't be mended
-        self._superseded: dict[str, list[str]] = {}  # digest of my shard → its outdated samples
-        self._listed: dict[str, int] = {}
+        self._lock = Lock()  # of the counts, which several uploads add to
+        # By digest of a shard, what doesn't count in it any more; None: nothing of it.
+        self._outdated: dict[str, set[str] | None] = {}
 
     # ---- looking
 
@@ -235,63 +219,60 @@ class _Push:
 
         Raises:
             ProvenanceMismatchError: The place holds embeddings of other weights.
-            ConfigError: It holds embeddings of another shape.
+            ConfigError: It holds embeddings of another shape, or another value.
         """
-        report, state = self._report, self._state
+        report, missing = self._report, dict(chosen)
         self._check_same_kind()
-        report.problems.update(state.problems)
         self._listed = self._remote.list_files(f"{self._folder}/shards")
-        self._missing = dict(chosen)
         first, last = (min(chosen), max(chosen)) if chosen else ("", "")
         offers = [
             offer
-            for offer in state.offers()
+            for offer in self._state.offers()
             if repair or (offer.entry.first <= last and first <= offer.entry.last)
         ]
-        different: set[str] = set()
-        looks = in_parallel(lambda offer: self._look(offer, repair=repair), offers)
-        for (manifest, entry), look in looks:
-            header, trouble = look.result()
+        different: dict[str, set[str]] = {}
+        for offer, look in in_parallel(lambda one: self._look(one, repair=repair), offers):
+            entry, (header, trouble) = offer.entry, look.result()
             if header is None or (trouble is not None and not self._mend(entry, header)):
                 report.problems[entry.path] = str(trouble)
-                self._dropped.add(entry.sha256)
+                self._outdated[entry.sha256] = None
                 continue
-            for row in Offer(manifest, entry).rows(header):
-                sample_id, found = header.sample_ids[row], header.checksums[row]
-                ours = chosen.get(sample_id)
-                if ours == found:
-                    self._missing.pop(sample_id, None)
-                elif ours is not None:
-                    different.add(sample_id)
-                    if entry.sha256 in self._my_digests:
-                        self._superseded.setdefault(entry.sha256, []).append(sample_id)
-        left_out = sorted(different & self._missing.keys())
+            there = {header.sample_ids[row]: header.checksums[row] for row in offer.rows(header)}
+            mine = {one: chosen[one] for one in there.keys() & chosen.keys()}
+            different[entry.sha256] = {one for one in mine if mine[one] != there[one]}
+            for sample_id in mine.keys() - different[entry.sha256]:
+                missing.pop(sample_id, None)
+        left_out = sorted(missing.keys() & set().union(*different.values()))
         report.num_different = len(left_out)
-        if on_duplicate != "overwrite":
-            self._superseded.clear()
-            for sample_id in left_out:
-                del self._missing[sample_id]
-            report.conflicts = left_out if on_duplicate == "error" else []
-        report.num_there = len(chosen) - len(self._missing)
-        if report.dry_run:
-            report.num_pushed = len(self._missing)
-        report.manifest = state.pin
+        if left_out and on_duplicate == "error":
+            raise ConfigError(
+                f"{len(left_out)} samples are at {self._remote.place} with another value: "
+                f'{few(left_out, 3)}. `on_duplicate="overwrite"` pushes them nevertheless, '
+                '`on_duplicate="skip"` leaves them out'
+            )
+        if on_duplicate == "overwrite":
+            self._outdated.update(different)
+        else:
+            missing = {one: missing[one] for one in missing.keys() - set(left_out)}
+        self._missing = missing
+        report.num_there = len(chosen) - len(missing)
+        report.num_pushed = len(missing) if report.dry_run else 0
 
     def _check_same_kind(self) -> None:
         """Refuse to mix embeddings of other weights, or of another shape, with what is there."""
-        shape, provenance = self._reader.embedding_shape, self._reader.metadata.provenance
         place = f"{self._remote.place}/{self._folder}"
         for manifest in self._state.manifests.values():
             there = StoreMetadata(manifest.config, provenance=manifest.provenance)
-            there.with_provenance(provenance, place)
-            if manifest.shards and shape is not None and manifest.embedding_shape != shape:
+            there.with_provenance(self._reader.metadata.provenance, place)
+            if manifest.shards and self._shape and manifest.embedding_shape != self._shape:
                 raise ConfigError(
                     f"{place} holds embeddings of shape {manifest.embedding_shape} (manifest "
-                    f"{manifest.id}), the store of shape {shape}: another output or length needs "
-                    "a config of its own"
+                    f"{manifest.id}), the store of shape {self._shape}: another output or length "
+                    "needs a config of its own"
                 )
 
-    def _look(self, offer: Offer, *, repair: bool) -> _Looked:
+    def _look(self, offer: Offer, *, repair: bool) -> tuple[ShardHeader | None, str | None]:
+        """Return what a shard holds, and what is wrong with the file."""
         entry, trouble = offer.entry, None
         size = self._listed.get(entry.name)
         if size != entry.num_bytes:
@@ -303,25 +284,23 @@ class _Push:
         except IntegrityError as error:
             trouble = str(error)
         try:
-            return _Looked(read_header(self._remote, offer, self._local), trouble)
+            return read_header(self._remote, offer, self._local), trouble
         except (IntegrityError, RemoteError) as error:
             if trouble is None and isinstance(error, RemoteError):
                 raise  # it may be sound, and is nothing to be given up
-            return _Looked(None, trouble or str(error))
+            return None, trouble or str(error)
 
     def _mend(self, entry: ShardEntry, header: ShardHeader) -> bool:
         """Upload a shard again, byte for byte, if all of its embeddings are stored here."""
-        try:
-            ids, values = self._values(list(header.sample_ids))
-            made, data = encode_shard(self._reader.config, header.embedding_shape, ids, values)
-        except CacheError:
+        found = [self._value(one) for one in header.sample_ids]
+        values = [value for value in found if value is not None]
+        if len(values) < len(found):
             return False
+        made, data = encode_shard(header.config, self._shape, header.sample_ids, values)
         if made.sha256 != entry.sha256:
             return False
         if not self._report.dry_run:
-            self._remote.write(f"{self._folder}/{entry.path}", data)
-            self._report.num_bytes += len(data)
-            self._report.num_uploaded += 1
+            self._upload((entry, data))
         self._report.repaired.append(entry.path)
         return True
 
@@ -329,120 +308,95 @@ class _Push:
 
     def upload(self, progress: Callable[[int, int], None] | None) -> None:
         """Upload what is missing, several shards at once, and list it in a manifest."""
-        total, done = len(self._missing), 0
-        shards = (
-            (self._encode(ids, values), num_looked_at)
-            for ids, values, num_looked_at in self._pieces(list(self._missing))
-        )
-        for (shard, num_looked_at), written in in_parallel(self._write, shards):
+        done = 0
+        for (entry, _), written in in_parallel(self._upload, self._shards()):
             written.result()
-            if shard is not None:
-                self._pending.append(shard[0])
+            self._pending.append(entry)
             if len(self._pending) >= _SHARDS_PER_MANIFEST:
                 self._publish(is_last=False)
-            done += num_looked_at
+            done += entry.num_samples
             if progress is not None:
-                progress(done, total)
-        if self._pending or self._has_changes():
-            self._publish(is_last=True)
-        digests = [offer.entry.sha256 for offer in self._state.offers()]
-        self._local.tidy({*self._state.manifests, *digests})
+                progress(done, len(self._missing))
+        self._publish(is_last=True)
+        digests = {offer.entry.sha256 for offer in self._state.offers()}
+        self._local.tidy(digests | self._state.manifests.keys())
 
-    def _encode(self, ids: list[str], values: Values) -> tuple[ShardEntry, bytes] | None:
-        """Return the shard of these, with no bytes if it is there already."""
-        if not ids:
-            return None
-        reader = self._reader
-        entry, data = encode_shard(reader.config, reader.embedding_shape or (), ids, values)
-        self._local.keep(entry.sha256, data[: entry.header_bytes])
-        if self._listed.get(entry.name) == entry.num_bytes:
-            return entry, b""
-        self._report.num_bytes += len(data)
-        self._report.num_uploaded += 1
-        return entry, data
-
-    def _write(self, piece: tuple[tuple[ShardEntry, bytes] | None, int]) -> None:
-        shard, _ = piece
-        if shard is not None and shard[1]:
-            self._remote.write(f"{self._folder}/{shard[0].path}", shard[1])
-
-    def _pieces(self, sample_ids: Sequence[str]) -> Iterator[tuple[list[str], Values, int]]:
-        """Yield (ids, values, how many samples were looked at) of one shard after the other."""
-        shape = self._reader.embedding_shape or ()
-        if None not in shape:
-            step = max(1, SHARD_BYTES // row_bytes(self._reader.config, shape))
-            step = min(step, MAX_SHARD_SAMPLES)
-            for first in range(0, len(sample_ids), step):
-                some = list(sample_ids[first : first + step])
-                yield *self._values(some), len(some)
-            return
+    def _shards(self) -> Iterator[tuple[ShardEntry, bytes]]:
+        """Yield the shards of what is missing; those that are there already without bytes."""
         ids: list[str] = []
         values: list[npt.NDArray[Any]] = []
-        held = looked_at = 0
-        for sample_id in sample_ids:
-            sound, found = self._values([sample_id])
-            size = sum(value.nbytes for value in found)
-            if ids and (held + size > SHARD_BYTES or len(ids) == MAX_SHARD_SAMPLES):
-                yield ids, values, looked_at
-                ids, values, held, looked_at = [], [], 0, 0
-            ids += sound
-            values += list(found)
-            held, looked_at = held + size, looked_at + 1
-        yield ids, values, looked_at
+        held = 0
+        for sample_id, value in self._values():
+            if ids and (held + value.nbytes > SHARD_BYTES or len(ids) == MAX_SHARD_SAMPLES):
+                yield self._encode(ids, values)
+                ids, values, held = [], [], 0
+            ids.append(sample_id)
+            values.append(value)
+            held += value.nbytes
+        if ids:
+            yield self._encode(ids, values)
 
-    def _values(self, ids: list[str]) -> tuple[list[str], Values]:
-        """Return those of these samples whose value is sound, and the values."""
+    def _values(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """Yield the missing samples with their values, but for those that are damaged."""
+        ids, is_ragged = iter(self._missing), None in self._shape
+        step = 1 if is_ragged else _READ_AT_ONCE
+        while some := list(islice(ids, step)):
+            with contextlib.suppress(IntegrityError, SampleNotFoundError):
+                yield from zip(some, self._reader.get_batch(some), strict=True)
+                continue
+            for sample_id in some:  # one by one, to know which
+                value = self._value(sample_id)
+                if value is not None:
+                    yield sample_id, value
+
+    def _value(self, sample_id: str) -> npt.NDArray[Any] | None:
         try:
-            if None not in (self._reader.embedding_shape or ()):
-                return ids, self._reader.get_batch(ids)
-        except (IntegrityError, SampleNotFoundError):
-            pass  # one by one, to know which
-        sound, values = [], []
-        for sample_id in ids:
-            try:
-                values.append(self._reader[sample_id])
-                sound.append(sample_id)
-            except (IntegrityError, SampleNotFoundError) as error:
-                if sample_id in self._missing:
-                    self._report.damaged[sample_id] = str(error)
-        return sound, values
+            return self._reader[sample_id]
+        except (IntegrityError, SampleNotFoundError) as error:
+            if sample_id in self._missing:
+                self._report.damaged[sample_id] = str(error)
+            return None
+
+    def _encode(
+        self, ids: Sequence[str], values: Sequence[npt.NDArray[Any]]
+    ) -> tuple[ShardEntry, bytes]:
+        entry, data = encode_shard(self._reader.config, self._shape, ids, values)
+        self._local.keep(entry.sha256, data[: entry.header_bytes])
+        return entry, b"" if self._listed.get(entry.name) == entry.num_bytes else data
+
+    def _upload(self, shard: tuple[ShardEntry, bytes]) -> None:
+        entry, data = shard
+        if data:
+            self._remote.write(f"{self._folder}/{entry.path}", data)
+            with self._lock:
+                self._report.num_bytes += len(data)
+                self._report.num_uploaded += 1
 
     # ---- listing
-
-    def _has_changes(self) -> bool:
-        changed = self._superseded.keys() | self._dropped
-        return not changed.isdisjoint(self._my_digests) or bool(self._unreadable())
-
-    def _unreadable(self) -> set[str]:
-        """Return the ids of this writer's manifests that are damaged."""
-        state = self._state
-        return {
-            one
-            for one in state.listed
-            if writer_of(one) == self._report.writer
-            and manifest_path(one) in state.problems.keys() - state.unread
-        }
 
     def _publish(self, *, is_last: bool) -> None:
         """List the pending shards in a manifest.
 
         It takes the place of this writer's earlier ones that list no more than twice as much: so
         a thousand pushes leave ten manifests to be read. The last one of a push also takes the
-        place of those that list what doesn't count any more.
+        place of those that are damaged, or that list what doesn't count any more.
         """
         report, state = self._report, self._state
+        mine = [one for one in state.manifests.values() if one.writer == report.writer]
+        withdraws = self._damaged() if is_last else set[str]()
+        kept = {one.id: tuple(self._counting(one)) if is_last else one.shards for one in mine}
+        is_changed = any(kept[one.id] != one.shards for one in mine)
+        if not (self._pending or withdraws or is_changed):
+            return
         self._check_there("shards", {one.name: one.num_bytes for one in self._pending})
-        entries = list(self._pending)
-        withdraws = self._unreadable() if is_last else set[str]()
-        held = entry_bytes(entries)
-        for manifest in sorted(self._mine.values(), key=lambda one: len(one.shards)):
-            kept = tuple(self._still_counting(manifest)) if is_last else manifest.shards
-            size = entry_bytes(kept)
-            if kept == manifest.shards and size > 2 * held:
-                continue
-            entries = [*kept, *entries]
-            held += size
-            withdraws |= {manifest.id, *(set(manifest.withdraws) & state.listed)}
+        entries, held = list(self._pending), entry_bytes(self._pending)
+        for manifest in sorted(mine, key=lambda one: len(one.shards)):
+            shards = kept[manifest.id]
+            size = entry_bytes(shards)
+            if shards != manifest.shards or size <= 2 * held:
+                entries = [*shards, *entries]
+                held += size
+                withdraws |= {manifest.id, *(set(manifest.withdraws) & state.listed)}
         parts = list(in_manifests(entries))
         for number, part in enumerate(parts, 1):
             self._write_manifest(part, withdraws if number == len(parts) else set())
@@ -451,15 +405,31 @@ class _Push:
         self._pending.clear()
         for one in withdraws:
             state.manifests.pop(one, None)
-            self._mine.pop(one, None)
             report.problems.pop(manifest_path(one), None)
         report.manifest = state.pin
+
+    def _damaged(self) -> set[str]:
+        """Return the ids of this writer's manifests that are damaged."""
+        state, writer = self._state, self._report.writer
+        paths = state.problems.keys() - state.unread
+        return {
+            one for one in state.listed if writer_of(one) == writer and manifest_path(one) in paths
+        }
+
+    def _counting(self, manifest: Manifest) -> Iterator[ShardEntry]:
+        """Yield the shards of a manifest that still count, without the samples that don't."""
+        for entry in manifest.shards:
+            outdated = self._outdated.get(entry.sha256, set())
+            if outdated is not None:
+                without = {*entry.without, *(outdated - self._report.damaged.keys())}
+                if len(without) < entry.num_samples:
+                    yield replace(entry, without=tuple(sorted(without)))
 
     def _write_manifest(self, entries: Sequence[ShardEntry], withdraws: set[str]) -> None:
         report, reader, state = self._report, self._reader, self._state
         manifest, data = encode_manifest(
             reader.config,
-            reader.embedding_shape or (),
+            self._shape,
             report.writer,
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
             provenance=portable(reader.metadata.provenance),
@@ -470,23 +440,14 @@ class _Push:
         self._remote.write(f"{self._folder}/{manifest.path}", data)
         self._check_there(MANIFESTS_NAME, {f"{manifest.id}.json": len(data)})
         self._local.keep(manifest.id, data)
-        state.manifests[manifest.id] = self._mine[manifest.id] = manifest
+        state.manifests[manifest.id] = manifest
         state.listed.add(manifest.id)
         report.manifests.append(manifest.id)
         report.num_bytes += len(data)
 
-    def _still_counting(self, manifest: Manifest) -> Iterator[ShardEntry]:
-        for entry in manifest.shards:
-            if entry.sha256 in self._dropped:
-                continue
-            outdated = set(self._superseded.get(entry.sha256, ())) - self._report.damaged.keys()
-            without = {*entry.without, *outdated}
-            if len(without) < entry.num_samples:
-                yield replace(entry, without=tuple(sorted(without)))
-
     def _check_there(self, folder: str, sizes: Mapping[str, int]) -> None:
         """Compare files with a listing: it shows what a server has lost, or kept in part."""
-        listed = self._remote.list_files(f"{self._folder}/{folder}")
+        listed = self._remote.list_files(f"{self._folder}/{folder}") if sizes else {}
         for name, num_bytes in sizes.items():
             found = listed.get(name)
             if found != num_bytes:

@@ -119,10 +119,6 @@ class Remote:
         found = self._list(folder).items()
         return sorted(name for name, item in found if item.get("type") == "directory")
 
-    def leftovers(self, folder: str) -> list[str]:
-        """Return the names of files of uploads that ended early or are under way."""
-        return sorted(name for name in self._list(folder) if name.startswith(_TEMPORARY_PREFIX))
-
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         def listing(system: Any) -> list[dict[str, Any]]:
             system.invalidate_cache()

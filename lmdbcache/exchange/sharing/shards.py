@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from itertools import accumulate, pairwise
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,6 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_SHARD_FILE_BYTES",
     "MAX_SHARD_SAMPLES",
-    "SHARD_BYTES",
     "Shape",
     "ShardContent",
     "ShardEntry",
@@ -37,12 +37,10 @@ __all__ = [
     "decode_header",
     "decode_shard",
     "encode_shard",
-    "row_bytes",
 ]
 
 FORMAT: Final = 2  # of shards and manifests
-SHARD_BYTES: Final = 16 << 20  # of values
-# The limits below bound what a reader spends on a file before it knows that it is sound.
+# These bound what a reader spends on a file before it knows that it is sound.
 MAX_SHARD_SAMPLES: Final = 10_000
 MAX_SHARD_FILE_BYTES: Final = 1 << 30
 MAX_HEADER_BYTES: Final = 16 << 20
@@ -50,7 +48,6 @@ MAX_HEADER_BYTES: Final = 16 << 20
 _TENSOR: Final = "embeddings"
 _METADATA: Final = "lmdbcache"
 _DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_CHECKSUM_BYTES: Final = 8
 
 Shape = tuple[int | None, ...]
 Buffer = bytes | memoryview
@@ -92,6 +89,7 @@ class ShardEntry:
         return f"shards/{self.name}"
 
 
+@dataclass(frozen=True)
 class ShardHeader:
     """The beginning of a shard's file: whose embeddings it holds, and where.
 
@@ -106,104 +104,102 @@ class ShardHeader:
         ConfigError: These can't be a shard: none, too many, not canonical or not in order.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        embedding_shape: Shape,
-        sample_ids: Sequence[str],
-        checksums: Sequence[bytes],
-        lengths: Sequence[int] | None = None,
-    ) -> None:
-        self.config, self.embedding_shape = config, embedding_shape
-        self.sample_ids, self.checksums = tuple(sample_ids), tuple(checksums)
-        self.lengths = None if lengths is None else tuple(lengths)
-        self.keys = _keys(self.sample_ids)
-        if {len(one) for one in self.checksums} != {_CHECKSUM_BYTES} or len(self.checksums) != len(
-            self.keys
-        ):
-            raise ConfigError(f"{len(self.checksums)} checksums for {len(self.keys)} samples")
-        if (self.lengths is not None) != (None in embedding_shape):
-            raise ConfigError(f"lengths {'given' if lengths else 'missing'}: {embedding_shape}")
-        if self.lengths is not None and (
-            len(self.lengths) != len(self.keys)
-            or not all(type(n) is int and n > 0 for n in self.lengths)
-        ):
-            raise ConfigError(f"{len(self.lengths)} lengths for {len(self.keys)} samples")
-        self.dtype = NUMPY_DTYPES[config.dtype]
-        num_rows = len(self.keys) if self.lengths is None else sum(self.lengths)
-        self.num_value_bytes = num_rows * row_bytes(config, embedding_shape)
-        self.encoded: Final = self._encoded(num_rows)
-        self.num_bytes: Final = len(self.encoded) + self.num_value_bytes
+    config: CacheConfig
+    embedding_shape: Shape
+    sample_ids: tuple[str, ...]
+    checksums: tuple[bytes, ...]
+    lengths: tuple[int, ...] | None = None
 
-    def _encoded(self, num_rows: int) -> bytes:
+    def __post_init__(self) -> None:
+        number, lengths = len(self.sample_ids), self.lengths
+        if not 0 < number <= MAX_SHARD_SAMPLES:
+            raise ConfigError(f"{number} samples; a shard has 1 to {MAX_SHARD_SAMPLES}")
+        if [key.decode() for key in self.keys] != [*self.sample_ids]:
+            raise ConfigError("a sample id isn't in its canonical form")
+        if not all(one < two for one, two in pairwise(self.keys)):
+            raise ConfigError("the sample ids are out of order, or one is there twice")
+        if {len(one) for one in self.checksums} != {8} or len(self.checksums) != number:
+            raise ConfigError(f"{len(self.checksums)} checksums for {number} samples")
+        if (lengths is not None) != (None in self.embedding_shape) or (
+            lengths is not None
+            and (len(lengths) != number or not all(type(n) is int and n > 0 for n in lengths))
+        ):
+            raise ConfigError(f"lengths for {number} samples of shape {self.embedding_shape}")
+        if len(self.encoded) > MAX_HEADER_BYTES:
+            raise ConfigError(f"a header of {len(self.encoded)} bytes; give it fewer samples")
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """The sample ids as a store has them."""
+        return [sample_key(sample_id) for sample_id in self.sample_ids]
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The file's beginning."""
         about: dict[str, Any] = {
             "checksums": b"".join(self.checksums).hex(),
             "config": self.config.to_dict(),
-            "embedding_shape": list(self.embedding_shape),
+            "embedding_shape": self.embedding_shape,
             "fingerprint": self.config.fingerprint,
             "format": FORMAT,
-            "sample_ids": list(self.sample_ids),
+            "sample_ids": self.sample_ids,
         }
         if self.lengths is not None:
-            about["lengths"] = list(self.lengths)
-        rest = [size for size in self.embedding_shape if size is not None]
+            about["lengths"] = self.lengths
+        num_rows = len(self.keys) if self.lengths is None else sum(self.lengths)
         tensor = {
-            "data_offsets": [0, self.num_value_bytes],
+            "data_offsets": [0, self._row_bytes * num_rows],
             "dtype": _DTYPES[self.config.dtype],
-            "shape": [num_rows, *rest],
+            "shape": [num_rows, *self._row_shape],
         }
         text = _dumps({"__metadata__": {_METADATA: _dumps(about)}, _TENSOR: tensor}).encode("ascii")
         padded = text + b" " * (-len(text) % 8)
-        if len(padded) + 8 > MAX_HEADER_BYTES:
-            raise ConfigError(f"a shard's header of {len(padded)} bytes; give it fewer samples")
         return len(padded).to_bytes(8, "little") + padded
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """First byte in the file of each embedding, and the one after its last."""
-        at, found = len(self.encoded), []
-        size = row_bytes(self.config, self.embedding_shape)
-        for length in self.lengths or [1] * len(self.keys):
-            found.append((at, at + length * size))
-            at = found[-1][1]
-        return found
+        sizes = [self._row_bytes * length for length in self.lengths or [1] * len(self.keys)]
+        return [*pairwise(accumulate(sizes, initial=len(self.encoded)))]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self.bounds[-1][1]
+
+    @property
+    def _row_shape(self) -> list[int]:
+        return [size for size in self.embedding_shape if size is not None]
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of one embedding, or of one step of its first dimension if that differs."""
+        return math.prod(self._row_shape) * NUMPY_DTYPES[self.config.dtype].itemsize
 
     def value(self, raw: Buffer) -> npt.NDArray[Any]:
         """Return one embedding of its bytes."""
-        flat = np.frombuffer(raw, self.dtype)
+        flat = np.frombuffer(raw, NUMPY_DTYPES[self.config.dtype])
         return flat.reshape([-1 if size is None else size for size in self.embedding_shape])
 
-    def values(self, data: Buffer) -> Embeddings:
-        """Return all embeddings of the file's bytes."""
+    def values(self, data: Buffer) -> list[npt.NDArray[Any]]:
+        """Return all embeddings of the file's bytes, as views of these."""
         view = memoryview(data)
-        if self.lengths is not None:
-            return [self.value(view[first:last]) for first, last in self.bounds]
-        flat = np.frombuffer(view[len(self.encoded) :], self.dtype)
-        return flat.reshape([len(self.keys), *self.embedding_shape])
+        return [self.value(view[first:last]) for first, last in self.bounds]
 
 
-@dataclass(frozen=True)
-class ShardContent:
+class ShardContent(NamedTuple):
     """What a shard holds.
 
     Args:
-        header: Whose embeddings.
-        embeddings: `(n, *embedding_shape)` in the stored dtype, or one array for each sample where
-            the first dimension differs. They are read-only views of the bytes that were decoded.
+        config: Identity of the store.
+        sample_ids: In the order of the ids' UTF-8 bytes.
+        embeddings: One for each, read-only views of the bytes that were decoded: `(n, …)`, or a
+            list where the first dimension differs.
     """
 
-    header: ShardHeader
+    config: CacheConfig
+    sample_ids: tuple[str, ...]
     embeddings: Embeddings
-
-    @property
-    def config(self) -> CacheConfig:
-        """Identity of their store."""
-        return self.header.config
-
-    @property
-    def sample_ids(self) -> tuple[str, ...]:
-        """In the order of the ids' UTF-8 bytes."""
-        return self.header.sample_ids
 
 
 def encode_shard(
@@ -221,35 +217,22 @@ def encode_shard(
         ConfigError: They can't be a shard.
     """
     order = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index].encode())
-    ids = [sample_ids[index] for index in order]
+    ids = tuple(sample_ids[index] for index in order)
     values = [np.asarray(embeddings[index]) for index in order]
     raw = [np.ascontiguousarray(value).reshape(-1).view(np.uint8).data for value in values]
-    checksums = [checksum(sample_key(one), bytes_) for one, bytes_ in zip(ids, raw, strict=True)]
-    lengths = [len(value) for value in values] if None in embedding_shape else None
+    checksums = tuple(checksum(sample_key(one), data) for one, data in zip(ids, raw, strict=True))
+    lengths = tuple(len(value) for value in values) if None in embedding_shape else None
     header = ShardHeader(config, embedding_shape, ids, checksums, lengths)
     for sample_id, value, (first, last) in zip(ids, values, header.bounds, strict=True):
-        if value.dtype != header.dtype or value.nbytes != last - first:
+        if value.dtype != NUMPY_DTYPES[config.dtype] or value.nbytes != last - first:
             raise ConfigError(
                 f"{sample_id}: an embedding of shape {value.shape} and dtype {value.dtype}, the "
-                f"shard's are {embedding_shape} in {header.dtype}"
+                f"shard's are {embedding_shape} in {config.dtype}"
             )
     data = b"".join([header.encoded, *raw])
-    entry = ShardEntry(
-        hashlib.sha256(data).hexdigest(),
-        len(data),
-        len(header.encoded),
-        hashlib.sha256(header.encoded).hexdigest(),
-        len(ids),
-        ids[0],
-        ids[-1],
-    )
-    return entry, data
-
-
-def row_bytes(config: CacheConfig, embedding_shape: Shape) -> int:
-    """Return the bytes of one embedding, or of one step of its first dimension if that differs."""
-    rest = [size for size in embedding_shape if size is not None]
-    return math.prod(rest) * NUMPY_DTYPES[config.dtype].itemsize
+    digests = [hashlib.sha256(one).hexdigest() for one in (data, header.encoded)]
+    numbers = (len(data), len(header.encoded))
+    return ShardEntry(digests[0], *numbers, digests[1], len(ids), ids[0], ids[-1]), data
 
 
 def decode_shard(data: Buffer, name: str) -> ShardContent:
@@ -269,7 +252,10 @@ def decode_shard(data: Buffer, name: str) -> ShardContent:
     header = decode_header(bytes(data[: 8 + length]), name)
     if len(data) != header.num_bytes:
         raise IntegrityError(f"{name} isn't a whole shard of embeddings")
-    return ShardContent(header, header.values(data))
+    values = header.values(data)
+    return ShardContent(
+        header.config, header.sample_ids, np.stack(values) if header.lengths is None else values
+    )
 
 
 def decode_header(data: bytes, name: str) -> ShardHeader:
@@ -282,24 +268,20 @@ def decode_header(data: bytes, name: str) -> ShardHeader:
     try:
         about = json.loads(json.loads(data[8:])["__metadata__"][_METADATA])
         check_format(about["format"], name)
-        digits = about["checksums"]
-        checksums = [bytes.fromhex(digits[at : at + 16]) for at in range(0, len(digits), 16)]
+        digits = bytes.fromhex(about["checksums"])
         header = ShardHeader(
             CacheConfig.from_dict(about["config"]),
             checked_shape(tuple(about["embedding_shape"])),
-            about["sample_ids"],
-            checksums,
-            about.get("lengths"),
+            tuple(about["sample_ids"]),
+            tuple(digits[at : at + 8] for at in range(0, len(digits), 8)),
+            tuple(about["lengths"]) if "lengths" in about else None,
         )
+        if header.encoded != data:
+            raise ConfigError("not in its one form")
     except FormatVersionError:
         raise
-    except (
-        *(ConfigError, KeyError, TypeError, ValueError, AttributeError),
-        *(RecursionError, OverflowError),
-    ) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{name} isn't a shard of embeddings ({error!r:.200})") from None
-    if header.encoded != data:
-        raise IntegrityError(f"{name} isn't a shard of embeddings in its one form")
     return header
 
 
@@ -332,15 +314,3 @@ def checked_shape(shape: tuple[Any, ...]) -> Shape:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _keys(sample_ids: tuple[str, ...]) -> list[bytes]:
-    if not 0 < len(sample_ids) <= MAX_SHARD_SAMPLES:
-        raise ConfigError(f"{len(sample_ids)} samples; a shard has 1 to {MAX_SHARD_SAMPLES}")
-    keys = [sample_key(sample_id) for sample_id in sample_ids]
-    for sample_id, key, following in zip(sample_ids, keys, [*keys[1:], None], strict=True):
-        if key != sample_id.encode():
-            raise ConfigError(f"sample id {sample_id!r} isn't in its canonical form")
-        if following is not None and key >= following:
-            raise ConfigError(f"sample id {sample_id!r} is out of order, or there twice")
-    return keys

@@ -6,15 +6,13 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import Any, ClassVar, Final
 
-from lmdbcache.errors import CacheNotFoundError, FormatVersionError, IntegrityError, RemoteError
+from lmdbcache.errors import CacheNotFoundError, IntegrityError, RemoteError
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
-from lmdbcache.exchange.sharing.manifests import MANIFESTS_NAME
 from lmdbcache.exchange.sharing.remote import Remote, in_parallel
 from lmdbcache.exchange.sharing.remote_index import (
     Offer,
-    SharedState,
     read_header,
     read_state,
     shared_fingerprints,
@@ -27,20 +25,6 @@ __all__ = ["RemoteReport", "SharedStoreReport", "check_shard", "verify_remote"]
 _SHARD_NAME: Final = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
-class Finding(NamedTuple):
-    """A file that isn't as it should be.
-
-    Args:
-        path: Below the fingerprint's folder.
-        state: `"unreadable"` if the place refuses it, or it is of a newer release.
-        reason: What is wrong.
-    """
-
-    path: str
-    state: Literal["damaged", "missing", "unreadable"]
-    reason: str
-
-
 @dataclass
 class SharedStoreReport(Report):
     """What is shared of one store.
@@ -51,10 +35,9 @@ class SharedStoreReport(Report):
         num_shards: Shards that they list and that are sound.
         num_samples: Samples that the sound ones hold, each once.
         num_bytes: Size of all shards that are there.
-        findings: What is wrong.
+        problems: Files that are damaged, missing or unreadable: path → what is wrong.
         num_unlisted: Sound shards that no manifest lists: of a push that is under way or that was
             interrupted and will use them, or of an earlier state.
-        leftovers: Files that interrupted uploads have left.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("is_sound",)
@@ -64,14 +47,13 @@ class SharedStoreReport(Report):
     num_shards: int = 0
     num_samples: int = 0
     num_bytes: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     num_unlisted: int = 0
-    leftovers: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
         """Whether all is as it should be."""
-        return not self.findings
+        return not self.problems
 
 
 @dataclass
@@ -135,69 +117,41 @@ def verify_remote(
 def _look_at(
     remote: Remote, fingerprint: str, progress: Callable[[int, int], None] | None
 ) -> SharedStoreReport:
-    report = SharedStoreReport(fingerprint)
     state = read_state(remote, fingerprint, LocalFolder(None))
-    _note_manifests(report, state)
     listed = remote.list_files(f"{fingerprint}/shards")
     sizes = {match[1]: n for name, n in listed.items() if (match := _SHARD_NAME.fullmatch(name))}
-    report.num_bytes = sum(sizes.values())
-    report.leftovers = [
-        f"{folder}/{name}"
-        for folder in ("shards", MANIFESTS_NAME)
-        for name in remote.leftovers(f"{fingerprint}/{folder}")
-    ]
+    report = SharedStoreReport(
+        fingerprint,
+        num_manifests=len(state.manifests),
+        num_bytes=sum(sizes.values()),
+        problems=dict(sorted(state.problems.items())),
+    )
     offers: dict[str, list[Offer]] = {digest: [] for digest in sizes}
     for offer in state.offers():
         offers.setdefault(offer.entry.sha256, []).append(offer)
 
     def look(digest: str) -> list[str]:
-        return _check(remote, fingerprint, digest, sizes.get(digest), offers[digest])
+        """Compare a shard with its digest and its manifests; return the samples that count."""
+        if digest not in sizes:
+            raise IntegrityError(f"shards/{digest}.safetensors isn't there")
+        check_shard(remote, fingerprint, digest, sizes[digest])
+        headers = [(one, read_header(remote, one, LocalFolder(None))) for one in offers[digest]]
+        return [header.sample_ids[row] for one, header in headers for row in one.rows(header)]
 
     done = 0
     sample_ids: set[str] = set()
     for digest, looked in in_parallel(look, offers):
-        path = f"shards/{digest}.safetensors"
         try:
             sample_ids.update(looked.result())
-        except (RemoteError, FormatVersionError) as error:
-            report.findings.append(Finding(path, "unreadable", str(error)))
-        except IntegrityError as error:
-            is_there = digest in sizes
-            report.findings.append(Finding(path, "damaged" if is_there else "missing", str(error)))
-        else:
             report.num_shards += bool(offers[digest])
             report.num_unlisted += not offers[digest]
+        except (RemoteError, IntegrityError) as error:
+            report.problems[f"shards/{digest}.safetensors"] = str(error)
         done += sizes.get(digest, 0)
         if progress is not None:
             progress(done, report.num_bytes)
     report.num_samples = len(sample_ids)
     return report
-
-
-def _note_manifests(report: SharedStoreReport, state: SharedState) -> None:
-    report.num_manifests = len(state.manifests)
-    for path, why in sorted(state.problems.items()):
-        name = path.rpartition("/")[2].removesuffix(".json")
-        reason = why.removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ")
-        if path in state.unread:
-            report.findings.append(Finding(path, "unreadable", reason))
-        else:
-            is_there = name in state.listed
-            report.findings.append(Finding(path, "damaged" if is_there else "missing", reason))
-
-
-def _check(
-    remote: Remote, fingerprint: str, digest: str, size: int | None, offers: list[Offer]
-) -> list[str]:
-    """Compare one shard with its digest and with the manifests; return the samples that count."""
-    if size is None:
-        raise IntegrityError("isn't there")
-    check_shard(remote, fingerprint, digest, size)
-    found: list[str] = []
-    for offer in offers:
-        header = read_header(remote, offer, LocalFolder(None))
-        found += [header.sample_ids[row] for row in offer.rows(header)]
-    return found
 
 
 def check_shard(remote: Remote, fingerprint: str, digest: str, num_bytes: int) -> None:
@@ -207,12 +161,13 @@ def check_shard(remote: Remote, fingerprint: str, digest: str, num_bytes: int) -
         IntegrityError: It is damaged, or larger than any shard.
         RemoteError: It can't be read.
     """
+    path = f"shards/{digest}.safetensors"
     if num_bytes > MAX_SHARD_FILE_BYTES:
-        raise IntegrityError(f"{num_bytes} bytes, too many for a shard")
+        raise IntegrityError(f"{path} has {num_bytes} bytes, too many for a shard")
     received = _Digest()
-    remote.fetch(f"{fingerprint}/shards/{digest}.safetensors", received, num_bytes)
+    remote.fetch(f"{fingerprint}/{path}", received, num_bytes)
     if received.sha256.hexdigest() != digest:
-        raise IntegrityError("its bytes don't have the digest in its name")
+        raise IntegrityError(f"{path} is damaged: its bytes don't have its digest")
 
 
 class _Digest:
