@@ -242,6 +242,10 @@ class FeatureBatches(Iterator[FeatureBatch]):
         try:
             if self._batches is None:
                 self._start_workers()
+            # torch raises this news wherever the main process is, such as inside a model whose
+            # errors are taken for its own.
+            if not all(worker.is_alive() for worker in self._workers):
+                raise _worker_failure(EOFError("a process has ended"))
             batch: FeatureBatch = next(self._batches)
         except (EOFError, OSError) as error:
             if not self._loader.num_workers or isinstance(error, CacheError):

@@ -76,8 +76,12 @@ class Host:
         return json.loads(self.process.stdout.readline())
 
     def ranks(self) -> list[int]:
-        """The processes of the ranks."""
-        return [pid for pid in descendants(self.process.pid) if "_extract_share" in command_of(pid)]
+        """The processes of the ranks, without those that decode for them."""
+        found = [
+            pid for pid in descendants(self.process.pid) if "_extract_share" in command_of(pid)
+        ]
+        below = {child for pid in found for child in descendants(pid)}
+        return [pid for pid in found if pid not in below]
 
     def close(self) -> None:
         members = descendants(self.process.pid)
