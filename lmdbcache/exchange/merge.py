@@ -347,7 +347,7 @@ class _Merge:
             for failure in read_failures(folder)
         }
         if failed:
-            missing = self._cache.coverage(config, failed).missing
+            missing = self._cache.coverage(config, list(failed)).missing
             update_failures(path, failed, [failed[sample_id] for sample_id in missing])
 
     def _advance(self, number: int) -> None:
