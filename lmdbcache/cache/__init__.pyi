@@ -3,6 +3,7 @@ from .comparison import (
     StoreComparison as StoreComparison,
     compare_stores as compare_stores,
     difference_of as difference_of,
+    largest_difference as largest_difference,
 )
 from .coverage import (
     Coverage as Coverage,

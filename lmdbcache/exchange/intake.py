@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.cache import (
@@ -25,6 +24,7 @@ from lmdbcache.cache import (
     Source,
     SourceRecords,
     difference_of,
+    largest_difference,
     write_sources,
 )
 from lmdbcache.config import CacheConfig
@@ -57,7 +57,6 @@ _CHOICES: Final = ("skip", "overwrite", "error")
 _BATCH_BYTES: Final = 32 << 20
 _BATCH_RECORDS: Final = 16384
 _NO_LIMIT: Final = 1 << 62
-_STACKED_BELOW_BYTES: Final = 64 << 10
 
 # A row to write, and the checksum that it replaces.
 _Change = tuple["Row", "bytes | None"]
@@ -424,7 +423,7 @@ class Intake:
         """
         path = self.report.path
         by_name = {row.sample_id: row for row, _ in changes}
-        expected = {row.sample_id: replaced for row, replaced in changes}
+        expected = dict(zip(by_name, (replaced for _, replaced in changes), strict=True))
         has_written = False
 
         def before_commit(committed: Mapping[str, tuple[bytes | None, bytes]]) -> None:
@@ -441,6 +440,7 @@ class Intake:
         with EmbeddingWriter(
             path,
             self.report.config,
+            on_duplicate="overwrite",  # what `before_commit` allows
             ragged=self._ragged,
             provenance=provenance,
             without_provenance=self._without_provenance,
@@ -448,10 +448,9 @@ class Intake:
             commit_bytes=_NO_LIMIT,
             commit_records=_NO_LIMIT,
             commit_seconds=math.inf,
-            overwritten=[name for name, replaced in expected.items() if replaced is not None],
             before_commit=before_commit,
         ) as writer:
-            writer.put_batch(by_name, _batch([row.read() for row, _ in changes]))
+            writer.put_stored((row.key, row.read(), row.checksum) for row, _ in changes)
         if not has_written:
             raise _ConcurrentWriteError
 
@@ -490,6 +489,7 @@ class _Look:
         self._shape = None if reader is None else reader.embedding_shape
         self._ragged = ragged
         self._checksums_in_conflict: dict[str, bytes] = {}
+        self._fitting_shapes: set[tuple[int, ...]] = set()
         self.found = IntakeReport(report.path, report.config)
         self.changes: list[_Change] = []
 
@@ -530,7 +530,8 @@ class _Look:
                 continue
             try:
                 value = row.read()
-                self._check_shape(row, value)
+                if value.shape not in self._fitting_shapes:
+                    self._check_shape(row, value)
             except CacheError as error:
                 self.found.refuse(row, error)
                 continue
@@ -552,6 +553,7 @@ class _Look:
         if self._shape is None:  # the first of a new store decides
             self._shape = (None, *value.shape[1:]) if self._ragged and value.shape else value.shape
         check_shape(row.sample_id, value.shape, self._shape)
+        self._fitting_shapes.add(value.shape)
 
     def _replaces(self, row: Row, value: npt.NDArray[Any], taken: Row | None) -> bool:
         """Compare an embedding with the one before it, and note the outcome.
@@ -568,7 +570,7 @@ class _Look:
         by = THIS_STORE if taken is None else taken.by
         if taken is not None:
             other: npt.NDArray[Any] | None = taken.read()
-        elif self._reader is None or row.sample_id not in self._reader:
+        elif self._reader is None or (self._asked.is_dry_run and row.sample_id not in self._reader):
             self.found.notes.append(
                 f"{row.sample_id}: this dry run met two embeddings, and compared neither"
             )
@@ -584,11 +586,12 @@ class _Look:
             where = str(self._asked.path)
             self.found.refused.append(Refusal(where, row.sample_id, reason))
             return False
-        max_abs, cosine, _ = difference_of(other, value)
+        max_abs = largest_difference(other, value)
         if max_abs <= self._asked.tolerance:
             self.found.num_close += 1
             self.found.largest_close = max(self.found.largest_close, max_abs)
             return False
+        cosine = difference_of(other, value).cosine
         is_undecided = taken is not None and self._asked.on_duplicate == "error"
         kept: Literal["stored", "given", "neither"] = "neither" if is_undecided else "stored"
         self.found.conflicts.append(
@@ -606,10 +609,3 @@ def _sound_value(reader: EmbeddingReader, key: bytes, expected: bytes) -> npt.ND
     except IntegrityError:
         return None
     return value if checksum(key, value.reshape(-1).view("u1").data) == expected else None
-
-
-def _batch(values: list[npt.NDArray[Any]]) -> Any:
-    """One array of small values of one shape, which is several times faster to write."""
-    if values[0].nbytes < _STACKED_BELOW_BYTES and len({value.shape for value in values}) == 1:
-        return np.stack(values)
-    return values

@@ -322,13 +322,13 @@ class _Merge:
         keys = merge_sorted(*(_keys_of(n, store, report) for n, store in enumerate(stores)))
         origins = [store.origin._replace(detail=self._detail) for store in stores]
         while chunk := list(islice(keys, _KEYS_AT_ONCE)):
+            names = [sample_id_of_key(key) for key, _, _ in chunk]
             asked: list[dict[str, bytes]] = [{} for _ in stores]
-            for key, number, expected in chunk:
-                asked[number][sample_id_of_key(key)] = expected
+            for name, (_, number, expected) in zip(names, chunk, strict=True):
+                asked[number][name] = expected
             records = [store.records(those) for store, those in zip(stores, asked, strict=True)]
-            for key, number, expected in chunk:
-                name, store = sample_id_of_key(key), stores[number]
-                by, files = records[number]
+            for name, (key, number, expected) in zip(names, chunk, strict=True):
+                store, (by, files) = stores[number], records[number]
                 yield Row(
                     key,
                     expected,

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 import lmdb
@@ -28,6 +28,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.values: dict[bytes, npt.NDArray[Any]] = {}
+        self.checksums: dict[bytes, bytes] = {}  # of those that came with one
         self.num_bytes = 0
         self.num_put = 0
         self.since = 0.0
@@ -36,7 +37,14 @@ class Batch:
         self._is_taken = threading.Lock()
         self._is_done = threading.Event()
 
-    def put(self, key: bytes, value: npt.NDArray[Any], *, replace: bool = True) -> None:
+    def put(
+        self,
+        key: bytes,
+        value: npt.NDArray[Any],
+        *,
+        replace: bool = True,
+        checksum: bytes | None = None,
+    ) -> None:
         """Add an embedding, or replace the one of this key if that is asked for."""
         values = self.values
         if not values:
@@ -46,6 +54,8 @@ class Batch:
                 return
             self.drop([key])
         values[key] = value
+        if checksum is not None:
+            self.checksums[key] = checksum
         self.num_bytes += value.nbytes
         self.num_put += 1
 
@@ -54,11 +64,13 @@ class Batch:
         for key in keys:
             if (value := self.values.pop(key, None)) is not None:
                 self.num_bytes -= value.nbytes
+                self.checksums.pop(key, None)
 
     def copied(self) -> Batch:
         """Return another batch of the same embeddings; their memory is shared."""
         batch = Batch()
-        batch.values, batch.num_bytes = dict(self.values), self.num_bytes
+        batch.values, batch.checksums = dict(self.values), dict(self.checksums)
+        batch.num_bytes = self.num_bytes
         batch.num_put, batch.since = self.num_put, self.since
         return batch
 
@@ -72,6 +84,8 @@ class Batch:
             if key not in self.values:
                 self.values[key] = value
                 self.num_bytes += value.nbytes
+                if key in earlier.checksums:
+                    self.checksums[key] = earlier.checksums[key]
         self.since = earlier.since
 
     def start(self, commit: Callable[[Batch], int]) -> None:
@@ -128,7 +142,7 @@ def transaction_in(environment: Environment) -> Iterator[lmdb.Transaction]:
 def put_embeddings(
     environment: Environment,
     transaction: lmdb.Transaction,
-    values: Mapping[bytes, npt.NDArray[Any]],
+    batch: Batch,
     *,
     replaced: Collection[bytes],
 ) -> tuple[int, list[bytes]]:
@@ -139,13 +153,14 @@ def put_embeddings(
     """
     left_alone = []
     checksums, put = environment.checksums, transaction.put
+    values, known = batch.values, batch.checksums
     keys = sorted(values)
     last = max(_last_key(transaction, None), _last_key(transaction, checksums))
     num_inserted = bisect_right(keys, last)
     for key in keys[:num_inserted]:
         value = _bytes_of(values[key])
         if put(key, value, overwrite=key in replaced):
-            put(key, checksum(key, value), db=checksums)
+            put(key, known.get(key) or checksum(key, value), db=checksums)
         else:
             left_alone.append(key)
     # Appended keys fill their pages; inserted ones leave them half empty.
@@ -154,7 +169,8 @@ def put_embeddings(
         with transaction.cursor() as cursor:
             cursor.putmulti(appended, append=True)
         with transaction.cursor(db=checksums) as cursor:
-            cursor.putmulti([(key, checksum(key, value)) for key, value in appended], append=True)
+            pairs = [(key, known.get(key) or checksum(key, value)) for key, value in appended]
+            cursor.putmulti(pairs, append=True)
     return len(keys) - len(left_alone), left_alone
 
 

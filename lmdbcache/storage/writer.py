@@ -252,6 +252,27 @@ class EmbeddingWriter:
                 added += self._put_rows(sample_ids[part], embeddings[part])  # type: ignore[index]
             return added
 
+    def put_stored(self, rows: Iterable[tuple[bytes, npt.NDArray[Any], bytes]]) -> None:
+        """Add embeddings that were checked where they come from; nothing is checked again.
+
+        They aren't copied either: commit before their memory changes.
+
+        Args:
+            rows: (key, value in the stored dtype, the value's checksum); see `sample_key` and
+                `checksum`.
+
+        Raises:
+            InvalidEmbeddingError: Another shape than the store's; here or at the commit.
+            ProvenanceMismatchError: See `check_provenance`.
+        """
+        with self._usable():
+            self._check_stated()
+            for key, value, expected in rows:
+                if self._shape is None:
+                    self._check_shape(sample_id_of_key(key), value.shape)
+                self._pending.put(key, value, checksum=expected)
+            self._commit_if_due()
+
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
         keys = [sample_key(sample_id) for sample_id in sample_ids]
         known = self._known_of([key for key in keys if not self._overwrites(key)])
@@ -641,9 +662,7 @@ class EmbeddingWriter:
             before = checksums_in(environment, transaction, batch.values if asks else ())
             overwrites_all = self._on_duplicate == "overwrite"
             replaced = batch.values if overwrites_all else self._overwritten
-            written, duplicates = put_embeddings(
-                environment, transaction, batch.values, replaced=replaced
-            )
+            written, duplicates = put_embeddings(environment, transaction, batch, replaced=replaced)
             if duplicates and self._on_duplicate == "error":
                 batch.drop(duplicates)
                 names = few([sample_id_of_key(key) for key in duplicates], 3)
