@@ -244,7 +244,7 @@ class _Plan:
     shard_bytes: int
 
     def is_folder(self, out: Path) -> bool:
-        """Whether a name stands for a folder."""
+        """Whether a name is that of a folder."""
         format_ = FORMATS[self.name]
         is_shards = format_.is_sharded and out.suffix != format_.suffixes[0]
         return is_shards or format_.write_dataset is not None

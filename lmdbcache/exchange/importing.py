@@ -56,7 +56,7 @@ class ImportReport(IntakeReport):
         classes: Class → number of samples of the source.
         embedding_shape: Of the store; None in front if the first dimension may differ.
         dtypes: dtype → number of embeddings of the source.
-        zeros: Samples of the source whose embedding is all zeros; they are imported, too.
+        zeros: Samples of the source whose embedding is all zeros; they are imported.
     """
 
     source: Path = Path()
@@ -181,8 +181,8 @@ def _doubts(found: Survey) -> list[str]:
     shape = found.shape
     if shape is not None and len(shape) > 1 and shape[0] == 1:
         notes.append(
-            f"the embeddings have shape {shape}; `squeeze=True` takes off the 1, which is no part "
-            "of an embedding if it was a batch of one"
+            f"the embeddings have shape {shape}; `squeeze=True` takes off the 1, which "
+            "isn't part of an embedding if it was a batch of one"
         )
     return notes
 
@@ -256,7 +256,7 @@ class _Rows:
     def _read(self, entry: Entry) -> npt.NDArray[Any]:
         value = entry.load()
         if value is None:
-            raise TransferError("there is no value")
+            raise TransferError("the value is missing")
         if self._squeeze:
             value = value.reshape(squeezed(value.shape))
         return as_stored(entry.sample_id, value, self._report.config.dtype, copy=False)

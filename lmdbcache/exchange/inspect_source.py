@@ -121,8 +121,8 @@ class Survey:
     Args:
         source: Where it comes from.
         classes: Class → number of samples.
-        dtypes: numpy's name → number of embeddings; None where only reading tells.
-        shape: The shape that a new store would have: most have it; None if only reading tells.
+        dtypes: numpy's name → number of embeddings; None where it isn't known before reading.
+        shape: The shape that a new store would have: most have it; None if it isn't known before.
     """
 
     source: Source
@@ -177,7 +177,7 @@ def misfit(entry: Entry, shape: Shape | None) -> Refusal | None:
 
 
 def _first_shape(entries: Iterable[Entry], *, squeeze: bool, ragged: bool) -> Shape | None:
-    """The shape of the first that can be read, where only reading tells."""
+    """The shape of the first that can be read, where it isn't known before reading."""
     for entry in entries:
         # What is wrong with it is reported when it is imported.
         with contextlib.suppress(CacheError, OSError, ValueError, IndexError):

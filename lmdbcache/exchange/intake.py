@@ -293,7 +293,7 @@ class Intake:
             return self._stored(look, keys)
 
     def metadata(self) -> StoreMetadata | None:
-        """Return the store's metadata; None while there is no store."""
+        """Return the store's metadata; None until there is a store."""
         with self._look() as look:
             return None if look is None else look.metadata
 
@@ -400,7 +400,7 @@ class Intake:
 
     @contextlib.contextmanager
     def _look(self) -> Iterator[EmbeddingReader | None]:
-        """What is stored now; None while there is no store."""
+        """What is stored now; None until there is a store."""
         with contextlib.ExitStack() as stack:
             reader = None
             with contextlib.suppress(CacheNotFoundError):
@@ -471,7 +471,7 @@ class _Look:
 
     Args:
         report: What is asked for.
-        reader: The store; None while there is none.
+        reader: The store; None until it is made.
         stored: The checksums that are stored of these rows.
         ragged: Whether the first dimension may differ, in a new store.
     """

@@ -225,7 +225,7 @@ class _Merge:
 
     @contextlib.contextmanager
     def _at_rest(self, path: Path) -> Iterator[None]:
-        """No rank of a staged extraction, of this or another machine, writes it meanwhile."""
+        """Keep ranks of a staged extraction, of this or another machine, from writing it."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(at_rest(path.resolve(), self._deadline))
@@ -375,7 +375,7 @@ def _check_shapes(theirs: Sequence[int | None], ours: Sequence[int | None] | Non
     ):
         raise ConfigError(
             f"its embeddings have shape {tuple(theirs)}, those of the store {tuple(ours)}. "
-            "Another output or length needs a config of its own"
+            "Another output or length needs another config"
         )
 
 
@@ -441,10 +441,10 @@ class _Search:
 
 def _nothing_in(folder: Path) -> str:
     if not folder.exists():
-        return "there is no such folder"
+        return "the folder doesn't exist"
     if not folder.is_dir():
         return "a file; a source is the folder of a store, a root, or a folder of roots"
-    return "no store is in here"
+    return "it holds no store"
 
 
 def _file_number(store: Path) -> tuple[int, int] | None:
@@ -588,7 +588,7 @@ def _open_source(path: Path, stack: contextlib.ExitStack, *, takes_lock: bool) -
     Args:
         path: Its folder.
         stack: What closes it.
-        takes_lock: Whether nobody may write to it meanwhile, if it is damaged.
+        takes_lock: Whether to keep other processes from writing to it, if it is damaged.
 
     Raises:
         CacheError: It can't be read at all.

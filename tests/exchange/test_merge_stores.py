@@ -215,11 +215,8 @@ def test_what_holds_nothing(store, target, config, tmp_path):
     assert "never written to" in reports.notes[0]
     assert not target.root.exists() or config not in target
     reports = merge_stores(target, [nothing, file, tmp_path / "absent"])
-    assert [refusal.reason[:8] for refusal in reports.refused] == [
-        "no store",
-        "a file; ",
-        "there is",
-    ]
+    sources = [str(nothing), str(file), str(tmp_path / "absent")]
+    assert [refusal.where for refusal in reports.refused] == sources
     assert reports.exit_code == 1
 
 

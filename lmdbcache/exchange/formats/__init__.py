@@ -29,7 +29,7 @@ class Format:
         is_sharded: Whether a folder of such files is one source, and may be one export.
         is_in_memory: Whether a single file is put together in memory.
         has_bfloat16: Whether it knows bfloat16; else that becomes float32, exactly.
-        bytes_beside: Bytes that a file takes for each embedding, beside its values.
+        bytes_beside: Bytes that a file takes for each embedding besides its values.
     """
 
     suffixes: tuple[str, ...]

@@ -47,7 +47,7 @@ __all__ = [
     "without_bfloat16",
 ]
 
-# Under one of these names lies what a dict holds beside other things.
+# Under one of these names lies what a dict holds among other things.
 EMBEDDINGS: Final = ("embeddings", "audio_embs", "embedding", "features")
 IDS: Final = ("sample_ids", "keys", "ids", "file_ids", "filenames", "file_names", "names")
 CLASSES: Final = ("classes", "class_names", "labels")
@@ -152,7 +152,7 @@ def describe(metadata: Mapping[Any, Any]) -> Description:
 
 
 def description_of_json(text: str | bytes | None) -> Description:
-    """Return what metadata that is kept as JSON says; anything else says nothing."""
+    """Return what metadata in JSON says; of anything else an empty description."""
     try:
         values = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -187,8 +187,8 @@ class Entry:
     Args:
         name: What the source calls it, for messages.
         sample_id: In canonical form.
-        shape: None if only reading tells.
-        dtype: numpy's name of it; None if only reading tells.
+        shape: None if it isn't known before reading.
+        dtype: numpy's name of it; None if it isn't known before reading.
         load: Gives an array or tensor.
     """
 
@@ -273,7 +273,7 @@ class Source:
         """Add the rows of an array.
 
         Raises:
-            TransferError: There are no names, or not as many as rows.
+            TransferError: Names are missing, or not as many as rows.
         """
         if rows.ids is None:
             raise TransferError(

@@ -59,7 +59,7 @@ class KeyReader:
 
     Args:
         keys: All of them: which of the two comes first is inferred from all keys.
-        hints: Key → class, where the source says so beside the key.
+        hints: Key → class, where the source states it next to the key.
         choice: What the caller says.
         is_exact: The keys are sample ids; nothing is inferred or taken off.
 
@@ -117,7 +117,7 @@ class KeyReader:
         return file_id, class_name
 
     def _colon_form(self, key: str) -> str:
-        """`__` stands for the colon where nothing else says the class."""
+        """Read `__` as the colon where nothing else states the class."""
         return key if self._hints.get(key) or self._class_name else with_colon(key)
 
     def _infer_order(self, keys: Collection[Any]) -> KeyOrder:

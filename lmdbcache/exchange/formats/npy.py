@@ -105,7 +105,7 @@ def _read_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def _about(path: Path) -> Description:
-    """What a JSON file beside the embeddings says of them."""
+    """What a JSON file next to the embeddings says of them."""
     for name in _ABOUT:
         if (path / name).is_file():
             return description_of_json((path / name).read_bytes())

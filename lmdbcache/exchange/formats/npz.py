@@ -1,4 +1,4 @@
-"""`.npz` files: an array for each name, or one array with its names beside it."""
+"""`.npz` files: an array for each name, or one array and its names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save`: a dict of embeddings, by itself or beside other things."""
+"""Files of `torch.save`: a dict of embeddings, by itself or among other things."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _rows(path: Path, held: str, values: Any, content: Mapping[Any, Any]) -> Row
     if not (_is_array(values) or isinstance(values, (list, tuple))):
         raise TransferError(
             f"{path}: {held!r} is of type {type(values).__name__}; expected a dict of names and "
-            "embeddings, or a tensor with a list of names beside it"
+            "embeddings, or a tensor and a list of names"
         )
     if getattr(values, "ndim", 1) == 0:
         raise TransferError(f"{path}: {held!r} is a single number")
