@@ -118,7 +118,7 @@ def _file_source(path: str) -> Source | None:
 
 
 class FoundSource(NamedTuple):
-    """One embedding and the state of its file; `path` is None without a record."""
+    """One embedding and the state of its file; without a record, no `path`."""
 
     sample_id: str
     path: str | None

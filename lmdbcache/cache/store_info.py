@@ -98,7 +98,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
     """Return what the store in this folder holds.
 
     Raises:
-        CacheNotFoundError: There is no store.
+        CacheNotFoundError: The folder has no store.
         IntegrityError: The store is damaged.
     """
     store = Path(store).absolute()

@@ -10,7 +10,7 @@ import typer
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.console import counted, print_json, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
-from lmdbcache.cli.options import Json, Progress, Root, Yes, find_folder
+from lmdbcache.cli.options import Json, Progress, Root, find_folder
 from lmdbcache.files import readable_size
 from lmdbcache.report import (
     DEFAULT_MAX_SAMPLES,
@@ -43,7 +43,9 @@ def report_command(
         int, typer.Option(help="Read the values of so many embeddings of a store at most.")
     ] = DEFAULT_MAX_SAMPLES,
     progress: Progress = None,
-    yes: Yes = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that isn't a report.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write one HTML file that shows what is stored: sizes, coverage, a map, duplicates, outliers.
@@ -53,7 +55,7 @@ def report_command(
     cache = EmbeddingCache(root)
     chosen = [find_folder(cache, store) for store in stores] if stores else None
     if not as_json:
-        check_out(out, overwrite=yes)
+        check_out(out, overwrite=overwrite)
     with progress_bar("looking at embeddings", shown=progress) as bar:
         report = collect_report(
             cache,

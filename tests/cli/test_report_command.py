@@ -29,10 +29,10 @@ def test_report_of_chosen_stores_as_json(cli, cache, configs, data, tmp_path):
 
 
 def test_report_refuses_another_file(cli, refused, cache, tmp_path):
-    """A file that isn't a report stays, unless --yes."""
+    """A file that isn't a report stays, unless --overwrite."""
     (tmp_path / "report.html").write_text("mine")
-    assert "--yes" in refused("report")
-    assert cli("report", "--yes").returncode == 0
+    assert "--overwrite" in refused("report")
+    assert cli("report", "--overwrite").returncode == 0
     assert cli("report").returncode == 0
 
 
