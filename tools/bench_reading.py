@@ -242,22 +242,17 @@ class Bench:
         reader.close()
 
     def open_fresh(self) -> None:
-        results = [
-            json.loads(
-                subprocess.run(
-                    [
-                        *(sys.executable, __file__, "--child", str(self.cache.root)),
-                        *(self.work.name, str(self.work.num_samples), str(self.work.batch_size)),
-                    ],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                ).stdout
-            )
-            for _ in range(5)
-        ]
-        for name in results[0]:
-            self.figures[name] = {"ours": statistics.median(r[name] for r in results)}
+        sizes = (str(self.work.num_samples), str(self.work.batch_size))
+        ours = (sys.executable, __file__, "--child", str(self.cache.root), self.work.name, *sizes)
+        memmap = (sys.executable, __file__, "--memmap-child", str(self.npy))
+        times: dict[str, dict[str, list[float]]] = {}
+        for _ in range(max(9, self.work.rounds)):
+            for way, command in (("ours", ours), ("memmap", memmap)):
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                for name, figure in json.loads(done.stdout).items():
+                    times.setdefault(name, {}).setdefault(way, []).append(figure)
+        for name, ways in times.items():
+            self.figures[name] = {way: statistics.median(found) for way, found in ways.items()}
 
     def read_cold(self) -> None:
         work = self.work
@@ -351,6 +346,14 @@ def child(root: str, name: str, num_samples: int, batch_size: int) -> None:
     print(json.dumps(figures))
 
 
+def memmap_child(npy: str) -> None:
+    """In a fresh process: time to the first row of a memmap."""
+    started = time.perf_counter()
+    array = np.load(npy, mmap_mode="r")
+    array[len(array) // 2].copy()
+    print(json.dumps({"open → first sample, ms": (time.perf_counter() - started) * 1e3}))
+
+
 def _private_mib() -> float:
     text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
     lines = [line.split() for line in text.splitlines()]
@@ -370,6 +373,9 @@ def measure(*, quick: bool = False, folder: Path | None = None) -> dict[str, Fig
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        return
+    if sys.argv[1:2] == ["--memmap-child"]:
+        memmap_child(sys.argv[2])
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")

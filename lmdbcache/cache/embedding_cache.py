@@ -107,9 +107,10 @@ class EmbeddingCache:
         Raises:
             CacheNotFoundError: Nothing is stored for this config; names the nearest that is.
         """
-        if config not in self:
+        store = self.path(config)
+        if current_generation(store) is None:
             raise CacheNotFoundError(str(self.explain(config)))
-        reader = EmbeddingReader(self.path(config), config, verify, track_usage=track_usage)
+        reader = EmbeddingReader(store, config, verify, track_usage=track_usage)
         reader.on_miss = log_misses
         return reader
 

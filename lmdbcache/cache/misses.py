@@ -391,8 +391,10 @@ def _updated(
     return None if entries == before else entries
 
 
-def _failure_of(store: Path, sample_id: str) -> str | None:
+def _failure_of(store: Path, sample_id: object) -> str | None:
     failures = {failure.sample_id: failure.reason for failure in read_failures(store)}
+    if not isinstance(sample_id, str):  # any object may be asked for
+        return None
     with contextlib.suppress(InvalidSampleIdError):
         return failures.get(sample_id) or failures.get(canonical_sample_id(sample_id))
     return failures.get(sample_id)

@@ -62,15 +62,16 @@ from .metadata import (
     portable as portable,
 )
 from .opening import check_file_size as check_file_size
-from .reader import EmbeddingReader as EmbeddingReader
+from .reader import (
+    EmbeddingReader as EmbeddingReader,
+    Positions as Positions,
+    Selection as Selection,
+)
 from .reader_slots import (
     others as others,
     slot_use as slot_use,
     writing_processes as writing_processes,
 )
-from .reading.selection import Positions as Positions, Selection as Selection
-from .reading.space import space_use as space_use
-from .reading.verified_reads import Verify as Verify, check_pages as check_pages
 from .report import Report as Report, plain as plain
 from .row_parts import RowPart as RowPart
 from .running_lock import (
@@ -78,6 +79,7 @@ from .running_lock import (
     at_rest as at_rest,
     held_store as held_store,
 )
+from .space import space_use as space_use
 from .statistics import (
     EpochStatistics as EpochStatistics,
     ReadStatistics as ReadStatistics,
@@ -97,4 +99,5 @@ from .values import (
     from_stored as from_stored,
     has_masked_elements as has_masked_elements,
 )
+from .verified_reads import Verify as Verify, check_pages as check_pages
 from .writer import EmbeddingWriter as EmbeddingWriter, OnDuplicate as OnDuplicate

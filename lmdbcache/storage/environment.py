@@ -217,8 +217,8 @@ class Snapshot:
         self.environment = environment
         self.lock = threading.Lock()
         self.transaction: lmdb.Transaction | None = None
-        # Where its values lie, once somebody has found out (`located.locate`).
-        self.located: Any = None
+        # Where its values lie, once somebody has found out (`value_table`).
+        self.values: Any = None
         self.is_unlocatable = False
         # The same with their checksums (`verified_reads.prepare`).
         self.verified: Any = None
@@ -253,7 +253,7 @@ class Snapshot:
             if self.transaction is not None:
                 self.transaction.abort()
                 self.transaction = None
-                self.located = self.verified = None
+                self.values = self.verified = None
 
 
 _environments: dict[tuple[int, int] | None, Environment] = {}
@@ -382,7 +382,7 @@ def _after_fork_in_child() -> None:
     _abandoned.clear()
     for environment in _environments.values():
         for snapshot in list(environment.snapshots):
-            snapshot.transaction = snapshot.located = snapshot.verified = None
+            snapshot.transaction = snapshot.values = snapshot.verified = None
         del environment.env, environment.checksums
     _environments.clear()
 

@@ -109,9 +109,13 @@ def network_mount(folder: Path) -> Mount | None:
 
 def mount_of(folder: Path) -> Mount | None:
     """Return the mount that a folder lies on, or would; None where that can't be told."""
-    folder = existing_parent(folder)
     try:
-        return _mount_of(folder.stat().st_dev, os.fspath(folder))
+        try:
+            device = folder.stat().st_dev
+        except (FileNotFoundError, NotADirectoryError):
+            folder = existing_parent(folder)
+            device = folder.stat().st_dev
+        return _mount_of(device, os.fspath(folder))
     except OSError:  # not ours to look at
         return None
 
@@ -123,7 +127,11 @@ def _mount_of(device: int, folder: str) -> Mount | None:
         text = Path("/proc/self/mountinfo").read_bytes()
     except OSError:
         return None
-    mount = find_mount(parse_mounts(text), os.path.realpath(folder))
+    # Of some tens of mounts, those of this device; a device that isn't listed has a number of its
+    # file system's own making, and any of them may be the one.
+    number = f" {os.major(device)}:{os.minor(device)} ".encode()
+    own = b"\n".join(line for line in text.splitlines() if number in line[:40])
+    mount = find_mount(parse_mounts(own or text), os.path.realpath(folder))
     _logger.debug("%s (device %d) lies on %s", folder, device, mount)
     return mount
 

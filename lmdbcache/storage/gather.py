@@ -1,6 +1,6 @@
 """Batches copied straight from the mapped data file.
 
-A value's place is known from `pages.read_value_table`; while the snapshot's transaction is pinned
+A value's place is known from `pages.read_table`; while the snapshot's transaction is pinned
 the pages under it don't change, so copying is all that is left to do. The file is mapped by us,
 read-only, beside LMDB's own map of it: same page cache, and it stays valid when LMDB's is closed.
 """

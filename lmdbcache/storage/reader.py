@@ -1,30 +1,39 @@
-"""Reading one store: a Mapping of sample ids to embeddings."""
+"""Reading one store: a Mapping of sample ids to embeddings, and some of them by position."""
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import lmdb
 import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import IntegrityError, InvalidSampleIdError, SampleNotFoundError
+from lmdbcache.errors import (
+    IntegrityError,
+    InvalidEmbeddingError,
+    InvalidSampleIdError,
+    SampleNotFoundError,
+)
 from lmdbcache.files import few
 from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
 from lmdbcache.storage.environment import Snapshot
-from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
+from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.layout import CHECKSUMS_NAME, NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.metadata import StoreMetadata
-from lmdbcache.storage.reading.batches import gather, key_or_empty, remember_all, rows_of, stack
-from lmdbcache.storage.reading.key_pages import ask_for_keys, keys_after
-from lmdbcache.storage.reading.located import LocatedValues, locate
-from lmdbcache.storage.reading.pinning import PinnedStore, reduce_for_child
-from lmdbcache.storage.reading.selection import Selection
-from lmdbcache.storage.reading.verified_reads import (
+from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.pages.pages import EntryTable, UnreadablePagesError, leaf_pages
+from lmdbcache.storage.pinned_store import PinnedStore, reduce_for_child
+from lmdbcache.storage.row_parts import RowPart
+from lmdbcache.storage.statistics import add_reads, counts_of
+from lmdbcache.storage.value_table import ValueTable, key_or_empty, stack, value_table
+from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
+from lmdbcache.storage.verified_reads import (
     Mismatch,
     Verify,
     check_mode,
@@ -35,10 +44,12 @@ from lmdbcache.storage.reading.verified_reads import (
     read_one,
     stored_keys,
 )
-from lmdbcache.storage.statistics import add_reads, counts_of
-from lmdbcache.storage.values import NUMPY_DTYPES, from_stored
 
-__all__ = ["EmbeddingReader"]
+__all__ = ["EmbeddingReader", "Positions", "Selection"]
+
+_T = TypeVar("_T")
+Positions = Sequence[int] | npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 
 _KEYS_PER_STEP: Final = 4096
 _MANY: Final = 64  # from this share of the samples on, all keys are read at once
@@ -63,7 +74,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         verify: Compare each embedding with its checksum after it was copied: `"never"`,
             `"first_read"` (once per snapshot) or `"always"`. A damaged value is an IntegrityError
             that names the sample; without verification it is read as it is. LMDB's pages are
-            looked at, too, whenever a snapshot is pinned.
+            also looked at whenever a snapshot is pinned.
         track_usage: Whether reading moves the store's time of last use and is counted.
     """
 
@@ -161,22 +172,22 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             return found
         snapshot = self.pinned()
         with snapshot.lock:
-            located: LocatedValues | None = snapshot.located
-            if located is not None and snapshot.is_protected:
-                row = located.known_rows.get(sample_id)
+            table: ValueTable | None = snapshot.values
+            if table is not None and snapshot.is_protected:
+                row = table.known_rows.get(sample_id)
                 if row is not None:
-                    if located.counter is not None and self.counts_reads:
-                        located.counter.count_one(row)
-                    return located.copy(row)
+                    if table.counter is not None and self.counts_reads:
+                        table.counter.count_one(row)
+                    return table.copy(row)
         key = self._lookup_key(sample_id)
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:
             self.num_read += 1
             if self.num_read > _SINGLES_BEFORE_LOOKUP:
-                located = self._locate(snapshot, transaction)
-                if located is not None and remember_all(located):
-                    row = located.known_rows.get(sample_id_of_key(key))
-                    return None if row is None else located.copy(row)
+                table = self.value_table(snapshot, transaction)
+                if table is not None and table.remember_all():
+                    row = table.known_rows.get(sample_id_of_key(key))
+                    return None if row is None else table.copy(row)
             value = transaction.get(key)
             if value is None:
                 return None
@@ -218,7 +229,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         Raises:
             IntegrityError: The pages give them in another order.
         """
-        self.read_pinned(lambda snapshot, _: ask_for_keys(snapshot))
+        self.read_pinned(lambda snapshot, _: _ask_for_keys(snapshot))
         after = b""
         while keys := self._keys_after(after):
             if not after < keys[0] <= keys[-1]:  # or damaged pages lead round in a circle
@@ -234,7 +245,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[bytes]:
             if self.verify != "never":
                 return stored_keys(snapshot, after, _KEYS_PER_STEP)
-            return keys_after(snapshot, transaction, after, _KEYS_PER_STEP)
+            return _keys_after(snapshot, transaction, after, _KEYS_PER_STEP)
 
         return self.read_pinned(read)
 
@@ -285,13 +296,13 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         keys: list[bytes] = []
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | list[str]:
-            located = self._locate(snapshot, transaction)
-            if located is not None and located.common_length:
-                rows = rows_of(located, sample_ids)
+            table = self.value_table(snapshot, transaction)
+            if table is not None and table.common_length:
+                rows = table.rows_of(sample_ids)
                 if rows is not None:
-                    batch = gather(located, located.table.offsets[rows], out)
-                    if located.counter is not None and self.counts_reads:
-                        located.counter.count(rows)
+                    batch = table.gather(rows, out)
+                    if table.counter is not None and self.counts_reads:
+                        table.counter.count(rows)
                     return batch
             if not keys:
                 keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
@@ -324,7 +335,7 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[str]:
             if _MANY * len(asked) > int(transaction.stat()["entries"]):
-                ask_for_keys(snapshot)
+                _ask_for_keys(snapshot)
             if self.verify != "never":
                 stored = has_samples(snapshot, asked)
             else:
@@ -354,8 +365,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         # The checksum is 8 bytes; fetching the embedding itself would touch all of its pages.
         return transaction.get(key, db=snapshot.environment.checksums) is not None
 
-    def _locate(self, snapshot: Snapshot, transaction: lmdb.Transaction) -> LocatedValues | None:
-        return locate(snapshot, transaction, self.num_read, is_counted=self.counts_reads)
+    def value_table(self, snapshot: Snapshot, transaction: lmdb.Transaction) -> ValueTable | None:
+        """Return where the values of a pinned snapshot lie; None where LMDB has to be asked."""
+        return value_table(snapshot, transaction, self.num_read, is_counted=self.counts_reads)
 
     def _lookup_key(self, sample_id: str) -> bytes:
         try:
@@ -386,9 +398,199 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             self.on_miss(self, sample_ids)
 
 
+# What multiprocessing takes to a child says whose child that is: its hits count for both.
+ForkingPickler.register(EmbeddingReader, reduce_for_child)
+
+
+class Selection:
+    """Some samples of a reader in a given order, read by position.
+
+    What is looked up is remembered for as long as the store doesn't change: a batch is one copy
+    from the mapped file, without any sample id. Picklable; follows its reader through forks,
+    refreshes and compactions.
+
+    Args:
+        reader: Where to read.
+        sample_ids: Sample ids; None takes all that are stored now, sorted.
+        part: Read these rows of each embedding only.
+    """
+
+    def __init__(
+        self,
+        reader: EmbeddingReader,
+        sample_ids: Iterable[str] | None = None,
+        part: RowPart | None = None,
+    ) -> None:
+        self.reader = reader
+        self.part = part
+        self.sample_ids: list[str] = list(reader if sample_ids is None else sample_ids)
+        self._entries: EntryTable | None = None
+        self._rows: Rows = np.empty(0, np.int64)
+        self._is_complete = False
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A sample id that is there twice is one object: else equal lists pickle differently.
+        known: dict[str, str] = {}
+        sample_ids = [known.setdefault(sample_id, sample_id) for sample_id in self.sample_ids]
+        return {"reader": self.reader, "sample_ids": sample_ids, "part": self.part}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Selection.__init__(self, state["reader"], state["sample_ids"], state["part"])
+
+    def get_batch(
+        self, positions: Positions, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """The embeddings at these positions, all from one snapshot.
+
+        Args:
+            positions: Positions in `sample_ids`, `(n,)`.
+            out: See `EmbeddingReader.get_batch`.
+
+        Returns:
+            `(n, *embedding_shape)`, stored dtype; with a part, its rows instead of all.
+
+        Raises:
+            SampleNotFoundError, InvalidEmbeddingError: See `EmbeddingReader.get_batch`.
+        """
+        if self.reader.verify != "never":
+            return self._read_whole(positions, out)
+        snapshot = self.reader.pinned()
+        with snapshot.lock:
+            table: ValueTable | None = snapshot.values
+            if table is not None and snapshot.is_protected and self._knows_all(table):
+                return self._gather(table, self._rows[_indices(positions)], out)
+        found = self._look_up(positions, lambda table, rows: self._gather(table, rows, out))
+        return self._read_whole(positions, out) if found is None else found
+
+    def _read_whole(self, positions: Positions, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """Through the reader, which verifies, refreshes, and says what is missing."""
+        wanted = [self.sample_ids[i] for i in positions]
+        if self.part is None or not wanted:
+            return self.reader.get_batch(wanted, out)
+        parts = [self.part.of(self.reader[sample_id]) for sample_id in wanted]
+        if len(shapes := {part.shape for part in parts}) > 1:
+            raise InvalidEmbeddingError(
+                f"these rows of the embeddings have different shapes ({sorted(shapes)[:3]}) and "
+                "don't stack; read them one by one"
+            )
+        rows = np.stack(parts)
+        if out is None:
+            return rows
+        batch_array(rows.shape, rows.dtype, out)[...] = rows
+        return out
+
+    def copy_with(
+        self,
+        positions: Positions,
+        copy: Callable[[MappedFile, npt.NDArray[np.int64], int], _T],
+    ) -> _T | None:
+        """Have another routine copy these embeddings from the mapped file.
+
+        Args:
+            positions: Positions in `sample_ids`, `(n,)`.
+            copy: Called with the file, the places of the values and their common length, while
+                they are pinned; nothing of the file may outlive the call. With a part: the places
+                and the length of its runs, `num_runs` for each sample.
+
+        Returns:
+            What `copy` returned; None where the values can't be copied in one go, and from a
+            reader that verifies: `get_batch` does.
+        """
+        if self.reader.verify != "never":
+            return None
+
+        def read(table: ValueTable, rows: Rows) -> _T:
+            places, length = table.places(rows, self.part)
+            table.file.prepare(places, length)
+            copied = copy(table.file, places, length)
+            self._count(table, rows)
+            return copied
+
+        return self._look_up(positions, read)
+
+    def will_need(self, positions: Positions) -> None:
+        """Ask the kernel to read these embeddings from disk, in the background."""
+
+        def read(table: ValueTable, rows: Rows) -> None:
+            table.file.will_need(*table.places(rows, self.part))
+
+        self._look_up(positions, read)
+
+    def _gather(
+        self, table: ValueTable, rows: Rows, out: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any]:
+        batch = table.gather(rows, out, self.part)
+        self._count(table, rows)
+        return batch
+
+    def _count(self, table: ValueTable, rows: Rows) -> None:
+        if table.counter is not None and self.reader.counts_reads:
+            table.counter.count(rows)
+
+    def _look_up(self, positions: Positions, read: Callable[[ValueTable, Rows], _T]) -> _T | None:
+        """Call `read` with the rows of these samples; None if one isn't known."""
+
+        def find(snapshot: Snapshot, transaction: lmdb.Transaction) -> _T | None:
+            table = self.reader.value_table(snapshot, transaction)
+            if table is None or table.common_length is None:
+                return None
+            if not self._knows_all(table) and self._entries is not table.entries:
+                self._rows = table.entries.find([key_or_empty(i) for i in self.sample_ids])
+                self._is_complete = bool((self._rows >= 0).all())
+                self._entries = table.entries
+            rows = self._rows[_indices(positions)]
+            if not self._is_complete and rows.size and rows.min() < 0:
+                return None
+            return read(table, rows)
+
+        return self.reader.read_pinned(find)
+
+    def _knows_all(self, table: ValueTable) -> bool:
+        return self._entries is table.entries and self._is_complete
+
+
+def _indices(positions: Positions) -> Any:
+    if isinstance(positions, np.ndarray):
+        return positions
+    if isinstance(positions, list):  # of ints, from a sampler: faster than numpy's own look at it
+        return np.fromiter(positions, np.int64, len(positions))
+    return np.asarray(positions, np.int64)
+
+
 def _is_list(found: object) -> bool:
     return isinstance(found, list)
 
 
-# What multiprocessing takes to a child says whose child that is: its hits count for both.
-ForkingPickler.register(EmbeddingReader, reduce_for_child)
+def _ask_for_keys(snapshot: Snapshot) -> None:
+    """Have the kernel read the checksums' pages, whose keys are those of all samples.
+
+    Where the values are small, LMDB's pages of keys lie scattered among them, and each fault in its
+    map reads megabytes around.
+    """
+    path = snapshot.environment.generation / "data.mdb"
+    # Damaged, or moved on meanwhile: LMDB says so, or reads without.
+    with contextlib.suppress(UnreadablePagesError, OSError, ValueError), PageFile(path) as file:
+        file.meta = file.metas[snapshot.id & 1]
+        tree, mapped = file.find_named(CHECKSUMS_NAME), MappedFile(path)
+        if tree is not None and mapped.file_id == snapshot.environment.file:
+            mapped.read_single_pages()
+            pages = leaf_pages(mapped.data, snapshot.id, tree)
+            mapped.will_need(pages * file.page_size, file.page_size)
+
+
+def _keys_after(
+    snapshot: Snapshot, transaction: lmdb.Transaction, after: bytes, limit: int
+) -> list[bytes]:
+    """Return the keys of the embeddings that follow a key, in order, at most so many."""
+    # The checksums have the same keys; those of small values lie among the values.
+    with transaction.cursor(db=snapshot.environment.checksums) as cursor:
+        found = cursor.set_range(after) if after else cursor.first()
+        if found and after and cursor.key() == after:
+            found = cursor.next()
+        if not found:
+            return []
+        keys = cursor.iternext(keys=True, values=False)
+        return [bytes(key) for key, _ in zip(keys, range(limit), strict=False)]

@@ -23,9 +23,8 @@ from storage.child_processes import in_fork, numbered, write
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.errors import SampleNotFoundError
-from lmdbcache.storage import NUMPY_DTYPES
+from lmdbcache.storage import NUMPY_DTYPES, value_table
 from lmdbcache.storage.pages.pages import UnreadablePagesError
-from lmdbcache.storage.reading import located
 
 SAMPLE_IDS = [
     f"{name}{n}:{label}"
@@ -180,7 +179,7 @@ def test_unreadable_pages_are_read_through_lmdb(filled, config, embeddings, monk
     def refuse(*_):
         raise UnreadablePagesError("another layout")
 
-    monkeypatch.setattr(located, "read_value_table", refuse)
+    monkeypatch.setattr(value_table, "read_table", refuse)
     names = list(embeddings)
     expected = by_id(embeddings, names)
     with caplog.at_level(logging.INFO), filled.reader(config) as reader:
@@ -196,7 +195,7 @@ def test_unreadable_pages_are_read_through_lmdb(filled, config, embeddings, monk
             assert same(batch, expected)
         assert selection.copy_with([0], lambda *_: 1) is None
         selection.will_need([0])
-        assert reader._snapshot.located is None
+        assert reader._snapshot.values is None
         with pytest.raises(SampleNotFoundError, match="none:x"):
             reader.get_batch([names[0], "none:x"])
     assert sum("another layout" in record.message for record in caplog.records) == 1

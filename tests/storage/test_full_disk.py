@@ -12,8 +12,7 @@ from storage.full_disks import fill_at_random
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError
-from lmdbcache.storage import generations, writer as writing
-from lmdbcache.storage.reading import located
+from lmdbcache.storage import generations, value_table, writer as writing
 
 NAMES = [f"{n:03d}:x" for n in range(200)]
 
@@ -156,7 +155,7 @@ def test_compaction_that_runs_out_midway(disk, cache, config, monkeypatch):
 def test_table_of_offsets(disk, cache, config, monkeypatch):
     """It is a cache of a cache: without room for it everything is read all the same."""
     put(cache, config, 1)
-    monkeypatch.setattr(located, "_READ_AT_ONCE", 10)
+    monkeypatch.setattr(value_table, "_READ_AT_ONCE", 10)
     fill(disk, 0)
     assert values(cache, config) == {1}
     assert not list(cache.path(config).rglob("*offsets-*"))

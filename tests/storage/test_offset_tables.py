@@ -12,15 +12,15 @@ import pytest
 from storage.child_processes import NOBODY, in_fork, numbered, peer_process, read, write
 
 from lmdbcache import EmbeddingCache
-from lmdbcache.storage.reading import located
+from lmdbcache.storage import value_table
 
 NAMES = list(numbered(0, 400))
 
 
 @pytest.fixture(autouse=True)
 def _four_hundred_is_large(monkeypatch):
-    monkeypatch.setattr(located, "_READ_AT_ONCE", 100)
-    monkeypatch.setattr(located, "_FIRST_READS", 10)
+    monkeypatch.setattr(value_table, "_READ_AT_ONCE", 100)
+    monkeypatch.setattr(value_table, "_FIRST_READS", 10)
 
 
 @pytest.fixture
@@ -44,22 +44,22 @@ def store(root, config):
 def read_all(root, config):
     """Batches until the table is used; returns whether pages had to be walked for it."""
     walks = []
-    original = located.read_value_table
+    original = value_table.read_table
 
     def counted(*args):
         walks.append(1)
         return original(*args)
 
-    located.read_value_table = counted
+    value_table.read_table = counted
     try:
         with EmbeddingCache(root).reader(config) as reader:
             for _ in range(3):
                 batch = reader.get_batch(NAMES[::-1])
                 assert batch[:, 0].tolist() == list(range(399, -1, -1))
-            assert reader._snapshot.located is not None
+            assert reader._snapshot.values is not None
             assert (reader.select().get_batch([5, 3]) == [[5], [3]]).all()
     finally:
-        located.read_value_table = original
+        value_table.read_table = original
     return len(walks)
 
 
@@ -71,7 +71,7 @@ def test_first_reads_go_through_lmdb(store, root, config):
     """A large store isn't walked for a few samples."""
     with EmbeddingCache(root).reader(config) as reader:
         assert reader.get_batch(NAMES[:5])[4, 0] == 4
-        assert reader._snapshot.located is None
+        assert reader._snapshot.values is None
     assert tables(store) == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmdbcache.storage.layout import METADATA_KEY
-from lmdbcache.storage.pages.pages import UnreadablePagesError, read_value_table
+from lmdbcache.storage.pages.pages import UnreadablePagesError, read_table
 
 
 def built(folder, items, **options):
@@ -40,7 +40,7 @@ def shuffled_items(count, size, seed=0):
 def test_table_agrees_with_a_walk_by_cursor(tmp_path, count, size, depth):
     """Every key, in order, with a place that holds the value; at every depth of the tree."""
     data, transaction_id = built(tmp_path / "db", shuffled_items(count, size))
-    table = read_value_table(data, transaction_id)
+    table = read_table(data, transaction_id)
     with lmdb.open(str(tmp_path / "db"), max_dbs=2) as environment:
         with environment.begin() as transaction:
             assert transaction.stat()["depth"] == depth
@@ -56,10 +56,10 @@ def test_table_agrees_with_a_walk_by_cursor(tmp_path, count, size, depth):
 def test_table_of_an_empty_store(tmp_path):
     """No values, with the reserved entries and without any entry at all."""
     data, transaction_id = built(tmp_path / "a", [])
-    assert len(read_value_table(data, transaction_id).keys) == 0
+    assert len(read_table(data, transaction_id).keys) == 0
     with lmdb.open(str(tmp_path / "b")) as environment, environment.begin(write=True):
         pass
-    table = read_value_table(np.fromfile(tmp_path / "b" / "data.mdb", np.uint8), 0)
+    table = read_table(np.fromfile(tmp_path / "b" / "data.mdb", np.uint8), 0)
     assert len(table.keys) == 0
     assert table.find([b"a:x"]).tolist() == [-1]
 
@@ -69,7 +69,7 @@ def test_only_the_asked_transaction_is_read(tmp_path):
     data, transaction_id = built(tmp_path / "db", shuffled_items(50, 8))
     for other in (transaction_id - 2, transaction_id + 1, transaction_id + 2, 10**9):
         with pytest.raises(UnreadablePagesError, match="meta page"):
-            read_value_table(data, other)
+            read_table(data, other)
 
 
 def test_the_last_two_commits_are_both_known(tmp_path):
@@ -77,9 +77,9 @@ def test_the_last_two_commits_are_both_known(tmp_path):
     for n in range(1, 4):
         data, transaction_id = built(tmp_path / "db", [(b"a%d:x" % n, b"value %d" % n)])
         keys = [b"a%d:x" % each for each in range(1, n + 1)]
-        assert read_value_table(data, transaction_id).keys.tolist() == keys
+        assert read_table(data, transaction_id).keys.tolist() == keys
         if n > 1:
-            before = read_value_table(data, transaction_id - 1)
+            before = read_table(data, transaction_id - 1)
             assert before.keys.tolist() == keys[:-1]
 
 
@@ -90,7 +90,7 @@ def test_a_root_beyond_the_file_is_refused(tmp_path, root):
     at = (transaction_id & 1) * 4096 + 16 + 24 + 48 + 40
     data[at : at + 8] = np.array([root], "<u8").view(np.uint8)
     with pytest.raises(UnreadablePagesError):
-        read_value_table(data, transaction_id)
+        read_table(data, transaction_id)
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path):
@@ -102,7 +102,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
     headed[:8192] = data[:8192]
     for damaged in (*short, noise, np.zeros_like(data), headed):
         with pytest.raises(UnreadablePagesError):
-            read_value_table(damaged, transaction_id)
+            read_table(damaged, transaction_id)
 
 
 def test_a_loop_of_branch_pages_is_refused(tmp_path):
@@ -117,7 +117,7 @@ def test_a_loop_of_branch_pages_is_refused(tmp_path):
         page[at : at + 6] = np.array([root], "<u8").view(np.uint8)[:6]
     data[depth] = 32
     with pytest.raises(UnreadablePagesError):
-        read_value_table(data, transaction_id)
+        read_table(data, transaction_id)
 
 
 @pytest.mark.parametrize("size", [8, 3000])
@@ -136,7 +136,7 @@ def test_flipped_bytes_give_an_error_or_places_within_the_file(tmp_path, size):
         places = page * 4096 + generator.integers(0, reach, int(generator.integers(1, 5)))
         damaged[places] = generator.integers(0, 256, len(places))
         try:
-            table = read_value_table(damaged, transaction_id)
+            table = read_table(damaged, transaction_id)
         except UnreadablePagesError:
             refused += 1
             continue

@@ -14,16 +14,16 @@ import pytest
 from storage.child_processes import numbered, peer_process, write, write_until_killed
 
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.storage.reading import located
+from lmdbcache.storage import value_table
 
 pytestmark = pytest.mark.stress
 NUM_SAMPLES = 300_000
 FIRST_READS = """
 import json, sys, time
 from lmdbcache import CacheConfig, EmbeddingCache
-from lmdbcache.storage.reading import located
-walks, original, seconds = [], located.read_value_table, {}
-located.read_value_table = lambda *args: (walks.append(1), original(*args))[1]
+from lmdbcache.storage import value_table
+walks, original, seconds = [], value_table.read_table, {}
+value_table.read_table = lambda *args: (walks.append(1), original(*args))[1]
 def timed(name, function):
     start = time.perf_counter()
     result = function()
@@ -40,7 +40,7 @@ with timed("open", lambda: EmbeddingCache(sys.argv[1]).reader(CacheConfig())) as
     for start in range(0, 300_000, 1000):
         batch = everything.get_batch(range(start, start + 1000))
         assert (batch[:, 0] == range(start, start + 1000)).all()
-    assert reader._snapshot.located is not None
+    assert reader._snapshot.values is not None
     timed("warm batch", lambda: everything.get_batch(numbers))
 print(json.dumps({"walks": len(walks), **seconds}))
 """
@@ -109,7 +109,7 @@ def _compact(root, config):
 
 def test_a_hundred_killed_writers_beside_a_reader(cache, config, tmp_path, monkeypatch):
     """After kill -9 at any moment nothing acknowledged is lost and no batch was ever wrong."""
-    monkeypatch.setattr(located, "_READ_AT_ONCE", 2000)  # kept tables take part, too
+    monkeypatch.setattr(value_table, "_READ_AT_ONCE", 2000)  # kept tables take part, too
     acknowledgements = tmp_path / "acknowledged"
     moments, generator = random.Random(0), np.random.default_rng(0)
     write(cache.root, config, numbered(0, 16))

@@ -26,11 +26,10 @@ from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.opening import file_problem
 from lmdbcache.storage.pages.page_file import Entry, PageFile
 from lmdbcache.storage.pages.pages import (
+    EntryTable,
     UnreadablePagesError,
-    ValueTable,
     find_hidden_keys,
-    read_named_table,
-    read_value_table,
+    read_table,
 )
 
 __all__ = [
@@ -144,10 +143,10 @@ def placed_values(file: PageFile, *, is_sound: bool) -> CheckedValues:
     if is_sound and file.meta is not None:
         try:
             data, transaction = MappedFile(file.path).data, file.meta.transaction
-            values = read_value_table(data, transaction)
+            values = read_table(data, transaction)
             tree = file.find_named(CHECKSUMS_NAME)
             if tree is not None:
-                sums = read_named_table(data, transaction, tree)
+                sums = read_table(data, transaction, tree)
                 hidden = (find_hidden_keys(data, transaction, t) for t in (None, tree))
                 found = frozenset(itertools.chain.from_iterable(hidden))
                 return replace(paired(values, sums, data), hidden=found)
@@ -200,7 +199,7 @@ def _reachable_values(file: PageFile) -> CheckedValues:
     found = [expected.get(key) or b"" for key in keys]
     has_checksum = np.array([len(value) == CHECKSUM_BYTES for value in found], bool)
     padded = b"".join(value[:CHECKSUM_BYTES].ljust(CHECKSUM_BYTES, b"\0") for value in found)
-    table = ValueTable(
+    table = EntryTable(
         np.array(keys, np.bytes_) if keys else np.empty(0, "S1"),
         np.array([values[key].offset for key in keys], np.int64),
         np.array([values[key].length for key in keys], np.int64),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.storage.metadata import checksum, new_checksum
-from lmdbcache.storage.pages.pages import ValueTable
+from lmdbcache.storage.pages.pages import EntryTable
 
 __all__ = ["CHECKSUM_BYTES", "CheckedValues", "Progress", "damaged_rows", "paired"]
 
@@ -36,14 +36,14 @@ class CheckedValues:
         hidden: Keys that no look-up finds.
     """
 
-    table: ValueTable
+    table: EntryTable
     checksums: npt.NDArray[np.uint8]
     has_checksum: npt.NDArray[np.bool_]
     without_value: tuple[bytes, ...] = ()
     hidden: frozenset[bytes] = frozenset()
 
 
-def paired(values: ValueTable, sums: ValueTable, data: npt.NDArray[np.uint8]) -> CheckedValues:
+def paired(values: EntryTable, sums: EntryTable, data: npt.NDArray[np.uint8]) -> CheckedValues:
     """Bring each value together with its checksum.
 
     Args:
@@ -106,7 +106,7 @@ def damaged_rows(
     return sorted(damaged)
 
 
-def _steps(table: ValueTable, size: int) -> Iterator[npt.NDArray[np.intp]]:
+def _steps(table: EntryTable, size: int) -> Iterator[npt.NDArray[np.intp]]:
     """Rows in the order of the file, some megabytes at a time; long values by themselves."""
     order = np.argsort(table.offsets, kind="stable")
     offsets, lengths = table.offsets[order], table.lengths[order]

@@ -26,7 +26,7 @@ from lmdbcache.storage.layout import (
 )
 from lmdbcache.storage.maintenance.damaged_store import unnamed_generations
 from lmdbcache.storage.pages.page_file import PageFile
-from lmdbcache.storage.reading.located import table_number
+from lmdbcache.storage.value_table import table_number
 
 __all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers"]
 

@@ -20,12 +20,11 @@ from lmdbcache.storage.pages.meta_pages import META_BYTES, Tree, parse_meta
 
 __all__ = [
     "UnreadablePagesError",
-    "ValueTable",
+    "EntryTable",
     "find_hidden_keys",
     "leaf_pages",
     "read_free_pages",
-    "read_named_table",
-    "read_value_table",
+    "read_table",
 ]
 
 _PAGE_HEADER_BYTES: Final = 16
@@ -40,7 +39,7 @@ class UnreadablePagesError(Exception):
 
 
 @dataclass(frozen=True)
-class ValueTable:
+class EntryTable:
     """Keys in order, with the place and length of each value in data.mdb.
 
     Args:
@@ -64,38 +63,25 @@ class ValueTable:
         return rows.astype(np.int64, copy=False)
 
 
-def read_value_table(data: npt.NDArray[np.uint8], transaction_id: int) -> ValueTable:
-    """Read the table of a pinned snapshot.
+def read_table(
+    data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree | None = None
+) -> EntryTable:
+    """Read the entries of a database of a pinned snapshot.
 
     Args:
         data: data.mdb, mapped, (file size,) uint8.
-        transaction_id: The snapshot's. It must be pinned, or its pages may change meanwhile.
+        transaction_id: The snapshot's. It must be pinned, or its pages may change.
+        tree: A named database, as the snapshot's main database has it; None means the main one.
 
     Raises:
         UnreadablePagesError: Two newer commits have taken the snapshot's meta page, or a page
             isn't as expected.
     """
     page_size, num_pages, _, (depth, root) = _find_roots(data, transaction_id)
+    if tree is not None:
+        depth, root = tree.depth, tree.root
     pages = data[: num_pages * page_size].reshape(num_pages, page_size)
     return _read_tree(pages, depth, root)
-
-
-def read_named_table(data: npt.NDArray[np.uint8], transaction_id: int, tree: Tree) -> ValueTable:
-    """Read the table of a named database of a pinned snapshot.
-
-    Args:
-        data: See `read_value_table`.
-        transaction_id: The snapshot's.
-        tree: The named database, as the snapshot's main database has it.
-
-    Raises:
-        UnreadablePagesError: See `read_value_table`.
-    """
-    page_size, num_pages, _, _ = _find_roots(data, transaction_id)
-    if tree.depth and tree.root >= num_pages:
-        raise UnreadablePagesError("a root beyond the last page")
-    pages = data[: num_pages * page_size].reshape(num_pages, page_size)
-    return _read_tree(pages, tree.depth, tree.root)
 
 
 def leaf_pages(
@@ -104,12 +90,12 @@ def leaf_pages(
     """Return the numbers of a named database's leaf pages, (n,), from its branch pages alone.
 
     Args:
-        data: See `read_value_table`.
+        data: See `read_table`.
         transaction_id: The snapshot's.
-        tree: See `read_named_table`.
+        tree: See `read_table`.
 
     Raises:
-        UnreadablePagesError: See `read_value_table`.
+        UnreadablePagesError: See `read_table`.
     """
     page_size, num_pages, _, _ = _find_roots(data, transaction_id)
     pages = data[: num_pages * page_size].reshape(num_pages, page_size)
@@ -125,12 +111,12 @@ def find_hidden_keys(
     """Keys that a walk meets and no look-up finds: a branch page leads elsewhere for them.
 
     Args:
-        data: See `read_value_table`.
+        data: See `read_table`.
         transaction_id: The snapshot's.
         tree: A named database; None means the main one.
 
     Raises:
-        UnreadablePagesError: See `read_value_table`.
+        UnreadablePagesError: See `read_table`.
     """
     page_size, num_pages, _, (depth, root) = _find_roots(data, transaction_id)
     if tree is not None:
@@ -180,17 +166,17 @@ def _node_keys(
     return index, _keys(pages, index, at + _NODE_HEADER_BYTES, lengths, width)
 
 
-def _read_tree(pages: npt.NDArray[np.uint8], depth: int, root: int) -> ValueTable:
+def _read_tree(pages: npt.NDArray[np.uint8], depth: int, root: int) -> EntryTable:
     if depth == 0:
         empty = np.empty(0, np.int64)
-        return ValueTable(np.empty(0, "S1"), empty, empty)
+        return EntryTable(np.empty(0, "S1"), empty, empty)
     try:
         level = _leaves(pages, depth, root)
         parts = [_values(part, numbers) for part, numbers in _numbered_steps(pages, level)]
     except (IndexError, ValueError) as error:
         raise UnreadablePagesError(str(error)) from error
     width = max(part[0].dtype.itemsize for part in parts)
-    table = ValueTable(
+    table = EntryTable(
         np.concatenate([part[0].astype(f"S{width}", copy=False) for part in parts]),
         np.concatenate([part[1] for part in parts]),
         np.concatenate([part[2] for part in parts]),
@@ -205,14 +191,14 @@ def read_free_pages(
     """Pages that each transaction has freed and that weren't used again.
 
     Args:
-        data: See `read_value_table`.
-        transaction_id: See `read_value_table`.
+        data: See `read_table`.
+        transaction_id: See `read_table`.
 
     Returns:
         Transaction ids, and how many pages each has freed; both (n,) int64.
 
     Raises:
-        UnreadablePagesError: See `read_value_table`.
+        UnreadablePagesError: See `read_table`.
     """
     page_size, num_pages, (depth, root), _ = _find_roots(data, transaction_id)
     if depth == 0:
@@ -373,7 +359,7 @@ def _keys(
     return keys
 
 
-def _check(table: ValueTable, size: int) -> None:
+def _check(table: EntryTable, size: int) -> None:
     if not len(table.keys):
         return
     if table.offsets.min() < 0 or (table.lengths > size - table.offsets).any():

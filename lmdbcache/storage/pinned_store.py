@@ -56,7 +56,7 @@ class PinnedStore:
             Whether there was a newer one.
 
         Raises:
-            CacheNotFoundError: The store was cleared meanwhile.
+            CacheNotFoundError: The store has been cleared.
         """
         snapshot = self.pinned()
         snapshot.environment.check_whole()
@@ -91,7 +91,7 @@ class PinnedStore:
         PinnedStore.__init__(self, state["store"], config)
 
     def pinned(self) -> Snapshot:
-        """The snapshot to read, pinned now if there is none."""
+        """Return the snapshot to read, pinned now if it isn't yet."""
         no_fork.wait_for_fork()
         snapshot = self._snapshot
         if snapshot is not None and snapshot.transaction and not snapshot.may_be_overwritten():

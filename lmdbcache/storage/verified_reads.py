@@ -28,9 +28,8 @@ from lmdbcache.storage.layout import CHECKSUMS_NAME, NUM_RESERVED_KEYS, sample_i
 from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.pages.meta_pages import MetaPage
 from lmdbcache.storage.pages.page_file import PageFile
-from lmdbcache.storage.pages.pages import UnreadablePagesError, read_named_table, read_value_table
-from lmdbcache.storage.reading.batches import gather, key_or_empty, stack
-from lmdbcache.storage.reading.located import LocatedValues, located_values
+from lmdbcache.storage.pages.pages import UnreadablePagesError, read_table
+from lmdbcache.storage.value_table import ValueTable, key_or_empty, stack
 from lmdbcache.storage.values import from_stored
 
 __all__ = [
@@ -70,8 +69,8 @@ class Mismatch:
 class _VerifiedValues:
     """One snapshot's values with their checksums."""
 
-    located: LocatedValues
-    values: CheckedValues
+    values: ValueTable
+    checked: CheckedValues
     checksums: bytes
     # (n,) bool: was compared already and needn't be again; None compares at every read.
     compared: npt.NDArray[np.bool_] | None
@@ -84,7 +83,7 @@ class _VerifiedValues:
             return np.fromiter(map(self.rows.__getitem__, sample_ids), np.int64, len(sample_ids))
         except KeyError:
             pass
-        rows = self.values.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
+        rows = self.checked.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
         if len(self.rows) > _REMEMBERED_ROWS:
             self.rows.clear()
         if rows.size and rows.min() >= 0:
@@ -105,7 +104,7 @@ class _VerifiedValues:
             return []
         raw = batch.reshape(-1).view(np.uint8).data
         length = len(raw) // max(1, len(rows))
-        keys, has_checksum = self.values.table.keys, self.values.has_checksum
+        keys, has_checksum = self.checked.table.keys, self.checked.has_checksum
         wrong = []
         for index, row in enumerate(rows.tolist()):
             value = raw[index * length : (index + 1) * length]
@@ -174,7 +173,7 @@ def prepare(snapshot: Snapshot, mode: Verify) -> bool:
             mapped = MappedFile(path)
             if mapped.file_id != snapshot.environment.file:
                 return False
-            values = _tables(file, mapped, snapshot.id)
+            checked = _tables(file, mapped, snapshot.id)
     except FileNotFoundError:
         return False
     except (UnreadablePagesError, OSError, ValueError) as error:
@@ -182,14 +181,13 @@ def prepare(snapshot: Snapshot, mode: Verify) -> bool:
             if _meta_of(file, snapshot.id) is None:
                 return False  # taken in the middle of this
         raise IntegrityError(f"{path} is damaged ({error}). {DAMAGE_REMEDY}") from None
-    located = located_values(mapped, values.table, snapshot.metadata)
-    compared = np.zeros(len(values.table.keys), bool) if mode == "first_read" else None
+    compared = np.zeros(len(checked.table.keys), bool) if mode == "first_read" else None
     snapshot.verified = _VerifiedValues(
-        located,
-        values,
-        values.checksums.tobytes(),
+        ValueTable.of(mapped, checked.table, snapshot.metadata),
+        checked,
+        checked.checksums.tobytes(),
         compared,
-        without_value=frozenset(values.without_value),
+        without_value=frozenset(checked.without_value),
     )
     return True
 
@@ -209,7 +207,7 @@ def stored_keys(snapshot: Snapshot, after: bytes = b"", limit: int | None = None
     if lost := verified.without_value:
         names = [sample_id_of_key(key) for key in sorted(lost)]
         raise Mismatch(names).error(snapshot.environment.generation.parent)
-    keys = verified.values.table.keys
+    keys = verified.checked.table.keys
     first = int(np.searchsorted(keys, np.bytes_(after), "right"))
     found: list[bytes] = keys[first : None if limit is None else first + limit].tolist()
     return found
@@ -231,12 +229,12 @@ def read_batch(
     rows = verified.rows_of(sample_ids)
     if rows.size and rows.min() < 0:
         return verified.absent(sample_ids, rows)
-    table, located = verified.values.table, verified.located
-    if located.common_length:
-        batch = gather(located, table.offsets[rows], out)
+    table, values = verified.checked.table, verified.values
+    if values.common_length:
+        batch = values.gather(rows, out)
     else:
         places = zip(table.offsets[rows].tolist(), table.lengths[rows].tolist(), strict=True)
-        views = [located.file.data[at : at + length] for at, length in places]
+        views = [values.file.data[at : at + length] for at, length in places]
         batch = stack(views, sample_ids, snapshot.metadata, out)
     wrong = verified.mismatches(rows, batch)
     return Mismatch([sample_ids[index] for index in wrong]) if wrong else batch
@@ -248,13 +246,13 @@ def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str]
     rows = verified.rows_of([sample_id])
     if rows[0] < 0:
         return verified.absent([sample_id], rows)
-    table, located = verified.values.table, verified.located
-    if located.common_length:
-        embedding = located.copy(int(rows[0]))
+    table, values = verified.checked.table, verified.values
+    if values.common_length:
+        embedding = values.copy(int(rows[0]))
     else:
         offset, length = int(table.offsets[rows[0]]), int(table.lengths[rows[0]])
         metadata = snapshot.metadata
-        view = located.file.data[offset : offset + length]
+        view = values.file.data[offset : offset + length]
         embedding = from_stored(sample_id, view, metadata.config.dtype, metadata.embedding_shape)
     return Mismatch([sample_id]) if verified.mismatches(rows, embedding) else embedding
 
@@ -269,8 +267,8 @@ def _tables(file: PageFile, mapped: MappedFile, transaction: int) -> CheckedValu
     tree = file.find_named(CHECKSUMS_NAME)
     if tree is None or file.meta is None:
         raise UnreadablePagesError("the checksums can't be found")
-    values = read_value_table(mapped.data, transaction)
-    sums = read_named_table(mapped.data, transaction, tree)
+    values = read_table(mapped.data, transaction)
+    sums = read_table(mapped.data, transaction, tree)
     # What a damaged page leaves out would look as if it had never been stored.
     found = (len(values.keys), len(sums.keys))
     stored = (file.meta.main.num_entries - NUM_RESERVED_KEYS, tree.num_entries - 1)
