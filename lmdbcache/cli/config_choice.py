@@ -1,4 +1,4 @@
-"""The options that stand for a `CacheConfig`."""
+"""The options that make a `CacheConfig`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ConfigChoice:
         str,
         typer.Option(
             help="The model computes in float32, bfloat16 or float16. bfloat16 is faster on recent "
-            "GPUs and differs by about 1 %; each has a store of its own."
+            "GPUs and differs by about 1 %; each has a separate store."
         ),
     ] = "float32"
 

@@ -1,4 +1,4 @@
-"""The options that stand for a dataset and a part of it."""
+"""The options that choose a dataset and a part of it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class DatasetChoice:
     samples_per_node: Annotated[
         int | None,
         typer.Option(
-            help="Samples of each class that a node has; partition needs --num-nodes, too.",
+            help="Samples of each class that a node has; partition also needs --num-nodes.",
             rich_help_panel=_NODES,
         ),
     ] = None
@@ -177,7 +177,7 @@ class DatasetChoice:
 
     @property
     def left_out(self) -> list[LeftOut]:
-        """What the dataset names or holds and that is no sample."""
+        """Files and rows of the dataset that are not samples."""
         return list(getattr(self.opened, "left_out", ()))
 
     @property

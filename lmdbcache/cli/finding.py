@@ -9,10 +9,9 @@ import typer
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import counted, print_json, print_table, say
-from lmdbcache.cli.options import Json, Root, Yes, find_folder
+from lmdbcache.cli.options import Json, Root, Yes, check_can_ask, find_folder
 from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets import NAMESPACE
-from lmdbcache.errors import ConfigError
 from lmdbcache.storage import ReadStatistics, reset_statistics, statistics_of
 
 __all__ = ["explain_command", "stats_command"]
@@ -32,7 +31,7 @@ def explain_command(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Tell why a config, or a sample of it, isn't found. Exit code 0 if it is stored, else 1."""
+    """Explain why a config, or a sample of it, isn't found. Exit code 0 if it is stored, else 1."""
     found = EmbeddingCache(root).explain(choice.config(dataset), sample_id)
     if as_json:
         print_json(found.to_dict())
@@ -56,8 +55,7 @@ def stats_command(
     cache = EmbeddingCache(root)
     folders = cache.folders() if store is None else [find_folder(cache, store)]
     if reset:
-        if as_json and not yes:
-            raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
+        check_can_ask(as_json=as_json, may_ask=not yes)
         if folders and not yes:
             typer.confirm(
                 f"Set the figures of {counted(len(folders), 'store')} to zero?", abort=True

@@ -1,4 +1,4 @@
-"""The options that say what somebody else's embeddings are."""
+"""The options that describe embeddings from elsewhere."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class GivenConfig:
         """The model that is given; none of its weights are loaded.
 
         Raises:
-            ModelLoadError: The folder isn't a checkpoint, or nobody tells what the name stands for.
+            ModelLoadError: The folder isn't a checkpoint, or the name is unknown.
         """
         return described_model(self.model) if self.model else None
 

@@ -15,7 +15,7 @@ def ids_in(path: Path) -> list[str]:
 
     Raises:
         DatasetError: There is no such file, it can't be read, or it isn't text.
-        InvalidSampleIdError: A line is no sample id.
+        InvalidSampleIdError: A line isn't a sample id.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()

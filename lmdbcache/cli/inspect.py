@@ -175,7 +175,7 @@ def _origins(info: StoreInfo) -> list[tuple[Origin, int]]:
     try:
         return count_origins(info.path)
     except CacheError as error:
-        print_error(f"who computed its embeddings can't be told: {error}")
+        print_error(f"the origins of its embeddings can't be read: {error}")
         return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,7 +24,6 @@ _PANEL = "Several processes"
 _logger = logging.getLogger(__name__)
 
 
-# typer reads these at run time, on Python 3.10, too: hence Optional.
 @dataclass(frozen=True)
 class LaunchChoice:
     """Which of several processes this is, and where it stores."""
@@ -39,17 +38,17 @@ class LaunchChoice:
         ),
     ] = "none"
     rank: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Which process this is, from 0, for any other launcher.", rich_help_panel=_PANEL
         ),
     ] = None
     world_size: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="How many processes there are.", rich_help_panel=_PANEL),
     ] = None
     staging: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Each process stores in this folder, to be merged into the root later; for "
             "processes on several machines. ray merges by itself and needs a folder that all nodes "

@@ -43,7 +43,7 @@ from lmdbcache.storage import (
 
 __all__ = ["compact_command", "repair_command", "verify_command"]
 
-KeptOnly = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be kept.")]
+KeptOnly = Annotated[bool, typer.Option("--dry-run", help="Only show what would be kept.")]
 
 
 def compact_command(
@@ -52,12 +52,12 @@ def compact_command(
     root: Root = None,
     everything: All = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell the sizes before and after.")
+        bool, typer.Option("--dry-run", help="Only show the sizes before and after.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
-    """Rewrite stores without their unused pages; readers and writers may go on meanwhile.
+    """Rewrite stores without their unused pages; readers and writers may go on.
 
     Interrupted at any moment, a store is as before. Exit code 3 if the disk can't hold the copy.
     """

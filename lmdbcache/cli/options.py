@@ -77,7 +77,7 @@ Root = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")]
 Stores = Annotated[
     list[str] | None,
     typer.Argument(
@@ -106,7 +106,7 @@ Decoder = Annotated[
     str | None,
     typer.Option(
         help="What decodes the audio files: soundfile, or ffmpeg (m4a, mp4, webm, …), whose "
-        "embeddings are in a store of their own; default: that of --front-end, or soundfile.",
+        "embeddings are in a separate store; default: that of --front-end, or soundfile.",
         show_default=False,
     ),
 ]
@@ -131,7 +131,7 @@ def find_folders(
     """The stores that are named, each once, or all.
 
     Raises:
-        CacheNotFoundError: A name is none, or several stores'.
+        CacheNotFoundError: A name matches no store, or more than one.
         ConfigError: Neither names nor --all, or both.
     """
     if everything and not stores:
@@ -148,13 +148,13 @@ def check_can_ask(*, as_json: bool, may_ask: bool) -> None:
         ConfigError: `--json` alone.
     """
     if as_json and may_ask:
-        raise ConfigError("--json: it can't ask in the middle of JSON; give --yes, too")
+        raise ConfigError("--json leaves no room for a question; also give --yes")
 
 
 def find_folder(cache: EmbeddingCache, text: str) -> Path:
-    """The one store that a fingerprint, its beginning, or a folder's name or path stands for.
+    """Return the one store that a fingerprint, its first digits, a folder's name or a path matches.
 
-    Nothing is opened: the store, or one beside it, may be damaged.
+    Nothing is opened: the store, or another one, may be damaged.
 
     Raises:
         CacheNotFoundError: None, or more than one.
@@ -166,7 +166,7 @@ def find_folder(cache: EmbeddingCache, text: str) -> Path:
     names = ", ".join(store.name for store in found or stores)
     if found:
         raise CacheNotFoundError(
-            f"{text!r} stands for {len(found)} stores under {cache.root}: {names}. Give more digits"
+            f"{text!r} matches {len(found)} stores under {cache.root}: {names}. Give more digits"
         )
     there = f"there: {names}" if stores else "there is none; is --root right?"
     raise CacheNotFoundError(f"{text!r} isn't a store under {cache.root}; {there}")

@@ -63,7 +63,7 @@ def prune_command(
         bool, typer.Option("--leftovers", help="Files that a crash has left, in all stores.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Stores that somebody reads or writes, too.")
+        bool, typer.Option("--force", help="Also stores that a process reads or writes.")
     ] = False,
     dry_run: DryRun = False,
     yes: Yes = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -38,7 +38,7 @@ def pull_command(
         typer.Argument(help="Where they were pushed to: s3://bucket/folder, file:///mnt/shared, …"),
     ],
     fingerprint: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(
             help="Of the store, or its first digits; not needed if there is only one.",
             show_default=False,
@@ -50,7 +50,7 @@ def pull_command(
     ] = False,
     root: Root = None,
     manifest: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="The state to pull: a manifest's id, or its beginning; default: all there is.",
             show_default=False,
@@ -77,7 +77,7 @@ def pull_command(
     """Bring embeddings that were pushed to a place into a store; only what is missing is fetched.
 
     Stopped at any moment, it goes on where it was when run again. Exit code 1 if something was
-    left out: a conflict, a damaged file, a sample that nobody shares; 3 if the disk is full.
+    left out: a conflict, a damaged file, a sample that was never pushed; 3 if the disk is full.
     """
     if everything and (fingerprint or manifest):
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -52,7 +52,7 @@ def push_command(
         OnDuplicateChoice,
         typer.Option(
             help="Where a sample is there with another value: overwrite pushes this store's in the "
-            "place of its earlier one, and beside those of others; skip leaves the sample out; "
+            "place of its earlier one, next to those of others; skip leaves the sample out; "
             "error pushes nothing."
         ),
     ] = OnDuplicateChoice.OVERWRITE,
@@ -64,7 +64,7 @@ def push_command(
         ),
     ] = False,
     writer: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Name that is pushed with the embeddings; default: a random id of the store.",
             show_default=False,

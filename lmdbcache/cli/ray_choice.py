@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -14,13 +14,12 @@ __all__ = ["RayChoice"]
 _PANEL = "Ray"
 
 
-# typer reads these at run time, on Python 3.10, too: hence Optional.
 @dataclass(frozen=True)
 class RayChoice:
     """Which cluster, and how much of it."""
 
     address: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--ray-address",
             help="Of the cluster's head, or auto; default: $RAY_ADDRESS, else a cluster that runs "
@@ -30,7 +29,7 @@ class RayChoice:
         ),
     ] = None
     num_actors: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Processes that run the model; default: one for each GPU, else for each node.",
             show_default=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def import_command(
     *,
     root: Root = None,
     class_name: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--class", help="Class of names that have none.", show_default=False),
     ] = None,
     keys: Annotated[
@@ -74,7 +74,7 @@ def import_command(
         typer.Option("--ignore-metadata", help="Take these options, whatever the file says."),
     ] = False,
     weights_digest: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Digest of the weights that computed them, as `info` shows it.",
             show_default=False,
@@ -194,11 +194,11 @@ def export_command(
     ids: IdsFile = None,
     shard_size: Annotated[int, typer.Option(help="MiB of embeddings in one shard.", min=1)] = 128,
     num_shards: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="So many shards instead, of the same size.", show_default=False),
     ] = None,
     shuffle: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Random order, by this seed.", metavar="SEED", show_default=False),
     ] = None,
     overwrite: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -28,7 +28,7 @@ class SourceChoice:
         typer.Option("--sources", help="Look at the audio files instead of the stored values."),
     ] = False
     data_dir: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="With --sources: where the dataset is now; default: where it was."),
     ] = None
     rehash: Annotated[
@@ -66,7 +66,7 @@ def verify_sources(
         IntegrityError: The records of a store are damaged.
     """
     if choice.adopt and choice.data_dir is None:
-        raise ConfigError("--adopt: which files? Give the dataset with --data-dir, too")
+        raise ConfigError("--adopt needs the dataset: give --data-dir")
     reports = []
     for store in stores:
         if choice.adopt and choice.data_dir is not None:

@@ -23,7 +23,7 @@ def doctor_command(
     memory: Annotated[
         list[int] | None,
         typer.Option(
-            "--memory", metavar="PID", help="Tell this process's memory apart; may be repeated."
+            "--memory", metavar="PID", help="Break down this process's memory; may be repeated."
         ),
     ] = None,
     as_json: Json = False,

@@ -38,7 +38,7 @@ def check_machine() -> Iterator[Finding]:
 
 
 def check_clock(newest: Path | None) -> Finding:
-    """The clock against the newest file that is known: ages of stores are told by it.
+    """The clock against the newest file that is known: it decides the ages of stores.
 
     Args:
         newest: A file that was written lately, or None.

@@ -1,4 +1,4 @@
-"""The memory of a process, told apart: its own, and pages of stores that the system can take back.
+"""The memory of a process: private, and pages of stores that the system can take back.
 
 A mapped store counts as resident memory of every process that has read it. It is the page cache:
 shared by all of them, and given up when memory is needed. Only what is private is the process's.

@@ -92,7 +92,7 @@ def _inodes(folder: Path) -> Finding | None:
 
 
 def _quota(mount: Mount | None) -> Finding | None:
-    """This user's quota, where the `quota` program tells it at once."""
+    """This user's quota, where the `quota` program prints it at once."""
     program = shutil.which("quota")
     if program is None or mount is None:
         return None

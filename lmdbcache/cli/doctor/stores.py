@@ -92,5 +92,5 @@ def _users(store: Path, generation: Path) -> Iterator[Finding]:
         remedy = "nothing to do: whoever opens the store next clears them"
         yield note(store.name, text, remedy)
     if taken > _MANY * slots.num_slots:
-        text = f"{taken} of {slots.num_slots} reader slots are taken; without one nobody reads"
+        text = f"{taken} of {slots.num_slots} reader slots are taken; a reader needs one"
         yield problem(store.name, text, "close readers, or end such a process")
