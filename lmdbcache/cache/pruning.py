@@ -15,9 +15,8 @@ from lmdbcache.storage import (
     Leftover,
     Report,
     find_leftovers,
-    is_being_written,
     remove_leftovers,
-    writing_processes,
+    writers_of,
 )
 
 __all__ = [
@@ -187,8 +186,8 @@ def leftovers_under(root: Path, *, remove: bool = False) -> list[Leftover]:
 
 def _use_of(store: StoreInfo) -> str | None:
     """Return how other processes use the store now, in words; None if none does."""
-    if is_being_written(store.path):
-        return f"being written to by {', '.join(writing_processes(store.path)) or 'a process'}"
+    if writers := writers_of(store.path):
+        return f"being written to by {', '.join(writers)}"
     if users := users_of(store):
         return f"in use by {', '.join(users)}"
     return None

@@ -118,7 +118,7 @@ def read_store_info(store: str | Path) -> StoreInfo:
         pinned_bytes=space.pinned_bytes,
         readers=space.readers,
         last_used=last_used(store),
-        last_written=_last_written(store),
+        last_written=last_written(store),
     )
 
 
@@ -149,15 +149,8 @@ def info_or_damage(folder: Path) -> StoreInfo:
             is_damaged=isinstance(error, IntegrityError)
             and not isinstance(error, FormatVersionError),
             last_used=last_used(folder),
-            last_written=_last_written(folder),
+            last_written=last_written(folder),
         )
-
-
-def _last_written(store: Path) -> datetime | None:
-    with contextlib.suppress(CacheError):
-        generation = current_generation(store)
-        return last_written(generation) if generation else None
-    return None
 
 
 def allocated_bytes(folder: Path) -> int:

@@ -1,7 +1,6 @@
 from .checks.first_opening import is_known as is_known
 from .checks.value_checks import Progress as Progress
 from .engine_errors import translated_errors as translated_errors
-from .environment import Snapshot as Snapshot
 from .filesystems import (
     NETWORK_VARIABLE as NETWORK_VARIABLE,
     Mount as Mount,
@@ -19,14 +18,13 @@ from .generations import (
     RESERVE_BYTES as RESERVE_BYTES,
     check_room as check_room,
     current_generation as current_generation,
-    is_being_written as is_being_written,
     remove_foreign_lock as remove_foreign_lock,
     remove_store as remove_store,
     write_lock as write_lock,
+    writers_of as writers_of,
 )
 from .last_use import last_used as last_used, last_written as last_written
 from .layout import (
-    CURRENT_NAME as CURRENT_NAME,
     SHARING_NAME as SHARING_NAME,
     canonical_class as canonical_class,
     canonical_sample_id as canonical_sample_id,
@@ -70,7 +68,6 @@ from .reader import (
 from .reader_slots import (
     others as others,
     slot_use as slot_use,
-    writing_processes as writing_processes,
 )
 from .report import Report as Report, plain as plain
 from .row_parts import RowPart as RowPart

@@ -99,7 +99,7 @@ def _translated(error: Exception, where: Path, needed: int) -> CacheError:
 
 
 def _readers_full(where: Path) -> str:
-    found = holders(where)
+    found = holders([where / "lock.mdb", *where.glob("gen-*/lock.mdb")])
     named = f" (open in process {few(found, _NAMED)})" if found else ""
     return (
         f"{where}: all slots of LMDB's reader table are taken{named}. Close readers there, or end "

@@ -40,19 +40,20 @@ from lmdbcache.storage.layout import (
     WRITER_LOCK_NAME,
 )
 from lmdbcache.storage.pages.commit_record import record_commit
+from lmdbcache.storage.reader_slots import holders
 
 __all__ = [
     "RESERVE_BYTES",
     "check_room",
     "create_generation",
     "current_generation",
-    "is_being_written",
     "point_at",
     "publish_generation",
-    "remove_foreign_lock",
     "remove_other_generations",
+    "remove_foreign_lock",
     "remove_store",
     "write_lock",
+    "writers_of",
 ]
 
 # What a commit leaves free beyond what it writes.
@@ -226,15 +227,15 @@ def _locked(store: Path, stack: contextlib.ExitStack, *, wait: bool) -> int:
             ) from None
 
 
-def is_being_written(store: Path) -> bool:
-    """Whether somebody commits to, compacts, repairs or removes the store at this moment.
+def writers_of(store: Path) -> list[str]:
+    """Return `4711 python` of whoever commits to, compacts, repairs or removes the store now.
 
     Nothing is made for that, and nobody has to wait.
     """
     try:
         with flocked(store / WRITER_LOCK_NAME, shared=True, wait=False):
-            return False
+            return []
     except BlockingIOError:
-        return True
+        return holders([store / WRITER_LOCK_NAME]) or ["a process"]
     except OSError:
-        return False  # no such file, or a file system without such locks
+        return []  # no such file, or a file system without such locks

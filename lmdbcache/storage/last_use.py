@@ -13,7 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
+from lmdbcache.errors import CacheError
 from lmdbcache.files import open_file
+from lmdbcache.storage.generations import current_generation
 
 __all__ = ["LAST_USE_NAME", "last_used", "last_written", "touch"]
 
@@ -44,9 +46,12 @@ def last_used(store: Path) -> datetime | None:
     return _time_of(store / LAST_USE_NAME)
 
 
-def last_written(generation: Path) -> datetime | None:
-    """When the newest commit to this generation was made; a compaction keeps that time."""
-    return _time_of(generation / "data.mdb")
+def last_written(store: Path) -> datetime | None:
+    """When the store's newest commit was made; a compaction keeps that time."""
+    with contextlib.suppress(CacheError):
+        if (generation := current_generation(store)) is not None:
+            return _time_of(generation / "data.mdb")
+    return None
 
 
 def _time_of(path: Path) -> datetime | None:

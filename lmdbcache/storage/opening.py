@@ -208,15 +208,18 @@ def _address_space_left() -> int:
 
 
 def _blame_lock_file(generation: Path) -> None:
-    """Nobody loses a sound store to the advice for a damaged one."""
+    """A sound store isn't lost to the advice for a damaged one, or to a pruning of those."""
     with contextlib.suppress(lmdb.Error):
         lmdb.open(os.fsencode(generation), readonly=True, create=False, lock=False).close()
-        found = ", ".join(holders(generation)) or "unknown"
         raise StorageError(
             f"{generation / 'lock.mdb'} was overwritten or cut while a process has the store open "
-            f"({found}). The data is sound: end that process, and the next one makes the lock file "
-            "anew; removing it before would destroy the store"
+            f"({_users(generation)}). The data is sound: end that process, and the next one makes "
+            "the lock file anew; removing it before would destroy the store"
         ) from None
+
+
+def _users(generation: Path) -> str:
+    return ", ".join(holders([generation / "lock.mdb"])) or "unknown"
 
 
 def _check_room_for_lock_file(generation: Path) -> None:
@@ -246,11 +249,10 @@ def _open_in_step(
             return environment
         environment.close()
         if time.monotonic() > deadline:
-            found = ", ".join(holders(generation)) or "unknown"
             raise StorageError(
                 f"{generation / 'lock.mdb'} doesn't know the newest commit: a process was killed "
                 f"while it opened the store. The data is sound; end those who have it open "
-                f"({found}), and the next one sets the lock file right"
+                f"({_users(generation)}), and the next one sets the lock file right"
             )
         _logger.info("%s: the lock file is out of step, opening again", generation)
         time.sleep(random.uniform(0.001, 0.02))

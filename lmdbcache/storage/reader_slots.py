@@ -12,9 +12,8 @@ import lmdb
 
 from lmdbcache.files import check_file, occupy_standard_descriptors
 from lmdbcache.machine import is_alive
-from lmdbcache.storage.layout import WRITER_LOCK_NAME
 
-__all__ = ["SlotUse", "holders", "others", "slot_use", "slots", "writing_processes"]
+__all__ = ["SlotUse", "holders", "others", "slot_use", "slots"]
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,30 @@ def slots(environment: lmdb.Environment) -> list[tuple[int, int]]:
     return held
 
 
-def holders(folder: Path) -> list[str]:
-    """`4711 python` of every living process that has this generation or store open.
+def holders(files: Iterable[Path], *, but: int = 0) -> list[str]:
+    """Return `4711 python` of every living process that has a lock on one of these files.
 
-    From the locks that LMDB keeps on its lock file, as a full reader table can't even be opened to
-    be listed. Empty where the system doesn't show locks.
+    LMDB keeps one on its lock file for as long as a process has the store open. Unlike the reader
+    table, locks can be listed when that is full. Empty where the system doesn't show locks.
+
+    Args:
+        files: The files.
+        but: A process that is left out.
     """
-    return _named(_lock_owners([folder / "lock.mdb", *folder.glob("gen-*/lock.mdb")]))
+    named = []
+    for process in _lock_owners(files):
+        if process != str(but):
+            command = ""
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
+            named.append(f"{process} {command}".rstrip())
+    return named
 
 
 def others(folder: Path) -> list[str]:
-    """`holders` without this process."""
-    owners = _lock_owners([folder / "lock.mdb", *folder.glob("gen-*/lock.mdb")])
-    return _named(owner for owner in owners if owner != str(os.getpid()))
-
-
-def writing_processes(store: Path) -> list[str]:
-    """`4711 python` of whoever holds the store's writer lock; empty where locks aren't shown."""
-    return _named(_lock_owners([store / WRITER_LOCK_NAME]))
+    """Return `4711 python` of every other process that has this generation or store open."""
+    files = [folder / "lock.mdb", *folder.glob("gen-*/lock.mdb")]
+    return holders(files, but=os.getpid())
 
 
 def _lock_owners(files: Iterable[Path]) -> list[str]:
@@ -100,13 +105,3 @@ def _lock_owners(files: Iterable[Path]) -> list[str]:
             if len(fields) == 8 and fields[5].rpartition(":")[2] in inodes:
                 processes[fields[4]] = None
     return list(processes)
-
-
-def _named(processes: Iterable[str]) -> list[str]:
-    return [f"{process}{_command(process)}" for process in processes]
-
-
-def _command(process: str) -> str:
-    with contextlib.suppress(OSError):
-        return " " + Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
-    return ""

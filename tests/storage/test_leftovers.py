@@ -17,7 +17,7 @@ from lmdbcache import EmbeddingCache
 from lmdbcache.cache import Source, write_sources
 from lmdbcache.cache.records import RECORD_FILES
 from lmdbcache.errors import StorageError
-from lmdbcache.storage import find_leftovers, is_being_written, remove_leftovers, write_lock
+from lmdbcache.storage import find_leftovers, remove_leftovers, write_lock, writers_of
 from lmdbcache.storage.maintenance.leftovers import is_abandoned
 
 
@@ -83,11 +83,11 @@ def test_nothing_is_touched_while_somebody_writes(filled, config, store):
     """Half a copy of a living compaction isn't a leftover."""
     (store / "gen-000002").mkdir()
     with write_lock(store):
-        assert is_being_written(store)
+        assert writers_of(store)
         assert find_leftovers(store) == []
         with pytest.raises(StorageError, match="being written"):
             remove_leftovers(store)
-    assert not is_being_written(store)
+    assert not writers_of(store)
     assert len(remove_leftovers(store)) == 1
 
 
@@ -105,7 +105,7 @@ def test_a_fork_while_somebody_looks_keeps_no_writer_out(store, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", lock_and_fork)
     try:
-        assert not is_being_written(store)
+        assert not writers_of(store)
         with write_lock(store, wait=False):
             pass
     finally:

@@ -12,11 +12,10 @@ from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.storage import (
     check_file_size,
     current_generation,
-    is_being_written,
     is_known,
     others,
     slot_use,
-    writing_processes,
+    writers_of,
 )
 
 __all__ = ["check_stores", "newest_file"]
@@ -76,9 +75,8 @@ def _check_store(store: Path) -> Iterator[Finding]:
 
 
 def _users(store: Path, generation: Path) -> Iterator[Finding]:
-    if is_being_written(store):
-        named = ", ".join(writing_processes(store)) or "a process"
-        yield note(store.name, f"written to now by {named}")
+    if writers := writers_of(store):
+        yield note(store.name, f"written to now by {', '.join(writers)}")
     slots = slot_use(generation)
     taken = len(slots.alive) + len(slots.dead) if slots else 0
     if users := others(store):

@@ -13,9 +13,9 @@ from lmdbcache.errors import CacheError
 from lmdbcache.files import is_old_temporary, is_temporary, remove_entry
 from lmdbcache.storage.generations import (
     current_generation,
-    is_being_written,
     remove_store,
     write_lock,
+    writers_of,
 )
 from lmdbcache.storage.last_use import LAST_USE_NAME
 from lmdbcache.storage.layout import (
@@ -57,7 +57,7 @@ def find_leftovers(store: Path, records: Collection[str] = ()) -> list[Leftover]
         store: The folder.
         records: Names of files that are kept there and only say something of its embeddings.
     """
-    if is_being_written(store):
+    if writers_of(store):
         return []
     return _found(store, records)
 
