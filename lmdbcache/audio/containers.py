@@ -1,7 +1,7 @@
 """Where a file that was cut off is refused: what containers announce, and whether it is there.
 
 libsndfile reads what is there: a file that was cut off is a short clip to it. Sizes that a writer
-leaves open, as one that writes to a pipe does, are told from those by their values. The frames of
+leaves open, as one that writes to a pipe does, are known by their values. The frames of
 mp3 files are in `lmdbcache.audio.mpeg_frames`. No torch here.
 """
 

@@ -12,8 +12,13 @@ __all__ = ["in_options"]
 
 _ARGUMENT: Final = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 _CALL: Final = re.compile(r"`cache\.(?P<method>[a-z]+)\(config\)`")
-# Arguments whose option has another name in every command.
-_OTHER_NAMES: Final = {"sample_ids": "ids", "classes": "class_", "namespace": "dataset"}
+# Arguments whose option has another name.
+_OTHER_NAMES: Final = {
+    "sample_ids": ("ids",),
+    "classes": ("class_",),
+    "namespace": ("given_namespace", "dataset"),
+    "table": ("csv",),
+}
 
 
 def in_options(message: str, parameters: Iterable[Any]) -> str:
@@ -30,7 +35,8 @@ def in_options(message: str, parameters: Iterable[Any]) -> str:
 
     def option(match: re.Match[str]) -> str:
         name = match["name"]
-        found = options.get(name) or options.get(_OTHER_NAMES.get(name, name))
+        names = (name, *_OTHER_NAMES.get(name, ()))
+        found = next((options[each] for each in names if each in options), None)
         if found is None or not found.opts[0].startswith("--"):
             return match[0]
         return _typed(found, match["value"])

@@ -84,7 +84,7 @@ class AudioFolderDataset(ListedDataset):
         """Return whether folders right below the root, or below its splits, hold audio files.
 
         Folders that seem to hold all clips of a dataset whose table is missing don't count. Files
-        in a folder `audios` of a class, as in VEGAS, do. Audio files beside the folders are strays
+        in a folder `audios` of a class, as in VEGAS, do. Audio files next to the folders are strays
         as long as they are fewer than the folders; else the root is a folder of clips.
         """
         num_stray = sum(

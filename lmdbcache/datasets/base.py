@@ -37,18 +37,18 @@ Sample: TypeAlias = dict[str, Any]
 
 @runtime_checkable
 class AudioDataset(Protocol):
-    """A list of labelled clips, and the dataset's own list of classes.
+    """A list of labeled clips, and the dataset's own list of classes.
 
     Attributes:
-        namespace: Goes to `CacheConfig.namespace`, so that equal sample ids of two data sets can't
+        namespace: Goes to `CacheConfig.namespace`, so that equal sample ids of two datasets can't
             meet in one store.
-        class_labels: Class name → label, of every class that the data set knows, whether or not
+        class_labels: Class name → label, of every class that the dataset knows, whether or not
             it has clips of it. Labels are never remapped by a selection.
         samples: One dict per clip, holding at least `file_id` (str), `class_name` (str),
             `class_label` (int) and `audio_path` (str). Optional are `audio_source` (an
-            `AudioSource`; then `audio_path` is only a name for people), `split` (str: the data
-            set's own `"train"`, `"val"` or `"test"`), `fold` (int) and `target` (a number or array
-            that is trained on in place of `class_label`).
+            `AudioSource`; then `audio_path` is only a name for people), `split` (str: the
+            dataset's own `"train"`, `"val"` or `"test"`), `fold` (int) and `target` (a number or
+            array that is trained on in place of `class_label`).
 
     Two more are optional. `root` (str) is the folder, and `left_out` lists what isn't a sample
     though it looks like one (`LeftOut`).
@@ -185,7 +185,7 @@ class ListedDataset:
         return self.passed_over.items
 
     def leave_out(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-        """Note something that isn't a sample; see `PassedOver`."""
+        """Record something that isn't a sample; see `PassedOver`."""
         self.passed_over(name, reason, kind=kind, class_name=class_name)
 
     def finish(self) -> None:

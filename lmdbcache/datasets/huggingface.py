@@ -9,11 +9,8 @@ A row's file id depends on the row alone, not on its number or on the other rows
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -39,11 +36,8 @@ __all__ = ["HuggingFaceDataset", "RowSource"]
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
 _ROWS_AT_ONCE: Final = 32
 _PIECE_BYTES: Final = 1 << 20
-_LARGE_BYTES: Final = 1 << 30
 _LABEL_NAMES: Final = ("label", "labels", "class", "class_name", "category", "target")
 _MULTILABEL: Final = "multilabel"
-
-_logger = logging.getLogger(__name__)
 
 
 class _Table:
@@ -152,7 +146,7 @@ class HuggingFaceDataset(ListedDataset):
             wanted = {
                 split: [name is not None for name in part] for split, part in labels.classes.items()
             }
-            file_ids = _content_ids(audio, columns.audio, wanted, root)
+            file_ids = _content_ids(audio, columns.audio, wanted)
         else:
             file_ids = _column_ids(splits, audio, columns.id, root)
         self._first_rows: dict[tuple[str, str], tuple[str, Any]] | None = (
@@ -279,10 +273,9 @@ def _loaded(datasets: Any, folder: Path) -> Any:
             "datasets.load_dataset and given as an object"
         )
     try:
-        with _no_bars_in_a_pipe(datasets):
-            if _is_saved(folder):
-                return datasets.load_from_disk(str(folder))
-            return datasets.load_dataset(str(folder))
+        if _is_saved(folder):
+            return datasets.load_from_disk(str(folder))
+        return datasets.load_dataset(str(folder))
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DatasetError(
@@ -290,19 +283,6 @@ def _loaded(datasets: Any, folder: Path) -> Any:
             f"({type(error).__name__}: {reason:.300}); expected is a folder of save_to_disk or one "
             "with parquet files"
         ) from error
-
-
-@contextlib.contextmanager
-def _no_bars_in_a_pipe(datasets: Any) -> Iterator[None]:
-    in_pipe = sys.stderr is None or not sys.stderr.isatty()
-    quiet = in_pipe and not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
 
 
 def _audio_only(table: Any, column: str, root: str) -> Any:
@@ -530,7 +510,7 @@ def _column_ids(
 
 
 def _content_ids(
-    audio: Mapping[str, Any], column: str, wanted: Mapping[str, Sequence[bool]], root: str
+    audio: Mapping[str, Any], column: str, wanted: Mapping[str, Sequence[bool]]
 ) -> dict[str, list[str]]:
     """Return split → a digest of each row's audio file, 32 hexadecimal digits.
 
@@ -541,14 +521,7 @@ def _content_ids(
         audio: Split → its audio column alone, undecoded.
         column: That column's name.
         wanted: Split → whether each row's id is needed; the others' are empty.
-        root: The dataset, for messages.
     """
-    if sum(table.data.nbytes for table in audio.values()) > _LARGE_BYTES:
-        _logger.warning(
-            "%s: no id column is given, so every clip is read for an id from its content; with "
-            "id_column this isn't necessary",
-            shown(root),
-        )
     return {split: list(_digests(table, column, wanted[split])) for split, table in audio.items()}
 
 

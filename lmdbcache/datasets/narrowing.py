@@ -53,11 +53,11 @@ class Narrowing:
         classes: Names or labels to use; None for all.
         exclude: Names or labels to leave out.
         samples_per_class: Use the first samples of each class only, 1 or more. Without effect
-            beside `samples_per_node`.
+            with `samples_per_node`.
         node_split_id: This node, from 0; needs one of the next two, or both.
         num_nodes: Divide all samples between so many nodes.
-        samples_per_node: Or give each node so many samples of every class. `num_nodes` beside it
-            only says how many nodes there are, which `nodes_of` has to know.
+        samples_per_node: Or give each node so many samples of every class. With it,
+            `num_nodes` only says how many nodes there are, for `nodes_of`.
         node_shares: Divide between the nodes by these shares, see `partition_samples`.
         dirichlet: Divide between the nodes with this alpha, see `partition_samples`.
         min_per_node: Samples that a node has at least, with `node_shares` or `dirichlet`.
@@ -100,14 +100,10 @@ class Narrowing:
             DatasetError: A choice can't be used, or the number of nodes isn't given.
         """
         check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
-        samples = self.of_classes(dataset)
         if self.num_nodes is None:
             raise DatasetError("`num_nodes`: how many nodes are there?")
-        self._check_node(self.num_nodes)
-        if self.samples_per_node is None:
-            nodes = self._partition(samples, self.num_nodes)
-        else:
-            nodes = [self._counted(samples, node) for node in range(self.num_nodes)]
+        samples = self.of_classes(dataset)
+        nodes = self._nodes(samples, range(self._checked_num_nodes()))
         return [self._of_folds_and_split(node, dataset) for node in nodes]
 
     def of_classes(self, dataset: AudioDataset) -> list[Sample]:
@@ -136,62 +132,52 @@ class Narrowing:
         return split_of(samples, self.split, self.split_by, whole=dataset.samples)
 
     def _of_node(self, samples: list[Sample]) -> list[Sample]:
-        rule = self._partition_rule()
-        divided = (self.num_nodes, self.samples_per_node) != (None, None) or rule["by"] != "count"
-        if self.node_split_id is None:
-            if divided:
-                raise DatasetError("node_split_id: which of the nodes is this one? From 0")
-            return samples
+        if self.node_split_id is not None:
+            return self._nodes(samples, [self.node_split_id])[0]
+        if self.num_nodes is not None or self.samples_per_node is not None or self._rule():
+            raise DatasetError("node_split_id: which of the nodes is this one? From 0")
+        return samples
+
+    def _nodes(self, samples: list[Sample], wanted: Sequence[int]) -> list[list[Sample]]:
+        """The samples of these nodes."""
+        rule, size = self._rule(), self.samples_per_node
         if self.num_nodes is not None:
-            self._check_node(self.num_nodes)
-        if self.samples_per_node is not None or (rule["by"] == "count" and not self.min_per_node):
-            return self._counted(samples, self.node_split_id)
-        if self.num_nodes is None:
-            raise DatasetError("`num_nodes`: needed to divide by shares")
-        return self._partition(samples, self.num_nodes)[self.node_split_id]
-
-    def _check_node(self, num_nodes: int) -> None:
-        nodes = whole_number("num_nodes", num_nodes, minimum=1)
-        node = self.node_split_id
-        if node is not None and not 0 <= node < nodes:
-            raise DatasetError(
-                f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
-            )
-
-    def _partition(self, samples: list[Sample], num_nodes: int) -> list[list[Sample]]:
-        return partition_samples(
-            samples,
-            num_nodes,
-            **self._partition_rule(),
-            min_samples=self.min_per_node,
-            seed=self.node_seed,
-        )
-
-    def _counted(self, samples: list[Sample], node: int) -> list[Sample]:
-        """A node's samples, by a number that each has or by an even division."""
-        if self.num_nodes is None and self.samples_per_node is None:
+            num_nodes = self._checked_num_nodes()
+        elif size is None:
             raise DatasetError(
                 "node_split_id: a node of how many (`num_nodes`), or of how many samples of each "
                 "class (`samples_per_node`)?"
             )
-        if self._partition_rule()["by"] != "count" or (
-            self.samples_per_node is not None and self.min_per_node
-        ):
-            raise DatasetError(
-                "samples_per_node: gives every node the same; leave it out to divide by "
-                "node_shares, dirichlet or min_per_node"
-            )
-        num_nodes = self.num_nodes if self.samples_per_node is None else None
-        return node_split(samples, node, num_nodes, self.samples_per_node, self.node_seed)
+        if size is not None:
+            if rule:
+                raise DatasetError(
+                    "samples_per_node: gives every node the same; leave it out to divide by "
+                    "`node_shares`, `dirichlet` or `min_per_node`"
+                )
+            return [node_split(samples, node, None, size, self.node_seed) for node in wanted]
+        nodes = partition_samples(samples, num_nodes, **rule, seed=self.node_seed)
+        return [nodes[node] for node in wanted]
 
-    def _partition_rule(self) -> dict[str, Any]:
+    def _checked_num_nodes(self) -> int:
+        nodes = whole_number("num_nodes", self.num_nodes, minimum=1)
+        if self.node_split_id is not None:
+            node = whole_number("node_split_id", self.node_split_id, minimum=0)
+            if node >= nodes:
+                raise DatasetError(
+                    f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
+                )
+        return nodes
+
+    def _rule(self) -> dict[str, Any]:
+        """Arguments of `partition_samples`, none for an even division."""
         if self.node_shares is not None and self.dirichlet is not None:
             raise DatasetError("node_shares, dirichlet: give one of them")
+        rule: dict[str, Any] = {}
         if self.node_shares is not None:
-            return {"by": "share", "shares": self.node_shares}
-        if self.dirichlet is not None:
-            return {"by": "dirichlet", "alpha": self.dirichlet}
-        return {"by": "count"}
+            rule = {"by": "share", "shares": self.node_shares}
+        elif self.dirichlet is not None:
+            rule = {"by": "dirichlet", "alpha": self.dirichlet}
+        return {**rule, "min_samples": self.min_per_node} if self.min_per_node else rule
 
 
 def chosen_classes(

@@ -1,7 +1,7 @@
 """The files in a dataset's folders, and which of them are left out. No torch here.
 
 A link that leads nowhere or in a circle, a pipe, a hidden copy or a folder without permission is
-noted and left out: none of them keeps the rest from being listed.
+recorded and left out: none of them keeps the rest from being listed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that the dataset names or holds and that isn't a sample, with the reason."""
+    """A file or row of the dataset that isn't a sample, with the reason."""
 
     name: str
     reason: str
-    kind: str  # what many of them have in common: the reason without the names in it
+    kind: str  # the reason without names, to count by
     class_name: str = ""  # the class folder that it lies in, or the class that a table gives it
 
     @property
@@ -63,13 +63,13 @@ class LeftOut:
 
 
 class PassedOver:
-    """What a listing passes over.
+    """The files and folders that a listing leaves out.
 
     Args:
         decoder: What decodes the clips, see `lmdbcache.audio`.
 
     Attributes:
-        items: What was noted, in order.
+        items: The recorded ones, in order.
     """
 
     def __init__(self, decoder: str = "soundfile") -> None:
@@ -77,12 +77,12 @@ class PassedOver:
         self.items: list[LeftOut] = []
 
     def __call__(self, name: str, reason: str, *, kind: str = "", class_name: str = "") -> None:
-        """Note something that isn't a sample.
+        """Record something that isn't a sample.
 
         Args:
-            name: What to call it.
+            name: Its name.
             reason: Why.
-            kind: Under which it is counted, where the reason has names in it.
+            kind: The reason without names, to count by; defaults to the reason.
             class_name: Its class, if it has one.
         """
         self.items.append(LeftOut(shown(name), reason, kind or reason, shown(class_name)))
@@ -107,7 +107,7 @@ def _example(item: LeftOut) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a folder holds under one name.
+    """An entry of a folder.
 
     Args:
         name: Its name.
@@ -115,7 +115,7 @@ class Entry:
         is_file: Whether it is a regular file, or a link to one.
         is_folder: Whether it is a folder, or a link to one.
         is_link: Whether it is a symbolic link.
-        oddity: What it is if neither, such as a link that leads nowhere.
+        oddity: Its kind if it is neither, such as a link that leads nowhere.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Entry:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether a program put it there for itself: a dot file, or macOS's resource forks."""
+        """Whether it is a dot file or a folder of macOS's resource forks."""
         return self.name.startswith(".") or self.name == "__MACOSX"
 
 
@@ -166,7 +166,7 @@ def visible_entries(folder: str | Path) -> list[Entry]:
 
 
 def is_link_upward(entry: Entry) -> bool:
-    """Return whether it is a link to a folder that it lies in, so that there is no end below it."""
+    """Return whether it is a link to a folder that it lies in, below which there is no end."""
     if not (entry.is_link and entry.is_folder):
         return False
     inside = os.path.join(os.path.realpath(entry.path), "")  # noqa: PTH118
@@ -195,10 +195,10 @@ def holds_audio(folder: str) -> bool:
 
 
 def pass_over(entry: Entry, leave_out: PassedOver, class_name: str = "") -> bool:
-    """Note an entry that isn't a clip although it looks like one or hides some.
+    """Record an entry that isn't a clip although it looks like one or hides some.
 
     Returns:
-        Whether there is nothing more to do with it: it isn't a usable file or folder.
+        Whether it isn't a usable file or folder.
     """
     suffix = suffix_of(entry.name)
     looks_like_audio = is_audio(suffix)
@@ -229,9 +229,9 @@ def pass_over(entry: Entry, leave_out: PassedOver, class_name: str = "") -> bool
 def usable_entries(
     folder: str | Path, leave_out: PassedOver, class_name: str = "", skipped: Collection[str] = ()
 ) -> Iterator[Entry]:
-    """Yield the files and folders in a folder without those that are passed over, which are noted.
+    """Yield the usable files and folders in a folder; the others are recorded.
 
-    A folder that can't be listed is passed over as a whole.
+    A folder that can't be listed is left out as a whole.
     """
     try:
         entries = entries_of(folder)
@@ -253,11 +253,11 @@ def audio_below(
 ) -> Iterator[tuple[str, str]]:
     """Yield (path below the folder without suffix, path) of each audio file at any depth.
 
-    What is passed over is noted. Links to folders inside aren't followed.
+    Others are recorded. Links to folders inside aren't followed.
 
     Args:
         folder: Where to look.
-        leave_out: Takes what is passed over.
+        leave_out: Records the entries that are left out.
         class_name: The class of all of them.
         skipped: Names right below the folder that aren't looked at.
     """
@@ -287,7 +287,7 @@ def leave_out_all(
     class_name: str = "",
     skipped: Collection[str] = (),
 ) -> None:
-    """Leave out each audio file at any depth for one reason, and what else is passed over."""
+    """Leave out each audio file at any depth for one reason."""
     for _, path in audio_below(folder, leave_out, class_name, skipped=skipped):
         leave_out(path, reason, kind=kind, class_name=class_name)
 

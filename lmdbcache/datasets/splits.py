@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ def split_samples(
     Args:
         samples: Dicts with `file_id` and `class_name`.
         split: `"train"`, `"val"`, `"test"`, or `"all"` for everything.
-        train_ratio: Share of train; ratios that don't sum to 1 are normalised.
+        train_ratio: Share of train; ratios that don't sum to 1 are normalized.
         val_ratio: Share of val.
         test_ratio: Share of test.
         stratify: Divide each class by the ratios (largest remainder), else the whole list.
@@ -107,22 +108,35 @@ def node_split(
         DatasetError: Both or neither of `num_nodes` and `samples_per_node`, or a number out of
             range.
     """
-    bounds = _node_bounds(node_split_id, num_nodes, samples_per_node)
-    chosen: set[int] = set()
-    for ranked in _ranked_groups(samples, seed, by_class=True):
-        start, stop = bounds(len(ranked))
-        chosen.update(ranked[start:stop])
-        wanted = samples_per_node or 1
-        if (found := len(ranked[start:stop])) < wanted:
-            _logger.warning(
-                "node %d has %d samples of class %r; %d were asked for, the class has %d",
-                node_split_id,
-                found,
-                samples[ranked[0]]["class_name"],
-                wanted,
-                len(ranked),
+    if (num_nodes is None) == (samples_per_node is None):
+        raise DatasetError(
+            f"num_nodes={num_nodes}, samples_per_node={samples_per_node}: give exactly one of them"
+        )
+    node = whole_number("node_split_id", node_split_id, minimum=0)
+    if samples_per_node is None:
+        nodes = whole_number("num_nodes", num_nodes, minimum=1)
+        if node >= nodes:
+            raise DatasetError(
+                f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
             )
-    return [sample for index, sample in enumerate(samples) if index in chosen]
+        part = partition_samples(samples, nodes, seed=seed)[node]
+        size = 1
+    else:
+        size = whole_number("samples_per_node", samples_per_node, minimum=1)
+        groups = _ranked_groups(samples, seed, by_class=True)
+        chosen = sorted(i for group in groups for i in group[node * size : (node + 1) * size])
+        part = [samples[index] for index in chosen]
+    counts = Counter(sample["class_name"] for sample in part)
+    for name in dict.fromkeys(sample["class_name"] for sample in samples):
+        if counts[name] < size:
+            _logger.warning(
+                "node %d has %d samples of class %r; %d were requested",
+                node,
+                counts[name],
+                name,
+                size,
+            )
+    return part
 
 
 def partition_samples(
@@ -283,24 +297,6 @@ def _largest_remainder(total: int, ratios: Sequence[float]) -> list[int]:
     for position in by_remainder[: total - sum(sizes)]:
         sizes[position] += 1
     return sizes
-
-
-def _node_bounds(
-    node_split_id: int, num_nodes: int | None, samples_per_node: int | None
-) -> Callable[[int], tuple[int, int]]:
-    """How many samples a class has → first and last rank of this node."""
-    if (num_nodes is None) == (samples_per_node is None):
-        raise DatasetError(
-            f"num_nodes={num_nodes}, samples_per_node={samples_per_node}: give exactly one of them"
-        )
-    node = whole_number("node_split_id", node_split_id, minimum=0)
-    if samples_per_node is not None:
-        size = whole_number("samples_per_node", samples_per_node, minimum=1)
-        return lambda _: (node * size, (node + 1) * size)
-    nodes = whole_number("num_nodes", num_nodes, minimum=1)
-    if node >= nodes:
-        raise DatasetError(f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}")
-    return lambda count: (node * count // nodes, (node + 1) * count // nodes)
 
 
 def whole_number(name: str, value: Any, *, minimum: int) -> int:

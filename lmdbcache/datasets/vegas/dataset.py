@@ -79,11 +79,11 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         selected_classes: Names or labels to use; None or empty: all.
         excluded_classes: Names or labels to leave out.
         split: `"train"`, `"val"`, `"test"`, `"all"`, or None (see above).
-        train_ratio: Share of train; ratios are normalised.
+        train_ratio: Share of train; ratios are normalized.
         val_ratio: Share of val.
         test_ratio: Share of test.
         stratify: Divide every class by the ratios.
-        num_samples_per_class: Use the first samples of each class only. Without effect beside
+        num_samples_per_class: Use the first samples of each class only. Without effect with
             `samples_per_node`.
         node_split_id: This node, from 0. Nodes are divided first, then train, val and test.
         num_nodes: Divide every class between so many nodes.
@@ -103,7 +103,7 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         image_size: Height and width of pictures and frames, in pixels.
         video_fps: Frames per second of `audio_duration`.
         transform_audio: Applied to the waveform (1, num_samples).
-        transform_image: Applied to the PIL image instead of resizing and normalising it.
+        transform_image: Applied to the PIL image instead of resizing and normalizing it.
         transform_video: Applied to the frames (frames, 3, height, width).
         load_image: Whether items have `image`, where there is a file.
         load_video: Whether items have `video`, None where there is no file.
@@ -338,7 +338,7 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
             AudioDecodeError, DatasetError: See `__getitem__`.
         """
         if type(self).__getitem__ is not VEGASDataset.__getitem__:
-            return [self[index] for index in indices]  # of a subclass with items of its own
+            return [self[index] for index in indices]  # a subclass makes its own items
         samples = [self.samples[index] for index in indices]
         labels = torch.tensor([sample["class_label"] for sample in samples], dtype=torch.long)
         fetched = self._fetched(indices, samples)
@@ -414,9 +414,10 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         for embeddings in (self._audio_embs, self._audio_embs_from_file):
             if embeddings is not None:
                 try:
-                    return plain_tensor(embeddings[sample_id])
+                    value = embeddings[sample_id]
                 except KeyError:
                     continue
+                return value.detach() if type(value) is torch.Tensor else plain_tensor(value)
         return None
 
     def load_waveform(self, audio_path: str | Path) -> torch.Tensor:

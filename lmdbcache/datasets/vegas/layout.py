@@ -65,9 +65,9 @@ _logger = logging.getLogger(__name__)
 class VEGASFolder(ListedDataset):
     """The clips of VEGAS below a folder, `<class>/audios/video_00001.wav`.
 
-    A sample needs its audio file only. It has the paths of its picture and video where there are
-    any, the clip's place in its video by `video_info.csv`, and its caption. Audio that is passed
-    over is in `left_out`.
+    A sample needs its audio file only. It has the paths of its picture and video if there
+    are any, the clip's place in its video by `video_info.csv`, and its caption. Other audio is in
+    `left_out`.
 
     Args:
         root: Folder that holds one folder per class.

@@ -23,7 +23,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageToTensor:
-    """Resize a picture and normalise it with ImageNet's mean and deviation.
+    """Resize a picture and normalize it with ImageNet's mean and deviation.
 
     Args:
         size: Height and width, in pixels.
@@ -32,7 +32,7 @@ class ImageToTensor:
     size: tuple[int, int] = (224, 224)
 
     def __call__(self, image: Image) -> torch.Tensor:
-        """The picture as float32 (3, height, width)."""
+        """Return the picture as float32 (3, height, width)."""
         from PIL.Image import Resampling
 
         height, width = self.size
@@ -64,7 +64,7 @@ def load_image(path: str, transform: Callable[[Image], Any]) -> Any:
 
 
 def load_video(path: str, num_frames: int, size: tuple[int, int]) -> torch.Tensor:
-    """Frames at even distances over the whole video.
+    """Return frames at even distances over the whole video.
 
     Args:
         path: Video file.
