@@ -60,8 +60,8 @@ class Mismatch:
         """What to raise for them."""
         names = few(list(map(repr, self.sample_ids)), 3)
         return IntegrityError(
-            f"{names}: the value stored in {store} is damaged or lost. Run "
-            f"`lmdbcache repair {store}`; the next extraction computes what that drops"
+            f"{names}: the value stored in {store} is damaged or lost. Repair the store "
+            "(`cache.repair(config)`); the next extraction computes what that drops"
         )
 
 

@@ -1,1 +1,2 @@
-
+from .dataset_contract import DatasetContract as DatasetContract
+from .embedder_contract import EmbedderContract as EmbedderContract, ModelContract as ModelContract

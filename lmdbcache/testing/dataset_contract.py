@@ -1,6 +1,6 @@
 """The contract of a dataset adapter, as tests to be inherited.
 
-from lmdbcache.testing.dataset_contract import DatasetContract
+from lmdbcache.testing import DatasetContract
 
 class TestMyDataset(DatasetContract):
     def make(self, tmp_path):

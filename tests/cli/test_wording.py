@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 from typer.main import get_command
 
+import lmdbcache
 from lmdbcache.cli.main import app
 from lmdbcache.cli.wording import in_options
 
+PACKAGE = Path(lmdbcache.__file__).parent
 EXTRACT = get_command(app).commands["extract"].params
 
 
@@ -28,3 +34,22 @@ EXTRACT = get_command(app).commands["extract"].params
 def test_arguments_become_options(message, said):
     """An argument that the command has is its option; everything else stays."""
     assert in_options(message, EXTRACT) == said
+
+
+OPTION = re.compile(r"(?<![\w-])--[a-z]|`lmdbcache [a-z]")
+LIBRARY = [
+    path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "cli"
+]
+
+
+@pytest.mark.parametrize("module", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_library_knows_no_command_line(module):
+    """No option and no command in a string or docstring outside of cli/."""
+    found = [
+        node.value
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and OPTION.search(node.value)
+    ]
+    assert not found

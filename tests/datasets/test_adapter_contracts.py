@@ -11,7 +11,7 @@ from lmdbcache.datasets.esc50 import ESC50Dataset
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
 from lmdbcache.datasets.vegas.layout import VEGASFolder
 from lmdbcache.datasets.vggsound import VGGSoundDataset
-from lmdbcache.testing.dataset_contract import DatasetContract
+from lmdbcache.testing import DatasetContract
 
 
 class TestESC50(DatasetContract):

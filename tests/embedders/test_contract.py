@@ -9,7 +9,7 @@ from embedders.small_folders import folder_of
 
 from lmdbcache import ModuleEmbedder
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint, find_model
-from lmdbcache.testing.embedder_contract import EmbedderContract, ModelContract
+from lmdbcache.testing import EmbedderContract, ModelContract
 
 
 class TestASTByHand(EmbedderContract):

@@ -12,7 +12,7 @@ from lmdbcache.audio import load_waveform
 from lmdbcache.embedders import clip_features, compute_features
 from lmdbcache.embedders.base import as_features
 from lmdbcache.errors import AudioDecodeError, ExtractionError, FrontEndError, ModuleError
-from lmdbcache.testing.embedder_contract import ModelContract
+from lmdbcache.testing import ModelContract
 
 DURATION = 0.5
 SECONDS = (0.5, 0.3, 0.7, 0.3, 0.21, 0.5)

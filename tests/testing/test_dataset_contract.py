@@ -13,7 +13,7 @@ from synthetic_layouts import make_audio_folder
 
 from lmdbcache.datasets.audio_folder import AudioFolderDataset
 from lmdbcache.errors import AudioDecodeError
-from lmdbcache.testing.dataset_contract import DatasetContract
+from lmdbcache.testing import DatasetContract
 
 SUITE = DatasetContract()
 
