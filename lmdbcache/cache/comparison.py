@@ -279,15 +279,16 @@ def _differences(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the three numbers of a `Difference`, for each row of `(n, elements)`."""
     differences = x - y
-    lengths, others = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    lengths, others = (np.sqrt(np.einsum("ij,ij->i", rows, rows)) for rows in (x, y))
     with np.errstate(divide="ignore", invalid="ignore"):
         cosine = np.where(
             lengths * others > 0, 1 - np.einsum("ij,ij->i", x, y) / (lengths * others), 1.0
         )
-    cosine[~x.any(axis=1) & ~y.any(axis=1)] = 0.0
-    relative_l2 = np.linalg.norm(differences, axis=1) / np.where(lengths > 0, lengths, 1.0)
+    cosine[(lengths == 0) & (others == 0)] = 0.0
+    apart = np.sqrt(np.einsum("ij,ij->i", differences, differences))
+    relative_l2 = apart / np.where(lengths > 0, lengths, 1.0)
     # Rounding doesn't bring two vectors closer than the same direction.
-    return np.abs(differences).max(axis=1), np.maximum(cosine, 0.0), relative_l2
+    return np.abs(differences, out=differences).max(axis=1), np.maximum(cosine, 0.0), relative_l2
 
 
 def _name_a_few(names: list[str], key: bytes) -> None:
