@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
@@ -56,6 +56,7 @@ __all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Row"]
 _CHOICES: Final = ("skip", "overwrite", "error")
 _BATCH_BYTES: Final = 32 << 20
 _BATCH_RECORDS: Final = 16384
+_KEYS_AT_ONCE: Final = 512
 _NO_LIMIT: Final = 1 << 62
 
 # A row to write, and the checksum that it replaces.
@@ -378,12 +379,13 @@ class Intake:
         provenance: Mapping[str, str],
         advance: Callable[[int], None] | None,
     ) -> None:
-        left = dict(groups)
+        left = list(groups.values())
         while left:
             # Ends before anything is written, or old pages would be kept.
             with self._look() as reader:
-                look = _Look(self.report, reader, self._stored(reader, list(left)), self._ragged)
-                number = look.judge_batch(left.values())
+                lookup = partial(self._stored, reader)
+                look = _Look(self.report, reader, lookup, ragged=self._ragged)
+                number = look.judge_batch(left)
             if look.changes and not self.report.is_dry_run:
                 try:
                     self._write(look.changes, provenance)
@@ -394,9 +396,9 @@ class Intake:
             if self.report.is_dry_run:
                 self._would_be.update({row.key: row.checksum for row, _ in look.changes})
             self.report.absorb(look.found)
-            done, left = (dict(islice(left.items(), *ends)) for ends in ((number,), (number, None)))
+            done, left = left[:number], left[number:]
             if advance is not None:
-                advance(sum(map(len, done.values())))
+                advance(sum(map(len, done)))
 
     @contextlib.contextmanager
     def _look(self) -> Iterator[EmbeddingReader | None]:
@@ -472,7 +474,7 @@ class _Look:
     Args:
         report: What is asked for.
         reader: The store; None until it is made.
-        stored: The checksums that are stored of these rows.
+        lookup: Returns the checksums that are stored of some keys.
         ragged: Whether the first dimension may differ, in a new store.
     """
 
@@ -480,12 +482,14 @@ class _Look:
         self,
         report: IntakeReport,
         reader: EmbeddingReader | None,
-        stored: Mapping[bytes, bytes],
-        ragged: bool,  # noqa: FBT001 - as the argument of `Intake`
+        lookup: Callable[[Sequence[bytes]], Mapping[bytes, bytes]],
+        *,
+        ragged: bool,
     ) -> None:
         self._asked = report
         self._reader = reader
-        self._stored = stored
+        self._lookup = lookup
+        self._stored: Mapping[bytes, bytes] = {}
         self._shape = None if reader is None else reader.embedding_shape
         self._ragged = ragged
         self._checksums_in_conflict: dict[str, bytes] = {}
@@ -493,17 +497,19 @@ class _Look:
         self.found = IntakeReport(report.path, report.config)
         self.changes: list[_Change] = []
 
-    def judge_batch(self, groups: Iterable[list[Row]]) -> int:
+    def judge_batch(self, groups: Sequence[list[Row]]) -> int:
         """Judge as many samples as one transaction takes.
 
         Returns:
             Their number.
         """
         number = num_bytes = 0
-        for number, rows in enumerate(groups, 1):  # noqa: B007 - their number is the result
-            num_bytes += self._judge(rows)
-            if num_bytes >= _BATCH_BYTES:
-                break
+        while number < len(groups) and num_bytes < _BATCH_BYTES:
+            if number % _KEYS_AT_ONCE == 0:
+                following = groups[number : number + _KEYS_AT_ONCE]
+                self._stored = self._lookup([rows[0].key for rows in following])
+            num_bytes += self._judge(groups[number])
+            number += 1
         if self._checksums_in_conflict:
             with SourceRecords(self._asked.path) as records:
                 origins = records.origins(self._checksums_in_conflict)
