@@ -21,7 +21,6 @@ from lmdbcache.errors import ConfigError
 from lmdbcache.exchange import (
     PullReport,
     Remote,
-    find_fingerprint,
     pull,
     shared_fingerprints,
 )
@@ -83,8 +82,11 @@ def pull_command(
         raise ConfigError(
             "--all takes all that is shared: leave out the fingerprint and --manifest"
         )
+    chosen: list[str | None] = [fingerprint]
+    if everything:
+        chosen = [*shared_fingerprints(Remote(url))] or chosen  # none: an error says so
     reports = []
-    for one in _all_shared(url) if everything else [fingerprint]:
+    for one in chosen:
         with progress_bar("pulling", shown=progress, in_bytes=True) as report_progress:
             report = pull(
                 EmbeddingCache(root),
@@ -105,11 +107,6 @@ def pull_command(
         found = [report.to_dict() for report in reports]
         print_json(found if everything else found[0])
     raise typer.Exit(max(report.exit_code for report in reports))
-
-
-def _all_shared(url: str) -> list[str]:
-    remote = Remote(url)
-    return shared_fingerprints(remote) or [find_fingerprint(remote, None)]  # says what is wrong
 
 
 def _print_report(report: PullReport) -> None:

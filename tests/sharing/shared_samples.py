@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmdbcache.exchange import encode_shard
 from lmdbcache.exchange.sharing.manifests import encode_manifest
+from lmdbcache.exchange.sharing.shards import encode_shard
 from lmdbcache.storage import NUMPY_DTYPES
 
 

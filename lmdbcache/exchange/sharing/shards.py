@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,11 @@ __all__ = [
     "MAX_SHARD_FILE_BYTES",
     "MAX_SHARD_SAMPLES",
     "Shape",
-    "ShardContent",
     "ShardEntry",
     "ShardHeader",
     "check_format",
     "checked_shape",
     "decode_header",
-    "decode_shard",
     "encode_shard",
 ]
 
@@ -187,21 +185,6 @@ class ShardHeader:
         return [self.value(view[first:last]) for first, last in self.bounds]
 
 
-class ShardContent(NamedTuple):
-    """What a shard holds.
-
-    Args:
-        config: Identity of the store.
-        sample_ids: In the order of the ids' UTF-8 bytes.
-        embeddings: One for each, read-only views of the bytes that were decoded: `(n, …)`, or a
-            list where the first dimension differs.
-    """
-
-    config: CacheConfig
-    sample_ids: tuple[str, ...]
-    embeddings: Embeddings
-
-
 def encode_shard(
     config: CacheConfig, embedding_shape: Shape, sample_ids: Sequence[str], embeddings: Embeddings
 ) -> tuple[ShardEntry, bytes]:
@@ -233,29 +216,6 @@ def encode_shard(
     digests = [hashlib.sha256(one).hexdigest() for one in (data, header.encoded)]
     numbers = (len(data), len(header.encoded))
     return ShardEntry(digests[0], *numbers, digests[1], len(ids), ids[0], ids[-1]), data
-
-
-def decode_shard(data: Buffer, name: str) -> ShardContent:
-    """Read a shard, which may be damaged or hostile. Its checksums aren't compared.
-
-    Args:
-        data: The whole file: bytes, or a memoryview of a mapped file.
-        name: Name of the file, for errors.
-
-    Raises:
-        FormatVersionError: Of a newer lmdbcache.
-        IntegrityError: Not a shard, or not in its one form.
-    """
-    length = int.from_bytes(bytes(data[:8]), "little")
-    if length > min(len(data), MAX_HEADER_BYTES) - 8:
-        raise IntegrityError(f"{name} isn't a safetensors file")
-    header = decode_header(bytes(data[: 8 + length]), name)
-    if len(data) != header.num_bytes:
-        raise IntegrityError(f"{name} isn't a whole shard of embeddings")
-    values = header.values(data)
-    return ShardContent(
-        header.config, header.sample_ids, np.stack(values) if header.lengths is None else values
-    )
 
 
 def decode_header(data: bytes, name: str) -> ShardHeader:
