@@ -21,9 +21,7 @@ VALUES = {
         name: np.arange(4, dtype=np.float32) / 4 + number
         for number, name in enumerate(["a:dog", "b:dog", "ü:hund"])
     },
-    RAGGED: {
-        f"v{number}:dog": np.full((number, 2), number, np.float16) for number in range(1, 4)
-    },
+    RAGGED: {f"v{number}:dog": np.full((number, 2), number, np.float16) for number in range(1, 4)},
 }
 
 
