@@ -440,8 +440,6 @@ class ExtractionRun:
             if unit
         ]
         _logger.info("%d clips to extract, %d cached", len(missing), self.num_cached)
-        # Before the workers are forked, so that what it imports is there for all of them.
-        features = front_end.provenance()
         is_proven = self.outcomes.is_front_end_proven = self.known_shape() is not None
         passes: ForwardPasses | None = None
         writer: EmbeddingWriter | None = None
@@ -457,6 +455,8 @@ class ExtractionRun:
             ) as batches,
             ExitStack() as stack,
         ):
+            # Before the workers are forked, so that what it imports is there for all of them.
+            features = front_end.provenance()
             try:
                 for batch in batches:
                     if batch.features is not None:

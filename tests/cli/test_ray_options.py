@@ -12,7 +12,6 @@ import pytest
         (["--ray-address", "auto"], "--ray-address"),
         (["--launcher", "ray", "--num-workers", "2"], "--num-workers"),
         (["--launcher", "ray", "--rank", "0", "--world-size", "2"], "--rank"),
-        (["--staging", "s3://bucket/folder"], "s3://bucket/folder"),
         (["--launcher", "roy"], "roy"),
     ],
 )

@@ -29,6 +29,7 @@ from lmdbcache.extraction import (
     staging as staging_module,
     stored_of_share,
 )
+from lmdbcache.extraction.staging import staging_folder
 from lmdbcache.storage import NETWORK_VARIABLE
 
 _context = multiprocessing.get_context("fork")
@@ -170,6 +171,12 @@ def test_changed_clips_are_not_staged(stage):
     """The root would keep the old embedding beside the new one."""
     with pytest.raises(ConfigError, match="recompute_changed"):
         stage(0, 2, recompute_changed=True)
+
+
+def test_a_url_is_not_a_staging_folder():
+    """LMDB needs files."""
+    with pytest.raises(ConfigError, match="s3://bucket"):
+        staging_folder("s3://bucket/folder")
 
 
 def test_space_for_the_ranks_of_one_disk(stage, cache, folder, clips, monkeypatch):
