@@ -448,7 +448,7 @@ def no_real_numbers(result: torch.Tensor) -> str:
         return "a nested tensor"
     if result.layout is not torch.strided:
         return f"a tensor of layout {result.layout}"
-    if result.is_quantized or result.is_complex():
+    if result.is_quantized or result.is_complex() or result.dtype == torch.bool:
         return str(result.dtype)
     return ""
 

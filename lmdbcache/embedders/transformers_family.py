@@ -89,6 +89,8 @@ class ModelFamily(ABC):
     """How the names of its models on the Hub begin, for where config.json isn't available."""
     extractor_type: ClassVar[str]
     """Class of the feature extractor in transformers."""
+    features_name: ClassVar[str] = "input_features"
+    """Name of the features in what the extractor returns."""
     model_class: ClassVar[str]
     """Class of the model in transformers."""
     front_end_id: ClassVar[str]
@@ -184,13 +186,12 @@ class ModelFamily(ABC):
             **library_versions("transformers", "soundfile", "soxr"),
         }
 
-    @abstractmethod
     def features(
         self,
         extract: Callable[..., Any],
         clip: NDArray[np.float32],
-        settings: Settings,
-        num_samples: int,
+        settings: Settings,  # noqa: ARG002 - most extractors have them already
+        num_samples: int,  # noqa: ARG002 - and pad to one length
     ) -> NDArray[np.float32]:
         """Compute the features of a clip that fills `num_samples` with its padding.
 
@@ -200,6 +201,8 @@ class ModelFamily(ABC):
             settings: The checkpoint's.
             num_samples: That length.
         """
+        features: NDArray[np.float32] = extract(clip)[self.features_name][0]
+        return features
 
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
         """Load the model, frozen."""

@@ -11,10 +11,12 @@ import pytest
 
 from lmdbcache import embedders
 
+ROOM = Path(embedders.__file__).parent
+
 
 @pytest.mark.parametrize(
     "module",
-    ["", *(f".{file.stem}" for file in Path(embedders.__file__).parent.glob("[!_]*.py"))],
+    ["", ".families", *(f".{file.stem}" for file in ROOM.glob("[!_]*.py"))],
 )
 def test_no_heavy_package_is_imported(module):
     """Neither torch nor transformers nor an audio library, in any module of the room."""

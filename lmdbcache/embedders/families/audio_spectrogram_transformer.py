@@ -15,11 +15,7 @@ from lmdbcache.embedders.transformers_family import (
 from lmdbcache.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     from lmdbcache.embedders.checkpoints import Checkpoint
 
@@ -52,6 +48,7 @@ class _ASTFamily(ModelFamily):
     model_types = ("audio-spectrogram-transformer",)
     hub_prefixes = ("ast-",)
     extractor_type = "ASTFeatureExtractor"
+    features_name = "input_values"
     model_class = "ASTModel"
     front_end_id = DEFAULT_FRONT_END
     sample_rate = 16000
@@ -113,16 +110,6 @@ class _ASTFamily(ModelFamily):
             "feature_extractor": "torchaudio" if _uses_torchaudio() else "numpy",
             **library_versions("transformers", "torchaudio", "soundfile", "soxr"),
         }
-
-    def features(
-        self,
-        extract: Callable[..., Any],
-        clip: NDArray[np.float32],
-        settings: Settings,  # noqa: ARG002
-        num_samples: int,  # noqa: ARG002 - its extractor pads and cuts by itself
-    ) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = extract(clip).input_values[0]
-        return features
 
     def feature_shape(
         self,

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lmdbcache.embedders.transformers_family import ModelFamily, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
 __all__ = ["CLAP"]
 
@@ -79,16 +75,6 @@ class _CLAPFamily(ModelFamily):
         rows, columns = (height // 2 ** (num_stages - 1) // step for step in strides)
         bins = rows // ratio
         return (channels, bins, rows // bins * columns) if bins else None
-
-    def features(
-        self,
-        extract: Callable[..., Any],
-        clip: NDArray[np.float32],
-        settings: Settings,  # noqa: ARG002
-        num_samples: int,  # noqa: ARG002 - always 10 s
-    ) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = extract(clip).input_features[0]
-        return features
 
     def feature_shape(
         self,

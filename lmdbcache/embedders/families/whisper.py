@@ -12,11 +12,7 @@ from lmdbcache.embedders.transformers_family import ModelFamily, Settings, load_
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     from lmdbcache.embedders.checkpoints import Checkpoint
 
@@ -72,16 +68,6 @@ class _WhisperFamily(ModelFamily):
         size = settings.config.get("d_model", 384)
         frames = settings.config.get("max_source_positions", 1500)
         return (size,) if output == "mean" else (frames, size)
-
-    def features(
-        self,
-        extract: Callable[..., Any],
-        clip: NDArray[np.float32],
-        settings: Settings,  # noqa: ARG002
-        num_samples: int,  # noqa: ARG002 - always 30 s
-    ) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = extract(clip).input_features[0]
-        return features
 
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
         # A classifier's checkpoint has no decoder, and needs none.
