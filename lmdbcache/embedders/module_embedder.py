@@ -197,16 +197,8 @@ class _CallableFrontEnd:
         self.function = function
         self.identity = identity
         self.sample_rate = sample_rate
-        self._min_samples = max(1, min_samples)
-
-    @property
-    def min_samples(self) -> int:
-        return self._min_samples
-
-    @property
-    def takes_num_valid(self) -> bool:
-        # The module itself gets the padding, too.
-        return self.function is not None
+        self.min_samples = max(1, min_samples)
+        self.takes_num_valid = function is not None  # the module itself also gets the padding
 
     def __call__(self, waveform: NDArray[np.float32], num_valid: int | None = None) -> NDArray[Any]:
         check_waveform(waveform)
