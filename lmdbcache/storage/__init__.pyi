@@ -25,7 +25,7 @@ from .generations import (
 )
 from .last_use import last_used as last_used, last_written as last_written
 from .layout import (
-    SHARING_NAME as SHARING_NAME,
+    EXTRAS_NAME as EXTRAS_NAME,
     canonical_class as canonical_class,
     canonical_sample_id as canonical_sample_id,
     class_of as class_of,

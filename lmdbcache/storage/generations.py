@@ -34,8 +34,8 @@ from lmdbcache.files import (
 )
 from lmdbcache.storage.layout import (
     CURRENT_NAME,
+    EXTRAS_NAME,
     GENERATION_NAME,
-    SHARING_NAME,
     STATISTICS_NAME,
     WRITER_LOCK_NAME,
 )
@@ -170,7 +170,7 @@ def remove_store(store: Path) -> None:
     remove_entry(store / CURRENT_NAME)
     sync_file(store)
     remove_other_generations(store)
-    own_folders = (STATISTICS_NAME, SHARING_NAME)
+    own_folders = (STATISTICS_NAME, EXTRAS_NAME)
     for child in store.iterdir():
         is_folder = child.is_dir() and not child.is_symlink()
         if child.name in own_folders or (child.name != WRITER_LOCK_NAME and not is_folder):

@@ -11,12 +11,12 @@ from lmdbcache.errors import InvalidSampleIdError
 __all__ = [
     "CHECKSUMS_NAME",
     "CURRENT_NAME",
+    "EXTRAS_NAME",
     "FORMAT_VERSION",
     "GENERATION_NAME",
     "MAX_KEY_BYTES",
     "METADATA_KEY",
     "NUM_RESERVED_KEYS",
-    "SHARING_NAME",
     "STATISTICS_NAME",
     "WRITER_LOCK_NAME",
     "canonical_class",
@@ -33,7 +33,7 @@ FORMAT_VERSION: Final = 1
 CURRENT_NAME: Final = "CURRENT"
 WRITER_LOCK_NAME: Final = "writer.lock"
 STATISTICS_NAME: Final = "statistics"
-SHARING_NAME: Final = "sharing"
+EXTRAS_NAME: Final = "extras"  # what other rooms keep of a store, a folder each; goes with it
 GENERATION_NAME: Final = re.compile(r"gen-[0-9]{6,12}")
 
 # Both live in the main database beside the embeddings. Neither holds a colon, every embedding's

@@ -23,13 +23,13 @@ from lmdbcache.exchange import Remote, pull
 from lmdbcache.exchange.sharing import pulling
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.remote_index import read_state
-from lmdbcache.storage import SHARING_NAME
+from lmdbcache.storage import EXTRAS_NAME
 
 LARGE = (64, 64)  # 16 KiB an embedding
 
 
 def part_of(cache, config, entry) -> Path:
-    return cache.path(config) / SHARING_NAME / f"{entry.sha256}.part"
+    return cache.path(config) / EXTRAS_NAME / "sharing" / f"{entry.sha256}.part"
 
 
 def begin(cache, config, entry, data) -> None:
@@ -168,7 +168,7 @@ def test_two_pulls_at_once_fetch_everything_once(remote, cache, config, caplog):
         ]
         for one in pulls:
             one.start()
-        while sum(str(SHARING_NAME) in line for line in caplog.messages) < 2:
+        while sum(EXTRAS_NAME in line for line in caplog.messages) < 2:
             time.sleep(0.01)
         time.sleep(0.3)
         assert not reports

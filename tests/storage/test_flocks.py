@@ -33,7 +33,7 @@ def writing(store):
 
 
 def pulling(store):
-    return LocalFolder(store).held(), store / "sharing" / "lock"
+    return LocalFolder(store).held(), store / "extras" / "sharing" / "lock"
 
 
 def checking(store):

@@ -58,7 +58,7 @@ def make(path, kind, outside):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "link":
         path.symlink_to(outside / "file")
     elif kind == "link to nothing":
@@ -289,7 +289,9 @@ def test_files_are_opened_as_themselves_or_not_at_all(tmp_path, outside, kind):
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
-@pytest.mark.parametrize("name", ["sharing/lock", "sharing", "gone.running"])
+@pytest.mark.parametrize(
+    "name", ["extras/sharing/lock", "extras/sharing", "extras", "gone.running"]
+)
 def test_folders_that_are_filled_are_no_way_out(root, outside, name, kind):
     """A pull's folder and the lock beside a staging store are refused in the same way."""
     store, before = root.path(HOSTILE), seen(outside)

@@ -20,10 +20,11 @@ from lmdbcache.exchange.sharing.manifests import checked_writer
 from lmdbcache.exchange.sharing.remote import Remote
 from lmdbcache.exchange.sharing.shards import ShardEntry, ShardHeader
 from lmdbcache.files import check_folder, flocked, open_file, read_file, replace_file
-from lmdbcache.storage import SHARING_NAME, translated_errors
+from lmdbcache.storage import EXTRAS_NAME, translated_errors
 
-__all__ = ["LocalFolder"]
+__all__ = ["FOLDER_NAME", "LocalFolder"]
 
+FOLDER_NAME: Final = "sharing"
 _LOCK_NAME: Final = "lock"
 _WRITER_NAME: Final = "writer"
 _PART_SUFFIX: Final = ".part"
@@ -85,6 +86,7 @@ class LocalFolder:
         folder = self._path("")
         with contextlib.ExitStack() as stack:
             try:
+                check_folder(folder.parent)
                 check_folder(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(flocked(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT))
@@ -147,7 +149,7 @@ class LocalFolder:
     def _path(self, name: str) -> Path:
         if self.store is None:
             raise FileNotFoundError
-        return self.store / SHARING_NAME / name
+        return self.store / EXTRAS_NAME / FOLDER_NAME / name
 
     def _part(self, entry: ShardEntry) -> Path:
         return self._path(f"{entry.sha256}{_PART_SUFFIX}")
@@ -161,8 +163,9 @@ class LocalFolder:
     def _write(self, name: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             folder = self._path("")
-            check_folder(folder)
-            folder.mkdir(exist_ok=True)
+            for each in (folder.parent, folder):
+                check_folder(each)
+                each.mkdir(exist_ok=True)
             replace_file(folder / name, data)
 
 
