@@ -97,7 +97,7 @@ def test_no_address_space_is_an_error(cache, config):
     def read():
         limit_address_space(48 << 20)
         for use in (lambda: len(cache.reader(config)), lambda: cache.writer(config)):
-            with pytest.raises(StorageError, match=r"no address space.*ulimit -v") as caught:
+            with pytest.raises(StorageError) as caught:
                 use()
             assert "\n" not in str(caught.value)
         soft_limit = (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2
@@ -120,7 +120,7 @@ def test_commit_beyond_the_address_space_keeps_what_is_pending(cache, config, sm
             limit = resource.getrlimit(resource.RLIMIT_AS)
             limit_address_space(8 << 20)
             try:
-                with pytest.raises(StorageError, match=r"ulimit -v") as caught:
+                with pytest.raises(StorageError) as caught:
                     writer.commit()
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, limit)

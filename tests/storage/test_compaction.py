@@ -186,7 +186,7 @@ def test_interrupted_compaction_changes_nothing(loose, config, monkeypatch):
 def test_compaction_asks_for_room_first(loose, config, monkeypatch):
     """Without space for a copy nothing is begun."""
     monkeypatch.setattr(generations, "free_bytes", lambda _: 1000)
-    with pytest.raises(CacheFullError, match="compaction needs"):
+    with pytest.raises(CacheFullError):
         loose.compact(config)
     assert not (loose.path(config) / "gen-000002").exists()
 

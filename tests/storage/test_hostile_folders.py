@@ -273,7 +273,7 @@ def test_files_are_opened_as_themselves_or_not_at_all(tmp_path, outside, kind):
         lambda: check_file(path),
     )
     for use in uses:
-        with pytest.raises(NotRegularFileError, match="entry is "):
+        with pytest.raises(NotRegularFileError):
             use()
     if kind == "folder":
         with pytest.raises(NotRegularFileError):

@@ -85,7 +85,7 @@ def test_nothing_is_touched_while_somebody_writes(filled, config, store):
     with write_lock(store):
         assert writers_of(store)
         assert find_leftovers(store) == []
-        with pytest.raises(StorageError, match="being written"):
+        with pytest.raises(StorageError):
             remove_leftovers(store)
     assert not writers_of(store)
     assert len(remove_leftovers(store)) == 1

@@ -60,7 +60,7 @@ def test_nobody_takes_a_store_for_empty(cache, config, lock_file, monkeypatch, u
         forget(lock_file)
         with cache.reader(config) as reader:
             assert len(reader) == 20
-        with pytest.raises(StorageError, match="data is sound") as caught:
+        with pytest.raises(StorageError) as caught:
             uses[use]()
         assert str(peer.process.pid) in str(caught.value)
         peer.call(let_go)

@@ -230,7 +230,7 @@ def test_reader_pickles_as_its_path(reader, filled, config, embeddings):
 
 def test_reader_of_another_config_is_refused(filled, config):
     """A reader that was told a config doesn't read a store of another."""
-    with pytest.raises(IntegrityError, match="another config"):
+    with pytest.raises(IntegrityError):
         len(EmbeddingReader(filled.path(config), CacheConfig(duration=1)))
     assert len(EmbeddingReader(filled.path(config))) == 20
 

@@ -47,7 +47,7 @@ def test_full_reader_table_names_who_holds_it(filled, config, embeddings):
             lambda: filled.info(config),
             lambda: filled.writer(config),
         ):
-            with pytest.raises(StorageError, match=r"all slots of LMDB's reader table") as caught:
+            with pytest.raises(StorageError) as caught:
                 use()
             message = str(caught.value)
             assert all(str(pid) in message for pid in pids)

@@ -172,7 +172,7 @@ def test_full_disk_removes_nothing(tmp_path, config):
         cache = EmbeddingCache(disk / "cache")
         write(cache.root, config, numbered(0, 100))
         fill(disk, 1 << 20)
-        with pytest.raises(CacheFullError, match="removal needs"):
+        with pytest.raises(CacheFullError):
             remove(cache.root, config, list(numbered(0, 50)))
         with cache.reader(config) as reader:
             assert len(reader) == 100

@@ -54,7 +54,7 @@ def test_truncation_under_a_live_reader_is_an_error(cache, config, share, use):
             "refresh": reader.refresh,
             "reopen": lambda: (reader.close(), len(reader)),
         }
-        with pytest.raises(IntegrityError, match=r"truncated|LMDB file") as caught:
+        with pytest.raises(IntegrityError) as caught:
             attempts[use]()
         assert "\n" not in str(caught.value)
         return str(caught.value)
