@@ -179,6 +179,10 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
                     if table.counter is not None and self.counts_reads:
                         table.counter.count_one(row)
                     return table.copy(row)
+        return self._look_up(sample_id)
+
+    def _look_up(self, sample_id: str) -> npt.NDArray[Any]:
+        """Return an embedding whose place isn't known yet."""
         key = self._lookup_key(sample_id)
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:

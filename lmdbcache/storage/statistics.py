@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -155,7 +156,7 @@ class ReadCounts:
         self._codes: dict[str, int] = {"": 0, _OTHER: 1}
         self._adding = threading.Lock()
         self._added = ReadStatistics()
-        self._due = time.monotonic() + _SECONDS_BETWEEN
+        self.due = monotonic() + _SECONDS_BETWEEN
 
     def code_of(self, class_name: str) -> int:
         """Return the code of a class, from 1."""
@@ -187,8 +188,8 @@ class ReadCounts:
 
     def look_at_clock(self) -> None:
         """Have a thread add what is new to the store's totals, if a second has passed."""
-        if time.monotonic() > self._due:
-            self._due = time.monotonic() + _SECONDS_BETWEEN
+        if monotonic() > self.due:
+            self.due = monotonic() + _SECONDS_BETWEEN
             with contextlib.suppress(RuntimeError):  # no thread to be had: the next time
                 threading.Thread(target=self.add_to_totals, name="lmdbcache-statistics").start()
 
@@ -212,7 +213,7 @@ class ReadCounts:
                 pass
             except (OSError, CacheError) as error:
                 _logger.debug("%s: hits and misses stay in memory (%s)", self.store, error)
-                self._due = time.monotonic() + _SECONDS_AFTER_FAILURE
+                self.due = monotonic() + _SECONDS_AFTER_FAILURE
 
     def left(self) -> ReadStatistics:
         """Return what isn't in the store's totals yet."""
@@ -238,10 +239,10 @@ class HitCounter:
 
     def count_one(self, row: int) -> None:
         """Count the value of this row as handed out."""
-        code = self._code_cells[row] or self._learn([row])
         # One store in between the switches of threads: no lock, which would cost twice as much.
-        self._cells[code] += 1
-        self._counts.look_at_clock()
+        self._cells[self._code_cells[row] or self._learn([row])] += 1
+        if monotonic() > self._counts.due:  # here, not in a call: it is most of the cost
+            self._counts.look_at_clock()
 
     def count(self, rows: npt.NDArray[np.int64]) -> None:
         """Count the values of these rows as handed out, (n,)."""
@@ -506,7 +507,7 @@ def _read_totals(folder: Path) -> ReadStatistics:
 
 @contextlib.contextmanager
 def _locked(folder: Path, patience: float) -> Iterator[None]:
-    end = time.monotonic() + patience
+    end = monotonic() + patience
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -514,7 +515,7 @@ def _locked(folder: Path, patience: float) -> Iterator[None]:
                 stack.enter_context(lock)
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
+                if monotonic() > end:
                     raise
             time.sleep(_LOCK_POLL_SECONDS)
         yield
