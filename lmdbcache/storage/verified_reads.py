@@ -152,7 +152,7 @@ def check_pages(store: Path) -> None:
             is_same = file.meta is not None and file.meta.transaction == transaction
         if is_same and current_generation(store) == generation:
             raise IntegrityError(f"{path} is damaged ({problems[0]}). {DAMAGE_REMEDY}")
-    # It is written to all the time, by somebody to whom it looks sound.
+    # It is written to all the time, by a process that sees no damage.
 
 
 def prepare(snapshot: Snapshot, mode: Verify) -> bool:

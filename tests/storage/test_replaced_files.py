@@ -54,12 +54,11 @@ def test_truncation_under_a_live_reader_is_an_error(cache, config, share, use):
             "refresh": reader.refresh,
             "reopen": lambda: (reader.close(), len(reader)),
         }
-        with pytest.raises(IntegrityError) as caught:
+        with pytest.raises(IntegrityError):
             attempts[use]()
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+        return True
 
-    assert "lmdbcache repair" in in_fork(read)
+    assert in_fork(read)  # where a SIGBUS would end it
 
 
 def test_file_replaced_by_a_rename_is_found_at_refresh(store, config, data):

@@ -41,7 +41,7 @@ def test_damaged_value_is_never_given_out(damaged, config, mode):
                     lambda: reader.select().get_batch([7]),
                     lambda: dict(reader.items()),
                 ):
-                    with pytest.raises(IntegrityError, match=r"'7:dog'.*lmdbcache repair"):
+                    with pytest.raises(IntegrityError, match="'7:dog'"):
                         ask()
             for n in (0, 9):
                 assert (reader[f"{n}:dog"] == n + 1).all()

@@ -112,24 +112,15 @@ def contradiction(record: MetaPage | None, metas: _Metas) -> str | None:
 
 
 def is_older_copy(record: MetaPage | None, metas: _Metas) -> bool:
-    """Whether data.mdb is sound and of an earlier commit than the record: a copy put in place.
+    """Return whether data.mdb is sound and of an earlier commit than the record: a copy.
 
-    One damaged meta page looks different: it can't be read, or isn't the other one's neighbour; or
-    its number alone is wrong and the rest is the record's.
+    A damaged meta page can't be read, or isn't the other one's neighbour.
     """
     first, second = metas
     if record is None or first is None or second is None:
         return False
-    same_page = metas[record.transaction & 1]
-    num_flips = (same_page.transaction ^ record.transaction).bit_count() if same_page else 0
-    # Overwriting in rounds uses pages again: an older meta page can differ by its number alone.
-    is_renumbered = same_page and num_flips == 1 and same_page.raw[:-8] == record.raw[:-8]
     neighbours = abs(first.transaction - second.transaction) == 1
-    return (
-        neighbours
-        and not is_renumbered
-        and max(first.transaction, second.transaction) < record.transaction
-    )
+    return neighbours and max(first.transaction, second.transaction) < record.transaction
 
 
 def trusted_meta(record: MetaPage | None, metas: _Metas) -> MetaPage | None:
