@@ -174,18 +174,21 @@ def _by_class(sample_ids: Iterable[str]) -> Counter[str]:
     return Counter(map(class_of, sample_ids))
 
 
-def shortfall(config: CacheConfig, dataset: Any, found: Coverage, reason: str) -> str:
+def shortfall(
+    config: CacheConfig, dataset: Any, found: Coverage, min_coverage: float, reason: str
+) -> str:
     """Return the message for too little being stored: a table, and how the gap is filled.
 
     Args:
         config: Of the store.
         dataset: What was asked for.
         found: How much of it is stored.
+        min_coverage: Share that must be.
         reason: What is stored of the config, one sentence.
     """
     sentence = (
         f"{found.num_present:,} of {found.num_asked:,} samples are stored "
-        f"({100 * found.fraction:.1f} %): {reason}"
+        f"({100 * found.fraction:.1f} %), {100 * min_coverage:g} % are required: {reason}"
     )
     lines = [sentence, "", found.table()]
     if len(found.failed) < len(found.missing):

@@ -229,7 +229,8 @@ class EmbeddingCache:
         found = self.coverage(config, dataset)
         if found.is_enough(min_coverage, allow_failed=allow_failed):
             return found
-        raise CoverageError(shortfall(config, dataset, found, str(self.explain(config))))
+        reason = str(self.explain(config))
+        raise CoverageError(shortfall(config, dataset, found, min_coverage, reason))
 
     def statistics(self, config: CacheConfig) -> ReadStatistics:
         """Return hits and misses of all processes, since the store was made or they were reset."""
