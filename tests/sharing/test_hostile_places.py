@@ -90,8 +90,8 @@ HOSTILE = {
     "the same shard a thousand times": lambda r: changed(r, shards=r["shards"] * 1000),
     "withdrawn, another writer's": lambda r: changed(r, withdraws=[f"me-{'0' * 64}"]),
     "withdrawn, a path": lambda r: changed(r, withdraws=["../x"]),
-    "beside what isn't there": lambda r: changed(r, beside=[f"me-{'0' * 64}"]),
-    "beside a path": lambda r: changed(r, beside=["../../x"]),
+    "alongside what isn't there": lambda r: changed(r, alongside=[f"me-{'0' * 64}"]),
+    "alongside a path": lambda r: changed(r, alongside=["../../x"]),
     "a writer that is a number": lambda r: changed(r, writer=3),
     "a writer that paints": lambda r: changed(r, writer="\x1b[31m\nlmdbcache: all is well"),
     "provenance in half a character": lambda r: changed(r, provenance={"a": "\udfff"}),
@@ -155,7 +155,7 @@ def test_values_that_no_store_takes(shared, value):
 def test_a_long_list_of_manifests_costs_little(shared):
     """Thousands of them, as large as they may be: neither minutes nor gigabytes."""
     place, _, two = shared
-    record = {**honest(place), "shards": [], "withdraws": [], "beside": []}
+    record = {**honest(place), "shards": [], "withdraws": [], "alongside": []}
     for number in range(2000):
         put_manifest(place, {**record, "created": str(number)})
     padding = json.dumps({**record, "x": "[" * (8 << 20)}).encode()

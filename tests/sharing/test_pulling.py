@@ -102,7 +102,7 @@ def count_reads(monkeypatch):
 
 
 def test_damaged_copies_cost_another_look(remote, cache, config):
-    """What lies beside the store is compared with its digest, and read anew."""
+    """What lies alongside the store is compared with its digest, and read anew."""
     share(remote, config, some_embeddings(0, 3))
     pull(cache, None, remote.url)
     copies = list(cache.root.rglob("*.copy"))
@@ -127,10 +127,10 @@ def test_a_pinned_state_that_is_here_needs_no_network(remote, cache, config, tmp
 
 
 def test_a_manifest_pins_a_state(remote, cache, config):
-    """A manifest and those beside it are pulled, by its id or the beginning."""
+    """A manifest and those alongside it are pulled, by its id or the beginning."""
     one = share(remote, config, some_embeddings(0, 3))
-    two = share(remote, config, some_embeddings(3, 3), beside=[one.id])
-    share(remote, config, some_embeddings(6, 3), beside=[one.id, two.id])
+    two = share(remote, config, some_embeddings(3, 3), alongside=[one.id])
+    share(remote, config, some_embeddings(6, 3), alongside=[one.id, two.id])
     report = pull(cache, None, remote.url, manifest=two.id[:20])
     assert (report.manifest, report.intake.num_new) == (two.id, 6)
     assert pull(cache, None, remote.url, manifest=one.id).num_samples == 3

@@ -64,9 +64,9 @@ class Manifest:
         created: ISO 8601, UTC, by the writer's clock; for people only.
         provenance: The writer's store's.
         shards: What it lists.
-        withdraws: Ids of the same writer's manifests that don't count beside this one.
-        beside: Ids of the other manifests that counted when this one was written: with them its id
-            stands for everything that was shared then.
+        withdraws: Ids of the same writer's manifests that this one replaces.
+        alongside: Ids of the other manifests that counted when this one was written: with them,
+            its id means everything that was shared then.
     """
 
     id: str
@@ -77,7 +77,7 @@ class Manifest:
     provenance: Mapping[str, str] = field(default_factory=dict)
     shards: tuple[ShardEntry, ...] = ()
     withdraws: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    alongside: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -118,7 +118,7 @@ def encode_manifest(
     provenance: Mapping[str, str] | None = None,
     shards: Iterable[ShardEntry] = (),
     withdraws: Iterable[str] = (),
-    beside: Iterable[str] = (),
+    alongside: Iterable[str] = (),
 ) -> tuple[Manifest, bytes]:
     """Return a manifest and the bytes of its file.
 
@@ -135,7 +135,7 @@ def encode_manifest(
         "provenance": dict(provenance or {}),
         "shards": [_record(entry) for entry in shards],
         "withdraws": sorted(set(withdraws)),
-        "beside": sorted(set(beside)),
+        "alongside": sorted(set(alongside)),
     }
     data = _dumps(record)
     manifest_id = f"{writer}-{hashlib.sha256(data).hexdigest()}"
@@ -170,7 +170,7 @@ def decode_manifest(manifest_id: str, data: bytes, fingerprint: str) -> Manifest
             provenance={_text(k): _text(v) for k, v in record["provenance"].items()},
             shards=tuple([_entry(one) for one in _list(record["shards"])]),
             withdraws=withdraws,
-            beside=_texts(record["beside"], _ID),
+            alongside=_texts(record["alongside"], _ID),
         )
     except FormatVersionError:
         raise

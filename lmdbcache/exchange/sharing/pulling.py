@@ -79,7 +79,7 @@ class PullReport(Report):
         url: The place, without what is secret in it.
         is_dry_run: Whether nothing was fetched.
         intake: What became of the embeddings that were fetched.
-        manifest: The id that stands for the state that was pulled; None if several writers have
+        manifest: The id that means the state that was pulled; None if several writers have
             pushed side by side.
         num_samples: Samples that are shared and were asked for.
         num_present: Of these, stored before, with the same bytes.

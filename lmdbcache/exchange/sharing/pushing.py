@@ -82,7 +82,7 @@ class PushReport(Report):
         num_uploaded: Shards that were uploaded; a push that was interrupted had uploaded others.
         num_bytes: Uploaded, in shards and manifests.
         manifests: Ids of the manifests that were written.
-        manifest: The id that stands for all that is shared now; None if several writers have
+        manifest: The id that means all that is shared now; None if several writers have
             pushed side by side.
         repaired: Damaged shards that were uploaded again.
         problems: Other files there that can't be used: path → why. What they hold is pushed again
@@ -134,7 +134,7 @@ def push(
     is started again; several may run at once. Each value is compared with its checksum before it
     leaves this machine.
 
-    Embeddings can tell much about the audio they were computed from: push what may be shared.
+    Embeddings can reveal much about the audio they were computed from: push what may be shared.
 
     Args:
         cache: The cache.
@@ -146,7 +146,7 @@ def push(
         sample_ids: Only these samples.
         on_duplicate: What happens to a sample that is there with another value. `"overwrite"`
             pushes this store's: it takes the place of an earlier one of the same writer; one of
-            another writer stays beside it, and a pull finds the conflict. `"skip"` leaves the
+            another writer stays with it, and a pull finds the conflict. `"skip"` leaves the
             sample out, `"error"` raises.
         repair: Read every shard that is there, and upload a damaged one again if all of its
             embeddings are stored here. A shard that is missing or cut is uploaded again in any
@@ -215,7 +215,7 @@ class _Push:
     def compare(
         self, chosen: Mapping[str, bytes], on_duplicate: OnDuplicate, *, repair: bool
     ) -> None:
-        """See what of the chosen samples the place lacks, and mend what is damaged there.
+        """See what of the chosen samples the place lacks, and repair what is damaged there.
 
         Raises:
             ProvenanceMismatchError: The place holds embeddings of other weights.
@@ -268,7 +268,7 @@ class _Push:
                 raise ConfigError(
                     f"{place} holds embeddings of shape {manifest.embedding_shape} (manifest "
                     f"{manifest.id}), the store of shape {self._shape}: another output or length "
-                    "needs a config of its own"
+                    "needs another config"
                 )
 
     def _look(self, offer: Offer, *, repair: bool) -> tuple[ShardHeader | None, str | None]:
@@ -435,7 +435,7 @@ class _Push:
             provenance=portable(reader.metadata.provenance),
             shards=entries,
             withdraws=withdraws,
-            beside=state.manifests.keys() - withdraws,
+            alongside=state.manifests.keys() - withdraws,
         )
         self._remote.write(f"{self._folder}/{manifest.path}", data)
         self._check_there(MANIFESTS_NAME, {f"{manifest.id}.json": len(data)})

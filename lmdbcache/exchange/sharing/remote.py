@@ -302,7 +302,7 @@ class Remote:
 def in_parallel(
     action: Callable[[_Item], _Result], items: Iterable[_Item], *, limit: int | None = None
 ) -> Iterator[tuple[_Item, Future[_Result]]]:
-    """Call for each item in a thread of its own, a few ahead of the one that is looked at.
+    """Call for each item in a thread, a few ahead of the one that is looked at.
 
     Calls of fsspec's asynchronous file systems meet in its one event loop, so that threads are all
     it takes to have several transfers at once, of any file system. An exception is raised where

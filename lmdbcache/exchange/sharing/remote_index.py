@@ -96,9 +96,9 @@ class SharedState:
 
     @property
     def pin(self) -> str | None:
-        """The id of a manifest that stands for all that counts here, if there is one."""
+        """The id of a manifest that means all that counts here, if there is one."""
         ids = self.manifests.keys()
-        return next((m.id for m in self.manifests.values() if {m.id, *m.beside} == ids), None)
+        return next((m.id for m in self.manifests.values() if {m.id, *m.alongside} == ids), None)
 
     def offers(self) -> list[Offer]:
         """Return every shard that counts, once, in an order that is the same on every machine.
@@ -144,7 +144,7 @@ def read_state(
         remote: The place.
         fingerprint: Of the config.
         local: Has copies of what was read before.
-        manifest: The state that this id stands for, or the beginning of an id; None: all that is
+        manifest: The state that this id means, or the beginning of an id; None: all that is
             there. A whole id whose manifests were all read before needs no network.
 
     Raises:
@@ -200,14 +200,14 @@ class _Reading:
             state.manifests.pop(gone, None)
             state.problems.pop(manifest_path(gone), None)
         for one in state.manifests.values():
-            for other in {*one.beside} - self._sizes.keys() - self._withdrawn:
-                state.problems[manifest_path(other)] = f"isn't there, and {one.id} was beside it"
+            for other in {*one.alongside} - self._sizes.keys() - self._withdrawn:
+                state.problems[manifest_path(other)] = f"isn't there, and {one.id} was alongside it"
 
     def read_pinned(self, manifest_id: str) -> None:
-        """Read one, and those beside it."""
+        """Read one, and those alongside it."""
         self._read_each([manifest_id])
         if manifest_id in self.state.manifests:
-            self._read_each(self.state.manifests[manifest_id].beside)
+            self._read_each(self.state.manifests[manifest_id].alongside)
 
     def _ahead(self) -> Iterator[str]:
         # A manifest that takes the place of others lists what they did: it is the larger one.
@@ -248,7 +248,7 @@ class _Reading:
         if not num_bytes:
             raise IntegrityError(f"{path} isn't there (any more)")
         if num_bytes > MAX_MANIFEST_BYTES:
-            raise IntegrityError(f"{path} has {num_bytes} bytes, too many for a manifest")
+            raise IntegrityError(f"{path} has {num_bytes} bytes; no manifest has so many")
         data = self._remote.read(f"{fingerprint}/{path}", num_bytes)
         if hashlib.sha256(data).hexdigest() != manifest_id[-64:]:  # perhaps on the way only
             data = self._remote.read(f"{fingerprint}/{path}", num_bytes)

@@ -99,7 +99,7 @@ class ShardHeader:
         lengths: First dimension of each embedding where that differs; else None.
 
     Raises:
-        ConfigError: These can't be a shard: none, too many, not canonical or not in order.
+        ConfigError: These can't be a shard: too few or many, not canonical, or not in order.
     """
 
     config: CacheConfig

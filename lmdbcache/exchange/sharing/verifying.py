@@ -52,7 +52,7 @@ class SharedStoreReport(Report):
 
     @property
     def is_sound(self) -> bool:
-        """Whether all is as it should be."""
+        """Whether everything is sound."""
         return not self.problems
 
 
@@ -72,7 +72,7 @@ class RemoteReport(Report):
 
     @property
     def is_sound(self) -> bool:
-        """Whether all is as it should be."""
+        """Whether everything is sound."""
         return all(store.is_sound for store in self.stores)
 
     @property
@@ -163,7 +163,7 @@ def check_shard(remote: Remote, fingerprint: str, digest: str, num_bytes: int) -
     """
     path = f"shards/{digest}.safetensors"
     if num_bytes > MAX_SHARD_FILE_BYTES:
-        raise IntegrityError(f"{path} has {num_bytes} bytes, too many for a shard")
+        raise IntegrityError(f"{path} has {num_bytes} bytes; no shard has so many")
     received = _Digest()
     remote.fetch(f"{fingerprint}/{path}", received, num_bytes)
     if received.sha256.hexdigest() != digest:
