@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import SampleNotFoundError, TransferError
 from lmdbcache.exchange.formats import FORMATS
-from lmdbcache.exchange.formats.base import Description, Embeddings, Part
+from lmdbcache.exchange.formats.base import Description, Embeddings, Part, Samples
 from lmdbcache.exchange.output import Output, local_output, shard_name, url_output
 from lmdbcache.exchange.sharing.remote import is_url, without_secrets
 from lmdbcache.files import expand_user, few
@@ -138,20 +138,14 @@ def export_embeddings(
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """What is exported.
+class _Chosen(Samples):
+    """What is exported, and where it is read.
 
     Args:
         reader: Where the embeddings are.
-        sample_ids: Which ones, in order.
-        description: For the files' metadata.
-        lengths: First dimension of each embedding, where that differs.
     """
 
     reader: EmbeddingReader
-    sample_ids: list[str]
-    description: dict[str, Any]
-    lengths: list[int] | None
 
     @property
     def num_bytes(self) -> int:
@@ -229,7 +223,7 @@ def _choose(
     lengths = [len(reader[one]) for one in ids] if None in shape else None
     provenance = portable(reader.metadata.provenance)
     description = Description.of_export(config, shape, len(ids), provenance)
-    return _Chosen(reader, ids, description, lengths)
+    return _Chosen(ids, lengths, description, reader)
 
 
 # ---- into which files

@@ -425,20 +425,19 @@ def numbers(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 Embeddings = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 
 
-class Samples(Protocol):
-    """What goes into the files of an export."""
+@dataclass(frozen=True)
+class Samples:
+    """What goes into the files of an export.
 
-    @property
-    def sample_ids(self) -> Sequence[str]:
-        """The samples, in order."""
+    Args:
+        sample_ids: The samples, in order.
+        lengths: First dimension of each embedding, where that differs.
+        description: Plain values for the files' metadata.
+    """
 
-    @property
-    def lengths(self) -> Sequence[int] | None:
-        """First dimension of each embedding, where that differs."""
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Plain values for the files' metadata."""
+    sample_ids: list[str]
+    lengths: list[int] | None
+    description: dict[str, Any]
 
 
 class Part(Protocol):
