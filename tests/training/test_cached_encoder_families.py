@@ -20,7 +20,7 @@ from lmdbcache import (
     config_for,
     extract,
 )
-from lmdbcache.audio import decode
+from lmdbcache.audio import load_clip
 
 # One of each front end, with and without mask.
 VARIANTS = ["ast", "wav2vec2", "wav2vec2-masked", "wavlm-masked", "whisper", "clap", "clap-fused"]
@@ -71,7 +71,8 @@ def ids(known):
 
 def unpadded(known):
     rate, duration = known.config.sample_rate, known.config.duration
-    return [decode(s["audio_path"], rate, duration) for s in known.dataset.samples]
+    clips = [load_clip(s["audio_path"], rate, duration) for s in known.dataset.samples]
+    return [clip.waveform[: clip.num_valid] for clip in clips]
 
 
 def extracted(known, cache, count=None):
