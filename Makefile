@@ -43,7 +43,7 @@ bench: $(READY) ## measure, and write the tables of docs/benchmarks.md
 docs: $(READY) ## build the documentation's site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
 
-check: lint types imports ## what CI checks beside the tests
+check: lint types imports prose ## what CI checks beside the tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ PHRASES = {
     r"\bof (?:its|their|his|one's) own\b": "say whose, or leave it out",
     r", too\b": "also",
     r"\bno good\b": "invalid",
-    r"(?<!\bthere )\b(?:is|are|was) none\b": "there isn't one; matches nothing",
+    r"(?<!\bthere )\b(?:is|are|was) (?-i:none)\b": "there isn't one; matches nothing",
     r"\bno help\b": "can't supply",
     r"\bto the stars\b": "any count",
     r"\bwon't bear\b": "would exceed",

@@ -196,7 +196,7 @@ def find_audio_data(file: BinaryIO) -> AudioData | None:
 
 
 def _chunks(file: BinaryIO, layout: _Layout, position: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and size of each chunk, up to bytes that are no chunk."""
+    """Name, start and size of each chunk, up to bytes that aren't a chunk."""
     for _ in range(_MAX_CHUNKS):
         head = read_at(file, position, layout.header)
         name = head[:4]

@@ -108,14 +108,14 @@ def _parsed(head: bytes) -> _Header | None:
 
 @dataclass
 class MPEGPart:
-    """A run of frames that is a stream of its own.
+    """A run of frames that is one stream.
 
     Args:
         start: Its offset in bytes.
         stop: Where it ends.
         first: The header of its first frame.
         announced: Frames by its Xing, Info or VBRI header; None without one.
-        announced_bytes: Its size by the same header; 0 if it says nothing.
+        announced_bytes: Its size by the same header; 0 if it doesn't give one.
         is_known: Whether libmpg123 reads that header. If not, it is left out: it would be silence.
         num_frames: Frames that are there in full, without that header's.
         is_cut: Whether the file ends inside its last frame.

@@ -15,7 +15,7 @@ __all__ = ["AudioSource", "Clips", "as_source", "open_source", "shown"]
 
 @runtime_checkable
 class AudioSource(Protocol):
-    """A clip that isn't a file of its own, such as bytes in a table.
+    """A clip that isn't a separate file, such as bytes in a table.
 
     It is compared with `==`, sent to the decoding processes by pickle, and opened there: keep it
     small. `str(source)` is what errors and reports call it.

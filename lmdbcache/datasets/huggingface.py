@@ -131,7 +131,7 @@ class HuggingFaceDataset(ListedDataset):
             next(iter(splits.values())).features, root, audio_column, label_column, id_column
         )
         if namespace is None and name in _LOADERS:
-            raise DatasetError("this Hugging Face dataset has no name of its own; give `namespace`")
+            raise DatasetError("this Hugging Face dataset has no name; give `namespace`")
         labels = _labels_of(splits, columns.label, root)
         super().__init__(
             root,
@@ -305,7 +305,7 @@ def _audio_only(table: Any, column: str, root: str) -> Any:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of the columns; `id` is None where rows have no id of their own."""
+    """Names of the columns; `id` is None where rows have no id."""
 
     audio: str
     label: str
@@ -319,7 +319,7 @@ class _Labels:
     Args:
         class_labels: Class → label.
         classes: Split → the class of each row, None where it has no label.
-        target_names: What the places of a target stand for; empty with one label in a row.
+        target_names: What the places of a target mean; empty with one label in a row.
         targets: Split → each row's target, bool `(len(target_names),)`; None likewise.
     """
 
@@ -343,7 +343,7 @@ def _choose_columns(
         root: The dataset, for messages.
         audio_column: None chooses.
         label_column: None chooses.
-        id_column: None is none.
+        id_column: None if there is none.
 
     Raises:
         DatasetError: There is no such column, or not exactly one of a usual type or name.
@@ -465,7 +465,7 @@ def _several(
 
 
 def _known(row: list[Any] | None, names: list[str] | None) -> list[Any] | None:
-    """The row's labels without those that stand for none; None if nothing else was there."""
+    """The row's labels without those that mean no label; None if nothing else was there."""
     if row is None:
         return None
     given = row if names is None else [_named(names, value) for value in row]

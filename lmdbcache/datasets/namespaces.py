@@ -1,6 +1,6 @@
 """Names that keep the datasets of one cache root apart.
 
-A published dataset has a name of its own (`vegas`, `esc50`, `vggsound`). That of a folder is made
+A published dataset has a fixed name (`vegas`, `esc50`, `vggsound`). That of a folder is made
 from the folder's name with a prefix, `folder-speech`, so that it can't be one of these. Two
 folders may have the same name: `check_namespace` compares where a store was filled from.
 """

@@ -225,7 +225,7 @@ def _class_name(item: Any, class_labels: Mapping[str, int], dataset: str) -> str
 
 
 def first_of_each_class(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """Return the first samples of each class; None, 0 and less are no limit."""
+    """Return the first samples of each class; None, 0 and less mean no limit."""
     if not limit or limit < 0:
         return list(samples)
     taken: dict[str, int] = {}
@@ -283,11 +283,11 @@ def check_split(samples: Sequence[Sample], split: str, split_by: str, name: str)
     source = split_source(samples, split_by)
     if source == "folds" and not known:
         raise DatasetError(
-            f"split: {split!r}; {name} has fewer than 3 folds, too few for train, val and test. "
+            f"split: {split!r}; {name} has fewer than 3 folds, not enough for train, val and test. "
             'Give `folds`, or `split_by="ratios"`'
         )
     names = ", ".join(repr(each) for each in known)
-    own = ' of its own; `split_by="ratios"` draws others' * (source == "own")
+    own = '; `split_by="ratios"` draws others' * (source == "own")
     raise DatasetError(f"split: {split!r}; {name} has {names} and 'all'{own}")
 
 

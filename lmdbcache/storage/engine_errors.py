@@ -103,7 +103,7 @@ def _readers_full(where: Path) -> str:
     named = f" (open in process {few(found, _NAMED)})" if found else ""
     return (
         f"{where}: all slots of LMDB's reader table are taken{named}. Close readers there, or end "
-        "such a process, and try again; the table is made anew once nobody has the store open"
+        "such a process, and try again; the table is made anew once no process has the store open"
     )
 
 

@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 class Environment:
     """One generation's LMDB environment in this process. Use `acquire` and `release`.
 
-    Read-only until somebody in this process wants to write: a read-only environment opens the
+    Read-only until a writer of this process needs it: a read-only environment opens the
     checksums database without waiting for the write lock of other processes.
     """
 
@@ -248,7 +248,7 @@ class Snapshot:
         return not self.is_protected and self.num_newer_commits() > 1
 
     def end(self) -> None:
-        """Give the reader slot back: the transaction's last reference must go, too."""
+        """Give the reader slot back: the transaction's last reference must go as well."""
         with self.lock:
             if self.transaction is not None:
                 self.transaction.abort()

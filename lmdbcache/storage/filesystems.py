@@ -94,7 +94,7 @@ def check_local_for_reading(folder: Path) -> bool:
     if not _is_allowed():
         raise StorageError(
             f"{folder} lies on {mount.point}, a network file system ({mount.kind}), where LMDB's "
-            "locks don't hold. Copy the store to a local disk; or, if nobody writes to it, set "
+            "locks don't hold. Copy the store to a local disk; or, if no process writes to it, set "
             f"{NETWORK_VARIABLE}=1 to read it there without locks"
         )
     _warn(mount, "read without locks")
@@ -108,7 +108,7 @@ def network_mount(folder: Path) -> Mount | None:
 
 
 def mount_of(folder: Path) -> Mount | None:
-    """Return the mount that a folder lies on, or would; None where that can't be told."""
+    """Return the mount that a folder lies on, or would; None where that isn't known."""
     try:
         try:
             device = folder.stat().st_dev
@@ -122,7 +122,7 @@ def mount_of(folder: Path) -> Mount | None:
 
 @lru_cache(maxsize=256)
 def _mount_of(device: int, folder: str) -> Mount | None:
-    """By device, too: what was mounted over the folder since is another one."""
+    """Also by device: what was mounted over the folder since is another one."""
     try:
         text = Path("/proc/self/mountinfo").read_bytes()
     except OSError:

@@ -1,6 +1,6 @@
 """Forks and LMDB: which process this is, and the gate that keeps a fork out of LMDB's calls.
 
-A fork while another thread is inside LMDB leaves the child with locks that nobody will release.
+A fork while another thread is inside LMDB leaves the child with locks that are never released.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A value's place is known from `pages.read_table`; while the snapshot's transaction is pinned
 the pages under it don't change, so copying is all that is left to do. The file is mapped by us,
-read-only, beside LMDB's own map of it: same page cache, and it stays valid when LMDB's is closed.
+read-only, next to LMDB's own map of it: same page cache, and it stays valid when LMDB's is closed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BatchBuffers:
         return np.asarray(_Lease(self, buffer))[:num_bytes]
 
     def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
-        """Keep this memory; nobody else may refer to it."""
+        """Keep this memory; nothing else may refer to it."""
         self._free.append(buffer)
 
     def clear(self) -> None:
@@ -124,7 +124,7 @@ class MappedFile:
             The n values, one after the other, owned; `out` if it was given.
 
         Raises:
-            IntegrityError: The file was truncated meanwhile.
+            IntegrityError: The file was truncated since.
         """
         self.prepare(offsets, length)
         if length < LARGE_VALUE_BYTES and out is None:
@@ -161,7 +161,7 @@ class MappedFile:
             self._map.madvise(mmap.MADV_RANDOM)
 
     def will_need(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
-        """Tell the kernel to read these values ahead; returns at once."""
+        """Ask the kernel to read these values ahead; returns at once."""
         if not hasattr(self._map, "madvise"):  # pragma: no cover - macOS before Python 3.8
             return
         page = mmap.PAGESIZE

@@ -98,7 +98,7 @@ def write_lock(store: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         ReadOnlyCacheError: The folder can't be written.
-        StorageError: Somebody holds it, and waiting wasn't asked for.
+        StorageError: Another process holds it, and waiting wasn't asked for.
     """
     while True:
         with contextlib.ExitStack() as stack:
@@ -230,7 +230,7 @@ def _locked(store: Path, stack: contextlib.ExitStack, *, wait: bool) -> int:
 def writers_of(store: Path) -> list[str]:
     """Return `4711 python` of whoever commits to, compacts, repairs or removes the store now.
 
-    Nothing is made for that, and nobody has to wait.
+    Nothing is made for that, and no process has to wait.
     """
     try:
         with flocked(store / WRITER_LOCK_NAME, shared=True, wait=False):

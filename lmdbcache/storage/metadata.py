@@ -115,7 +115,7 @@ class StoreMetadata:
                 raise ProvenanceMismatchError(
                     f"{store} was filled with {name} {here!r}, this run has {there!r}: their "
                     "embeddings must not be mixed. Clear the store, or give the other model a "
-                    "model_name of its own"
+                    "distinct `model_name`"
                 )
         # What is known of the store's first embeddings stays.
         return replace(self, provenance={**provenance, **self.provenance})
@@ -132,14 +132,14 @@ class StoreMetadata:
                 f"{store} was filled with weights_digest {digest!r}, and these embeddings don't "
                 "state which weights computed them. If they are the same, write with "
                 f"provenance={{'weights_digest': {digest!r}}}; if they are others, give them a "
-                "model_name of their own; to mix them knowingly, write with "
+                "distinct `model_name`; to mix them knowingly, write with "
                 "without_provenance=True"
             )
 
     def mixing(self, provenance: Mapping[str, str]) -> str | None:
         """Return a warning when embeddings of known weights join those of unknown ones.
 
-        The rule of `with_provenance` can't tell them apart: one of the two digests is missing.
+        The rule of `with_provenance` can't distinguish them: one of the two digests is missing.
         """
         digest, origin = provenance.get("weights_digest"), self.provenance.get("imported_from")
         if digest is None or self.embedding_shape is None or self.states_weights:

@@ -239,7 +239,7 @@ def _open_in_step(
 
     A process that is killed while it opens a store as the first one leaves a lock file that says
     "no commit yet" to those who open it at the same moment. A writer would take the store for an
-    empty one and destroy it. It is set right by the next who opens it while nobody else has.
+    empty one and destroy it. It is set right by the next process that opens it while no other has.
     """
     deadline = time.monotonic() + _SECONDS_FOR_LOCK_FILE
     while True:

@@ -23,7 +23,7 @@ class SlotUse:
     Args:
         num_slots: How many there are.
         alive: Process ids of living processes with a slot, one for each slot.
-        dead: Process ids of ended ones whose slots nobody has cleared.
+        dead: Process ids of ended ones whose slots are still taken.
     """
 
     num_slots: int
@@ -35,7 +35,7 @@ def slot_use(generation: Path) -> SlotUse | None:
     """Who has slots in the reader table, as it is: nothing is cleared.
 
     None while no other process has it open (the next one makes the table anew), and where that
-    can't be told.
+    isn't known.
     """
     if not others(generation):
         return None

@@ -1,7 +1,7 @@
-"""The lock beside a staging store: whoever uses it, on whichever machine, is alone with it.
+"""The lock next to a staging store: whoever uses it, on whichever machine, is alone with it.
 
 A POSIX lock, which NFS passes on, ends with its process and isn't shared with forked workers. The
-file stays: it tells that a process once had this store.
+file stays: it shows that a process once had this store.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def held_store(store: Path, patience: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_rest(store: Path, deadline: float) -> Iterator[None]:
-    """Wait until the process that writes this store has ended; meanwhile none begins.
+    """Wait until the process that writes this store has ended; until then none begins.
 
     Args:
         store: The store's folder.

@@ -22,7 +22,7 @@ class SpaceUse:
 
     Args:
         free_bytes: Unused by the newest commit; a compaction gives them back.
-        pinned_bytes: Those of them that writers can't reuse, because somebody reads an old
+        pinned_bytes: Those of them that writers can't reuse, because a process reads an old
             snapshot.
         readers: Process id → how many commits its oldest snapshot is behind the newest.
     """

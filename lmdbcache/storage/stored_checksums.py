@@ -1,4 +1,4 @@
-"""The stored checksums by key: they tell equal embeddings without reading them."""
+"""The stored checksums by key: they find equal embeddings without reading them."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def check_shape(
     if not alike:
         raise InvalidEmbeddingError(
             f"{sample_id}: an embedding of shape {shape}, the store holds {tuple(stored_shape)}. "
-            "Another output or length needs a config of its own"
+            "Another output or length needs another config"
         )
 
 

@@ -387,7 +387,7 @@ class EmbeddingWriter:
     def remove(self, sample_ids: Iterable[str]) -> int:
         """Remove embeddings with their checksums in one transaction; durable when this returns.
 
-        What was collected of them is dropped, too. Readers in other processes keep what their
+        What was collected of them is also dropped. Readers in other processes keep what their
         snapshot has. Later commits reuse the space; `compact` gives it back.
 
         Returns:
@@ -562,7 +562,7 @@ class EmbeddingWriter:
         return known | self._stored(keys)
 
     def _stored(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Those of the keys that the newest commit has; beside a commit in the background."""
+        """Those of the keys that the newest commit has; also during a commit in the background."""
         # In the order of a commit, or a fork by a third thread would stop all three.
         with no_fork, self._environment_lock:
             environment = self._holder.environment

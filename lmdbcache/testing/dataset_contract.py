@@ -119,7 +119,7 @@ class DatasetContract:
     # ---- its classes
 
     def test_labels_are_those_of_the_classes(self, dataset: AudioDataset) -> None:
-        """Each class has one label of its own, each sample that of its class."""
+        """Each class has a distinct label, each sample that of its class."""
         labels = dataset.class_labels
         assert len(set(labels.values())) == len(labels)
         for name in labels:
@@ -220,7 +220,7 @@ def _decoded(sample: Sample) -> NDArray[np.float32]:
 
 
 class _FrontEnd:
-    """The first numbers of the spectrum: enough to tell clips apart."""
+    """The first numbers of the spectrum: enough to distinguish clips."""
 
     min_samples = 1
 

@@ -204,7 +204,7 @@ class EmbedderContract:
         assert not torch.equal(first, second)
 
     def test_provenance_is_text(self) -> None:
-        """It is kept in the store's metadata; two stores with other weights are told apart."""
+        """It is kept in the store's metadata; stores with other weights can be distinguished."""
         front_end, embedder = self._both
         for provenance in (front_end.provenance(), embedder.provenance()):
             assert all(isinstance(part, str) for item in provenance.items() for part in item)
@@ -298,7 +298,7 @@ class ModelContract(EmbedderContract):
         assert all(name in message for name in self._the_model.outputs)
 
     def test_the_shape_is_known_before_the_model_is_loaded(self) -> None:
-        """Where it is told at all, it is the embedder's, for every output."""
+        """A declared shape matches what the embedder returns, for every output."""
         model = self._the_model
         for output in model.outputs:
             config = self.config().replace(output=output)

@@ -70,11 +70,11 @@ class Findings:
 def check_generation(
     generation: Path, *, with_values: bool = True, progress: Progress | None = None
 ) -> Findings:
-    """Check a generation that others may write to meanwhile.
+    """Check a generation that others may be writing to.
 
     Args:
         generation: Its folder.
-        with_values: Compare all values with their checksums, too.
+        with_values: Also compare all values with their checksums.
         progress: Called with (values done, values in all).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Compaction: copy what is live into a new generation, beside readers and writers."""
+"""Compaction: copy what is live into a new generation, with readers and writers going on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compact(
 ) -> CompactionResult:
     """Rewrite a store without its unused pages.
 
-    Writers wait meanwhile. Readers go on with the old generation until they refresh; its space is
+    Writers wait. Readers go on with the old generation until they refresh; its space is
     given back when the last of them has. Interrupted at any point, by Ctrl-C too, the store is as
     before.
 
@@ -154,7 +154,7 @@ def _copy_pages(
     progress: Callable[[int, int], None],
     size: int,
 ) -> None:
-    """Let LMDB copy in a thread: its one long call tells nothing and can't be interrupted."""
+    """Let LMDB copy in a thread: its one long call reports nothing and can't be interrupted."""
     failures: list[Exception] = []
 
     def copy() -> None:

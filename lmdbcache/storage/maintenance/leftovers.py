@@ -51,7 +51,7 @@ class Leftover:
 
 
 def find_leftovers(store: Path, records: Collection[str] = ()) -> list[Leftover]:
-    """Return what may be removed from a folder; nothing while somebody writes there.
+    """Return what may be removed from a folder; nothing while a process writes there.
 
     Args:
         store: The folder.
@@ -73,7 +73,7 @@ def remove_leftovers(store: Path, records: Collection[str] = ()) -> list[Leftove
         What was removed.
 
     Raises:
-        StorageError: Somebody writes to the store at this moment, or this user may not.
+        StorageError: A process writes to the store at this moment, or this user may not.
     """
     if not _found(store, records):
         return []  # no lock file is made where there is nothing to do

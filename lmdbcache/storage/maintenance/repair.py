@@ -44,7 +44,7 @@ class RepairReport(Report):
         path: The store's folder.
         num_kept: Embeddings that are sound.
         dropped: Sample ids that were found and have no sound value; the next extraction computes
-            them again. What a lost page held can't be named: the extraction finds that, too.
+            them again. What a lost page held can't be named: the extraction also finds that.
         structure: What was wrong with the file and with LMDB's pages.
         is_repaired: Whether there is a new generation; a sound store is left as it is.
     """

@@ -1,6 +1,6 @@
 """data.mdb read page by page with plain reads: no damage, cut or bad sector ends the process.
 
-Slower than `pages` and tolerant: what can be read is read, what can't is told. Nothing found here
+Slower than `pages` and tolerant: what can be read is read, the rest is reported. Nothing found here
 is believed before its checksum is.
 """
 

@@ -1,7 +1,7 @@
 """Where each value of a snapshot lies in data.mdb, read from LMDB's own pages.
 
 A reader that knows a value's place copies it straight from the mapped file, a whole batch in one
-call. py-lmdb can't tell the place without touching every page of the value, so the index is read
+call. py-lmdb can't give the place without touching every page of the value, so the index is read
 from the B+tree itself: branch and leaf pages only, never a value. The layout is that of LMDB 0.9
 (`mdb.c`: MDB_page, MDB_node, MDB_meta), which is frozen. Whatever doesn't look as expected gives
 `UnreadablePagesError`, and the caller reads through LMDB instead.
