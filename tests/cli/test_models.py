@@ -72,7 +72,7 @@ def test_the_stored_values_are_the_models(cli, data, tmp_path):
     [
         ("wav2vec2", ["--output", "pooler_output"], ["mean, last_hidden_state"]),
         ("clap", ["--output", "mean"], ["pooler_output, audio_embeds, last_hidden_state"]),
-        ("clap", ["--sample-rate", "16000"], ["sample_rate=48000"]),
+        ("clap", ["--sample-rate", "16000"], ["--sample-rate 48000"]),
         ("whisper", ["--duration", "2.5"], ["2 s or less"]),
         ("wav2vec2", ["--duration", "0.01"], ["160 samples", "400"]),
         ("wav2vec2", ["--front-end", DEFAULT_FRONT_END], ["that of AST"]),
