@@ -183,7 +183,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
 
     def _look_up(self, sample_id: str) -> npt.NDArray[Any]:
         """Return an embedding whose place isn't known yet."""
-        key = self._lookup_key(sample_id)
+        key = key_or_empty(sample_id)
+        if not key:
+            raise self._not_found([sample_id])
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> npt.NDArray[Any] | None:
             self.num_read += 1
@@ -309,9 +311,9 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
                         table.counter.count(rows)
                     return batch
             if not keys:
-                keys.extend([self._lookup_key(sample_id) for sample_id in sample_ids])
+                keys.extend(map(key_or_empty, sample_ids))
             self.num_read += len(keys)
-            values = [transaction.get(key) for key in keys]
+            values = [transaction.get(key) if key else None for key in keys]
             absent = [i for i, v in zip(sample_ids, values, strict=True) if v is None]
             if absent:
                 return absent
@@ -373,21 +375,19 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         """Return where the values of a pinned snapshot lie; None where LMDB has to be asked."""
         return value_table(snapshot, transaction, self.num_read, is_counted=self.counts_reads)
 
-    def _lookup_key(self, sample_id: str) -> bytes:
-        try:
-            return sample_key(sample_id)
-        except InvalidSampleIdError as error:
-            self._count_misses([sample_id])
-            raise SampleNotFoundError(str(error)) from None
-
     def _not_found(self, sample_ids: Sequence[str]) -> SampleNotFoundError:
+        # Never under a snapshot's lock: why a sample is missing is found by reading.
+        self._count_misses(sample_ids)
+        try:
+            for sample_id in sample_ids:
+                sample_key(sample_id)
+        except InvalidSampleIdError as error:
+            return SampleNotFoundError(str(error))
         names = few(list(map(repr, sample_ids)), 3)
-        message = (
+        return SampleNotFoundError(
             f"{names}: not in {self._store} ({len(self)} embeddings, newest commit looked "
             "at). Extract what is missing, or check the file id and class"
         )
-        self._count_misses(sample_ids)
-        return SampleNotFoundError(message)
 
     def _count_hits(self, sample_ids: Sequence[str]) -> None:
         if self.counts_reads and (counts := counts_of(self._store)) is not None:

@@ -4,7 +4,7 @@ A hit is an embedding that a reader has handed out; a miss is a sample that it w
 doesn't have. Questions (`in`, `missing`, coverage) count nothing.
 
 A process counts in memory. While it reads, a thread adds what is new to `statistics/totals.json`
-in the store's folder, at most once a second; so do `refresh`, `close` and the end of the process.
+in the store's folder, at most once a second; so do `close` and the end of the process.
 No read waits for the disk, and a killed process loses what it hasn't added yet. All of it is
 derived and may be removed at any time.
 

@@ -140,6 +140,20 @@ def test_28000_misses_are_a_few_lines(filled, config, caplog):
     assert "cat: 3,333" in lines[-1]
 
 
+@pytest.mark.timeout(
+    60
+)  # the explanation reads too: under a lock of the batch it would wait for ever
+@pytest.mark.parametrize("asked", [["bad"], ["video_00001:dog", "bad"]])
+def test_a_bad_id_in_a_batch_is_a_miss_that_is_explained(filled, config, caplog, asked):
+    """What can't be a sample id is a miss by id and by position alike, and counted once."""
+    with filled.reader(config) as reader:
+        for read in (reader.get_batch, lambda ids: reader.select(ids).get_batch(range(len(ids)))):
+            with pytest.raises(SampleNotFoundError, match="'bad'"):
+                read(asked)
+    assert len(caplog.records) == 2
+    assert filled.statistics(config).misses == 2
+
+
 def test_many_classes_are_a_few_dozen_lines(filled, config, caplog):
     """The number of classes doesn't matter."""
     with filled.reader(config) as reader:
