@@ -54,10 +54,10 @@ class GivenConfig:
     compute_dtype: Annotated[
         Text, typer.Option(help="The model computed in this.", show_default=False)
     ] = None
-    dataset: Annotated[
+    namespace: Annotated[
         Text,
         typer.Option(
-            help="Dataset that the clips are of; default: vegas if all classes are its, else none.",
+            help="Name in the config; default: vegas if all classes are those of VEGAS, else none.",
             show_default=False,
         ),
     ] = None
@@ -87,7 +87,7 @@ class GivenConfig:
             "duration": self.duration,
             "dtype": self.dtype,
             "compute_dtype": self.compute_dtype,
-            "dataset": self.dataset,
+            "namespace": self.namespace,
             "front_end": self.front_end,
         }
         return {field: value for field, value in values.items() if value is not None}

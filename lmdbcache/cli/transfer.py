@@ -96,8 +96,8 @@ def import_command(
     fields = given.fields(model)
     if not ignore_metadata and not as_json and sys.stdin.isatty():
         fields |= _asked(opened, fields)
-    if "dataset" not in fields and "namespace" not in opened.description.facts:
-        fields["dataset"] = _dataset_of(opened)
+    if "namespace" not in fields and "namespace" not in opened.description.facts:
+        fields["namespace"] = _namespace_of(opened)
     label = f"checking {source.name}" if dry_run else f"importing {source.name}"
     with progress_bar(label, shown=progress) as report_progress:
         report = import_embeddings(
@@ -128,17 +128,17 @@ def _asked(source: Source, given: dict[str, Any]) -> dict[str, Any]:
     return {name: typer.prompt(name, type=_TYPES.get(name, str)) for name in missing}
 
 
-def _dataset_of(source: Source) -> str:
+def _namespace_of(source: Source) -> str:
     classes = {split_sample_id(sample_id)[1] for sample_id in source.entries}
     if classes and classes <= set(CLASS_LABELS):
         source.notes.append(
             f"all classes are those of VEGAS: stored for the dataset {NAMESPACE!r}, where "
-            "VEGASDataset and `extract` find them; --dataset says another"
+            "VEGASDataset and `extract` find them; --namespace says another"
         )
         return NAMESPACE
     others = ", ".join(sorted(classes - set(CLASS_LABELS))[:3])
     why = f"not all classes are VEGAS's ({others}): " if classes & set(CLASS_LABELS) else ""
-    source.notes.append(f"{why}stored for no dataset in particular; --dataset names one")
+    source.notes.append(f"{why}stored for no dataset in particular; --namespace names one")
     return ""
 
 

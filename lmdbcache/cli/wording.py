@@ -16,7 +16,7 @@ _CALL: Final = re.compile(r"`cache\.(?P<method>[a-z]+)\(config\)`")
 _OTHER_NAMES: Final = {
     "sample_ids": ("ids",),
     "classes": ("class_",),
-    "namespace": ("given_namespace", "dataset"),
+    "namespace": ("given_namespace",),
     "table": ("csv",),
 }
 

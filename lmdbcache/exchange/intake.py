@@ -143,7 +143,8 @@ class Refusal(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (self.where, self.sample_id, self.reason)))
+        # Sources that are files of sample ids call a sample by its id.
+        return ": ".join(dict.fromkeys(filter(None, (self.where, self.sample_id, self.reason))))
 
 
 @dataclass

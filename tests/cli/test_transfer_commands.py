@@ -174,7 +174,7 @@ def test_options_reach_the_import(cli, root, tmp_path):
     np.savez(tmp_path / "old.npz", **arrays)
     result = cli(
         "import", tmp_path / "old.npz", *GIVEN, "--class", "dog", "--squeeze", "--ragged",
-        "--weights-digest", "abc", "--dtype", "float16", "--output", "mean", "--dataset", "mine",
+        "--weights-digest", "abc", "--dtype", "float16", "--output", "mean", "--namespace", "mine",
         "--front-end", "x/1", "--compute-dtype", "bfloat16", "--progress", "--on-duplicate",
         "overwrite", "--keys", "file_id:class",
     )  # fmt: skip
@@ -182,7 +182,7 @@ def test_options_reach_the_import(cli, root, tmp_path):
     assert "importing old.npz" in result.stderr
     (config,) = root
     assert config == CacheConfig(
-        dtype="float16", output="mean", dataset="mine", front_end="x/1", compute_dtype="bfloat16"
+        dtype="float16", output="mean", namespace="mine", front_end="x/1", compute_dtype="bfloat16"
     )
     info = root.info(config)
     assert info.provenance["weights_digest"] == "abc"

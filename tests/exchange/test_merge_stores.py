@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -18,11 +19,14 @@ from storage.damage import cuts, data_file, flips, outcomes
 from lmdbcache import EmbeddingCache
 from lmdbcache.cache import (
     THIS_STORE,
+    ClipFailure,
     Origin,
     Source,
     compare_stores,
     count_origins,
+    read_failures,
     recorded_sources,
+    update_failures,
     write_sources,
 )
 from lmdbcache.errors import StorageError
@@ -398,3 +402,17 @@ def test_many_stores_few_at_a_time(store, target, config, monkeypatch):
     assert seen[-1] == (100, 100)
     assert all(done <= total for done, total in seen)
     assert same(contents(target, config), numbered(0, 100))
+
+
+def test_failed_clips_come_along(store, target, config):
+    """Of all sources and the target, but for those that one of them holds."""
+    roots = [store("a", numbered(0, 4)), store("b", numbered(4, 8)), store("c", numbered(8, 9))]
+    names = ["broken:dog", "clip_00005:dog", "silent:dog"]
+    failed = [ClipFailure(name, f"{name}.wav", "cut short") for name in names]
+    update_failures(roots[0].path(config), names, failed[:2])
+    update_failures(roots[2].path(config), names, failed[2:])
+    assert merge_stores(target, [cache.root for cache in roots]).exit_code == 0
+    assert read_failures(target.path(config)) == [failed[0], failed[2]]
+    update_failures(target.path(config), names[:1], [replace(failed[0], reason="empty")])
+    merge_stores(target, [roots[1].root])
+    assert [one.reason for one in read_failures(target.path(config))] == ["empty", "cut short"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -440,17 +442,29 @@ class Samples:
     description: dict[str, Any]
 
 
-class Part(Protocol):
-    """One file that embeddings are added to in order; whole once it is closed."""
+class Part(ABC):
+    """One file that embeddings are added to in order; whole once it is closed.
 
+    Args:
+        path: The file.
+        samples: What is added, in order.
+    """
+
+    @abstractmethod
+    def __init__(self, path: Path, samples: Samples) -> None: ...
+
+    @abstractmethod
     def add(self, sample_ids: Sequence[str], embeddings: Embeddings) -> None:
         """Add some embeddings."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file, and release it in any case."""
 
     def abandon(self) -> None:
-        """Release the file, which is about to be removed."""
+        """Release the file, which is about to be removed; errors don't matter any more."""
+        with contextlib.suppress(Exception):
+            self.close()
 
 
 CHECKSUM: Final = "checksum"  # the column or field, in formats that have no checksums

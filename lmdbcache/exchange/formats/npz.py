@@ -24,6 +24,7 @@ from lmdbcache.exchange.formats.base import (
     Description,
     Embeddings,
     ForwardRows,
+    Part,
     Rows,
     Samples,
     Source,
@@ -191,15 +192,11 @@ def _rows(archive: _Archive, held: str, small: dict[str, Any], description: Desc
 # ---- writing
 
 
-class NpzPart:
+class NpzPart(Part):
     """Writes `sample_ids`, `metadata` (JSON) and `embeddings` of shape (n, *embedding_shape).
 
     Where the first dimension differs, the embeddings lie one behind the other along it, and
     `lengths` has the length of each. bfloat16 is written as float32. Memory stays small.
-
-    Args:
-        path: The file.
-        samples: What is added, in order.
     """
 
     def __init__(self, path: Path, samples: Samples) -> None:
@@ -231,12 +228,5 @@ class NpzPart:
 
     def close(self) -> None:
         """Write the archive's directory."""
-        self._file.close()
-        self._archive.close()
-        self._raw.close()
-
-    def abandon(self) -> None:
-        """Close the file; errors don't matter any more."""
-        for opened in (self._file, self._archive, self._raw):
-            with contextlib.suppress(OSError, ValueError):
-                opened.close()
+        with self._raw, self._archive, self._file:
+            pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lmdbcache.exchange.formats.arrow import (
 from lmdbcache.exchange.formats.base import (
     Description,
     Embeddings,
+    Part,
     Samples,
     Source,
     optional,
@@ -66,14 +66,10 @@ class _ParquetFile:
         return batches
 
 
-class ParquetPart:
+class ParquetPart(Part):
     """Writes one row group for each `add`, with the columns sample_id, file_id, class, embedding.
 
     The shape is in the schema's metadata. bfloat16 is written as float32. Memory stays small.
-
-    Args:
-        path: The file.
-        samples: What is added, in order.
     """
 
     def __init__(self, path: Path, samples: Samples) -> None:
@@ -102,12 +98,5 @@ class ParquetPart:
 
     def close(self) -> None:
         """Write the footer."""
-        try:
+        with self._file:
             self._writer.close()
-        finally:
-            self._file.close()
-
-    def abandon(self) -> None:
-        """Close the file; errors don't matter any more."""
-        with contextlib.suppress(Exception):
-            self.close()

@@ -15,6 +15,7 @@ from lmdbcache.exchange.formats.base import (
     IDS,
     Description,
     Embeddings,
+    Part,
     Rows,
     Samples,
     Source,
@@ -93,16 +94,12 @@ def _ids(metadata: dict[str, str]) -> list[str] | None:
         return None
 
 
-class SafetensorsPart:
+class SafetensorsPart(Part):
     """Collects embeddings and writes them when it is closed.
 
     One tensor `embeddings` of shape (n, *embedding_shape), with the names in the metadata as JSON
     under `sample_ids`; where the first dimension differs, a tensor for each sample id. The
     description is in the metadata, as JSON under `lmdbcache`.
-
-    Args:
-        path: The file.
-        samples: What is added, in order.
     """
 
     def __init__(self, path: Path, samples: Samples) -> None:
@@ -131,4 +128,4 @@ class SafetensorsPart:
             file.write(self._library.save(tensors, metadata))
 
     def abandon(self) -> None:
-        """Nothing is open."""
+        """Nothing is open, and nothing is written."""

@@ -16,6 +16,7 @@ from lmdbcache.exchange.formats.base import (
     IDS,
     METADATA,
     Embeddings,
+    Part,
     Rows,
     Samples,
     Source,
@@ -156,13 +157,8 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, (sys.modules["torch"].Tensor, np.ndarray))
 
 
-class TorchPart:
-    """Collects embeddings and saves `{"embeddings": {sample id: tensor}, "metadata": {…}}`.
-
-    Args:
-        path: The file.
-        samples: What is added, in order.
-    """
+class TorchPart(Part):
+    """Collects embeddings and saves `{"embeddings": {sample id: tensor}, "metadata": {…}}`."""
 
     def __init__(self, path: Path, samples: Samples) -> None:
         self._torch = optional("torch", "writing a file of torch.save")
@@ -183,4 +179,4 @@ class TorchPart:
             self._torch.save(self._content, file)
 
     def abandon(self) -> None:
-        """Nothing is open."""
+        """Nothing is open, and nothing is written."""

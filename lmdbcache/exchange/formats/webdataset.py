@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import tarfile
@@ -23,6 +22,7 @@ from lmdbcache.exchange.formats.base import (
     EMBEDDINGS,
     Description,
     Embeddings,
+    Part,
     Rows,
     Samples,
     Source,
@@ -224,7 +224,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 # ---- writing
 
 
-class WebDatasetPart:
+class WebDatasetPart(Part):
     """Writes `KEY.json` (sample_id, file_id, class, checksum) and `KEY.npy` for each embedding.
 
     KEY is the sample id as `key_of_sample_id` gives it. bfloat16 is written as float32. Memory
@@ -261,12 +261,5 @@ class WebDatasetPart:
 
     def close(self) -> None:
         """Write the archive's end."""
-        try:
+        with self._file:
             self._writer.close()
-        finally:
-            self._file.close()
-
-    def abandon(self) -> None:
-        """Close the file; errors don't matter any more."""
-        with contextlib.suppress(Exception):
-            self.close()
