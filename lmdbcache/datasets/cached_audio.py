@@ -127,14 +127,18 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The stored embeddings of these samples, and which samples have one."""
         # By position where the last batch was complete: looked up once, not in every batch. New
         # commits would have all samples looked up again.
+        are_refused = False
         if self._are_all_stored and (reader := self._stored.reader()) is not None:
             if self._selection is None or self._selection.reader is not reader:
                 self._selection = reader.select(self.sample_ids)
             try:
                 return as_tensor(self._selection.get_batch(indices)), [True] * len(indices)
-            except (CacheNotFoundError, SampleNotFoundError):
-                self._are_all_stored = False
-        hits, found = self._stored.find([self.sample_ids[index] for index in indices])
+            except SampleNotFoundError:
+                are_refused = True
+            except CacheNotFoundError:
+                pass
+        sample_ids = [self.sample_ids[index] for index in indices]
+        hits, found = self._stored.find(sample_ids, are_refused=are_refused)
         is_hit: list[bool] = found.tolist()
         self._are_all_stored = all(is_hit)
         return None if hits is None else as_tensor(hits), is_hit

@@ -54,9 +54,10 @@ class TensorMapping(Mapping[str, torch.Tensor]):
         """The Mapping underneath, not narrowed."""
         return self._arrays
 
-    def has_classes(self, classes: Collection[str]) -> bool:
-        """Return whether none of these classes is narrowed away."""
-        return self._classes is None or self._classes.issuperset(classes)
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether it has some classes only."""
+        return self._classes is not None
 
     def __getitem__(self, sample_id: str) -> torch.Tensor:
         if not self._admits(sample_id):

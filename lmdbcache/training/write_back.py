@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing.util
 import os
@@ -19,9 +20,39 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, SampleNotFoundError
 from lmdbcache.storage import EmbeddingReader, EmbeddingWriter, process_id
 
-__all__ = ["Found", "StoredEmbeddings", "WriteBack"]
+__all__ = ["Found", "StoredEmbeddings", "WriteBack", "find_stored"]
 
 _logger: Final = logging.getLogger(__name__)
+
+
+def find_stored(
+    reader: EmbeddingReader, sample_ids: Sequence[str], *, are_refused: bool = False
+) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.bool_]]:
+    """Return the embeddings of these samples that a store has; each counts once, hit or miss.
+
+    Args:
+        reader: Of the store.
+        sample_ids: Sample ids; repeats are fine. One that can't be stored is a miss.
+        are_refused: Whether a read of these has just failed, so that its misses are counted.
+
+    Returns:
+        `(hits, *embedding_shape)` in the order asked for, owned, or None without a hit; and which
+        samples these are, `(len(sample_ids),)`.
+
+    Raises:
+        InvalidEmbeddingError: The embeddings have several shapes.
+        CacheNotFoundError: The store was removed.
+    """
+    while True:
+        if not are_refused:
+            with contextlib.suppress(SampleNotFoundError):
+                return reader.get_batch(sample_ids), np.ones(len(sample_ids), np.bool_)
+        absent = set(reader.missing(sample_ids))
+        is_hit = np.fromiter((i not in absent for i in sample_ids), bool, len(sample_ids))
+        hits = [i for i in sample_ids if i not in absent]
+        with contextlib.suppress(SampleNotFoundError):  # cleared and filled again in between
+            return reader.get_batch(hits) if hits else None, is_hit
+        are_refused = False
 
 
 class StoredEmbeddings:
@@ -43,29 +74,12 @@ class StoredEmbeddings:
         return {**self.__dict__, "_reader": None}
 
     def find(
-        self, sample_ids: Sequence[str]
+        self, sample_ids: Sequence[str], *, are_refused: bool = False
     ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.bool_]]:
-        """Return the embeddings of these samples that are stored.
-
-        Args:
-            sample_ids: Sample ids; repeats are fine. One that can't be stored is a miss.
-
-        Returns:
-            `(hits, *embedding_shape)` in the order asked for, owned, or None without a hit;
-            and which samples these are, `(len(sample_ids),)`.
-        """
+        """Return the embeddings of these samples that are stored; see `find_stored`."""
         while (reader := self.reader()) is not None:
             try:
-                return reader.get_batch(sample_ids), np.ones(len(sample_ids), np.bool_)
-            except SampleNotFoundError:
-                pass
-            try:
-                absent = set(reader.missing(sample_ids))
-                is_hit = np.fromiter((i not in absent for i in sample_ids), bool, len(sample_ids))
-                hits = [i for i in sample_ids if i not in absent]
-                return reader.get_batch(hits) if hits else None, is_hit
-            except SampleNotFoundError:
-                continue  # cleared and filled again in between
+                return find_stored(reader, sample_ids, are_refused=are_refused)
             except CacheNotFoundError:
                 self.close()
         return None, np.zeros(len(sample_ids), np.bool_)

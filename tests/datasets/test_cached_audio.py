@@ -28,6 +28,7 @@ from lmdbcache.cache import ClipFailure
 from lmdbcache.datasets import AudioDataset, cached_audio, source_of
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import AudioDecodeError, ConfigError, SampleNotFoundError
+from lmdbcache.training import TensorMapping
 
 OWN = CacheConfig(
     model_name="own", front_end="own/1", output="embedding", duration=0.5, namespace="vegas"
@@ -132,6 +133,26 @@ def test_an_epoch_of_mixed_batches_then_one_of_hits(
     assert torch.equal(torch.cat(again), torch.cat(found))
     assert model.passes == [5, 3, 2]
     assert (encoder.num_computed, encoder.num_hits) == (10, 8 + 18)
+
+
+def test_a_sample_counts_once(clips, cache, dataset):
+    """A hit or a miss an item, in mixed batches and one by one; the same of a VEGASDataset."""
+    store(cache, clips, range(0, 18, 3))
+    vegas = VEGASDataset(clips.root, split="all", load_audio=False, ast_cache_dir=cache.root)
+    with cache.reader(OWN) as reader:
+        vegas.audio_embs_from_file = TensorMapping(reader)
+        for asked in (dataset, vegas):
+            for step in (1, 6, 18):
+                before = cache.statistics(OWN)
+                for start in range(0, 18, step):
+                    asked.__getitems__(list(range(start, start + step)))
+                read = cache.statistics(OWN) - before
+                assert (read.hits, read.misses) == (6, 12)
+        vegas.filter_audio_embeddings_from_file()
+        before = cache.statistics(OWN)
+        assert sum("audio_emb" in item for item in vegas) == 6
+        read = cache.statistics(OWN) - before
+        assert (read.hits, read.misses) == (6, 12)
 
 
 def test_an_epoch_before_the_commit_computes_nothing_twice(dataset, encoder, model):

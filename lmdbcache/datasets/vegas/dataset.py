@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import operator
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,12 +31,13 @@ from lmdbcache.datasets.vegas.layout import (
     read_captions,
 )
 from lmdbcache.datasets.vegas.visual import ImageToTensor, load_image, load_video
-from lmdbcache.errors import DatasetError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.errors import CacheNotFoundError, DatasetError, InvalidEmbeddingError
 from lmdbcache.files import expand_user
-from lmdbcache.storage import EmbeddingReader, Selection
+from lmdbcache.storage import EmbeddingReader
 from lmdbcache.training import (
     TensorMapping,
     as_tensor,
+    find_stored,
     plain_tensor,
     read_tensor_dict,
     read_text_embeddings,
@@ -195,8 +199,6 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         self._selected_classes = _resolved(selected_classes)
         self._excluded_classes = _resolved(excluded_classes)
         self._audio_embs, self._audio_embs_from_file = {}, None
-        self._selection: Selection | None = None
-        self._are_all_stored = True
         self.embedding_file = embedding_file
         self.text_embs = None if embedding_file is None else read_text_embeddings(embedding_file)
         self.audio_embedding_file = audio_embedding_file
@@ -208,9 +210,6 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
             self._make_parts()
         if audio_embedding_file is not None and use_saved_audio_embeddings:
             self.load_audio_embeddings_from_file(audio_embedding_file)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_selection": None}
 
     # ---- which clips
 
@@ -341,14 +340,17 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
             return [self[index] for index in indices]  # a subclass makes its own items
         samples = [self.samples[index] for index in indices]
         labels = torch.tensor([sample["class_label"] for sample in samples], dtype=torch.long)
-        fetched = self._fetched(indices, samples)
+        sample_ids = list(map(_sample_id, samples))
+        found = self._found_in_store(sample_ids)
+        hits = None if found is None else found[0]
         items = FetchedItems(
-            {"label": labels} if fetched is None else {"label": labels, "audio_emb": fetched}
+            {"label": labels} if hits is None else {"label": labels, "audio_emb": as_tensor(hits)}
         )
-        embeddings: Sequence[torch.Tensor | None] | None = items.rows.get("audio_emb")
-        if embeddings is None:
-            embeddings = [self._embedding_of(_sample_id(sample)) for sample in samples]
-            self._are_all_stored = None not in embeddings
+        if found is None:
+            embeddings = list(map(self._embedding_of, sample_ids))
+        else:
+            rows = iter(items.rows.get("audio_emb", ()))
+            embeddings = [next(rows) if is_hit else None for is_hit in found[1].tolist()]
         items += map(self._item, samples, items.rows["label"], embeddings)
         return items
 
@@ -376,48 +378,37 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         item.update(zip(_ITEM_KEYS, _metadata_of(sample), strict=True))
         return item
 
-    def _fetched(self, indices: Sequence[int], samples: Sequence[Sample]) -> torch.Tensor | None:
-        """The embeddings of a batch by position; None where it isn't one gather from a store."""
-        reader = self._first_reader()
-        # After a miss sample by sample, until a batch is complete again: new commits would have
-        # all samples looked up anew.
-        if reader is None or not self._are_all_stored:
-            return None
-        selection = self._selection
-        if selection is None or selection.reader is not reader:
-            selection = self._selection = reader.select(self.sample_ids)
-        known = selection.sample_ids
-        try:
-            # A script may have changed `samples` since.
-            if any(
-                known[index] != _sample_id(sample)
-                for index, sample in zip(indices, samples, strict=True)
-            ):
-                self._selection = None
-                return self._fetched(indices, samples)
-            return as_tensor(selection.get_batch([index % len(known) for index in indices]))
-        except (IndexError, SampleNotFoundError, InvalidEmbeddingError):
-            return None
+    def _sources(self) -> list[Mapping[str, Any]]:
+        """Where an item looks for its embedding, in order."""
+        first, second = self._audio_embs, self._audio_embs_from_file
+        if second is None:
+            return [first]
+        if not isinstance(first, TensorMapping):
+            return [first, second] if first else [second]
+        # What was narrowed to the active classes is looked up in the whole, once.
+        is_one = isinstance(second, TensorMapping) and second.arrays is first.arrays
+        return [second] if is_one else [first, second]
 
-    def _first_reader(self) -> EmbeddingReader | None:
-        """The store where an item looks first, if that is one with all of its classes."""
-        source: Mapping[str, Any] | None = self._audio_embs
-        if not isinstance(source, TensorMapping):
-            if source:
-                return None
-            source = self._audio_embs_from_file
-        if not isinstance(source, TensorMapping) or not isinstance(source.arrays, EmbeddingReader):
+    def _found_in_store(
+        self, sample_ids: Sequence[str]
+    ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.bool_]] | None:
+        """What `find_stored` gives for a batch; None where items don't look in just one store."""
+        source, *others = self._sources()
+        if others or not isinstance(source, TensorMapping) or source.is_narrowed:
             return None
-        return source.arrays if source.has_classes(self.active_classes) else None
+        if isinstance(source.arrays, EmbeddingReader):
+            # Of several shapes, or removed: the items look one by one.
+            with contextlib.suppress(InvalidEmbeddingError, CacheNotFoundError):
+                return find_stored(source.arrays, sample_ids)
+        return None
 
     def _embedding_of(self, sample_id: str) -> torch.Tensor | None:
-        for embeddings in (self._audio_embs, self._audio_embs_from_file):
-            if embeddings is not None:
-                try:
-                    value = embeddings[sample_id]
-                except KeyError:
-                    continue
-                return value.detach() if type(value) is torch.Tensor else plain_tensor(value)
+        for embeddings in self._sources():
+            try:
+                value = embeddings[sample_id]
+            except KeyError:
+                continue
+            return value.detach() if type(value) is torch.Tensor else plain_tensor(value)
         return None
 
     def load_waveform(self, audio_path: str | Path) -> torch.Tensor:

@@ -250,7 +250,10 @@ def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
         output["text_emb"] = default_collate([item["text_emb"] for item in batch])
     if any("video" in item for item in batch):
         output["video"], output["video_mask"] = _stack_videos([item.get("video") for item in batch])
-    metadata = {name: [item.get(key, "") for item in batch] for name, key in _METADATA.items()}
+    # dict's own `get`: none of these is ever deferred.
+    metadata = {
+        name: [dict.get(item, key, "") for item in batch] for name, key in _METADATA.items()
+    }
     output["metadata"] = metadata
     output["class_name"] = metadata["class_names"]
     output["file_id"] = metadata["file_ids"]
