@@ -10,7 +10,7 @@ import operator
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from lmdbcache.errors import ConfigError
@@ -168,8 +168,8 @@ class CacheConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as on disk, ready for JSON or msgpack: `namespace` is `dataset`."""
         return {
-            "dataset" if name == "namespace" else name: value
-            for name, value in asdict(self).items()
+            "dataset" if name == "namespace" else name: getattr(self, name)
+            for name in _CANONICAL_FORMS
         }
 
     @classmethod
@@ -195,8 +195,8 @@ class CacheConfig:
 
     def differences(self, other: CacheConfig) -> dict[str, tuple[Any, Any]]:
         """Return the fields that differ, each with (own value, the other's value)."""
-        mine, theirs = asdict(self), asdict(other)
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _CANONICAL_FORMS}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _default_front_end(model_name: Any) -> str:
@@ -242,7 +242,10 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name}: {value!r} isn't text")
     text = unicodedata.normalize("NFC", value).strip()
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+    # Such characters aren't printable: one look at the whole is enough for most text.
+    if not text.isprintable() and any(
+        unicodedata.category(character) in ("Cc", "Cs") for character in text
+    ):
         raise ConfigError(f"{name}: {value!r} holds control characters or lone surrogates")
     return text
 

@@ -59,7 +59,7 @@ from .metadata import (
     checksum as checksum,
     portable as portable,
 )
-from .opening import check_file_size as check_file_size
+from .opening import check_data_file as check_data_file
 from .reader import (
     EmbeddingReader as EmbeddingReader,
     Positions as Positions,

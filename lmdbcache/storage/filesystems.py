@@ -5,9 +5,11 @@ Known from /proc/self/mountinfo; where that doesn't exist, nothing is recognized
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +44,12 @@ _LOCAL_FUSE_TYPES: Final = re.compile(
 )
 # Shared by a virtual machine's host. As the root they are the machine's own disk.
 _HOST_TYPES: Final = frozenset(("9p", "virtiofs"))
+# ext2 to 4, XFS, Btrfs, tmpfs, overlay, F2FS, ZFS: `f_type`, the first member of a statfs.
+_LOCAL_KINDS: Final = frozenset(
+    (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
+)
+_STATFS_BYTES: Final = 256  # more than any system's
+_libc: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
@@ -103,8 +111,20 @@ def check_local_for_reading(folder: Path) -> bool:
 
 def network_mount(folder: Path) -> Mount | None:
     """Return the network file system that a folder lies on; None if it lies on another."""
+    if _is_of_local_kind(folder):
+        return None
     mount = mount_of(folder)
     return mount if mount is not None and mount.is_network else None
+
+
+def _is_of_local_kind(folder: Path) -> bool:
+    """Return whether the kernel names a kind that is never shared; a list of mounts is longer."""
+    if _libc is None:
+        return False
+    found = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.statfs(os.fsencode(folder), found) != 0:
+        return False  # not there yet, or not ours to look at
+    return ctypes.c_ulong.from_buffer(found).value in _LOCAL_KINDS
 
 
 def mount_of(folder: Path) -> Mount | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import lmdb
+import lmdb._envid  # what lmdb.open imports when it is first called
 
 from lmdbcache.errors import CacheFullError, IntegrityError, ReadOnlyCacheError, StorageError
 from lmdbcache.files import (
@@ -29,7 +30,7 @@ from lmdbcache.storage.pages.meta_pages import MetaPage, newest, read_meta_pages
 from lmdbcache.storage.reader_slots import holders
 
 __all__ = [
-    "check_file_size",
+    "check_data_file",
     "check_still_whole",
     "file_id",
     "file_problem",
@@ -53,26 +54,26 @@ _SECONDS_FOR_LOCK_FILE: Final = 2.0
 _SECONDS_BETWEEN_LOOKS: Final = 0.002
 
 
-def check_file_size(generation: Path) -> int:
+def check_data_file(generation: Path) -> tuple[int, int]:
     """Compare data.mdb with what its meta pages and the record of the newest commit say.
 
     The cheap guard against SIGBUS, and against a commit that is gone without a word.
 
     Returns:
-        The file's size in bytes.
+        The file's size in bytes, and the number of its newest commit.
 
     Raises:
         IntegrityError: Missing, empty, truncated, not an LMDB 0.9 file, or its newest commit
             can't be read.
     """
-    problem, size = file_problem(generation)
-    if problem is not None:
+    problem, size, meta = file_problem(generation)
+    if problem is not None or meta is None:
         raise IntegrityError(f"{generation / 'data.mdb'} {problem}. {DAMAGE_REMEDY}")
-    return size
+    return size, meta.transaction
 
 
-def file_problem(generation: Path) -> tuple[str | None, int]:
-    """What is wrong with data.mdb as a whole, or None; and its size in bytes.
+def file_problem(generation: Path) -> tuple[str | None, int, MetaPage | None]:
+    """Return what is wrong with data.mdb as a whole, or None; its size; its newest meta page.
 
     Raises:
         IntegrityError: It is missing.
@@ -82,12 +83,15 @@ def file_problem(generation: Path) -> tuple[str | None, int]:
         # First: a commit in between makes the meta pages newer than this, which is fine.
         record = read_commit_record(generation)
         try:
-            with os.fdopen(open_file(generation / "data.mdb"), "rb", buffering=0) as file:
-                metas = read_meta_pages(file.fileno())
-                # Last: a commit in between makes the file larger than the pages read here say.
-                size = os.fstat(file.fileno()).st_size
+            descriptor = open_file(generation / "data.mdb")
         except FileNotFoundError:
             raise IntegrityError(f"{generation / 'data.mdb'} is missing. {LOSS_REMEDY}") from None
+        try:
+            metas = read_meta_pages(descriptor)
+            # Last: a commit in between makes the file larger than the pages read here say.
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
         meta = newest(metas)
         if meta is None:
             problem: str | None = f"isn't an LMDB file ({size} bytes)"
@@ -100,7 +104,7 @@ def file_problem(generation: Path) -> tuple[str | None, int]:
             break
         before = (record, metas, size)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return problem, size
+    return problem, size, meta
 
 
 def file_id(generation: Path) -> tuple[int, int] | None:
@@ -177,13 +181,14 @@ def open_environment(
         )
     _check_room_for_lock_file(generation)
     # LMDB makes an empty environment of an empty file or folder, which would hide a loss.
-    size = 0 if create else check_file_size(generation)
+    size, newest_commit = (0, None) if create else check_data_file(generation)
     least = size + _LEAST_GROWTH if write else size
     wanted = max(_WRITER_MAP if write else _READER_MAP, 8 * size)
-    map_size = max(least, min_map_size, min(wanted, _address_space_left() // _SHARE_OF_THE_REST))
+    share = _address_space_left(is_small=not write) // _SHARE_OF_THE_REST
+    map_size = max(least, min_map_size, min(wanted, share))
     while True:
         try:
-            return _open_in_step(generation, map_size, write=write, create=create)
+            return _open_in_step(generation, map_size, newest_commit, write=write)
         except (lmdb.InvalidError, lmdb.InvalidParameterError):
             if not create:
                 _blame_lock_file(generation)
@@ -197,9 +202,16 @@ def open_environment(
             map_size = max(least, map_size // 2)
 
 
-def _address_space_left() -> int:
-    """Bytes that this process may still map, roughly."""
+def _address_space_left(*, is_small: bool) -> int:
+    """Return the bytes that this process may still map, roughly.
+
+    Args:
+        is_small: A reader's map is asked for, of which thousands fit where there is no limit: what
+            is used isn't looked up.
+    """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if is_small and limit == resource.RLIM_INFINITY:
+        return _ADDRESS_SPACE
     used = 0
     with contextlib.suppress(OSError, ValueError):  # no /proc: halving finds a size
         used = int(Path("/proc/self/statm").read_bytes().split()[0]) * mmap.PAGESIZE
@@ -233,7 +245,7 @@ def _check_room_for_lock_file(generation: Path) -> None:
 
 
 def _open_in_step(
-    generation: Path, map_size: int, *, write: bool, create: bool
+    generation: Path, map_size: int, newest_commit: int | None, *, write: bool
 ) -> lmdb.Environment:
     """Open it with a lock file that knows the newest commit.
 
@@ -243,9 +255,8 @@ def _open_in_step(
     """
     deadline = time.monotonic() + _SECONDS_FOR_LOCK_FILE
     while True:
-        before = None if create else _newest_meta(generation)
         environment = _open_with(generation, map_size, write=write)
-        if before is None or _is_in_step(environment, before.transaction):
+        if newest_commit is None or _is_in_step(environment, newest_commit):
             return environment
         environment.close()
         if time.monotonic() > deadline:
@@ -256,14 +267,6 @@ def _open_in_step(
             )
         _logger.info("%s: the lock file is out of step, opening again", generation)
         time.sleep(random.uniform(0.001, 0.02))
-
-
-def _newest_meta(generation: Path) -> MetaPage | None:
-    try:
-        with os.fdopen(open_file(generation / "data.mdb"), "rb", buffering=0) as file:
-            return newest(read_meta_pages(file.fileno()))
-    except OSError:
-        return None
 
 
 def _is_in_step(environment: lmdb.Environment, transaction: int) -> bool:

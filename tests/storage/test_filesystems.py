@@ -76,7 +76,8 @@ def test_this_machine_is_accepted(tmp_path):
 
 def test_mounts_are_read_once(tmp_path, monkeypatch):
     """The second opening of a store asks the kernel for no list of mounts."""
-    filesystems.check_local_for_writing(tmp_path)
+    filesystems.mount_of(tmp_path)
+    monkeypatch.setattr(filesystems, "_libc", None)
     monkeypatch.setattr(Path, "read_bytes", None)
     filesystems.check_local_for_writing(tmp_path)
 
@@ -92,6 +93,7 @@ def network(filled, monkeypatch):
         return text.encode() if str(path) == "/proc/self/mountinfo" else read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", mountinfo)
+    monkeypatch.setattr(filesystems, "_libc", None)
     monkeypatch.delenv(NETWORK_VARIABLE, raising=False)
     caches = (filesystems._mount_of, filesystems._warn)
     for cache in caches:
@@ -150,6 +152,7 @@ def test_no_mountinfo_recognises_nothing(filled, config, monkeypatch):
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", without_proc)
+    monkeypatch.setattr(filesystems, "_libc", None)
     filesystems._mount_of.cache_clear()
     write(filled.root, config, {"new:x": np.ones(8, np.float32)})
     assert "new:x" in filled.reader(config)
@@ -166,12 +169,12 @@ place = Path(sys.argv[1])
 seen = []
 lookup = filesystems.find_mount
 filesystems.find_mount = lambda *args: seen.append(lookup(*args)) or seen[-1]
-filesystems.check_local_for_writing(place)
+filesystems.mount_of(place)
 if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
     sys.exit(5)
 try:
-    filesystems.check_local_for_writing(place)
-    filesystems.check_local_for_writing(place)
+    filesystems.mount_of(place)
+    filesystems.mount_of(place)
 finally:
     subprocess.run(["umount", "-l", str(place)], check=True)
 print([mount.kind for mount in seen], seen[-1].point == os.path.realpath(place))

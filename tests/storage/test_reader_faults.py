@@ -15,7 +15,7 @@ from stress.page_kinds import byte_ranges
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError
-from lmdbcache.storage import check_file_size
+from lmdbcache.storage import check_data_file
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
@@ -161,7 +161,7 @@ def test_size_check_never_cries_wolf_beside_a_writer(cache, config):
     with peer_process() as peer:
         peer.start(write, cache.root, config, numbered(3, 2000), commit_records=4)
         while not peer._connection.poll(0):
-            check_file_size(generation)
+            check_data_file(generation)
         peer.answer()
 
 
@@ -176,7 +176,7 @@ def test_size_check_takes_the_size_last(generation, monkeypatch):
     with monkeypatch.context() as patch:
         for name in real:
             patch.setattr(os, name, recorded(name))
-        check_file_size(generation)
+        check_data_file(generation)
     assert calls[-3:] == ["pread", "pread", "fstat"]
 
 

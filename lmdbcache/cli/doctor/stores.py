@@ -10,7 +10,7 @@ from lmdbcache.cache import EmbeddingCache, leftovers_under, read_store_info
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.errors import CacheError, FormatVersionError, IntegrityError
 from lmdbcache.storage import (
-    check_file_size,
+    check_data_file,
     current_generation,
     is_known,
     others,
@@ -60,7 +60,7 @@ def _check_store(store: Path) -> Iterator[Finding]:
         if generation is None:
             return
         yield from _users(store, generation)
-        check_file_size(generation)
+        check_data_file(generation)
         if not is_known(generation):
             text = "not written or checked on this machine: all of it is read at the first opening"
             yield note(store.name, text, f"lmdbcache verify {store.name}")

@@ -106,7 +106,7 @@ def structure_findings(generation: Path) -> tuple[str, ...]:
         IntegrityError: data.mdb is missing, or nothing of it can be read.
     """
     path = generation / "data.mdb"
-    problem, _ = file_problem(generation)
+    problem, *_ = file_problem(generation)
     with PageFile(path) as file:
         if file.meta is None:
             raise IntegrityError(f"{path} {problem}. {LOSS_REMEDY}")
