@@ -83,24 +83,19 @@ def test_a_whole_file(kind, tmp_path):
 
 
 @by_kind
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_part_of_a_file(kind, kept, tmp_path):
-    """It is refused, wherever it was cut, from a path and from bytes."""
-    content = KINDS[kind][: round(kept * len(KINDS[kind]))]
-    path = tmp_path / "clip"
-    path.write_bytes(content)
-    for source in (path, InMemory(content)):
-        with pytest.raises(AudioDecodeError):
-            load_clip(source, RATE, 20.0)
-
-
-@by_kind
-def test_any_cut(kind):
-    """A file cut anywhere is refused, or decodes to what the whole file does."""
+def test_any_cut(kind, tmp_path):
+    """A part is refused, from a path and from bytes; any cut is refused or costs nothing."""
     content, chance = KINDS[kind], random.Random(kind)
+    path = tmp_path / "clip"
+    for kept in (0.1, 0.5, 0.9):
+        part = content[: round(kept * len(content))]
+        path.write_bytes(part)
+        for source in (path, InMemory(part)):
+            with pytest.raises(AudioDecodeError):
+                load_clip(source, RATE, 20.0)
     whole = of_bytes(content)
-    cuts = [*range(len(content) - 4, len(content)), *range(1, 100, 9)]
-    for cut in cuts + [chance.randrange(1, len(content)) for _ in range(15)]:
+    cuts = [*range(len(content) - 4, len(content)), *range(1, 100, 18)]
+    for cut in cuts + [chance.randrange(1, len(content)) for _ in range(8)]:
         try:
             waveform = of_bytes(content[:cut])
         except AudioDecodeError:
@@ -216,7 +211,7 @@ def test_flac_of_unknown_length():
 def test_damaged_headers(kind):
     """Bytes written over at random give a finite waveform or AudioDecodeError."""
     content, chance = KINDS[kind], random.Random(kind)
-    for _ in range(40):
+    for _ in range(15):
         changed = bytearray(content)
         for _ in range(chance.randint(1, 6)):
             changed[chance.randrange(min(160, len(changed)))] = chance.randrange(256)

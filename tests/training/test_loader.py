@@ -10,7 +10,7 @@ import pytest
 import torch
 from storage.child_processes import in_fork, numbered
 
-from lmdbcache import EmbeddingDataset
+from lmdbcache import CacheConfig, EmbeddingCache, EmbeddingDataset
 from lmdbcache.errors import ConfigError, SampleNotFoundError
 from lmdbcache.training import make_dataloader, preload
 
@@ -18,12 +18,18 @@ NUM_SAMPLES = 103
 SAMPLES = numbered(0, NUM_SAMPLES, size=5)
 
 
-@pytest.fixture
-def reader(cache, config):
-    """A reader of 103 embeddings that hold their number."""
-    with cache.writer(config) as writer:
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A cache of 103 embeddings that hold their number; tests read it only."""
+    cache = EmbeddingCache(tmp_path_factory.mktemp("loader") / "cache")
+    with cache.writer(CacheConfig()) as writer:
         writer.put_batch(SAMPLES, list(SAMPLES.values()))
-    with cache.reader(config) as reader:
+    return cache
+
+
+@pytest.fixture
+def reader(stored):
+    with stored.reader(CacheConfig()) as reader:
         yield reader
 
 
