@@ -13,9 +13,9 @@ from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import (
     Entry,
     PassedOver,
-    check_table,
     entries_of,
     leave_out_all,
+    opened_table,
     pass_over,
     usable_entries,
 )
@@ -111,24 +111,20 @@ class ESC50Dataset(ListedDataset):
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of the table."""
     needed = ("filename", "fold", "target", "category")
-    check_table(table)
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in needed if name not in (reader.fieldnames or ())]
-            if missing:
-                raise DatasetError(f"{shown(table)} has no column {', '.join(missing)}")
-            for row in reader:
-                if not all(row[name] for name in needed):
-                    raise DatasetError(
-                        f"{shown(table)}, line {reader.line_num}: not every one of "
-                        f"{', '.join(needed)} is given"
-                    )
-                yield reader.line_num, row
-    except FileNotFoundError:
-        raise DatasetError(f"{shown(table)}: no such file; expected is {_LAYOUT}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{shown(table)}: can't be read as CSV: {error}") from error
+    if not table.exists():
+        raise DatasetError(f"{shown(table)}: no such file; expected is {_LAYOUT}")
+    with opened_table(table) as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in needed if name not in (reader.fieldnames or ())]
+        if missing:
+            raise DatasetError(f"{shown(table)} has no column {', '.join(missing)}")
+        for row in reader:
+            if not all(row[name] for name in needed):
+                raise DatasetError(
+                    f"{shown(table)}, line {reader.line_num}: not every one of "
+                    f"{', '.join(needed)} is given"
+                )
+            yield reader.line_num, row
 
 
 def _whole(table: Path, line: int, column: str, text: str) -> int:

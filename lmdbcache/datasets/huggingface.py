@@ -21,7 +21,12 @@ import xxhash
 from lmdbcache.audio import open_source, shown
 from lmdbcache.datasets.base import ListedDataset, own_split_name
 from lmdbcache.datasets.namespaces import namespace_of
-from lmdbcache.datasets.scanning import PassedOver, leave_out_all, visible_entries
+from lmdbcache.datasets.scanning import (
+    PassedOver,
+    content_digest,
+    leave_out_all,
+    visible_entries,
+)
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.files import expand_user
 
@@ -35,7 +40,6 @@ __all__ = ["HuggingFaceDataset", "RowSource"]
 # Names of loaders, which many datasets share.
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
 _ROWS_AT_ONCE: Final = 32
-_PIECE_BYTES: Final = 1 << 20
 _LABEL_NAMES: Final = ("label", "labels", "class", "class_name", "category", "target")
 _MULTILABEL: Final = "multilabel"
 
@@ -547,11 +551,4 @@ def _digest(value: Any, path: str | None, row: int) -> str:
         return xxhash.xxh3_128_hexdigest(value.as_buffer())
     if not path:
         return f"unreadable-row-{row}"
-    digest = xxhash.xxh3_128()
-    try:
-        with open_source(path) as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-    except (OSError, ValueError):  # ValueError: NUL in the path
-        return f"unreadable-{xxhash.xxh3_128_hexdigest(os.fsencode(path))}"
-    return digest.hexdigest()
+    return content_digest(path) or f"unreadable-{xxhash.xxh3_128_hexdigest(os.fsencode(path))}"

@@ -7,21 +7,16 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
 
-import xxhash
-
-from lmdbcache.audio import open_source
 from lmdbcache.datasets.base import Sample, sample_id_of, source_of
+from lmdbcache.datasets.scanning import content_digest
 from lmdbcache.files import few
 from lmdbcache.storage import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmdbcache.audio import AudioSource
-
 __all__ = ["Overlap", "OverlapReport", "overlap_audit"]
 
-_CHUNK = 1 << 20
 _FEW = 5
 
 
@@ -106,7 +101,7 @@ def overlap_audit(
     digests: dict[str, str | None] = {}
     if by_content:
         sources = {sample_id_of(s): source_of(s) for part in parts.values() for s in part}
-        digests = {sample_id: _content_digest(source) for sample_id, source in sources.items()}
+        digests = {sample_id: content_digest(source) for sample_id, source in sources.items()}
         by_digest = {
             name: {digest: each for each in ids if (digest := digests[each]) is not None}
             for name, ids in by_id.items()
@@ -132,14 +127,3 @@ def _shared(parts: Mapping[str, Mapping[str, str]], by: str) -> list[Overlap]:
         if pairs:
             found.append(Overlap(first, second, by, tuple(sorted(pairs))))
     return found
-
-
-def _content_digest(source: str | AudioSource) -> str | None:
-    digest = xxhash.xxh3_128()
-    try:
-        with open_source(source) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except (OSError, ValueError):
-        return None
-    return str(digest.hexdigest())

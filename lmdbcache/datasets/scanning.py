@@ -6,17 +6,23 @@ recorded and left out: none of them keeps the rest from being listed.
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import os
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TextIO
 
-from lmdbcache.audio import is_audio, is_readable, shown
+import xxhash
+
+from lmdbcache.audio import is_audio, is_readable, open_source, shown
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
+
+    from lmdbcache.audio import AudioSource
 
 __all__ = [
     "Entry",
@@ -24,17 +30,20 @@ __all__ = [
     "PassedOver",
     "audio_below",
     "audio_file_id",
-    "check_table",
+    "content_digest",
     "entries_of",
     "holds_audio",
     "is_link_upward",
     "leave_out_all",
+    "opened_table",
     "pass_over",
     "suffix_of",
     "summary_of",
     "usable_entries",
     "visible_entries",
 ]
+
+_PIECE_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -292,11 +301,29 @@ def leave_out_all(
         leave_out(path, reason, kind=kind, class_name=class_name)
 
 
-def check_table(path: Path) -> None:
-    """Refuse a table that isn't a file, such as a pipe, whose reader would wait.
+@contextlib.contextmanager
+def opened_table(path: Path) -> Iterator[TextIO]:
+    """Open a dataset's CSV table; what goes wrong inside is an error that names it.
 
     Raises:
-        DatasetError: There is something else than a file.
+        DatasetError: It can't be read as CSV, or isn't a file but a pipe, whose reader would wait.
     """
     if path.exists() and not path.is_file():
         raise DatasetError(f"{shown(path)} isn't a file; the dataset's table is expected there")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield file
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{shown(path)}: can't be read as CSV: {error}") from error
+
+
+def content_digest(source: str | AudioSource) -> str | None:
+    """Return a digest of a clip's bytes, 32 hexadecimal digits; None if they can't be read."""
+    digest = xxhash.xxh3_128()
+    try:
+        with open_source(source) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except (OSError, ValueError):  # ValueError: NUL in the path
+        return None
+    return str(digest.hexdigest())

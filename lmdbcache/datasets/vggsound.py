@@ -13,8 +13,8 @@ from lmdbcache.datasets.base import ListedDataset, checked_folder, own_split_nam
 from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import (
     PassedOver,
-    check_table,
     leave_out_all,
+    opened_table,
     usable_entries,
     visible_entries,
 )
@@ -161,19 +161,15 @@ def _find_table(folder: str | Path) -> Path | None:
 
 def _rows(table: Path) -> Iterator[_Row]:
     seen: set[tuple[str, str]] = set()
-    check_table(table)
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            for columns in reader:
-                if not columns or (reader.line_num == 1 and not _is_number(columns)):
-                    continue  # an empty line, or a line of headings
-                row = _row(table, reader.line_num, columns)
-                if (row.file_id, row.label) not in seen:
-                    seen.add((row.file_id, row.label))
-                    yield row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{shown(table)}: can't be read as CSV: {error}") from error
+    with opened_table(table) as file:
+        reader = csv.reader(file)
+        for columns in reader:
+            if not columns or (reader.line_num == 1 and not _is_number(columns)):
+                continue  # an empty line, or a line of headings
+            row = _row(table, reader.line_num, columns)
+            if (row.file_id, row.label) not in seen:
+                seen.add((row.file_id, row.label))
+                yield row
 
 
 def _is_number(columns: list[str]) -> bool:

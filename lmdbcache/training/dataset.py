@@ -62,7 +62,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     a copy. Works with any `num_workers`, start method, and `persistent_workers`.
 
     Args:
-        source: Where the embeddings are, such as `cache.reader(config)`.
+        source: Where the embeddings are, such as `cache.reader(config)`; the attribute `reader`.
         sample_ids: The samples, in order; None takes all that are stored.
         labels: One target for each sample: a sequence, array or tensor of numbers or of rows such
             as multi-hot ones, or a Mapping of class name or sample id to target. Integers become
@@ -84,15 +84,14 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         *,
         collated: bool = False,
     ) -> None:
-        self._source = source
+        self.reader: Final = source
         self.collated = collated
         self.selection = source.select(sample_ids)
         self.labels = None if labels is None else target_tensor(self.sample_ids, labels)
-        self._is_ragged: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor pickles with its address: never twice to the same bytes.
-        state = {**self.__dict__, "_is_ragged": None}
+        state = dict(self.__dict__)
         if self.labels is not None:
             raw = self.labels.contiguous().flatten().view(torch.uint8).numpy().tobytes()
             state["labels"] = (self.labels.dtype, tuple(self.labels.shape), raw)
@@ -110,11 +109,6 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             self.labels = flat.reshape(shape)
 
     @property
-    def reader(self) -> EmbeddingReader | EmbeddingSource:
-        """Where the embeddings are."""
-        return self._source
-
-    @property
     def sample_ids(self) -> list[str]:
         """The samples, in order."""
         sample_ids: list[str] = self.selection.sample_ids
@@ -123,10 +117,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     @property
     def is_ragged(self) -> bool:
         """Whether embeddings differ in their first dimension."""
-        if self._is_ragged is None:
-            shape = getattr(self._source, "embedding_shape", None)
-            self._is_ragged = None in (shape or ())
-        return self._is_ragged
+        return None in (getattr(self.reader, "embedding_shape", None) or ())
 
     def __len__(self) -> int:
         return len(self.selection)

@@ -19,6 +19,7 @@ from lmdbcache.datasets.scanning import (
     Entry,
     PassedOver,
     leave_out_all,
+    opened_table,
     summary_of,
     usable_entries,
     visible_entries,
@@ -253,11 +254,8 @@ def _read_video_info(path: Path) -> dict[str, dict[str, str]]:
     """`video_00000` → row 0 of the table, and so on."""
     if not path.is_file():
         return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return {f"video_{index:05d}": row for index, row in enumerate(csv.DictReader(file))}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: can't be read as CSV: {error}") from error
+    with opened_table(path) as file:
+        return {f"video_{index:05d}": row for index, row in enumerate(csv.DictReader(file))}
 
 
 def _seconds(text: str | None, *, default: float) -> float:
