@@ -82,9 +82,7 @@ def pull_command(
         raise ConfigError(
             "--all takes all that is shared: leave out the fingerprint and --manifest"
         )
-    chosen: list[str | None] = [fingerprint]
-    if everything:
-        chosen = [*shared_fingerprints(Remote(url))] or chosen  # none: an error says so
+    chosen = [*shared_fingerprints(Remote(url))] if everything else [fingerprint]
     reports = []
     for one in chosen:
         with progress_bar("pulling", shown=progress, in_bytes=True) as report_progress:

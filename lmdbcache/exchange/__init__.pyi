@@ -13,10 +13,10 @@ from .intake import (
     Row as Row,
 )
 from .merge import MergeReport as MergeReport, merge_stores as merge_stores
+from .sharing.manifests import shared_fingerprints as shared_fingerprints
 from .sharing.pulling import PullReport as PullReport, pull as pull
 from .sharing.pushing import PushReport as PushReport, push as push
 from .sharing.remote import Remote as Remote, is_url as is_url
-from .sharing.remote_index import shared_fingerprints as shared_fingerprints
 from .sharing.verifying import (
     RemoteReport as RemoteReport,
     SharedStoreReport as SharedStoreReport,

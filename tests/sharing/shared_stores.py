@@ -8,7 +8,7 @@ from pathlib import Path
 from sharing.shared_samples import put_manifest, shard_of
 
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
-from lmdbcache.exchange.sharing.remote_index import read_state
+from lmdbcache.exchange.sharing.manifests import read_state
 from lmdbcache.exchange.sharing.shards import decode_header
 
 
@@ -57,7 +57,7 @@ def shared(remote, config):
     found = {}
     for offer in state_of(remote, config).offers():
         entry = offer.entry
-        data = remote.read(f"{config.fingerprint}/{entry.path}", entry.num_bytes)
+        data = remote.read(f"{config.fingerprint}/{entry.path}", 0, entry.num_bytes)
         assert hashlib.sha256(data).hexdigest() == entry.sha256
         header = decode_header(data[: entry.header_bytes], entry.path)
         assert header.config == config

@@ -20,9 +20,9 @@ from small_disks import empty, fill, small_disk
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheFullError, RemoteError, StorageError
 from lmdbcache.exchange import Remote, pull
-from lmdbcache.exchange.sharing import pulling
+from lmdbcache.exchange.sharing import remote as remote_module
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
-from lmdbcache.exchange.sharing.remote_index import read_state
+from lmdbcache.exchange.sharing.manifests import read_state
 from lmdbcache.storage import EXTRAS_NAME
 
 LARGE = (64, 64)  # 16 KiB an embedding
@@ -64,20 +64,19 @@ def test_a_damaged_beginning_is_fetched_again(remote, cache, config, left):
 
 def test_a_connection_that_breaks_leaves_what_came(remote, cache, config, monkeypatch):
     """A place that goes away: one error; what is imported stays, and the rest isn't begun anew."""
-    monkeypatch.setattr(pulling, "_AT_ONCE", 1)
+    monkeypatch.setattr(remote_module, "CONNECTIONS", 1)
     parts = [some_embeddings(10 * n, 10, shape=LARGE) for n in range(3)]
     shared = share(remote, config, *parts)
-    plain, calls = Remote.fetch, []
+    plain, calls = Remote.pieces, []
 
-    def fetch(self, path, target, num_bytes, progress=None):
+    def pieces(self, path, first, last):
         calls.append(path)
         if len(calls) == 2:
-            plain(self, path, target, num_bytes // 2, progress)
-            target.flush()
+            yield from plain(self, path, first, last // 2)
             raise RemoteError("the connection is gone")
-        plain(self, path, target, num_bytes, progress)
+        yield from plain(self, path, first, last)
 
-    monkeypatch.setattr(Remote, "fetch", fetch)
+    monkeypatch.setattr(Remote, "pieces", pieces)
     plain_list = Remote.list_files
 
     def list_files(self, folder):
@@ -219,7 +218,7 @@ def test_a_place_that_goes_away_while_manifests_are_read(remote, config, monkeyp
         share(remote, config, some_embeddings(number, 1), writer=f"node-{number}")
     plain, read = Remote.list_files, []
 
-    def fail(self, path, num_bytes):
+    def fail(self, path, *_):
         read.append(path)
         raise RemoteError("the connection is gone")
 
@@ -278,7 +277,7 @@ def test_a_disk_that_fills_up_keeps_what_was_imported(remote, tmp_path, config, 
     share(remote, config, *parts)
     with small_disk(tmp_path / "disk", 64) as disk:
         cache = EmbeddingCache(disk / "cache")
-        monkeypatch.setattr(pulling, "_AT_ONCE", 1)
+        monkeypatch.setattr(remote_module, "CONNECTIONS", 1)
         plain, calls = LocalFolder.fetch, []
 
         def fetch(self, *arguments):

@@ -89,14 +89,9 @@ def test_what_two_shards_hold_is_fetched_once(remote, cache, config):
 
 
 def count_reads(monkeypatch):
-    read, plain, plain_span = [], Remote.read, Remote.read_span
+    read, plain = [], Remote.read
     monkeypatch.setattr(
-        Remote, "read", lambda self, path, *sizes: read.append(path) or plain(self, path, *sizes)
-    )
-    monkeypatch.setattr(
-        Remote,
-        "read_span",
-        lambda self, path, *ends: read.append(path) or plain_span(self, path, *ends),
+        Remote, "read", lambda self, path, *ends: read.append(path) or plain(self, path, *ends)
     )
     return read
 

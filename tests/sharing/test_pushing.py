@@ -122,7 +122,7 @@ def test_an_interrupted_push_goes_on(remote, cache, config, monkeypatch, small):
     store(cache, config, values)
     small(32 * 10)
     monkeypatch.setattr(pushing, "_SHARDS_PER_MANIFEST", 2)
-    monkeypatch.setattr("lmdbcache.exchange.sharing.remote._CONNECTIONS", 1)
+    monkeypatch.setattr("lmdbcache.exchange.sharing.remote.CONNECTIONS", 1)
     written = []
     original = Remote.write
 
@@ -274,7 +274,7 @@ def test_a_foreign_manifest_is_named_and_left_alone(remote, cache, config):
     other = config.replace(duration=1.0)
     manifest = put_manifest(remote, other, [shard_of(other, some_embeddings(0, 9))[0]])
     (size,) = remote.list_files(f"{other.fingerprint}/manifests").values()
-    data = remote.read(f"{other.fingerprint}/{manifest.path}", size)
+    data = remote.read(f"{other.fingerprint}/{manifest.path}", 0, size)
     remote.write(f"{config.fingerprint}/{manifest.path}", data)
     report = push(cache, config, remote.url)
     assert report.num_pushed == 5

@@ -10,13 +10,13 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import secrets
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from lmdbcache.errors import IntegrityError, ReadOnlyCacheError, StorageError
-from lmdbcache.exchange.sharing.manifests import checked_writer
 from lmdbcache.exchange.sharing.remote import Remote
 from lmdbcache.exchange.sharing.shards import ShardEntry, ShardHeader
 from lmdbcache.files import check_folder, flocked, open_file, read_file, replace_file
@@ -29,7 +29,7 @@ _LOCK_NAME: Final = "lock"
 _WRITER_NAME: Final = "writer"
 _PART_SUFFIX: Final = ".part"
 _COPY_SUFFIX: Final = ".copy"
-_STEP_BYTES: Final = 8 << 20
+_WRITER: Final = re.compile(rb"[0-9a-f]{16}")
 
 
 class LocalFolder:
@@ -69,12 +69,12 @@ class LocalFolder:
 
     def writer(self) -> str:
         """Return the random id under which this store pushes; it is kept if that is possible."""
-        with contextlib.suppress(ValueError):
-            return checked_writer((self._read(_WRITER_NAME) or b"").decode("ascii"))
-        writer = secrets.token_hex(8)
-        if not self._read_only:
-            self._write(_WRITER_NAME, writer.encode())
-        return writer
+        writer = self._read(_WRITER_NAME) or b""
+        if not _WRITER.fullmatch(writer):
+            writer = secrets.token_hex(8).encode()
+            if not self._read_only:
+                self._write(_WRITER_NAME, writer)
+        return writer.decode()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -135,10 +135,13 @@ class LocalFolder:
                     if file.seek(0, os.SEEK_END) < entry.header_bytes:
                         file.truncate(0)
                         file.write(header.encoded)
-                    remote.fetch(path, file, entry.num_bytes, progress)
+                    for piece in remote.pieces(path, file.tell(), entry.num_bytes):
+                        file.write(piece)
+                        progress(len(piece))
                     file.flush()
-                    if _digest(file) == entry.sha256:
-                        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                    data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                if hashlib.sha256(data).hexdigest() == entry.sha256:
+                    return data
                 part.unlink()
         raise IntegrityError(f"{entry.path} is damaged: its bytes don't have its digest")
 
@@ -167,11 +170,3 @@ class LocalFolder:
                 check_folder(each)
                 each.mkdir(exist_ok=True)
             replace_file(folder / name, data)
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while piece := file.read(_STEP_BYTES):
-        digest.update(piece)
-    return digest.hexdigest()

@@ -1,21 +1,34 @@
-"""Manifests: one file for each push, which lists the shards that it adds.
+"""Manifests: one file for each push, which lists the shards that it adds, and what all of them say.
 
 A manifest never changes and its name ends in the digest of its bytes. It stands by itself: what is
 shared is what all manifests list together, without those that a later one of the same writer
 takes the place of. Nothing here trusts a clock.
+
+All that is read here may be hostile: numbers and sizes are bounded before anything is fetched,
+and no path is taken from a file's content.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, NamedTuple
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, ConfigError, FormatVersionError, IntegrityError
+from lmdbcache.errors import (
+    CacheError,
+    CacheNotFoundError,
+    ConfigError,
+    FormatVersionError,
+    IntegrityError,
+    RemoteError,
+)
+from lmdbcache.exchange.sharing.local_folder import LocalFolder
+from lmdbcache.exchange.sharing.remote import Remote, in_parallel
 from lmdbcache.exchange.sharing.shards import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -23,33 +36,53 @@ from lmdbcache.exchange.sharing.shards import (
     MAX_SHARD_SAMPLES,
     Shape,
     ShardEntry,
+    ShardHeader,
     check_format,
     checked_shape,
+    decode_header,
+    encode_json,
 )
+from lmdbcache.files import few
 from lmdbcache.storage import sample_key
 
 __all__ = [
+    "FINGERPRINT",
     "MANIFESTS_NAME",
-    "MANIFEST_NAME",
-    "MAX_MANIFEST_BYTES",
     "Manifest",
+    "Offer",
+    "SharedState",
     "checked_writer",
     "decode_manifest",
     "encode_manifest",
     "entry_bytes",
+    "find_fingerprint",
     "in_manifests",
     "manifest_path",
+    "read_header",
+    "read_state",
+    "shared_fingerprints",
     "writer_of",
 ]
 
 MANIFESTS_NAME: Final = "manifests"
-MAX_MANIFEST_BYTES: Final = 8 << 20
-MANIFEST_NAME: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{64})\.json")
+FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+_FORMER_NAME: Final = "commits"  # where the first form of sharing kept its history
 _WRITER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ID: Final = re.compile(MANIFEST_NAME.pattern.removesuffix(r"\.json"))
+_ID: Final = re.compile(rf"{_WRITER.pattern}-[0-9a-f]{{64}}")
+_FILE_NAME: Final = re.compile(rf"({_ID.pattern})\.json")
 _HEX_64: Final = re.compile(r"[0-9a-f]{64}")
+_FEW: Final = 10
+# No honest place comes near these; a hostile one costs no more than them.
 _MAX_TEXT: Final = 4096
-_MAX_ENTRIES_BYTES: Final = MAX_MANIFEST_BYTES - (2 << 20)
+_MAX_MANIFEST_BYTES: Final = 8 << 20
+_MAX_ENTRIES_BYTES: Final = _MAX_MANIFEST_BYTES - (2 << 20)
+_MAX_MANIFESTS: Final = 100_000
+_MAX_READ_BYTES: Final = 64 << 20  # of all manifests that count
+_MAX_SAMPLES: Final = 10_000_000
+_MAX_HEADERS_BYTES: Final = 1 << 30
+
+
+# ---- one manifest
 
 
 @dataclass(frozen=True)
@@ -137,7 +170,7 @@ def encode_manifest(
         "withdraws": sorted(set(withdraws)),
         "alongside": sorted(set(alongside)),
     }
-    data = _dumps(record)
+    data = encode_json(record)
     manifest_id = f"{writer}-{hashlib.sha256(data).hexdigest()}"
     return decode_manifest(manifest_id, data, config.fingerprint), data
 
@@ -180,7 +213,7 @@ def decode_manifest(manifest_id: str, data: bytes, fingerprint: str) -> Manifest
 
 def entry_bytes(entries: Iterable[ShardEntry]) -> int:
     """Return how many bytes these take in a manifest."""
-    return sum(len(_dumps(_record(entry))) + 1 for entry in entries)
+    return sum(len(encode_json(_record(entry))) + 1 for entry in entries)
 
 
 def in_manifests(entries: Sequence[ShardEntry]) -> Iterator[list[ShardEntry]]:
@@ -195,10 +228,6 @@ def in_manifests(entries: Sequence[ShardEntry]) -> Iterator[list[ShardEntry]]:
         part.append(entry)
         held += size
     yield part
-
-
-def _dumps(record: Any) -> bytes:
-    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def _record(entry: ShardEntry) -> dict[str, Any]:
@@ -246,3 +275,283 @@ def _check(condition: bool, what: str) -> None:  # noqa: FBT001
 
 def _refuse(name: str) -> None:
     raise ConfigError(f"{name} isn't JSON")
+
+
+# ---- all that count
+
+
+class Offer(NamedTuple):
+    """A shard that counts.
+
+    Args:
+        manifest: One that lists it.
+        entry: The shard; `without` has the samples that no manifest counts.
+    """
+
+    manifest: Manifest
+    entry: ShardEntry
+
+    def rows(self, header: ShardHeader) -> list[int]:
+        """Return the positions in the shard of the samples that count."""
+        without = frozenset(self.entry.without)
+        return [row for row, one in enumerate(header.sample_ids) if one not in without]
+
+
+@dataclass
+class SharedState:
+    """What is shared of one store.
+
+    Args:
+        fingerprint: Of its config.
+        manifests: Those that count, by id.
+        problems: Manifests that are damaged, missing or foreign: path → what is wrong.
+        damaged: Ids of those of them that no release can read.
+        listed: Ids of all manifest files that are there.
+    """
+
+    fingerprint: str
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)
+    listed: set[str] = field(default_factory=set)
+
+    def first(self) -> Manifest | None:
+        """Return the manifest that comes first; None if there is none."""
+        return min(self.manifests.values(), key=lambda one: one.id, default=None)
+
+    @property
+    def pin(self) -> str | None:
+        """The id of a manifest that means all that counts here, if there is one."""
+        ids = self.manifests.keys()
+        return next((m.id for m in self.manifests.values() if {m.id, *m.alongside} == ids), None)
+
+    def offers(self) -> list[Offer]:
+        """Return every shard that counts, once, in an order that is the same on every machine.
+
+        Raises:
+            IntegrityError: More than any honest place has.
+        """
+        found: dict[ShardEntry, Offer] = {}
+        for _, manifest in sorted(self.manifests.items()):
+            for entry in manifest.shards:
+                key = replace(entry, without=())
+                there = found.get(key, Offer(manifest, entry))
+                # What one of them counts, counts.
+                without = frozenset(there.entry.without) & frozenset(entry.without)
+                counted = replace(entry, without=tuple(sorted(without)))
+                found[key] = Offer(there.manifest, counted)
+        num_samples = sum(entry.num_samples for entry in found)
+        num_bytes = sum(entry.header_bytes for entry in found)
+        if num_samples > _MAX_SAMPLES or num_bytes > _MAX_HEADERS_BYTES:
+            raise IntegrityError(
+                f"the manifests of {self.fingerprint} list {num_samples} samples and {num_bytes} "
+                f"bytes of headers; up to {_MAX_SAMPLES} and {_MAX_HEADERS_BYTES} are read. Remove "
+                "the manifests that don't belong there"
+            )
+        return list(found.values())
+
+
+def read_state(
+    remote: Remote, fingerprint: str, local: LocalFolder, manifest: str | None = None
+) -> SharedState:
+    """Read the manifests of one fingerprint: one listing, and a read for each that counts.
+
+    Args:
+        remote: The place.
+        fingerprint: Of the config.
+        local: Has copies of what was read before.
+        manifest: The state that this id means, or the beginning of an id; None: all that is
+            there. A whole id whose manifests were all read before needs no network.
+
+    Raises:
+        ConfigError: The id, or its beginning, is that of no manifest or of several.
+        RemoteError: The place can't be reached. A single file that can't be read is a problem of
+            the state.
+        FormatVersionError: It was pushed by the previous form of sharing.
+        IntegrityError: There are more manifests than any honest place has.
+    """
+    if manifest is not None and _ID.fullmatch(manifest):
+        reading = _Reading(remote, fingerprint, local, {})
+        reading.read_pinned(manifest)
+        if not reading.state.problems:
+            return reading.state
+    sizes = _manifest_sizes(remote, fingerprint)
+    reading = _Reading(remote, fingerprint, local, sizes)
+    if manifest is None:
+        reading.read_all()
+        return reading.state
+    found = [one for one in sizes if one.startswith(manifest)]
+    if len(found) != 1:
+        what = f"begins {len(found)} manifests" if found else "isn't a manifest"
+        raise ConfigError(
+            f"manifest {manifest!r} {what} of {fingerprint}; there: {few(sorted(found or sizes))}"
+        )
+    reading.read_pinned(found[0])
+    return reading.state
+
+
+class _Reading:
+    """The manifests of one fingerprint, being read.
+
+    Args:
+        remote: The place.
+        fingerprint: Of the config.
+        local: Has copies of what was read before.
+        sizes: Id → bytes of each manifest that is there; with none only copies are read.
+    """
+
+    def __init__(
+        self, remote: Remote, fingerprint: str, local: LocalFolder, sizes: Mapping[str, int]
+    ) -> None:
+        self._remote, self._local, self._sizes = remote, local, sizes
+        self._withdrawn: set[str] = set()
+        self.state = SharedState(fingerprint, listed=set(sizes))
+
+    def read_all(self) -> None:
+        """Read all that count."""
+        state = self.state
+        self._read_each(self._ahead())
+        for gone in self._withdrawn:
+            state.manifests.pop(gone, None)
+            state.problems.pop(manifest_path(gone), None)
+        for one in state.manifests.values():
+            for other in {*one.alongside} - self._sizes.keys() - self._withdrawn:
+                state.problems[manifest_path(other)] = f"isn't there, and {one.id} was alongside it"
+
+    def read_pinned(self, manifest_id: str) -> None:
+        """Read one, and those alongside it."""
+        self._read_each([manifest_id])
+        if manifest_id in self.state.manifests:
+            self._read_each(self.state.manifests[manifest_id].alongside)
+
+    def _ahead(self) -> Iterator[str]:
+        # A manifest that takes the place of others lists what they did: it is the larger one.
+        num_bytes = 0
+        for manifest_id in sorted(self._sizes, key=lambda one: (-self._sizes[one], one)):
+            if manifest_id not in self._withdrawn:
+                num_bytes += min(self._sizes[manifest_id], _MAX_MANIFEST_BYTES)
+                if num_bytes > _MAX_READ_BYTES:
+                    raise IntegrityError(
+                        f"{self._remote.place}/{self.state.fingerprint}/{MANIFESTS_NAME} has more "
+                        f"than {_MAX_READ_BYTES} bytes. Remove what doesn't belong there"
+                    )
+                yield manifest_id
+
+    def _read_each(self, manifest_ids: Iterable[str]) -> None:
+        state = self.state
+        for manifest_id, found in in_parallel(self._read, manifest_ids):
+            try:
+                state.manifests[manifest_id] = found.result()
+                self._withdrawn.update(state.manifests[manifest_id].withdraws)
+            except (RemoteError, IntegrityError) as error:
+                state.problems[manifest_path(manifest_id)] = str(error)
+                if isinstance(error, RemoteError):
+                    # Raises where nothing answers any more: all others would fail as well.
+                    self._remote.list_files(f"{state.fingerprint}/{MANIFESTS_NAME}")
+                elif not isinstance(error, FormatVersionError):
+                    state.damaged.add(manifest_id)
+
+    def _read(self, manifest_id: str) -> Manifest:
+        fingerprint, path = self.state.fingerprint, manifest_path(manifest_id)
+        data, num_bytes = self._local.copy(manifest_id, manifest_id[-64:]), None
+        if self._sizes:
+            num_bytes = self._sizes.get(manifest_id, 0)
+        # Another length than the copy's is damage that a listing shows.
+        if data is None or num_bytes not in (None, len(data)):
+            if not num_bytes:
+                raise IntegrityError(f"{path} isn't there (any more)")
+            if num_bytes > _MAX_MANIFEST_BYTES:
+                raise IntegrityError(f"{path} has {num_bytes} bytes; no manifest has so many")
+            data = self._remote.read(f"{fingerprint}/{path}", 0, num_bytes, manifest_id[-64:])
+            manifest = decode_manifest(manifest_id, data, fingerprint)
+            self._local.keep(manifest_id, data)
+            return manifest
+        return decode_manifest(manifest_id, data, fingerprint)
+
+
+def _manifest_sizes(remote: Remote, fingerprint: str) -> dict[str, int]:
+    """Return id → bytes of each manifest that is there."""
+    listed = remote.list_files(f"{fingerprint}/{MANIFESTS_NAME}")
+    found = {match[1]: n for name, n in listed.items() if (match := _FILE_NAME.fullmatch(name))}
+    where = f"{remote.place}/{fingerprint}"
+    if not found and remote.list_files(f"{fingerprint}/{_FORMER_NAME}"):
+        raise FormatVersionError(
+            f"{where} was pushed by an earlier lmdbcache, in a form that isn't read any more: push "
+            "again to an empty folder"
+        )
+    if len(found) > _MAX_MANIFESTS:
+        raise IntegrityError(
+            f"{where}/{MANIFESTS_NAME} has {len(found)} files, {_MAX_MANIFESTS} at most are read. "
+            "Remove those that don't belong there"
+        )
+    return found
+
+
+def read_header(remote: Remote, offer: Offer, local: LocalFolder) -> ShardHeader:
+    """Return what a shard holds, from a copy or from the beginning of its file.
+
+    Raises:
+        IntegrityError: The file is damaged, or isn't what its manifest says.
+        RemoteError: It can't be read.
+    """
+    (manifest, entry), config = offer, offer.manifest.config
+    data = copy = local.copy(entry.sha256, entry.header_sha256)
+    if data is None:
+        path = f"{config.fingerprint}/{entry.path}"
+        data = remote.read(path, 0, entry.header_bytes, entry.header_sha256)
+    header = decode_header(data, entry.path)
+    listed = (config, manifest.embedding_shape, entry.num_bytes, entry.num_samples)
+    if listed != (header.config, header.embedding_shape, header.num_bytes, len(header.keys)) or (
+        (entry.first, entry.last) != (header.sample_ids[0], header.sample_ids[-1])
+    ):
+        raise IntegrityError(f"{entry.path} isn't the shard that manifest {manifest.id} says")
+    if copy is None:
+        local.keep(entry.sha256, data)
+    return header
+
+
+# ---- stores
+
+
+def shared_fingerprints(remote: Remote, beginning: str | None = None) -> list[str]:
+    """Return the fingerprints of the stores that are shared at a place, or of those of a beginning.
+
+    Raises:
+        CacheNotFoundError: None; names what is there.
+        RemoteError: The place can't be reached.
+    """
+    there = [name for name in remote.list_folders() if FINGERPRINT.fullmatch(name)]
+    found = [name for name in there if name.startswith((beginning or "").strip().lower())]
+    if not there:
+        raise CacheNotFoundError(f"nothing is shared at {remote.place}; is the URL right?")
+    if not found:
+        raise _not_the_one(f"no fingerprint at {remote.place} begins {beginning!r}", remote, there)
+    return found
+
+
+def find_fingerprint(remote: Remote, beginning: str | None) -> str:
+    """Return the one fingerprint at a place that has a beginning; without one the only one.
+
+    Raises:
+        CacheNotFoundError: None, or several; names what is there.
+        RemoteError: The place can't be reached.
+    """
+    found = shared_fingerprints(remote, beginning)
+    if len(found) > 1:
+        # A first push that hasn't ended leaves a folder in which nothing is shared yet.
+        found = [name for name in found if _manifest_sizes(remote, name)] or found
+    if len(found) > 1:
+        raise _not_the_one(f"{len(found)} stores are shared at {remote.place}", remote, found)
+    return found[0]
+
+
+def _not_the_one(problem: str, remote: Remote, there: Sequence[str]) -> CacheNotFoundError:
+    described = ", ".join(_described(remote, one) for one in there[:_FEW])
+    return CacheNotFoundError(f"{problem}; there: {described}. Give the `fingerprint` of one")
+
+
+def _described(remote: Remote, fingerprint: str) -> str:
+    with contextlib.suppress(IntegrityError, RemoteError):
+        first = read_state(remote, fingerprint, LocalFolder(None)).first()
+        return fingerprint if first is None else f"{fingerprint} ({first.config.slug})"
+    return fingerprint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
+from lmdbcache.errors import CacheError, IntegrityError, RemoteError
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
-from lmdbcache.exchange.sharing.remote import Remote, in_parallel
-from lmdbcache.exchange.sharing.remote_index import (
+from lmdbcache.exchange.sharing.manifests import (
     FINGERPRINT,
     Offer,
     SharedState,
@@ -23,12 +21,14 @@ from lmdbcache.exchange.sharing.remote_index import (
     read_header,
     read_state,
 )
+from lmdbcache.exchange.sharing.remote import CONNECTIONS, Remote, in_parallel
 from lmdbcache.exchange.sharing.selection import Selection
 from lmdbcache.exchange.sharing.shards import ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
     Report,
+    StoreMetadata,
     check_room,
     checksum,
     portable,
@@ -39,7 +39,6 @@ from lmdbcache.storage import (
 __all__ = ["PullReport", "pull"]
 
 _PAGE: Final = 4096
-_AT_ONCE: Final = 8
 # So many bytes come in the time that one more request takes.
 _GAP_BYTES: Final = 1 << 20
 _Values = Mapping[int, Any] | Sequence[Any]  # by position in the shard
@@ -55,6 +54,12 @@ class _Wanted(NamedTuple):
     @property
     def sample_ids(self) -> list[str]:
         return [self.header.sample_ids[row] for row in self.rows]
+
+    @property
+    def stored_bytes(self) -> int:
+        """What their values take in a store: one of more than half a page has pages of its own."""
+        sizes = (last - first for first, last in (self.header.bounds[row] for row in self.rows))
+        return sum(-(-size // _PAGE) * _PAGE if size > _PAGE // 2 else size for size in sizes)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -186,6 +191,7 @@ def pull(
         FormatVersionError: It was pushed by another release, in a form that isn't read.
         CacheFullError: The disk is full; what was imported stays.
         ReadOnlyCacheError: The cache directory can't be written.
+        ProvenanceMismatchError: Another process fills the store with other weights meanwhile.
         MissingDependencyError: A package is needed for this kind of place.
     """
     cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
@@ -239,7 +245,8 @@ class _Pull:
         self._config = taken.config
         self._listed: dict[str, int] = {}  # name → bytes of the shards that are there
         self._failed: set[str] = set()  # digests
-        self._refused_weights: set[str] = set()
+        # Of what was searched: what is shared, and what became of that without being fetched.
+        self._asked, self._present, self._skipped = set[str](), set[str](), set[str]()
         self._lock = Lock()  # of the counts, which several downloads add to
         self._bytes_done = self._bytes_in_all = 0
         self._is_over = False
@@ -251,13 +258,14 @@ class _Pull:
 
     def look(self, selection: Selection) -> list[_Wanted]:
         """Return the shards to fetch, so that all that is asked for is here or can be compared."""
-        report, search = self.report, self._search(selection)
+        report = self.report
+        self._refuse_other_weights()
+        wanted = self._search(selection)
         if not report.problems:
             selection.check_classes(f"{self._remote.place}/{self._config.fingerprint}")
-        wanted = search.wanted()
-        report.num_samples, report.num_present = len(search.asked), len(search.present)
-        report.num_skipped, report.num_shards = len(search.skipped), len(wanted)
-        report.absent = sorted((selection.sample_ids or frozenset()) - search.asked)
+        report.num_samples, report.num_present = len(self._asked), len(self._present)
+        report.num_skipped, report.num_shards = len(self._skipped), len(wanted)
+        report.absent = sorted((selection.sample_ids or frozenset()) - self._asked)
         report.bytes_to_fetch = sum(map(self._size, wanted))
         return wanted
 
@@ -273,7 +281,7 @@ class _Pull:
                 self._check_room(queue)
                 self._bytes_in_all += sum(map(self._size, queue))
                 missed: set[str] = set()
-                for wanted, embeddings in in_parallel(self._embeddings, queue, limit=_AT_ONCE):
+                for wanted, embeddings in in_parallel(self._embeddings, queue):
                     try:
                         self._import(wanted, embeddings.result())
                     except (IntegrityError, RemoteError) as error:
@@ -281,27 +289,66 @@ class _Pull:
                         missed.update(wanted.sample_ids)
                 lost |= missed
                 # Another shard may have what a damaged one was to bring.
-                queue = self._search(Selection(sample_ids=missed)).wanted() if missed else []
+                queue = self._search(Selection(sample_ids=missed)) if missed else []
         finally:
             self._is_over = True
         self.report.lost = sorted(lost - self._stored().keys()) if lost else []
 
-    def _search(self, selection: Selection) -> _Search:
-        """Read what the shards hold that may have some of these samples."""
-        search = _Search(selection, self._stored(), self._intake.report.on_duplicate)
+    def _refuse_other_weights(self) -> None:
+        """Leave out the manifests whose embeddings may not be mixed with those of the store."""
+        known = self._intake.metadata() or StoreMetadata.new(self._config)
+        for manifest in sorted(self._state.manifests.values(), key=lambda one: one.id):
+            theirs = portable(manifest.provenance)
+            try:
+                known.check_stated(theirs, self.report.path)
+                known = known.with_provenance(theirs, self.report.path)
+            except CacheError as error:
+                del self._state.manifests[manifest.id]
+                self._intake.report.refused.append(Refusal(manifest.writer, None, str(error)))
+
+    # ---- which shards
+
+    def _search(self, selection: Selection) -> list[_Wanted]:
+        """Return the shards that hold what is missing here of these samples, or differs."""
+        stored, on_duplicate = self._stored(), self._intake.report.on_duplicate
         offers = [
             one
             for one in self._state.offers()
             if one.entry.sha256 not in self._failed
             and selection.meets(one.entry.first, one.entry.last)
         ]
-        looks = in_parallel(lambda one: read_header(self._remote, one, self._local), offers)
-        for offer, header in looks:
+        if on_duplicate == "overwrite":
+            offers.reverse()  # the last of several values counts, or the store would go to and fro
+        found: list[_Wanted] = []
+        values: set[tuple[str, bytes]] = set()
+        met: set[str] = set()
+        for offer, look in in_parallel(self._header, offers):
             try:
-                search.look_at(offer, header.result())
+                header = look.result()
             except (IntegrityError, RemoteError) as error:
                 self._fail(offer, error)
-        return search
+                continue
+            wanted = _Wanted(offer, header, [])
+            for row in offer.rows(header):
+                sample_id, theirs = header.sample_ids[row], header.checksums[row]
+                if sample_id not in selection or (on_duplicate == "overwrite" and sample_id in met):
+                    continue
+                met.add(sample_id)
+                ours = stored.get(sample_id)
+                if ours == theirs:
+                    self._present.add(sample_id)
+                elif ours is not None and on_duplicate == "skip":
+                    self._skipped.add(sample_id)
+                elif (sample_id, theirs) not in values:
+                    values.add((sample_id, theirs))
+                    wanted.rows.append(row)
+            if wanted.rows:
+                found.append(wanted)
+        self._asked |= met
+        return found
+
+    def _header(self, offer: Offer) -> ShardHeader:
+        return read_header(self._remote, offer, self._local)
 
     def _stored(self) -> dict[str, bytes]:
         """Return sample id → checksum of what is stored."""
@@ -314,14 +361,9 @@ class _Pull:
         self._listed = self._remote.list_files(f"{self._config.fingerprint}/shards")
         # A shard that isn't there as its manifest says is no reason to refuse all others.
         coming = [one for one in queue if self._listed.get(one.offer.entry.name)]
-        stored = 0.0
-        for wanted in coming:
-            size = wanted.header.num_bytes / len(wanted.header.keys)
-            # A value of more than half a page gets pages of its own.
-            pages = math.ceil(size / _PAGE) * _PAGE
-            stored += len(wanted.rows) * (pages if size > _PAGE / 2 else size)
-        on_their_way = sum(sorted(map(self._size, coming))[-_AT_ONCE:])
-        check_room(self.report.path, int(stored) + on_their_way + RESERVE_BYTES, "this pull")
+        stored = sum(one.stored_bytes for one in coming)
+        on_their_way = sum(sorted(map(self._size, coming))[-CONNECTIONS:])
+        check_room(self.report.path, stored + on_their_way + RESERVE_BYTES, "this pull")
 
     def _fail(self, offer: Offer, error: Exception) -> None:
         if isinstance(error, RemoteError):
@@ -332,11 +374,9 @@ class _Pull:
 
     # ---- one shard: in a thread
 
-    def _embeddings(self, wanted: _Wanted) -> _Values | None:
-        """Return the embeddings by row; None of a shard whose weights are refused."""
+    def _embeddings(self, wanted: _Wanted) -> _Values:
+        """Return the embeddings by row."""
         entry = wanted.offer.entry
-        if _weights(wanted) in self._refused_weights:
-            return None
         found = self._listed.get(entry.name)
         if found != entry.num_bytes:
             size = "isn't there (any more)" if found is None else f"has {found} bytes"
@@ -346,24 +386,24 @@ class _Pull:
         data = self._local.fetch(self._remote, entry, wanted.header, self._count)
         return wanted.header.values(data)
 
-    def _fetch_rows(self, wanted: _Wanted, *, again: bool = True) -> dict[int, Any]:
+    def _fetch_rows(self, wanted: _Wanted) -> dict[int, Any]:
         """Return the embeddings that are wanted; only their bytes are read."""
         header, entry = wanted.header, wanted.offer.entry
         found: dict[int, Any] = {}
         for start, end in wanted.spans:
             path = f"{self._config.fingerprint}/{entry.path}"
-            data = memoryview(self._remote.read_span(path, start, end))
+            data = memoryview(self._remote.read(path, start, end))
             self._count(len(data))
             for row in wanted.rows:
                 first, last = header.bounds[row]
                 if start <= first and last <= end:
                     raw = data[first - start : last - start]
-                    if checksum(header.keys[row], raw) == header.checksums[row]:
-                        found[row] = header.value(raw)
-        if len(found) < len(wanted.rows):
-            if again:  # it may be damaged on the way only
-                return self._fetch_rows(wanted, again=False)
-            raise IntegrityError(f"{entry.path} is damaged: its values don't have their checksums")
+                    if checksum(header.keys[row], raw) != header.checksums[row]:
+                        raise IntegrityError(
+                            f"{entry.path} is damaged: {header.sample_ids[row]} doesn't have its "
+                            "checksum"
+                        )
+                    found[row] = header.value(raw)
         return found
 
     def _is_in_part(self, wanted: _Wanted) -> bool:
@@ -388,86 +428,15 @@ class _Pull:
 
     # ---- into the store
 
-    def _import(
-        self, wanted: _Wanted, embeddings: Mapping[int, Any] | Sequence[Any] | None
-    ) -> None:
+    def _import(self, wanted: _Wanted, embeddings: _Values) -> None:
         manifest, header = wanted.offer.manifest, wanted.header
-        if embeddings is not None and _weights(wanted) not in self._refused_weights:
-            detail = {"url": self.report.url, "manifest": manifest.id, "created": manifest.created}
-            rows = self._intake.checked(
-                wanted.sample_ids,
-                [embeddings[row] for row in wanted.rows],
-                Origin(manifest.writer, detail, portable(manifest.provenance)),
-                checksums=[header.checksums[row] for row in wanted.rows],
-            )
-            try:
-                self._intake.add(rows, portable(manifest.provenance))
-            except ProvenanceMismatchError as error:
-                self._refused_weights.add(_weights(wanted))
-                refusal = Refusal(manifest.writer, None, str(error))
-                self._intake.report.refused.append(refusal)
+        provenance = portable(manifest.provenance)
+        detail = {"url": self.report.url, "manifest": manifest.id, "created": manifest.created}
+        rows = self._intake.checked(
+            wanted.sample_ids,
+            [embeddings[row] for row in wanted.rows],
+            Origin(manifest.writer, detail, provenance),
+            checksums=[header.checksums[row] for row in wanted.rows],
+        )
+        self._intake.add(rows, provenance)
         self._local.discard(wanted.offer.entry)
-
-
-class _Search:
-    """Which shards to fetch.
-
-    Args:
-        selection: What is asked for.
-        stored: Sample id → checksum of what is stored.
-        on_duplicate: What happens to a sample that is stored with another value.
-    """
-
-    def __init__(
-        self, selection: Selection, stored: Mapping[str, bytes], on_duplicate: OnDuplicate
-    ) -> None:
-        self._selection, self._stored, self._on_duplicate = selection, stored, on_duplicate
-        # (digest of the shard, position in it) of each value that is wanted, once.
-        self._places: dict[tuple[str, bytes], tuple[str, int]] = {}
-        self._shards: dict[str, tuple[Offer, ShardHeader]] = {}
-        self._last: dict[str, bytes] = {}
-        self.asked: set[str] = set()
-        self.present: set[str] = set()
-        self.skipped: set[str] = set()
-
-    def look_at(self, offer: Offer, header: ShardHeader) -> None:
-        """Note what a shard holds."""
-        digest = offer.entry.sha256
-        for row in offer.rows(header):
-            sample_id, theirs = header.sample_ids[row], header.checksums[row]
-            if sample_id in self._selection:
-                self.asked.add(sample_id)
-                if self._is_wanted(sample_id, theirs):
-                    self._places.setdefault((sample_id, theirs), (digest, row))
-                    self._shards.setdefault(digest, (offer, header))
-
-    def _is_wanted(self, sample_id: str, theirs: bytes) -> bool:
-        ours = self._stored.get(sample_id)
-        if ours is None:
-            return True
-        if self._on_duplicate == "overwrite":
-            # The last of several shared values counts, or the store would go to and fro.
-            self._places.pop((sample_id, self._last.get(sample_id, b"")), None)
-            self._last[sample_id] = theirs
-        if ours == theirs:
-            self.present.add(sample_id)
-            return False
-        if self._on_duplicate == "skip":
-            self.skipped.add(sample_id)
-            return False
-        return True
-
-    def wanted(self) -> list[_Wanted]:
-        """Return the shards that hold what is wanted, in order."""
-        rows: dict[str, list[int]] = {}
-        for digest, row in self._places.values():
-            rows.setdefault(digest, []).append(row)
-        return [
-            _Wanted(*shard, sorted(rows[digest]))
-            for digest, shard in self._shards.items()
-            if digest in rows
-        ]
-
-
-def _weights(wanted: _Wanted) -> str:
-    return wanted.offer.manifest.provenance.get("weights_digest", "")

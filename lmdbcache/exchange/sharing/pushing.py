@@ -14,25 +14,22 @@ import numpy.typing as npt
 
 from lmdbcache.cache import EmbeddingCache, SourceRecords
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import (
-    ConfigError,
-    IntegrityError,
-    RemoteError,
-    SampleNotFoundError,
-)
+from lmdbcache.errors import ConfigError, IntegrityError, RemoteError, SampleNotFoundError
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.manifests import (
     MANIFESTS_NAME,
     Manifest,
+    Offer,
     checked_writer,
     encode_manifest,
     entry_bytes,
     in_manifests,
     manifest_path,
+    read_header,
+    read_state,
     writer_of,
 )
 from lmdbcache.exchange.sharing.remote import Remote, in_parallel
-from lmdbcache.exchange.sharing.remote_index import Offer, SharedState, read_header, read_state
 from lmdbcache.exchange.sharing.selection import Selection
 from lmdbcache.exchange.sharing.shards import (
     MAX_SHARD_SAMPLES,
@@ -59,10 +56,7 @@ SHARD_BYTES: Final = 16 << 20  # of values
 # A push that is killed has no more than this to list again; its shards stay.
 _SHARDS_PER_MANIFEST: Final = 64
 _CHOICES: Final = ("skip", "overwrite", "error")
-_ORIGINS_AT_ONCE: Final = 10_000
 _READ_AT_ONCE: Final = 64
-
-Values = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 
 
 @dataclass
@@ -200,7 +194,7 @@ class _Push:
     ) -> None:
         self._reader, self._remote, self._local, self._report = reader, remote, local, report
         self._folder, self._shape = report.fingerprint, reader.embedding_shape or ()
-        self._state: SharedState = read_state(remote, self._folder, local)
+        self._state = read_state(remote, self._folder, local)
         report.problems.update(self._state.problems)
         report.manifest = self._state.pin
         self._listed: dict[str, int] = {}  # name → bytes of the shards that are there
@@ -242,7 +236,7 @@ class _Push:
             different[entry.sha256] = {one for one in mine if mine[one] != there[one]}
             for sample_id in mine.keys() - different[entry.sha256]:
                 missing.pop(sample_id, None)
-        left_out = sorted(missing.keys() & set().union(*different.values()))
+        left_out = missing.keys() & set().union(*different.values())
         report.num_different = len(left_out)
         if left_out and on_duplicate == "error":
             raise ConfigError(
@@ -253,7 +247,8 @@ class _Push:
         if on_duplicate == "overwrite":
             self._outdated.update(different)
         else:
-            missing = {one: missing[one] for one in missing.keys() - set(left_out)}
+            # In the order of the keys still, or others would make other shards of the same samples.
+            missing = {one: data for one, data in missing.items() if one not in left_out}
         self._missing = missing
         report.num_there = len(chosen) - len(missing)
         report.num_pushed = len(missing) if report.dry_run else 0
@@ -383,7 +378,9 @@ class _Push:
         """
         report, state = self._report, self._state
         mine = [one for one in state.manifests.values() if one.writer == report.writer]
-        withdraws = self._damaged() if is_last else set[str]()
+        withdraws = set[str]()
+        if is_last:
+            withdraws = {one for one in state.damaged if writer_of(one) == report.writer}
         kept = {one.id: tuple(self._counting(one)) if is_last else one.shards for one in mine}
         is_changed = any(kept[one.id] != one.shards for one in mine)
         if not (self._pending or withdraws or is_changed):
@@ -407,14 +404,6 @@ class _Push:
             state.manifests.pop(one, None)
             report.problems.pop(manifest_path(one), None)
         report.manifest = state.pin
-
-    def _damaged(self) -> set[str]:
-        """Return the ids of this writer's manifests that are damaged."""
-        state, writer = self._state, self._report.writer
-        paths = state.problems.keys() - state.unread
-        return {
-            one for one in state.listed if writer_of(one) == writer and manifest_path(one) in paths
-        }
 
     def _counting(self, manifest: Manifest) -> Iterator[ShardEntry]:
         """Yield the shards of a manifest that still count, without the samples that don't."""
@@ -482,7 +471,11 @@ def _choose(
             f"{len(absent)} samples aren't stored in {reader.path}: {few(sorted(absent), 3)}"
         )
     selection.check_classes(str(reader.path))
-    return (_own(chosen, reader) if own else chosen), unusable
+    if own:
+        with SourceRecords(reader.path) as records:
+            elsewhere = records.origins(chosen)
+        chosen = {one: expected for one, expected in chosen.items() if one not in elsewhere}
+    return chosen, unusable
 
 
 def _is_key_of(key: bytes, sample_id: str) -> bool:
@@ -490,13 +483,3 @@ def _is_key_of(key: bytes, sample_id: str) -> bool:
         return sample_key(sample_id) == key
     except ValueError:
         return False
-
-
-def _own(chosen: dict[str, bytes], reader: EmbeddingReader) -> dict[str, bytes]:
-    own: dict[str, bytes] = {}
-    items = iter(chosen.items())
-    with SourceRecords(reader.path) as records:
-        while some := dict(islice(items, _ORIGINS_AT_ONCE)):
-            elsewhere = records.origins(some)
-            own |= {one: expected for one, expected in some.items() if one not in elsewhere}
-    return own

@@ -7,6 +7,8 @@ breaks on the way is tried again.
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import logging
 import os
 import posixpath
@@ -15,53 +17,68 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Lock
-from typing import Any, Final, Protocol, TypeVar
+from threading import Lock, Thread
+from typing import Any, Final, TypeVar
 
-from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
-from lmdbcache.exchange.sharing.file_systems import (
-    S3,
-    call,
-    check_known,
-    connect,
-    first_line,
-    is_final,
-    read_range,
-    started,
-    translated,
+from lmdbcache.errors import (
+    CacheFullError,
+    ConfigError,
+    IntegrityError,
+    MissingDependencyError,
+    RemoteError,
 )
-from lmdbcache.files import sync_file
+from lmdbcache.files import replace_file, sync_file
 
-__all__ = ["Remote", "in_parallel", "is_url", "without_secrets"]
+__all__ = ["CONNECTIONS", "Remote", "in_parallel", "is_url", "without_secrets"]
 
 _logger: Final = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
 
-_CONNECTIONS: Final = 8
+CONNECTIONS: Final = 8
 _PIECE_BYTES: Final = 16 << 20
 _TRIES: Final = 5
 _FIRST_TRIES: Final = 2  # before the place has answered once
 _FIRST_WAIT: Final = 0.5  # seconds; doubled each time
+# A call that stands still isn't waited for longer than such a slow connection would take.
+_PATIENCE_SECONDS: Final = 60.0
+_SLOWEST_BYTES_PER_SECOND: Final = 64 << 10
+
+_LOCAL: Final = ("file", "local")
+_S3: Final = ("s3", "s3a")
+_SSH: Final = ("ssh", "sftp")
 # A file appears there in one step, when all of it has arrived.
 _WHOLE_OR_NOTHING: Final = frozenset(
-    {*S3, "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
+    {*_S3, "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
 )
-_TEMPORARY_PREFIX: Final = ".uploading-"
-_inherited: Final[list[Any]] = []
-
-
-class Target(Protocol):
-    """What a file is fetched into."""
-
-    def seek(self, offset: int, whence: int = 0, /) -> int: ...
-    def write(self, data: bytes, /) -> Any: ...
+_PACKAGES: Final = {
+    **dict.fromkeys(_S3, '"lmdbcache[s3]"'),
+    **dict.fromkeys(_SSH, "sshfs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("abfs", "az"), "adlfs"),
+    "hf": "huggingface_hub",
+}
+_SSH_OPTIONS: Final = {
+    # asyncssh's own default, ~/.ssh/known_hosts; sshfs's is to trust any host.
+    "known_hosts": (),
+    # Without these a connection that stands still is waited for without end.
+    "connect_timeout": 30,
+    "login_timeout": 30,
+    "keepalive_interval": 15,
+    "keepalive_count_max": 3,
+}
+# Trying again is useless after one of these.
+_FINAL_ERRORS: Final = (
+    *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
+    *(TypeError, NotImplementedError, MemoryError, MissingDependencyError, ConfigError),
+)
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_FINAL_ERRNOS: Final = (*_FULL, errno.EROFS, errno.ENAMETOOLONG)
+_FINAL_WORDS: Final = ("Credentials", "Token", "Permission", "HostKey")
 
 
 class Remote:
-    """A place that embeddings are shared through.
-
-    Picklable; a forked process connects anew. Threads may share it.
+    """A place that embeddings are shared through; threads may share it.
 
     `place` is its URL without a password, for people.
 
@@ -78,40 +95,31 @@ class Remote:
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.url: Final = _checked(url)
         self.place: Final = without_secrets(self.url)
-        self.protocol: Final = self.url.partition("://")[0]
+        self._protocol: Final = self.url.partition("://")[0]
         self._options = dict(storage_options or {})
         self._has_answered = False
-        self._file_system: Any = None
-        self._pid = 0
+        self._system: Any = None
         self._folder = ""
         self._lock = Lock()
-        check_known(self.place, self.protocol)
+        _check_known(self.place, self._protocol)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.place!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file_system": None, "_has_answered": False, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = Lock()
 
     # ---- looking
 
     def list_files(self, folder: str) -> dict[str, int]:
         """Return name → bytes of the files right in a folder, as they are now; {} if it is missing.
 
-        Files that are still being uploaded aren't among them.
+        Files that are still being uploaded aren't among them: their names begin with a dot.
 
         Raises:
             RemoteError: The place can't be reached or refuses.
         """
-        found = self._list(folder)
         return {
             name: int(item.get("size") or 0)
-            for name, item in found.items()
-            if item.get("type") == "file" and not name.startswith(_TEMPORARY_PREFIX)
+            for name, item in self._list(folder).items()
+            if item.get("type") == "file" and not name.startswith(".")
         }
 
     def list_folders(self, folder: str = "") -> list[str]:
@@ -135,65 +143,56 @@ class Remote:
 
     # ---- reading
 
-    def read(self, path: str, num_bytes: int) -> bytes:
-        """Return a small file's bytes.
-
-        Args:
-            path: Below the place.
-            num_bytes: How many it has, by a listing.
-
-        Raises:
-            RemoteError: It is missing, or can't be read.
-        """
-        data = self._read(path, lambda system, at: call(system, "cat_file", num_bytes, at))
-        if len(data) != num_bytes:
-            raise RemoteError(f"{self.place}/{path} gives {len(data)} of {num_bytes} bytes")
-        return data
-
-    def read_span(self, path: str, first: int, last: int) -> bytes:
+    def read(self, path: str, first: int, last: int, sha256: str | None = None) -> bytes:
         """Return some bytes of a file.
 
         Args:
             path: Below the place.
             first: The first byte.
             last: The one after the last.
+            sha256: Their digest, in hex, where it is known; damage on the way is read again.
 
         Raises:
             RemoteError: It is missing, is shorter, or can't be read.
+            IntegrityError: The bytes don't have their digest.
         """
-        data = self._read(path, lambda system, at: read_range(system, at, first, last))
-        if len(data) != last - first:
-            raise RemoteError(
-                f"{self.place}/{path} gives {len(data)} of the {last - first} bytes from {first} on"
-            )
-        return data
+        for _ in range(1 if sha256 is None else 2):
+            try:
+                data = self._try(lambda system: self._range(system, path, first, last), path)
+            except FileNotFoundError:
+                raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
+            if len(data) != last - first:
+                raise RemoteError(
+                    f"{self.place}/{path} gives {len(data)} of the {last - first} bytes from "
+                    f"{first} on"
+                )
+            if sha256 is None or hashlib.sha256(data).hexdigest() == sha256:
+                return data
+        raise IntegrityError(f"{path} is damaged: its bytes don't have their digest")
 
-    def fetch(
-        self,
-        path: str,
-        target: Target,
-        num_bytes: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        """Append what is missing of a file, piece by piece; a piece that is cut is tried again.
-
-        Args:
-            path: Below the place.
-            target: Open for appending; what it holds already isn't read again.
-            num_bytes: Size of the whole file.
-            progress: Called with the bytes of each piece.
+    def pieces(self, path: str, first: int, last: int) -> Iterator[bytes]:
+        """Yield some bytes of a large file, piece by piece; a piece that is cut is tried again.
 
         Raises:
-            RemoteError: It is missing, is shorter, or can't be read.
+            RemoteError: See `read`.
         """
-        first = target.seek(0, os.SEEK_END)
-        while first < num_bytes:
-            last = min(first + _PIECE_BYTES, num_bytes)
-            data = self.read_span(path, first, last)
-            target.write(data)
-            first = last
-            if progress is not None:
-                progress(len(data))
+        for start in range(first, last, _PIECE_BYTES):
+            yield self.read(path, start, min(start + _PIECE_BYTES, last))
+
+    def _range(self, system: Any, path: str, first: int, last: int) -> bytes:
+        target, patience = self._path(path), _patience(last - first)
+        if not _is_sshfs(type(system)):
+            options = {"timeout": patience} if system.async_impl else {}
+            return bytes(system.cat_file(target, start=first, end=last, **options))
+
+        # sshfs's `cat_file` reads the whole file, and closing one on a lost connection never
+        # returns.
+        def read() -> bytes:
+            with system.open(target, "rb") as file:
+                file.seek(first)
+                return bytes(file.read(last - first))
+
+        return _started(read).result(patience)
 
     # ---- changing
 
@@ -204,34 +203,38 @@ class Remote:
             RemoteError: The place can't be reached or refuses.
             CacheFullError: A disk is full.
         """
-
-        def put(system: Any) -> None:
-            target = self._path(path)
-            if self.protocol in ("file", "local"):
-                _write_local(Path(target), data)
-            elif self.protocol in _WHOLE_OR_NOTHING:
-                # s3fs would send two parts or more; one PUT is one request, and whole or nothing.
-                large = {"chunksize": len(data) + 1} if self.protocol in S3 else {}
-                call(system, "pipe_file", len(data), target, data, **large)
-            else:
-                folder, name = posixpath.split(target)
-                temporary = f"{folder}/{_TEMPORARY_PREFIX}{secrets.token_hex(4)}-{name}"
-                try:
-                    system.makedirs(folder, exist_ok=True)
-                    call(system, "pipe_file", len(data), temporary, data)
-                    system.mv(temporary, target)
-                except BaseException:
-                    with contextlib.suppress(Exception):
-                        system.rm_file(temporary)
-                    raise
-
         try:
-            self._try(put, path)
+            self._try(lambda system: self._put(system, self._path(path), data), path)
         except FileNotFoundError as error:
             raise RemoteError(
-                f"{self.place}/{path} can't be written: {first_line(error)}. Is there such a "
+                f"{self.place}/{path} can't be written: {_first_line(error)}. Is there such a "
                 "bucket or mount? It isn't made for you"
             ) from None
+
+    def _put(self, system: Any, target: str, data: bytes) -> None:
+        if self._protocol in _LOCAL:
+            file = Path(target)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, data, durable=True)
+            sync_file(file.parent)
+            return
+        options: dict[str, Any] = {"timeout": _patience(len(data))} if system.async_impl else {}
+        if self._protocol in _S3:
+            # s3fs would send two parts or more; one PUT is one request, and whole or nothing.
+            options["chunksize"] = len(data) + 1
+        if self._protocol in _WHOLE_OR_NOTHING:
+            system.pipe_file(target, data, **options)
+            return
+        folder, name = posixpath.split(target)
+        temporary = f"{folder}/.uploading-{secrets.token_hex(4)}-{name}"
+        try:
+            system.makedirs(folder, exist_ok=True)
+            system.pipe_file(temporary, data, **options)
+            system.mv(temporary, target)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                system.rm_file(temporary)
+            raise
 
     def remove(self, path: str) -> None:
         """Remove a file; a missing one is fine."""
@@ -243,49 +246,38 @@ class Remote:
     def _path(self, path: str) -> str:
         return f"{self._folder}/{path}".rstrip("/") if path else self._folder
 
-    def _read(self, path: str, action: Callable[[Any, str], Any]) -> bytes:
-        try:
-            return bytes(self._try(lambda system: action(system, self._path(path)), path))
-        except FileNotFoundError:
-            raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
-
-    def _fsspec(self) -> Any:
-        """Return the file system, of this process alone and with no listing remembered."""
+    def _connected(self) -> Any:
         with self._lock:
-            if self._pid != os.getpid() and self._file_system is not None:
-                # The parent's connections: ending them here would wait for a loop that isn't
-                # running.
-                _inherited.append(self._file_system)
-            if self._file_system is None or self._pid != os.getpid():
-                self._file_system, self._folder = connect(self.url, self.protocol, self._options)
-                self._pid = os.getpid()
-            return self._file_system
+            if self._system is None:
+                self._system, self._folder = _connect(self.url, self._protocol, self._options)
+            return self._system
 
     def _try(self, action: Callable[[Any], _Result], path: str) -> _Result:
+        """Call with the file system, several times if need be."""
         import tenacity
 
         tries = _TRIES
         if not self._has_answered:
             # A wrong name is more likely; and botocore tries four times more by itself.
-            tries = min(tries, 1 if self.protocol in S3 else _FIRST_TRIES)
+            tries = min(tries, 1 if self._protocol in _S3 else _FIRST_TRIES)
         used: list[Any] = []
 
         def once() -> _Result:
-            used.append(self._fsspec())
+            used.append(self._connected())
             result = action(used[-1])
             self._has_answered = True
             return result
 
         def connect_anew(state: Any) -> None:
             error = state.outcome.exception()
-            _logger.info("%s/%s: %s; trying again", self.place, path, first_line(error))
-            if self._file_system is used[-1]:
-                self._file_system = None  # its connection may be the broken one
+            _logger.info("%s/%s: %s; trying again", self.place, path, _first_line(error))
+            if self._system is used[-1]:
+                self._system = None  # its connection may be the broken one
 
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(tries),
             wait=tenacity.wait_exponential(_FIRST_WAIT) + tenacity.wait_random(0, _FIRST_WAIT),
-            retry=tenacity.retry_if_exception(lambda error: not is_final(error)),
+            retry=tenacity.retry_if_exception(lambda error: not _is_final(error)),
             before_sleep=connect_anew,
             reraise=True,
         )
@@ -295,12 +287,15 @@ class Remote:
             raise
         except Exception as error:  # each file system has errors of its own
             where = f"{self.place}/{path}".rstrip("/")
-            raise translated(error, where, len(used)) from error
+            raise _translated(error, where, len(used)) from error
         return result
 
 
+# ---- several at once
+
+
 def in_parallel(
-    action: Callable[[_Item], _Result], items: Iterable[_Item], *, limit: int | None = None
+    action: Callable[[_Item], _Result], items: Iterable[_Item]
 ) -> Iterator[tuple[_Item, Future[_Result]]]:
     """Call for each item in a thread, a few ahead of the one that is looked at.
 
@@ -308,20 +303,32 @@ def in_parallel(
     it takes to have several transfers at once, of any file system. An exception is raised where
     the result is asked for. When the caller stops, it doesn't wait for those that still run.
 
-    Args:
-        action: Called with each item.
-        items: Taken one by one, when a thread is free.
-        limit: How many run at once; default: 8.
-
     Yields:
         Each item with its result, in the order of the items.
     """
     running: deque[tuple[_Item, Future[_Result]]] = deque()
     for item in items:
-        running.append((item, started(action, item)))
-        if len(running) >= (limit or _CONNECTIONS):
+        running.append((item, _started(action, item)))
+        if len(running) >= CONNECTIONS:
             yield running.popleft()
     yield from running
+
+
+def _started(action: Callable[..., _Result], *arguments: Any) -> Future[_Result]:
+    """Call in a thread that isn't waited for, not even at the end of the process."""
+    done: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(action(*arguments))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            done.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return done
+
+
+# ---- URLs
 
 
 def is_url(text: str) -> bool:
@@ -347,15 +354,95 @@ def _checked(url: str) -> str:
     return f"{protocol.lower()}://{rest.rstrip('/')}"
 
 
-def _write_local(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{_TEMPORARY_PREFIX}{secrets.token_hex(4)}-{target.name}")
+# ---- the quirks of fsspec's file systems
+
+
+def _check_known(place: str, protocol: str) -> None:
+    """Check that fsspec has a file system for this kind of URL; nothing is connected."""
+    package = '"lmdbcache[share]"'
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_file(target.parent)
+        import fsspec
+        import tenacity  # noqa: F401 - needed later
+
+        package = _PACKAGES.get(protocol, "what it names")
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise MissingDependencyError(f"{protocol}://: {error}: pip install {package}") from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return a file system of its own, and the folder that the URL names in it."""
+    import fsspec
+
+    own = dict(options)
+    is_ssh = protocol in _SSH and _is_sshfs(fsspec.get_filesystem_class(protocol))
+    if protocol in _S3:
+        own["config_kwargs"] = _s3_settings(protocol, options)
+    elif is_ssh:
+        own = {**_SSH_OPTIONS, **fsspec.config.conf.get(protocol, {}), **options}
+    system, folder = fsspec.core.url_to_fs(url, skip_instance_cache=True, **own)
+    if protocol in _S3:
+        system.retries = 1  # its own, inside each of ours
+    elif is_ssh:
+        # asyncssh's tasks raise on a lost connection what the call itself raises as well.
+        system.loop.set_exception_handler(lambda _, context: _logger.debug("%r", context))
+    return system, str(folder).rstrip("/")
+
+
+def _s3_settings(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return botocore's settings: many servers don't know the checksums that newer clients add."""
+    import fsspec
+    from botocore.config import Config
+
+    name, own = "request_checksum_calculation", {}
+    if hasattr(Config(), name) and f"AWS_{name.upper()}" not in os.environ:
+        own = {name: "when_required"}
+    configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+    return {**own, **configured, **options.get("config_kwargs", {})}
+
+
+def _is_sshfs(kind: type) -> bool:
+    return kind.__name__ == "SSHFileSystem"
+
+
+def _patience(num_bytes: int) -> float:
+    """Return the seconds after which a call that moves so many bytes is given up."""
+    return _PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND
+
+
+def _is_final(error: BaseException) -> bool:
+    return (
+        not isinstance(error, Exception)
+        or isinstance(error, _FINAL_ERRORS)
+        or getattr(error, "errno", None) in _FINAL_ERRNOS
+        or any(word in type(error).__name__ for word in _FINAL_WORDS)
+    )
+
+
+def _translated(error: Exception, place: str, tries: int) -> CacheFullError | RemoteError:
+    """Return our error for what a file system raised."""
+    reason, kind = _first_line(error), type(error).__name__
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return CacheFullError(f"{place}: the disk is full. Free space and go on")
+    if "Credentials" in kind:
+        return RemoteError(
+            f"{place}: no credentials ({reason}). Set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or what this kind of place takes"
+        )
+    if isinstance(error, PermissionError) or "Permission" in kind:
+        return RemoteError(f"{place}: permission denied ({reason}). Check the credentials")
+    if "HostKey" in kind:  # asyncssh's
+        return RemoteError(
+            f"{place}: the host's key isn't the one in ~/.ssh/known_hosts, or isn't there "
+            f"({reason}). Connect with ssh once, compare the key it shows, and try again"
+        )
+    often = f", tried {tries} times" if tries > 1 else ""
+    return RemoteError(f"{place}: {reason}{often}. Check the URL and the connection, and try again")
+
+
+def _first_line(error: BaseException) -> str:
+    """Return an error's type and the beginning of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

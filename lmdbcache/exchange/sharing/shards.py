@@ -34,6 +34,7 @@ __all__ = [
     "check_format",
     "checked_shape",
     "decode_header",
+    "encode_json",
     "encode_shard",
 ]
 
@@ -150,7 +151,8 @@ class ShardHeader:
             "dtype": _DTYPES[self.config.dtype],
             "shape": [num_rows, *self._row_shape],
         }
-        text = _dumps({"__metadata__": {_METADATA: _dumps(about)}, _TENSOR: tensor}).encode("ascii")
+        metadata = {_METADATA: encode_json(about).decode()}
+        text = encode_json({"__metadata__": metadata, _TENSOR: tensor})
         padded = text + b" " * (-len(text) % 8)
         return len(padded).to_bytes(8, "little") + padded
 
@@ -272,5 +274,6 @@ def checked_shape(shape: tuple[Any, ...]) -> Shape:
     return shape
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def encode_json(value: Any) -> bytes:
+    """Return JSON in the one form that shards and manifests have it in."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")

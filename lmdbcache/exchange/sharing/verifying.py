@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
-from lmdbcache.errors import CacheNotFoundError, IntegrityError, RemoteError
+from lmdbcache.errors import IntegrityError, RemoteError
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
-from lmdbcache.exchange.sharing.remote import Remote, in_parallel
-from lmdbcache.exchange.sharing.remote_index import (
+from lmdbcache.exchange.sharing.manifests import (
     Offer,
     read_header,
     read_state,
     shared_fingerprints,
 )
+from lmdbcache.exchange.sharing.remote import Remote, in_parallel
 from lmdbcache.exchange.sharing.shards import MAX_SHARD_FILE_BYTES
 from lmdbcache.storage import Report
 
@@ -105,12 +105,7 @@ def verify_remote(
         ConfigError: Not a URL.
     """
     remote = Remote(url, storage_options)
-    there = shared_fingerprints(remote)
-    found = [name for name in there if name.startswith((fingerprint or "").strip().lower())]
-    if not found:
-        others = f"; there are {', '.join(there)}" if there else ": nothing is"
-        what = f"{fingerprint!r} isn't shared" if fingerprint else "no store is shared"
-        raise CacheNotFoundError(f"{what} at {remote.place}{others if fingerprint else ''}")
+    found = shared_fingerprints(remote, fingerprint)
     return RemoteReport(remote.place, [_look_at(remote, one, progress) for one in found])
 
 
@@ -132,9 +127,7 @@ def _look_at(
 
     def look(digest: str) -> list[str]:
         """Compare a shard with its digest and its manifests; return the samples that count."""
-        if digest not in sizes:
-            raise IntegrityError(f"shards/{digest}.safetensors isn't there")
-        check_shard(remote, fingerprint, digest, sizes[digest])
+        check_shard(remote, fingerprint, digest, sizes.get(digest, 0))
         headers = [(one, read_header(remote, one, LocalFolder(None))) for one in offers[digest]]
         return [header.sample_ids[row] for one, header in headers for row in one.rows(header)]
 
@@ -158,28 +151,15 @@ def check_shard(remote: Remote, fingerprint: str, digest: str, num_bytes: int) -
     """Compare a shard with the digest in its name, piece by piece.
 
     Raises:
-        IntegrityError: It is damaged, or larger than any shard.
+        IntegrityError: It is damaged, missing, or larger than any shard.
         RemoteError: It can't be read.
     """
     path = f"shards/{digest}.safetensors"
-    if num_bytes > MAX_SHARD_FILE_BYTES:
-        raise IntegrityError(f"{path} has {num_bytes} bytes; no shard has so many")
-    received = _Digest()
-    remote.fetch(f"{fingerprint}/{path}", received, num_bytes)
-    if received.sha256.hexdigest() != digest:
+    if not 0 < num_bytes <= MAX_SHARD_FILE_BYTES:
+        what = f"has {num_bytes} bytes; no shard has so many" if num_bytes else "isn't there"
+        raise IntegrityError(f"{path} {what}")
+    received = hashlib.sha256()
+    for piece in remote.pieces(f"{fingerprint}/{path}", 0, num_bytes):
+        received.update(piece)
+    if received.hexdigest() != digest:
         raise IntegrityError(f"{path} is damaged: its bytes don't have its digest")
-
-
-class _Digest:
-    """Takes the digest of what is written to it, and keeps nothing."""
-
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
-        self._size = 0
-
-    def seek(self, *_: int) -> int:
-        return self._size
-
-    def write(self, data: bytes) -> None:
-        self.sha256.update(data)
-        self._size += len(data)
