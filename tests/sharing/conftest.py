@@ -12,9 +12,7 @@ from sharing.server_fixtures import (  # noqa: F401 - fixtures
     nodes_at,
     on_file,
     on_moto,
-    on_rclone,
     on_sftp,
-    rclone,
     sftp,
 )
 

@@ -7,15 +7,15 @@ answer that is lost though the server has done its work, a bit that flips on the
 
 from __future__ import annotations
 
-import contextlib
-import socket
+import http.client
 import threading
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 KINDS = (
     "answer",  # by the proxy, with `status`; the server hears nothing
@@ -27,8 +27,9 @@ KINDS = (
     "stall download",
     "flip download",  # one bit
 )
-_PIECE = 1 << 14
-_BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_ERROR = b"<Error><Code>%s</Code><Message>An answer of the proxy.</Message></Error>"
+_CODES = {403: b"SignatureDoesNotMatch", 500: b"InternalError", 503: b"SlowDown"}
+_OF_A_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "content-length", "expect")
 
 
 @dataclass
@@ -37,8 +38,6 @@ class Request:
 
     method: str
     path: str
-    query: dict[str, list[str]]
-    headers: dict[str, str]
     num_bytes_up: int = 0  # of the body
     num_bytes_down: int = 0
     status: int = 0  # 0: no answer reached the client
@@ -48,10 +47,6 @@ class Request:
     def name(self) -> str:
         """The last part of the path."""
         return self.path.rpartition("/")[2]
-
-    def __str__(self) -> str:
-        words = f"{self.method} {self.path} {self.status} up {self.num_bytes_up}"
-        return f"{words} down {self.num_bytes_down} {self.fault}".rstrip()
 
 
 @dataclass
@@ -81,19 +76,19 @@ class FaultProxy:
     """Listens on a port of its own and passes everything on to the server's, but for the faults."""
 
     def __init__(self, port: int) -> None:
-        self._server = ("127.0.0.1", port)
+        self.server_port = port
+        self.ended = threading.Event()
+        self.requests: list[Request] = []
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
-        self._ended = threading.Event()
-        self._open: set[socket.socket] = set()
-        self.requests: list[Request] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.proxy = self  # type: ignore[attr-defined]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self._server.server_port}"
 
     def fault(self, kind: str, **options: object) -> Fault:
         """From now on; see `Fault` for the options."""
@@ -124,195 +119,99 @@ class FaultProxy:
             ]
 
     def close(self) -> None:
-        self._ended.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
-        self._listener.close()
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+        self.ended.set()
+        self._server.shutdown()
+        self._server.server_close()
 
-    # ---- connections
-
-    def _accept(self) -> None:
-        while not self._ended.is_set():
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    @contextlib.contextmanager
-    def _kept(self, connection: socket.socket) -> Iterator[socket.socket]:
-        with self._lock:
-            self._open.add(connection)
-        try:
-            with connection:
-                yield connection
-        finally:
-            with self._lock:
-                self._open.discard(connection)
-
-    def _serve(self, client: socket.socket) -> None:
-        with self._kept(client), contextlib.suppress(OSError, _Cut):
-            incoming = _Stream(client)
-            while (head := incoming.head()) is not None:
-                self._handle(head, incoming, client)
-
-    def _handle(self, head: _Head, incoming: _Stream, client: socket.socket) -> None:
-        method, target, _ = head.first.split(" ", 2)
-        url = urlsplit(target)
-        request = Request(method, unquote(url.path), parse_qs(url.query), head.fields)
+    def noted(self, request: Request, target: str) -> Fault | None:
+        """Write a request down; returns its fault."""
         with self._lock:
             self.requests.append(request)
             fault = next((fault for fault in self._faults if fault.meets(request, target)), None)
         request.fault = fault.kind if fault else ""
-        if "expect" in head.fields:
-            client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if fault and fault.kind == "answer":
-            for piece in incoming.body(head):
-                request.num_bytes_up += len(piece)
-            self._answer(client, request, fault.status)
+        return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of a client."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def handle_one_request(self) -> None:
+        self.raw_requestline = self.rfile.readline(65537)
+        self.close_connection = True
+        if self.raw_requestline and self.parse_request():
+            try:
+                self._pass()
+            except OSError:
+                self.close_connection = True
+
+    def _pass(self) -> None:
+        proxy: FaultProxy = self.server.proxy  # type: ignore[attr-defined]
+        request = Request(self.command, unquote(urlsplit(self.path).path))
+        fault = proxy.noted(request, self.path)
+        kind = request.fault
+        length = int(self.headers.get("content-length", 0))
+        if fault and kind.endswith(" upload") and fault.after < length:
+            request.num_bytes_up = len(self.rfile.read(fault.after))
+            self._stop(kind)
             return
-        with self._kept(socket.create_connection(self._server)) as server:
-            server.sendall(head.without("expect", "connection", connection="close"))
-            for piece in self._passed(incoming.body(head), fault, "upload"):
-                server.sendall(piece)
-                request.num_bytes_up += len(piece)
-            self._pass_answer(_Stream(server), client, request, fault)
-
-    def _answer(self, client: socket.socket, request: Request, status: int) -> None:
-        request.status = status
-        head = f"HTTP/1.1 {status} Fault\r\nContent-Type: application/xml\r\n"
-        client.sendall(f"{head}Content-Length: {len(_BUSY)}\r\n\r\n".encode())
-        if request.method != "HEAD":
-            client.sendall(_BUSY)
-
-    def _pass_answer(
-        self, answer: _Stream, client: socket.socket, request: Request, fault: Fault | None
-    ) -> None:
-        head = answer.head()
-        while head is not None and head.first.split()[1] == "100":
-            head = answer.head()
-        if head is None:
-            raise _Cut
-        status = int(head.first.split()[1])
-        has_body = request.method != "HEAD" and status not in (204, 304)
-        if fault and fault.kind.endswith(" answer"):
-            self._stop_at(fault)
+        body = self.rfile.read(length)
+        request.num_bytes_up = len(body)
+        if fault and kind == "answer":
+            text = _ERROR % _CODES[fault.status]
+            headers = {"Content-Type": "application/xml", "Content-Length": str(len(text))}
+            status, answer = fault.status, text
+        else:
+            headers, status, answer = self._asked(proxy.server_port, body)
+        if kind.endswith(" answer"):
+            self._stop(kind)
+            return
+        is_met = fault is not None and kind.endswith(" download") and fault.after < len(answer)
+        if is_met and kind.startswith("flip"):
+            flipped = bytes([answer[fault.after] ^ 1])
+            answer, is_met = answer[: fault.after] + flipped + answer[fault.after + 1 :], False
         # Written down before it is sent: whoever has the answer finds it there.
-        request.status = status
+        sent = answer[: fault.after] if is_met else answer
+        request.status = 0 if is_met else status
+        request.num_bytes_down = 0 if self.command == "HEAD" else len(sent)
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(sent)
+        if is_met:
+            self._stop(kind)
+
+    def _asked(self, port: int, body: bytes) -> tuple[dict[str, str], int, bytes]:
+        """What the server answers: headers, status and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", port)
         try:
-            client.sendall(head.without("connection"))
-            pieces = answer.body(head, until_closed=True) if has_body else iter(())
-            for piece in self._passed(pieces, fault, "download"):
-                request.num_bytes_down += len(piece)
-                client.sendall(piece)
-        except (_Cut, OSError):
-            request.status = 0
-            raise
-        if not head.is_delimited and has_body:
-            raise _Cut
+            connection.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in self.headers.items():
+                if name.lower() not in _OF_A_CONNECTION:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            content = answer.read()
+            headers = {n: v for n, v in answer.getheaders() if n.lower() not in _OF_A_CONNECTION}
+            size = answer.getheader("content-length") if self.command == "HEAD" else len(content)
+            if answer.status not in (204, 304):
+                headers["Content-Length"] = str(size or 0)
+            return headers, answer.status, content
+        finally:
+            connection.close()
 
-    def _passed(self, pieces: Iterator[bytes], fault: Fault | None, way: str) -> Iterator[bytes]:
-        """The pieces as far as the fault lets them through."""
-        at = 0
-        for piece in pieces:
-            end = at + len(piece)
-            if fault and fault.kind.endswith(f" {way}") and at <= fault.after < end:
-                yield piece[: fault.after - at]
-                self._stop_at(fault)
-                piece = bytes([piece[fault.after - at] ^ 1]) + piece[fault.after - at + 1 :]  # noqa: PLW2901
-            yield piece
-            at = end
+    def _stop(self, kind: str) -> None:
+        """Cut the connection, or hold it until the test ends."""
+        self.close_connection = True
+        if kind.startswith("stall"):
+            self.server.proxy.ended.wait()  # type: ignore[attr-defined]
 
-    def _stop_at(self, fault: Fault) -> None:
-        """Cut, or wait for the end of the test; a flip goes on."""
-        if fault.kind.startswith("stall"):
-            self._ended.wait()
-        if not fault.kind.startswith("flip"):
-            raise _Cut
-
-
-class _Cut(Exception):  # noqa: N818 - no error, it is what was asked for
-    """The connection ends here."""
-
-
-class _Head:
-    def __init__(self, content: bytes) -> None:
-        self.first, *lines = content.decode("latin-1").split("\r\n")
-        self._lines = [line for line in lines if line]
-        pairs = (line.partition(":") for line in self._lines)
-        self.fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
-
-    @property
-    def is_chunked(self) -> bool:
-        return "chunked" in self.fields.get("transfer-encoding", "").lower()
-
-    @property
-    def is_delimited(self) -> bool:
-        return self.is_chunked or "content-length" in self.fields
-
-    def without(self, *names: str, **added: str) -> bytes:
-        """The head again, less some fields and with others."""
-        lines = [line for line in self._lines if line.partition(":")[0].lower() not in names]
-        lines += [f"{name}: {value}" for name, value in added.items()]
-        return "\r\n".join([self.first, *lines, "", ""]).encode("latin-1")
-
-
-class _Stream:
-    """What one side sends: heads, and bodies of a length, in chunks, or until the end."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._kept = b""
-
-    def head(self) -> _Head | None:
-        while b"\r\n\r\n" not in self._kept:
-            if not self._more():
-                return None
-        content, _, self._kept = self._kept.partition(b"\r\n\r\n")
-        return _Head(content)
-
-    def body(self, head: _Head, *, until_closed: bool = False) -> Iterator[bytes]:
-        if head.is_chunked:
-            yield from self._chunks()
-        elif "content-length" in head.fields:
-            yield from self._exactly(int(head.fields["content-length"]))
-        elif until_closed:
-            while self._kept or self._more():
-                piece, self._kept = self._kept, b""
-                yield piece
-
-    def _more(self) -> bool:
-        piece = self._connection.recv(_PIECE)
-        self._kept += piece
-        return bool(piece)
-
-    def _exactly(self, num_bytes: int) -> Iterator[bytes]:
-        while num_bytes:
-            if not self._kept and not self._more():
-                raise _Cut
-            piece, self._kept = self._kept[:num_bytes], self._kept[num_bytes:]
-            num_bytes -= len(piece)
-            yield piece
-
-    def _line(self) -> bytes:
-        while b"\r\n" not in self._kept:
-            if not self._more():
-                raise _Cut
-        line, _, self._kept = self._kept.partition(b"\r\n")
-        return line
-
-    def _chunks(self) -> Iterator[bytes]:
-        while True:
-            line = self._line()
-            num_bytes = int(line.partition(b";")[0], 16)
-            yield line + b"\r\n"
-            if not num_bytes:
-                while trailer := self._line():
-                    yield trailer + b"\r\n"
-                yield b"\r\n"
-                return
-            yield from self._exactly(num_bytes + 2)
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""

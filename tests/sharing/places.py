@@ -101,31 +101,6 @@ class S3Objects:
         return f"{self.prefix}/{name}"
 
 
-@dataclass
-class MemoryObjects:
-    """fsspec's file system in this process's memory."""
-
-    prefix: str
-
-    def __post_init__(self) -> None:
-        import fsspec
-
-        self._files = fsspec.filesystem("memory")
-
-    def names(self) -> list[str]:
-        found = self._files.find(f"/{self.prefix}")
-        return [name.removeprefix(f"/{self.prefix}/") for name in found]
-
-    def read(self, name: str) -> bytes:
-        return self._files.cat_file(f"/{self.prefix}/{name}")
-
-    def write(self, name: str, content: bytes) -> None:
-        self._files.pipe_file(f"/{self.prefix}/{name}", content)
-
-    def remove(self, name: str) -> None:
-        self._files.rm_file(f"/{self.prefix}/{name}")
-
-
 def s3_environment(endpoint: str, secret_key: str = SECRET_KEY) -> dict[str, str]:
     """What a user sets for a server that isn't Amazon's."""
     return {
@@ -188,8 +163,3 @@ def sftp_place(server: Server, proxy: TcpProxy) -> Place:
 
 def file_place(folder: Path) -> Place:
     return Place(folder.as_uri(), FolderObjects(folder))
-
-
-def memory_place() -> Place:
-    name = f"place-{uuid.uuid4().hex[:12]}"
-    return Place(f"memory://{name}", MemoryObjects(name))

@@ -13,7 +13,7 @@ from sharing.places import (
     s3_place,
     sftp_place,
 )
-from sharing.servers import moto_server, rclone_server, sftp_server
+from sharing.servers import moto_server, sftp_server
 from sharing.tcp_proxy import TcpProxy
 
 
@@ -38,7 +38,7 @@ class Kept:
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory):
     """Servers, and the process that commands are forked from, by name."""
-    kinds = {"moto": moto_server, "rclone": rclone_server, "sftp": sftp_server}
+    kinds = {"moto": moto_server, "sftp": sftp_server}
     found = {
         name: Kept(lambda name=name, server=server: server(tmp_path_factory.mktemp(name)))
         for name, server in kinds.items()
@@ -55,11 +55,6 @@ def moto(kept):
 
 
 @pytest.fixture
-def rclone(kept):
-    return kept["rclone"].get()
-
-
-@pytest.fixture
 def sftp(kept):
     return kept["sftp"].get()
 
@@ -69,14 +64,6 @@ def on_moto(moto):
     """A bucket on moto, behind a proxy."""
     proxy = FaultProxy(moto.port)
     yield s3_place(moto, proxy)
-    proxy.close()
-
-
-@pytest.fixture
-def on_rclone(rclone):
-    """A bucket on rclone, behind a proxy."""
-    proxy = FaultProxy(rclone.port)
-    yield s3_place(rclone, proxy)
     proxy.close()
 
 

@@ -1,6 +1,6 @@
-"""Servers that push and pull are tried with: moto and rclone speak S3, asyncssh speaks SFTP.
+"""Servers that push and pull are tried with: moto speaks S3, asyncssh speaks SFTP.
 
-moto's botocore isn't s3fs's, so it and rclone live in an environment of their own beside the tests'
+moto's botocore isn't s3fs's, so it lives in an environment of its own beside the tests'
 (tools/install_test_programs.sh makes it). Each server listens on a port that the system chose.
 """
 
@@ -58,19 +58,6 @@ def moto_server(folder: Path) -> Iterator[Server]:
     """An S3 server that keeps its buckets in memory, and lets in whoever has any credentials."""
     command = [program("moto_server"), "-H", "127.0.0.1", "-p", "0"]
     with _running(command, folder / "moto.log") as running:
-        yield Server(*running)
-
-
-@contextlib.contextmanager
-def rclone_server(folder: Path) -> Iterator[Server]:
-    """An S3 server whose buckets are folders; it checks signatures, so credentials matter."""
-    buckets = folder / "buckets"
-    buckets.mkdir()
-    command = [program("rclone"), "serve", "s3", "--config", "/dev/null", "--no-cleanup"]
-    command += ["--addr", "127.0.0.1:0", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
-    # Its folders are only to be changed through it: `--dir-cache-time 0s` makes it hang at times.
-    command.append(str(buckets))
-    with _running(command, folder / "rclone.log") as running:
         yield Server(*running)
 
 

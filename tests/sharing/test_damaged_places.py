@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import random
 
-import pytest
 from sharing.nodes import CONFIG, embeddings
 from stress.figures import fault_seed
 from stress.rounds import rounds
 
 ITEMS = embeddings(0, 100)  # 7 shards, 4 manifests
-
-
-@pytest.fixture(params=["on_moto", pytest.param("on_rclone", marks=pytest.mark.stress)])
-def bucket(request):
-    return request.getfixturevalue(request.param)
 
 
 def damage(place, dice):
@@ -34,31 +28,31 @@ def damage(place, dice):
 
 
 @rounds(60)
-def test_damage_is_found_and_repaired(bucket, nodes_at, round_number):
+def test_damage_is_found_and_repaired(on_moto, nodes_at, round_number):
     """verify names it; who pulls gets nothing wrong; pushing again brings everything back."""
     dice = random.Random(fault_seed() + 3 + 1000 * round_number)
-    one, two = nodes_at(bucket)
+    one, two = nodes_at(on_moto)
     one.store(ITEMS)
     one.push()
-    sound = bucket.contents()
-    damaged = {damage(bucket, dice) for _ in range(dice.randint(1, 3))}
-    damaged = {name for name in damaged if bucket.contents().get(name) != sound.get(name)}
-    report = one.report("verify", bucket.url, code=1 if damaged else 0)
+    sound = on_moto.contents()
+    damaged = {damage(on_moto, dice) for _ in range(dice.randint(1, 3))}
+    damaged = {name for name in damaged if on_moto.contents().get(name) != sound.get(name)}
+    report = one.report("verify", on_moto.url, code=1 if damaged else 0)
     assert report["is_sound"] is not bool(damaged)
     # A shard that only a damaged manifest lists isn't known as a part of the store.
     manifests = {name for name in damaged if "/manifests/" in name}
     named = str(report)
     assert all(name.partition("/")[2] in named for name in manifests or damaged), named
-    command = two.run("pull", bucket.url)
+    command = two.run("pull", on_moto.url)
     # A manifest that is gone can be missed only if another was written beside it.
-    if any(name in bucket.names() for name in damaged):
+    if any(name in on_moto.names() for name in damaged):
         assert command.returncode == 1, command.stdout + command.stderr
     stored = two.stored()
     assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
     one.push("--repair")
     two.pull()
     assert two.holds(ITEMS)
-    assert one.report("verify", bucket.url)["is_sound"]
+    assert one.report("verify", on_moto.url)["is_sound"]
 
 
 def test_a_damaged_local_value_is_never_pushed(on_moto, nodes_at):

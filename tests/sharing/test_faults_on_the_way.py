@@ -9,16 +9,11 @@ from sharing.servers import PASSWORD, SECRET_KEY
 ITEMS = embeddings(0, 100)  # 7 shards, 4 manifests
 
 
-@pytest.fixture(params=["on_moto", pytest.param("on_rclone", marks=pytest.mark.stress)])
-def bucket(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(
     params=[
-        "on_rclone",
+        "on_moto",
         "on_sftp",
-        *[pytest.param(kind, marks=pytest.mark.stress) for kind in ("on_moto", "on_file")],
+        pytest.param("on_file", marks=pytest.mark.stress),
     ]
 )
 def place(request):
@@ -40,24 +35,24 @@ def test_there_and_back(place, nodes_at):
     assert not [path for path in kept if any(one in path.read_bytes() for one in secrets)]
 
 
-def test_a_hundred_new_samples_move_two_objects(bucket, nodes_at):
+def test_a_hundred_new_samples_move_two_objects(on_moto, nodes_at):
     """One shard and one manifest up, the same down, nothing else; and no HEAD at all."""
-    one, two = nodes_at(bucket, sizes={})
+    one, two = nodes_at(on_moto, sizes={})
     one.store(embeddings(0, 1000))
     one.push()
     two.pull()
     one.store(embeddings(1000, 100))
-    bucket.proxy.clear()
+    on_moto.proxy.clear()
     one.push()
-    put = bucket.proxy.select("PUT")
+    put = on_moto.proxy.select("PUT")
     assert [request.path.split("/")[-2] for request in put] == ["shards", "manifests"]
-    assert [get.name for get in bucket.proxy.select("GET", "safetensors")] == []
-    bucket.proxy.clear()
+    assert [get.name for get in on_moto.proxy.select("GET", "safetensors")] == []
+    on_moto.proxy.clear()
     two.pull()
-    got = bucket.proxy.select("GET", "/some/place/")
+    got = on_moto.proxy.select("GET", "/some/place/")
     assert {request.name for request in got} == {request.name for request in put}
     assert sum(get.num_bytes_down for get in got) == sum(up.num_bytes_up for up in put)
-    assert bucket.proxy.count("HEAD") == 0
+    assert on_moto.proxy.count("HEAD") == 0
     assert two.holds(embeddings(0, 1100))
 
 
@@ -74,18 +69,18 @@ PUSH_FAULTS = [
 
 @pytest.mark.stress
 @pytest.mark.parametrize("fault", PUSH_FAULTS, ids=str)
-def test_a_push_goes_on_after_faults(bucket, nodes_at, fault):
+def test_a_push_goes_on_after_faults(on_moto, nodes_at, fault):
     """Everything arrives, once, whole, and the exit code is 0."""
-    one, two = nodes_at(bucket, is_impatient=fault["kind"].startswith("stall"))
+    one, two = nodes_at(on_moto, is_impatient=fault["kind"].startswith("stall"))
     one.store(ITEMS)
     one.push()
-    clean = set(bucket.names("shards/"))
+    clean = set(on_moto.names("shards/"))
     one.store(embeddings(100, 40))
-    met = bucket.proxy.fault(**fault)
+    met = on_moto.proxy.fault(**fault)
     one.push()
     assert met.num_met == 1
-    assert clean < set(bucket.names("shards/"))
-    assert two.report("verify", bucket.url)["is_sound"]
+    assert clean < set(on_moto.names("shards/"))
+    assert two.report("verify", on_moto.url)["is_sound"]
     two.pull()
     assert two.holds(embeddings(0, 140))
 
@@ -104,12 +99,12 @@ PULL_FAULTS = [
 
 @pytest.mark.stress
 @pytest.mark.parametrize("fault", PULL_FAULTS, ids=str)
-def test_a_pull_goes_on_after_faults(bucket, nodes_at, fault):
+def test_a_pull_goes_on_after_faults(on_moto, nodes_at, fault):
     """What the network damages or drops is fetched again, and nobody is told of damage there."""
-    one, two = nodes_at(bucket, is_impatient=fault["kind"].startswith("stall"))
+    one, two = nodes_at(on_moto, is_impatient=fault["kind"].startswith("stall"))
     one.store(ITEMS)
     one.push()
-    met = bucket.proxy.fault(method="GET", **fault)
+    met = on_moto.proxy.fault(method="GET", **fault)
     two.pull()
     assert met.num_met == 1
     assert two.holds(ITEMS)
@@ -131,13 +126,13 @@ def test_one_fault_after_the_other(on_moto, nodes_at):
     assert two.holds(ITEMS)
 
 
-def test_a_pull_that_gave_up_fetches_only_the_rest(bucket, nodes_at):
+def test_a_pull_that_gave_up_fetches_only_the_rest(on_moto, nodes_at):
     """A connection that breaks again and again ends it; the next one goes on where it was."""
-    one, two = nodes_at(bucket)
+    one, two = nodes_at(on_moto)
     one.store(ITEMS)
     one.push()
-    whole = sum(len(bucket.objects.read(name)) for name in bucket.names("shards/"))
-    bucket.proxy.clear()
+    whole = sum(len(on_moto.objects.read(name)) for name in on_moto.names("shards/"))
+    on_moto.proxy.clear()
     shards = []
 
     def is_fourth_or_later(request):
@@ -145,22 +140,22 @@ def test_a_pull_that_gave_up_fetches_only_the_rest(bucket, nodes_at):
             shards.append(request.name)
         return len(shards) > 3
 
-    bucket.proxy.fault(
+    on_moto.proxy.fault(
         "cut download", after=5000, part="shards/", times=99, fits=is_fourth_or_later
     )
-    assert two.run("pull", bucket.url).returncode == 1
+    assert two.run("pull", on_moto.url).returncode == 1
     assert 0 < len(two.stored()) < len(ITEMS)
-    first = sum(get.num_bytes_down for get in bucket.proxy.select("GET", "shards/"))
-    bucket.proxy.clear()
+    first = sum(get.num_bytes_down for get in on_moto.proxy.select("GET", "shards/"))
+    on_moto.proxy.clear()
     two.pull()
     assert two.holds(ITEMS)
-    second = sum(get.num_bytes_down for get in bucket.proxy.select("GET", "shards/"))
+    second = sum(get.num_bytes_down for get in on_moto.proxy.select("GET", "shards/"))
     assert first + second == whole
 
 
-def test_a_push_that_gave_up_uploads_only_the_rest(bucket, nodes_at):
+def test_a_push_that_gave_up_uploads_only_the_rest(on_moto, nodes_at):
     """Shards that are there aren't uploaded again, whether a manifest names them or not."""
-    one, two = nodes_at(bucket)
+    one, two = nodes_at(on_moto)
     one.store(ITEMS)
     shards = []
 
@@ -168,15 +163,15 @@ def test_a_push_that_gave_up_uploads_only_the_rest(bucket, nodes_at):
         shards.append(request.name)
         return len(shards) > 3
 
-    bucket.proxy.fault("cut upload", after=5000, part="shards/", times=99, fits=is_fourth_or_later)
-    line = one.refused("push", bucket.url)
-    assert bucket.url in line
-    there = {name.rpartition("/")[2] for name in bucket.names("shards/")}
+    on_moto.proxy.fault("cut upload", after=5000, part="shards/", times=99, fits=is_fourth_or_later)
+    line = one.refused("push", on_moto.url)
+    assert on_moto.url in line
+    there = {name.rpartition("/")[2] for name in on_moto.names("shards/")}
     assert len(there) >= 3
-    bucket.proxy.clear()
+    on_moto.proxy.clear()
     one.push()
-    uploaded = [put.name for put in bucket.proxy.select("PUT", "shards/")]
-    now = {name.rpartition("/")[2] for name in bucket.names("shards/")}
+    uploaded = [put.name for put in on_moto.proxy.select("PUT", "shards/")]
+    now = {name.rpartition("/")[2] for name in on_moto.names("shards/")}
     assert sorted(uploaded) == sorted(now - there)
     two.pull()
     assert two.holds(ITEMS)

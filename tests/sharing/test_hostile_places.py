@@ -169,7 +169,9 @@ def test_a_long_list_of_manifests_costs_little(shared):
         "try:\n    pull(sys.argv[1], None, sys.argv[2])\n"
         "except IntegrityError:\n    pass\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(used.ru_maxrss >> 10, used.ru_utime + used.ru_stime)\n"
+        # Its maxrss would be that of the process that started it, if that is larger.
+        "peak = open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]\n"
+        "print(int(peak) >> 10, used.ru_utime + used.ru_stime)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, two.cache.root, place.url],
@@ -179,7 +181,7 @@ def test_a_long_list_of_manifests_costs_little(shared):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     megabytes, seconds = map(float, done.stdout.split())
-    assert megabytes < 600
+    assert megabytes < 400
     assert seconds < 30
 
 

@@ -17,7 +17,6 @@ ITEMS = embeddings(0, 160)  # 10 shards, 5 manifests
     params=[
         "on_file",
         pytest.param("on_moto", marks=pytest.mark.stress),
-        pytest.param("on_rclone", marks=pytest.mark.stress),
         pytest.param("on_sftp", marks=pytest.mark.stress),
     ]
 )
@@ -86,7 +85,7 @@ def test_killed_pulls(place, nodes_at, round_number):
         ("on_moto", 0, 1),
         *[
             pytest.param(kind, seed, 3, marks=pytest.mark.stress)
-            for kind in ("on_moto", "on_rclone", "on_sftp", "on_file")
+            for kind in ("on_moto", "on_sftp", "on_file")
             for seed in range(5)
         ],
     ],

@@ -31,12 +31,12 @@ def refused(node, command, url=None):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_wrong_credentials(on_rclone, nodes_at, command):
+def test_wrong_credentials(on_moto, nodes_at, command):
     """A signature that the server refuses; it isn't tried again and again."""
-    (node,) = nodes_at(on_rclone, 1)
-    on_rclone.environment["AWS_SECRET_ACCESS_KEY"] = "wrong"
+    (node,) = nodes_at(on_moto, 1)
+    on_moto.proxy.fault("answer", status=403, times=99)
     assert "credentials" in refused(node, command)
-    assert len(on_rclone.proxy.requests) <= 4
+    assert len(on_moto.proxy.requests) <= 4
 
 
 @pytest.mark.parametrize("command", ["push", "pull"])

@@ -297,23 +297,29 @@ class Offer(NamedTuple):
         return [row for row, one in enumerate(header.sample_ids) if one not in without]
 
 
-@dataclass
 class SharedState:
     """What is shared of one store.
 
     Args:
-        fingerprint: Of its config.
+        remote: The place.
+        fingerprint: Of the store's config.
+        local: Has copies of what was read before.
+        sizes: Id → bytes of each manifest file that is there; without any only copies are read.
+
+    Attributes:
         manifests: Those that count, by id.
         problems: Manifests that are damaged, missing or foreign: path → what is wrong.
         damaged: Ids of those of them that no release can read.
-        listed: Ids of all manifest files that are there.
     """
 
-    fingerprint: str
-    manifests: dict[str, Manifest] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    damaged: set[str] = field(default_factory=set)
-    listed: set[str] = field(default_factory=set)
+    def __init__(
+        self, remote: Remote, fingerprint: str, local: LocalFolder, sizes: dict[str, int]
+    ) -> None:
+        self._remote, self._fingerprint, self._local, self.sizes = remote, fingerprint, local, sizes
+        self._withdrawn: set[str] = set()
+        self.manifests: dict[str, Manifest] = {}
+        self.problems: dict[str, str] = {}
+        self.damaged: set[str] = set()
 
     def first(self) -> Manifest | None:
         """Return the manifest that comes first; None if there is none."""
@@ -344,11 +350,70 @@ class SharedState:
         num_bytes = sum(entry.header_bytes for entry in found)
         if num_samples > _MAX_SAMPLES or num_bytes > _MAX_HEADERS_BYTES:
             raise IntegrityError(
-                f"the manifests of {self.fingerprint} list {num_samples} samples and {num_bytes} "
+                f"the manifests of {self._fingerprint} list {num_samples} samples and {num_bytes} "
                 f"bytes of headers; up to {_MAX_SAMPLES} and {_MAX_HEADERS_BYTES} are read. Remove "
                 "the manifests that don't belong there"
             )
         return list(found.values())
+
+    def read_all(self) -> None:
+        """Read all that count."""
+        # A manifest that takes the place of others lists what they did: it is the larger one.
+        self._read_each(sorted(self.sizes, key=lambda one: (-self.sizes[one], one)))
+        for gone in self._withdrawn:
+            self.manifests.pop(gone, None)
+            self.problems.pop(manifest_path(gone), None)
+        for one in self.manifests.values():
+            for other in {*one.alongside} - self.sizes.keys() - self._withdrawn:
+                self.problems[manifest_path(other)] = f"isn't there, and {one.id} was alongside it"
+
+    def read_pinned(self, manifest_id: str) -> None:
+        """Read one, and those alongside it."""
+        self._read_each([manifest_id])
+        if manifest_id in self.manifests:
+            self._read_each(self.manifests[manifest_id].alongside)
+
+    def _read_each(self, manifest_ids: Iterable[str]) -> None:
+        for manifest_id, found in in_parallel(self._read, self._bounded(manifest_ids)):
+            try:
+                self.manifests[manifest_id] = found.result()
+                self._withdrawn.update(self.manifests[manifest_id].withdraws)
+            except (RemoteError, IntegrityError) as error:
+                self.problems[manifest_path(manifest_id)] = str(error)
+                if isinstance(error, RemoteError):
+                    # Raises where nothing answers any more: all others would fail as well.
+                    self._remote.list_files(f"{self._fingerprint}/{MANIFESTS_NAME}")
+                elif not isinstance(error, FormatVersionError):
+                    self.damaged.add(manifest_id)
+
+    def _bounded(self, manifest_ids: Iterable[str]) -> Iterator[str]:
+        num_bytes = 0
+        for manifest_id in manifest_ids:
+            if manifest_id not in self._withdrawn:
+                num_bytes += min(self.sizes.get(manifest_id, 0), _MAX_MANIFEST_BYTES)
+                if num_bytes > _MAX_READ_BYTES:
+                    raise IntegrityError(
+                        f"{self._remote.place}/{self._fingerprint}/{MANIFESTS_NAME} has more than "
+                        f"{_MAX_READ_BYTES} bytes. Remove what doesn't belong there"
+                    )
+                yield manifest_id
+
+    def _read(self, manifest_id: str) -> Manifest:
+        fingerprint, path = self._fingerprint, manifest_path(manifest_id)
+        data, num_bytes = self._local.copy(manifest_id, manifest_id[-64:]), None
+        if self.sizes:
+            num_bytes = self.sizes.get(manifest_id, 0)
+        # Another length than the copy's is damage that a listing shows.
+        if data is None or num_bytes not in (None, len(data)):
+            if not num_bytes:
+                raise IntegrityError(f"{path} isn't there (any more)")
+            if num_bytes > _MAX_MANIFEST_BYTES:
+                raise IntegrityError(f"{path} has {num_bytes} bytes; no manifest has so many")
+            data = self._remote.read(f"{fingerprint}/{path}", 0, num_bytes, manifest_id[-64:])
+            manifest = decode_manifest(manifest_id, data, fingerprint)
+            self._local.keep(manifest_id, data)
+            return manifest
+        return decode_manifest(manifest_id, data, fingerprint)
 
 
 def read_state(
@@ -371,102 +436,23 @@ def read_state(
         IntegrityError: There are more manifests than any honest place has.
     """
     if manifest is not None and _ID.fullmatch(manifest):
-        reading = _Reading(remote, fingerprint, local, {})
-        reading.read_pinned(manifest)
-        if not reading.state.problems:
-            return reading.state
+        state = SharedState(remote, fingerprint, local, {})
+        state.read_pinned(manifest)
+        if not state.problems:
+            return state
     sizes = _manifest_sizes(remote, fingerprint)
-    reading = _Reading(remote, fingerprint, local, sizes)
+    state = SharedState(remote, fingerprint, local, sizes)
     if manifest is None:
-        reading.read_all()
-        return reading.state
+        state.read_all()
+        return state
     found = [one for one in sizes if one.startswith(manifest)]
     if len(found) != 1:
         what = f"begins {len(found)} manifests" if found else "isn't a manifest"
         raise ConfigError(
             f"manifest {manifest!r} {what} of {fingerprint}; there: {few(sorted(found or sizes))}"
         )
-    reading.read_pinned(found[0])
-    return reading.state
-
-
-class _Reading:
-    """The manifests of one fingerprint, being read.
-
-    Args:
-        remote: The place.
-        fingerprint: Of the config.
-        local: Has copies of what was read before.
-        sizes: Id → bytes of each manifest that is there; with none only copies are read.
-    """
-
-    def __init__(
-        self, remote: Remote, fingerprint: str, local: LocalFolder, sizes: Mapping[str, int]
-    ) -> None:
-        self._remote, self._local, self._sizes = remote, local, sizes
-        self._withdrawn: set[str] = set()
-        self.state = SharedState(fingerprint, listed=set(sizes))
-
-    def read_all(self) -> None:
-        """Read all that count."""
-        state = self.state
-        self._read_each(self._ahead())
-        for gone in self._withdrawn:
-            state.manifests.pop(gone, None)
-            state.problems.pop(manifest_path(gone), None)
-        for one in state.manifests.values():
-            for other in {*one.alongside} - self._sizes.keys() - self._withdrawn:
-                state.problems[manifest_path(other)] = f"isn't there, and {one.id} was alongside it"
-
-    def read_pinned(self, manifest_id: str) -> None:
-        """Read one, and those alongside it."""
-        self._read_each([manifest_id])
-        if manifest_id in self.state.manifests:
-            self._read_each(self.state.manifests[manifest_id].alongside)
-
-    def _ahead(self) -> Iterator[str]:
-        # A manifest that takes the place of others lists what they did: it is the larger one.
-        num_bytes = 0
-        for manifest_id in sorted(self._sizes, key=lambda one: (-self._sizes[one], one)):
-            if manifest_id not in self._withdrawn:
-                num_bytes += min(self._sizes[manifest_id], _MAX_MANIFEST_BYTES)
-                if num_bytes > _MAX_READ_BYTES:
-                    raise IntegrityError(
-                        f"{self._remote.place}/{self.state.fingerprint}/{MANIFESTS_NAME} has more "
-                        f"than {_MAX_READ_BYTES} bytes. Remove what doesn't belong there"
-                    )
-                yield manifest_id
-
-    def _read_each(self, manifest_ids: Iterable[str]) -> None:
-        state = self.state
-        for manifest_id, found in in_parallel(self._read, manifest_ids):
-            try:
-                state.manifests[manifest_id] = found.result()
-                self._withdrawn.update(state.manifests[manifest_id].withdraws)
-            except (RemoteError, IntegrityError) as error:
-                state.problems[manifest_path(manifest_id)] = str(error)
-                if isinstance(error, RemoteError):
-                    # Raises where nothing answers any more: all others would fail as well.
-                    self._remote.list_files(f"{state.fingerprint}/{MANIFESTS_NAME}")
-                elif not isinstance(error, FormatVersionError):
-                    state.damaged.add(manifest_id)
-
-    def _read(self, manifest_id: str) -> Manifest:
-        fingerprint, path = self.state.fingerprint, manifest_path(manifest_id)
-        data, num_bytes = self._local.copy(manifest_id, manifest_id[-64:]), None
-        if self._sizes:
-            num_bytes = self._sizes.get(manifest_id, 0)
-        # Another length than the copy's is damage that a listing shows.
-        if data is None or num_bytes not in (None, len(data)):
-            if not num_bytes:
-                raise IntegrityError(f"{path} isn't there (any more)")
-            if num_bytes > _MAX_MANIFEST_BYTES:
-                raise IntegrityError(f"{path} has {num_bytes} bytes; no manifest has so many")
-            data = self._remote.read(f"{fingerprint}/{path}", 0, num_bytes, manifest_id[-64:])
-            manifest = decode_manifest(manifest_id, data, fingerprint)
-            self._local.keep(manifest_id, data)
-            return manifest
-        return decode_manifest(manifest_id, data, fingerprint)
+    state.read_pinned(found[0])
+    return state
 
 
 def _manifest_sizes(remote: Remote, fingerprint: str) -> dict[str, int]:

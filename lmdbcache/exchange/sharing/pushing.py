@@ -393,7 +393,7 @@ class _Push:
             if shards != manifest.shards or size <= 2 * held:
                 entries = [*shards, *entries]
                 held += size
-                withdraws |= {manifest.id, *(set(manifest.withdraws) & state.listed)}
+                withdraws |= {manifest.id, *(set(manifest.withdraws) & state.sizes.keys())}
         parts = list(in_manifests(entries))
         for number, part in enumerate(parts, 1):
             self._write_manifest(part, withdraws if number == len(parts) else set())
@@ -430,7 +430,7 @@ class _Push:
         self._check_there(MANIFESTS_NAME, {f"{manifest.id}.json": len(data)})
         self._local.keep(manifest.id, data)
         state.manifests[manifest.id] = manifest
-        state.listed.add(manifest.id)
+        state.sizes[manifest.id] = len(data)
         report.manifests.append(manifest.id)
         report.num_bytes += len(data)
 
