@@ -1,10 +1,9 @@
 from .config_inference import missing_fields as missing_fields
 from .exporting import ExportReport as ExportReport, export_embeddings as export_embeddings
-from .formats import FORMATS as FORMATS
+from .formats import FORMATS as FORMATS, open_source as open_source
 from .formats.base import Source as Source
 from .formats.keys import KeyChoice as KeyChoice
 from .importing import ImportReport as ImportReport, import_embeddings as import_embeddings
-from .inspect_source import open_source as open_source
 from .intake import (
     Conflict as Conflict,
     Intake as Intake,

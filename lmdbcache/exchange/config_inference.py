@@ -8,13 +8,14 @@ from typing import Any, Final
 from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig
 from lmdbcache.embedders import AudioModel
 from lmdbcache.errors import ConfigError
-from lmdbcache.exchange.formats.base import Description
-from lmdbcache.exchange.inspect_source import Shape, Survey
+from lmdbcache.exchange.formats.base import Description, Source
 from lmdbcache.files import few
 from lmdbcache.storage import NUMPY_DTYPES
 from lmdbcache.training import HIDDEN, output_of_dimensions
 
-__all__ = ["infer_config", "missing_fields"]
+__all__ = ["Shape", "infer_config", "missing_fields"]
+
+Shape = tuple[int | None, ...]
 
 # What no default may stand in for: embeddings of another rate are other embeddings.
 _NEEDED: Final = ("sample_rate", "duration", "model_name")
@@ -26,7 +27,8 @@ def missing_fields(description: Description, given: Mapping[str, Any]) -> list[s
 
 
 def infer_config(
-    survey: Survey,
+    source: Source,
+    shape: Shape | None,
     given: Mapping[str, Any],
     *,
     ignore_metadata: bool = False,
@@ -35,7 +37,8 @@ def infer_config(
     """Return the config that file and caller agree on, and what was assumed.
 
     Args:
-        survey: What the source holds.
+        source: Where the embeddings come from.
+        shape: Most of them have it; None if it isn't known before reading.
         given: Fields of a config; None counts as not given.
         ignore_metadata: Where they disagree, take the caller's word.
         model: What computed the embeddings, where that is known.
@@ -44,9 +47,9 @@ def infer_config(
         ConfigError: They disagree, or neither states it, or the model can't have computed these;
             names all fields and values that it concerns.
     """
-    inference = _Inference(survey, model)
+    inference = _Inference(source, shape, model)
     inference.take(
-        {} if ignore_metadata else survey.source.description.facts,
+        {} if ignore_metadata else source.description.facts,
         {name: value for name, value in given.items() if value is not None},
     )
     inference.assume()
@@ -54,17 +57,16 @@ def infer_config(
         raise ConfigError("; ".join(inference.problems))
     config = CacheConfig(**inference.values)
     if model is not None:
-        _check_model(model, config, survey)
+        _check_model(model, config, source, shape)
     return config, inference.notes
 
 
 class _Inference:
     """Collects fields, and all that is wrong with them, so that one error reports everything."""
 
-    def __init__(self, survey: Survey, model: AudioModel | None) -> None:
-        self._survey = survey
-        self._model = model
-        self._file = survey.source.path.name
+    def __init__(self, source: Source, shape: Shape | None, model: AudioModel | None) -> None:
+        self._source, self._shape, self._model = source, shape, model
+        self._file = source.path.name
         self._model_name = CacheConfig().model_name
         self.values: dict[str, Any] = {}
         self.notes: list[str] = []
@@ -112,9 +114,9 @@ class _Inference:
             self._assume_front_end()
 
     def _assume_dtype(self) -> None:
-        found = sorted({name for name in self._survey.dtypes if name is not None})
+        found = sorted({name for name in self._source.dtypes if name is not None})
         if others := set(found) - set(NUMPY_DTYPES):
-            entries = reversed(self._survey.source.entries.values())
+            entries = reversed(self._source.entries.values())
             first = {entry.dtype: entry.name for entry in entries}
             named = few([f"{name} ({first[name]})" for name in sorted(others)])
             self.problems.append(
@@ -128,7 +130,7 @@ class _Inference:
             self.values["dtype"] = found[0] if found else CacheConfig().dtype
 
     def _assume_output(self) -> None:
-        shape = self._survey.shape
+        shape = self._shape
         if shape is not None and len(shape) > 1 and shape[0] == 1:
             self.problems.append(
                 f"output: can't be guessed from embeddings of shape {shape}, which may be "
@@ -164,7 +166,9 @@ def _canonical(name: str, value: Any) -> Any:
     return getattr(CacheConfig(**{name: value}), name)
 
 
-def _check_model(model: AudioModel, config: CacheConfig, survey: Survey) -> None:
+def _check_model(
+    model: AudioModel, config: CacheConfig, source: Source, found: Shape | None
+) -> None:
     """Refuse a model that doesn't compute embeddings such as these.
 
     Raises:
@@ -172,7 +176,6 @@ def _check_model(model: AudioModel, config: CacheConfig, survey: Survey) -> None
     """
     model.check(config)
     expected: Shape | None = model.embedding_shape(config)
-    found = survey.shape
     if expected is None or found is None:
         return
     if config.front_end != model.front_end_id:
@@ -184,6 +187,6 @@ def _check_model(model: AudioModel, config: CacheConfig, survey: Survey) -> None
     if not fits:
         raise ConfigError(
             f"`model`: {model.identity} gives embeddings of shape {expected} for output "
-            f"{config.output!r}, and those of {survey.source.path.name} have {found}. Give the "
+            f"{config.output!r}, and those of {source.path.name} have {found}. Give the "
             "model that computed them, or `output`; `model_name` takes any name as it is"
         )

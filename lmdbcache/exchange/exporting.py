@@ -18,6 +18,7 @@ from lmdbcache.exchange.formats.base import Description, Embeddings, Part, Sampl
 from lmdbcache.exchange.output import Output, local_output, shard_name, url_output
 from lmdbcache.exchange.sharing.remote import is_url, without_secrets
 from lmdbcache.files import expand_user, few
+from lmdbcache.machine import memory_limit
 from lmdbcache.storage import (
     RESERVE_BYTES,
     EmbeddingReader,
@@ -265,14 +266,14 @@ class _Plan:
             )
 
     def check_memory(self, out: Path, chosen: _Chosen, *, is_folder: bool) -> None:
-        needed, available = self.num_bytes(chosen), available_memory()
-        if is_folder or not FORMATS[self.name].is_in_memory or available is None:
+        needed, available = self.num_bytes(chosen), memory_limit()
+        if is_folder or not FORMATS[self.name].is_in_memory:
             return
         if 2 * needed > available:  # once as arrays and once as the file's content
             raise TransferError(
                 f"{out}: {needed >> 20} MiB of embeddings; a single {self.name} file is put "
-                f"together in memory, and {available >> 20} MiB are available. Export parquet, or "
-                "safetensors to a folder, or fewer classes"
+                f"together in memory, of which this process may have {available >> 20} MiB. Export "
+                "parquet, or safetensors to a folder, or fewer classes"
             )
 
     def num_bytes(self, chosen: _Chosen, *, is_local: bool = True) -> int:
@@ -286,17 +287,6 @@ class _Plan:
         if self.num_shards is not None:
             return num_bytes // self.num_shards
         return min(num_bytes, 2 * self.shard_bytes)
-
-
-def available_memory() -> int | None:
-    """Return the bytes that a process may take without swapping; None where that isn't known."""
-    try:
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return None
 
 
 # ---- writing them

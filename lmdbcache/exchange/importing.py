@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,18 +16,17 @@ import numpy.typing as npt
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import AudioModel
-from lmdbcache.errors import CacheError, ConfigError, ProvenanceMismatchError, TransferError
-from lmdbcache.exchange.config_inference import infer_config
+from lmdbcache.errors import (
+    CacheError,
+    ConfigError,
+    InvalidEmbeddingError,
+    ProvenanceMismatchError,
+    TransferError,
+)
+from lmdbcache.exchange.config_inference import Shape, infer_config
+from lmdbcache.exchange.formats import open_source
 from lmdbcache.exchange.formats.base import Entry, Source
 from lmdbcache.exchange.formats.keys import KeyChoice, KeyOrder
-from lmdbcache.exchange.inspect_source import (
-    Shape,
-    Survey,
-    inspect_source,
-    misfit,
-    open_source,
-    squeezed,
-)
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Row
 from lmdbcache.files import existing_parent, few
 from lmdbcache.storage import (
@@ -37,6 +38,7 @@ from lmdbcache.storage import (
     check_shape,
     checksum,
     sample_key,
+    split_sample_id,
 )
 
 __all__ = ["ImportReport", "import_embeddings"]
@@ -122,13 +124,13 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
     cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
     if not isinstance(source, Source):
         source = open_source(source, KeyChoice(keys, class_name))
-    survey = inspect_source(source, squeeze=squeeze, ragged=ragged)
+    usual = _usual_shape(source, squeeze=squeeze, ragged=ragged)
     inferred, notes = infer_config(
-        survey, _fields(config), ignore_metadata=ignore_metadata, model=model
+        source, usual, _fields(config), ignore_metadata=ignore_metadata, model=model
     )
     provenance, more = _provenance(source, cache, inferred, weights_digest)
     shape = cache.info(inferred).embedding_shape if inferred in cache else None
-    shape = survey.shape if shape is None else shape
+    shape = usual if shape is None else shape
     intake = Intake(
         cache,
         inferred,
@@ -139,16 +141,17 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
         without_provenance=True,  # `_provenance` has decided
         read_back=True,
     )
+    classes = Counter(split_sample_id(sample_id)[1] for sample_id in source.entries)
     report = intake.report = ImportReport(
         **vars(intake.report),
         source=source.path,
         kind=source.kind,
-        classes=dict(sorted(survey.classes.items())),
+        classes=dict(sorted(classes.items())),
         embedding_shape=shape,
-        dtypes={str(name): number for name, number in survey.dtypes.items()},
+        dtypes={str(name): number for name, number in source.dtypes.items()},
     )
     report.refused += source.refused
-    report.notes += [*source.notes, *notes, *more, *_doubts(survey)]
+    report.notes += [*source.notes, *notes, *more, *_doubts(source, usual)]
     rows = _Rows(source, report, squeeze=squeeze)
     if not dry_run:
         _check_room(intake, rows.entries)
@@ -171,20 +174,71 @@ def _fields(config: CacheConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-def _doubts(found: Survey) -> list[str]:
+def _doubts(source: Source, shape: Shape | None) -> list[str]:
     """What in a source looks as if something were missing."""
-    notes, source = [], found.source
+    notes = []
     stated = source.description.num_embeddings
     held = len(source.entries) + len(source.refused) + len(source.repeated)
     if stated is not None and stated != held:
         notes.append(f"{source.path.name} says num_embeddings {stated}, and holds {held}")
-    shape = found.shape
     if shape is not None and len(shape) > 1 and shape[0] == 1:
         notes.append(
             f"the embeddings have shape {shape}; `squeeze=True` takes off the 1, which "
             "isn't part of an embedding if it was a batch of one"
         )
     return notes
+
+
+def _usual_shape(source: Source, *, squeeze: bool, ragged: bool) -> Shape | None:
+    """The shape that most have, and a new store will; None if it isn't known before reading."""
+    entries = source.entries.values()
+    if squeeze:
+        for entry in (*entries, *source.repeated):
+            entry.shape = None if entry.shape is None else _squeezed(entry.shape)
+    if source.description.embedding_shape is not None:
+        return source.description.embedding_shape
+    shapes = Counter(entry.shape for entry in entries if entry.shape is not None)
+    if not shapes:
+        return _first_shape(entries, squeeze=squeeze, ragged=ragged)
+    if not ragged:
+        return shapes.most_common(1)[0][0]
+    rests: Counter[tuple[int, ...]] = Counter()
+    for shape, number in shapes.items():
+        rests[shape[1:]] += number
+    return (None, *rests.most_common(1)[0][0])
+
+
+def _first_shape(entries: Iterable[Entry], *, squeeze: bool, ragged: bool) -> Shape | None:
+    """The shape of the first that can be read, where it isn't known before reading."""
+    for entry in entries:
+        # What is wrong with it is reported when it is imported.
+        with contextlib.suppress(CacheError, OSError, ValueError, IndexError):
+            value = entry.load()
+            if value is not None:
+                shape = _squeezed(value.shape) if squeeze else tuple(value.shape)
+                return (None, *shape[1:]) if ragged else shape
+    return None
+
+
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the leading dimension of a batch of one; one dimension stays."""
+    return tuple(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape)
+
+
+def _misfit(entry: Entry, shape: Shape | None) -> Refusal | None:
+    """Why an embedding doesn't go with the others, as far as its shape shows."""
+    if entry.shape is None:
+        return None
+    try:
+        check_shape(entry.sample_id, entry.shape, shape)
+    except InvalidEmbeddingError:
+        hint = ""
+        if shape and len(shape) == len(entry.shape) > 1 and shape[1:] == entry.shape[1:]:
+            hint = "; `ragged=True` lets the first dimension differ"
+        expected = ", ".join("any" if size is None else str(size) for size in shape or ())
+        reason = f"shape {entry.shape}, where ({expected}) is expected{hint}"
+        return Refusal(entry.name, entry.sample_id, reason)
+    return None
 
 
 def _check_room(intake: Intake, entries: list[Entry]) -> None:
@@ -212,7 +266,7 @@ class _Rows:
             groups[entry.sample_id].append(entry)
         self.entries: list[Entry] = []
         for entry in (entry for group in groups.values() for entry in group):
-            if (refusal := misfit(entry, report.embedding_shape)) is None:
+            if (refusal := _misfit(entry, report.embedding_shape)) is None:
                 self.entries.append(entry)
             else:
                 report.refused.append(refusal)
@@ -258,7 +312,7 @@ class _Rows:
         if value is None:
             raise TransferError("the value is missing")
         if self._squeeze:
-            value = value.reshape(squeezed(value.shape))
+            value = value.reshape(_squeezed(value.shape))
         return as_stored(entry.sample_id, value, self._report.config.dtype, copy=False)
 
 

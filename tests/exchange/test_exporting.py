@@ -276,7 +276,7 @@ def test_interrupted(filled, config, tmp_path):
 
 def test_more_than_fits_into_memory(filled, config, tmp_path, monkeypatch):
     """What is put together in memory is refused with the formats that aren't."""
-    monkeypatch.setattr(exporting, "available_memory", lambda: 1000)
+    monkeypatch.setattr(exporting, "memory_limit", lambda: 1000)
     for kind, out in (("pt", "x.pt"), ("safetensors", "x.safetensors")):
         with pytest.raises(TransferError):
             export_embeddings(filled, config, tmp_path / out, format=kind)

@@ -1,20 +1,31 @@
-"""The file formats that import reads and export writes: one module each, and this table.
+"""The file formats that import reads and export writes: one module each, and the table of them.
 
 To add a format, write a module with a `read` function and a `Part` class, and add a line here.
 """
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lmdbcache.exchange.formats import lance, npz, parquet, safetensors, torch, webdataset
+from lmdbcache.errors import TransferError
+from lmdbcache.exchange.formats import lance, npy, npz, parquet, safetensors, torch, webdataset
 from lmdbcache.exchange.formats.base import Embeddings, Part, Samples, Source
 from lmdbcache.exchange.formats.keys import KeyChoice
+from lmdbcache.files import few
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "Format", "open_source"]
+
+_URL: Final = re.compile(r"[a-z][a-z0-9+]+:/")  # a Path has one slash
+_KNOWN: Final = (
+    "a .pt file with a dict, a .safetensors, .npz, .parquet or .tar file, a Lance dataset, or a "
+    "folder with <class>/manifest.json, <class>/<file_id>.npy, <file_id>__<class>.npy, "
+    "*.safetensors, *.parquet or *.tar"
+)
 
 
 @dataclass(frozen=True)
@@ -69,3 +80,82 @@ FORMATS: Final[dict[str, Format]] = {
         (".tar",), webdataset.read, webdataset.WebDatasetPart, is_sharded=True, bytes_beside=5 * 512
     ),
 }
+
+
+# ---- which one a file or folder is in
+
+
+def open_source(path: str | Path, choice: KeyChoice) -> Source:
+    """List what a file or folder holds; its embeddings aren't read yet.
+
+    Raises:
+        TransferError: Missing, damaged, empty, or of no known form.
+        MissingDependencyError: A package is needed to read it.
+    """
+    path = Path(path)
+    try:
+        source = _folder(path, choice) if path.is_dir() else _file(path, choice)
+    except OSError as error:
+        raise TransferError(f"{path} can't be read ({error.strerror or error})") from None
+    if not (source.entries or source.refused):
+        raise TransferError(f"{path} ({source.kind}) holds no embeddings")
+    return source
+
+
+def _file(path: Path, choice: KeyChoice) -> Source:
+    if not path.is_file():
+        is_url = _URL.match(str(path))
+        raise TransferError(
+            f"{path} is on another machine; copy it to this one, then import that"
+            if is_url
+            else f"{path} isn't there; expected {_KNOWN}"
+        )
+    suffix = path.suffix.lower()
+    for format_ in FORMATS.values():
+        if suffix in format_.suffixes:
+            return format_.read(path, [path], choice)
+    if _is_torch_archive(path):
+        return FORMATS["pt"].read(path, [path], choice)
+    if suffix == ".npy":
+        raise TransferError(
+            f"{path}: one .npy file; give the folder that it is in (with {npy.MANIFEST}, if it "
+            "holds several embeddings)"
+        )
+    raise TransferError(f"{path}: a file of an unknown kind; expected {_KNOWN}")
+
+
+def _folder(path: Path, choice: KeyChoice) -> Source:
+    if (path / lance.VERSIONS).is_dir():
+        return FORMATS["lance"].read(path, sorted(filter(Path.is_file, path.rglob("*"))), choice)
+    folders = [path, *sorted(filter(Path.is_dir, path.iterdir()))]
+    manifests = [folder / npy.MANIFEST for folder in folders]
+    if manifests := [file for file in manifests if file.is_file()]:
+        return npy.read_with_manifests(path, manifests, choice)
+    for format_ in FORMATS.values():
+        if format_.is_sharded and (shards := sorted(path.glob(f"*{format_.suffixes[0]}"))):
+            return format_.read(path, shards, choice)
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [
+        file
+        for file in files
+        if file.suffix == ".npy" or (file.suffix == ".pt" and file.parent != path)
+    ]
+    if files:
+        return npy.read(path, files, choice)
+    torch_files = [file for file in path.iterdir() if file.suffix in FORMATS["pt"].suffixes]
+    if torch_files:
+        names = few(sorted(file.name for file in torch_files), 5)
+        raise TransferError(f"{path}: give the file itself: {names}")
+    deeper = next(path.glob("*/*/**/*.npy"), None)
+    hint = (
+        f"; {deeper.parent} has .npy files: give that folder and a `class_name`" if deeper else ""
+    )
+    raise TransferError(f"{path}: no embeddings are found in it; expected {_KNOWN}{hint}")
+
+
+def _is_torch_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False

@@ -7,8 +7,10 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +20,7 @@ import xxhash
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import InvalidSampleIdError, MissingDependencyError, TransferError
-from lmdbcache.exchange.formats.keys import KeyChoice, sample_id_in_class
+from lmdbcache.exchange.formats.keys import KeyChoice, KeyReader, sample_id_in_class
 from lmdbcache.exchange.intake import Refusal
 from lmdbcache.storage import NUMPY_DTYPES, canonical_sample_id
 
@@ -248,6 +250,11 @@ class Source:
         else:
             self.entries[canonical] = entry
 
+    @property
+    def dtypes(self) -> Counter[str | None]:
+        """Numpy's name → number of embeddings; None where it isn't known before reading."""
+        return Counter(entry.dtype for entry in self.entries.values())
+
     def refuse(self, name: str, reason: object) -> None:
         """Note what can't be imported, in one line."""
         self.refused.append(Refusal(name, None, " ".join(str(reason).split())))
@@ -261,15 +268,11 @@ class Source:
     ) -> None:
         """Add embeddings that lie under a name each."""
         names = list(names)
-        reader = choice.reader(names, is_exact=self.description.is_export)
+        reader = KeyReader(names, choice, is_exact=self.description.is_export)
         self.notes += reader.notes
         for name in names:
-            self.add(
-                name,
-                lambda name=name: reader.sample_id(name),  # type: ignore[misc]
-                *shape_and_dtype(name),
-                lambda name=name: load(name),  # type: ignore[misc]
-            )
+            shape, dtype = shape_and_dtype(name)
+            self.add(name, partial(reader.sample_id, name), shape, dtype, partial(load, name))
 
     def add_rows(self, rows: Rows, choice: KeyChoice) -> None:
         """Add the rows of an array.
@@ -292,18 +295,15 @@ class Source:
         classes: Sequence[str | None] = rows.classes or [None] * rows.num_rows
         classes = [None if ":" in name else c for name, c in zip(rows.ids, classes, strict=True)]
         unclassed = [name for name, c in zip(rows.ids, classes, strict=True) if c is None]
-        reader = choice.reader(unclassed, is_exact=rows.is_exact)
+        reader = KeyReader(unclassed, choice, is_exact=rows.is_exact)
         self.notes += reader.notes
         for number, (name, class_name) in enumerate(zip(rows.ids, classes, strict=True)):
-            self.add(
-                name if class_name is None else f"{name}:{class_name}",
-                (lambda name=name: reader.sample_id(name))  # type: ignore[misc]
-                if class_name is None
-                else (lambda name=name, c=class_name: sample_id_in_class(name, c)),  # type: ignore[misc]
-                rows.shape(number),
-                rows.dtype,
-                lambda number=number: rows.load(number),  # type: ignore[misc]
-            )
+            sample_id = partial(reader.sample_id, name)
+            shown = name
+            if class_name is not None:
+                sample_id = partial(sample_id_in_class, name, class_name)
+                shown = f"{name}:{class_name}"
+            self.add(shown, sample_id, rows.shape(number), rows.dtype, partial(rows.load, number))
 
 
 @dataclass(frozen=True)

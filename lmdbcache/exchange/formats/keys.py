@@ -44,12 +44,6 @@ class KeyChoice:
     order: KeyOrder = "auto"
     class_name: str | None = None
 
-    def reader(
-        self, keys: Collection[Any], hints: Mapping[Any, str] | None = None, *, is_exact: bool
-    ) -> KeyReader:
-        """Return what reads these names."""
-        return KeyReader(keys, hints or {}, self, is_exact=is_exact)
-
 
 class KeyReader:
     """Reads keys such as `video_00001:dog`, `dog:video_00001.wav`, or without a class.
@@ -59,8 +53,8 @@ class KeyReader:
 
     Args:
         keys: All of them: which of the two comes first is inferred from all keys.
-        hints: Key → class, where the source states it next to the key.
         choice: What the caller says.
+        hints: Key → class, where the source states it next to the key.
         is_exact: The keys are sample ids; nothing is inferred or taken off.
 
     Raises:
@@ -68,12 +62,17 @@ class KeyReader:
     """
 
     def __init__(
-        self, keys: Collection[Any], hints: Mapping[Any, str], choice: KeyChoice, *, is_exact: bool
+        self,
+        keys: Collection[Any],
+        choice: KeyChoice,
+        hints: Mapping[Any, str] | None = None,
+        *,
+        is_exact: bool,
     ) -> None:
         if choice.order not in _KEY_ORDERS:
             raise TransferError(f"keys: {choice.order!r}; known are {', '.join(_KEY_ORDERS)}")
         self.notes: list[str] = []
-        self._hints = hints
+        self._hints = hints or {}
         self._class_name = choice.class_name
         self._is_exact = is_exact
         self._order: KeyOrder = choice.order

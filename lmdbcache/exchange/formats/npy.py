@@ -23,6 +23,7 @@ from lmdbcache.exchange.formats.base import (
 )
 from lmdbcache.exchange.formats.keys import (
     KeyChoice,
+    KeyReader,
     sample_id_in_class,
     with_colon,
     without_extension,
@@ -44,8 +45,8 @@ _MAPPED_AT_ONCE: Final = 16
 
 def read(path: Path, files: Sequence[Path], choice: KeyChoice) -> Source:
     """List `<class>/<file_id>.npy`, and `<file_id>:<class>.npy` or `<file_id>__<class>.npy`."""
-    reader = choice.reader(
-        [_flat_key(file) for file in files if file.parent == path], is_exact=False
+    reader = KeyReader(
+        [_flat_key(file) for file in files if file.parent == path], choice, is_exact=False
     )
     source = Source(path, "folder of files", files, _about(path), notes=reader.notes)
     for file in files:
@@ -152,7 +153,7 @@ class _ManifestFolder:
     def add_all(self) -> None:
         """Add the embeddings, in the order of the chunks."""
         places = _places(self._folder / MANIFEST)
-        reader = self._choice.reader([] if self._class_name else list(places), is_exact=False)
+        reader = KeyReader([] if self._class_name else list(places), self._choice, is_exact=False)
         self._source.notes += reader.notes
         found = []
         for key, place in places.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from lmdbcache.exchange.formats.base import (
     optional,
     text_list,
 )
-from lmdbcache.exchange.formats.keys import KeyChoice, file_id_in_class, is_numbered_clip
+from lmdbcache.exchange.formats.keys import KeyChoice, KeyReader, file_id_in_class, is_numbered_clip
 
 __all__ = ["TorchPart", "read"]
 
@@ -103,7 +104,7 @@ def _add_all(source: Source, values: Mapping[Any, Any], choice: KeyChoice) -> No
             "file_id:class and tensor, and import each with another `output`",
         )
     flat, hints = _flattened({k: v for k, v in values.items() if k not in several})
-    reader = choice.reader(list(flat), hints, is_exact=source.description.is_export)
+    reader = KeyReader(list(flat), choice, hints, is_exact=source.description.is_export)
     source.notes += reader.notes
     for key, value in flat.items():
         shown = key if isinstance(key, str) else repr(key)
@@ -113,7 +114,7 @@ def _add_all(source: Source, values: Mapping[Any, Any], choice: KeyChoice) -> No
             continue
         source.add(
             shown,
-            lambda key=key: reader.sample_id(key),  # type: ignore[misc]
+            partial(reader.sample_id, key),
             tuple(embedding.shape),
             dtype_name(embedding),
             lambda embedding=embedding: embedding,  # type: ignore[misc]
