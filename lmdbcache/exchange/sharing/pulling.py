@@ -377,10 +377,7 @@ class _Pull:
     def _embeddings(self, wanted: _Wanted) -> _Values:
         """Return the embeddings by row."""
         entry = wanted.offer.entry
-        found = self._listed.get(entry.name)
-        if found != entry.num_bytes:
-            size = "isn't there (any more)" if found is None else f"has {found} bytes"
-            raise IntegrityError(f"{entry.path} {size}; it should have {entry.num_bytes}")
+        entry.check_listed(self._listed)
         if self._is_in_part(wanted):
             return self._fetch_rows(wanted)
         data = self._local.fetch(self._remote, entry, wanted.header, self._count)

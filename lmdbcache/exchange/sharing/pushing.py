@@ -75,7 +75,6 @@ class PushReport(Report):
         num_shards: Shards that were listed anew.
         num_uploaded: Shards that were uploaded; a push that was interrupted had uploaded others.
         num_bytes: Uploaded, in shards and manifests.
-        manifests: Ids of the manifests that were written.
         manifest: The id that means all that is shared now; None if several writers have
             pushed side by side.
         repaired: Damaged shards that were uploaded again.
@@ -95,7 +94,6 @@ class PushReport(Report):
     num_shards: int = 0
     num_uploaded: int = 0
     num_bytes: int = 0
-    manifests: list[str] = field(default_factory=list)
     manifest: str | None = None
     repaired: list[str] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
@@ -269,21 +267,20 @@ class _Push:
     def _look(self, offer: Offer, *, repair: bool) -> tuple[ShardHeader | None, str | None]:
         """Return what a shard holds, and what is wrong with the file."""
         entry, trouble = offer.entry, None
-        size = self._listed.get(entry.name)
-        if size != entry.num_bytes:
-            found = "isn't there" if size is None else f"has {size} bytes"
-            trouble = f"{found}, and manifest {offer.manifest.id} lists {entry.num_bytes}"
         try:
-            if trouble is None and repair:
+            entry.check_listed(self._listed)
+            if repair:
                 check_shard(self._remote, self._folder, entry.sha256, entry.num_bytes)
         except IntegrityError as error:
             trouble = str(error)
         try:
             return read_header(self._remote, offer, self._local), trouble
-        except (IntegrityError, RemoteError) as error:
-            if trouble is None and isinstance(error, RemoteError):
-                raise  # it may be sound, and is nothing to be given up
+        except IntegrityError as error:
             return None, trouble or str(error)
+        except RemoteError:
+            if trouble is None:
+                raise  # it may be sound, and is nothing to be given up
+            return None, trouble
 
     def _mend(self, entry: ShardEntry, header: ShardHeader) -> bool:
         """Upload a shard again, byte for byte, if all of its embeddings are stored here."""
@@ -431,7 +428,6 @@ class _Push:
         self._local.keep(manifest.id, data)
         state.manifests[manifest.id] = manifest
         state.sizes[manifest.id] = len(data)
-        report.manifests.append(manifest.id)
         report.num_bytes += len(data)
 
     def _check_there(self, folder: str, sizes: Mapping[str, int]) -> None:

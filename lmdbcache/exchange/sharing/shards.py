@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -86,6 +86,17 @@ class ShardEntry:
     def path(self) -> str:
         """The file, below the fingerprint's folder."""
         return f"shards/{self.name}"
+
+    def check_listed(self, listed: Mapping[str, int]) -> None:
+        """Compare the file with a listing of its folder.
+
+        Raises:
+            IntegrityError: It is missing, or has another size.
+        """
+        size = listed.get(self.name)
+        if size != self.num_bytes:
+            found = "isn't there (any more)" if size is None else f"has {size} bytes"
+            raise IntegrityError(f"{self.path} {found}; it should have {self.num_bytes}")
 
 
 @dataclass(frozen=True)
