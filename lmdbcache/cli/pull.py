@@ -110,12 +110,12 @@ def pull_command(
 def _print_report(report: PullReport) -> None:
     if report.is_dry_run:
         say(
-            f"{counted(report.num_samples, 'sample')} shared, {report.num_present} stored with the "
+            f"{counted(report.num_samples, 'sample')} shared, {report.num_same} stored with the "
             f"same bytes: {counted(report.num_shards, 'shard')} to fetch, "
             f"{readable_size(report.bytes_to_fetch)}; nothing was fetched (--dry-run)"
         )
     else:
-        print_conflicts(report.intake)
+        print_conflicts(report)
         say(f"{report}; {readable_size(report.bytes_fetched)} fetched")
     if report.manifest:
         say(f"manifest {report.manifest}")
@@ -125,11 +125,11 @@ def _print_report(report: PullReport) -> None:
 
 
 def _print_left_out(report: PullReport) -> None:
-    for one in (*[*report.problems.values()][:_FEW], *report.intake.refused[:_FEW]):
+    for one in (*[*report.problems.values()][:_FEW], *report.refused[:_FEW]):
         print_error(f"not imported: {one}")
     if report.problems:
         print_error(f"`lmdbcache push {report.url} --repair`, where the embeddings are, helps")
     for what, names in (("lost", report.lost), ("not shared there", report.absent)):
         if names:
             print_error(f"{counted(len(names), 'sample')} {what}: {few(names, 3)}")
-    print_unresolved(report.intake)
+    print_unresolved(report)

@@ -30,12 +30,12 @@ def test_pull_says_what_came_and_from_which_state(cli, place, root):
     manifest = share(place, CONFIG, some_embeddings(0, 10))
     result = cli("pull", place.url)
     assert (result.returncode, result.stderr) == (0, "")
-    for words in ("10 of 10 samples are new", f"manifest {manifest.id}", str(root.path(CONFIG))):
+    for words in ("10 new, 0 stored already", f"manifest {manifest.id}", str(root.path(CONFIG))):
         assert words in result.stdout
     assert len(stored(root, CONFIG)) == 10
     again = cli("pull", place.url, CONFIG.fingerprint[:5], "--json")
     found = json.loads(again.stdout)
-    assert (found["num_present"], found["bytes_fetched"]) == (10, 0)
+    assert (found["num_same"], found["bytes_fetched"]) == (10, 0)
     assert found["manifest"] == manifest.id
 
 

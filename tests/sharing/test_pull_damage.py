@@ -82,7 +82,7 @@ def test_a_damaged_manifest_is_reported_and_the_others_count(remote, cache, conf
     path = Path(remote.url.removeprefix("file://")) / config.fingerprint / one.path
     path.write_bytes(path.read_bytes()[:-9])
     report = pull(cache, None, remote.url)
-    assert (report.exit_code, report.intake.num_new) == (1, 3)
+    assert (report.exit_code, report.num_new) == (1, 3)
     assert list(report.problems) == [one.path]
 
 

@@ -184,9 +184,9 @@ def test_two_pushers_in_conflict_are_both_named(remote, cache, config):
     one = share(remote, config, ours, writer="node-a")
     two = share(remote, config, theirs, writer="node-b")
     report = pull(cache, None, remote.url)
-    assert (report.exit_code, report.intake.num_new) == (1, 3)
+    assert (report.exit_code, report.num_new) == (1, 3)
     first, second = sorted((one, two), key=lambda manifest: manifest.id)
-    for conflict in report.intake.conflicts:
+    for conflict in report.conflicts:
         assert conflict.stored.detail["manifest"] == first.id
         assert conflict.given.detail["manifest"] == second.id
         assert conflict.max_abs > 0
@@ -204,11 +204,11 @@ def test_what_differs_in_the_last_bits_is_kept(remote, filled, config, embedding
     near = {name: value + np.float32(1e-6) for name, value in embeddings.items()}
     share(remote, config, near)
     report = pull(filled, None, remote.url)
-    assert (report.exit_code, report.intake.num_close) == (0, 20)
+    assert (report.exit_code, report.num_close) == (0, 20)
     skipped = pull(filled, None, remote.url, on_duplicate="skip", tolerance=1e-9)
     assert (skipped.exit_code, skipped.bytes_fetched, skipped.num_skipped) == (0, 0, 20)
     closer = pull(filled, None, remote.url, tolerance=1e-9)
-    assert (closer.exit_code, len(closer.intake.conflicts)) == (1, 20)
+    assert (closer.exit_code, len(closer.conflicts)) == (1, 20)
     assert_same(stored(filled, config), embeddings)
 
 
@@ -239,8 +239,8 @@ def test_a_conflict_is_reported_until_it_is_decided(remote, filled, config, embe
     share(remote, config, {"video_00001:dog": np.ones(8, "f4")})
     for _ in range(2):
         report = pull(filled, None, remote.url)
-        assert (report.exit_code, len(report.intake.conflicts)) == (1, 1)
-        assert report.intake.conflicts[0].stored.writer == "this store"
+        assert (report.exit_code, len(report.conflicts)) == (1, 1)
+        assert report.conflicts[0].stored.writer == "this store"
     assert pull(filled, None, remote.url, on_duplicate="skip").exit_code == 0
     assert_same(stored(filled, config), embeddings)
     assert pull(filled, None, remote.url, on_duplicate="overwrite").exit_code == 0
@@ -257,7 +257,7 @@ def test_embeddings_of_other_weights_are_refused(remote, cache, config):
     share(remote, config, two, three, provenance={"weights_digest": "2"}, writer="node-b")
     report = pull(cache, None, remote.url)
     assert report.exit_code == 1
-    assert [refusal.where for refusal in report.intake.refused] == ["node-b"]
+    assert [refusal.where for refusal in report.refused] == ["node-b"]
     assert sorted(stored(cache, config)) == sorted([*one, "mine:dog"])
 
 

@@ -24,11 +24,11 @@ def test_a_pulled_store_is_what_was_shared(request, cache, config, kind):
     share(remote, config, one, two)
     report = pull(cache, None, remote.url)
     assert report.exit_code == 0
-    assert (report.intake.num_new, report.num_shards) == (15, 2)
+    assert (report.num_new, report.num_shards) == (15, 2)
     assert_same(stored(cache, config), {**one, **two})
     assert cache.verify(config).is_sound
     again = pull(cache, config, remote.url)
-    assert (again.exit_code, again.num_present, again.bytes_fetched) == (0, 15, 0)
+    assert (again.exit_code, again.num_same, again.bytes_fetched) == (0, 15, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -57,7 +57,7 @@ def test_a_store_in_use_is_added_to(remote, filled, config, embeddings):
     with filled.reader(config) as reader, filled.writer(config) as writer:
         before = {name: reader[name].copy() for name in reader}
         writer.put("mine:dog", np.ones(8))
-        assert pull(filled, None, remote.url).intake.num_new == 10
+        assert pull(filled, None, remote.url).num_new == 10
         writer.commit()
         assert_same({name: reader[name].copy() for name in before}, embeddings)
         assert new["clip_00003:dog"].tobytes() == reader["clip_00003:dog"].tobytes()
@@ -76,7 +76,7 @@ def test_only_shards_with_something_missing_are_fetched(remote, cache, config, m
     assert report.bytes_fetched == report.bytes_to_fetch == entry.num_bytes - entry.header_bytes
     assert {path.rpartition("/")[2][:64] for path in read if "shards" in path} == {entry.sha256}
     assert sum("manifests" in path for path in read) == 1
-    assert (report.intake.num_new, report.num_present) == (3, 10)
+    assert (report.num_new, report.num_same) == (3, 10)
 
 
 def test_what_two_shards_hold_is_fetched_once(remote, cache, config):
@@ -85,7 +85,7 @@ def test_what_two_shards_hold_is_fetched_once(remote, cache, config):
     few = dict(list(values.items())[:4])
     share(remote, config, values, few)
     report = pull(cache, None, remote.url)
-    assert (report.num_shards, report.intake.num_new, report.intake.num_same) == (1, 10, 0)
+    assert (report.num_shards, report.num_new, report.num_same) == (1, 10, 0)
 
 
 def count_reads(monkeypatch):
@@ -107,7 +107,7 @@ def test_damaged_copies_cost_another_look(remote, cache, config):
         data[20] ^= 1
         copy.write_bytes(data)
     report = pull(cache, None, remote.url)
-    assert (report.exit_code, report.problems, report.num_present) == (0, {}, 3)
+    assert (report.exit_code, report.problems, report.num_same) == (0, {}, 3)
 
 
 def test_a_pinned_state_that_is_here_needs_no_network(remote, cache, config, tmp_path):
@@ -116,7 +116,7 @@ def test_a_pinned_state_that_is_here_needs_no_network(remote, cache, config, tmp
     pull(cache, config, remote.url, manifest=manifest.id)
     (tmp_path / "shared").rename(tmp_path / "elsewhere")
     report = pull(cache, config.fingerprint, remote.url, manifest=manifest.id)
-    assert (report.exit_code, report.num_present, report.manifest) == (0, 3, manifest.id)
+    assert (report.exit_code, report.num_same, report.manifest) == (0, 3, manifest.id)
     with pytest.raises(CacheNotFoundError):
         pull(cache, config, remote.url)
 
@@ -127,9 +127,9 @@ def test_a_manifest_pins_a_state(remote, cache, config):
     two = share(remote, config, some_embeddings(3, 3), alongside=[one.id])
     share(remote, config, some_embeddings(6, 3), alongside=[one.id, two.id])
     report = pull(cache, None, remote.url, manifest=two.id[:20])
-    assert (report.manifest, report.intake.num_new) == (two.id, 6)
+    assert (report.manifest, report.num_new) == (two.id, 6)
     assert pull(cache, None, remote.url, manifest=one.id).num_samples == 3
-    assert pull(cache, None, remote.url).intake.num_new == 3
+    assert pull(cache, None, remote.url).num_new == 3
 
 
 def test_manifests_that_cannot_be_found(remote, cache, config):

@@ -98,7 +98,7 @@ def test_many_pushes_leave_few_manifests_to_read(remote, cache, config, tmp_path
     assert_shared(remote, config, some_embeddings(0, 20))
     for number in (0, 6, 19):
         other = EmbeddingCache(tmp_path / f"{number}")
-        assert pull(other, config, remote.url, manifest=pins[number]).intake.num_new == number + 1
+        assert pull(other, config, remote.url, manifest=pins[number]).num_new == number + 1
 
 
 def test_the_same_samples_have_the_same_shards_everywhere(remote, tmp_path, config):
@@ -157,7 +157,7 @@ def test_the_last_manifest_pins_all_that_is_shared(remote, tmp_path, config):
     assert push(caches[1], config, remote.url).manifest == last
     for manifest, number in ((first, 10), (pinned, 20), (last, 30)):
         other = EmbeddingCache(tmp_path / manifest)
-        assert pull(other, None, remote.url, manifest=manifest).intake.num_new == number
+        assert pull(other, None, remote.url, manifest=manifest).num_new == number
 
 
 def test_two_that_push_at_once_lose_nothing(remote, tmp_path, config, small):
@@ -326,5 +326,5 @@ def test_neither_folders_nor_names_of_this_machine_are_shared(remote, cache, con
     remote.write(f"{config.fingerprint}/{entry.path}", data)
     put_manifest(remote, config, [entry], shape=(8,), provenance=provenance)
     other = EmbeddingCache(tmp_path / "other")
-    assert pull(other, None, remote.url).intake.num_new == 7
+    assert pull(other, None, remote.url).num_new == 7
     assert other.info(config).provenance == {"torch": "2.11"}

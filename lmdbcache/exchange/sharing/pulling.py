@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
@@ -27,7 +27,6 @@ from lmdbcache.exchange.sharing.shards import ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
-    Report,
     StoreMetadata,
     check_room,
     checksum,
@@ -75,21 +74,16 @@ class _Wanted(NamedTuple):
 
 
 @dataclass
-class PullReport(Report):
-    """What came into one store.
+class PullReport(IntakeReport):
+    """What came into one store; `num_same` also counts what wasn't fetched for being the same.
 
     Args:
-        path: The store's folder.
-        config: Its identity.
         url: The place, without what is secret in it.
-        is_dry_run: Whether nothing was fetched.
-        intake: What became of the embeddings that were fetched.
         manifest: The id that means the state that was pulled; None if several writers have
             pushed side by side.
         num_samples: Samples that are shared and were asked for.
-        num_present: Of these, stored before, with the same bytes.
         num_skipped: Of these, stored with other bytes, and not looked at (`on_duplicate="skip"`).
-        num_shards: Shards that hold the others.
+        num_shards: Shards that hold what is missing or differs.
         bytes_to_fetch: Of these shards, less what is here already.
         bytes_fetched: Of these, what came over the network.
         problems: Manifests and shards that can't be used: path → why.
@@ -97,16 +91,9 @@ class PullReport(Report):
         absent: Sample ids that were asked for and aren't shared, sorted.
     """
 
-    derived: ClassVar[tuple[str, ...]] = ("fingerprint",)
-
-    path: Path
-    config: CacheConfig
-    url: str
-    is_dry_run: bool
-    intake: IntakeReport
+    url: str = ""
     manifest: str | None = None
     num_samples: int = 0
-    num_present: int = 0
     num_skipped: int = 0
     num_shards: int = 0
     bytes_to_fetch: int = 0
@@ -116,30 +103,18 @@ class PullReport(Report):
     absent: list[str] = field(default_factory=list)
 
     @property
-    def fingerprint(self) -> str:
-        """Of the store's config."""
-        return self.config.fingerprint
-
-    @property
     def exit_code(self) -> int:
         """0 if all that was asked for is in the store, or was decided for what is; else 1."""
-        return 1 if self.problems or self.lost or self.absent or self.intake.exit_code else 0
+        return 1 if self.problems or self.lost or self.absent else super().exit_code
 
     def __str__(self) -> str:
-        taken = self.intake
         counts = {
-            f"of {self.num_samples} samples are new": taken.num_new,
-            "were stored with the same bytes": self.num_present,
-            f"within {taken.tolerance:g} of what is stored": taken.num_close,
             "kept as they are": self.num_skipped,
-            "in conflict": len(taken.conflicts),
-            "refused": len(taken.refused),
             "lost in damaged files": len(self.lost),
             "asked for and not shared": len(self.absent),
         }
-        parts = [f"{number} {what}" for what, number in [*counts.items()][:2]]
-        parts += [f"{number} {what}" for what, number in [*counts.items()][2:] if number]
-        return "; ".join([*parts, *list(self.problems.values())[:3]])
+        parts = [f"{number} {what}" for what, number in counts.items() if number]
+        return ", ".join([super().__str__(), *parts])
 
 
 def pull(
@@ -216,15 +191,21 @@ def pull(
         ragged=None in first.embedding_shape,
         dry_run=dry_run,
     )
-    local.store = intake.report.path
-    run = _Pull(remote, cache, intake, local, state, progress)
+    report = intake.report = PullReport(
+        **vars(intake.report),
+        url=remote.place,
+        manifest=state.pin,
+        problems=dict(state.problems),
+    )
+    local.store = report.path
+    run = _Pull(remote, cache, intake, report, local, state, progress)
     if dry_run:
         run.look(selection)
-        return run.report
+        return report
     with local.held():
         run.bring_in(selection)
         local.tidy({*state.manifests, *(offer.entry.sha256 for offer in state.offers())})
-    return run.report
+    return report
 
 
 class _Pull:
@@ -235,14 +216,14 @@ class _Pull:
         remote: Remote,
         cache: EmbeddingCache,
         intake: Intake,
+        report: PullReport,
         local: LocalFolder,
         state: SharedState,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._remote, self._cache, self._intake, self._local = remote, cache, intake, local
-        self._state, self._progress = state, progress
-        taken = intake.report
-        self._config = taken.config
+        self._remote, self._cache, self._intake, self._report = remote, cache, intake, report
+        self._local, self._state, self._progress = local, state, progress
+        self._config = report.config
         self._listed: dict[str, int] = {}  # name → bytes of the shards that are there
         self._failed: set[str] = set()  # digests
         # Of what was searched: what is shared, and what became of that without being fetched.
@@ -250,20 +231,15 @@ class _Pull:
         self._lock = Lock()  # of the counts, which several downloads add to
         self._bytes_done = self._bytes_in_all = 0
         self._is_over = False
-        self.report = PullReport(
-            *(taken.path, self._config, remote.place, taken.is_dry_run, taken),
-            manifest=state.pin,
-            problems=dict(state.problems),
-        )
 
     def look(self, selection: Selection) -> list[_Wanted]:
         """Return the shards to fetch, so that all that is asked for is here or can be compared."""
-        report = self.report
+        report = self._report
         self._refuse_other_weights()
         wanted = self._search(selection)
         if not report.problems:
             selection.check_classes(f"{self._remote.place}/{self._config.fingerprint}")
-        report.num_samples, report.num_present = len(self._asked), len(self._present)
+        report.num_samples, report.num_same = len(self._asked), len(self._present)
         report.num_skipped, report.num_shards = len(self._skipped), len(wanted)
         report.absent = sorted((selection.sample_ids or frozenset()) - self._asked)
         report.bytes_to_fetch = sum(map(self._size, wanted))
@@ -292,7 +268,7 @@ class _Pull:
                 queue = self._search(Selection(sample_ids=missed)) if missed else []
         finally:
             self._is_over = True
-        self.report.lost = sorted(lost - self._stored().keys()) if lost else []
+        self._report.lost = sorted(lost - self._stored().keys()) if lost else []
 
     def _refuse_other_weights(self) -> None:
         """Leave out the manifests whose embeddings may not be mixed with those of the store."""
@@ -300,17 +276,17 @@ class _Pull:
         for manifest in sorted(self._state.manifests.values(), key=lambda one: one.id):
             theirs = portable(manifest.provenance)
             try:
-                known.check_stated(theirs, self.report.path)
-                known = known.with_provenance(theirs, self.report.path)
+                known.check_stated(theirs, self._report.path)
+                known = known.with_provenance(theirs, self._report.path)
             except CacheError as error:
                 del self._state.manifests[manifest.id]
-                self._intake.report.refused.append(Refusal(manifest.writer, None, str(error)))
+                self._report.refused.append(Refusal(manifest.writer, None, str(error)))
 
     # ---- which shards
 
     def _search(self, selection: Selection) -> list[_Wanted]:
         """Return the shards that hold what is missing here of these samples, or differs."""
-        stored, on_duplicate = self._stored(), self._intake.report.on_duplicate
+        stored, on_duplicate = self._stored(), self._report.on_duplicate
         offers = [
             one
             for one in self._state.offers()
@@ -363,14 +339,14 @@ class _Pull:
         coming = [one for one in queue if self._listed.get(one.offer.entry.name)]
         stored = sum(one.stored_bytes for one in coming)
         on_their_way = sum(sorted(map(self._size, coming))[-CONNECTIONS:])
-        check_room(self.report.path, stored + on_their_way + RESERVE_BYTES, "this pull")
+        check_room(self._report.path, stored + on_their_way + RESERVE_BYTES, "this pull")
 
     def _fail(self, offer: Offer, error: Exception) -> None:
         if isinstance(error, RemoteError):
             # Raises where nothing answers any more: all others would fail as well.
             self._remote.list_files(f"{self._config.fingerprint}/shards")
         self._failed.add(offer.entry.sha256)
-        self.report.problems[offer.entry.path] = str(error)
+        self._report.problems[offer.entry.path] = str(error)
 
     # ---- one shard: in a thread
 
@@ -419,7 +395,7 @@ class _Pull:
             if self._is_over:
                 raise RemoteError("the pull has ended")
             self._bytes_done += num_bytes
-            self.report.bytes_fetched = self._bytes_done
+            self._report.bytes_fetched = self._bytes_done
             if self._progress is not None:
                 self._progress(self._bytes_done, max(self._bytes_done, self._bytes_in_all))
 
@@ -428,7 +404,7 @@ class _Pull:
     def _import(self, wanted: _Wanted, embeddings: _Values) -> None:
         manifest, header = wanted.offer.manifest, wanted.header
         provenance = portable(manifest.provenance)
-        detail = {"url": self.report.url, "manifest": manifest.id, "created": manifest.created}
+        detail = {"url": self._report.url, "manifest": manifest.id, "created": manifest.created}
         rows = self._intake.checked(
             wanted.sample_ids,
             [embeddings[row] for row in wanted.rows],
