@@ -39,7 +39,6 @@ from lmdbcache.errors import (
     IntegrityError,
     InvalidSampleIdError,
     ReadOnlyCacheError,
-    StorageError,
 )
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Row
 from lmdbcache.files import expand_user, few
@@ -182,17 +181,24 @@ class _Merge:
         """
         found: dict[tuple[int, int] | Path, Path] = {}
         for source in sources:
-            folder, search = expand_user(source).absolute(), _Search(self.report)
-            for store in search.stores_under(folder, _DEPTH):
+            folder = expand_user(source).absolute()
+            notes: list[str] = []
+            refused: list[Refusal] = []
+            stores = list(_stores_under(folder, _DEPTH, notes, refused))
+            for store in stores:
                 number = _file_number(store) or store
                 if number in found:
-                    self.report.notes.append(f"{store} is {found[number]}: taken once")
+                    notes.append(f"{store} is {found[number]}: taken once")
                 else:
                     found[number] = store
-            if not search.has_found and search.has_ranks:
-                self.report.notes.append(f"{folder}: the ranks had nothing to store")
-            elif not search.has_found:
-                self._refuse(folder, _nothing_in(folder))
+            if not (stores or notes or refused):
+                # Left by ranks of a staged extraction that had nothing to store.
+                if folder.is_dir() and any(folder.rglob(f"*{RUNNING_SUFFIX}")):
+                    notes.append(f"{folder}: the ranks had nothing to store")
+                else:
+                    refused.append(_refusal(folder, _nothing_in(folder)))
+            self.report.notes += notes
+            self.report.refused += refused
         return list(found.values())
 
     def open(
@@ -210,7 +216,8 @@ class _Merge:
                 self.report.notes.append(f"{path} is a store of {self._cache.root} itself")
                 continue
             try:
-                stack.enter_context(self._at_rest(path))
+                # No rank of a staged extraction, of this or another machine, may write it.
+                stack.enter_context(at_rest(path.resolve(), self._deadline))
                 # A store of the root may be the target: nobody else could write to it then.
                 store = _open_source(path, stack, takes_lock=not is_below_root)
             except (CacheError, OSError) as error:
@@ -222,16 +229,6 @@ class _Merge:
             elif configs is None or config in configs:
                 opened.setdefault(config, []).append(store)
         return opened
-
-    @contextlib.contextmanager
-    def _at_rest(self, path: Path) -> Iterator[None]:
-        """Keep ranks of a staged extraction, of this or another machine, from writing it."""
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(at_rest(path.resolve(), self._deadline))
-            except StorageError as error:
-                raise StorageError(f"{error}; merge again when that has ended") from None
-            yield
 
     # ---- into one store
 
@@ -389,54 +386,35 @@ def _refusal(store: Path, error: object) -> Refusal:
 # ---- finding the stores
 
 
-class _Search:
-    """Looks for stores in a folder and those below it.
-
-    Args:
-        report: Where it notes what can't be merged or is passed over.
-    """
-
-    def __init__(self, report: MergeReport) -> None:
-        self._report = report
-        self.has_found = False
-        self.has_ranks = False
-
-    def stores_under(self, folder: Path, depth: int) -> Iterator[Path]:
-        """Yield the stores."""
-        try:
-            if is_store(folder):
-                self.has_found = True
-                yield folder
-                return
-            entries = sorted(folder.iterdir())
-            generations = unnamed_generations(folder)
-        except (NotADirectoryError, FileNotFoundError):
+def _stores_under(
+    folder: Path, depth: int, notes: list[str], refused: list[Refusal]
+) -> Iterator[Path]:
+    """Yield the stores in a folder and those below it; note what is passed over or refused."""
+    try:
+        if is_store(folder):
+            yield folder
             return
-        except OSError as error:
-            self._refuse(folder, f"can't be listed ({error.strerror})")
-            return
-        # Left by ranks of a staged extraction, whether they had something to store or not.
-        self.has_ranks |= any(entry.name.endswith(RUNNING_SUFFIX) for entry in entries)
-        if any(generations.values()):
-            self._refuse(
-                folder,
-                f"CURRENT is missing, and {few(generations)} holds embeddings: nothing of it is "
-                "merged. If they weren't removed on purpose, write the generation's name into "
-                "CURRENT and merge again",
-            )
-        elif generations:
-            self.has_found = True
-            text = f"{folder} is a store that was never written to: passed over"
-            self._report.notes.append(text)
-        elif depth:
-            for child in entries:
-                # Links to folders may lead round in a circle.
-                if child.is_dir() and (not child.is_symlink() or is_store(child)):
-                    yield from self.stores_under(child, depth - 1)
-
-    def _refuse(self, folder: Path, reason: str) -> None:
-        self.has_found = True
-        self._report.refused.append(Refusal(os.fspath(folder), None, reason))
+        entries = sorted(folder.iterdir())
+        generations = unnamed_generations(folder)
+    except (NotADirectoryError, FileNotFoundError):
+        return
+    except OSError as error:
+        refused.append(_refusal(folder, f"can't be listed ({error.strerror})"))
+        return
+    if any(generations.values()):
+        text = (
+            f"CURRENT is missing, and {few(generations)} holds embeddings: nothing of it is "
+            "merged. If they weren't removed on purpose, write the generation's name into "
+            "CURRENT and merge again"
+        )
+        refused.append(_refusal(folder, text))
+    elif generations:
+        notes.append(f"{folder} is a store that was never written to: passed over")
+    elif depth:
+        for child in entries:
+            # Links to folders may lead round in a circle.
+            if child.is_dir() and (not child.is_symlink() or is_store(child)):
+                yield from _stores_under(child, depth - 1, notes, refused)
 
 
 def _nothing_in(folder: Path) -> str:

@@ -75,7 +75,9 @@ def at_rest(store: Path, deadline: float) -> Iterator[None]:
         return
     try:
         if not _lock(descriptor, fcntl.LOCK_SH, deadline):
-            raise StorageError(f"it is being written ({_holder(path)})")
+            raise StorageError(
+                f"it is being written ({_holder(path)}); try again when that has ended"
+            )
         yield
     finally:
         os.close(descriptor)

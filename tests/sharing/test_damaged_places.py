@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sharing.nodes import CONFIG, embeddings
+from sharing.nodes import embeddings
 from stress.figures import fault_seed
 from stress.rounds import rounds
 
@@ -53,20 +53,3 @@ def test_damage_is_found_and_repaired(on_moto, nodes_at, round_number):
     two.pull()
     assert two.holds(ITEMS)
     assert one.report("verify", on_moto.url)["is_sound"]
-
-
-def test_a_damaged_local_value_is_never_pushed(on_moto, nodes_at):
-    """It is named, everything else is pushed, and the exit code is 1."""
-    one, two = nodes_at(on_moto)
-    one.store(ITEMS)
-    (data,) = one.cache.path(CONFIG).glob("gen-*/data.mdb")
-    value = ITEMS["clip_000050:drum"].tobytes()
-    content = bytearray(data.read_bytes())
-    at = content.index(value) + 9
-    with data.open("r+b") as file:
-        file.seek(at)
-        file.write(bytes([content[at] ^ 4]))
-    report = one.push(code=1)
-    assert list(report["damaged"]) == ["clip_000050:drum"]
-    two.pull()
-    assert two.holds({name: ITEMS[name] for name in ITEMS if name != "clip_000050:drum"})

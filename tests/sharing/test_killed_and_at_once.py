@@ -72,6 +72,7 @@ def test_killed_pulls(place, nodes_at, round_number):
     for _ in kill_some(two, "pull", dice, 4):
         stored = two.stored()
         assert len(stored) >= known
+        assert len(stored) % 16 == 0  # each shard is one transaction
         assert all(stored[name].tobytes() == ITEMS[name].tobytes() for name in stored)
         known = len(stored)
     two.pull()

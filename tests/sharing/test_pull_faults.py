@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -102,80 +95,6 @@ def test_parts_that_no_shard_asks_for_are_removed(remote, cache, config):
     begin(cache, config, shard_of(config, some_embeddings(50, 3))[0], b"half a shard")
     assert pull(cache, None, remote.url).exit_code == 0
     assert not list(cache.root.rglob("*.part"))
-
-
-KILLED = """
-import os, signal, sys
-from lmdbcache.exchange import pull
-import lmdbcache.exchange.sharing.remote as remote
-remote._PIECE_BYTES = 20_000
-left = int(sys.argv[3])
-def count(frame, event, argument):
-    global left
-    if event == "call" and "lmdbcache" in frame.f_code.co_filename:
-        left -= 1
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-pull(sys.argv[1] + "-warm", None, sys.argv[2])
-sys.setprofile(count)
-pull(sys.argv[1], None, sys.argv[2])
-sys.setprofile(None)
-print("calls", int(sys.argv[3]) - left)
-"""
-
-
-def run_killed(root, url, after):
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(root), url, str(after)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
-
-
-def test_killed_at_any_moment(remote, tmp_path, config):
-    """kill -9 in the middle, and again: what is there is right, and the last pull completes it."""
-    parts = [some_embeddings(4 * n, 4, shape=LARGE) for n in range(3)]
-    share(remote, config, *parts)
-    expected = {k: v for part in parts for k, v in part.items()}
-    done = run_killed(tmp_path / "whole", remote.url, 10**9)
-    calls = int(done.stdout.split()[1])
-    cache = EmbeddingCache(tmp_path / "cache")
-    for share_of_calls in (0.15, 0.4, 0.45, 0.7, 0.9):
-        killed = run_killed(cache.root, remote.url, int(calls * share_of_calls))
-        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
-        if config in cache:
-            found = stored(cache, config)
-            assert_same(found, {name: expected[name] for name in found})
-            assert len(found) % 4 == 0  # each shard is one transaction
-    assert pull(cache, None, remote.url).exit_code == 0
-    assert_same(stored(cache, config), expected)
-    assert cache.verify(config).is_sound
-
-
-def test_two_pulls_at_once_fetch_everything_once(remote, cache, config, caplog):
-    """The second waits for the first, and finds it all there."""
-    caplog.set_level(logging.INFO)
-    values = some_embeddings(0, 30)
-    (entry,) = share(remote, config, values).shards
-    reports = []
-    with LocalFolder(cache.path(config)).held():
-        pulls = [
-            threading.Thread(target=lambda: reports.append(pull(cache, None, remote.url)))
-            for _ in range(2)
-        ]
-        for one in pulls:
-            one.start()
-        while sum(EXTRAS_NAME in line for line in caplog.messages) < 2:
-            time.sleep(0.01)
-        time.sleep(0.3)
-        assert not reports
-        assert config not in cache
-    for one in pulls:
-        one.join()
-    assert sum(report.bytes_fetched for report in reports) == entry.num_bytes - entry.header_bytes
-    assert_same(stored(cache, config), values)
 
 
 def test_two_pushers_in_conflict_are_both_named(remote, cache, config):

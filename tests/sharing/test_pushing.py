@@ -5,9 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from sharing.shared_samples import put_manifest, ragged_embeddings, shard_of, some_embeddings
 from sharing.shared_stores import assert_shared, shared, state_of, store
@@ -158,28 +156,6 @@ def test_the_last_manifest_pins_all_that_is_shared(remote, tmp_path, config):
     for manifest, number in ((first, 10), (pinned, 20), (last, 30)):
         other = EmbeddingCache(tmp_path / manifest)
         assert pull(other, None, remote.url, manifest=manifest).num_new == number
-
-
-def test_two_that_push_at_once_lose_nothing(remote, tmp_path, config, small):
-    """Overlapping stores, many shards: the place holds the union."""
-    caches = [EmbeddingCache(tmp_path / name) for name in ("a", "b", "c")]
-    for number, cache in enumerate(caches):
-        store(cache, config, some_embeddings(40 * number, 80))
-    small(32 * 7)
-    with ThreadPoolExecutor(3) as pool:
-        for pushed in [
-            pool.submit(push, one, config, remote.url, writer=name)
-            for one, name in zip(caches, "abc", strict=True)
-        ]:
-            pushed.result()
-    everything = some_embeddings(0, 160)
-    found = shared(remote, config)
-    assert found.keys() == everything.keys()
-    for sample_id, values in found.items():
-        assert all(np.array_equal(value, everything[sample_id]) for value in values)
-    state = state_of(remote, config)
-    assert not state.problems
-    assert {manifest.writer for manifest in state.manifests.values()} == {"a", "b", "c"}
 
 
 def test_own_leaves_out_what_came_from_elsewhere(remote, cache, config):
