@@ -323,7 +323,7 @@ def test_damaged_stores(is_foreign, store, config):
     if is_foreign:
         (data_file(cache, config).parent / "checked").unlink()
     content = data_file(cache, config).read_bytes()
-    for files in (flips(content, 15, 1), flips(content, 15, 2, reach=64), cuts(content, 5, 3)):
+    for files in (flips(content, 8, 1), flips(content, 8, 2, reach=64), cuts(content, 4, 3)):
         found = outcomes(cache, config, values, files, merge_damaged)
         assert set(found) <= {"complete", "partly"}, found
 

@@ -203,6 +203,9 @@ def test_webdataset_has_every_bit(cache, tmp_path, dtype, shape, ragged):
 
 @leaves_files_open
 @forks_beside_lance
+@pytest.mark.parametrize(
+    "place", ["folder", pytest.param("bucket", marks=pytest.mark.stress)], indirect=True
+)
 def test_webdataset_in_a_data_loader(cache, place, monkeypatch):
     """Two ranks with two workers each: every sample once, and ranks of the same size."""
     webdataset = pytest.importorskip("webdataset")

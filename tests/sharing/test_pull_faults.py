@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sharing.shared_samples import shard_of, some_embeddings
+from sharing.shared_samples import put_manifest, shard_of, some_embeddings
 from sharing.shared_stores import assert_same, share, stored
 from small_disks import empty, fill, small_disk
 
@@ -178,6 +178,23 @@ def test_embeddings_of_other_weights_are_refused(remote, cache, config):
     assert report.exit_code == 1
     assert [refusal.where for refusal in report.refused] == ["node-b"]
     assert sorted(stored(cache, config)) == sorted([*one, "mine:dog"])
+
+
+def test_the_first_weights_that_come_into_a_new_store_count(remote, cache, config):
+    """Those of a manifest that lists nothing, or what isn't there, don't."""
+    parts = [some_embeddings(3 * n, 3) for n in range(3)]
+    put_manifest(remote, config, [], writer="a", provenance={"weights_digest": "a"})
+    absent = shard_of(config, some_embeddings(50, 3))[0]
+    put_manifest(remote, config, [absent], writer="b", provenance={"weights_digest": "b"})
+    share(remote, config, parts[0], writer="c", provenance={"weights_digest": "c"})
+    share(remote, config, *parts[1:], writer="d", provenance={"weights_digest": "d"})
+    report = pull(cache, None, remote.url)
+    assert [refusal.where for refusal in report.refused] == ["d"]
+    assert list(report.problems) == [absent.path]
+    assert_same(stored(cache, config), parts[0])
+    again = pull(cache, None, remote.url)
+    assert sorted(refusal.where for refusal in again.refused) == ["b", "d"]
+    assert again.bytes_fetched == 0
 
 
 def test_a_disk_without_room_is_refused_before(remote, tmp_path, config):

@@ -10,11 +10,12 @@ from typing import Any, Final, NamedTuple
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, IntegrityError, RemoteError
+from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.manifests import (
     FINGERPRINT,
+    Manifest,
     Offer,
     SharedState,
     find_fingerprint,
@@ -27,7 +28,6 @@ from lmdbcache.exchange.sharing.shards import ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
-    StoreMetadata,
     check_room,
     checksum,
     portable,
@@ -166,7 +166,6 @@ def pull(
         FormatVersionError: It was pushed by another release, in a form that isn't read.
         CacheFullError: The disk is full; what was imported stays.
         ReadOnlyCacheError: The cache directory can't be written.
-        ProvenanceMismatchError: Another process fills the store with other weights meanwhile.
         MissingDependencyError: A package is needed for this kind of place.
     """
     cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
@@ -272,15 +271,21 @@ class _Pull:
 
     def _refuse_other_weights(self) -> None:
         """Leave out the manifests whose embeddings may not be mixed with those of the store."""
-        known = self._intake.metadata() or StoreMetadata.new(self._config)
-        for manifest in sorted(self._state.manifests.values(), key=lambda one: one.id):
-            theirs = portable(manifest.provenance)
+        stored = self._intake.metadata()
+        if stored is None:
+            return
+        for manifest in [one for one in self._state.manifests.values() if one.shards]:
             try:
-                known.check_stated(theirs, self._report.path)
-                known = known.with_provenance(theirs, self._report.path)
-            except CacheError as error:
+                stored.check_stated(manifest.provenance, self._report.path)
+                stored.with_provenance(manifest.provenance, self._report.path)
+            except ProvenanceMismatchError as error:
                 del self._state.manifests[manifest.id]
-                self._report.refused.append(Refusal(manifest.writer, None, str(error)))
+                self._refuse(manifest, error)
+
+    def _refuse(self, manifest: Manifest, error: ProvenanceMismatchError) -> None:
+        refusal = Refusal(manifest.writer, None, str(error))
+        if refusal not in self._report.refused:
+            self._report.refused.append(refusal)
 
     # ---- which shards
 
@@ -411,5 +416,8 @@ class _Pull:
             Origin(manifest.writer, detail, provenance),
             checksums=[header.checksums[row] for row in wanted.rows],
         )
-        self._intake.add(rows, provenance)
+        try:
+            self._intake.add(rows, provenance)
+        except ProvenanceMismatchError as error:  # two writers with different weights, a new store
+            self._refuse(manifest, error)
         self._local.discard(wanted.offer.entry)
