@@ -165,6 +165,7 @@ def test_nodes_pull_their_own_part_and_train(flower, source, tmp_path):
             assert all(np.array_equal(reader[name], theirs[name]) for name in reader)
 
 
+@pytest.mark.stress
 def test_clients_of_a_simulation_share_one_cache(flower, source):
     """Three clients in Ray's processes read one store, each its share; nobody writes to it."""
     before = source.info(CONFIG).last_written
