@@ -223,7 +223,7 @@ class CachedEncoder(torch.nn.Module):
         if missing and features is None:
             self._check_duration(inputs)
         given = _Inputs((inputs,), {}, batch.get("num_valid"), features is not None)
-        computed = self._answer(missing, given)
+        computed = self._answer(missing, given, are_refused=True)
         self.num_hits += len(sample_ids) - len(missing)
         if hits is None:
             return computed
@@ -320,9 +320,11 @@ class CachedEncoder(torch.nn.Module):
     # ---- hits and misses
 
     @_left_out_of_graphs
-    def _answer(self, sample_ids: list[str], inputs: _Inputs) -> torch.Tensor:
+    def _answer(
+        self, sample_ids: list[str], inputs: _Inputs, *, are_refused: bool = False
+    ) -> torch.Tensor:
         with self._write_back.lock:
-            found = self._write_back.find(sample_ids)
+            found = self._write_back.find(sample_ids, are_refused=are_refused)
             missing = found.missing
             if not self._looked_at_name and len(missing) < len(sample_ids):
                 self._look_at_name()

@@ -51,7 +51,7 @@ def find_stored(
         is_hit = np.fromiter((i not in absent for i in sample_ids), bool, len(sample_ids))
         hits = [i for i in sample_ids if i not in absent]
         with contextlib.suppress(SampleNotFoundError):  # cleared and filled again in between
-            return reader.get_batch(hits) if hits else None, is_hit
+            return reader.get_batch(hits) if hits or not sample_ids else None, is_hit
         are_refused = False
 
 
@@ -178,11 +178,11 @@ class WriteBack:
         self._take_over()
         return self._lock
 
-    def find(self, sample_ids: Sequence[str]) -> Found:
-        """Return what is stored, or computed already, of these samples."""
+    def find(self, sample_ids: Sequence[str], *, are_refused: bool = False) -> Found:
+        """Return what is stored, or computed already, of these samples; see `find_stored`."""
         if self._since is not None and time.monotonic() - self._since >= self._commit_seconds:
             self.flush()
-        stored, is_stored = self.stored.find(sample_ids)
+        stored, is_stored = self.stored.find(sample_ids, are_refused=are_refused)
         waiting = {}
         if self._writer is not None and not is_stored.all():
             for position in np.flatnonzero(~is_stored).tolist():

@@ -167,14 +167,20 @@ def test_batches_without_any_hit_and_with_hits_only(root):
         batch["audio"]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("collate", [vegas_collate_fn, default_collate])
-def test_worker_processes(root, context, collate):
-    """Two workers, forked or spawned, bring every sample with embedding and waveform."""
+@pytest.mark.parametrize(
+    ("context", "num_workers", "collate"),
+    [
+        ("fork", 2, vegas_collate_fn),
+        ("fork", 2, default_collate),
+        ("spawn", 1, vegas_collate_fn),  # each imports torch
+    ],
+)
+def test_worker_processes(root, context, num_workers, collate):
+    """Workers, forked or spawned, bring every sample with embedding and waveform."""
     dataset = cached(root)
     assert dataset[0]["audio_emb"][0] == 0  # the parent has read before it forks
     loader = DataLoader(
-        dataset, 4, num_workers=2, collate_fn=collate, multiprocessing_context=context
+        dataset, 4, num_workers=num_workers, collate_fn=collate, multiprocessing_context=context
     )
     seen = []
     for batch in loader:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -341,16 +339,19 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         samples = [self.samples[index] for index in indices]
         labels = torch.tensor([sample["class_label"] for sample in samples], dtype=torch.long)
         sample_ids = list(map(_sample_id, samples))
-        found = self._found_in_store(sample_ids)
-        hits = None if found is None else found[0]
+        hits = is_hit = None
+        if (reader := self._only_reader()) is not None:
+            # Of several shapes, or removed: the items look one by one.
+            with contextlib.suppress(InvalidEmbeddingError, CacheNotFoundError):
+                hits, is_hit = find_stored(reader, sample_ids)
         items = FetchedItems(
             {"label": labels} if hits is None else {"label": labels, "audio_emb": as_tensor(hits)}
         )
-        if found is None:
+        if is_hit is None:
             embeddings = list(map(self._embedding_of, sample_ids))
         else:
             rows = iter(items.rows.get("audio_emb", ()))
-            embeddings = [next(rows) if is_hit else None for is_hit in found[1].tolist()]
+            embeddings = [next(rows) if hit else None for hit in is_hit.tolist()]
         items += map(self._item, samples, items.rows["label"], embeddings)
         return items
 
@@ -389,18 +390,12 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         is_one = isinstance(second, TensorMapping) and second.arrays is first.arrays
         return [second] if is_one else [first, second]
 
-    def _found_in_store(
-        self, sample_ids: Sequence[str]
-    ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.bool_]] | None:
-        """What `find_stored` gives for a batch; None where items don't look in just one store."""
+    def _only_reader(self) -> EmbeddingReader | None:
+        """The store in which items look, if they look nowhere else."""
         source, *others = self._sources()
         if others or not isinstance(source, TensorMapping) or source.is_narrowed:
             return None
-        if isinstance(source.arrays, EmbeddingReader):
-            # Of several shapes, or removed: the items look one by one.
-            with contextlib.suppress(InvalidEmbeddingError, CacheNotFoundError):
-                return find_stored(source.arrays, sample_ids)
-        return None
+        return source.arrays if isinstance(source.arrays, EmbeddingReader) else None
 
     def _embedding_of(self, sample_id: str) -> torch.Tensor | None:
         for embeddings in self._sources():
