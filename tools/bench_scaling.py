@@ -319,11 +319,9 @@ def verify(root: str, num_samples: str) -> Figures:
 @step
 def checksums(root: str, num_samples: str) -> Figures:
     """All keys with their checksums: what `diff`, `merge` and `push` begin with."""
-    from lmdbcache.storage import stored_checksums
-
     cache, config = store_in(root)
     with cache.reader(config) as reader, Watch() as watch:
-        count = sum(1 for _ in stored_checksums(reader))
+        count = sum(1 for _ in reader.checksums())
     assert count == int(num_samples)
     return {**watch.figures, **_each(watch, count)}
 

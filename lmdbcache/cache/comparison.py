@@ -19,7 +19,6 @@ from lmdbcache.storage import (
     Report,
     portable,
     sample_id_of_key,
-    stored_checksums,
 )
 
 __all__ = [
@@ -301,7 +300,7 @@ def _merged(
 ) -> Iterator[tuple[bytes, bytes | None, bytes | None]]:
     """Yield (key, checksum in a, checksum in b) by key; None where it isn't stored."""
     end = (b"", b"")
-    first, second = stored_checksums(a), stored_checksums(b)
+    first, second = a.checksums(), b.checksums()
     x, y = next(first, end), next(second, end)
     while x != end or y != end:
         if y == end or (x != end and x[0] < y[0]):

@@ -45,18 +45,15 @@ from lmdbcache.storage import (
     ReadStatistics,
     RepairReport,
     Verify,
-    add_reads,
     canonical_sample_id,
     check_local_for_writing,
     compact,
     counts_of,
     current_generation,
-    remove_foreign_lock,
-    remove_store,
+    removing,
     repair,
     statistics_of,
     verify,
-    write_lock,
 )
 
 __all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
@@ -340,13 +337,10 @@ class EmbeddingCache:
         folder = Path(store.path if isinstance(store, StoreInfo) else store).absolute()
         if folder.parent != self.root or not is_store(folder):
             raise CacheNotFoundError(f"{folder} isn't a store under {self.root}")
-        remove_foreign_lock(folder)
-        with write_lock(folder, wait=not unless_used):
+        with removing(folder, wait=not unless_used):
             removed = info_or_damage(folder)
             if unless_used:
                 _check_unused(removed, store)
-            add_reads(folder)  # to what goes, not to a store that is made here again
-            remove_store(folder)
         return removed
 
     def explain(self, config: CacheConfig, sample_id: str | None = None) -> Explanation:

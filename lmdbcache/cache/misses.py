@@ -13,6 +13,7 @@ import difflib
 import json
 import logging
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,10 +30,8 @@ from lmdbcache.storage import (
     EmbeddingReader,
     Report,
     canonical_sample_id,
-    checksums_of,
     class_of,
     current_generation,
-    process_id,
     sample_id_of_key,
     sample_key,
     split_sample_id,
@@ -310,7 +309,7 @@ def _listed(differences: Mapping[str, tuple[Any, Any]], form: str) -> str:
 def _origin_of(reader: EmbeddingReader, sample_id: str) -> Origin | None:
     with contextlib.suppress(CacheError):  # damaged records affect nothing else
         key = sample_key(sample_id)
-        found = {sample_id_of_key(key): value for value in checksums_of(reader, [key]).values()}
+        found = {sample_id_of_key(key): value for value in reader.checksums_of([key]).values()}
         with SourceRecords(reader.path) as records:
             return next(iter(records.origins(found).values()), None)
     return None
@@ -413,7 +412,7 @@ class _MissLog:
     """The misses of this process in one store, and how many of them were logged."""
 
     def __init__(self, store: Path) -> None:
-        self.process = process_id()
+        self.process = os.getpid()
         self.name = store.name.rpartition("-")[2]  # the fingerprint: the folder's name is long
         self.by_class: Counter[str] = Counter()
         self.total = self.num_explained = self.num_when_logged = 0
@@ -440,7 +439,7 @@ class _MissLog:
         _logger.warning("%s: %s misses (%s)", self.name, f"{self.total:,}", named)
 
     def log_sum_at_end(self) -> None:
-        if self.process == process_id() and self.total > self.num_when_logged:
+        if self.process == os.getpid() and self.total > self.num_when_logged:
             self.log_sum()
 
 
@@ -455,7 +454,7 @@ def log_misses(reader: EmbeddingReader, sample_ids: Sequence[str]) -> None:
         sample_ids: What was asked for and isn't there.
     """
     log = _logs.get(reader.path)
-    if log is None or log.process != process_id():
+    if log is None or log.process != os.getpid():
         log = _logs[reader.path] = _MissLog(reader.path)
     for sample_id in sample_ids:
         log.note(reader, sample_id)

@@ -31,7 +31,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import check_file, occupy_standard_descriptors, open_file
-from lmdbcache.storage import EmbeddingReader, sample_id_of_key, stored_checksums
+from lmdbcache.storage import EmbeddingReader, sample_id_of_key
 
 __all__ = [
     "RECORD_FILES",
@@ -410,7 +410,7 @@ def count_origins(store: Path) -> list[tuple[Origin, int]]:
         if not records.has_origins:
             return []
         rest = len(reader)
-        pairs = ((sample_id_of_key(key), value) for key, value in stored_checksums(reader))
+        pairs = ((sample_id_of_key(key), value) for key, value in reader.checksums())
         while chunk := dict(islice(pairs, _AT_ONCE)):
             found = records.origins(chunk)
             rest -= len(found)

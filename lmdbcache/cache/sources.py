@@ -15,7 +15,7 @@ import xxhash
 
 from lmdbcache.cache.records import Source, SourceRecords, Written, forget_sources, write_sources
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage import EmbeddingReader, Progress, Report, checksums_of, class_of, sample_key
+from lmdbcache.storage import EmbeddingReader, Progress, Report, class_of, sample_key
 
 __all__ = [
     "STATES",
@@ -332,5 +332,5 @@ def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
 
 def _checksums(reader: EmbeddingReader, sample_ids: list[str]) -> dict[str, bytes]:
     keys = {sample_id: sample_key(sample_id) for sample_id in sample_ids}
-    found = checksums_of(reader, keys.values())
+    found = reader.checksums_of(keys.values())
     return {sample_id: found[key] for sample_id, key in keys.items() if key in found}

@@ -20,7 +20,7 @@ from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import readable_size
-from lmdbcache.storage import Leftover, plain
+from lmdbcache.storage import Leftover
 
 __all__ = ["prune_command"]
 
@@ -125,4 +125,8 @@ def _summary(plan: PrunePlan, leftovers: list[Leftover]) -> str:
 
 def _as_json(plan: PrunePlan, leftovers: list[Leftover]) -> dict[str, Any]:
     freed = plan.bytes_freed + sum(leftover.size_bytes for leftover in leftovers)
-    return {**plan.to_dict(), "leftovers": plain(leftovers), "bytes_freed": freed}
+    return {
+        **plan.to_dict(),
+        "leftovers": [leftover.to_dict() for leftover in leftovers],
+        "bytes_freed": freed,
+    }

@@ -46,7 +46,6 @@ from lmdbcache.storage import (
     check_pages,
     check_shape,
     checksum,
-    checksums_of,
     sample_id_of_key,
     sample_key,
 )
@@ -414,7 +413,7 @@ class Intake:
             yield reader
 
     def _stored(self, reader: EmbeddingReader | None, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        stored = {} if reader is None else checksums_of(reader, keys)
+        stored = {} if reader is None else reader.checksums_of(keys)
         would_be = {key: self._would_be[key] for key in keys if key in self._would_be}
         return {**would_be, **stored} if would_be else stored
 

@@ -56,7 +56,6 @@ from lmdbcache.storage import (
     from_stored,
     sample_id_of_key,
     sample_key,
-    stored_checksums,
     unnamed_generations,
     write_lock,
 )
@@ -522,14 +521,14 @@ class _SoundSource(_Source):
         """Both databases have the same keys, in order; else a sample could be lost unnamed."""
         # A reader that verifies lists the embeddings themselves; others list their checksums.
         with EmbeddingReader(self.path, verify="first_read", track_usage=False) as reader:
-            for name, pair in zip_longest(reader, stored_checksums(reader)):
+            for name, pair in zip_longest(reader, reader.checksums()):
                 if name is None or pair is None or sample_id_of_key(pair[0]) != name:
                     raise IntegrityError(
                         f"{self.path} is damaged (embeddings and checksums have different keys)"
                     )
 
     def checksums(self) -> Iterator[tuple[bytes, bytes]]:
-        return stored_checksums(self._reader)
+        return self._reader.checksums()
 
     def _bytes(self, key: bytes) -> Any:
         return self._reader.read_pinned(lambda _, transaction: _owned(transaction.get(key)))

@@ -8,7 +8,6 @@ from .filesystems import (
     mount_of as mount_of,
     network_mount as network_mount,
 )
-from .forking import process_id as process_id
 from .gather import (
     LARGE_VALUE_BYTES as LARGE_VALUE_BYTES,
     MappedFile as MappedFile,
@@ -18,8 +17,6 @@ from .generations import (
     RESERVE_BYTES as RESERVE_BYTES,
     check_room as check_room,
     current_generation as current_generation,
-    remove_foreign_lock as remove_foreign_lock,
-    remove_store as remove_store,
     write_lock as write_lock,
     writers_of as writers_of,
 )
@@ -48,6 +45,7 @@ from .maintenance.leftovers import (
     Leftover as Leftover,
     find_leftovers as find_leftovers,
     remove_leftovers as remove_leftovers,
+    removing as removing,
 )
 from .maintenance.repair import (
     RepairReport as RepairReport,
@@ -69,7 +67,7 @@ from .reader_slots import (
     others as others,
     slot_use as slot_use,
 )
-from .report import Report as Report, plain as plain
+from .report import Report as Report
 from .row_parts import RowPart as RowPart
 from .running_lock import (
     RUNNING_SUFFIX as RUNNING_SUFFIX,
@@ -80,14 +78,9 @@ from .space import space_use as space_use
 from .statistics import (
     EpochStatistics as EpochStatistics,
     ReadStatistics as ReadStatistics,
-    add_reads as add_reads,
     counts_of as counts_of,
     reset_statistics as reset_statistics,
     statistics_of as statistics_of,
-)
-from .stored_checksums import (
-    checksums_of as checksums_of,
-    stored_checksums as stored_checksums,
 )
 from .values import (
     NUMPY_DTYPES as NUMPY_DTYPES,

@@ -23,7 +23,6 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import (
-    check_file,
     check_folder,
     flocked,
     free_bytes,
@@ -50,7 +49,6 @@ __all__ = [
     "point_at",
     "publish_generation",
     "remove_other_generations",
-    "remove_foreign_lock",
     "remove_store",
     "write_lock",
     "writers_of",
@@ -179,22 +177,6 @@ def remove_store(store: Path) -> None:
     # Another writer may have begun anew in the meantime, or a stranger keeps a file here.
     with contextlib.suppress(OSError):
         store.rmdir()
-
-
-def remove_foreign_lock(store: Path) -> None:
-    """Remove a link, pipe or folder that has the lock file's name; no process can hold it.
-
-    Raises:
-        ReadOnlyCacheError: No permission to do so.
-    """
-    path = store / WRITER_LOCK_NAME
-    try:
-        check_file(path)
-    except NotRegularFileError:
-        try:
-            remove_entry(path)
-        except OSError as error:
-            raise ReadOnlyCacheError(f"{path} can't be removed ({error.strerror})") from None
 
 
 def _locked(store: Path, stack: contextlib.ExitStack, *, wait: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -251,7 +251,8 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[bytes]:
             if self.verify != "never":
                 return stored_keys(snapshot, after, _KEYS_PER_STEP)
-            return _keys_after(snapshot, transaction, after, _KEYS_PER_STEP)
+            found: list[bytes] = _following(snapshot, transaction, after, with_checksums=False)
+            return found
 
         return self.read_pinned(read)
 
@@ -351,6 +352,31 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
                     bool(key) and transaction.get(key, db=checksums) is not None for key in keys
                 ]
             return [i for i, is_stored in zip(asked, stored, strict=True) if not is_stored]
+
+        return self.read_pinned(read)
+
+    def checksums(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the key and the checksum of every embedding, by key; no value is read.
+
+        A checksum is seeded with its key: under one key, equal values have equal ones, in every
+        store.
+        """
+        after = b""
+        while items := self.read_pinned(
+            lambda snapshot, transaction, after=after: _following(  # type: ignore[misc]
+                snapshot, transaction, after, with_checksums=True
+            )
+        ):
+            yield from ((key, expected) for key, expected in items if b":" in key)
+            after = items[-1][0]
+
+    def checksums_of(self, keys: Collection[bytes]) -> dict[bytes, bytes]:
+        """Return the checksums of those of these keys that are stored."""
+
+        def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> dict[bytes, bytes]:
+            database = snapshot.environment.checksums
+            found = {key: transaction.get(key, db=database) for key in keys}
+            return {key: bytes(value) for key, value in found.items() if value is not None}
 
         return self.read_pinned(read)
 
@@ -585,16 +611,20 @@ def _ask_for_keys(snapshot: Snapshot) -> None:
             mapped.will_need(pages * file.page_size, file.page_size)
 
 
-def _keys_after(
-    snapshot: Snapshot, transaction: lmdb.Transaction, after: bytes, limit: int
-) -> list[bytes]:
-    """Return the keys of the embeddings that follow a key, in order, at most so many."""
-    # The checksums have the same keys; those of small values lie among the values.
+def _following(
+    snapshot: Snapshot, transaction: lmdb.Transaction, after: bytes, *, with_checksums: bool
+) -> list[Any]:
+    """Return the next keys that follow one, in order; or (key, checksum) of each."""
+    # The checksums have the same keys as the embeddings; those of small values lie among them.
     with transaction.cursor(db=snapshot.environment.checksums) as cursor:
         found = cursor.set_range(after) if after else cursor.first()
         if found and after and cursor.key() == after:
             found = cursor.next()
         if not found:
             return []
-        keys = cursor.iternext(keys=True, values=False)
-        return [bytes(key) for key, _ in zip(keys, range(limit), strict=False)]
+        items = zip(
+            cursor.iternext(keys=True, values=with_checksums), range(_KEYS_PER_STEP), strict=False
+        )
+        if with_checksums:
+            return [(bytes(key), bytes(expected)) for (key, expected), _ in items]
+        return [bytes(key) for key, _ in items]

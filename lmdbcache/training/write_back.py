@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, SampleNotFoundError
-from lmdbcache.storage import EmbeddingReader, EmbeddingWriter, process_id
+from lmdbcache.storage import EmbeddingReader, EmbeddingWriter
 
 __all__ = ["Found", "StoredEmbeddings", "WriteBack", "find_stored"]
 
@@ -166,11 +166,11 @@ class WriteBack:
 
     def _take_over(self) -> None:
         """Make this process the owner; what was inherited over a fork is the parent's."""
-        if self._process_id != process_id():
+        if self._process_id != os.getpid():
             self._writer = None
             self._since: float | None = None
             self._lock = threading.RLock()
-            self._process_id = process_id()
+            self._process_id = os.getpid()
 
     @property
     def lock(self) -> threading.RLock:
@@ -266,9 +266,9 @@ _has_exit_handler_in = -1
 def _flush_at_exit() -> None:
     """Have `_flush_all` called at the end of this process, be it multiprocessing's child or not."""
     global _has_exit_handler_in  # noqa: PLW0603 - module state of one process
-    if _has_exit_handler_in != process_id():
+    if _has_exit_handler_in != os.getpid():
         multiprocessing.util.Finalize(None, _flush_all, exitpriority=10)
-        _has_exit_handler_in = process_id()
+        _has_exit_handler_in = os.getpid()
 
 
 def _flush_all() -> None:

@@ -39,7 +39,6 @@ from lmdbcache.extraction import (
     on_ray,
 )
 from lmdbcache.extraction.pipeline import ExtractionRun
-from lmdbcache.storage import stored_checksums
 
 pytest.importorskip("ray", reason="the extra [ray]")
 # Each run starts half a dozen Python processes that import torch.
@@ -158,7 +157,7 @@ def driver(host, cache, data):
 def sources_of(cache, config):
     """Sample id → what is recorded of its file."""
     with cache.reader(config) as reader:
-        checksums = {key.decode(): checksum for key, checksum in stored_checksums(reader)}
+        checksums = {key.decode(): checksum for key, checksum in reader.checksums()}
     with SourceRecords(cache.path(config)) as records:
         return {name: source.below("") for name, source in records.of(checksums).items()}
 

@@ -13,7 +13,6 @@ from lmdbcache.cache import SourceRecords
 from lmdbcache.errors import CacheNotFoundError, ConfigError, IntegrityError
 from lmdbcache.exchange import Remote, pull
 from lmdbcache.exchange.sharing import pulling
-from lmdbcache.storage import stored_checksums
 
 
 @pytest.mark.parametrize("kind", ["remote", "in_memory"])
@@ -261,7 +260,7 @@ def test_each_sample_keeps_who_computed_it(remote, filled, config, embeddings):
 
 def stored_checksums_of(cache, config):
     with cache.reader(config) as reader:
-        return [(key.decode(), found) for key, found in stored_checksums(reader)]
+        return [(key.decode(), found) for key, found in reader.checksums()]
 
 
 def test_removing_a_store_removes_what_pulls_keep(remote, cache, config):

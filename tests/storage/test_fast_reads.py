@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 from storage.child_processes import in_fork, numbered, write
 
@@ -53,7 +54,7 @@ class Histories(RuleBasedStateMachine):
         self.num_made = 0
         self.committed = self._values(SAMPLE_IDS[7::-1])
         self.pending = {}
-        self._in_another_process(self._write, self.committed)
+        self._in_another_process(self._write, [self.committed])
         self.reader = self.cache.reader(self.config)
         self.reopen(0)
 
@@ -65,12 +66,13 @@ class Histories(RuleBasedStateMachine):
     def _in_another_process(self, function, *args):
         in_fork(lambda: function(*args))
 
-    def _write(self, items):
-        write(self.cache.root, self.config, items, on_duplicate="overwrite")
+    def _write(self, commits):
+        for items in commits:
+            write(self.cache.root, self.config, items, on_duplicate="overwrite")
 
     def _clear_and_write(self, items):
         self.cache.clear(self.config)
-        self._write(items)
+        self._write([items])
 
     @rule(sample_ids=st.lists(st.sampled_from(SAMPLE_IDS), min_size=1, max_size=30, unique=True))
     def put(self, sample_ids):
@@ -79,16 +81,16 @@ class Histories(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.pending)
     def commit(self):
-        self._in_another_process(self._write, self.pending)
+        self._in_another_process(self._write, [self.pending])
         self.committed.update(self.pending)
         self.pending = {}
 
     @rule(times=st.integers(1, 4))
     def overwrite_everything(self, times):
         """Pages that no snapshot holds are used again from the third commit on."""
-        for _ in range(times):
-            self.committed.update(self._values(list(self.committed)))
-            self._in_another_process(self._write, self.committed)
+        commits = [self._values(list(self.committed)) for _ in range(times)]
+        self._in_another_process(self._write, commits)
+        self.committed.update(commits[-1])
 
     @rule()
     def compact(self):
@@ -160,14 +162,18 @@ def same(found, expected):
     return found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
 
 
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(
-    max_examples=100,
-    stateful_step_count=12,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-TestHistories.pytestmark = [pytest.mark.timeout(240)]
+@pytest.mark.parametrize("histories", [8, pytest.param(200, marks=pytest.mark.stress)])
+def test_random_histories(histories):
+    """Each of 12 steps, of every dtype and length of value."""
+    run_state_machine_as_test(
+        Histories,
+        settings=settings(
+            max_examples=histories,
+            stateful_step_count=12,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 # ---- falling back to LMDB

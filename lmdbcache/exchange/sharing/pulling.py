@@ -32,7 +32,6 @@ from lmdbcache.storage import (
     checksum,
     portable,
     sample_id_of_key,
-    stored_checksums,
 )
 
 __all__ = ["PullReport", "pull"]
@@ -336,7 +335,7 @@ class _Pull:
         if self._config not in self._cache:
             return {}
         with self._cache.reader(self._config, track_usage=False) as reader:
-            return {sample_id_of_key(key): found for key, found in stored_checksums(reader)}
+            return {sample_id_of_key(key): found for key, found in reader.checksums()}
 
     def _check_room(self, queue: Sequence[_Wanted]) -> None:
         self._listed = self._remote.list_files(f"{self._config.fingerprint}/shards")

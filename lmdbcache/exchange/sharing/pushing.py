@@ -47,7 +47,6 @@ from lmdbcache.storage import (
     portable,
     sample_id_of_key,
     sample_key,
-    stored_checksums,
 )
 
 __all__ = ["PushReport", "push"]
@@ -455,7 +454,7 @@ def _choose(
     chosen: dict[str, bytes] = {}
     unusable: dict[str, str] = {}
     absent = set(selection.sample_ids or ())
-    for key, expected in stored_checksums(reader):
+    for key, expected in reader.checksums():
         sample_id = sample_id_of_key(key)
         absent.discard(sample_id)
         if not _is_key_of(key, sample_id):

@@ -1,16 +1,16 @@
-"""What a killed process leaves in a store's folder: found, and removed under the writer lock."""
+"""Removing a store, or what a killed process has left in its folder; under the writer lock."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lmdbcache.errors import CacheError
-from lmdbcache.files import is_old_temporary, is_temporary, remove_entry
+from lmdbcache.errors import CacheError, NotRegularFileError, ReadOnlyCacheError
+from lmdbcache.files import check_file, is_old_temporary, is_temporary, remove_entry
 from lmdbcache.storage.generations import (
     current_generation,
     remove_store,
@@ -26,9 +26,11 @@ from lmdbcache.storage.layout import (
 )
 from lmdbcache.storage.maintenance.damaged_store import unnamed_generations
 from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.report import Report
+from lmdbcache.storage.statistics import add_reads
 from lmdbcache.storage.value_table import table_number
 
-__all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers"]
+__all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers", "removing"]
 
 # What only lmdbcache makes: a folder with anything else in it is nobody's leftover.
 _STORE_NAME: Final = re.compile(r".*-[0-9a-f]{16}")
@@ -36,7 +38,7 @@ _OWN_NAMES: Final = frozenset((WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME)
 
 
 @dataclass(frozen=True)
-class Leftover:
+class Leftover(Report):
     """A file or folder that nothing leads to.
 
     Args:
@@ -87,6 +89,32 @@ def remove_leftovers(store: Path, records: Collection[str] = ()) -> list[Leftove
             with contextlib.suppress(OSError):
                 remove_entry(leftover.path)
     return [leftover for leftover in found if not leftover.path.exists()]
+
+
+@contextlib.contextmanager
+def removing(store: Path, *, wait: bool = True) -> Iterator[None]:
+    """Remove a store, sound or damaged, at the end of the block; an exception in it keeps it.
+
+    Args:
+        store: The store's folder.
+        wait: Wait for its writers.
+
+    Raises:
+        ReadOnlyCacheError: No permission to remove it.
+        StorageError: A process writes to it, and `wait` is False.
+    """
+    lock = store / WRITER_LOCK_NAME
+    try:
+        check_file(lock)
+    except NotRegularFileError:
+        try:
+            remove_entry(lock)  # a link, pipe or folder, which no process can hold
+        except OSError as error:
+            raise ReadOnlyCacheError(f"{lock} can't be removed ({error.strerror})") from None
+    with write_lock(store, wait=wait):
+        yield
+        add_reads(store)  # to what goes, not to a store that is made here again
+        remove_store(store)
 
 
 def is_abandoned(folder: Path, records: Collection[str] = ()) -> bool:
