@@ -39,7 +39,6 @@ __all__ = [
     "is_temporary",
     "occupy_standard_descriptors",
     "open_file",
-    "opened_for_flock",
     "read_file",
     "readable_size",
     "remove_entry",
@@ -308,37 +307,13 @@ def occupy_standard_descriptors() -> None:
 
 
 @contextlib.contextmanager
-def opened_for_flock(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open a file to lock it with `fcntl.flock`; its lock ends with the block.
-
-    A child shares the locks of its parent: one that outlives a killed parent would keep all others
-    waiting. So the files are closed in a child at once, and unlocked explicitly in the parent.
-
-    Args:
-        path: The file.
-        flags: As for `os.open`.
-
-    Raises:
-        NotRegularFileError, OSError: It can't be opened.
-    """
-    with _gate:
-        descriptor = open_file(path, flags)
-        _open_for_flock.add(descriptor)
-    try:
-        yield descriptor
-    finally:
-        _open_for_flock.discard(descriptor)
-        # Explicitly: closing alone leaves the lock to a child that was forked in between.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
 def flocked(
     path: Path, flags: int = os.O_RDONLY, *, shared: bool = False, wait: bool = True
 ) -> Iterator[int]:
     """Hold a lock on a file until the end of the block, or of the process.
+
+    A child shares the locks of its parent: one that outlives a killed parent would keep all others
+    waiting. So the files are closed in a child at once, and unlocked explicitly in the parent.
 
     Args:
         path: The file.
@@ -351,7 +326,10 @@ def flocked(
         NotRegularFileError, OSError: It can't be opened, or not be locked on this file system.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with opened_for_flock(path, flags) as descriptor:
+    with _gate:
+        descriptor = open_file(path, flags)
+        _open_for_flock.add(descriptor)
+    try:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -360,6 +338,12 @@ def flocked(
             _logger.info("waiting for the process that has locked %s", path)
             fcntl.flock(descriptor, kind)
         yield descriptor
+    finally:
+        _open_for_flock.discard(descriptor)
+        # Explicitly: closing alone leaves the lock to a child that was forked in between.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 _open_for_flock: Final[set[int]] = set()

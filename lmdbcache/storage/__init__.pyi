@@ -1,3 +1,4 @@
+from .checks.checking import IntegrityReport as IntegrityReport
 from .checks.first_opening import is_known as is_known
 from .checks.value_checks import Progress as Progress
 from .engine_errors import translated_errors as translated_errors
@@ -51,7 +52,7 @@ from .maintenance.repair import (
     RepairReport as RepairReport,
     repair as repair,
 )
-from .maintenance.verification import IntegrityReport as IntegrityReport, verify as verify
+from .maintenance.verification import verify as verify
 from .metadata import (
     StoreMetadata as StoreMetadata,
     checksum as checksum,

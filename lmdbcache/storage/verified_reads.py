@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -47,7 +47,6 @@ __all__ = [
 Verify = Literal["never", "first_read", "always"]
 
 _TRIES: Final = 5
-_REMEMBERED_ROWS: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,13 @@ class _VerifiedValues:
     checksums: bytes
     # (n,) bool: was compared already and needn't be again; None compares at every read.
     compared: npt.NDArray[np.bool_] | None
-    rows: dict[str, int] = field(default_factory=dict)
     without_value: frozenset[bytes] = frozenset()
 
     def rows_of(self, sample_ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Row of each sample, -1 where there is none."""
-        try:
-            return np.fromiter(map(self.rows.__getitem__, sample_ids), np.int64, len(sample_ids))
-        except KeyError:
-            pass
-        rows = self.checked.table.find([key_or_empty(sample_id) for sample_id in sample_ids])
-        if len(self.rows) > _REMEMBERED_ROWS:
-            self.rows.clear()
-        if rows.size and rows.min() >= 0:
-            self.rows.update(zip(sample_ids, rows.tolist(), strict=True))
+        rows = self.values.rows_of(sample_ids)
+        if rows is None:
+            rows = self.checked.table.find(list(map(key_or_empty, sample_ids)))
         return rows
 
     def absent(

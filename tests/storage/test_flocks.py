@@ -9,23 +9,13 @@ import signal
 import pytest
 
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
-from lmdbcache.files import opened_for_flock
+from lmdbcache.files import flocked
 from lmdbcache.storage import write_lock
 from lmdbcache.storage.checks.first_opening import _one_at_a_time
 
 
 def by_hand(store):
-    path = store / "lock"
-
-    class Held:
-        def __enter__(self):
-            self.opened = opened_for_flock(path, os.O_RDWR | os.O_CREAT)
-            fcntl.flock(self.opened.__enter__(), fcntl.LOCK_EX)
-
-        def __exit__(self, *error):
-            self.opened.__exit__(*error)
-
-    return Held(), path
+    return flocked(store / "lock", os.O_RDWR | os.O_CREAT), store / "lock"
 
 
 def writing(store):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from lmdb.verify import VerifyError, verify as verify_structure
@@ -21,7 +21,7 @@ from lmdbcache.storage.checks.value_checks import (
 )
 from lmdbcache.storage.engine_errors import LOSS_REMEDY
 from lmdbcache.storage.gather import MappedFile
-from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY, sample_id_of_key
 from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.opening import file_problem
 from lmdbcache.storage.pages.page_file import Entry, PageFile
@@ -31,9 +31,10 @@ from lmdbcache.storage.pages.pages import (
     find_hidden_keys,
     read_table,
 )
+from lmdbcache.storage.report import Report
 
 __all__ = [
-    "Findings",
+    "IntegrityReport",
     "check_generation",
     "check_values",
     "metadata_findings",
@@ -46,20 +47,26 @@ _TRIES: Final = 5
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What is wrong with a generation.
+class IntegrityReport(Report):
+    """What is wrong with a store.
 
     Args:
-        num_embeddings: Embeddings that were found.
-        structure: What is wrong with LMDB's pages and with the metadata record.
-        damaged: Keys whose value doesn't match its checksum, or has none; or that no look-up finds.
-        missing: Keys that have a checksum and no value.
+        path: The store's folder.
+        num_embeddings: Embeddings that were looked at.
+        structure: What is wrong with the file, LMDB's pages and the metadata record. What can still
+            be found was looked at nevertheless; more may be gone.
+        damaged: Sample ids whose value doesn't match its checksum, or has none; or that no look-up
+            finds.
+        missing: Sample ids of which only the checksum is left.
     """
 
+    derived: ClassVar[tuple[str, ...]] = ("is_sound",)
+
+    path: Path
     num_embeddings: int
     structure: tuple[str, ...] = ()
-    damaged: tuple[bytes, ...] = ()
-    missing: tuple[bytes, ...] = ()
+    damaged: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def is_sound(self) -> bool:
@@ -69,7 +76,7 @@ class Findings:
 
 def check_generation(
     generation: Path, *, with_values: bool = True, progress: Progress | None = None
-) -> Findings:
+) -> IntegrityReport:
     """Check a generation that others may be writing to.
 
     Args:
@@ -89,7 +96,7 @@ def check_generation(
                 values = placed_values(file, is_sound=not structure)
                 findings = check_values(file, values, structure, progress)
         else:
-            findings = Findings(0)
+            findings = IntegrityReport(generation.parent, 0)
         # A commit in the middle of the walk looks like damage.
         if findings.is_sound or _newest_transaction(generation) == before:
             return findings
@@ -160,7 +167,7 @@ def check_values(
     values: CheckedValues,
     structure: tuple[str, ...] = (),
     progress: Progress | None = None,
-) -> Findings:
+) -> IntegrityReport:
     """Compare values with their checksums.
 
     Args:
@@ -172,11 +179,12 @@ def check_values(
     rows = damaged_rows(file.descriptor, values, progress)
     keys = values.table.keys
     damaged = {bytes(keys[row]) for row in rows} | values.hidden
-    return Findings(
-        num_embeddings=len(keys),
-        structure=structure,
-        damaged=tuple(sorted(damaged)),
-        missing=values.without_value,
+    return IntegrityReport(
+        file.path.parent.parent,
+        len(keys),
+        structure,
+        damaged=tuple(map(sample_id_of_key, sorted(damaged))),
+        missing=tuple(map(sample_id_of_key, values.without_value)),
     )
 
 

@@ -26,9 +26,8 @@ from typing import Final
 from lmdbcache.errors import ConfigError, IntegrityError
 from lmdbcache.files import flocked, open_file, read_file, user_cache_folder
 from lmdbcache.machine import boot_id
-from lmdbcache.storage.checks.checking import Findings, check_generation
+from lmdbcache.storage.checks.checking import IntegrityReport, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
-from lmdbcache.storage.layout import sample_id_of_key
 from lmdbcache.storage.pages.commit_record import read_commit_record
 
 __all__ = ["SKIP_VARIABLE", "check_first_opening", "is_known", "mark_known"]
@@ -145,7 +144,7 @@ def _check(generation: Path, *, with_values: bool) -> None:
         generation, with_values=with_values, progress=_logged(generation.parent)
     )
     if not findings.is_sound:
-        raise IntegrityError(_described(findings, generation.parent))
+        raise IntegrityError(_described(findings))
     _logger.info("%s is sound (%.1f s)", generation.parent, time.perf_counter() - start)
     mark_known(generation, with_values=with_values)
 
@@ -162,16 +161,16 @@ def _logged(store: Path) -> Progress:
     return log
 
 
-def _described(findings: Findings, store: Path) -> str:
+def _described(findings: IntegrityReport) -> str:
     parts = []
     if findings.structure:
         parts.append(findings.structure[0])
     bad = (*findings.damaged, *findings.missing)
     if bad:
-        parts.append(f"{len(bad)} damaged embeddings, the first {sample_id_of_key(bad[0])!r}")
+        parts.append(f"{len(bad)} damaged embeddings, the first {bad[0]!r}")
     return (
-        f"{store} is damaged: {'; '.join(parts)}. Verify the store to list all of it, repair it to "
-        "keep what is sound"
+        f"{findings.path} is damaged: {'; '.join(parts)}. Verify the store to list all of it, "
+        "repair it to keep what is sound"
     )
 
 

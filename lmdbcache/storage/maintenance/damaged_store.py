@@ -11,7 +11,7 @@ import numpy as np
 from lmdbcache.errors import IntegrityError
 from lmdbcache.files import check_folder
 from lmdbcache.storage.checks.checking import (
-    Findings,
+    IntegrityReport,
     check_values,
     metadata_findings,
     placed_values,
@@ -56,14 +56,17 @@ class DamagedStore:
         try:
             self.metadata = _metadata(self._file, path)
             self._values = placed_values(self._file, is_sound=not structure)
-            self.findings: Findings = check_values(self._file, self._values, structure, progress)
+            self.findings: IntegrityReport = check_values(
+                self._file, self._values, structure, progress
+            )
         except BaseException:
             self.__exit__()
             raise
-        is_sound = ~np.isin(self._values.table.keys, np.array(self.findings.damaged, np.bytes_))
+        self.dropped = tuple(sorted({*self.findings.damaged, *self.findings.missing}))
+        damaged = frozenset(self.findings.damaged)
+        sample_ids = map(sample_id_of_key, self._values.table.keys.tolist())
+        is_sound = [sample_id not in damaged for sample_id in sample_ids]
         self._rows = np.flatnonzero(is_sound)
-        dropped = {*self.findings.damaged, *self.findings.missing}
-        self.dropped = tuple(map(sample_id_of_key, sorted(dropped)))
 
     def __enter__(self) -> DamagedStore:
         return self

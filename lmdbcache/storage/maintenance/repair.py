@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
-from lmdbcache.storage.checks.checking import Findings, check_generation
+from lmdbcache.storage.checks.checking import check_generation
 from lmdbcache.storage.checks.first_opening import mark_known
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.commit import put_metadata, transaction_in
@@ -103,10 +103,11 @@ def repair(
         if damaged.findings.is_sound:
             return report
         new = _rebuilt(store, damaged, progress)
-        if (rebuilt := check_generation(new)) != Findings(len(damaged)):
+        rebuilt = check_generation(new)
+        if not rebuilt.is_sound or rebuilt.num_embeddings != len(damaged):
             raise IntegrityError(
-                f"{store}: the new generation isn't sound ({rebuilt}). The store was left as it "
-                "is; check the disk and the memory of this machine"
+                f"{store}: the new generation isn't sound ({rebuilt.to_dict()}). "
+                "The store was left as it is; check the disk and the memory of this machine"
             )
         publish_generation(store, new)
         remove_other_generations(store)

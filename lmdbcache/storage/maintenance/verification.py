@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from lmdbcache.errors import CacheNotFoundError, ReadOnlyCacheError
 from lmdbcache.storage.checks.checking import (
-    Findings,
+    IntegrityReport,
     check_generation,
     check_values,
     placed_values,
@@ -20,38 +18,9 @@ from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.environment import Snapshot, acquire, release
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import current_generation, write_lock
-from lmdbcache.storage.layout import sample_id_of_key
 from lmdbcache.storage.pages.page_file import PageFile
-from lmdbcache.storage.report import Report
 
-__all__ = ["IntegrityReport", "verify"]
-
-
-@dataclass(frozen=True)
-class IntegrityReport(Report):
-    """What `verify` found.
-
-    Args:
-        path: The store's folder.
-        num_embeddings: Embeddings that were looked at.
-        structure: What is wrong with the file and with LMDB's pages. What can still be found on
-            them was looked at nevertheless; more may be gone.
-        damaged: Sample ids whose value doesn't match its checksum, or has none.
-        missing: Sample ids of which only the checksum is left.
-    """
-
-    derived: ClassVar[tuple[str, ...]] = ("is_sound",)
-
-    path: Path
-    num_embeddings: int
-    structure: tuple[str, ...] = ()
-    damaged: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether nothing is wrong."""
-        return not (self.structure or self.damaged or self.missing)
+__all__ = ["verify"]
 
 
 def verify(store: str | Path, progress: Progress | None = None) -> IntegrityReport:
@@ -74,16 +43,10 @@ def verify(store: str | Path, progress: Progress | None = None) -> IntegrityRepo
     while True:
         findings = _checked(store, progress)
         if findings is not None:
-            return IntegrityReport(
-                store,
-                findings.num_embeddings,
-                findings.structure,
-                tuple(map(sample_id_of_key, findings.damaged)),
-                tuple(map(sample_id_of_key, findings.missing)),
-            )
+            return findings
 
 
-def _checked(store: Path, progress: Progress | None) -> Findings | None:
+def _checked(store: Path, progress: Progress | None) -> IntegrityReport | None:
     """What is wrong; None if a writer of this process came in between."""
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(contextlib.ExitStack())
