@@ -622,9 +622,8 @@ def _following(
             found = cursor.next()
         if not found:
             return []
-        items = zip(
-            cursor.iternext(keys=True, values=with_checksums), range(_KEYS_PER_STEP), strict=False
-        )
         if with_checksums:
+            items = zip(cursor.iternext(), range(_KEYS_PER_STEP), strict=False)
             return [(bytes(key), bytes(expected)) for (key, expected), _ in items]
-        return [bytes(key) for key, _ in items]
+        keys = zip(cursor.iternext(values=False), range(_KEYS_PER_STEP), strict=False)
+        return [bytes(key) for key, _ in keys]

@@ -49,14 +49,20 @@ def in_fork(function: Callable[[], Any], *, user: int | None = None) -> Any:
 
 
 class Peer:
-    """A spawned process that calls functions, one after the other, in one interpreter."""
+    """A new process that calls functions, one after the other, in one interpreter.
+
+    Forked from a server that has imported what they need: that is as good as a process that was
+    started anew, and takes milliseconds.
+    """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lmdbcache.cache.embedding_cache"])
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        self.call(_take_over, dict(os.environ), str(Path.cwd()))
 
     def start(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
         self._connection.send((function, args, options))
@@ -92,6 +98,13 @@ def peer_process() -> Iterator[Peer]:
         yield peer
     finally:
         peer.end()
+
+
+def _take_over(environment: dict[str, str], folder: str) -> None:
+    """Be as a child of the test's process would: the server has those of its start."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
 
 
 def _serve(connection: Any) -> None:
