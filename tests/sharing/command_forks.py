@@ -117,10 +117,14 @@ def serve(connection: socket.socket) -> None:
     """Answer requests until the other side is gone; then end what still runs."""
     import s3fs
     import sshfs
+    import tenacity
 
     import lmdbcache.cli.main
+    from lmdbcache.exchange import pull, push, verify_remote
 
-    assert all((s3fs, sshfs, lmdbcache.cli.main))
+    assert all((s3fs, sshfs, tenacity, lmdbcache.cli.main, pull, push, verify_remote))
+    with contextlib.suppress(ImportError):
+        pass  # with pydantic, which it needs for a command's first option
     running: set[int] = set()
     for line in connection.makefile("r"):
         request = json.loads(line)
