@@ -182,11 +182,19 @@ def stacked(items: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
     Tensors that were fetched as one aren't copied, unless an item has got another one since.
     """
     rows = [item[key] for item in items if key in item]
-    if isinstance(items, FetchedItems) and key in items.rows:
-        fetched = items.rows[key]
-        if len(rows) == len(fetched) and all(map(operator.is_, rows, fetched)):
-            return items.tensors[key]
-    return torch.stack(rows)
+    fetched = _as_fetched(items, key, rows)
+    return torch.stack(rows) if fetched is None else fetched
+
+
+def _as_fetched(
+    items: Sequence[dict[str, Any]], key: str, rows: Sequence[Any]
+) -> torch.Tensor | None:
+    """The tensor that these were fetched as; None if they weren't, or one is another."""
+    if not isinstance(items, FetchedItems) or key not in items.rows:
+        return None
+    fetched = items.rows[key]
+    is_same = len(rows) == len(fetched) and all(map(operator.is_, rows, fetched))
+    return items.tensors[key] if is_same else None
 
 
 class _Item(dict[str, Any]):
@@ -241,6 +249,8 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _labels(items: Sequence[dict[str, Any]], usable: list[dict[str, Any]]) -> torch.Tensor:
-    if len(usable) == len(items) > 0:
-        return stacked(items, "label")
-    return target_tensor([item["sample_id"] for item in usable], [item["label"] for item in usable])
+    labels = [item["label"] for item in usable]
+    fetched = _as_fetched(items, "label", labels)
+    if fetched is not None:
+        return fetched
+    return target_tensor([item["sample_id"] for item in usable], labels)
