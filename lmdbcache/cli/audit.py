@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from lmdbcache.cache import EmbeddingCache, read_store_info
-from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
+from lmdbcache.cli.console import counted, finish, print_table, progress_bar, say, say_some
 from lmdbcache.cli.options import (
     BatchSize,
     Device,
@@ -20,13 +19,13 @@ from lmdbcache.cli.options import (
     Store,
     find_folder,
 )
-from lmdbcache.cli.verify_sources import clips_of_store
+from lmdbcache.cli.verify import clips_of_store
 from lmdbcache.errors import IntegrityError
 from lmdbcache.extraction import AuditReport, audit
 
 __all__ = ["audit_command"]
 
-_FEW = 10
+_FEW: Final = 10
 
 
 def audit_command(
@@ -82,11 +81,7 @@ def audit_command(
             device=device,
             progress=report,
         )
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        _say_report(found)
-    raise typer.Exit(found.exit_code)
+    finish(found, _say_report, as_json=as_json)
 
 
 def _say_report(report: AuditReport) -> None:
@@ -109,8 +104,9 @@ def _say_report(report: AuditReport) -> None:
                 for s in report.samples[:_FEW]
             ],
         )
-    _say_some("skipped", report.skipped)
-    _say_some("FAILED", report.failed)
+    for what, found in (("skipped", report.skipped), ("FAILED", report.failed)):
+        lines = [f"{what}: {sample_id}: {reason}" for sample_id, reason in found.items()]
+        say_some(lines, what=what)
     verdict = f"{len(report.drifted)} of {counted(len(report.samples), 'embedding')} DRIFTED"
     if report.is_sound:
         verdict = f"{counted(len(report.samples), 'embedding')} compared, all as stored"
@@ -119,10 +115,3 @@ def _say_report(report: AuditReport) -> None:
     elif not report.drifted:
         verdict = f"{len(report.failed)} clips give no embedding any more"
     say(f"{report.store.name}: {verdict} (tolerance {report.tolerance:.0e})")
-
-
-def _say_some(what: str, found: Mapping[str, str]) -> None:
-    for sample_id, reason in list(found.items())[:_FEW]:
-        say(f"{what}: {sample_id}: {reason}")
-    if len(found) > _FEW:
-        say(f"… and {len(found) - _FEW} more {what}; see --json")

@@ -8,22 +8,27 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
+
+import typer
 
 __all__ = [
     "DISK_FULL",
     "counted",
+    "finish",
     "is_wide",
     "print_error",
     "print_json",
     "print_table",
     "progress_bar",
     "say",
+    "say_some",
     "speak_for",
 ]
 
 DISK_FULL: Final = 3  # exit code
 _FINGERPRINT_WIDTH: Final = 16
+_FEW: Final = 10  # lines of a list
 _speaker: Final[list[str]] = []
 
 
@@ -31,6 +36,42 @@ def say(text: str) -> None:
     """Print text as it is; what the terminal can't show is escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def say_some(
+    lines: Sequence[str],
+    *,
+    what: str = "",
+    printed: Callable[[str], None] = say,
+) -> None:
+    """Print the first lines of a list, and how many more there are.
+
+    Args:
+        lines: The list.
+        what: What the others are.
+        printed: Prints a line.
+    """
+    for line in lines[:_FEW]:
+        printed(line)
+    if len(lines) > _FEW:
+        printed(f"… and {len(lines) - _FEW} more{what and f' {what}'}; see --json")
+
+
+def finish(report: Any, show: Callable[[Any], None] | None = None, *, as_json: bool) -> NoReturn:
+    """Print a report and end the command with its exit code.
+
+    Args:
+        report: A `Report`.
+        show: Prints it in words; None prints its text.
+        as_json: Print JSON instead.
+    """
+    if as_json:
+        print_json(report.to_dict())
+    elif show is None:
+        say(str(report))
+    else:
+        show(report)
+    raise typer.Exit(report.exit_code)
 
 
 def speak_for(who: str) -> None:

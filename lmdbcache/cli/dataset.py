@@ -8,10 +8,10 @@ from typing import Annotated, Any, Final
 import typer
 
 from lmdbcache.cache import left_out_counts
+from lmdbcache.cli.command import grouped
 from lmdbcache.cli.console import print_json, print_table, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json
-from lmdbcache.cli.parameters import grouped
 from lmdbcache.datasets import LeftOut, Sample, overlap_audit, split_names, split_of, split_source
 
 __all__ = ["dataset_command", "partition_command"]

@@ -18,7 +18,7 @@ from lmdbcache.cache import (
     read_store_info,
 )
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
-from lmdbcache.cli.options import Json, Progress, Root, complete_store, find_folder
+from lmdbcache.cli.options import Json, Progress, Root, Tolerance, complete_store, find_folder
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import expand_user
@@ -56,9 +56,7 @@ def diff_command(
         bool,
         typer.Option("--values/--no-values", help="Read values, or compare checksums alone."),
     ] = True,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
-    ] = DEFAULT_TOLERANCE,
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:

@@ -11,13 +11,12 @@ import typer
 
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.command import grouped
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, print_table, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.launching import LaunchChoice
 from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
-from lmdbcache.cli.parameters import grouped
-from lmdbcache.cli.ray_choice import RayChoice
 from lmdbcache.cli.stopping import Stopped
 from lmdbcache.cli.wording import in_options
 from lmdbcache.config import CacheConfig
@@ -44,7 +43,6 @@ def extract_command(
     dataset: DatasetChoice,
     choice: ConfigChoice,
     launch: LaunchChoice,
-    ray: RayChoice,
     *,
     root: Root = None,
     batch_size: BatchSize = 8,
@@ -80,7 +78,7 @@ def extract_command(
     run again. Exit code 1 if a clip failed, 3 if the disk is full.
     """
     share = launch.share
-    ray.check(launch.launcher, num_workers)
+    launch.check(num_workers)
     clips, config = dataset.clips(), choice.config(dataset.namespace)
     cache = EmbeddingCache(root)
     dataset.check_namespace(cache, config)
@@ -116,11 +114,11 @@ def extract_command(
         name = config.model_name.rsplit("/", 1)[-1]
         label = name if share.is_all else f"{name} {share.rank}/{share.world_size}"
         with progress_bar(label, shown=progress) as report:
-            if launch.launcher == "ray":
+            if launch.is_on_ray:
                 # Ray prints what it repairs on standard output.
                 with contextlib.redirect_stdout(sys.stderr):
                     summary = extract_on_ray(
-                        cache, config, clips, progress=report, **common, **ray.options
+                        cache, config, clips, progress=report, **common, **launch.ray_options
                     )
             else:
                 own: dict[str, Any] = {"num_workers": num_workers, "share": share}

@@ -1,10 +1,9 @@
-"""`lmdbcache ls`, `info` and `coverage`: look, change nothing."""
+"""`lmdbcache ls`, `info` and `stats`: what is stored, and how often it was read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime
 from enum import Enum
 from typing import Annotated
@@ -19,17 +18,36 @@ from lmdbcache.cache import (
     count_origins,
     read_failures,
 )
-from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import counted, is_wide, print_error, print_json, print_table, say
-from lmdbcache.cli.dataset_choice import DatasetChoice
-from lmdbcache.cli.options import Json, Root, Store, find_store
-from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.console import (
+    counted,
+    is_wide,
+    print_error,
+    print_json,
+    print_table,
+    say,
+    say_some,
+)
+from lmdbcache.cli.options import (
+    Json,
+    Root,
+    Store,
+    Yes,
+    check_can_ask,
+    find_folder,
+    find_store,
+)
 from lmdbcache.cli.quantities import age
 from lmdbcache.errors import CacheError
 from lmdbcache.files import readable_size
-from lmdbcache.storage import EmbeddingReader, split_sample_id
+from lmdbcache.storage import (
+    EmbeddingReader,
+    ReadStatistics,
+    reset_statistics,
+    split_sample_id,
+    statistics_of,
+)
 
-__all__ = ["coverage_command", "info_command", "ls_command"]
+__all__ = ["info_command", "ls_command", "stats_command"]
 
 _FEW: int = 10
 
@@ -165,10 +183,8 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
     print_table(("field", "value"), rows, num_text_columns=2)
     say("")
     print_table(("class", "embeddings"), sorted(classes.items()))
-    for failure in failures[:_FEW]:
-        say(f"failed: {failure.sample_id}: {failure.reason}")
-    if len(failures) > _FEW:
-        say(f"… and {len(failures) - _FEW} more failed clips; see --json")
+    lines = [f"failed: {failure.sample_id}: {failure.reason}" for failure in failures]
+    say_some(lines, what="failed clips")
 
 
 def _origins(info: StoreInfo) -> list[tuple[Origin, int]]:
@@ -210,53 +226,49 @@ def _free(info: StoreInfo) -> str:
     return text
 
 
-@grouped
-def coverage_command(
-    dataset: DatasetChoice,
-    choice: ConfigChoice,
+def stats_command(
+    store: Annotated[
+        str | None,
+        typer.Argument(help="Fingerprint (its first digits do), or a store's folder name."),
+    ] = None,
     *,
+    reset: Annotated[bool, typer.Option("--reset", help="Begin again at zero.")] = False,
     root: Root = None,
-    list_missing: Annotated[bool, typer.Option("--missing", help="List what is missing.")] = False,
-    by_split: Annotated[
-        bool, typer.Option("--by-split", help="A column for each of train, val and test.")
-    ] = False,
-    min_coverage: Annotated[
-        float, typer.Option(help="Share that must be stored for exit code 0.", min=0, max=1)
-    ] = 1.0,
-    allow_failed: Annotated[
-        bool,
-        typer.Option("--allow-failed", help="Don't count clips that failed when last tried."),
-    ] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Show how much of a dataset is stored, by class. Exit code 1 if too little is."""
-    config, cache = choice.config(dataset.namespace), EmbeddingCache(root)
-    dataset.check_namespace(cache, config)
-    by_split = by_split and dataset.split == "all"
-    found = cache.coverage(config, dataset.ids_by_split(each=by_split))
-    found = replace(found, left_out=dataset.left_out_counts)
+    """Show the hits and misses of a store by class, or of all stores."""
+    cache = EmbeddingCache(root)
+    folders = cache.folders() if store is None else [find_folder(cache, store)]
+    if reset:
+        check_can_ask(as_json=as_json, may_ask=not yes)
+        if folders and not yes:
+            typer.confirm(
+                f"Set the statistics of {counted(len(folders), 'store')} to zero?", abort=True
+            )
+        for folder in folders:
+            reset_statistics(folder)
+    found_in = {folder: statistics_of(folder) for folder in folders}
     if as_json:
-        print_json({"fingerprint": config.fingerprint, **found.to_dict()})
-    else:
-        if config not in cache:
-            say(str(cache.explain(config)))
-        if by_split:
-            print_table(*found.cells())
-            say("")
+        print_json([{"path": str(folder), **found.to_dict()} for folder, found in found_in.items()])
+    elif store is None:
         print_table(
-            ("class", "stored", "of", "%"),
+            ("store", "hits", "misses", "hit rate, %"),
             [
-                (name, stored, asked, f"{100 * stored / asked:.1f}")
-                for name, (stored, asked) in found.by_class.items()
+                (folder.name, found.hits, found.misses, _percent(found))
+                for folder, found in found_in.items()
             ],
         )
-        say(f"{found.num_present} of {found.num_asked} stored ({100 * found.fraction:.1f} %)")
-        if dataset.left_out:
-            say(f"{len(dataset.left_out)} files or rows of the dataset are left out")
-        if len(found.failed) < len(found.missing):
-            say("`lmdbcache extract` with the same dataset and model computes what is missing")
-        if found.failed:
-            say(f"{len(found.failed)} of the missing failed when last tried; no run fills them")
-        if list_missing:
-            say("\n".join(found.missing))
-    raise typer.Exit(0 if found.is_enough(min_coverage, allow_failed=allow_failed) else 1)
+    else:
+        for found in found_in.values():
+            rows = [(name, *numbers) for name, numbers in found.by_class.items()]
+            print_table(("class", "hits", "misses"), [*rows, ("all", found.hits, found.misses)])
+            say(
+                f"hit rate {_percent(found)} %"
+                if found.hits or found.misses
+                else "nothing was read"
+            )
+
+
+def _percent(found: ReadStatistics) -> str:
+    return f"{100 * found.hit_rate:.1f}" if found.hits or found.misses else "-"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from lmdbcache.extraction import (
 __all__ = ["LaunchChoice"]
 
 _PANEL = "Several processes"
+_RAY_PANEL = "Ray"
 _logger = logging.getLogger(__name__)
 
 
@@ -56,11 +57,50 @@ class LaunchChoice:
             rich_help_panel=_PANEL,
         ),
     ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            help="Of the cluster's head, or auto; default: $RAY_ADDRESS, else a cluster that runs "
+            "on this machine, else one is started here for the run.",
+            show_default=False,
+            rich_help_panel=_RAY_PANEL,
+        ),
+    ] = None
+    num_actors: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that run the model; default: one for each GPU, else for each node.",
+            show_default=False,
+            rich_help_panel=_RAY_PANEL,
+        ),
+    ] = None
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether the nodes of a Ray cluster do the work."""
+        return self.launcher == "ray"
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """Options of `extract_on_ray` alone."""
+        return {"address": self.address, "num_actors": self.num_actors}
+
+    def check(self, num_workers: int | None) -> None:
+        """Refuse options that nothing would heed.
+
+        Raises:
+            ConfigError: There are some.
+        """
+        if not self.is_on_ray and any(value is not None for value in self.ray_options.values()):
+            raise ConfigError("--ray-address and --num-actors: only with --launcher ray")
+        if self.is_on_ray and num_workers is not None:
+            raise ConfigError("--num-workers: not with --launcher ray, where all CPUs decode")
 
     @property
     def folder(self) -> str | None:
         """Where the stores of ranks lie, if there are any."""
-        return None if self.launcher == "ray" else self.staging
+        return None if self.is_on_ray else self.staging
 
     @cached_property
     def share(self) -> RankShare:
@@ -75,7 +115,7 @@ class LaunchChoice:
             if self.launcher != "none":
                 raise ConfigError(f"--rank and --world-size: not with --launcher {self.launcher}")
             share = RankShare(self.rank, self.world_size)
-        elif self.launcher == "ray":
+        elif self.is_on_ray:
             return RankShare()
         else:
             share = share_from_environment(self.launcher)

@@ -2,89 +2,116 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Final
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Final
 
 import typer
+from typer.core import TyperGroup
 
-from lmdbcache.cli import (
-    audit,
-    dataset,
-    diff,
-    doctor,
-    extract,
-    finding,
-    inspect,
-    maintain,
-    merge,
-    prune,
-    pull,
-    push,
-    remove,
-    report,
-    transfer,
-)
 from lmdbcache.cli.command import Command
 from lmdbcache.cli.console import DISK_FULL, print_error, say
-from lmdbcache.cli.parameters import help_of
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
 
-__all__ = ["app", "main"]
+__all__ = ["app", "command_of", "main"]
+
+# Panel of the help → command → the module that has it, as the function `<command>_command`.
+_COMMANDS: Final = {
+    "Fill": {
+        "extract": "extract",
+        "import": "transfer",
+        "export": "transfer",
+        "merge": "merge",
+    },
+    "Look": {
+        "ls": "inspect",
+        "info": "inspect",
+        "coverage": "coverage",
+        "explain": "coverage",
+        "stats": "inspect",
+        "diff": "diff",
+        "report": "report",
+    },
+    "Trust": {
+        "verify": "verify",
+        "audit": "audit",
+        "repair": "maintain",
+        "doctor": "doctor",
+    },
+    "Share": {
+        "push": "push",
+        "pull": "pull",
+    },
+    "Make room": {
+        "compact": "maintain",
+        "rm": "remove",
+        "prune": "prune",
+    },
+    "Datasets": {
+        "dataset": "dataset",
+        "partition": "dataset",
+    },
+}
+_MODULES: Final = {name: module for panel in _COMMANDS.values() for name, module in panel.items()}
+
+
+class _Commands(TyperGroup):
+    """The group: a command's module is imported when the command is run.
+
+    Until then it stands in the list of commands without its options.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names; the commands are about to be described. See click."""
+        for name in _MODULES:
+            self.commands[name].help = _docstring_of(name)
+        return super().list_commands(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the command that is meant, and its arguments; see click."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, command_of(name) if found and name else found, rest
+
+
+def command_of(name: str) -> Any:
+    """Return a command of `lmdbcache` with its options."""
+    name = "rm" if name == "clear" else name
+    function = getattr(import_module(f"lmdbcache.cli.{_MODULES[name]}"), f"{name}_command")
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, cls=Command, help=_docstring_of(name))(function)
+    return typer.main.get_command(alone)
+
+
+def _docstring_of(name: str) -> str | None:
+    """Read it from the source: the module isn't imported, or `python -OO` has dropped it."""
+    module = f"lmdbcache.cli.{_MODULES[name]}"
+    loader: Any = find_spec(module).loader  # type: ignore[union-attr]
+    for node in ast.parse(loader.get_source(module) or "").body:
+        if isinstance(node, ast.FunctionDef) and node.name == f"{name}_command":
+            return ast.get_docstring(node)
+    return None
+
 
 app = typer.Typer(
     name="lmdbcache",
+    cls=_Commands,
     help="Compute the embeddings of an audio model once, read them back at memory speed.",
     epilog="Exit codes: 0 done; 1 a clip failed, something is missing, damaged or different, or "
     "an error; 2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
-    "Fill": {
-        "extract": extract.extract_command,
-        "import": transfer.import_command,
-        "export": transfer.export_command,
-        "merge": merge.merge_command,
-    },
-    "Look": {
-        "ls": inspect.ls_command,
-        "info": inspect.info_command,
-        "coverage": inspect.coverage_command,
-        "explain": finding.explain_command,
-        "stats": finding.stats_command,
-        "diff": diff.diff_command,
-        "report": report.report_command,
-    },
-    "Trust": {
-        "verify": maintain.verify_command,
-        "audit": audit.audit_command,
-        "repair": maintain.repair_command,
-        "doctor": doctor.doctor_command,
-    },
-    "Share": {
-        "push": push.push_command,
-        "pull": pull.pull_command,
-    },
-    "Make room": {
-        "compact": maintain.compact_command,
-        "rm": remove.rm_command,
-        "prune": prune.prune_command,
-    },
-    "Datasets": {
-        "dataset": dataset.dataset_command,
-        "partition": dataset.partition_command,
-    },
-}
-for _panel, _commands in _COMMANDS.items():
-    for _name, _command in _commands.items():
-        app.command(_name, cls=Command, help=help_of(_command), rich_help_panel=_panel)(_command)
-app.command("clear", help="The same as rm.", hidden=True)(remove.rm_command)
+for _panel, _names in _COMMANDS.items():
+    for _name in _names:
+        app.command(_name, rich_help_panel=_panel)(lambda: None)
+app.command("clear", hidden=True)(lambda: None)  # the same as rm
 
 
 def _show_version(wanted: bool) -> None:

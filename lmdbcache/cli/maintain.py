@@ -1,4 +1,4 @@
-"""`lmdbcache compact`, `verify` and `repair`."""
+"""`lmdbcache compact` and `repair`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,11 @@ from lmdbcache.cli.options import (
     check_can_ask,
     find_folders,
 )
-from lmdbcache.cli.parameters import grouped
-from lmdbcache.cli.verify_remote import verify_shared
-from lmdbcache.cli.verify_sources import SourceChoice, verify_sources
-from lmdbcache.errors import (
-    CacheFullError,
-    IntegrityError,
-    NotRegularFileError,
-    StorageError,
-)
-from lmdbcache.exchange import is_url
+from lmdbcache.errors import CacheFullError, IntegrityError, StorageError
 from lmdbcache.files import readable_size
-from lmdbcache.storage import (
-    IntegrityReport,
-    RepairReport,
-    compact,
-    plan_compaction,
-    repair,
-    verify,
-)
+from lmdbcache.storage import RepairReport, compact, plan_compaction, repair
 
-__all__ = ["compact_command", "repair_command", "verify_command"]
+__all__ = ["compact_command", "repair_command", "say_findings"]
 
 KeptOnly = Annotated[bool, typer.Option("--dry-run", help="Only show what would be kept.")]
 
@@ -91,42 +75,6 @@ def compact_command(
         raise typer.Exit(1)
 
 
-@grouped
-def verify_command(
-    stores: Stores = None,
-    *,
-    source_choice: SourceChoice,
-    root: Root = None,
-    everything: All = False,
-    progress: Progress = None,
-    as_json: Json = False,
-) -> None:
-    """Check every stored value against its checksum. Exit code 1 if something is wrong.
-
-    With --sources: whether the audio files are still those that were embedded. With a URL in the
-    place of the first store: every file that was pushed there, of all stores or of those named.
-    """
-    if stores and is_url(stores[0]):
-        verify_shared(stores, progress=progress, as_json=as_json)
-    chosen = find_folders(EmbeddingCache(root), stores, everything=everything)
-    if source_choice.is_wanted:
-        verify_sources(chosen, source_choice, progress=progress, as_json=as_json)
-        return
-    reports = [_verified(store, shown=progress) for store in chosen]
-    if as_json:
-        print_json([report.to_dict() for report in reports])
-    for report in reports if not as_json else ():
-        say(
-            f"{report.path.name}: {'sound' if report.is_sound else 'DAMAGED'}, "
-            f"{report.num_embeddings} embeddings"
-        )
-        _say_findings(structure=report.structure, damaged=report.damaged, missing=report.missing)
-    is_sound = all(report.is_sound for report in reports)
-    if not (is_sound or as_json):
-        say("`lmdbcache repair` keeps what is sound; extracting again computes the rest")
-    raise typer.Exit(0 if is_sound else 1)
-
-
 def repair_command(
     stores: Stores = None,
     *,
@@ -171,27 +119,17 @@ def _others_going_on(store: Path, failed: list[Path]) -> Iterator[None]:
         failed.append(store)
 
 
-def _verified(store: Path, *, shown: bool | None) -> IntegrityReport:
-    with progress_bar(f"verifying {store.name}", shown=shown) as progress:
-        try:
-            return verify(store, progress)
-        except (
-            IntegrityError,
-            NotRegularFileError,
-        ) as error:  # the other stores are looked at nevertheless
-            return IntegrityReport(store, 0, structure=(str(error),))
-
-
 def _say_repair(report: RepairReport) -> None:
     kept = counted(report.num_kept, "embedding")
     if report.was_sound:
         say(f"{report.path.name}: sound, {kept}")
         return
     say(f"{report.path.name}: DAMAGED, {kept} can be kept, {len(report.dropped)} can't")
-    _say_findings(structure=report.structure, dropped=report.dropped)
+    say_findings(structure=report.structure, dropped=report.dropped)
 
 
-def _say_findings(**findings: tuple[str, ...]) -> None:
+def say_findings(**findings: tuple[str, ...]) -> None:
+    """Print what is wrong with a store, by kind."""
     for kind, found in findings.items():
         for finding in found:
             say(f"  {kind}: {finding}")

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
-from lmdbcache.cli.console import counted, print_error, print_json, print_table, progress_bar, say
-from lmdbcache.cli.options import Json, Progress, Root
+from lmdbcache.cli.console import (
+    counted,
+    finish,
+    print_error,
+    print_table,
+    progress_bar,
+    say,
+    say_some,
+)
+from lmdbcache.cli.options import Json, OnDuplicateChoice, Progress, Root, Tolerance
 from lmdbcache.errors import CacheFullError
 from lmdbcache.exchange import IntakeReport, MergeReport, Refusal, merge_stores
 from lmdbcache.files import readable_size
 
-__all__ = ["OnDuplicateChoice", "merge_command", "print_conflicts", "print_unresolved"]
+__all__ = ["merge_command", "print_conflicts", "print_unresolved"]
 
 _FEW: int = 10
-
-
-class OnDuplicateChoice(str, Enum):
-    """What happens to a sample that is stored with another value."""
-
-    ERROR = "error"
-    SKIP = "skip"
-    OVERWRITE = "overwrite"
 
 
 def merge_command(
@@ -42,9 +41,7 @@ def merge_command(
             "keeps it, overwrite takes the source's."
         ),
     ] = OnDuplicateChoice.ERROR,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
-    ] = DEFAULT_TOLERANCE,
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be merged.")
     ] = False,
@@ -70,11 +67,7 @@ def merge_command(
         except CacheFullError as error:
             text = f"{error}. What was merged until then is kept; merge again to continue"
             raise CacheFullError(text) from None
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        _print_all(report)
-    raise typer.Exit(report.exit_code)
+    finish(report, _print_all, as_json=as_json)
 
 
 def _print_all(merged: MergeReport) -> None:
@@ -128,7 +121,5 @@ def print_unresolved(report: IntakeReport) -> None:
 
 
 def _print_refused(refused: list[Refusal]) -> None:
-    for refusal in refused[:_FEW]:
-        print_error(f"not merged: {refusal}")
-    if len(refused) > _FEW:
-        print_error(f"… and {len(refused) - _FEW} more not merged; see --json")
+    lines = [f"not merged: {refusal}" for refusal in refused]
+    say_some(lines, what="not merged", printed=print_error)

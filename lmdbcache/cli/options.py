@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lmdbcache.cache import ROOT_VARIABLE, EmbeddingCache, StoreInfo, info_or_damage
-from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError
+from lmdbcache.cache import (
+    ROOT_VARIABLE,
+    EmbeddingCache,
+    StoreInfo,
+    info_or_damage,
+)
+from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, DatasetError
 from lmdbcache.files import expand_user
+from lmdbcache.storage import canonical_sample_id
 
 __all__ = [
     "All",
@@ -22,16 +29,19 @@ __all__ = [
     "IdsFile",
     "Json",
     "NumWorkers",
+    "OnDuplicateChoice",
     "Progress",
     "Root",
     "Store",
     "Stores",
+    "Tolerance",
     "Yes",
     "check_can_ask",
     "complete_store",
     "find_folder",
     "find_folders",
     "find_store",
+    "ids_in",
 ]
 
 
@@ -50,6 +60,14 @@ def complete_store(context: typer.Context, incomplete: str) -> list[tuple[str, s
     found = [(digits, slug[:_HELP_WIDTH]) for slug, _, digits in parts if digits.startswith(typed)]
     named = [(folder.name, "") for folder in folders if folder.name.startswith(incomplete)]
     return found or named
+
+
+class OnDuplicateChoice(str, Enum):
+    """What happens to a sample that is stored with another value."""
+
+    ERROR = "error"
+    SKIP = "skip"
+    OVERWRITE = "overwrite"
 
 
 Classes = Annotated[
@@ -110,6 +128,9 @@ Decoder = Annotated[
         show_default=False,
     ),
 ]
+Tolerance = Annotated[
+    float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
+]
 Progress = Annotated[
     bool | None,
     typer.Option(
@@ -118,6 +139,26 @@ Progress = Annotated[
         show_default=False,
     ),
 ]
+
+
+def ids_in(path: Path | None) -> list[str] | None:
+    """Return the sample ids in a file, one a line; None without a file.
+
+    Raises:
+        DatasetError: There is no such file, it can't be read, or it isn't text.
+        InvalidSampleIdError: A line isn't a sample id.
+    """
+    if path is None:
+        return None
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise DatasetError(
+            f"--ids {path}: {error.strerror or error}; give a file that lists one sample id a line"
+        ) from None
+    except UnicodeDecodeError:
+        raise DatasetError(f"--ids {path}: not text in UTF-8; write one sample id a line") from None
+    return [canonical_sample_id(line.strip()) for line in lines if line.strip()]
 
 
 def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:

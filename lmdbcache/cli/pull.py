@@ -14,9 +14,17 @@ from lmdbcache.cli.console import (
     progress_bar,
     say,
 )
-from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.merge import OnDuplicateChoice, print_conflicts, print_unresolved
-from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root
+from lmdbcache.cli.merge import print_conflicts, print_unresolved
+from lmdbcache.cli.options import (
+    Classes,
+    IdsFile,
+    Json,
+    OnDuplicateChoice,
+    Progress,
+    Root,
+    Tolerance,
+    ids_in,
+)
 from lmdbcache.errors import ConfigError
 from lmdbcache.exchange import (
     PullReport,
@@ -64,9 +72,7 @@ def pull_command(
             "without a look, overwrite takes what is shared."
         ),
     ] = OnDuplicateChoice.ERROR,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
-    ] = DEFAULT_TOLERANCE,
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only count what would be fetched.")
     ] = False,
@@ -94,7 +100,7 @@ def pull_command(
                 on_duplicate=on_duplicate.value,
                 tolerance=tolerance,
                 classes=classes,
-                sample_ids=None if ids is None else ids_in(ids),
+                sample_ids=ids_in(ids),
                 dry_run=dry_run,
                 progress=report_progress,
             )

@@ -8,26 +8,24 @@ from typing import Annotated
 import typer
 
 from lmdbcache.cache import EmbeddingCache, read_store_info
-from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say
-from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.merge import OnDuplicateChoice
+from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, say_some
 from lmdbcache.cli.options import (
     All,
     Classes,
     IdsFile,
     Json,
+    OnDuplicateChoice,
     Progress,
     Root,
     Stores,
     find_folders,
+    ids_in,
 )
 from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
 from lmdbcache.exchange import PushReport, Remote, push
 from lmdbcache.files import readable_size
 
 __all__ = ["push_command"]
-
-_FEW = 10
 
 
 def push_command(
@@ -85,7 +83,7 @@ def push_command(
     cache = EmbeddingCache(root)
     Remote(url)  # a wrong one is refused before any store is looked at
     chosen = _folders(cache, stores, everything=everything)
-    ids = None if ids_file is None else ids_in(ids_file)
+    ids = ids_in(ids_file)
     reports: list[PushReport] = []
     failed = False
     for folder in chosen:
@@ -151,15 +149,12 @@ def _say_report(name: str, report: PushReport) -> None:
     if report.num_different:
         say(f"  {counted(report.num_different, 'sample')} there with another value")
     damaged = [f"{sample_id}: {why}" for sample_id, why in report.damaged.items()]
-    _say_some("damaged, not pushed", damaged)
-    _say_some("uploaded again", report.repaired)
-    _say_some("can't be used", [f"{path}: {why}" for path, why in report.problems.items()])
+    problems = [f"{path}: {why}" for path, why in report.problems.items()]
+    for what, found in (
+        ("damaged, not pushed", damaged),
+        ("uploaded again", report.repaired),
+        ("can't be used", problems),
+    ):
+        say_some([f"  {what}: {one}" for one in found], what=what)
     if report.manifest:
         say(f"  manifest {report.manifest}")
-
-
-def _say_some(what: str, items: list[str]) -> None:
-    for one in items[:_FEW]:
-        say(f"  {what}: {one}")
-    if len(items) > _FEW:
-        say(f"  … and {len(items) - _FEW} more; see --json")

@@ -11,16 +11,23 @@ import typer
 
 from lmdbcache.cache import EmbeddingCache, StoreInfo, info_or_damage, users_of
 from lmdbcache.cli.console import counted, print_error, print_json, say
-from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.options import All, DryRun, Json, Root, Stores, Yes, check_can_ask, find_folders
+from lmdbcache.cli.options import (
+    All,
+    DryRun,
+    Json,
+    Root,
+    Stores,
+    Yes,
+    check_can_ask,
+    find_folders,
+    ids_in,
+)
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, SampleNotFoundError, StorageError
 from lmdbcache.files import few, readable_size
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id, join_sample_id, split_sample_id
 
 __all__ = ["rm_command"]
-
-_FEW: int = 5
 
 
 def rm_command(
@@ -109,7 +116,7 @@ class _Wish:
         return cls(
             frozenset(split_sample_id(join_sample_id("any", name))[1] for name in class_names),
             frozenset(map(canonical_sample_id, samples)),
-            frozenset(ids_in(ids_file) if ids_file else ()),
+            frozenset(ids_in(ids_file) or ()),
         )
 
     def means(self, sample_id: str) -> bool:

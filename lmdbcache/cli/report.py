@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, progress_bar, say
+from lmdbcache.cli.console import counted, finish, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Progress, Root, find_folder
 from lmdbcache.files import readable_size
 from lmdbcache.report import (
     DEFAULT_MAX_SAMPLES,
+    CacheReport,
     DatasetSplits,
     check_out,
     collect_report,
@@ -64,14 +66,15 @@ def report_command(
             max_samples=max_samples,
             progress=bar,
         )
-    if as_json:
-        print_json(report.to_dict())
-    else:
+    if not as_json:
         write_report(report, out)
-        state = "no damage found" if report.is_sound else "DAMAGED, see the report"
-        found = counted(len(report.stores), "store")
-        say(f"{out}: {found}, {state}; {readable_size(out.stat().st_size)}")
-    raise typer.Exit(report.exit_code)
+    finish(report, partial(_say_written, out), as_json=as_json)
+
+
+def _say_written(out: Path, report: CacheReport) -> None:
+    state = "no damage found" if report.is_sound else "DAMAGED, see the report"
+    found = counted(len(report.stores), "store")
+    say(f"{out}: {found}, {state}; {readable_size(out.stat().st_size)}")
 
 
 def _by_split(folder: Path) -> DatasetSplits:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
-from lmdbcache.cli.given_config import GivenConfig
-from lmdbcache.cli.id_lists import ids_in
-from lmdbcache.cli.merge import OnDuplicateChoice, print_conflicts, print_unresolved
-from lmdbcache.cli.options import Classes, IdsFile, Json, Progress, Root, Store, find_store
-from lmdbcache.cli.parameters import grouped
+from lmdbcache.cli.command import grouped
+from lmdbcache.cli.config_choice import GivenConfig
+from lmdbcache.cli.console import counted, finish, print_table, progress_bar, say, say_some
+from lmdbcache.cli.merge import print_conflicts, print_unresolved
+from lmdbcache.cli.options import (
+    Classes,
+    IdsFile,
+    Json,
+    OnDuplicateChoice,
+    Progress,
+    Root,
+    Store,
+    find_store,
+    ids_in,
+)
 from lmdbcache.cli.wording import in_options
 from lmdbcache.datasets import CLASS_LABELS, NAMESPACE
 from lmdbcache.errors import IntegrityError
 from lmdbcache.exchange import (
     FORMATS,
+    ExportReport,
     ImportReport,
     KeyChoice,
     Source,
@@ -33,7 +44,6 @@ from lmdbcache.storage import split_sample_id
 
 __all__ = ["export_command", "import_command"]
 
-_FEW: int = 10
 _TYPES: dict[str, type] = {"sample_rate": int, "duration": float}
 
 
@@ -113,11 +123,7 @@ def import_command(
             dry_run=dry_run,
             progress=report_progress,
         )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        _print_report(report, context)
-    raise typer.Exit(report.exit_code)
+    finish(report, partial(_print_report, context), as_json=as_json)
 
 
 def _asked(source: Source, given: dict[str, Any]) -> dict[str, Any]:
@@ -142,16 +148,14 @@ def _namespace_of(source: Source) -> str:
     return ""
 
 
-def _print_report(report: ImportReport, context: typer.Context) -> None:
+def _print_report(context: typer.Context, report: ImportReport) -> None:
     say(f"{report.source} ({report.kind}): {sum(report.classes.values())} usable embeddings")
     if report.classes:
         _print_facts(report)
     for note in report.notes:
         say(f"note: {in_options(note, context.command.params)}")
-    for refusal in report.refused[:_FEW]:
-        say(f"not imported: {in_options(str(refusal), context.command.params)}")
-    if len(report.refused) > _FEW:
-        say(f"… and {len(report.refused) - _FEW} more; see --json")
+    lines = [f"not imported: {refusal}" for refusal in report.refused]
+    say_some([in_options(line, context.command.params) for line in lines], what="not imported")
     print_conflicts(report)
     checked = "nothing was stored" if report.is_dry_run else "read back and compared bit for bit"
     say(f"{report}; {readable_size(report.num_bytes)}; {checked}")
@@ -222,18 +226,18 @@ def export_command(
             out,
             format=format_,  # type: ignore[arg-type]
             classes=classes,
-            sample_ids=None if ids is None else ids_in(ids),
+            sample_ids=ids_in(ids),
             overwrite=overwrite,
             shard_bytes=shard_size << 20,
             num_shards=num_shards,
             shuffle=shuffle,
             progress=report_progress,
         )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        files = counted(report.num_files, "file")
-        say(
-            f"{counted(report.num_embeddings, 'embedding')} in {files}, "
-            f"{readable_size(report.num_bytes)}: {report.path}"
-        )
+    finish(report, _print_export, as_json=as_json)
+
+
+def _print_export(report: ExportReport) -> None:
+    say(
+        f"{counted(report.num_embeddings, 'embedding')} in {counted(report.num_files, 'file')}, "
+        f"{readable_size(report.num_bytes)}: {report.path}"
+    )

@@ -60,11 +60,13 @@ def serve(connection: socket.socket) -> None:
     import transformers
     from transformers import ASTFeatureExtractor, ASTModel
 
-    import lmdbcache.cli.main
     import lmdbcache.extraction.decoding
+    from lmdbcache.cli.main import app, command_of
 
     assert all((datasets, soundfile, soxr, torchaudio, transformers, ASTFeatureExtractor, ASTModel))
-    assert lmdbcache.cli.main
+    assert lmdbcache.extraction.decoding
+    for command in app.registered_commands:
+        command_of(command.name)
     for line in connection.makefile("r"):
         request = json.loads(line)
         child = os.fork()

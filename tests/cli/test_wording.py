@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
 import lmdbcache
-from lmdbcache.cli.main import app
+from lmdbcache.cli.main import command_of
 from lmdbcache.cli.wording import in_options
 
 PACKAGE = Path(lmdbcache.__file__).parent
-EXTRACT = get_command(app).commands["extract"].params
+EXTRACT = command_of("extract").params
 
 
 @pytest.mark.parametrize(

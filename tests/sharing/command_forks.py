@@ -6,6 +6,7 @@ Several commands may run at once, and any of them can be killed. No torch: a for
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -119,12 +120,13 @@ def serve(connection: socket.socket) -> None:
     import sshfs
     import tenacity
 
-    import lmdbcache.cli.main
+    from lmdbcache.cli.main import command_of
     from lmdbcache.exchange import pull, push, verify_remote
 
-    assert all((s3fs, sshfs, tenacity, lmdbcache.cli.main, pull, push, verify_remote))
-    with contextlib.suppress(ImportError):
-        pass  # with pydantic, which it needs for a command's first option
+    commands = map(command_of, ("push", "pull", "verify"))
+    assert all((s3fs, sshfs, tenacity, pull, push, verify_remote, *commands))
+    with contextlib.suppress(ImportError):  # with pydantic, for a command's first option
+        importlib.import_module("typer._adapters")
     running: set[int] = set()
     for line in connection.makefile("r"):
         request = json.loads(line)
