@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from storage.child_processes import open_database_files
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.storage import environment
+
+# Started in the background of a script, pytest and all that it starts would ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Kept for the next process that is started, or for the next test.
 HELPERS = (

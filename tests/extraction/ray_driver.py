@@ -19,11 +19,18 @@ from lmdbcache.extraction import extract_on_ray, on_ray
 
 
 class Frames(torch.nn.Module):
-    """Hidden states of 20 frames, slowly; if asked to, it ends any process but its maker's."""
+    """Hidden states of 20 frames.
 
-    def __init__(self, seconds: float = 0.0, *, crashes: bool = False) -> None:
+    Args:
+        gate: A file that each process waits for once it has embedded two batches; None waits for
+            nothing.
+        crashes: End any process but the one that made it.
+    """
+
+    def __init__(self, gate: str | None = None, *, crashes: bool = False) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.gate = gate
+        self.num_batches = 0
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(400, 50, generator=generator))
         self.harmless_in = os.getpid() if crashes else None
@@ -31,12 +38,15 @@ class Frames(torch.nn.Module):
     def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
         if self.harmless_in not in (None, os.getpid()):
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
+        # Copies of one clip are the look at the first batch.
+        self.num_batches += not torch.equal(waveforms[0], waveforms[-1])
+        while self.gate and self.num_batches > 2 and not os.path.exists(self.gate):
+            time.sleep(0.05)
         return waveforms.reshape(len(waveforms), 20, 400) @ self.weight
 
 
-def frames(seconds: float = 0.0, *, crashes: bool = False) -> ModuleEmbedder:
-    return ModuleEmbedder(Frames(seconds, crashes=crashes), name="frames/1", sample_rate=16000)
+def frames(gate: str | None = None, *, crashes: bool = False) -> ModuleEmbedder:
+    return ModuleEmbedder(Frames(gate, crashes=crashes), name="frames/1", sample_rate=16000)
 
 
 def frames_config(dataset: str) -> CacheConfig:
@@ -48,7 +58,7 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     dataset = open_dataset(options.pop("data"))
     cache = EmbeddingCache(options.pop("root"))
-    model = frames(options.pop("seconds", 0.0), crashes=options.pop("crashes", False))
+    model = frames(options.pop("gate", None), crashes=options.pop("crashes", False))
     on_ray._RETRIES = options.pop("retries", 3)
     try:
         config = frames_config(dataset.namespace)

@@ -51,9 +51,17 @@ def check_stopped(command, number, num_stored):
     assert command.members() == []
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "main"])
+@pytest.mark.parametrize(
+    ("number", "num_workers", "whole_group"),
+    [
+        (signal.SIGINT, 0, True),
+        (signal.SIGINT, 2, True),
+        (signal.SIGINT, 2, False),
+        (signal.SIGTERM, 0, False),
+        (signal.SIGTERM, 2, True),
+        (signal.SIGTERM, 2, False),
+    ],
+)
 def test_stopped_while_it_computes(
     start, arguments, cache, config, num_stored, number, num_workers, whole_group
 ):
@@ -109,8 +117,16 @@ def test_second_ctrl_c_ends_at_once(start, arguments, cache, config, num_stored)
     assert num_stored() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-@pytest.mark.parametrize("delay", [0.0, 0.5, 1.2, 2.0, 3.0])
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    [
+        (signal.SIGINT, 0.0),
+        (signal.SIGTERM, 0.5),
+        (signal.SIGINT, 1.2),
+        (signal.SIGTERM, 2.0),
+        (signal.SIGINT, 3.0),
+    ],
+)
 def test_stopped_while_it_starts(arguments, number, delay, cache, config):
     """Listing, importing, loading the model: one line, the exit code, nothing left."""
     command = [sys.executable, "-m", "lmdbcache.cli.main", *map(str, arguments)]
