@@ -19,7 +19,7 @@ from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.clips import features_of
 from lmdbcache.extraction.ranks import RankShare
-from lmdbcache.storage import EmbeddingReader, Report
+from lmdbcache.storage import EmbeddingReader, Progress, Report
 
 __all__ = ["AuditReport", "AuditedSample", "audit", "tolerance_for"]
 
@@ -39,7 +39,6 @@ _COMPARED: Final = (
     "soxr",
     "device",
 )
-Progress = Callable[[int, int], None]
 
 
 class AuditedSample(NamedTuple):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmdbcache.audio import AudioSource, Clips, as_source, decoder_of
+from lmdbcache.audio import AudioSource, Clips, as_source
 from lmdbcache.cache import ClipFailure, left_out_counts
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import AudioDataset, Sample, source_of
@@ -95,20 +95,13 @@ def features_of(
     """
     # torch is needed from here on, not for a run that has nothing to do.
     try:
-        from lmdbcache.extraction.decoding import feature_batches, worker_errors
+        from lmdbcache.extraction.decoding import FeatureBatches, worker_errors
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
         ) from error
-    batches = feature_batches(
-        units,
-        front_end,
-        num_workers=num_workers,
-        sample_rate=config.sample_rate,
-        duration=config.duration,
-        decoder=decoder_of(config.front_end),
-        order=order,
-        is_wanted=is_wanted,
+    batches = FeatureBatches(
+        units, config, front_end, num_workers=num_workers, order=order, is_wanted=is_wanted
     )
     try:
         with worker_errors():

@@ -20,16 +20,15 @@ import numpy as np
 import torch
 import xxhash
 
-from lmdbcache.audio import AudioSource, is_digital_silence, load_clip, shown
+from lmdbcache.audio import AudioSource, decoder_of, is_digital_silence, load_clip, shown
 from lmdbcache.cache import ClipFailure, Source, source_of
+from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
 
 __all__ = [
     "FeatureBatch",
     "FeatureBatches",
-    "decode_unit",
-    "feature_batches",
     "worker_errors",
 ]
 
@@ -131,27 +130,16 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
     """Fixed units of clips, so that a batch doesn't depend on the number of workers."""
 
     def __init__(
-        self,
-        units: Sequence[Sequence[Clip]],
-        front_end: FrontEnd,
-        sample_rate: int,
-        duration: float,
-        decoder: str,
+        self, units: Sequence[Sequence[Clip]], config: CacheConfig, front_end: FrontEnd
     ) -> None:
-        self.units = units
-        self.front_end = front_end
-        self.sample_rate = sample_rate
-        self.duration = duration
-        self.decoder = decoder
+        self.units, self.config, self.front_end = units, config, front_end
 
     def __len__(self) -> int:
         return len(self.units)
 
     def __getitem__(self, index: int) -> FeatureBatch:
         try:
-            return decode_unit(
-                self.units[index], self.front_end, self.sample_rate, self.duration, self.decoder
-            )
+            return _decode_unit(self.units[index], self.config, self.front_end)
         except CacheError as error:
             # As a value: raised here it would reach the user inside a worker's traceback.
             return FeatureBatch(error=_picklable(error))
@@ -166,37 +154,25 @@ def _picklable(error: CacheError) -> CacheError:
     return error
 
 
-def decode_unit(
-    clips: Sequence[Clip],
-    front_end: FrontEnd,
-    sample_rate: int,
-    duration: float,
-    decoder: str = "soundfile",
-) -> FeatureBatch:
+def _decode_unit(clips: Sequence[Clip], config: CacheConfig, front_end: FrontEnd) -> FeatureBatch:
     """Return the features of one unit's clips; those that give none are in its `failures`.
-
-    Args:
-        clips: The unit.
-        front_end: Waveform → features.
-        sample_rate: In Hz.
-        duration: In seconds.
-        decoder: Of the clips' files, see `lmdbcache.audio.formats`.
 
     Raises:
         CacheError: The front end can't be loaded.
     """
+    decoder = decoder_of(config.front_end)
     batch = FeatureBatch()
     features = []
     for sample_id, given in clips:
         # Before decoding: a file that is replaced after that isn't the one remembered.
         batch.sources[sample_id] = source_of(given)
         try:
-            decoded = load_clip(given, sample_rate, duration, decoder)
+            decoded = load_clip(given, config.sample_rate, config.duration, decoder)
             found = clip_features(
                 front_end,
                 decoded.waveform,
                 decoded.num_valid,
-                sample_rate=sample_rate,
+                sample_rate=config.sample_rate,
                 name=shown(given),
             )
         except AudioDecodeError as error:
@@ -219,18 +195,40 @@ class FeatureBatches(Iterator[FeatureBatch]):
     """The units' features in the order asked for. Close it to end the worker processes.
 
     An exception inside, Ctrl-C included, leaves the workers alone until then: what is computed
-    can be committed first.
+    can be committed first. See `lmdbcache.extraction.clips.features_of` for the arguments; a
+    process that can't start workers decodes itself, with a warning.
     """
 
     def __init__(
         self,
-        make_loader: Callable[[int], torch.utils.data.DataLoader[FeatureBatch]],
+        units: Sequence[Sequence[Clip]],
+        config: CacheConfig,
+        front_end: FrontEnd,
+        *,
         num_workers: int,
+        order: Callable[[int], Iterable[int]] = range,
+        is_wanted: Callable[[list[str]], bool] = lambda _: True,
     ) -> None:
-        self._make_loader = make_loader
-        self._loader = make_loader(num_workers)
+        self._units = _Units(units, config, front_end)
+        self._wanted = _Wanted(units, order, is_wanted)
+        num_workers = min(num_workers, len(units))
+        if num_workers and (reason := _why_no_workers(num_workers)):
+            _decodes_here(reason)
+            num_workers = 0
+        self._loader = self._make_loader(num_workers)
         self._batches: Any = None
         self._workers: list[Any] = []
+
+    def _make_loader(self, num_workers: int) -> torch.utils.data.DataLoader[FeatureBatch]:
+        return torch.utils.data.DataLoader(
+            self._units,
+            batch_size=None,
+            sampler=self._wanted,
+            num_workers=num_workers,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_start_method() if num_workers else None,
+            timeout=_WAIT_SECONDS if num_workers else 0,
+        )
 
     def __next__(self) -> FeatureBatch:
         """The next unit.
@@ -296,49 +294,6 @@ def _kill(workers: list[Any]) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()  # SIGTERM they leave to the main process
-
-
-def feature_batches(
-    units: Sequence[Sequence[Clip]],
-    front_end: FrontEnd,
-    *,
-    num_workers: int,
-    sample_rate: int,
-    duration: float,
-    decoder: str = "soundfile",
-    order: Callable[[int], Iterable[int]] = range,
-    is_wanted: Callable[[list[str]], bool] = lambda _: True,
-) -> FeatureBatches:
-    """Decode clips, in worker processes if any are asked for.
-
-    Args:
-        units: The clips of each batch.
-        front_end: Waveform → features.
-        num_workers: Worker processes; 0 decodes in this process, as does a process that can't
-            start any, with a warning.
-        sample_rate: In Hz.
-        duration: In seconds.
-        decoder: Of the clips' files, see `lmdbcache.audio.formats`.
-        order: Number of units → the order to take them in.
-        is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
-    """
-
-    def make_loader(num_workers: int) -> torch.utils.data.DataLoader[FeatureBatch]:
-        return torch.utils.data.DataLoader(
-            _Units(units, front_end, sample_rate, duration, decoder),
-            batch_size=None,
-            sampler=_Wanted(units, order, is_wanted),
-            num_workers=num_workers,
-            worker_init_fn=_begin_worker,
-            multiprocessing_context=_start_method() if num_workers else None,
-            timeout=_WAIT_SECONDS if num_workers else 0,
-        )
-
-    num_workers = min(num_workers, len(units))
-    if num_workers and (reason := _why_no_workers(num_workers)):
-        _decodes_here(reason)
-        num_workers = 0
-    return FeatureBatches(make_loader, num_workers)
 
 
 def _why_no_workers(num_workers: int) -> str | None:

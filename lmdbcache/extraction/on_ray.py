@@ -34,7 +34,6 @@ from lmdbcache.errors import (
 from lmdbcache.exchange import Refusal, merge_stores
 from lmdbcache.extraction.pipeline import (
     ExtractionRun,
-    Progress,
     check_duration,
     check_options,
     extract,
@@ -42,6 +41,8 @@ from lmdbcache.extraction.pipeline import (
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.staging import staging_folder
 from lmdbcache.extraction.summary import ExtractionSummary
+from lmdbcache.files import existing_parent
+from lmdbcache.storage import OnDuplicate, Progress
 
 __all__ = ["extract_on_ray"]
 
@@ -122,7 +123,8 @@ def extract_on_ray(  # noqa: PLR0913
     if num_actors is not None and num_actors < 1:
         raise ConfigError(f"num_actors: {num_actors}; it must be 1 or more")
     folder = staging_folder(staging or cache.root.with_name(f"{cache.root.name}.staging"))
-    _merge(cache, config, folder)  # a run that was killed may have left something
+    # What a run that was killed has left may be older than what is stored by now.
+    _merge(cache, config, folder, on_duplicate="skip")
     run = ExtractionRun(cache, config, clips, batch_size=batch_size, dataset_root=dataset_root)
     missing = run.plan(recompute_changed=recompute_changed)
     run.close_reader()
@@ -132,7 +134,9 @@ def extract_on_ray(  # noqa: PLR0913
     given = config.model_name if model is None else model
     found = ready_model(given, config)  # its errors are for the user to read, before Ray starts
     check_duration(config, found.make_front_end(config))
-    run.check_space(found.embedding_shape(config))
+    # Until they are merged, staged embeddings take the space of a second store.
+    places = [existing_parent(place).stat().st_dev for place in (cache.root, folder)]
+    run.check_space(found.embedding_shape(config), num_stores=3 - len(set(places)))
     digest = found.checkpoint.weights_digest if isinstance(found, PretrainedModel) else None
     if digest and config in cache:
         with cache.reader(config, track_usage=False) as reader:
@@ -390,7 +394,12 @@ def _add_up(run: ExtractionRun, answers: list[_Answer]) -> None:
 # ---- the staging folder
 
 
-def _merge(cache: EmbeddingCache, config: CacheConfig, folder: Path) -> list[Refusal]:
+def _merge(
+    cache: EmbeddingCache,
+    config: CacheConfig,
+    folder: Path,
+    on_duplicate: OnDuplicate = "overwrite",
+) -> list[Refusal]:
     """Bring what is staged for this config into the cache, and remove it there.
 
     Returns:
@@ -398,8 +407,8 @@ def _merge(cache: EmbeddingCache, config: CacheConfig, folder: Path) -> list[Ref
     """
     if not folder.is_dir():
         return []
-    # What is staged was missing in the cache, or computed again since its file changed.
-    found = merge_stores(cache, [folder], configs=[config], on_duplicate="overwrite")
+    # What this run has staged was missing, or computed again since its file changed.
+    found = merge_stores(cache, [folder], configs=[config], on_duplicate=on_duplicate)
     refused = [one for report in found.stores for one in report.refused]
     if refused or found.refused:
         return [*refused, *found.refused]

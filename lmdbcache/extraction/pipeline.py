@@ -53,7 +53,7 @@ from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.space import check_space
 from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import ExtractionSummary, Outcomes
-from lmdbcache.storage import EmbeddingReader, EmbeddingWriter
+from lmdbcache.storage import EmbeddingReader, EmbeddingWriter, Progress
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExtractionRun",
-    "Progress",
     "check_duration",
     "check_options",
     "extract",
@@ -70,8 +69,6 @@ __all__ = [
 ]
 
 _logger: Final = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 _IMPORTED_BY: Final = os.getpid()
 
@@ -397,15 +394,20 @@ class ExtractionRun:
             shape = self._staging.shape()
         return None if shape is None or None in shape else tuple(size or 0 for size in shape)
 
-    def check_space(self, shape: tuple[int, ...] | None) -> None:
+    def check_space(self, shape: tuple[int, ...] | None, num_stores: int | None = None) -> None:
         """Refuse what the disk can't hold; without a shape nothing is known.
+
+        Args:
+            shape: Of one embedding.
+            num_stores: How many such stores are filled on this disk; None asks the staging folder.
 
         Raises:
             CacheFullError: See `lmdbcache.extraction.space.check_space`.
         """
         shape = shape or self.known_shape()
         if shape is not None:
-            num_stores = self._staging.num_stores if self._staging else 1
+            if num_stores is None:
+                num_stores = self._staging.num_stores if self._staging else 1
             sample_ids = {*self.to_be_written, *self._changed}
             check_space(self.store, sample_ids, shape, self.config.dtype, num_stores)
 

@@ -70,7 +70,7 @@ def check_space(
         sample_ids: Those to be stored.
         shape: Of one embedding.
         dtype: As it is stored.
-        num_stores: How many such stores other processes fill on the same disk, this one included.
+        num_stores: How many such stores are filled on the same disk, this one included.
 
     Raises:
         CacheFullError: Names the bytes needed, those free, and ways to need fewer.
@@ -82,7 +82,7 @@ def check_space(
     remedies = ["free space", "choose another cache `root`", *ways_to_need_less(shape, dtype)]
     number = f"{len(sample_ids)} embeddings of shape {shape}"
     if num_stores > 1:
-        number += f" for each of {num_stores} ranks"
+        number += f" in each of {num_stores} stores"
     raise CacheFullError(
         f"{store}: {number} need {readable_size(needed)}, "
         f"{readable_size(free)} are free. Nothing was computed: {', or '.join(remedies)}"

@@ -24,6 +24,7 @@ from extraction.ray_driver import frames, frames_config
 from lmdbcache import EmbeddingCache, open_dataset
 from lmdbcache.cache import ClipFailure, SourceRecords
 from lmdbcache.errors import (
+    CacheFullError,
     ConfigError,
     DatasetError,
     ExtractionError,
@@ -37,6 +38,7 @@ from lmdbcache.extraction import (
     extract,
     extract_on_ray,
     on_ray,
+    space,
 )
 from lmdbcache.extraction.pipeline import ExtractionRun
 
@@ -324,6 +326,35 @@ def test_nothing_to_do_needs_no_ray(cache, clips, monkeypatch):
     config = frames_config("vegas")
     extract(cache, config, clips, model=frames(), num_workers=0)
     assert extract_on_ray(cache, config, clips, model=frames()).num_cached == len(clips)
+
+
+def test_what_a_killed_run_has_left_replaces_nothing(cache, clips, monkeypatch):
+    """What is stored by now may be of a newer file: only what is missing is merged."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    config = frames_config("vegas")
+    extract(cache, config, clips, model=frames(), num_workers=0)
+    expected = values(cache, config)
+    with cache.reader(config) as reader:
+        provenance = reader.metadata.provenance
+    staging = cache.root.with_name("cache.staging")
+    staged = EmbeddingCache(staging / "world-1-batch-8-0" / "rank-0")
+    with staged.writer(config, provenance=provenance) as writer:
+        writer.put(next(iter(clips)), np.zeros((20, 50), np.float32))
+        writer.put("staged:dog", np.ones((20, 50), np.float32))
+    extract_on_ray(cache, config, clips, model=frames())
+    found = values(cache, config)
+    assert np.array_equal(found.pop("staged:dog"), np.ones((20, 50), np.float32))
+    assert_same(found, expected)
+    assert not staging.exists()
+
+
+def test_space_for_what_is_staged_as_well(cache, clips, monkeypatch):
+    """On one disk both have to fit: the staged embeddings and the store they are merged into."""
+    config = frames_config("vegas")
+    needed = space.needed_bytes(clips, (20, 50), config.dtype)
+    monkeypatch.setattr(space, "free_bytes", lambda _: needed * 3 // 2)
+    with pytest.raises(CacheFullError):
+        extract_on_ray(cache, config, clips, model=frames())
 
 
 def test_ray_that_is_not_installed(cache, clips, monkeypatch):

@@ -16,9 +16,9 @@ import pytest
 import soundfile
 import torch
 
-from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract
+from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, extract
 from lmdbcache.errors import ConfigError, ExtractionError
-from lmdbcache.extraction.decoding import feature_batches
+from lmdbcache.extraction.decoding import FeatureBatches
 
 RATE, SECONDS = 16000, 10.0
 # Two clips of a batch are 1.2 MiB of features.
@@ -229,9 +229,8 @@ def test_workers_that_cannot_start_are_done_without(noises, monkeypatch):
     """A front end that can't be pickled to spawned workers is called in this process."""
     samples, paths = noises
     monkeypatch.setattr("lmdbcache.extraction.decoding._start_method", lambda: "spawn")
-    batches = feature_batches(
-        units_of(paths), _Unpicklable(), num_workers=2, sample_rate=RATE, duration=SECONDS
-    )
+    config = CacheConfig(sample_rate=RATE, duration=SECONDS)
+    batches = FeatureBatches(units_of(paths), config, _Unpicklable(), num_workers=2)
     try:
         found = {batch.sample_ids[0]: batch.features.numpy()[0] for batch in batches}
     finally:
@@ -243,9 +242,8 @@ def test_workers_that_cannot_start_are_done_without(noises, monkeypatch):
 
 def test_an_error_that_cannot_be_handed_over_is_told(noises):
     """An error of the front end ends the run at once, though its class can't be unpickled."""
-    batches = feature_batches(
-        units_of(noises[1]), _Failing(), num_workers=2, sample_rate=RATE, duration=SECONDS
-    )
+    config = CacheConfig(sample_rate=RATE, duration=SECONDS)
+    batches = FeatureBatches(units_of(noises[1]), config, _Failing(), num_workers=2)
     try:
         with pytest.raises(ExtractionError, match="this"):
             next(batches)
