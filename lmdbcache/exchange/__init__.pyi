@@ -16,8 +16,5 @@ from .sharing.manifests import shared_fingerprints as shared_fingerprints
 from .sharing.pulling import PullReport as PullReport, pull as pull
 from .sharing.pushing import PushReport as PushReport, push as push
 from .sharing.remote import Remote as Remote, is_url as is_url
-from .sharing.verifying import (
-    RemoteReport as RemoteReport,
-    SharedStoreReport as SharedStoreReport,
-    verify_remote as verify_remote,
-)
+from .sharing.verifying import RemoteReport as RemoteReport, verify_remote as verify_remote
+from .staging_lock import at_rest as at_rest, held_store as held_store

@@ -41,15 +41,14 @@ from lmdbcache.errors import (
     ReadOnlyCacheError,
 )
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Row
+from lmdbcache.exchange.staging_lock import RUNNING_SUFFIX, at_rest
 from lmdbcache.files import expand_user, few
 from lmdbcache.storage import (
-    RUNNING_SUFFIX,
     DamagedStore,
     EmbeddingReader,
     OnDuplicate,
     Report,
     StoreMetadata,
-    at_rest,
     check_pages,
     checksum,
     data_file,

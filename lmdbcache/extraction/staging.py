@@ -19,9 +19,10 @@ import xxhash
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, ConfigError, ReadOnlyCacheError, StorageError
+from lmdbcache.exchange import at_rest, held_store
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.files import expand_user
-from lmdbcache.storage import at_rest, check_local_for_writing, held_store, network_mount
+from lmdbcache.storage import check_local_for_writing, network_mount
 
 __all__ = ["Staging", "staging_folder"]
 

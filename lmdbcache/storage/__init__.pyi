@@ -70,11 +70,6 @@ from .reader_slots import (
 )
 from .report import Report as Report
 from .row_parts import RowPart as RowPart
-from .running_lock import (
-    RUNNING_SUFFIX as RUNNING_SUFFIX,
-    at_rest as at_rest,
-    held_store as held_store,
-)
 from .space import space_use as space_use
 from .statistics import (
     EpochStatistics as EpochStatistics,

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from exchange.conftest import contents, numbered, same
 
-from lmdbcache.exchange import merge as merge_module, merge_stores
+from lmdbcache.exchange import held_store, merge as merge_module, merge_stores
 from lmdbcache.exchange.merge import _refusal
-from lmdbcache.storage import held_store
 
 
 def test_ranks_that_had_nothing_to_store(target, tmp_path):
@@ -54,7 +53,7 @@ def held_elsewhere(path):
     """Another process has this store; yields its id."""
     program = f"""
 import pathlib, sys
-from lmdbcache.storage import held_store
+from lmdbcache.exchange import held_store
 with held_store(pathlib.Path({str(path)!r}), 0.0):
     print(flush=True)
     sys.stdin.read()

@@ -187,7 +187,7 @@ def test_space_for_the_ranks_of_one_disk(stage, cache, folder, clips, monkeypatc
         if fits:
             stage(0, 4, **{k: v for k, v in options.items() if k not in ("share", "staging")})
         else:
-            with pytest.raises(CacheFullError, match="3 ranks"):
+            with pytest.raises(CacheFullError, match="3 stores"):
                 extract(
                     cache,
                     CONFIG,

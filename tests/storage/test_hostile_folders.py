@@ -25,9 +25,9 @@ from lmdbcache.cache import (
 )
 from lmdbcache.cli.doctor.stores import check_stores
 from lmdbcache.errors import CacheError, NotRegularFileError
+from lmdbcache.exchange import held_store
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.files import check_file, open_file, read_file, replace_file
-from lmdbcache.storage import held_store
 
 GOOD, HOSTILE = (CacheConfig(duration=seconds) for seconds in (5.0, 6.0))
 NUMBERS = numbered(0, 40)
