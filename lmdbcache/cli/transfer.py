@@ -155,7 +155,7 @@ def _print_report(context: typer.Context, report: ImportReport) -> None:
     for note in report.notes:
         say(f"note: {in_options(note, context.command.params)}")
     lines = [f"not imported: {refusal}" for refusal in report.refused]
-    say_some([in_options(line, context.command.params) for line in lines], what="not imported")
+    say_some([in_options(line, context.command.params) for line in lines])
     print_conflicts(report)
     checked = "nothing was stored" if report.is_dry_run else "read back and compared bit for bit"
     say(f"{report}; {readable_size(report.num_bytes)}; {checked}")
