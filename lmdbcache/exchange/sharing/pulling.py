@@ -55,7 +55,7 @@ class _Wanted(NamedTuple):
 
     @property
     def stored_bytes(self) -> int:
-        """What their values take in a store: one of more than half a page has pages of its own."""
+        """What their values take in a store: more than half a page takes whole pages."""
         sizes = (last - first for first, last in (self.header.bounds[row] for row in self.rows))
         return sum(-(-size // _PAGE) * _PAGE if size > _PAGE // 2 else size for size in sizes)
 

@@ -103,9 +103,6 @@ class Remote:
         self._lock = Lock()
         _check_known(self.place, self._protocol)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.place!r})"
-
     # ---- looking
 
     def list_files(self, folder: str) -> dict[str, int]:
@@ -373,7 +370,7 @@ def _check_known(place: str, protocol: str) -> None:
 
 
 def _connect(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return a file system of its own, and the folder that the URL names in it."""
+    """Return a file system that no one else uses, and the folder that the URL names in it."""
     import fsspec
 
     own = dict(options)
