@@ -129,8 +129,8 @@ def test_a_shape_the_store_does_not_hold(bring, tmp_path):
     """The store's shape counts, not that of most in the file."""
     bring(save_seed(tmp_path / "old.pt", values(2)))
     report = bring(save_seed(tmp_path / "new.pt", values(4, shape=(9,))))
-    assert report.num_new == 0
-    assert {one.reason for one in report.refused} == {"shape (9,), where (8) is expected"}
+    assert (report.num_new, len(report.refused)) == (0, 4)
+    assert all("(9,)" in one.reason for one in report.refused)
 
 
 def test_lengths_that_differ(bring, came_along, tmp_path):
@@ -146,7 +146,7 @@ def test_lengths_that_differ(bring, came_along, tmp_path):
 def test_a_wrong_count_is_told(bring, tmp_path):
     """A file that says how many it should hold, and holds fewer."""
     report = bring(save_seed(tmp_path / "old.pt", num_embeddings=99))
-    assert "old.pt says num_embeddings 99, and holds 12" in report.notes
+    assert any("99" in note and "12" in note for note in report.notes)
 
 
 def test_where_they_come_from_is_kept(bring, cache, tmp_path):

@@ -32,7 +32,7 @@ def test_file_and_class_are_never_swapped(bring, stored, tmp_path, names):
     assert {name: array[0] - 1 for name, array in stored(report).items()} == {
         name: n for n, name in enumerate(names)
     }
-    assert not any("read as" in note for note in report.notes)
+    assert not any("class:file_id" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_other_order_is_told_by_names(bring, stored, tmp_path, names):
     report = bring(save_torch(tmp_path / "old.pt", dict.fromkeys(names, ONE)))
     wanted = {_swapped(name.lower()).replace(".wav", "") for name in names}
     assert stored(report).keys() == wanted
-    assert any("read as class:file_id" in note for note in report.notes)
+    assert any("class:file_id" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
