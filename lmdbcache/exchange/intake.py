@@ -43,6 +43,7 @@ from lmdbcache.storage import (
     Report,
     StoreMetadata,
     as_stored,
+    check_on_duplicate,
     check_pages,
     check_shape,
     checksum,
@@ -52,7 +53,6 @@ from lmdbcache.storage import (
 
 __all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Row"]
 
-_CHOICES: Final = ("skip", "overwrite", "error")
 _BATCH_BYTES: Final = 32 << 20
 _BATCH_RECORDS: Final = 16384
 _KEYS_AT_ONCE: Final = 512
@@ -160,7 +160,6 @@ class IntakeReport(Report):
         num_bytes: Bytes of these.
         num_same: Embeddings that are bit for bit what is stored.
         num_close: Within the tolerance of what is stored, which is kept.
-        largest_close: The largest difference among those.
         conflicts: Those further apart.
         refused: What can't be stored here, or is damaged.
         notes: What else is worth knowing.
@@ -177,7 +176,6 @@ class IntakeReport(Report):
     num_bytes: int = 0
     num_same: int = 0
     num_close: int = 0
-    largest_close: float = 0.0
     conflicts: list[Conflict] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -201,7 +199,6 @@ class IntakeReport(Report):
         """Add what was found of further rows."""
         for name in ("num_new", "num_bytes", "num_same", "num_close"):
             setattr(self, name, getattr(self, name) + getattr(found, name))
-        self.largest_close = max(self.largest_close, found.largest_close)
         self.conflicts += found.conflicts
         self.refused += found.refused
         self.notes += found.notes
@@ -269,8 +266,7 @@ class Intake:
         without_provenance: bool = False,
         read_back: bool = False,
     ) -> None:
-        if on_duplicate not in _CHOICES:
-            raise ConfigError(f"on_duplicate: {on_duplicate!r}; known are {', '.join(_CHOICES)}")
+        check_on_duplicate(on_duplicate)
         if not tolerance >= 0:
             raise ConfigError(f"tolerance: {tolerance!r}; it is 0 or more")
         if not dry_run:
@@ -305,7 +301,6 @@ class Intake:
         origin: Origin,
         *,
         checksums: Sequence[bytes] | None = None,
-        sources: Mapping[str, Source] | None = None,
     ) -> list[Row]:
         """Return embeddings that come in as rows; those that can't be stored are refused.
 
@@ -315,7 +310,6 @@ class Intake:
             origin: Who computed them.
             checksums: The checksum that each had where it comes from; one that doesn't match is
                 refused.
-            sources: Sample id → the file it was computed from, where known.
 
         Raises:
             InvalidEmbeddingError: Not as many embeddings as sample ids.
@@ -337,8 +331,7 @@ class Intake:
                 reason = str(error).removeprefix(f"{sample_id}: ")
                 self.report.refused.append(Refusal(origin.writer, sample_id, reason))
                 continue
-            source = (sources or {}).get(sample_id)
-            rows.append(Row(key, found, value, origin.writer, origin, source))
+            rows.append(Row(key, found, value, origin.writer, origin))
         return rows
 
     def add(
@@ -595,7 +588,6 @@ class _Look:
         max_abs = largest_difference(other, value)
         if max_abs <= self._asked.tolerance:
             self.found.num_close += 1
-            self.found.largest_close = max(self.found.largest_close, max_abs)
             return False
         cosine = difference_of(other, value).cosine
         is_undecided = taken is not None and self._asked.on_duplicate == "error"

@@ -86,4 +86,8 @@ from .values import (
     has_masked_elements as has_masked_elements,
 )
 from .verified_reads import Verify as Verify, check_pages as check_pages
-from .writer import EmbeddingWriter as EmbeddingWriter, OnDuplicate as OnDuplicate
+from .writer import (
+    EmbeddingWriter as EmbeddingWriter,
+    OnDuplicate as OnDuplicate,
+    check_on_duplicate as check_on_duplicate,
+)

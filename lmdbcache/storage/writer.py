@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import lmdb
 import numpy as np
@@ -54,7 +54,7 @@ from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pages.commit_record import record_commit
 from lmdbcache.storage.values import as_stored, check_shape
 
-__all__ = ["EmbeddingWriter", "OnDuplicate"]
+__all__ = ["EmbeddingWriter", "OnDuplicate", "check_on_duplicate"]
 
 OnDuplicate = Literal["skip", "overwrite", "error"]
 # Sample id → checksums of the embedding that is replaced, if there is one, and of the new one.
@@ -66,6 +66,17 @@ _COMMITTED_AT_ONCE_BYTES: Final = 8 << 20
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 _BACKGROUND_FROM_BYTES: Final = 32 << 20  # below, handing over costs what it gains
 _COMMITS_PER_READER_CHECK: Final = 64
+
+
+def check_on_duplicate(on_duplicate: str) -> None:
+    """Refuse an unknown choice.
+
+    Raises:
+        ConfigError: It is unknown.
+    """
+    known = get_args(OnDuplicate)
+    if on_duplicate not in known:
+        raise ConfigError(f"on_duplicate: {on_duplicate!r}; known are {', '.join(known)}")
 
 
 class EmbeddingWriter:
@@ -116,10 +127,7 @@ class EmbeddingWriter:
         overwritten: Iterable[str] = (),
         before_commit: BeforeCommit | None = None,
     ) -> None:
-        if on_duplicate not in ("skip", "overwrite", "error"):
-            raise ConfigError(
-                f"on_duplicate: {on_duplicate!r}; known are 'skip', 'overwrite', 'error'"
-            )
+        check_on_duplicate(on_duplicate)
         self._store = Path(store).absolute()
         self._config = config
         self._on_duplicate = on_duplicate

@@ -44,6 +44,7 @@ from lmdbcache.storage import (
     OnDuplicate,
     Report,
     StoreMetadata,
+    check_on_duplicate,
     portable,
     sample_id_of_key,
     sample_key,
@@ -54,7 +55,6 @@ __all__ = ["PushReport", "push"]
 SHARD_BYTES: Final = 16 << 20  # of values
 # A push that is killed has no more than this to list again; its shards stay.
 _SHARDS_PER_MANIFEST: Final = 64
-_CHOICES: Final = ("skip", "overwrite", "error")
 _READ_AT_ONCE: Final = 64
 
 
@@ -157,8 +157,7 @@ def push(
         RemoteError: The place can't be reached or refuses.
         MissingDependencyError: A package is needed for this kind of URL.
     """
-    if on_duplicate not in _CHOICES:
-        raise ConfigError(f"on_duplicate: {on_duplicate!r}; known are {', '.join(_CHOICES)}")
+    check_on_duplicate(on_duplicate)
     remote = Remote(url, storage_options)
     if writer is not None:
         checked_writer(writer)
