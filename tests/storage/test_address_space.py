@@ -174,10 +174,10 @@ def test_growing_writers_beside_readers_of_other_processes(cache, config):
         for peer in peers:
             peer.call(shrink_maps)
         for peer in peers[2:]:
-            peer.start(read_numbers, cache.root, config, 4004)
+            peer.start(read_numbers, cache.root, config, 2004)
         for index, peer in enumerate(peers[:2]):
-            first = 4 + 2000 * index
-            peer.start(write_in_turns, cache.root, config, first, first + 2000, 20)
+            first = 4 + 1000 * index
+            peer.start(write_in_turns, cache.root, config, first, first + 1000, 20)
         for peer in peers[:2]:
             peer.answer()
         assert all(peer.answer() >= 2 for peer in peers[2:])  # maps
@@ -185,7 +185,7 @@ def test_growing_writers_beside_readers_of_other_processes(cache, config):
         for peer in peers:
             peer.end()
     with cache.reader(config) as reader:
-        assert list(reader) == list(numbered(0, 4004))
+        assert list(reader) == list(numbered(0, 2004))
     assert cache.verify(config).is_sound
 
 

@@ -128,13 +128,13 @@ def test_compaction_beside_a_writing_process_loses_nothing(cache, config):
     """Commits fall before or after the copy, never between copy and switch."""
     with peer_process() as peer:
         write(cache.root, config, numbered(0, 1))
-        peer.start(write_in_turns, cache.root, config, 1, 600, 2)
+        peer.start(write_in_turns, cache.root, config, 1, 200, 2)
         cache.compact(config)
         while not peer._connection.poll(0):
             cache.compact(config)
         peer.answer()
     with cache.reader(config) as reader:
-        assert list(reader) == list(numbered(0, 600))
+        assert list(reader) == list(numbered(0, 200))
         assert all((embedding == n).all() for n, embedding in enumerate(reader.values()))
     assert cache.verify(config).is_sound
 
@@ -142,7 +142,7 @@ def test_compaction_beside_a_writing_process_loses_nothing(cache, config):
 def test_killed_compaction_leaves_a_sound_store(loose, config):
     """Kill -9 at any moment: every value is there, and the next writer sweeps up."""
     moments = random.Random(0)
-    for round_number in range(10):
+    for round_number in range(4):
         with peer_process() as peer:
             peer.start(compact_until_killed, loose.root, config)
             time.sleep(0.15 + moments.random() * 0.1)

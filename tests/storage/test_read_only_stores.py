@@ -24,7 +24,7 @@ with EmbeddingCache(sys.argv[1]).reader(CacheConfig()) as reader:
 """
 AT_ONCE = """
 import subprocess, sys
-processes = [subprocess.Popen([sys.executable, *sys.argv[1:]]) for _ in range(8)]
+processes = [subprocess.Popen([sys.executable, *sys.argv[1:]]) for _ in range(4)]
 sys.exit(max(process.wait() for process in processes))
 """
 UNWRITABLE = "/proc/self/home"
@@ -79,7 +79,7 @@ def test_a_read_only_store_is_checked_once_a_machine(read, tmp_path):
 
 
 def test_processes_that_come_at_once_wait_for_the_one_that_checks(read):
-    """Of eight processes one checks, and all read."""
+    """Of four processes one checks, and all read."""
     assert read("-c", AT_ONCE) == 1
 
 
@@ -119,4 +119,4 @@ def test_a_folder_that_others_could_have_filled_vouches_for_nothing(read, tmp_pa
     else:
         folder.rename(tmp_path / "elsewhere")
         folder.symlink_to(tmp_path / "elsewhere")
-    assert [read() for _ in range(2)] == [1, 1]
+    assert read() == 1

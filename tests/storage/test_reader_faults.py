@@ -159,7 +159,7 @@ def test_size_check_never_cries_wolf_beside_a_writer(cache, config):
     write(cache.root, config, numbered(0, 3))
     generation = cache.path(config) / "gen-000001"
     with peer_process() as peer:
-        peer.start(write, cache.root, config, numbered(3, 2000), commit_records=4)
+        peer.start(write, cache.root, config, numbered(3, 600), commit_records=4)
         while not peer._connection.poll(0):
             check_data_file(generation)
         peer.answer()

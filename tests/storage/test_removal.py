@@ -109,7 +109,7 @@ def test_killed_removal_is_all_or_nothing(cache, config, tmp_path):
     write(cache.root, config, everything)
     gone = sorted(everything)[::2]
     moments = random.Random(0)
-    for number in range(10):
+    for number in range(4):
         with peer_process() as peer:
             begun = tmp_path / f"begun-{number}"
             peer.start(remove_and_restore, cache.root, config, gone, begun)

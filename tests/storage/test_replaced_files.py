@@ -108,7 +108,7 @@ def test_growing_file_is_never_called_truncated(store, config):
 
 def grow(root, config):
     with EmbeddingCache(root).writer(config, commit_records=10) as writer:
-        for name, value in numbered(1000, 3000, 768).items():
+        for name, value in numbered(1000, 1800, 768).items():
             writer.put(name, value)
 
 

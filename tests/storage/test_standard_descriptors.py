@@ -95,9 +95,12 @@ def run(program, root, closed, tmp_path):
     ).returncode
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    "closed", [(2,), (0, 2), (1, 2), (0, 1, 2)], ids=lambda closed: "-".join(map(str, closed))
+    ("program", "closed"),
+    [
+        *((program, (0, 1, 2)) for program in PROGRAMS),
+        *(("one process", closed) for closed in ((2,), (0, 2), (1, 2))),
+    ],
 )
 def test_no_file_of_a_store_is_a_standard_descriptor(tmp_path, config, program, closed):
     """All values are there after a process printed without standard descriptors."""

@@ -337,8 +337,10 @@ def test_a_lock_that_is_never_given_back_delays_a_close_and_no_more(
 # ---- epochs
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("method", "persistent"),
+    [("fork", False), ("fork", True), ("spawn", False), ("forkserver", True)],
+)
 def test_epochs_of_workers_are_summed(reader, store, method, persistent):
     """Each epoch has exactly its own hits, however the workers start and for how long they live."""
     epochs = EpochStatistics(reader)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import tempfile
 import threading
@@ -22,7 +21,6 @@ from storage.child_processes import (
     peer_process,
     write,
     write_in_turns,
-    write_until_killed,
 )
 
 from lmdbcache import EmbeddingCache
@@ -62,29 +60,6 @@ def test_processes_write_in_turn(cache, config):
         for peer in peers:
             peer.end()
     assert_holds_numbers(cache, config, 800)
-
-
-def test_killed_writer_loses_nothing_that_was_committed(cache, config, tmp_path):
-    """After kill -9 at any moment the store is sound, whole, and writable at once."""
-    acknowledgements = tmp_path / "acknowledged"
-    moments = random.Random(0)
-    first = 0
-    for _ in range(12):
-        with peer_process() as peer:
-            before = acknowledgements.stat().st_size if acknowledgements.exists() else 0
-            peer.start(write_until_killed, cache.root, config, str(acknowledgements), first)
-            while not acknowledgements.exists() or acknowledgements.stat().st_size == before:
-                time.sleep(0.002)
-            time.sleep(moments.random() * 0.05)
-            peer.kill()
-        acknowledged = int(acknowledgements.read_text().split()[-1])
-        with cache.reader(config) as reader:
-            # One commit more may have been on disk before it was written down.
-            assert len(reader) in (acknowledged, acknowledged + 16)
-            first = len(reader)
-        write(cache.root, config, numbered(first, first + 5))
-        first += 5
-    assert_holds_numbers(cache, config, first)
 
 
 def test_writer_killed_before_its_first_commit_leaves_room_for_another(cache, config):
