@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
+import threading
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -15,22 +18,25 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
+    CacheError,
+    CacheNotFoundError,
     IntegrityError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
     SampleNotFoundError,
 )
 from lmdbcache.files import few
-from lmdbcache.storage.engine_errors import DAMAGE_REMEDY
-from lmdbcache.storage.environment import Snapshot
+from lmdbcache.storage.engine_errors import DAMAGE_REMEDY, raise_translated
+from lmdbcache.storage.environment import Environment, Holder, Snapshot, acquire_current, release
+from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.gather import MappedFile
+from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.pages.pages import EntryTable, UnreadablePagesError, leaf_pages
-from lmdbcache.storage.pinned_store import PinnedStore, reduce_for_child
 from lmdbcache.storage.row_parts import RowPart
-from lmdbcache.storage.statistics import add_reads, counts_of
+from lmdbcache.storage.statistics import add_reads, counts_of, family, join_family
 from lmdbcache.storage.value_table import ValueTable, key_or_empty, stack, value_table
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 from lmdbcache.storage.verified_reads import (
@@ -56,7 +62,7 @@ _MANY: Final = 64  # from this share of the samples on, all keys are read at onc
 _SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 
 
-class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
+class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
     """The embeddings of one store, by sample id (`file_id:class`).
 
     Reads see one snapshot, the newest commit when it was pinned; `refresh` moves on to the newest.
@@ -91,51 +97,167 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
         track_usage: bool = True,
     ) -> None:
         check_mode(verify)
-        self._set_options(verify, track_usage=track_usage)
-        super().__init__(store, config)
-
-    def _set_options(self, verify: Verify, *, track_usage: bool) -> None:
+        self._store = Path(store).absolute()
+        self._expected_config = config
         self.verify = verify
         self._counts_as_use = track_usage
         # Whether hits and misses are counted; off where the caller counts in its own way.
         self.counts_reads = track_usage
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process_id = process_id()
+        self._pin_lock = threading.RLock()
+        self._snapshot: Snapshot | None = None
+        self._holder = Holder(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {
+        # Text: what equals pickles to equal bytes, in every process, which some use as a cache key.
+        config = self._expected_config
+        return {
+            "store": str(self._store),
+            "config": None if config is None else json.dumps(config.to_dict()),
             "verify": self.verify,
             "track_usage": self._counts_as_use,
             "on_miss": self.on_miss,
         }
-        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_options(state["verify"], track_usage=state["track_usage"])
+        fields, verify, track_usage = (state[n] for n in ("config", "verify", "track_usage"))
+        config = None if fields is None else CacheConfig.from_dict(json.loads(fields))
+        EmbeddingReader.__init__(self, state["store"], config, verify, track_usage=track_usage)
         self.on_miss = state["on_miss"]
-        super().__setstate__(state)
+
+    def __enter__(self) -> EmbeddingReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give back the snapshot and the environment. Reading again opens them again."""
         if self._counts_as_use and self._snapshot is not None:
             add_reads(self._store)
-        super().close()
+        if self._process_id != process_id():
+            self._reset()
+        with self._pin_lock:
+            if self._snapshot is not None:
+                self._snapshot.end()
+                self._snapshot = None
+            self._holder.drop()
+
+    # ---- the snapshot
+
+    def refresh(self) -> bool:
+        """Move to the newest commit.
+
+        Returns:
+            Whether there was a newer one.
+
+        Raises:
+            CacheNotFoundError: The store has been cleared.
+        """
+        snapshot = self.pinned()
+        snapshot.environment.check_whole()
+        live = snapshot.environment.is_live(current_generation(self._store))
+        if live and snapshot.num_newer_commits() == 0:
+            return False
+        self._pin(instead_of=snapshot)
+        return True
+
+    def pinned(self) -> Snapshot:
+        """Return the snapshot to read, pinned now if it isn't yet."""
+        no_fork.wait_for_fork()
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.transaction and not snapshot.may_be_overwritten():
+            return snapshot
+        return self._pin(instead_of=snapshot)
 
     def _pin(self, instead_of: Snapshot | None) -> Snapshot:
         if self._counts_as_use:
             counts_of(self._store)  # from here on, the end of the process is noted as a use
         if self.verify == "never":
-            return super()._pin(instead_of)
+            return self._pin_newest(instead_of)
         check_pages(self._store)
         while True:
-            snapshot = super()._pin(instead_of)
+            snapshot = self._pin_newest(instead_of)
             with snapshot.lock:
                 if snapshot.verified is not None or prepare(snapshot, self.verify):
                     return snapshot
             instead_of = snapshot
 
-    def __enter__(self) -> EmbeddingReader:
-        return self
+    def _pin_newest(self, instead_of: Snapshot | None) -> Snapshot:
+        if self._process_id != process_id():
+            self._reset()  # a lock or snapshot inherited over a fork is the parent's
+            instead_of = None
+        with self._pin_lock, no_fork:
+            if self._snapshot is not None and self._snapshot is not instead_of:
+                return self._snapshot  # another thread was faster
+            environment, snapshot = self._newest()
+            if self._snapshot is not None:
+                self._snapshot.end()
+            self._snapshot = snapshot
+            self._holder.take(environment)
+            return snapshot
+
+    def _newest(self) -> tuple[Environment, Snapshot]:
+        while True:
+            environment = acquire_current(self._store)
+            try:
+                snapshot = Snapshot(environment)
+                snapshot.metadata.check_config(self._expected_config, self._store)
+            except BaseException as error:
+                release(environment)
+                # A compaction may have removed it meanwhile.
+                moved = not environment.is_live(current_generation(self._store))
+                if not (moved and isinstance(error, CacheError)):
+                    raise
+            else:
+                return environment, snapshot
+
+    def read_pinned(
+        self,
+        read: Callable[[Snapshot, lmdb.Transaction], _T],
+        is_miss: Callable[[_T], bool] | None = None,
+    ) -> _T:
+        """Call `read` under a pinned snapshot; after a miss, again under the newest."""
+        while True:
+            snapshot = self.pinned()
+            with snapshot.lock:
+                transaction = snapshot.transaction
+                if transaction is None:  # ended between the two lines, by another thread
+                    continue
+                try:
+                    found = read(snapshot, transaction)
+                except BaseException as error:  # noqa: BLE001 - raised again below
+                    # Whoever keeps the error must not keep the transaction and its slot.
+                    traceback.clear_frames(error.__traceback__)
+                    transaction = None
+                    raise_translated(error, self._store)
+                finally:
+                    transaction = None
+            if snapshot.may_be_overwritten():
+                continue
+            if is_miss is None or not is_miss(found) or not self._newer_than(snapshot):
+                return found
+
+    def _newer_than(self, snapshot: Snapshot) -> bool:
+        if self._snapshot is not snapshot:
+            return True
+        # A store that was cleared is no reason to fail here: its samples are missing.
+        with contextlib.suppress(CacheNotFoundError):
+            if self.refresh():
+                newest = self.pinned()
+                # The commits of a cleared and remade store count from one again.
+                return (newest.environment, newest.id) != (snapshot.environment, snapshot.id)
+        return False
 
     # ---- what is stored
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._store
 
     @property
     def metadata(self) -> StoreMetadata:
@@ -428,8 +550,22 @@ class EmbeddingReader(PinnedStore, Mapping[str, npt.NDArray[Any]]):
             self.on_miss(self, sample_ids)
 
 
+def _reduce_for_child(reader: EmbeddingReader) -> tuple[Any, ...]:
+    """How multiprocessing pickles a reader: with the place where the child's reads count."""
+    return _in_child, (type(reader), reader.__getstate__(), family())
+
+
+def _in_child(
+    kind: type[EmbeddingReader], state: dict[str, Any], folder: str | None
+) -> EmbeddingReader:
+    join_family(folder)
+    reader = kind.__new__(kind)
+    reader.__setstate__(state)
+    return reader
+
+
 # What multiprocessing takes to a child says whose child that is: its hits count for both.
-ForkingPickler.register(EmbeddingReader, reduce_for_child)
+ForkingPickler.register(EmbeddingReader, _reduce_for_child)
 
 
 class Selection:

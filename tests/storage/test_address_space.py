@@ -11,7 +11,7 @@ from storage.child_processes import Peer, in_fork, numbered, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import StorageError
-from lmdbcache.storage import environment, opening, pinned_store
+from lmdbcache.storage import environment, opening, reader as reader_module
 
 SMALL_MAP = 1 << 16
 
@@ -203,7 +203,7 @@ def test_file_that_is_compacted_after_it_has_grown(cache, config, small_maps, mo
             peer.call(compact, cache.root, config)
             return held
 
-        monkeypatch.setattr(pinned_store, "acquire_current", acquire_then_lose)
+        monkeypatch.setattr(reader_module, "acquire_current", acquire_then_lose)
         assert len(reader) == len(holder) == 3000
         assert reader["clip_002999:x"][0] == 2999
     reader.close()
