@@ -78,7 +78,7 @@ def cgroup_limit(membership: Path, mount: Path) -> int:
 
 def _number_in(file: Path) -> int:
     try:
-        text = file.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
+        text = file.read_bytes().strip()
+    except OSError:
         return _NO_LIMIT
-    return int(text) if re.fullmatch("[1-9][0-9]{0,18}", text) else _NO_LIMIT
+    return int(text) if re.fullmatch(rb"[1-9][0-9]{0,18}", text) else _NO_LIMIT
