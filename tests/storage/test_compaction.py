@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 
 import numpy as np
 import pytest
 from storage.child_processes import (
-    compact_until_killed,
     in_fork,
     numbered,
     peer_process,
@@ -137,23 +134,6 @@ def test_compaction_beside_a_writing_process_loses_nothing(cache, config):
         assert list(reader) == list(numbered(0, 200))
         assert all((embedding == n).all() for n, embedding in enumerate(reader.values()))
     assert cache.verify(config).is_sound
-
-
-def test_killed_compaction_leaves_a_sound_store(loose, config):
-    """Kill -9 at any moment: every value is there, and the next writer sweeps up."""
-    moments = random.Random(0)
-    for round_number in range(4):
-        with peer_process() as peer:
-            peer.start(compact_until_killed, loose.root, config)
-            time.sleep(0.15 + moments.random() * 0.1)
-            peer.kill()
-        with loose.reader(config) as reader:
-            assert (reader.get_batch(NAMES) == 2).all()
-            assert len(reader) == 400 + round_number
-        write(loose.root, config, {f"new_{round_number}:x": np.zeros(768)})
-    assert loose.verify(config).is_sound
-    loose.compact(config)
-    assert len(list(loose.path(config).glob("gen-*"))) == 1
 
 
 def test_left_over_generations_are_removed(loose, config):

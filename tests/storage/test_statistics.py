@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from small_disks import empty, fill, small_disk
-from storage.child_processes import NOBODY, in_fork, peer_process
+from storage.child_processes import NOBODY, in_fork, peer_process, read
 
 from lmdbcache import (
     EmbeddingCache,
@@ -220,7 +220,7 @@ def test_processes_are_added_up(cache, config, reader, store):
     reader[SAMPLE_IDS[0]]
     for _ in range(2):
         with peer_process() as peer:
-            peer.call(read_all, cache.root, config)
+            peer.call(read, cache.root, config, SAMPLE_IDS)
     in_fork(lambda: read_all(cache.root, config))
     assert counted(store) == {"dog": (144, 0), "drum": (49, 0)}
 
@@ -388,7 +388,7 @@ def test_other_programs_are_in_no_epoch(cache, config, reader):
     """Only this process, what it starts, and what these start."""
     epochs = EpochStatistics(cache)
     with peer_process() as peer:
-        peer.call(read_all, cache.root, config)
+        peer.call(read, cache.root, config, SAMPLE_IDS)
     assert epochs.end_epoch_statistics().hits == 0
     in_fork(lambda: in_fork(lambda: reader[SAMPLE_IDS[0]]))
     assert epochs.end_epoch_statistics().hits == 1
