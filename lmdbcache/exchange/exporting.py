@@ -16,6 +16,7 @@ from lmdbcache.errors import SampleNotFoundError, TransferError
 from lmdbcache.exchange.formats import FORMATS
 from lmdbcache.exchange.formats.base import Description, Embeddings, Part, Samples
 from lmdbcache.exchange.output import Output, local_output, shard_name, url_output
+from lmdbcache.exchange.selection import Selection
 from lmdbcache.exchange.sharing.remote import is_url, without_secrets
 from lmdbcache.files import expand_user, few
 from lmdbcache.machine import memory_limit
@@ -26,7 +27,6 @@ from lmdbcache.storage import (
     canonical_sample_id,
     check_room,
     portable,
-    split_sample_id,
 )
 
 __all__ = ["ExportFormat", "ExportReport", "export_embeddings"]
@@ -100,6 +100,7 @@ def export_embeddings(
         TransferError: `out` exists, nothing is chosen, the embeddings don't fit into memory, or
             `num_shards` for what is one file or has fewer samples.
         CacheNotFoundError: Nothing is stored for this config.
+        ConfigError: A class has no sample.
         SampleNotFoundError: A sample isn't stored.
         IntegrityError: A stored value is damaged.
         CacheFullError: The disk is full; nothing is left there.
@@ -197,7 +198,8 @@ def _choose(
 
     Raises:
         SampleNotFoundError: One isn't stored.
-        TransferError: A class has no sample, or nothing is left.
+        ConfigError: A class has no sample.
+        TransferError: Nothing is left.
     """
     if sample_ids is None:
         ids = list(reader)
@@ -208,14 +210,9 @@ def _choose(
                 f"{len(missing)} of {len(ids)} samples aren't stored in {reader.path}: "
                 f"{few(missing, 3)}"
             )
-    if classes is not None:
-        wanted = {name.lower() for name in classes}
-        there = {split_sample_id(one)[1] for one in ids}
-        if unknown := sorted(wanted - there):
-            raise TransferError(
-                f"class {', '.join(unknown)}: no such sample; there are {', '.join(sorted(there))}"
-            )
-        ids = [one for one in ids if split_sample_id(one)[1] in wanted]
+    selection = Selection(classes)
+    ids = [one for one in ids if one in selection]
+    selection.check_classes(str(reader.path))
     shape = reader.embedding_shape
     if not ids or shape is None:
         raise TransferError(f"{reader.path}: no samples to export")

@@ -12,6 +12,7 @@ from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal
+from lmdbcache.exchange.selection import Selection
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.manifests import (
     FINGERPRINT,
@@ -23,7 +24,6 @@ from lmdbcache.exchange.sharing.manifests import (
     read_state,
 )
 from lmdbcache.exchange.sharing.remote import CONNECTIONS, Remote, in_parallel
-from lmdbcache.exchange.sharing.selection import Selection
 from lmdbcache.exchange.sharing.shards import ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,

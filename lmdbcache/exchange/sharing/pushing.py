@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lmdbcache.cache import EmbeddingCache, SourceRecords
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, IntegrityError, RemoteError, SampleNotFoundError
+from lmdbcache.exchange.selection import Selection
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.manifests import (
     MANIFESTS_NAME,
@@ -30,7 +31,6 @@ from lmdbcache.exchange.sharing.manifests import (
     writer_of,
 )
 from lmdbcache.exchange.sharing.remote import Remote, in_parallel
-from lmdbcache.exchange.sharing.selection import Selection
 from lmdbcache.exchange.sharing.shards import (
     MAX_SHARD_SAMPLES,
     ShardEntry,
