@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -263,13 +264,13 @@ class _Plan:
             )
 
     def check_memory(self, out: Path, chosen: _Chosen, *, is_folder: bool) -> None:
-        needed, available = self.num_bytes(chosen), memory_limit()
+        needed, available = self.num_bytes(chosen), _available_memory()
         if is_folder or not FORMATS[self.name].is_in_memory:
             return
         if 2 * needed > available:  # once as arrays and once as the file's content
             raise TransferError(
                 f"{out}: {needed >> 20} MiB of embeddings; a single {self.name} file is put "
-                f"together in memory, of which this process may have {available >> 20} MiB. Export "
+                f"together in memory, of which {available >> 20} MiB are available. Export "
                 "parquet, or safetensors to a folder, or fewer classes"
             )
 
@@ -284,6 +285,14 @@ class _Plan:
         if self.num_shards is not None:
             return num_bytes // self.num_shards
         return min(num_bytes, 2 * self.shard_bytes)
+
+
+def _available_memory() -> int:
+    """The bytes that this process may take without swapping, as far as that is known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text("ascii")
+        return min(memory_limit(), int(text.partition("MemAvailable:")[2].split()[0]) << 10)
+    return memory_limit()
 
 
 # ---- writing them
