@@ -195,6 +195,27 @@ def test_a_part_of_what_is_shared(remote, cache, config):
         pull(cache, None, remote.url, classes=["cow"])
 
 
+def test_a_part_that_is_damaged_on_the_way_is_read_again(remote, cache, config, monkeypatch):
+    """A bit flips once: nothing is reported."""
+    monkeypatch.setattr(pulling, "_GAP_BYTES", 1)
+    values = some_embeddings(0, 10, shape=(6, 5))
+    (entry,) = share(remote, config, values, shape=(6, 5)).shards
+    plain, flipped = Remote.read, []
+
+    def read(self, path, first, *rest):
+        data = plain(self, path, first, *rest)
+        if first >= entry.header_bytes and not flipped:
+            flipped.append(path)
+            data = bytes([data[0] ^ 1]) + data[1:]
+        return data
+
+    monkeypatch.setattr(Remote, "read", read)
+    asked = sorted(values)[3:5]
+    assert pull(cache, None, remote.url, sample_ids=asked).exit_code == 0
+    assert flipped
+    assert_same(stored(cache, config), {name: values[name] for name in asked})
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (None, 4)])
 def test_a_few_large_embeddings_come_without_the_rest(remote, cache, config, monkeypatch, shape):
     """Of a shard that little is wanted of, only these bytes are read, and checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,7 +360,9 @@ class _Pull:
         entry = wanted.offer.entry
         entry.check_listed(self._listed)
         if self._is_in_part(wanted):
-            return self._fetch_rows(wanted)
+            with contextlib.suppress(IntegrityError):
+                return self._fetch_rows(wanted)
+            return self._fetch_rows(wanted)  # it may have been damaged on the way only
         data = self._local.fetch(self._remote, entry, wanted.header, self._count)
         return wanted.header.values(data)
 
