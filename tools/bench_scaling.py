@@ -360,13 +360,13 @@ def push(root: str, num_samples: str, folder: str) -> Figures:
         report = push(cache, config, Path(folder).absolute().as_uri())
     assert report.num_pushed in (0, int(num_samples))
     size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    commits = sum(path.stat().st_size for path in Path(folder).rglob("commits/*"))
+    manifests = sum(path.stat().st_size for path in Path(folder).rglob("manifests/*"))
     return {
         **watch.figures,
         **_each(watch, int(num_samples)),
         "new": report.num_pushed,
         "there, bytes each": size / int(num_samples),
-        "commits, bytes each": commits / int(num_samples),
+        "manifests, bytes each": manifests / int(num_samples),
         "files": sum(1 for path in Path(folder).rglob("*") if path.is_file()),
     }
 
@@ -377,10 +377,10 @@ def pull(root: str, num_samples: str, folder: str) -> Figures:
     from lmdbcache.exchange import pull
 
     with Watch() as watch:
-        report = pull(EmbeddingCache(root), Path(folder).absolute().as_uri())
+        report = pull(EmbeddingCache(root), None, Path(folder).absolute().as_uri())
     cache, config = store_in(root)
     assert cache.info(config).num_embeddings == int(num_samples)
-    return {**watch.figures, **_each(watch, int(num_samples)), "new": report.merged.num_new}
+    return {**watch.figures, **_each(watch, int(num_samples)), "new": report.num_new}
 
 
 def _each(watch: Watch, number: int) -> Figures:

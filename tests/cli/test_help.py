@@ -54,8 +54,7 @@ ROOMS = ["datasets", "embedders", "exchange", "extraction", "report", "training"
         (["stats"], [f"lmdbcache.{room}" for room in ROOMS]),
         (["coverage", "VEGAS"], ["lmdbcache.exchange", "lmdbcache.training"]),
         (["verify", "--all"], []),
-        (["rm", "--all", "--yes"], []),
-        (["doctor"], []),
+        (["rm", "--all", "--yes"], ["lmdbcache.exchange", "lmdbcache.extraction"]),
     ],
 )
 def test_a_command_imports_what_it_needs(arguments, unneeded, tmp_path):

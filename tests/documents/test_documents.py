@@ -114,7 +114,7 @@ def of_page(code: dict[str, str], page: Path) -> str:
     return textwrap.dedent(code.get(page.name, ""))
 
 
-@pytest.mark.timeout(600)  # the page on clusters starts twenty processes
+@pytest.mark.timeout(1200)  # the page on clusters starts twenty processes
 @pytest.mark.parametrize(
     "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
 )
@@ -131,7 +131,7 @@ def test_the_code_of_a_page_runs(page, reader_at_home, request):
     )
     (reader_at_home / "page.py").write_text(RUNNER)
     done = subprocess.run(
-        [sys.executable, "page.py"], capture_output=True, text=True, timeout=580, check=False
+        [sys.executable, "page.py"], capture_output=True, text=True, timeout=1180, check=False
     )
     assert done.returncode == 0, f"{page.name}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 

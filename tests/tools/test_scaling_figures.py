@@ -1,9 +1,9 @@
-"""The steps of tools/bench_scaling.py run; what their figures are is not asserted."""
+"""The steps of tools/bench_scaling.py run; what they measure is not asserted."""
 
 from __future__ import annotations
 
 import pytest
-from bench_scaling import run_step
+from bench_scaling import STEPS, run_step
 
 
 def test_steps_run_in_processes_of_their_own(tmp_path):
@@ -11,7 +11,19 @@ def test_steps_run_in_processes_of_their_own(tmp_path):
     root = tmp_path / "cache"
     figures = run_step("write", root, 2000)
     assert figures["bytes per embedding"] > 4 * 768
-    for step in ("first_reads", "coverage", "verify"):
-        assert run_step(step, root, 2000)["s"] > 0
+    for step in (
+        "first_reads",
+        "coverage",
+        "list_stores",
+        "info",
+        "checksums",
+        "verify",
+        "compact",
+    ):
+        assert STEPS[step](str(root), "2000")["s"] > 0
+    for step, place in (("merge", tmp_path / "other"), ("push", tmp_path / "shared")):
+        assert STEPS[step](str(root), "2000", str(place))["new"] == 2000
+    pulled = STEPS["pull"](str(tmp_path / "pulled"), "2000", str(tmp_path / "shared"))
+    assert pulled["new"] == 2000
     with pytest.raises(RuntimeError, match="verify"):
         run_step("verify", root, 2001)
