@@ -10,7 +10,7 @@ import pytest
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.cache import ROOT_VARIABLE
-from lmdbcache.cli import main as command_line
+from lmdbcache.cli import main
 from lmdbcache.datasets import open_dataset
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import expand_user
@@ -60,7 +60,7 @@ def test_the_command_line_says_so_in_one_line(root, monkeypatch, capsys):
     """With exit code 1."""
     monkeypatch.setattr("sys.argv", ["lmdbcache", "ls", *root])
     with pytest.raises(SystemExit) as ended:
-        command_line.main()
+        main()
     assert ended.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
 
