@@ -200,20 +200,23 @@ def test_a_writers_value_takes_the_place_of_its_earlier_one(remote, cache, confi
     assert push(cache, config, remote.url).num_pushed == 0
 
 
-def test_another_writers_value_stays_beside(remote, tmp_path, config):
+def test_another_writers_value_stays_beside(remote, tmp_path, config, small):
     """Both count, so that a pull finds the conflict; or it is left out, and listed if asked."""
     one, two = EmbeddingCache(tmp_path / "a"), EmbeddingCache(tmp_path / "b")
-    old, new = some_embeddings(0, 6), some_embeddings(0, 3, seed=1)
+    old, new, more = some_embeddings(0, 6), some_embeddings(0, 3, seed=1), some_embeddings(6, 30)
     store(one, config, old)
-    store(two, config, {**new, **some_embeddings(6, 1)})
+    store(two, config, {**new, **more})
     push(one, config, remote.url)
     with pytest.raises(ConfigError):
         push(two, config, remote.url, on_duplicate="theirs")
+    small(200)
     report = push(two, config, remote.url, on_duplicate="skip")
-    assert (report.num_pushed, report.num_different, report.exit_code) == (1, 3, 0)
+    assert (report.num_pushed, report.num_different, report.exit_code) == (30, 3, 0)
     with pytest.raises(ConfigError, match=min(new)):
         push(two, config, remote.url, on_duplicate="error")
-    assert_shared(remote, config, {**old, **some_embeddings(6, 1)})
+    assert_shared(remote, config, {**old, **more})
+    found = [sample_id for sample_id in shared(remote, config) if sample_id in more]
+    assert found == sorted(more)  # one order: a push that goes on makes the same shards
     assert push(two, config, remote.url).num_pushed == 3
     assert {len(values) for values in shared(remote, config).values()} == {1, 2}
     assert push(two, config, remote.url).num_pushed == 0
