@@ -12,14 +12,17 @@ import os
 import signal
 import sys
 import time
+from multiprocessing import forkserver, popen_forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+# The server that `multiprocessing` itself has may be running without these.
+_server = forkserver.ForkServer()
+_server.set_forkserver_preload(
     [
         "lmdbcache.cli.main",
         "lmdbcache.extraction.decoding",
@@ -30,6 +33,19 @@ _context.set_forkserver_preload(
 )
 PATIENCE = 240.0  # seconds; a guard against what hangs, on any machine
 HELD = "held"
+
+
+class _Popen(popen_forkserver.Popen):
+    def _launch(self, process_obj: Any) -> None:
+        connect = _server.connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            super()._launch(process_obj)
+
+
+class Process(multiprocessing.context.ForkServerProcess):
+    """A process that is forked from the server."""
+
+    _Popen = staticmethod(_Popen)
 
 
 class Command:
@@ -44,9 +60,7 @@ class Command:
         """`prepare` is called in the process before the command, with the folder."""
         folder.mkdir()
         self.folder = folder
-        self.process = _context.Process(
-            target=_main, args=(folder, list(map(str, arguments)), prepare)
-        )
+        self.process = Process(target=_main, args=(folder, list(map(str, arguments)), prepare))
         self.process.start()
 
     @property

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from extraction.clips import Steps
-from extraction.processes import PATIENCE, _context
+from extraction.processes import PATIENCE, Process
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.extraction import RankShare, extract, share_from_environment
@@ -89,7 +89,7 @@ class Ranks:
     def start(self, rank, world_size, seconds=0.0, **options):
         share = RankShare(rank, world_size, rank, world_size)
         args = (self.root, self.folder, self.log, share, seconds, options)
-        process = _context.Process(target=_rank, args=args)
+        process = Process(target=_rank, args=args)
         process.start()
         self.started.append(process)
         return process

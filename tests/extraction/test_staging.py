@@ -100,7 +100,7 @@ def test_a_rank_runs_once(stage, folder, monkeypatch):
 
         def wait(self, features):
             held.set()
-            go_on.wait(60)
+            go_on.wait(PATIENCE)
             return embed(self, features)
 
         Neighbours.embed = wait
@@ -110,13 +110,13 @@ def test_a_rank_runs_once(stage, folder, monkeypatch):
     process.start()
     try:
         assert held.wait(PATIENCE)
-        monkeypatch.setattr(staging_module.Staging.__init__, "__defaults__", (0.3,))
+        monkeypatch.setattr(staging_module, "_PATIENCE_SECONDS", 0.3)
         with pytest.raises(StorageError, match=f"{process.pid}"):
             stage(0, 2)
         assert counts(stage(1, 2)) == (4, 0, 4)
         # Another world size begins nevertheless; what the old rank hasn't stored is computed.
         assert counts(stage(0, 1)) == (10, 4, 6)
-        monkeypatch.setattr(staging_module.Staging.__init__, "__defaults__", (60.0,))
+        monkeypatch.setattr(staging_module, "_PATIENCE_SECONDS", 60.0)
         go_on.set()
         assert counts(stage(0, 2)) == (6, 6, 0)
     finally:
@@ -127,7 +127,7 @@ def test_a_rank_runs_once(stage, folder, monkeypatch):
 
 def test_a_killed_rank_leaves_nothing_locked(stage, folder, monkeypatch):
     """Its decoding processes may live on for a moment; the next process of the rank begins."""
-    monkeypatch.setattr(staging_module.Staging.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(staging_module, "_PATIENCE_SECONDS", 0.0)
     started, child = _context.Event(), _context.Queue()
 
     def hang(self, features):
