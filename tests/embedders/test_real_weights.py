@@ -24,6 +24,7 @@ RECORDINGS = [
     ),
     *sorted(Path("/usr/share/sounds/alsa").glob("*_Right.wav")),
 ]
+FEW = ("boom.wav", "house_lo.mp3")
 RATE = 16000
 
 pytestmark = pytest.mark.real_weights
@@ -48,6 +49,12 @@ def clips():
 
 
 @pytest.fixture
+def few_clips(clips):
+    """One that is shorter than 1.2 s and one that isn't: a CPU takes long over CREPE."""
+    return {f"{name}:sound": clips[f"{name}:sound"] for name in FEW}
+
+
+@pytest.fixture
 def by_hand(packages):
     """A recording as librosa reads it, cut at the duration and not padded."""
 
@@ -59,10 +66,10 @@ def by_hand(packages):
 
 
 @pytest.fixture
-def through_a_cache(tmp_path, clips):
-    """What a store holds of every recording."""
+def through_a_cache(tmp_path):
+    """What a store holds of some recordings."""
 
-    def through_a_cache(embedder, duration, **options):
+    def through_a_cache(embedder, clips, duration, **options):
         cache = EmbeddingCache(tmp_path / "cache")
         config = config_for(embedder, duration=duration, namespace="recordings", **options)
         summary = extract(cache, config, clips, model=embedder, num_workers=0, batch_size=4)
@@ -107,7 +114,7 @@ def parts_of(waveform):
     return np.array([mels[part] for part in frames])
 
 
-@pytest.mark.parametrize("duration", [0.3, 1.2, 8.0])  # all are cut, some are, none is
+@pytest.mark.parametrize("duration", [0.3, 1.2])  # all are cut, some are
 def test_resemblyzer(packages, clips, by_hand, through_a_cache, duration):
     """Its preprocessing gets each clip cut at the duration, and never padded."""
     resemblyzer = packages["resemblyzer"]
@@ -123,7 +130,7 @@ def test_resemblyzer(packages, clips, by_hand, through_a_cache, duration):
         name: encoder.embed_utterance(resemblyzer.preprocess_wav(by_hand(path, duration)))
         for name, path in clips.items()
     }
-    found = through_a_cache(embedder, duration)
+    found = through_a_cache(embedder, clips, duration)
     assert_close(found, expected)
     assert all(np.dot(found[name], expected[name]) > 0.9999 for name in clips)
 
@@ -171,19 +178,18 @@ def frames_by_hand(torchcrepe, waveform):
     return found[0].flatten(1).detach().numpy()
 
 
-@pytest.mark.parametrize("output", ["frames", "mean"])
-@pytest.mark.parametrize("duration", [0.3, 1.2])
+@pytest.mark.parametrize(("duration", "output"), [(1.2, "frames")])
 def test_a_waveform_that_is_padded(
-    packages, clips, by_hand, through_a_cache, crepe, duration, output
+    packages, few_clips, by_hand, through_a_cache, crepe, duration, output
 ):
     """Without a front end a module gets every clip with zeros up to the duration."""
     expected = {}
-    for name, path in clips.items():
+    for name, path in few_clips.items():
         waveform = by_hand(path, duration)
         waveform = np.pad(waveform, (0, round(duration * RATE) - len(waveform)))
         frames = frames_by_hand(packages["torchcrepe"], waveform)
         expected[name] = frames if output == "frames" else frames.mean(axis=0)
-    assert_close(through_a_cache(crepe(), duration, output=output), expected)
+    assert_close(through_a_cache(crepe(), few_clips, duration, output=output), expected)
 
 
 def crepe_frames(waveform):
@@ -192,14 +198,14 @@ def crepe_frames(waveform):
     return next(torchcrepe.preprocess(torch.from_numpy(waveform)[None], RATE))
 
 
-@pytest.mark.parametrize(("duration", "output"), [(0.3, "frames"), (2.0, "mean")])
+@pytest.mark.parametrize(("duration", "output"), [(0.3, "frames"), (1.2, "mean")])
 def test_frames_of_clips_of_any_length(
-    packages, clips, by_hand, through_a_cache, crepe, duration, output
+    packages, few_clips, by_hand, through_a_cache, crepe, duration, output
 ):
     """With one, it gets as many frames as the clip has; pooled, lengths may differ."""
     embedder = crepe(front_end=crepe_frames, front_end_id="torchcrepe/0.0.24")
     expected = {}
-    for name, path in clips.items():
+    for name, path in few_clips.items():
         frames = frames_by_hand(packages["torchcrepe"], by_hand(path, duration))
         expected[name] = frames if output == "frames" else frames.mean(axis=0)
-    assert_close(through_a_cache(embedder, duration, output=output), expected)
+    assert_close(through_a_cache(embedder, few_clips, duration, output=output), expected)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from sharing.nodes import embeddings
+from sharing.nodes import SIZES, embeddings
 from sharing.servers import PASSWORD, SECRET_KEY
 
 ITEMS = embeddings(0, 100)  # 7 shards, 4 manifests
+FEW_TRIES = {**SIZES, "_TRIES": 2}
+FOR_EVER = 10**6
 
 
 @pytest.fixture(
@@ -128,7 +130,7 @@ def test_one_fault_after_the_other(on_moto, nodes_at):
 
 def test_a_pull_that_gave_up_fetches_only_the_rest(on_moto, nodes_at):
     """A connection that breaks again and again ends it; the next one goes on where it was."""
-    one, two = nodes_at(on_moto)
+    one, two = nodes_at(on_moto, sizes=FEW_TRIES)
     one.store(ITEMS)
     one.push()
     whole = sum(len(on_moto.objects.read(name)) for name in on_moto.names("shards/"))
@@ -141,7 +143,7 @@ def test_a_pull_that_gave_up_fetches_only_the_rest(on_moto, nodes_at):
         return len(shards) > 3
 
     on_moto.proxy.fault(
-        "cut download", after=5000, part="shards/", times=99, fits=is_fourth_or_later
+        "cut download", after=5000, part="shards/", times=FOR_EVER, fits=is_fourth_or_later
     )
     assert two.run("pull", on_moto.url).returncode == 1
     assert 0 < len(two.stored()) < len(ITEMS)
@@ -155,7 +157,8 @@ def test_a_pull_that_gave_up_fetches_only_the_rest(on_moto, nodes_at):
 
 def test_a_push_that_gave_up_uploads_only_the_rest(on_moto, nodes_at):
     """Shards that are there aren't uploaded again, whether a manifest names them or not."""
-    one, two = nodes_at(on_moto)
+    one, two = nodes_at(on_moto, sizes=FEW_TRIES)
+    one.environment = {"AWS_MAX_ATTEMPTS": "1"}
     one.store(ITEMS)
     shards = []
 
@@ -163,7 +166,9 @@ def test_a_push_that_gave_up_uploads_only_the_rest(on_moto, nodes_at):
         shards.append(request.name)
         return len(shards) > 3
 
-    on_moto.proxy.fault("cut upload", after=5000, part="shards/", times=99, fits=is_fourth_or_later)
+    on_moto.proxy.fault(
+        "cut upload", after=5000, part="shards/", times=FOR_EVER, fits=is_fourth_or_later
+    )
     line = one.refused("push", on_moto.url)
     assert on_moto.url in line
     there = {name.rpartition("/")[2] for name in on_moto.names("shards/")}

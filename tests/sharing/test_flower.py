@@ -1,8 +1,9 @@
-"""The Flower app of docs/examples/flower, run by Flower: two nodes that pull, and a simulation."""
+"""The Flower app of docs/examples/flower: two nodes that pull; run by Flower, and a simulation."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -12,9 +13,11 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tomllib
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.exchange import push
@@ -140,8 +143,47 @@ def accuracies(printed: str) -> list[float]:
     return [float(found) for found in re.findall(r"round \d+: accuracy ([0-9.]+)", printed)]
 
 
-def test_nodes_pull_their_own_part_and_train(flower, source, tmp_path):
-    """A SuperLink and two SuperNodes: each pulls its own part, by URL and manifest."""
+# What a SuperNode calls: the client app's functions, here by turns of two nodes in one process.
+TWO_NODES = """
+import json, sys
+import torch
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from federated_probe.client_app import app
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+settings, nodes = json.loads(sys.argv[1])
+contexts = [Context(1, n, node, RecordDict(), settings) for n, node in enumerate(nodes)]
+probe = torch.nn.Linear(settings["hidden-size"], 2)
+torch.nn.init.zeros_(probe.weight)
+def ask(kind, arrays):
+    content = RecordDict({"arrays": ArrayRecord(arrays)})
+    return [
+        app(Message(content=content, dst_node_id=n, message_type=kind), context).content
+        for n, context in enumerate(contexts)
+    ]
+trained = [found["arrays"].to_torch_state_dict() for found in ask("train", probe.state_dict())]
+mean = {name: sum(one[name] for one in trained) / len(trained) for name in trained[0]}
+print(json.dumps([found["metrics"]["accuracy"] for found in ask("evaluate", mean)]))
+"""
+
+
+def test_a_node_pulls_its_own_part_and_trains(nodes, tmp_path):
+    """Without a SuperLink: what the client app answers to the server's messages."""
+    settings = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    settings["hidden-size"] = HIDDEN_SIZE
+    done = subprocess.run(
+        [FLOWER / "python", "-c", TWO_NODES, json.dumps([settings, nodes.configs])],
+        env={**os.environ, "PYTHONPATH": f"{APP}{os.pathsep}{ROOT}", "FLWR_TELEMETRY_ENABLED": "0"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.mean(json.loads(done.stdout.splitlines()[-1])) > 0.9
+    nodes.hold_their_parts()
+
+
+@pytest.fixture
+def nodes(source, tmp_path):
+    """What two nodes are told: which part of what was pushed is theirs."""
     url = f"file://{tmp_path}/bucket"
     manifest = push(source, CONFIG, url).manifest
     with source.writer(CONFIG) as writer:  # what comes after the push doesn't concern them
@@ -149,20 +191,39 @@ def test_nodes_pull_their_own_part_and_train(flower, source, tmp_path):
     push(source, CONFIG, url)
     with source.reader(CONFIG) as reader:
         ids = [name for name in reader if name != "video_99999:dog"]
-    flower.superlink()
+    configs = []
     for node in range(2):
-        (tmp_path / f"node{node}.txt").write_text("\n".join(ids[node::2]))
-        flower.supernode(
-            f'cache-root="{tmp_path}/node{node}.cache" samples="{tmp_path}/node{node}.txt"'
-            f' url="{url}" fingerprint="{CONFIG.fingerprint}" manifest="{manifest}"'
+        listed = tmp_path / f"node{node}.txt"
+        listed.write_text("\n".join(ids[node::2]))
+        configs.append(
+            {
+                "cache-root": str(tmp_path / f"node{node}.cache"),
+                "samples": str(listed),
+                "url": url,
+                "fingerprint": CONFIG.fingerprint,
+                "manifest": manifest,
+            }
         )
+
+    def hold_their_parts():
+        for node, told in enumerate(configs):
+            cache = EmbeddingCache(told["cache-root"])
+            with cache.reader(CONFIG) as reader, source.reader(CONFIG) as theirs:
+                assert list(reader) == ids[node::2]
+                assert all(np.array_equal(reader[name], theirs[name]) for name in reader)
+
+    return SimpleNamespace(configs=configs, hold_their_parts=hold_their_parts)
+
+
+@pytest.mark.stress
+def test_nodes_of_a_superlink_pull_their_own_part_and_train(flower, nodes):
+    """A SuperLink and two SuperNodes: each pulls its own part, by URL and manifest."""
+    flower.superlink()
+    for told in nodes.configs:
+        flower.supernode(" ".join(f'{name}="{value}"' for name, value in told.items()))
     printed = flower.run(f"num-server-rounds=1 hidden-size={HIDDEN_SIZE}")
     assert accuracies(printed)[-1] > 0.9
-    for node in range(2):
-        cache = EmbeddingCache(tmp_path / f"node{node}.cache")
-        with cache.reader(CONFIG) as reader, source.reader(CONFIG) as theirs:
-            assert list(reader) == ids[node::2]
-            assert all(np.array_equal(reader[name], theirs[name]) for name in reader)
+    nodes.hold_their_parts()
 
 
 @pytest.mark.stress

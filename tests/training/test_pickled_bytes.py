@@ -90,14 +90,14 @@ def test_what_reads_a_store_pickles_to_the_same_bytes(root, tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"id": ["c0:cat", "c1:dog"]}).save_to_disk(tmp_path / "table")
     answers = []
-    for seed, used in (("1", "new"), ("2", "used"), ("3", "new")):
+    for seed, used in (("1", "new"), ("2", "used")):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "tests"}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, root, used, tmp_path / "table"],
             env=environment, check=True, capture_output=True, text=True,
         )  # fmt: skip
         answers.append(json.loads(done.stdout.splitlines()[-1]))
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
 
 
 def test_other_stores_and_other_samples_pickle_to_other_bytes(root):
