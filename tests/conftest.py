@@ -22,6 +22,7 @@ HELPERS = (
     "resource_tracker",
     "forkserver",
     "command_server",
+    "program_server",
     "moto_server",
     "sftp_server",
 )

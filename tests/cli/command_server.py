@@ -7,6 +7,8 @@ depends on imports, the environment or signals is tested with a process started 
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
 import json
 import os
 import socket
@@ -51,9 +53,10 @@ class CommandServer:
         self._process.wait(timeout=240)
 
 
-def serve(connection: socket.socket) -> None:
-    """Fork for each request, one after the other."""
+def import_everything() -> None:
+    """Import what commands need, and what typer and rich import at the first option and help."""
     import datasets
+    import plotly.offline
     import soundfile
     import soxr
     import torchaudio
@@ -64,9 +67,17 @@ def serve(connection: socket.socket) -> None:
     from lmdbcache.cli.main import app, command_of
 
     assert all((datasets, soundfile, soxr, torchaudio, transformers, ASTFeatureExtractor, ASTModel))
-    assert lmdbcache.extraction.decoding
-    for command in app.registered_commands:
-        command_of(command.name)
+    assert all((lmdbcache.extraction.decoding, plotly.offline))
+    with contextlib.redirect_stdout(io.StringIO()):
+        for command in app.registered_commands:
+            command_of(command.name)(["--help"], standalone_mode=False)
+    gc.collect()
+    gc.freeze()  # what forks don't touch isn't copied for them
+
+
+def serve(connection: socket.socket) -> None:
+    """Fork for each request, one after the other."""
+    import_everything()
     for line in connection.makefile("r"):
         request = json.loads(line)
         child = os.fork()

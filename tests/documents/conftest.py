@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import huggingface_tables as tables
 import pytest
+from documents.program_server import ProgramServer
 from sharing.places import s3_client, s3_environment
 from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
 from small_ast import save_small_ast
@@ -51,26 +53,43 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def filled_cache(world) -> Path:
+def program_server(world, tmp_path_factory):
+    """Where the programs of the pages are forked from: started with what libraries read early."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment_of(world).items():
+            patch.setenv(variable, value)
+        folder = tmp_path_factory.mktemp("server")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "user-cache"))
+        server = ProgramServer(folder / "programs")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def filled_cache(world, program_server) -> Path:
     """`VEGAS.cache` after `lmdbcache extract VEGAS --model ast`."""
-    environment = {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-m", "lmdbcache.cli.main", "extract", "VEGAS"]
+        program_server.command("lmdbcache.cli.main", "extract", "VEGAS")
         + ["--root", "VEGAS.cache", "--model", "ast", "--num-workers", "0"],
         cwd=world,
-        env={**os.environ, **environment, **hub(world)},
+        env={**os.environ, **environment_of(world)},
         check=True,
         capture_output=True,
     )
     return world / "VEGAS.cache"
 
 
-def hub(world: Path) -> dict[str, str]:
-    return {"HF_HUB_CACHE": str(world / "hub"), "HF_HUB_OFFLINE": "1"}
+def environment_of(world: Path) -> dict[str, str]:
+    return {
+        "HF_HUB_CACHE": str(world / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(PACKAGE),
+    }
 
 
 @pytest.fixture
-def reader_at_home(world, tmp_path, monkeypatch) -> Path:
+def reader_at_home(world, program_server, tmp_path, monkeypatch) -> Path:
     """A copy of the world as the working folder, and the programs that the documents call."""
     home = tmp_path / "home"
     home.mkdir()
@@ -79,25 +98,23 @@ def reader_at_home(world, tmp_path, monkeypatch) -> Path:
     programs = tmp_path / "programs"
     programs.mkdir()
     modules = {
-        "lmdbcache": "-m lmdbcache.cli.main",
-        "python": "",
-        "torchrun": "-m torch.distributed.run",
-        "accelerate": "-m accelerate.commands.accelerate_cli",
+        "lmdbcache": "lmdbcache.cli.main",
+        "torchrun": "torch.distributed.run",
+        "accelerate": "accelerate.commands.accelerate_cli",
     }
+    commands = {name: program_server.command(module) for name, module in modules.items()}
+    commands["python"] = [sys.executable]
     scripts = {
-        name: f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n'
-        for name, module in modules.items()
+        name: f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n' for name, command in commands.items()
     }
     for name, script in {**scripts, "srun": SRUN}.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    for variable, value in hub(world).items():
+    for variable, value in environment_of(world).items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LMDBCACHE_ROOT", raising=False)
     return home
 

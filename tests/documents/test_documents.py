@@ -118,7 +118,7 @@ def of_page(code: dict[str, str], page: Path) -> str:
 @pytest.mark.parametrize(
     "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
 )
-def test_the_code_of_a_page_runs(page, reader_at_home, request):
+def test_the_code_of_a_page_runs(page, reader_at_home, program_server, request):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
     if page.name in AFTER_AN_EXTRACTION:
         shutil.copytree(request.getfixturevalue("filled_cache"), "VEGAS.cache")
@@ -131,7 +131,11 @@ def test_the_code_of_a_page_runs(page, reader_at_home, request):
     )
     (reader_at_home / "page.py").write_text(RUNNER)
     done = subprocess.run(
-        [sys.executable, "page.py"], capture_output=True, text=True, timeout=1180, check=False
+        program_server.command("page.py"),
+        capture_output=True,
+        text=True,
+        timeout=1180,
+        check=False,
     )
     assert done.returncode == 0, f"{page.name}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
