@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RATE = 16000
-NUM_CLIPS = 300  # of a dataset that takes a while
+NUM_CLIPS = 120  # of a dataset that takes a while
 
 
 def tone(frequency: float = 440.0, rate: int = RATE, seconds: float = 0.5) -> np.ndarray:

@@ -127,4 +127,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         # This one is killed when it has stored something.
         (_log.parent / "pid").write_text(str(os.getpid()))
-    run_rank(_root, _folder, _log, share_from_environment("torchrun"), seconds=0.05)
+    run_rank(_root, _folder, _log, share_from_environment("torchrun"), seconds=0.1)

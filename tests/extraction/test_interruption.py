@@ -64,11 +64,12 @@ def check_equal(stored, expected):
         np.testing.assert_allclose(stored[sample_id], value, rtol=0, atol=1e-6)
 
 
-def test_killed_again_and_again(begin, cache, config, num_stored, stored, uninterrupted):
+@pytest.mark.parametrize("num_kills", [3, pytest.param(7, marks=pytest.mark.stress)])
+def test_killed_again_and_again(begin, cache, config, num_stored, stored, uninterrupted, num_kills):
     """After kill -9 the store is sound, nothing committed is lost, and the next run goes on."""
     chance = random.Random(0)
     before, most = 0, NUM_CLIPS // 8  # of one run
-    for _ in range(6):
+    for _ in range(num_kills):
         command = begin(cache.root, prepare=partial(hold_after, most))
         command.wait_until(lambda before=before: num_stored() > before)
         time.sleep(chance.uniform(0, 0.15))
@@ -96,7 +97,7 @@ def test_orphans_of_a_killed_run_end(begin, cache, num_stored):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("after", [1, 7, 60])
+@pytest.mark.parametrize("after", [1, 60])
 def test_killed_worker(begin, cache, config, num_stored, after):
     """A decoding process that dies ends the run with one line; what was computed is stored."""
     kill = partial(signal_workers, signal.SIGKILL, 1)

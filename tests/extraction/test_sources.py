@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from extraction.clips import Steps, tone, write, write_tones
+from extraction.clips import NUM_CLIPS, Steps, tone, write, write_tones
+from extraction.processes import hold_after
 
 from lmdbcache import CacheConfig, model_identity
 from lmdbcache.cache import SOURCES_NAME, check_sources, recorded_sources
@@ -115,9 +117,10 @@ def test_killed_runs_leave_no_embedding_without_a_record(
     config = CacheConfig(duration=0.5, model_name=model_identity(ast_folder), namespace="vegas")
     fixed = ("--root", cache.root, "--model", ast_folder, "--duration", 0.5, "--class", "dog")
     often = ("--batch-size", 1, "--commit-seconds", 0, "--num-workers", 1)
+    hold = partial(hold_after, NUM_CLIPS // 4)
     seen = 0
     for _ in range(3):
-        command = start("extract", dataset_folder, *fixed, *often)
+        command = start("extract", dataset_folder, *fixed, *often, prepare=hold)
 
         def has_more(before=seen):
             return config in cache and len(list(recorded_sources(cache.path(config)))) > before

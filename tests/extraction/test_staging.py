@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import submitit
-from extraction.clips import Steps
+from extraction.clips import NUM_CLIPS, Steps
 from extraction.processes import PATIENCE
 from extraction.ranks import BATCH, CONFIG, Neighbours, run_rank
 
@@ -252,4 +252,4 @@ def test_submitit(dataset_folder, cache, folder, tmp_path, monkeypatch):
     summaries = job.results()
     assert [str(summary).split(":")[0] for summary in summaries] == ["rank 0 of 2", "rank 1 of 2"]
     assert merge_stores(cache, [folder]).exit_code == 0
-    assert cache.info(CONFIG).num_embeddings == sum(s.num_extracted for s in summaries) == 300
+    assert cache.info(CONFIG).num_embeddings == sum(s.num_extracted for s in summaries) == NUM_CLIPS

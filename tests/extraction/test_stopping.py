@@ -14,7 +14,7 @@ from extraction.clips import NUM_CLIPS
 from extraction.processes import PATIENCE, call_after, catches, hold_after, signal_workers
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
-from lmdbcache.extraction import extract
+from lmdbcache.extraction import decoding, extract
 from lmdbcache.extraction.decoding import worker_errors
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -75,13 +75,17 @@ def test_stopped_while_it_computes(
     assert cache.verify(config).is_sound
 
 
+def _hang_after_five(folder):
+    decoding._CLOSE_SECONDS = 1.0  # for which the end of the workers is waited
+    call_after(5, partial(signal_workers, signal.SIGSTOP), folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_what_no_commit_has_seen_is_committed(start, arguments, num_stored, number):
     """A run that commits once an hour and whose workers hang loses nothing that was computed."""
-    stop_workers = partial(signal_workers, signal.SIGSTOP)
     command = start(
         *(*arguments, "--commit-seconds", 3600, "--num-workers", 2),
-        prepare=partial(call_after, 5, stop_workers),
+        prepare=_hang_after_five,
     )
     command.wait_until(command.is_held)
     assert num_stored() == 0
@@ -121,10 +125,10 @@ def test_second_ctrl_c_ends_at_once(start, arguments, cache, config, num_stored)
     ("number", "delay"),
     [
         (signal.SIGINT, 0.0),
-        (signal.SIGTERM, 0.5),
-        (signal.SIGINT, 1.2),
-        (signal.SIGTERM, 2.0),
-        (signal.SIGINT, 3.0),
+        pytest.param(signal.SIGTERM, 0.5, marks=pytest.mark.stress),
+        (signal.SIGTERM, 1.2),
+        pytest.param(signal.SIGTERM, 2.0, marks=pytest.mark.stress),
+        pytest.param(signal.SIGINT, 3.0, marks=pytest.mark.stress),
     ],
 )
 def test_stopped_while_it_starts(arguments, number, delay, cache, config):
