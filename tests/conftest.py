@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from pathlib import Path
+
+# The test processes of one machine would spend their time waiting for each other's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -124,6 +124,16 @@ def test_preload_without_shared_memory_is_our_error(tmp_path, noises, shared_mem
     assert "/dev/shm" in done.stdout
 
 
+@pytest.fixture
+def openmp_threads():
+    """This process computes with threads that a forked child doesn't have, and would wait for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("openmp_threads")
 def test_a_forked_process_extracts_after_its_parent_did(tmp_path, noises):
     """It doesn't wait for the parent's threads, which it has not."""
     samples, paths = noises
@@ -162,11 +172,11 @@ def test_however_it_was_forked(tmp_path, noises, kind):
     check_stored(tmp_path / "cache", samples)
 
 
+@pytest.mark.usefixtures("openmp_threads")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_daemonic_process_extracts(tmp_path, noises, method):
     """In a Pool's process, which may start no others, clips are decoded in it."""
     samples, paths = noises
-    # OpenMP's threads, on which a forked child would wait.
     extract_means(tmp_path / "parent", paths, num_workers=0)
     with multiprocessing.get_context(method).Pool(1) as pool:
         summary = pool.apply(extract_means, (tmp_path / "cache", paths))
