@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from worker_errors import raises_in_worker
 
 from lmdbcache import (
     CacheConfig,
@@ -150,6 +151,6 @@ def test_labels_must_fit(reader):
 def test_missing_sample_reaches_the_training_loop(reader, num_workers):
     """A miss in a worker arrives as our error with its message."""
     dataset = EmbeddingDataset(reader, ["video_00001:dog", "none:x"])
-    with pytest.raises(SampleNotFoundError, match="none:x"):
+    with raises_in_worker(SampleNotFoundError, match="none:x"):
         list(DataLoader(dataset, batch_size=2, num_workers=num_workers))
     assert issubclass(InvalidEmbeddingError, ValueError)

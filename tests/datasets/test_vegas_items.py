@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
+from worker_errors import raises_in_worker
 
 from lmdbcache.datasets import VEGASDataset, create_vegas_dataloader, vegas_collate_fn
 from lmdbcache.errors import AudioDecodeError, DatasetError
@@ -172,11 +173,11 @@ def test_batches_without_any_hit_and_with_hits_only(root):
     [
         ("fork", 2, vegas_collate_fn),
         ("fork", 2, default_collate),
-        ("spawn", 1, vegas_collate_fn),  # each imports torch
+        ("forkserver", 1, vegas_collate_fn),
     ],
 )
 def test_worker_processes(root, context, num_workers, collate):
-    """Workers, forked or spawned, bring every sample with embedding and waveform."""
+    """Workers, forked or new, bring every sample with embedding and waveform."""
     dataset = cached(root)
     assert dataset[0]["audio_emb"][0] == 0  # the parent has read before it forks
     loader = DataLoader(
@@ -203,7 +204,7 @@ def test_a_broken_file_is_named_across_processes(root):
     dataset = VEGASDataset(root, **OPTIONS)
     Path(dataset.samples[5]["audio_path"]).write_text("no audio", encoding="utf-8")
     loader = create_vegas_dataloader(dataset, 4, shuffle=False, num_workers=1)
-    with pytest.raises(AudioDecodeError, match=r"video_00005\.wav"):
+    with raises_in_worker(AudioDecodeError, match=r"video_00005\.wav"):
         list(loader)
 
 

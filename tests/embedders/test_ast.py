@@ -66,9 +66,9 @@ def test_bit_equal_to_the_extractor(front_end, ast_folder, num_samples):
     np.testing.assert_array_equal(features, expected)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_workers_compute_the_same(front_end, context):
-    """In DataLoader workers, forked after use or spawned, every bit is the same."""
+    """In DataLoader workers, forked after use or new, every bit is the same."""
     expected = np.stack([front_end(waveform(seed=index)) for index in range(4)])
     loader = DataLoader(
         Features(front_end), batch_size=4, num_workers=1, multiprocessing_context=context

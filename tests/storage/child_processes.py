@@ -1,4 +1,4 @@
-"""Running pieces of a test in processes of their own. Imports no torch, as spawning would wait."""
+"""Running pieces of a test in processes of their own. Imports no torch: spawning would wait."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from lmdbcache.cache import EmbeddingCache
 
 TIMEOUT_SECONDS = 240  # a guard against what hangs, on any machine
 NOBODY = 65534
+
+# For `Peer` and for the workers of a DataLoader: each would take two seconds to import torch.
+multiprocessing.set_forkserver_preload(["lmdbcache.cache.embedding_cache", "torch"])
 
 
 def in_fork(function: Callable[[], Any], *, user: int | None = None) -> Any:
@@ -57,7 +60,6 @@ class Peer:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lmdbcache.cache.embedding_cache"])
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()

@@ -339,7 +339,7 @@ def test_a_lock_that_is_never_given_back_delays_a_close_and_no_more(
 
 @pytest.mark.parametrize(
     ("method", "persistent"),
-    [("fork", False), ("fork", True), ("spawn", False), ("forkserver", True)],
+    [("fork", False), ("fork", True), ("forkserver", False), ("forkserver", True)],
 )
 def test_epochs_of_workers_are_summed(reader, store, method, persistent):
     """Each epoch has exactly its own hits, however the workers start and for how long they live."""
@@ -347,7 +347,7 @@ def test_epochs_of_workers_are_summed(reader, store, method, persistent):
     loader = torch.utils.data.DataLoader(
         EmbeddingDataset(reader, SAMPLE_IDS, collated=True),
         batch_size=10,
-        num_workers=2 if method == "fork" else 1,  # the others import torch anew
+        num_workers=2,
         multiprocessing_context=method,
         persistent_workers=persistent,
         collate_fn=collate_embeddings,

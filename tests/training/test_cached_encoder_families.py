@@ -23,7 +23,16 @@ from lmdbcache import (
 from lmdbcache.audio import load_clip
 
 # One of each front end, with and without mask.
-VARIANTS = ["ast", "wav2vec2", "wav2vec2-masked", "wavlm-masked", "whisper", "clap", "clap-fused"]
+VARIANTS = [
+    "ast",
+    "wav2vec2-masked",
+    "whisper",
+    "clap",
+    *(
+        pytest.param(name, marks=pytest.mark.stress)
+        for name in ("wav2vec2", "wavlm-masked", "clap-fused")
+    ),
+]
 NEEDS_NUM_VALID = ["wav2vec2-masked", "whisper", "clap"]
 SECONDS = (0.37, 0.71, 0.5, 0.9)
 

@@ -78,7 +78,7 @@ def _first(batch):
     return batch[0]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_workers_read_the_same_memory(reader, context):
     """Worker processes get the tensor without a copy: what one writes is seen here."""
     preloaded = preload(reader)
