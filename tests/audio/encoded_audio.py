@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -43,6 +44,19 @@ def encoded(form: str, subtype: str, samples: np.ndarray | None = None, **option
     samples = tone(rate=rate) if samples is None else samples
     soundfile.write(buffer, samples, rate, format=form, subtype=subtype, **options)
     return buffer.getvalue()
+
+
+def write_m4a(path: Path, samples: np.ndarray, rate: int) -> None:
+    """AAC, which only FFmpeg reads."""
+    import av
+
+    with av.open(str(path), "w", format="ipod") as output:
+        stream = output.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        for part in av.AudioResampler("fltp", "mono", rate, 1024).resample(frame):
+            output.mux(stream.encode(part))
+        output.mux(stream.encode(None))
 
 
 def put(content: bytes, offset: int, layout: str, value: int) -> bytes:

@@ -74,7 +74,7 @@ def test_empty_file_holds_no_records(store, fill, clips):
 
 def test_locked_records_never_stop_a_writer(store, fill, clips, monkeypatch, caplog):
     """A program that keeps the file locked costs the records, after a wait, and nothing else."""
-    monkeypatch.setattr(records, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(records._connect, "__defaults__", (0.1,))
     other = sqlite3.connect(store / SOURCES_NAME)
     other.execute("BEGIN EXCLUSIVE")
     try:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
-
 import pytest
 import soundfile
-from audio.encoded_audio import tone
+from audio.encoded_audio import tone, write_m4a
 from embedders.small_folders import folder_of
 
 from lmdbcache import EmbeddingCache, config_for, to_clips
@@ -17,7 +12,7 @@ from lmdbcache.datasets import open_dataset
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction import extract
 
-av = pytest.importorskip("av")
+pytest.importorskip("av")
 
 
 @pytest.fixture
@@ -28,13 +23,7 @@ def media(tmp_path):
         folder.mkdir(parents=True)
         samples = tone(seconds=1.0, rate=16000)
         soundfile.write(folder / "one.wav", samples, 16000)
-        with av.open(str(folder / "other.m4a"), "w", format="ipod") as output:
-            stream = output.add_stream("aac", rate=16000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-            frame.sample_rate = 16000
-            for part in av.AudioResampler("fltp", "mono", 16000, 1024).resample(frame):
-                output.mux(stream.encode(part))
-            output.mux(stream.encode(None))
+        write_m4a(folder / "other.m4a", samples, 16000)
     return tmp_path
 
 
@@ -67,28 +56,3 @@ def test_extraction(media):
         summary = extract(cache, config, clips, model=model, num_workers=num_workers)
         assert (summary.num_samples, len(summary.failures)) == (4, 0)
     assert len(cache.stores()) == 2
-
-
-def test_command_line(media):
-    """`extract`, `coverage` and `dataset` take the option, and `coverage` finds what is stored."""
-    shutil.rmtree(media / "vegas")
-
-    def run(*arguments):
-        root = ("--root", str(media / "cache"))
-        command = [sys.executable, "-m", "lmdbcache.cli.main", *map(str, arguments)]
-        result = subprocess.run(
-            [*command, *(root if arguments[0] != "dataset" else ()), "--json"],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    data, model = media / "folder", ("--model", folder_of("ast"), "--duration", 1)
-    assert run("dataset", data, "--decoder", "ffmpeg")["clips"] == 4
-    found = run("extract", data, *model, "--decoder", "ffmpeg", "--num-workers", 0)
-    assert found["num_extracted"] == 4
-    (info,) = EmbeddingCache(media / "cache").stores()
-    assert info.config.front_end.startswith("ffmpeg+")
-    assert run("coverage", data, *model, "--decoder", "ffmpeg")["num_present"] == 4
