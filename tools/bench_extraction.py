@@ -157,7 +157,7 @@ class _Bench:
             writer.put_batch(ids, np.ones((num_samples, 768), np.float32))
         clips = json.dumps(dict.fromkeys(ids, "clip.wav"))
         times = []
-        for _ in range(3):
+        for _ in range(self.rounds):
             started = time.perf_counter()
             subprocess.run(
                 [sys.executable, "-c", code, str(root)], input=clips, text=True, check=True

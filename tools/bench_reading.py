@@ -42,6 +42,7 @@ class Workload:
     shape: tuple[int, ...]
     batch_size: int
     rounds: int
+    num_starts: int = 9
 
     @property
     def config(self) -> CacheConfig:
@@ -54,7 +55,7 @@ class Workload:
 
 POOLED = Workload("P", 28109, (768,), 256, 9)
 HIDDEN = Workload("H", 300, (1214, 768), 8, 5)
-QUICK = [Workload("P", 512, (768,), 64, 2), Workload("H", 8, (100, 768), 4, 2)]
+QUICK = [Workload("P", 512, (768,), 64, 1, 1), Workload("H", 8, (100, 768), 4, 1, 1)]
 
 Figures = dict[str, dict[str, float]]
 
@@ -246,7 +247,7 @@ class Bench:
         ours = (sys.executable, __file__, "--child", str(self.cache.root), self.work.name, *sizes)
         memmap = (sys.executable, __file__, "--memmap-child", str(self.npy))
         times: dict[str, dict[str, list[float]]] = {}
-        for _ in range(max(9, self.work.rounds)):
+        for _ in range(self.work.num_starts):
             for way, command in (("ours", ours), ("memmap", memmap)):
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 for name, figure in json.loads(done.stdout).items():

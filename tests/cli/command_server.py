@@ -32,14 +32,23 @@ class CommandServer:
         self._answers = self._ours.makefile("r")
 
     def run(
-        self, arguments: list[str], environment: dict[str, str], folder: Path, output: Path
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        folder: Path,
+        output: Path,
+        prepare: str = "",
     ) -> int:
-        """The exit status; what the command printed is in `output.1` and `output.2`."""
+        """The exit status; what the command printed is in `output.1` and `output.2`.
+
+        `prepare` is code that the fork runs before the command.
+        """
         request: dict[str, Any] = {
             "arguments": arguments,
             "environment": environment,
             "folder": str(folder),
             "output": str(output),
+            "prepare": prepare,
         }
         self._ours.sendall(json.dumps(request).encode() + b"\n")
         answer = self._answers.readline()
@@ -89,7 +98,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def _be_the_command(
-    arguments: list[str], environment: dict[str, str], folder: str, output: str
+    arguments: list[str], environment: dict[str, str], folder: str, output: str, prepare: str
 ) -> None:
     code: Any = 70
     try:
@@ -104,6 +113,7 @@ def _be_the_command(
         sys.argv = ["lmdbcache", *arguments]
         from lmdbcache.cli import main
 
+        exec(prepare, {})
         main()
     except SystemExit as ended:
         code = 0 if ended.code is None else ended.code

@@ -27,7 +27,7 @@ def command_server():
 def cli(tmp_path, tmp_path_factory, command_server):
     """Run `lmdbcache …` in a process of its own; the root is this test's, if none is given."""
 
-    def cli(*arguments, root=tmp_path / "cache", stdin="", **environment):
+    def cli(*arguments, root=tmp_path / "cache", stdin="", prepare="", **environment):
         output = tmp_path_factory.mktemp("output") / "of"
         clean = {name: value for name, value in os.environ.items() if name != "LMDBCACHE_ROOT"}
         if root is not None:
@@ -38,6 +38,7 @@ def cli(tmp_path, tmp_path_factory, command_server):
             {**clean, "HF_HUB_OFFLINE": "1", **environment},
             tmp_path,
             output,
+            prepare,
         )
         printed = (Path(f"{output}.{number}").read_bytes().decode("utf-8") for number in (1, 2))
         return subprocess.CompletedProcess(arguments, code, *printed)

@@ -126,22 +126,17 @@ def test_dry_run(cli, data, options, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_warnings_of_a_plan(data, options, tmp_path):
+def test_warnings_of_a_plan(cli, data, options):
     """What the machine won't bear is said after the plan, with the way out, and in JSON."""
-    code = (
-        "import sys\nfrom lmdbcache.cli import main\n"
+    tiny = (
         "from lmdbcache.cli import extract\n"
         "from lmdbcache.extraction import estimate\n"
         "extract._TRIAL_SECONDS = 0.1\n"
         "estimate.memory_limit = lambda: 4096\n"  # a very small machine
-        "sys.argv = ['lmdbcache', *sys.argv[1:]]\n"
-        "main()\n"
     )
-    arguments = ["extract", data, *options, "--root", tmp_path / "cache"]
 
     def run(*more):
-        command = [sys.executable, "-c", code, *map(str, [*arguments, *more])]
-        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        result = cli("extract", data, *options, *more, prepare=tiny)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

@@ -18,6 +18,7 @@ from storage.child_processes import peer_process
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.cache import PrunePolicy, plan_pruning, prune
+from lmdbcache.cli.doctor.stores import check_stores
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
 from lmdbcache.storage import checksum, write_lock
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
@@ -194,7 +195,7 @@ def test_prune_takes_damage_alone_for_damage(cli, cache, configs):
     (store,) = [store for store in cache.stores() if store.damage]
     assert ("Upgrade" in store.damage, store.is_damaged) == (True, False)
     assert "nothing to remove" in cli("prune", "--damaged", "--dry-run").stdout
-    assert "Upgrade" in cli("doctor").stdout
+    assert any("Upgrade" in finding.text + finding.remedy for finding in check_stores(cache))
 
 
 def test_prune_looks_again_before_it_removes(cache, configs):
@@ -398,7 +399,7 @@ def test_one_store_that_can_not_be_used_keeps_no_other_from_its_turn(
 def test_a_store_that_can_not_be_used_can_be_removed(cli, cache, hostile):
     """With its links and pipes, and nothing beyond them."""
     assert hostile.name in cli("ls", "--json").stdout
-    assert cli("doctor").returncode in (0, 1)
+    assert list(check_stores(cache))  # the doctor looks at it
     assert cli("rm", hostile.name, "--yes").returncode == 0
     assert not hostile.exists()
     assert len(cache.folders()) == 2

@@ -149,9 +149,13 @@ def test_audit_of_vanished_files(cli, filled, data):
     assert "skipped: " in result.stdout
 
 
+SHORT_TRIAL = "from lmdbcache.cli import extract; extract._TRIAL_SECONDS = 0.2"
+
+
 def test_plan(cli, data, options, tmp_path):
     """A table of every output and dtype, and a time; nothing is stored."""
-    result = cli("extract", data, *options, "--plan", "--dtype", "float16")
+    arguments = ("extract", data, *options, "--plan", "--dtype", "float16")
+    result = cli(*arguments, prepare=SHORT_TRIAL)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "cache").exists()
     (chosen,) = [line for line in result.stdout.splitlines() if line.startswith("*")]
@@ -164,7 +168,8 @@ def test_plan_that_does_not_fit(cli, data, options):
     """Exit code 3, as for an extraction that has no room."""
     with small_disk(data.parent / "disk", 4) as disk:
         fill(disk, 1 << 20)
-        result = cli("extract", data, *options, "--plan", "--json", root=disk / "cache")
+        arguments = ("extract", data, *options, "--plan", "--json")
+        result = cli(*arguments, root=disk / "cache", prepare=SHORT_TRIAL)
     assert result.returncode == 3
     plan = json.loads(result.stdout)
     assert not plan["fits"]
