@@ -59,15 +59,15 @@ def open_many(root, configs):
 
 
 def test_hundreds_of_stores_in_one_process(cache, config):
-    """300 stores are read and written at once: twice as many as 1 TiB maps allow."""
-    configs = [config.replace(duration=1 + n / 10) for n in range(300)]
+    """160 stores are read and written at once: more than 1 TiB maps allow."""
+    configs = [config.replace(duration=1 + n / 10) for n in range(160)]
     for index, each in enumerate(configs):
         with cache.writer(each) as writer:
             writer.put("a:x", np.full(4, index, np.float32))
-    assert in_fork(lambda: open_many(cache.root, configs)) == (300, 1 << 33)
+    assert in_fork(lambda: open_many(cache.root, configs)) == (160, 1 << 33)
 
 
-@pytest.mark.parametrize("mebibytes", [4096, 1024, 256])
+@pytest.mark.parametrize("mebibytes", [1024, 256])
 def test_limited_address_space_reads_and_writes(cache, config, mebibytes):
     """Under `ulimit -v` stores are made, grown and read, and the process has memory left."""
 

@@ -81,7 +81,7 @@ def test_interrupted_in_the_copy(loose, config):
 def test_stopped_from_outside(loose, config, number):
     """At whatever moment: the exit code, one line, the store sound, nothing left over."""
     chance, stopped = random.Random(number), 0
-    for number_of_stop in range(5):
+    for number_of_stop in range(3):
         command = [sys.executable, "-m", "lmdbcache.cli.main", "compact", "--all"]
         with subprocess.Popen(
             [*command, "--root", loose.root],

@@ -97,7 +97,7 @@ def test_fork_while_other_threads_read(reader):
     for thread in threads:
         thread.start()
     try:
-        for _ in range(25):
+        for _ in range(10):
             np.testing.assert_array_equal(in_fork(lambda: reader.get_batch(SAMPLE_IDS)), VALUES)
     finally:
         stop.set()

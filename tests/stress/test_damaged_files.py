@@ -6,7 +6,7 @@ import pytest
 from stress.damaging import cut_files, flip_bytes
 
 
-@pytest.mark.parametrize("number", [60, pytest.param(5200, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [30, pytest.param(5200, marks=pytest.mark.stress)])
 def test_flipped_bytes_in_copies(count_faults, tmp_path, number):
     """A damaged store from elsewhere ends no process, and no wrong value passes a check."""
     figures = count_faults(flip_bytes, str(tmp_path), number, False)
@@ -14,7 +14,7 @@ def test_flipped_bytes_in_copies(count_faults, tmp_path, number):
     assert figures.counts["found by verify"] > number // 4
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(2400, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [20, pytest.param(2400, marks=pytest.mark.stress)])
 def test_flipped_bytes_in_place(count_faults, tmp_path, number):
     """The same under a store that this machine has written."""
     figures = count_faults(flip_bytes, str(tmp_path), number, True)

@@ -217,7 +217,7 @@ def same(seen, state):
 
 
 @pytest.mark.parametrize(
-    ("histories", "steps"), [(15, 15), pytest.param(400, 40, marks=pytest.mark.stress)]
+    ("histories", "steps"), [(8, 15), pytest.param(400, 40, marks=pytest.mark.stress)]
 )
 def test_random_histories(record_property, histories, steps):
     """Whatever one process does to its store, the reader sees one committed state after another."""
