@@ -6,7 +6,7 @@ import pytest
 from stress.killing_compaction import kill_compactions, kill_removals
 
 
-@pytest.mark.parametrize("number", [15, pytest.param(360, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [8, pytest.param(360, marks=pytest.mark.stress)])
 def test_killed_compactions_beside_writers_and_readers(count_faults, tmp_path, number):
     """Nothing lost, nothing read wrong, no reader sees an older state than before."""
     figures = count_faults(kill_compactions, str(tmp_path), number)
@@ -16,7 +16,7 @@ def test_killed_compactions_beside_writers_and_readers(count_faults, tmp_path, n
     assert figures.counts["looks of readers"] > number
 
 
-@pytest.mark.parametrize("number", [8, pytest.param(120, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("number", [5, pytest.param(120, marks=pytest.mark.stress)])
 def test_killed_removals(count_faults, tmp_path, number):
     """The store is whole or gone; its open reader and the next writer go on."""
     figures = count_faults(kill_removals, str(tmp_path), number)

@@ -12,7 +12,7 @@ def sizes(few, many):
     return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.stress)])
 
 
-@sizes(20, 600)
+@sizes(12, 600)
 def test_killed_writers_lose_nothing(count_faults, tmp_path, number):
     """Every acknowledged batch is there bit by bit, every other wholly or not at all."""
     figures = count_faults(kill_writers, str(tmp_path), number)
@@ -20,14 +20,14 @@ def test_killed_writers_lose_nothing(count_faults, tmp_path, number):
     assert figures.counts["acknowledged batches"] > number
 
 
-@sizes(12, 320)
+@sizes(8, 320)
 def test_kills_while_a_store_is_made(count_faults, tmp_path, number):
     """The store is absent or opens, and the next writer goes on."""
     figures = count_faults(kill_creators, str(tmp_path), number)
     assert figures.counts["kills"] >= number
 
 
-@sizes(30, 600)
+@sizes(15, 600)
 def test_killed_removals_leave_whole_units(count_faults, tmp_path, number):
     """What was removed never comes back, and each unit of ragged embeddings is there as a whole."""
     limits = {"commit_records": 40}

@@ -37,8 +37,10 @@ def copied(batch):
     return torch.stack(batch.copy())
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("collate", [stacked, concatenated, sorted_first, copied, None])
+@pytest.mark.parametrize(
+    ("collate", "num_workers"),
+    [(stacked, 0), (concatenated, 0), (sorted_first, 0), (copied, 0), (None, 0), (stacked, 1)],
+)
 def test_collate_functions_do_not_disturb_each_other(dataset, collate, num_workers):
     """What `collate_embeddings` has no use for is still there for another function."""
     for function in (collate_embeddings, collate, collate_embeddings, collate):
