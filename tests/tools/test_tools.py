@@ -39,10 +39,10 @@ def cache(tmp_path):
 
 def test_demo(tmp_path):
     """The demo extracts once, computes nothing again, and trains on what is stored."""
-    result = script("demo.py", "--folder", tmp_path / "demo", "--clips-per-class", 8)
+    result = script("demo.py", "--folder", tmp_path / "demo", "--clips-per-class", 3)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "80 samples: 0 were cached, 79 extracted, 1 failed" in result.stdout
-    assert "80 samples: 79 were cached, 0 extracted, 1 failed" in result.stdout
+    assert "30 samples: 0 were cached, 29 extracted, 1 failed" in result.stdout
+    assert "30 samples: 29 were cached, 0 extracted, 1 failed" in result.stdout
     assert "second run" in result.stdout
     assert "0 embeddings computed" in result.stdout
     assert "Traceback" not in result.stderr
