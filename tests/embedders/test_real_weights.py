@@ -114,7 +114,8 @@ def parts_of(waveform):
     return np.array([mels[part] for part in frames])
 
 
-@pytest.mark.parametrize("duration", [0.3, 1.2])  # all are cut, some are
+# All are cut, some are.
+@pytest.mark.parametrize("duration", [pytest.param(0.3, marks=pytest.mark.stress), 1.2])
 def test_resemblyzer(packages, clips, by_hand, through_a_cache, duration):
     """Its preprocessing gets each clip cut at the duration, and never padded."""
     resemblyzer = packages["resemblyzer"]

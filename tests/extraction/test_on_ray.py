@@ -193,6 +193,7 @@ def assert_same(found, expected):
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.stress  # half a minute; killed ranks without Ray are in the short suite
 def test_what_is_killed_on_the_way(driver, host, cache, data, tmp_path):
     """Whatever dies, no clip is lost or changed in a bit, and nothing stays staged.
 
