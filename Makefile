@@ -7,10 +7,10 @@ DEMO_READY := $(VENV)/.ready-for-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test stress bench docs check lint types imports prose format clean
+.PHONY: help install demo test stress bench bench-peers docs check lint types imports prose format clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(READY) ## make the environment (torch included: some gigabytes, some minutes)
 
@@ -39,6 +39,9 @@ stress: $(READY) ## the long tests
 
 bench: $(READY) ## measure, and write the tables of docs/benchmarks.md
 	$(BIN)/python tools/bench.py
+
+bench-peers: $(READY) ## compare with memmap, tensordict, safetensors and others on this machine
+	$(BIN)/python tools/bench_peers.py
 
 docs: $(READY) ## build the documentation's site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f .mkdocs.yml

@@ -7,6 +7,7 @@ import sys
 import bench
 import bench_exports
 import bench_merge
+import bench_peers
 import bench_push
 import numpy as np
 import peer_adapter
@@ -84,3 +85,28 @@ def test_the_benchmark_of_push_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["bench_push.py", f"file://{tmp_path}/shared", "--quick"])
     bench_push.main()
     assert capsys.readouterr().out.endswith("sound\n")
+
+
+@pytest.mark.parametrize("way", bench_peers.WAYS, ids=lambda way: way.__name__)
+def test_each_way_of_the_comparison_gives_back_what_it_was_given(tmp_path, way):
+    """A batch of two shapes comes back bit for bit, as a tensor, in the order asked for."""
+    for number, shape in enumerate([(8,), (5, 4)]):
+        work = bench_peers.Workload("P", 20, shape, 4, 1)
+        written = np.random.default_rng(0).random((20, *shape), dtype=np.float32)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        made = way(folder, work)
+        made.write(written)
+        read = made.open()([7, 1, 19])
+        assert isinstance(read, torch.Tensor)
+        assert np.array_equal(read, written[[7, 1, 19]])
+
+
+@pytest.mark.usefixtures("_restores_threads")
+def test_the_comparison_has_a_row_for_each_way_and_a_chart(monkeypatch):
+    """A quick run measures every column in fresh processes and draws, and writes nothing."""
+    monkeypatch.setattr(bench_peers, "WAYS", bench_peers.WAYS[:2])
+    before = bench_peers.DOCUMENT.read_bytes()
+    lines = bench_peers.tables(quick=True).splitlines()
+    assert [line.count("|") for line in lines if line.startswith("| lmdbcache")] == [7, 7]
+    assert bench_peers.DOCUMENT.read_bytes() == before
