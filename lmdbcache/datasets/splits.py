@@ -39,6 +39,9 @@ PartitionRule = Literal["count", "share", "dirichlet"]
 # Part of the random stream's key. To be changed with anything that changes who gets what.
 _STREAM: Final = "dirichlet/2"
 
+# What floating-point arithmetic makes of a ratio, at most: 1 - 0.9 - 0.1 is -2.8e-17.
+_NOISE: Final = 1e-9
+
 _logger = logging.getLogger(__name__)
 
 
@@ -258,20 +261,25 @@ def normalized_ratios(
 ) -> tuple[float, float, float]:
     """Return the three ratios, scaled to a sum of 1 (with a warning if that changes them).
 
+    A negative ratio that floating-point arithmetic leaves, such as 1 - 0.9 - 0.1, is 0.
+
     Raises:
         DatasetError: A ratio is negative or not finite, or all are zero.
     """
-    ratios = (float(train_ratio), float(val_ratio), float(test_ratio))
-    total = sum(ratios)
+    train, val, test = (
+        0.0 if -_NOISE < ratio < 0 else float(ratio)
+        for ratio in (train_ratio, val_ratio, test_ratio)
+    )
+    ratios, total = (train, val, test), train + val + test
     if not all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios) or total == 0:
         raise DatasetError(
             f"train_ratio={train_ratio}, val_ratio={val_ratio}, test_ratio={test_ratio}: each must "
             "be 0 or more and at least one above 0, such as 0.7, 0.1, 0.2"
         )
-    if math.isclose(total, 1.0, abs_tol=1e-9):
+    if math.isclose(total, 1.0, abs_tol=_NOISE):
         return ratios
     _logger.warning("train, val and test ratios sum to %g; they are scaled to 1", total)
-    return (ratios[0] / total, ratios[1] / total, ratios[2] / total)
+    return (train / total, val / total, test / total)
 
 
 def _ranked_groups(samples: Sequence[Sample], seed: int, *, by_class: bool) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
@@ -174,7 +175,21 @@ def test_ratios_are_normalised_with_a_warning(caplog):
     assert "sum to 10" in caplog.text
 
 
-@pytest.mark.parametrize("ratios", [(0, 0, 0), (-0.1, 0.5, 0.6), (float("nan"), 0, 1)])
+@pytest.mark.parametrize(("train", "val"), [(0.9, 0.1), (0.8, 0.2), (0.7, 0.3), (0.6, 0.4)])
+def test_what_subtraction_leaves_of_a_ratio_is_zero(train, val, caplog):
+    """1 - train - val is taken as 0 where it is -2.8e-17, by every split, without a warning."""
+    samples = make_samples(dog=33, drum=7)
+    for ratios in ((train, val, 1.0 - train - val), (train, 1.0 - train - val, val)):
+        whole = tuple(0.0 if abs(ratio) < 1e-15 else ratio for ratio in ratios)
+        for split, stratify in itertools.product(SPLITS, (True, False)):
+            found = split_samples(samples, split, *ratios, stratify=stratify)
+            assert found == split_samples(samples, split, *whole, stratify=stratify)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "ratios", [(0, 0, 0), (1.0, 0.0, -1e-6), (-0.1, 0.5, 0.6), (float("nan"), 0, 1)]
+)
 def test_impossible_ratios_are_refused(ratios):
     """Negative, undefined and all-zero ratios raise."""
     with pytest.raises(DatasetError, match="train_ratio"):
