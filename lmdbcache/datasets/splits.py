@@ -1,12 +1,14 @@
 """Dividing samples between nodes and between train, val and test. No torch here.
 
-Who goes where depends on nothing but the seed and a hash of `class:file_id`: not on the order of
-the list, the process or the platform, since nodes on different machines have to agree without
-talking. A clip that is added later moves few others.
+With `split_method="hash"`, who goes where depends on nothing but the seed and a hash of
+`class:file_id`: not on the order of the list, the process or the platform, since nodes on different
+machines have to agree without talking. A clip that is added later moves few others. The other
+method is for scripts that drew theirs with scikit-learn.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import operator
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import xxhash
 
+from lmdbcache.datasets.sklearn_splits import NODE_RANK, shuffled_classes, sklearn_split
 from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SPLITS",
+    "SPLIT_METHODS",
+    "checked_split_method",
     "node_split",
     "normalized_ratios",
     "partition_samples",
@@ -33,6 +38,7 @@ __all__ = [
 ]
 
 SPLITS: Final = ("train", "val", "test")
+SPLIT_METHODS: Final = ("hash", "sklearn")
 
 PartitionRule = Literal["count", "share", "dirichlet"]
 
@@ -41,6 +47,9 @@ _STREAM: Final = "dirichlet/2"
 
 # What floating-point arithmetic makes of a ratio, at most: 1 - 0.9 - 0.1 is -2.8e-17.
 _NOISE: Final = 1e-9
+
+_UNSCALED: Final = (0.99, 1.01)
+_LARGEST_STATE: Final = 2**32 - 1
 
 _logger = logging.getLogger(__name__)
 
@@ -54,30 +63,44 @@ def split_samples(
     *,
     stratify: bool = True,
     seed: int = 42,
+    split_method: str = "hash",
 ) -> list[Sample]:
     """Return the samples of one split; train, val and test are disjoint and cover all samples.
 
     Args:
-        samples: Dicts with `file_id` and `class_name`.
+        samples: Dicts with `file_id` and `class_name`, and `class_label` if labels and names have
+            different orders.
         split: `"train"`, `"val"`, `"test"`, or `"all"` for everything.
         train_ratio: Share of train; ratios that don't sum to 1 are normalized.
         val_ratio: Share of val.
         test_ratio: Share of test.
         stratify: Divide each class by the ratios (largest remainder), else the whole list.
         seed: Another seed, another division.
+        split_method: `"hash"`: by a hash of seed, class and file id. `"sklearn"`: as
+            `sklearn.model_selection.train_test_split(stratify=labels, random_state=seed)` draws
+            test from all samples and then val from the rest. The samples are first sorted by label
+            and file id, so that the order of the list doesn't matter; which others are in it does.
+            Ratios that sum to 0.99 to 1.01 are taken as they are. Without `stratify` a NumPy
+            `RandomState` shuffles one class after another, shares are rounded down, and test has
+            what is left, or, with a ratio of 0, nothing: then a few samples are in no split.
 
     Returns:
         The samples of the split, in the order of `samples`.
 
     Raises:
-        DatasetError: Unknown split, or ratios that are negative, not finite or all zero.
+        DatasetError: Unknown split or method, ratios that are negative, not finite or all zero, or
+            `"sklearn"` can't divide the samples: a class with one sample, an empty part.
+        MissingDependencyError: scikit-learn isn't installed, with `split_method="sklearn"`.
     """
     if split not in (*SPLITS, "all"):
         raise DatasetError(f"split: {split!r}; use 'train', 'val', 'test' or 'all'")
-    ratios = normalized_ratios(train_ratio, val_ratio, test_ratio)
+    ratios = normalized_ratios(train_ratio, val_ratio, test_ratio, split_method)
     if split == "all":
         return list(samples)
     chosen: set[int] = set()
+    if split_method == "sklearn":
+        chosen = sklearn_split(samples, split, ratios, stratify=stratify, seed=_state(seed))
+        return [sample for index, sample in enumerate(samples) if index in chosen]
     for ranked in _ranked_groups(samples, seed, by_class=stratify):
         sizes = _largest_remainder(len(ranked), ratios)
         position = SPLITS.index(split)
@@ -92,6 +115,7 @@ def node_split(
     num_nodes: int | None = None,
     samples_per_node: int | None = None,
     seed: int = 42,
+    split_method: str = "hash",
 ) -> list[Sample]:
     """Return the samples of one node; the samples of two nodes are disjoint.
 
@@ -103,13 +127,17 @@ def node_split(
         samples_per_node: Or give each node this many samples of every class: node k has those of
             rank k·K to (k+1)·K, as far as the class goes.
         seed: Another seed, another division; all nodes must use the same.
+        split_method: `"hash"`, or `"sklearn"`: each class, sorted by file id, is shuffled by one
+            `numpy.random.RandomState`, one class after another in the order of their labels. The
+            returned samples are copies with `node_rank` (int), their place in the shuffled class:
+            `split_samples(split_method="sklearn")` draws the node's samples in this order.
 
     Returns:
         The samples of the node, in the order of `samples`.
 
     Raises:
-        DatasetError: Both or neither of `num_nodes` and `samples_per_node`, or a number out of
-            range.
+        DatasetError: Both or neither of `num_nodes` and `samples_per_node`, a number out of
+            range, or an unknown method.
     """
     if (num_nodes is None) == (samples_per_node is None):
         raise DatasetError(
@@ -122,13 +150,15 @@ def node_split(
             raise DatasetError(
                 f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
             )
-        part = partition_samples(samples, nodes, seed=seed)[node]
+        part = partition_samples(samples, nodes, seed=seed, split_method=split_method)[node]
         size = 1
     else:
         size = whole_number("samples_per_node", samples_per_node, minimum=1)
-        groups = _ranked_groups(samples, seed, by_class=True)
-        chosen = sorted(i for group in groups for i in group[node * size : (node + 1) * size])
-        part = [samples[index] for index in chosen]
+        parts = [
+            group[node * size : (node + 1) * size]
+            for group in _ordered_classes(samples, seed, split_method)
+        ]
+        part = _chosen(samples, parts, split_method)
     counts = Counter(sample["class_name"] for sample in part)
     for name in dict.fromkeys(sample["class_name"] for sample in samples):
         if counts[name] < size:
@@ -151,6 +181,7 @@ def partition_samples(
     alpha: float | None = None,
     min_samples: int = 0,
     seed: int = 42,
+    split_method: str = "hash",
 ) -> list[list[Sample]]:
     """Divide samples between nodes: the parts are disjoint and cover all samples.
 
@@ -166,6 +197,7 @@ def partition_samples(
         min_samples: Every node gets at least so many: one that has fewer takes samples of the
             largest node's largest class, one at a time.
         seed: Another seed, another division; all nodes must use the same.
+        split_method: See `node_split`; `"sklearn"` has `by="count"` only.
 
     Returns:
         The samples of each node, in the order of `samples`.
@@ -181,8 +213,16 @@ def partition_samples(
             f"min_samples: {least} for each of {nodes} nodes; there are {len(samples)} samples"
         )
     sizes_of = _sizes(by, nodes, shares, alpha, seed)
+    if split_method == "sklearn":
+        if by != "count" or least:
+            raise DatasetError(
+                'split_method: "sklearn" divides evenly; `split_method="hash"` also divides by '
+                "shares or Dirichlet, and has `min_samples`"
+            )
+        sizes_of = _even_sizes(nodes)
     groups: dict[str, list[list[int]]] = {}
-    for ranked in sorted(_ranked_groups(samples, seed, by_class=True), key=_first_class(samples)):
+    ordered = _ordered_classes(samples, seed, split_method)
+    for ranked in sorted(ordered, key=_first_class(samples)):
         class_name = samples[ranked[0]]["class_name"]
         parts, start = [], 0
         for size in sizes_of(class_name, len(ranked)):
@@ -191,9 +231,50 @@ def partition_samples(
         groups[class_name] = parts
     _top_up(list(groups.values()), nodes, least)
     return [
-        [samples[index] for index in sorted(i for parts in groups.values() for i in parts[node])]
+        _chosen(samples, [parts[node] for parts in groups.values()], split_method)
         for node in range(nodes)
     ]
+
+
+def checked_split_method(split_method: str) -> str:
+    """Return a split method that there is.
+
+    Raises:
+        DatasetError: It is neither `"hash"` nor `"sklearn"`.
+    """
+    if split_method not in SPLIT_METHODS:
+        raise DatasetError(f"split_method: {split_method!r}; use 'hash' or 'sklearn'")
+    return split_method
+
+
+def _ordered_classes(samples: Sequence[Sample], seed: int, split_method: str) -> list[list[int]]:
+    """Indices into `samples`, one list per class, in the order in which nodes get them."""
+    if checked_split_method(split_method) == "sklearn":
+        return shuffled_classes(samples, _state(seed))
+    return _ranked_groups(samples, seed, by_class=True)
+
+
+def _chosen(
+    samples: Sequence[Sample], parts: Sequence[Sequence[int]], split_method: str
+) -> list[Sample]:
+    """One node's samples, of its indices in each class."""
+    if split_method == "hash":
+        return [samples[index] for index in sorted(itertools.chain(*parts))]
+    ranks = {index: rank for part in parts for rank, index in enumerate(part)}
+    return [{**samples[index], NODE_RANK: ranks[index]} for index in sorted(ranks)]
+
+
+def _state(seed: int) -> int:
+    """The seed of a `numpy.random.RandomState`."""
+    number = whole_number("seed", seed, minimum=0)
+    if number > _LARGEST_STATE:
+        raise DatasetError(f'seed: {number}; `split_method="sklearn"` takes 0 to {_LARGEST_STATE}')
+    return number
+
+
+def _even_sizes(nodes: int) -> Callable[[str, int], list[int]]:
+    """The remainder goes to the first nodes."""
+    return lambda _, count: [count // nodes + (node < count % nodes) for node in range(nodes)]
 
 
 def _first_class(samples: Sequence[Sample]) -> Callable[[list[int]], str]:
@@ -257,15 +338,17 @@ def _dirichlet(name: str, size: int, alpha: float) -> list[float]:
 
 
 def normalized_ratios(
-    train_ratio: float, val_ratio: float, test_ratio: float
+    train_ratio: float, val_ratio: float, test_ratio: float, split_method: str = "hash"
 ) -> tuple[float, float, float]:
     """Return the three ratios, scaled to a sum of 1 (with a warning if that changes them).
 
-    A negative ratio that floating-point arithmetic leaves, such as 1 - 0.9 - 0.1, is 0.
+    A negative ratio that floating-point arithmetic leaves, such as 1 - 0.9 - 0.1, is 0. With
+    `split_method="sklearn"`, ratios that sum to 0.99 to 1.01 aren't scaled.
 
     Raises:
-        DatasetError: A ratio is negative or not finite, or all are zero.
+        DatasetError: A ratio is negative or not finite, all are zero, or an unknown method.
     """
+    checked_split_method(split_method)
     train, val, test = (
         0.0 if -_NOISE < ratio < 0 else float(ratio)
         for ratio in (train_ratio, val_ratio, test_ratio)
@@ -276,7 +359,8 @@ def normalized_ratios(
             f"train_ratio={train_ratio}, val_ratio={val_ratio}, test_ratio={test_ratio}: each must "
             "be 0 or more and at least one above 0, such as 0.7, 0.1, 0.2"
         )
-    if math.isclose(total, 1.0, abs_tol=_NOISE):
+    least, most = _UNSCALED if split_method == "sklearn" else (1 - _NOISE, 1 + _NOISE)
+    if least <= total <= most:
         return ratios
     _logger.warning("train, val and test ratios sum to %g; they are scaled to 1", total)
     return (train / total, val / total, test / total)
