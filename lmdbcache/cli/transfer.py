@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +36,7 @@ from lmdbcache.exchange import (
     ExportReport,
     ImportReport,
     KeyChoice,
+    Refusal,
     Source,
     export_embeddings,
     import_embeddings,
@@ -104,7 +108,7 @@ def import_command(
     opened = open_source(source, KeyChoice(keys, class_name))  # type: ignore[arg-type]
     model = given.described()
     fields = given.fields(model)
-    if not ignore_metadata and not as_json and sys.stdin.isatty():
+    if opened.entries and not ignore_metadata and not as_json and sys.stdin.isatty():
         fields |= _asked(opened, fields)
     if "namespace" not in fields and "namespace" not in opened.description.facts:
         fields["namespace"] = _namespace_of(opened)
@@ -149,12 +153,16 @@ def _namespace_of(source: Source) -> str:
 
 
 def _print_report(context: typer.Context, report: ImportReport) -> None:
-    say(f"{report.source} ({report.kind}): {sum(report.classes.values())} usable embeddings")
+    found = f"{report.source} ({report.kind})"
+    if failure := _failure(report):
+        say(f"{found}: {in_options(failure, context.command.params)}")
+    else:
+        say(f"{found}: {sum(report.classes.values())} usable embeddings")
     if report.classes:
         _print_facts(report)
     for note in report.notes:
         say(f"note: {in_options(note, context.command.params)}")
-    lines = [f"not imported: {refusal}" for refusal in report.refused]
+    lines = [f"not imported: {refusal}" for refusal in _each_reason_first(report.refused)]
     say_some([in_options(line, context.command.params) for line in lines])
     print_conflicts(report)
     checked = "nothing was stored" if report.is_dry_run else "read back and compared bit for bit"
@@ -162,6 +170,30 @@ def _print_report(context: typer.Context, report: ImportReport) -> None:
     if report.path.exists():
         say(str(report.path))
     print_unresolved(report)
+
+
+def _each_reason_first(refused: Iterable[Refusal]) -> list[Refusal]:
+    """Only the first lines are printed: a chunk of hundreds must not hide another reason."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for refusal in refused:
+        ranked.append((seen[refusal.reason], refusal))
+        seen[refusal.reason] += 1
+    return [refusal for _, refusal in sorted(ranked, key=itemgetter(0))]
+
+
+def _failure(report: ImportReport) -> str:
+    """Why nothing of the source is in the store, where that is a failure."""
+    is_taken = report.conflicts and report.on_duplicate == "overwrite"
+    if report.num_new or report.num_same or is_taken or not report.exit_code:
+        return ""
+    if report.refused:
+        number = len(report.refused)
+        return f"nothing is imported: {number} refused, the first is {report.refused[0]}"
+    return (
+        f"nothing is imported: {len(report.conflicts)} in conflict, the first is "
+        f"{report.conflicts[0].sample_id}; `on_duplicate` says which are kept"
+    )
 
 
 def _print_facts(report: ImportReport) -> None:

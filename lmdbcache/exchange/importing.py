@@ -115,7 +115,8 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
         What was imported and what wasn't.
 
     Raises:
-        TransferError: The source can't be read, or holds nothing.
+        TransferError: The source can't be read, holds nothing, or holds nothing usable and no
+            config is stated.
         ConfigError: File and config disagree, or a field is missing.
         ProvenanceMismatchError: The store was filled with known weights, the source's are unknown.
         CacheFullError: The disk is full; what was committed stays.
@@ -125,9 +126,18 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
     if not isinstance(source, Source):
         source = open_source(source, KeyChoice(keys, class_name))
     usual = _usual_shape(source, squeeze=squeeze, ragged=ragged)
-    inferred, notes = infer_config(
-        source, usual, _fields(config), ignore_metadata=ignore_metadata, model=model
-    )
+    try:
+        inferred, notes = infer_config(
+            source, usual, _fields(config), ignore_metadata=ignore_metadata, model=model
+        )
+    except ConfigError as error:
+        if source.entries:
+            raise
+        # No config would help.
+        raise TransferError(
+            f"{source.path} ({source.kind}): nothing can be imported: {len(source.refused)} "
+            f"refused, the first is {source.refused[0]}"
+        ) from error
     provenance, more = _provenance(source, cache, inferred, weights_digest)
     shape = cache.info(inferred).embedding_shape if inferred in cache else None
     shape = usual if shape is None else shape

@@ -104,6 +104,51 @@ def test_no_store_is_named_where_none_is(cli, root, tmp_path):
     assert str(root.root) not in result.stdout
 
 
+def nothing_usable(kind, folder):
+    """A source whose embeddings are all refused; gives its path and the name of the first."""
+    bad = {"a:dog": np.full(8, np.nan, "f4"), "b:dog": np.full(8, np.inf, "f4")}
+    if kind == "manifests":
+        save_manifests(folder / "old", bad, variant="listed")
+        (folder / "old" / "dog" / "embeddings_000.npy").unlink()
+        return folder / "old", "dog/a"
+    if kind == "a folder without manifests":
+        save_manifests(folder / "old", bad)
+        (folder / "old" / "dog" / "manifest.json").unlink()
+        return folder / "old", "dog/embeddings_000.npy"
+    if kind == "files":
+        return save_folder(folder / "old", bad), "dog/a.npy"
+    if kind == "pt":
+        return save_seed(folder / "old.pt", bad), "a:dog"
+    return save_npz(folder / "old.npz", {"no class": np.ones(8, "f4")}), "no class"
+
+
+@pytest.mark.parametrize("options", [GIVEN, [], [*GIVEN, "--dry-run"]])
+@pytest.mark.parametrize(
+    "kind", ["manifests", "a folder without manifests", "files", "pt", "npz without classes"]
+)
+def test_an_import_of_nothing_says_why_first(cli, root, tmp_path, kind, options):
+    """The first line names what is refused, also where the config isn't stated."""
+    path, name = nothing_usable(kind, tmp_path)
+    if kind == "files" and not options:
+        pytest.skip("its files are whole, so that the config is asked for first")
+    result = cli("import", path, *options)
+    assert result.returncode == 1
+    first = (result.stderr + result.stdout).splitlines()[0]
+    assert "nothing" in first
+    assert name in first
+    assert root.stores() == []
+
+
+def test_an_import_of_conflicts_alone_says_so_first(cli, tmp_path):
+    """What is stored stays; the option that decides is named."""
+    assert cli("import", save_npz(tmp_path / "old.npz", values())).returncode == 0
+    path = save_npz(tmp_path / "new.npz", values(seed=1))
+    result = cli("import", path)
+    assert result.returncode == 1
+    assert "--on-duplicate" in result.stdout.splitlines()[0]
+    assert "usable" in cli("import", path, "--on-duplicate", "overwrite").stdout.splitlines()[0]
+
+
 def test_missing_options_are_named(refused, root, tmp_path):
     """In a pipe nothing is asked: the line names what to give."""
     save_folder(tmp_path / "old", values())

@@ -46,8 +46,10 @@ def save_npz(path: Path, arrays: dict[str, Any] | None = None, **facts: Any) -> 
 def save_manifests(
     root: Path, arrays: dict[str, Any], rows: int = 4, variant: str = "pair"
 ) -> Path:
-    """Write <class>/embeddings_NNN.npy and <class>/manifest.json."""
-    rows = 4
+    """Write <class>/embeddings_NNN.npy and <class>/manifest.json.
+
+    The variant `listed` also lists the chunks and what they hold.
+    """
     by_class: dict[str, list[tuple[str, Any]]] = {}
     for sample_id, array in arrays.items():
         file_id, _, name = sample_id.rpartition(":")
@@ -56,18 +58,31 @@ def save_manifests(
         folder = root / name
         folder.mkdir(parents=True)
         manifest = {}
+        chunks = []
         for first in range(0, len(found), rows):
-            chunk = found[first : first + rows]
             number = first // rows
-            np.save(folder / f"embeddings_{number:03d}.npy", np.stack([a for _, a in chunk]))
-            for offset, (file_id, _) in enumerate(chunk):
+            name_of_chunk = f"embeddings_{number:03d}.npy"
+            chunk = np.stack([array for _, array in found[first : first + rows]])
+            np.save(folder / name_of_chunk, chunk)
+            stated = {"file": name_of_chunk, "num_samples": len(chunk), "shape": chunk.shape}
+            chunks.append(stated)
+            for offset, (file_id, _) in enumerate(found[first : first + rows]):
                 manifest[file_id] = {
-                    "pair": [number, offset],
-                    "wrapped": [number, offset],
                     "named": {"chunk": number, "offset": offset},
-                    "files": {"file": f"embeddings_{number:03d}.npy", "index": offset},
-                }[variant]
-        content: Any = {"entries": manifest, "version": 1} if variant == "wrapped" else manifest
+                    "files": {"file": name_of_chunk, "index": offset},
+                }.get(variant, [number, offset])
+        content: Any = {
+            "wrapped": {"entries": manifest, "version": 1},
+            "listed": {
+                "file_id_to_index": manifest,
+                "chunks": chunks,
+                "embedding_shape": found[0][1].shape,
+                "total_samples": len(found),
+                "class_name": name,
+                "created": "2026-01-29T12:00:00",
+                "last_updated": "2026-01-29T12:00:00",
+            },
+        }.get(variant, manifest)
         (folder / "manifest.json").write_text(json.dumps(content))
     return root
 

@@ -13,9 +13,9 @@ from lmdbcache.errors import TransferError
 from lmdbcache.storage import NUMPY_DTYPES
 
 
-@pytest.mark.parametrize("variant", ["pair", "wrapped", "named", "files"])
+@pytest.mark.parametrize("variant", ["pair", "wrapped", "named", "files", "listed"])
 def test_manifest_variants(came_along, tmp_path, variant):
-    """[chunk, offset], a dict of both, with the file's name, and wrapped in entries."""
+    """[chunk, offset], a dict of both, the file's name, in entries, with a list of chunks."""
     arrays = values(20)
     came_along(save_manifests(tmp_path / "old", arrays, variant=variant), arrays)
 

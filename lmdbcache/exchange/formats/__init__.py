@@ -146,10 +146,11 @@ def _folder(path: Path, choice: KeyChoice) -> Source:
     if torch_files:
         names = few(sorted(file.name for file in torch_files), 5)
         raise TransferError(f"{path}: give the file itself: {names}")
-    deeper = next(path.glob("*/*/**/*.npy"), None)
-    hint = (
-        f"; {deeper.parent} has .npy files: give that folder and a `class_name`" if deeper else ""
-    )
+    hint = ""
+    if manifest := next(path.glob(f"*/*/**/{npy.MANIFEST}"), None):
+        hint = f"; {manifest.parent.parent} has <class>/{npy.MANIFEST}: give that folder"
+    elif deeper := next(path.glob("*/*/**/*.npy"), None):
+        hint = f"; {deeper.parent} has .npy files: give that folder and a `class_name`"
     raise TransferError(f"{path}: no embeddings are found in it; expected {_KNOWN}{hint}")
 
 
