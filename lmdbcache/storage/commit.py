@@ -7,16 +7,15 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import lmdb
-import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.storage.environment import Environment
 from lmdbcache.storage.layout import METADATA_KEY
-from lmdbcache.storage.metadata import StoreMetadata, checksum
+from lmdbcache.storage.metadata import StoreMetadata, checksum, checksums
 
 __all__ = ["Batch", "checksums_in", "put_embeddings", "put_metadata", "transaction_in"]
 
@@ -58,6 +57,30 @@ class Batch:
             self.checksums[key] = checksum
         self.num_bytes += value.nbytes
         self.num_put += 1
+
+    def put_rows(
+        self,
+        keys: Sequence[bytes],
+        rows: Sequence[npt.NDArray[Any]],
+        *,
+        replaced: Collection[bytes],
+    ) -> int:
+        """Add embeddings of one shape, those of `replaced` instead of what their keys have.
+
+        Returns:
+            How many were added.
+        """
+        added = dict(zip(keys, rows, strict=True))
+        if added and len(added) == len(keys) and self.values.keys().isdisjoint(added):
+            self.since = self.since if self.values else time.monotonic()
+            self.values.update(added)
+            self.num_bytes += len(rows) * rows[0].nbytes
+            self.num_put += len(rows)
+            return len(rows)
+        before = self.num_put
+        for key, row in zip(keys, rows, strict=True):
+            self.put(key, row, replace=key in replaced)
+        return self.num_put - before
 
     def drop(self, keys: Iterable[bytes]) -> None:
         """Take some out."""
@@ -151,27 +174,29 @@ def put_embeddings(
     Returns:
         How many were put, and the keys that were there already and were left alone.
     """
-    left_alone = []
-    checksums, put = environment.checksums, transaction.put
-    values, known = batch.values, batch.checksums
-    keys = sorted(values)
-    last = max(_last_key(transaction, None), _last_key(transaction, checksums))
+    known, keys = batch.checksums, sorted(batch.values)
+    values = list(map(batch.values.__getitem__, keys))
+    pairs = zip(keys, values, strict=True)
+    sums = (
+        [known.get(key) or checksum(key, value) for key, value in pairs]
+        if known
+        else checksums(keys, values)
+    )
+    last = max(_last_key(transaction, None), _last_key(transaction, environment.checksums))
     num_inserted = bisect_right(keys, last)
-    for key in keys[:num_inserted]:
-        value = _bytes_of(values[key])
-        if put(key, value, overwrite=key in replaced):
-            put(key, known.get(key) or checksum(key, value), db=checksums)
-        else:
-            left_alone.append(key)
-    # Appended keys fill their pages; inserted ones leave them half empty.
-    appended = [(key, _bytes_of(values[key])) for key in keys[num_inserted:]]
-    if appended:
-        with transaction.cursor() as cursor:
-            cursor.putmulti(appended, append=True)
-        with transaction.cursor(db=checksums) as cursor:
-            pairs = [(key, known.get(key) or checksum(key, value)) for key, value in appended]
-            cursor.putmulti(pairs, append=True)
-    return len(keys) - len(left_alone), left_alone
+    with transaction.cursor() as cursor:
+        left_alone = {
+            key for key in keys[:num_inserted] if key not in replaced and cursor.set_key(key)
+        }
+    columns: tuple[tuple[Any, list[Any]], ...] = ((None, values), (environment.checksums, sums))
+    for database, column in columns:
+        items = list(zip(keys, column, strict=True))
+        inserted = [item for item in items[:num_inserted] if item[0] not in left_alone]
+        with transaction.cursor(db=database) as cursor:
+            cursor.putmulti(inserted)
+            # Appended keys fill their pages; inserted ones leave them half empty.
+            cursor.putmulti(items[num_inserted:], append=True)
+    return len(keys) - len(left_alone), sorted(left_alone)
 
 
 def put_metadata(
@@ -189,10 +214,6 @@ def checksums_in(
     """Return the checksums that are stored of these keys."""
     found = {key: transaction.get(key, db=environment.checksums) for key in keys}
     return {key: None if value is None else bytes(value) for key, value in found.items()}
-
-
-def _bytes_of(value: npt.NDArray[Any]) -> memoryview:
-    return value.reshape(-1).view(np.uint8).data
 
 
 def _last_key(transaction: lmdb.Transaction, database: Any) -> bytes:

@@ -19,7 +19,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -62,6 +62,7 @@ class Environment:
         self.writable = write
         self.is_open = True
         self._size = 0  # of the file, when last looked at
+        self._record = b""  # that `_metadata` was made of
         if not create:
             check_first_opening(generation)
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
@@ -190,12 +191,20 @@ class Environment:
             raise IntegrityError(
                 f"{self.generation}: the metadata record is damaged. {LOSS_REMEDY}"
             )
-        return StoreMetadata.unpack(bytes(record), self.generation)
+        if self._record != record:
+            self._metadata = StoreMetadata.unpack(bytes(record), self.generation)
+            self._record = bytes(record)
+        return self._metadata
 
-    def stored(self, keys: Iterable[bytes]) -> set[bytes]:
+    def stored(self, keys: Collection[bytes]) -> set[bytes]:
         """Those of the keys that the newest commit has."""
         with no_fork, _lock, translated_errors(self.generation):
-            get, checksums = self.begin_read().get, self.checksums
+            transaction, checksums = self.begin_read(), self.checksums
+            with transaction.cursor(db=checksums) as cursor:
+                last = bytes(cursor.key()) if cursor.last() else b""
+            if not keys or min(keys) > last:  # a store that is filled in order
+                return set()
+            get = transaction.get
             return {key for key in keys if get(key, db=checksums) is not None}
 
     def drop_snapshots(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Final
@@ -19,7 +19,7 @@ from lmdbcache.errors import (
 )
 from lmdbcache.storage.layout import FORMAT_VERSION
 
-__all__ = ["StoreMetadata", "checksum", "new_checksum", "portable"]
+__all__ = ["StoreMetadata", "checksum", "checksums", "new_checksum", "portable"]
 
 _MAX_RECORD_BYTES: Final = 64 * 1024
 _LIMITS: Final[dict[str, Any]] = {
@@ -40,12 +40,17 @@ _NOT_TO_BE_MIXED: Final = ("weights_digest", "feature_extractor")
 _OF_THIS_MACHINE: Final = ("checkpoint",)
 
 
-def checksum(key: bytes, value: bytes | memoryview) -> bytes:
+def checksum(key: bytes, value: Any) -> bytes:
     """8 bytes: xxh3-64 of the value, seeded by the key's own xxh3-64, big-endian.
 
-    The seed makes a sound value under the wrong key fail too.
+    The seed makes a sound value under the wrong key fail too. The value is a C-contiguous buffer.
     """
     return xxhash.xxh3_64_digest(value, seed=xxhash.xxh3_64_intdigest(key))
+
+
+def checksums(keys: Iterable[bytes], values: Iterable[Any]) -> list[bytes]:
+    """`checksum` of each key and its value, a C-contiguous buffer."""
+    return list(map(xxhash.xxh3_64_digest, values, map(xxhash.xxh3_64_intdigest, keys)))
 
 
 def new_checksum(key: bytes) -> Any:

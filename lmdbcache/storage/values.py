@@ -160,7 +160,9 @@ def has_masked_elements(value: Any) -> bool:
     numpy and torch drop the mask and give what lies under it.
     """
     if isinstance(value, np.ndarray):
-        return np.ma.is_masked(value)
+        # Who holds a masked array has imported this; the import takes as long as 20,000 writes.
+        masked = sys.modules.get("numpy.ma")
+        return masked is not None and bool(masked.is_masked(value))
     return isinstance(value, (list, tuple)) and any(map(has_masked_elements, value))
 
 

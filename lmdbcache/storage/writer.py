@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import operator
 import threading
 import time
 import warnings
@@ -49,7 +50,7 @@ from lmdbcache.storage.generations import (
     publish_generation,
     write_lock,
 )
-from lmdbcache.storage.layout import sample_id_of_key, sample_key
+from lmdbcache.storage.layout import sample_id_of_key, sample_key, sample_keys
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pages.commit_record import record_commit
 from lmdbcache.storage.values import as_stored, check_shape
@@ -63,7 +64,7 @@ BeforeCommit = Callable[[Mapping[str, tuple[bytes | None, bytes]]], None]
 _logger: Final = logging.getLogger(__name__)
 
 _COMMITTED_AT_ONCE_BYTES: Final = 8 << 20
-_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 512, 8 << 20
 _BACKGROUND_FROM_BYTES: Final = 32 << 20  # below, handing over costs what it gains
 _COMMITS_PER_READER_CHECK: Final = 64
 
@@ -282,8 +283,11 @@ class EmbeddingWriter:
             self._commit_if_due()
 
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
-        keys = [sample_key(sample_id) for sample_id in sample_ids]
-        known = self._known_of([key for key in keys if not self._overwrites(key)])
+        keys = sample_keys(sample_ids)
+        overwrites_all = self._on_duplicate == "overwrite"
+        replaced = frozenset(keys) if overwrites_all else self._overwritten
+        asked = [key for key in keys if key not in replaced] if replaced else keys
+        known = self._known_of(asked)
         if len(known) < len(set(keys)):
             self._check_stated()
         try:
@@ -294,11 +298,12 @@ class EmbeddingWriter:
         except InvalidEmbeddingError:  # one by one, the culprit is named
             return sum([self.put(i, row) for i, row in zip(sample_ids, rows, strict=True)])
         self._check_shape(sample_ids[0], values.shape[1:])
-        before = self._pending.num_put
-        for key, value in zip(keys, values, strict=True):
-            if key not in known:
-                self._pending.put(key, value, replace=self._overwrites(key))
-        added = self._pending.num_put - before
+        # Not scalars of numpy, where an embedding is one number.
+        each = list(values) if values.ndim > 1 else [values[n, ...] for n in range(len(keys))]
+        if known:
+            each = [row for key, row in zip(keys, each, strict=True) if key not in known]
+            keys = [key for key in keys if key not in known]
+        added = self._pending.put_rows(keys, each, replaced=replaced)
         self._commit_if_due()
         return added
 
@@ -564,9 +569,9 @@ class EmbeddingWriter:
         if not keys:
             return set()
         pending, in_background = self._pending.values, self._in_background
-        known = {key for key in keys if key in pending}
+        known = pending.keys() & keys
         if in_background is not None:
-            known |= {key for key in keys if key in in_background.values}
+            known |= in_background.values.keys() & keys
         return known | self._stored(keys)
 
     def _stored(self, keys: Sequence[bytes]) -> set[bytes]:
@@ -664,7 +669,8 @@ class EmbeddingWriter:
                 stored.with_provenance(self._provenance, self._store), embedding_shape=shape
             )
             # Another process may have settled the shape of a new store since.
-            for value_shape, key in {v.shape: key for key, v in batch.values.items()}.items():
+            shapes = map(operator.attrgetter("shape"), batch.values.values())
+            for value_shape, key in dict(zip(shapes, batch.values, strict=True)).items():
                 check_shape(sample_id_of_key(key), value_shape, shape)
             asks = self._before_commit is not None
             before = checksums_in(environment, transaction, batch.values if asks else ())

@@ -15,7 +15,7 @@ from lmdbcache.storage import (
     sample_key,
     split_sample_id,
 )
-from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
+from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY, sample_keys
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 file_ids = text.map(lambda value: value[:60])
@@ -52,6 +52,18 @@ def test_no_key_is_a_reserved_name(pair):
     assert key not in (METADATA_KEY, CHECKSUMS_NAME)
 
 
+@given(st.lists(st.one_of(pairs.map(":".join), st.from_regex(r"[ -~\n]{0,4}:[a-zB:]{0,3}"))))
+def test_keys_of_several_ids_are_those_of_each(sample_ids):
+    """However many ids are looked at together, and whichever of them isn't canonical."""
+    try:
+        expected = list(map(sample_key, sample_ids))
+    except InvalidSampleIdError:
+        with pytest.raises(InvalidSampleIdError):
+            sample_keys(sample_ids)
+    else:
+        assert sample_keys(sample_ids) == expected
+
+
 def test_two_forms_of_an_accent_are_one_key():
     """NFD, as macOS lists file names, meets NFC."""
     assert sample_key("cafe\u0301:dog") == sample_key("caf\u00e9:dog") == "café:dog".encode()
@@ -86,6 +98,8 @@ def test_unusable_sample_ids_are_refused(sample_id):
     """No colon, an empty part, NUL, lone surrogates, over 511 bytes, not text."""
     with pytest.raises(InvalidSampleIdError):
         sample_key(sample_id)
+    with pytest.raises(InvalidSampleIdError):
+        sample_keys(["a:dog", sample_id])
 
 
 def test_the_longest_key_is_511_bytes():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmdbcache import CacheConfig
+from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.errors import InvalidEmbeddingError
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -72,6 +72,30 @@ def test_scalars_are_embeddings_of_shape_nothing(cache):
     assert stored(cache, np.float32(2.5)).shape == ()
     with cache.reader(CacheConfig()) as reader:
         np.testing.assert_array_equal(reader.get_batch(["a:x", "a:x"]), np.float32([2.5, 2.5]))
+
+
+def test_a_batch_is_stored_as_its_rows_are(tmp_path):
+    """New, inserted, repeated and stored ids, of a batch and one by one: the same bytes."""
+    rows = np.random.default_rng(0).random((12, 3), dtype=np.float32)
+    ids = ["b:x", "z:x", "b:X", "n:x", "a:x", "é:x", "n:x", "m:x", "0:x", "zz:x", "y:x", "b:x"]
+    found = []
+    for is_batch in (True, False):
+        for on_duplicate in ("skip", "overwrite"):
+            cache = EmbeddingCache(tmp_path / f"{on_duplicate}-{is_batch}")
+            with cache.writer(CacheConfig()) as writer:
+                writer.put_batch(["n:x", "c:x"], rows[:2])
+            with cache.writer(CacheConfig(), on_duplicate=on_duplicate) as writer:
+                if is_batch:
+                    added = writer.put_batch(ids, rows)
+                else:
+                    added = sum([writer.put(i, row) for i, row in zip(ids, rows, strict=True)])
+            with cache.reader(CacheConfig()) as reader:
+                stored_here = [(i, reader[i].tobytes()) for i in reader]
+                found.append((added, writer.num_written, stored_here, list(reader.checksums())))
+            assert cache.verify(CacheConfig()).is_sound
+    assert found[0] == found[2]
+    assert found[1] == found[3]
+    assert found[0][2] != found[1][2]
 
 
 @pytest.mark.parametrize(
