@@ -40,6 +40,7 @@ from lmdbcache.storage import (
     sample_key,
     split_sample_id,
 )
+from lmdbcache.training import output_of_dimensions
 
 __all__ = ["ImportReport", "import_embeddings"]
 
@@ -125,10 +126,11 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
     cache = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache)
     if not isinstance(source, Source):
         source = open_source(source, KeyChoice(keys, class_name))
-    usual = _usual_shape(source, squeeze=squeeze, ragged=ragged)
+    fields = _fields(config)
+    usual = _usual_shape(source, fields.get("output"), squeeze=squeeze, ragged=ragged)
     try:
         inferred, notes = infer_config(
-            source, usual, _fields(config), ignore_metadata=ignore_metadata, model=model
+            source, usual, fields, ignore_metadata=ignore_metadata, model=model
         )
     except ConfigError as error:
         if source.entries:
@@ -199,8 +201,8 @@ def _doubts(source: Source, shape: Shape | None) -> list[str]:
     return notes
 
 
-def _usual_shape(source: Source, *, squeeze: bool, ragged: bool) -> Shape | None:
-    """The shape that most have, and a new store will; None if it isn't known before reading."""
+def _usual_shape(source: Source, output: object, *, squeeze: bool, ragged: bool) -> Shape | None:
+    """The shape that most of an output have, and a new store will; None if it isn't known yet."""
     entries = source.entries.values()
     if squeeze:
         for entry in (*entries, *source.repeated):
@@ -210,6 +212,9 @@ def _usual_shape(source: Source, *, squeeze: bool, ragged: bool) -> Shape | None
     shapes = Counter(entry.shape for entry in entries if entry.shape is not None)
     if not shapes:
         return _first_shape(entries, squeeze=squeeze, ragged=ragged)
+    # A folder that holds two outputs of a model is imported into a store for each.
+    fitting = {s: n for s, n in shapes.items() if output_of_dimensions(len(s)) == output}
+    shapes = Counter(fitting) or shapes
     if not ragged:
         return shapes.most_common(1)[0][0]
     rests: Counter[tuple[int, ...]] = Counter()
@@ -245,6 +250,8 @@ def _misfit(entry: Entry, shape: Shape | None) -> Refusal | None:
         hint = ""
         if shape and len(shape) == len(entry.shape) > 1 and shape[1:] == entry.shape[1:]:
             hint = "; `ragged=True` lets the first dimension differ"
+        elif shape and len(shape) != len(entry.shape):
+            hint = "; give their `output` to import those into another store"
         expected = ", ".join("any" if size is None else str(size) for size in shape or ())
         reason = f"shape {entry.shape}, where ({expected}) is expected{hint}"
         return Refusal(entry.name, entry.sample_id, reason)

@@ -122,15 +122,19 @@ def nothing_usable(kind, folder):
     return save_npz(folder / "old.npz", {"no class": np.ones(8, "f4")}), "no class"
 
 
-@pytest.mark.parametrize("options", [GIVEN, [], [*GIVEN, "--dry-run"]])
 @pytest.mark.parametrize(
-    "kind", ["manifests", "a folder without manifests", "files", "pt", "npz without classes"]
+    ("kind", "options"),
+    [
+        *(("manifests", given) for given in (GIVEN, [], [*GIVEN, "--dry-run"])),
+        *(("a folder without manifests", given) for given in (GIVEN, [])),
+        ("files", GIVEN),
+        ("pt", []),
+        ("npz without classes", []),
+    ],
 )
 def test_an_import_of_nothing_says_why_first(cli, root, tmp_path, kind, options):
     """The first line names what is refused, also where the config isn't stated."""
     path, name = nothing_usable(kind, tmp_path)
-    if kind == "files" and not options:
-        pytest.skip("its files are whole, so that the config is asked for first")
     result = cli("import", path, *options)
     assert result.returncode == 1
     first = (result.stderr + result.stdout).splitlines()[0]

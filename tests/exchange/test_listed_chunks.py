@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from exchange.old_caches import save_manifests, values
+from exchange.old_caches import FACTS, save_manifests, values
 
 from lmdbcache.errors import TransferError
 
@@ -189,9 +189,7 @@ def test_the_folder_of_one_class(bring, came_along, dog):
     """Its manifest says the class; another one that is given is refused."""
     dogs = {name: ARRAYS[name] for name in DOGS}
     came_along(dog, dogs)
-    came_along(
-        dog, dogs, {"sample_rate": 16000, "duration": 1, "model_name": "x"}, class_name="dog"
-    )
+    came_along(dog, dogs, {**FACTS, "duration": 1}, class_name="dog")
     assert where(bring(dog, class_name="cat")) == {"dog/manifest.json"}
 
 
@@ -213,6 +211,22 @@ def test_several_shapes_in_a_class(bring, came_along, tmp_path):
     assert (report.num_new, report.embedding_shape) == (16, (3, 8))
     assert {refusal.sample_id for refusal in report.refused} == short.keys()
     came_along(root, arrays, ragged=True)
+
+
+def test_two_outputs_in_a_class(bring, stored, tmp_path):
+    """The fewer are refused; the output that is given imports them into their own store."""
+    pooled, hidden = values(8), {f"long_{n}:dog": np.full((3, 8), n, "f4") for n in range(8)}
+    root = save_manifests(tmp_path / "old", {**pooled, **hidden}, variant="listed")
+    for output, arrays in (("pooler_output", pooled), ("last_hidden_state", hidden)):
+        report = bring(root, {**FACTS, "output": output})
+        found = stored(report)
+        assert found.keys() == arrays.keys()
+        for sample_id, array in found.items():
+            np.testing.assert_array_equal(array, arrays[sample_id], strict=True)
+        assert {refusal.sample_id for refusal in report.refused} == (
+            {**pooled, **hidden}.keys() - arrays.keys()
+        )
+        assert all("`output`" in refusal.reason for refusal in report.refused)
 
 
 def test_chunks_of_torch(came_along, dog):
