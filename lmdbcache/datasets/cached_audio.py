@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -12,6 +11,7 @@ import torch
 from lmdbcache.audio import decoder_of, load_clip, shown
 from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.datasets.base import AudioDataset, sample_id_of, source_of
+from lmdbcache.datasets.batches import Column, FetchedItems, column, stacked
 from lmdbcache.embedders import clip_features
 from lmdbcache.errors import (
     AudioDecodeError,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lmdbcache.config import CacheConfig
     from lmdbcache.storage import Selection
 
-__all__ = ["CachedAudioDataset", "FetchedItems", "collate_mixed", "stacked"]
+__all__ = ["CachedAudioDataset", "collate_mixed"]
 
 OnDecodeError = Literal["raise", "skip"]
 
@@ -101,22 +101,24 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """
         return self.__getitems__([range(len(self))[index]])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Several items; the cached ones are fetched in one call."""
         indices = [int(index) for index in indices]
         hits, is_hit = self._find(indices)
-        labels = self.labels[indices]
-        tensors = {"label": labels} if hits is None else {"label": labels, "embedding": hits}
-        items = FetchedItems(tensors)
-        embeddings = iter(items.rows.get("embedding", ()))
-        for index, label, hit in zip(indices, items.rows["label"], is_hit, strict=True):
-            item = _Item(sample_id=self.sample_ids[index], label=label)
-            if hit:
-                item["embedding"] = next(embeddings)
-            else:
-                item.update(self._decoded(index))
-            items.append(item)
-        return items
+        everything = [True] * len(indices)
+        columns: dict[str, Column] = {
+            "sample_id": ([self.sample_ids[index] for index in indices], everything),
+            "label": (self.labels[indices], everything),
+            "embedding": ([] if hits is None else hits, is_hit),
+        }
+        if not all(is_hit):
+            decoded = [
+                {} if hit else self._decoded(index)
+                for index, hit in zip(indices, is_hit, strict=True)
+            ]
+            keys = ("waveform", "features", "num_valid", "failure")
+            columns |= {key: column(decoded, key) for key in keys}
+        return FetchedItems(columns=columns, kind=_Item)
 
     def close(self) -> None:
         """Give back the store; the next item opens it again."""
@@ -163,40 +165,6 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return {**found, "num_valid": torch.tensor(num_valid, dtype=torch.long)}
 
 
-class FetchedItems(list[dict[str, Any]]):
-    """Items of a batch, some of whose tensors were fetched as one.
-
-    Args:
-        tensors: Key → tensor; the items that have the key have its rows, in order.
-    """
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
-        self.rows = {key: tensor.unbind(0) for key, tensor in tensors.items()}
-
-
-def stacked(items: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
-    """Return the tensors under a key of the items that have it, stacked.
-
-    Tensors that were fetched as one aren't copied, unless an item has got another one since.
-    """
-    rows = [item[key] for item in items if key in item]
-    fetched = _as_fetched(items, key, rows)
-    return torch.stack(rows) if fetched is None else fetched
-
-
-def _as_fetched(
-    items: Sequence[dict[str, Any]], key: str, rows: Sequence[Any]
-) -> torch.Tensor | None:
-    """The tensor that these were fetched as; None if they weren't, or one is another."""
-    if not isinstance(items, FetchedItems) or key not in items.rows:
-        return None
-    fetched = items.rows[key]
-    is_same = len(rows) == len(fetched) and all(map(operator.is_, rows, fetched))
-    return items.tensors[key] if is_same else None
-
-
 class _Item(dict[str, Any]):
     """An item that says what to do where torch's default collate looks for a key it lacks."""
 
@@ -228,12 +196,17 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         - `failures`: list of `ClipFailure`: clips that were left out.
     """
     items = items if isinstance(items, FetchedItems) else list(items)
-    usable = [item for item in items if "failure" not in item]
+    failures, has_failed = column(items, "failure")
+    if any(has_failed):
+        items = [item for item, failed in zip(items, has_failed, strict=True) if not failed]
+    sample_ids = list(column(items, "sample_id")[0])
+    labels, _ = column(items, "label")
+    _, is_cached = column(items, "embedding")
     batch: dict[str, Any] = {
-        "sample_ids": [item["sample_id"] for item in usable],
-        "labels": _labels(items, usable),
-        "mask": torch.tensor(["embedding" in item for item in usable], dtype=torch.bool),
-        "failures": [item["failure"] for item in items if "failure" in item],
+        "sample_ids": sample_ids,
+        "labels": labels if isinstance(labels, torch.Tensor) else target_tensor(sample_ids, labels),
+        "mask": torch.tensor(is_cached, dtype=torch.bool),
+        "failures": list(failures),
     }
     for name, key in (
         ("embeddings", "embedding"),
@@ -241,16 +214,8 @@ def collate_mixed(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         ("features", "features"),
         ("num_valid", "num_valid"),
     ):
-        rows = [item[key] for item in usable if key in item]
-        if rows:
+        rows, has_key = column(items, key)
+        if any(has_key):
             is_ragged = name == "features" and len({(row.dtype, row.shape) for row in rows}) > 1
-            batch[name] = rows if is_ragged else stacked(items, key)
+            batch[name] = rows if is_ragged else stacked(rows)
     return batch
-
-
-def _labels(items: Sequence[dict[str, Any]], usable: list[dict[str, Any]]) -> torch.Tensor:
-    labels = [item["label"] for item in usable]
-    fetched = _as_fetched(items, "label", labels)
-    if fetched is not None:
-        return fetched
-    return target_tensor([item["sample_id"] for item in usable], labels)

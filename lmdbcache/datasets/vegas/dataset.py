@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import Sample
-from lmdbcache.datasets.cached_audio import FetchedItems
+from lmdbcache.datasets.batches import Column, FetchedItems, column
 from lmdbcache.datasets.narrowing import SPLIT_SEED, chosen_classes, first_of_each_class
 from lmdbcache.datasets.scanning import LeftOut, summary_of
 from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_samples
@@ -48,7 +47,9 @@ _ITEM_KEYS = (
     *("sample_idx", "ytid", "start_second", "end_second", "caption"),
 )
 
-_metadata_of = operator.itemgetter(*_ITEM_KEYS)
+_LOADED_KEYS = ("audio", "audio_num_valid", "image", "video", "text_emb")
+
+_LABELS: Final = {label: torch.tensor(label, dtype=torch.long) for label in LABEL_TO_CLASS}
 
 # Arguments of earlier versions, and the values that scripts find in the attributes.
 _WITHOUT_EFFECT: Final[dict[str, Any]] = {
@@ -254,6 +255,7 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
             part._selected_classes = self._selected_classes  # noqa: SLF001
             part._excluded_classes = self._excluded_classes  # noqa: SLF001
             part.active_classes = self.active_classes
+            part.left_out = self.left_out
             part.samples = part._of_split(self._node_samples)  # noqa: SLF001
         _logger.info(
             "VEGAS: %d samples, split %s, classes %s",
@@ -326,9 +328,15 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         """
         sample = self.samples[index]
         embedding = self._embedding_of(_sample_id(sample))
-        return self._item(sample, torch.tensor(sample["class_label"], dtype=torch.long), embedding)
+        item = LazyDict(self._loaded(sample, is_hit=embedding is not None))
+        if embedding is not None:
+            item["audio_emb"] = embedding
+        item["label"] = _label_tensor(sample["class_label"])
+        for key in _ITEM_KEYS:
+            item[key] = sample[key]
+        return item
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Several items; stored embeddings are fetched in one call.
 
         Raises:
@@ -337,47 +345,40 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         if type(self).__getitem__ is not VEGASDataset.__getitem__:
             return [self[index] for index in indices]  # a subclass makes its own items
         samples = [self.samples[index] for index in indices]
-        labels = torch.tensor([sample["class_label"] for sample in samples], dtype=torch.long)
-        sample_ids = list(map(_sample_id, samples))
-        hits = is_hit = None
-        if (reader := self._only_reader()) is not None:
-            # Of several shapes, or removed: the items look one by one.
-            with contextlib.suppress(InvalidEmbeddingError, CacheNotFoundError):
-                hits, is_hit = find_stored(reader, sample_ids)
-        items = FetchedItems(
-            {"label": labels} if hits is None else {"label": labels, "audio_emb": as_tensor(hits)}
-        )
-        if is_hit is None:
-            embeddings = list(map(self._embedding_of, sample_ids))
-        else:
-            rows = iter(items.rows.get("audio_emb", ()))
-            embeddings = [next(rows) if hit else None for hit in is_hit.tolist()]
-        items += map(self._item, samples, items.rows["label"], embeddings)
-        return items
+        embeddings, is_hit = self._embeddings_of(list(map(_sample_id, samples)))
+        columns: dict[str, Column] = {}
+        if self.load_audio or self.load_image or self.load_video or self.text_embs is not None:
+            loaded = [
+                self._loaded(sample, is_hit=hit)
+                for sample, hit in zip(samples, is_hit, strict=True)
+            ]
+            columns = {key: column(loaded, key) for key in _LOADED_KEYS}
+        everything = [True] * len(samples)
+        labels = [sample["class_label"] for sample in samples]
+        columns["audio_emb"] = embeddings, is_hit
+        columns["label"] = torch.tensor(labels, dtype=torch.long), everything
+        for key in _ITEM_KEYS:
+            columns[key] = [sample[key] for sample in samples], everything
+        return FetchedItems(columns=columns, kind=LazyDict)
 
-    def _item(
-        self, sample: Sample, label: torch.Tensor, embedding: torch.Tensor | None
-    ) -> dict[str, Any]:
-        item = LazyDict()
+    def _loaded(self, sample: Sample, *, is_hit: bool) -> dict[str, Any]:
+        """What is loaded for an item from files other than the store."""
+        loaded: dict[str, Any] = {}
         if self.load_audio:
             waveform = self._deferred_audio(sample["audio_path"])
-            if embedding is None:
-                item["audio"], num_valid = waveform.decode()
-                if num_valid is not None:
-                    item["audio_num_valid"] = torch.tensor(num_valid, dtype=torch.long)
+            if is_hit:
+                loaded["audio"] = waveform
             else:
-                item["audio"] = waveform
+                loaded["audio"], num_valid = waveform.decode()
+                if num_valid is not None:
+                    loaded["audio_num_valid"] = torch.tensor(num_valid, dtype=torch.long)
         if self.load_image and sample["image_path"] is not None:
-            item["image"] = self.read_image(sample["image_path"])
+            loaded["image"] = self.read_image(sample["image_path"])
         if self.load_video:
-            item["video"] = self.read_video(sample["video_path"])
+            loaded["video"] = self.read_video(sample["video_path"])
         if self.text_embs is not None and sample["class_name"] in self.text_embs:
-            item["text_emb"] = self.text_embs[sample["class_name"]]
-        if embedding is not None:
-            item["audio_emb"] = embedding
-        item["label"] = label
-        item.update(zip(_ITEM_KEYS, _metadata_of(sample), strict=True))
-        return item
+            loaded["text_emb"] = self.text_embs[sample["class_name"]]
+        return loaded
 
     def _sources(self) -> list[Mapping[str, Any]]:
         """Where an item looks for its embedding, in order."""
@@ -396,6 +397,16 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         if others or not isinstance(source, TensorMapping) or source.is_narrowed:
             return None
         return source.arrays if isinstance(source.arrays, EmbeddingReader) else None
+
+    def _embeddings_of(self, sample_ids: list[str]) -> Column:
+        """The embeddings of those samples that have one, and which these are."""
+        if (reader := self._only_reader()) is not None:
+            # Of several shapes, or removed: the samples are looked up one by one.
+            with contextlib.suppress(InvalidEmbeddingError, CacheNotFoundError):
+                hits, is_hit = find_stored(reader, sample_ids)
+                return [] if hits is None else as_tensor(hits), is_hit.tolist()
+        found = list(map(self._embedding_of, sample_ids))
+        return [one for one in found if one is not None], [one is not None for one in found]
 
     def _embedding_of(self, sample_id: str) -> torch.Tensor | None:
         for embeddings in self._sources():
@@ -564,6 +575,12 @@ def create_vegas_dataloader(
 def _sample_id(sample: Sample) -> str:
     """`file_id:class`; both parts are canonical since the files were listed."""
     return f"{sample['file_id']}:{sample['class_name']}"
+
+
+def _label_tensor(label: int) -> torch.Tensor:
+    """The label as int64 ()."""
+    known = _LABELS.get(label)  # a clone takes a third of the time of a tensor of a number
+    return torch.tensor(label, dtype=torch.long) if known is None else known.clone()
 
 
 def _resolved(classes: str | int | Iterable[str | int] | None) -> list[str] | None:

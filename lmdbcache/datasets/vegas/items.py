@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lmdbcache.audio import load_clip
-from lmdbcache.datasets.cached_audio import stacked
+from lmdbcache.datasets.batches import column, stacked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence, ValuesView
@@ -237,37 +237,37 @@ def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
         - `text_emb`: stacked, if every item has one;
         - `metadata`: dict of lists; `class_name`, `file_id`, `audio_filename`: lists.
     """
-    output = LazyDict(labels=stacked(batch, "label"))
-    if all("audio" in item for item in batch):
-        output["audio"] = _stack_audio(batch)
-        if any("audio_num_valid" in item for item in batch):
-            output["audio_num_valid"] = stacked(batch, "audio_num_valid")
+    labels, _ = column(batch, "label")
+    output = LazyDict(labels=stacked(labels))
+    waveforms, has_audio = column(batch, "audio")
+    if all(has_audio):
+        is_deferred = any(isinstance(one, DeferredAudio) for one in waveforms)
+        output["audio"] = DeferredStack(tuple(waveforms)) if is_deferred else stacked(waveforms)
+        num_valid, have_num_valid = column(batch, "audio_num_valid")
+        if any(have_num_valid):
+            output["audio_num_valid"] = stacked(num_valid)
     for key in ("image", "audio_emb"):
-        if any(key in item for item in batch):
-            output[key] = stacked(batch, key)
-            output[f"{key}_mask"] = torch.tensor([key in item for item in batch])
-    if all("text_emb" in item for item in batch):
-        output["text_emb"] = default_collate([item["text_emb"] for item in batch])
-    if any("video" in item for item in batch):
-        output["video"], output["video_mask"] = _stack_videos([item.get("video") for item in batch])
-    # dict's own `get`: none of these is ever deferred.
-    metadata = {
-        name: [dict.get(item, key, "") for item in batch] for name, key in _METADATA.items()
-    }
-    output["metadata"] = metadata
-    output["class_name"] = metadata["class_names"]
-    output["file_id"] = metadata["file_ids"]
-    output["audio_filename"] = [item["audio_filename"] for item in batch]
+        tensors, has_key = column(batch, key)
+        if any(has_key):
+            output[key] = stacked(tensors)
+            output[f"{key}_mask"] = torch.tensor(has_key)
+    texts, has_text = column(batch, "text_emb")
+    if all(has_text):
+        output["text_emb"] = default_collate(list(texts))
+    if any(column(batch, "video")[1]):
+        output["video"], output["video_mask"] = _stack_videos(_filled(batch, "video", None))
+    output["metadata"] = {name: _filled(batch, key, "") for name, key in _METADATA.items()}
+    output["class_name"] = output["metadata"]["class_names"]
+    output["file_id"] = output["metadata"]["file_ids"]
+    output["audio_filename"] = _filled(batch, "audio_filename", "")
     return output
 
 
-def _stack_audio(batch: Sequence[Item]) -> torch.Tensor | DeferredStack:
-    parts = tuple(
-        item.peek("audio") if isinstance(item, LazyDict) else item["audio"] for item in batch
-    )
-    if any(isinstance(part, DeferredAudio) for part in parts):
-        return DeferredStack(parts)
-    return torch.stack(parts)
+def _filled(batch: Sequence[Item], key: str, default: Any) -> list[Any]:
+    """Return a value for each item."""
+    values, has_key = column(batch, key)
+    rows = iter(values)
+    return [next(rows) if has else default for has in has_key] if not all(has_key) else list(values)
 
 
 def _stack_videos(
