@@ -8,8 +8,9 @@ import lmdb
 import numpy as np
 import pytest
 
-from lmdbcache.storage.layout import METADATA_KEY
+from lmdbcache.storage.layout import METADATA_KEY, sample_key
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_table
+from lmdbcache.storage.value_table import find_rows, key_or_empty
 
 
 def built(folder, items, **options):
@@ -51,6 +52,31 @@ def test_table_agrees_with_a_walk_by_cursor(tmp_path, count, size, depth):
     asked = [expected[-1][0], b"no:x", b"", expected[0][0], b"z" * 600]
     assert table.find(asked).tolist() == [count - 1, -1, -1, 0, -1]
     assert table.find([]).tolist() == []
+
+
+def test_short_keys_at_the_end_of_a_page_that_has_a_long_one(tmp_path):
+    """LMDB fills a page from its end: the first keys have fewer bytes behind them than the last."""
+    keys = [f"{n}:x".encode() for n in range(1, 12)] + [b"k" * 500 + b":x"]
+    data, transaction_id = built(tmp_path / "db", [(key, key[:1]) for key in keys])
+    table = read_table(data, transaction_id)
+    assert table.keys.tolist() == sorted(keys)
+    found = zip(table.offsets.tolist(), table.lengths.tolist(), strict=True)
+    assert [data[at : at + n].tobytes() for at, n in found] == [key[:1] for key in sorted(keys)]
+
+
+def test_rows_by_id_are_those_of_the_canonical_keys(tmp_path):
+    """Whether or not an id can be looked up as it stands."""
+    ids = ["größe1:tür", "clip:dog", "音:犬"]
+    data, transaction_id = built(tmp_path / "db", [(sample_key(i), b"v") for i in ids])
+    table = read_table(data, transaction_id)
+    asked = [*ids, "clip:DOG", "gro\u0308ße1:tür", "clip:dog\0", "clip", "a:\ud800", 3, "x:dog"]
+    expected = [table.find([key_or_empty(sample_id)])[0] for sample_id in asked]
+    assert expected[:5] == [*expected[:3], *expected[1::-1]]
+    assert expected[5:] == [-1] * 5
+    assert find_rows(table, asked).tolist() == expected
+    for sample_id, row in zip(asked, expected, strict=True):
+        assert find_rows(table, [sample_id]).tolist() == [row]
+    assert find_rows(table, []).tolist() == []
 
 
 def test_table_of_an_empty_store(tmp_path):

@@ -31,7 +31,7 @@ _PAGE_HEADER_BYTES: Final = 16
 _NODE_HEADER_BYTES: Final = 8
 _BRANCH, _LEAF = 0x01, 0x02
 _BIG_VALUE, _SUB_DATABASE, _DUPLICATES = 0x01, 0x02, 0x04
-_PAGES_PER_STEP: Final = 1024
+_PAGES_PER_STEP: Final = 64
 
 
 class UnreadablePagesError(Exception):
@@ -302,9 +302,15 @@ def _fields(
     pages: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], at: npt.NDArray[np.int64], n: int
 ) -> npt.NDArray[np.uint8]:
     """(nodes, n) bytes at a position of each node's page."""
-    flat = pages.reshape(-1)
-    taken: npt.NDArray[np.uint8] = flat[(index * pages.shape[1] + at)[:, None] + np.arange(n)]
-    return taken
+    return _runs(pages, index * pages.shape[1] + at, n)
+
+
+def _runs(
+    pages: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], n: int
+) -> npt.NDArray[np.uint8]:
+    """(starts, n) bytes at positions of all pages: without a table of all bytes' positions."""
+    anywhere: npt.NDArray[np.void] = np.ndarray((pages.size - n + 1,), f"V{n}", pages.data, 0, (1,))
+    return anywhere[starts].view(np.uint8).reshape(-1, n)
 
 
 def _children(pages: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -351,11 +357,13 @@ def _keys(
     lengths: npt.NDArray[np.int64],
     width: int,
 ) -> npt.NDArray[np.bytes_]:
-    columns = np.arange(width)
-    positions = np.minimum(at[:, None] + columns, pages.shape[1] - 1)
-    characters = pages.reshape(-1)[index[:, None] * pages.shape[1] + positions]
-    characters[columns >= lengths[:, None]] = 0
-    keys: npt.NDArray[np.bytes_] = np.ascontiguousarray(characters).view(f"S{width}")[:, 0]
+    starts, last = index * pages.shape[1] + at, pages.size - width
+    characters = _runs(pages, np.minimum(starts, last), width)
+    for row in np.flatnonzero(starts > last).tolist():  # short keys at the very end
+        characters[row] = np.roll(characters[row], last - starts[row])
+    if (lengths != width).any():
+        characters[np.arange(width) >= lengths[:, None]] = 0
+    keys: npt.NDArray[np.bytes_] = characters.view(f"S{width}")[:, 0]
     return keys
 
 
