@@ -131,7 +131,7 @@ def few(items: Collection[object], most: int = 10) -> str:
 # ---- opening, replacing, removing
 
 
-def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_file(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Open a file of ours.
 
     Args:
@@ -145,19 +145,20 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
         NotRegularFileError: Something other than a file is there.
         OSError: It can't be opened.
     """
-    occupy_standard_descriptors()
     try:
         descriptor = os.open(path, flags | _SAFELY, 0o666)
     except OSError:
         check_file(path)
         raise
+    if descriptor < _FIRST_FREE_DESCRIPTOR:
+        descriptor = _moved_up(descriptor)
     if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _refusal(path, mode, "a file")
     return descriptor
 
 
-def read_file(path: Path, limit: int = -1) -> bytes:
+def read_file(path: str | Path, limit: int = -1) -> bytes:
     """Return the content of a file of ours.
 
     Args:
@@ -167,8 +168,14 @@ def read_file(path: Path, limit: int = -1) -> bytes:
     Raises:
         NotRegularFileError, OSError: See `open_file`.
     """
-    with os.fdopen(open_file(path), "rb", buffering=0) as file:
-        return (file.read() if limit < 0 else file.read(limit)) or b""
+    descriptor = open_file(path)
+    try:
+        if limit >= 0:
+            return os.read(descriptor, limit)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
@@ -239,12 +246,15 @@ def remove_entry(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_file(path: Path, *, replaceable: bool = False) -> None:
+def check_file(path: str | Path, *, replaceable: bool = False) -> bool:
     """Refuse what isn't a file where one of ours belongs; for those that open by path.
 
     Args:
         path: The file; it may be missing.
         replaceable: A rename is going to replace it: only a folder is in the way.
+
+    Returns:
+        Whether something is there.
 
     Raises:
         NotRegularFileError: Something other than a file is there.
@@ -253,9 +263,10 @@ def check_file(path: Path, *, replaceable: bool = False) -> None:
     is_fine = stat.S_ISREG(mode) or not mode or (replaceable and not stat.S_ISDIR(mode))
     if not is_fine:
         raise _refusal(path, mode, "a file")
+    return bool(mode)
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: str | Path) -> None:
     """Refuse what isn't a folder, a link to one included; it may be missing.
 
     Raises:
@@ -266,7 +277,7 @@ def check_folder(path: Path) -> None:
         raise _refusal(path, mode, "a folder")
 
 
-def _mode(path: Path) -> int:
+def _mode(path: str | Path) -> int:
     """0 if nothing is there."""
     try:
         return os.lstat(path).st_mode
@@ -274,7 +285,16 @@ def _mode(path: Path) -> int:
         return 0
 
 
-def _refusal(path: Path, mode: int, expected: str) -> NotRegularFileError:
+def _moved_up(descriptor: int) -> int:
+    """Give a file that has taken the place of a standard descriptor a number above these."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_DESCRIPTOR)
+    finally:
+        os.close(descriptor)
+        occupy_standard_descriptors()
+
+
+def _refusal(path: str | Path, mode: int, expected: str) -> NotRegularFileError:
     kind = _KINDS.get(stat.S_IFMT(mode), "something unknown")
     hint = "; only the store's folder or the root may be a link" if stat.S_ISLNK(mode) else ""
     return NotRegularFileError(

@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 
 import lmdb
 
+from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, IntegrityError, StorageError
 from lmdbcache.storage.checks.first_opening import check_first_opening
 from lmdbcache.storage.engine_errors import LOSS_REMEDY, translated_errors
@@ -32,7 +33,7 @@ from lmdbcache.storage.forking import no_fork, process_id
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
-from lmdbcache.storage.opening import check_still_whole, file_id, open_environment
+from lmdbcache.storage.opening import check_still_whole, data_status, file_id, open_environment
 
 __all__ = [
     "Environment",
@@ -61,7 +62,6 @@ class Environment:
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
         self.is_open = True
-        self._size = 0  # of the file, when last looked at
         self._record = b""  # that `_metadata` was made of
         if not create:
             check_first_opening(generation)
@@ -70,9 +70,11 @@ class Environment:
         try:
             if not create:
                 self._open_checksums()
-            self.file = file_id(generation)
-            if self.file is None:
+            status = data_status(generation)
+            if status is None:
                 raise IntegrityError(f"{generation / 'data.mdb'} was removed while it was opened")
+            self.file = status.st_dev, status.st_ino
+            self._size = status.st_size  # when last looked at
         except BaseException:
             self.env.close()
             raise
@@ -174,8 +176,14 @@ class Environment:
         with no_fork, _lock, translated_errors(self.generation):
             return self.read_metadata(self.begin_read())
 
-    def read_metadata(self, transaction: lmdb.Transaction) -> StoreMetadata:
+    def read_metadata(
+        self, transaction: lmdb.Transaction, expected_config: CacheConfig | None = None
+    ) -> StoreMetadata:
         """The metadata record, compared with its checksum.
+
+        Args:
+            transaction: Where to read.
+            expected_config: See `StoreMetadata.unpack`.
 
         Raises:
             IntegrityError: Missing or damaged.
@@ -192,8 +200,9 @@ class Environment:
                 f"{self.generation}: the metadata record is damaged. {LOSS_REMEDY}"
             )
         if self._record != record:
-            self._metadata = StoreMetadata.unpack(bytes(record), self.generation)
-            self._record = bytes(record)
+            packed = bytes(record)
+            self._metadata = StoreMetadata.unpack(packed, self.generation, expected_config)
+            self._record = packed
         return self._metadata
 
     def stored(self, keys: Collection[bytes]) -> set[bytes]:
@@ -222,7 +231,9 @@ class Environment:
 class Snapshot:
     """A pinned read transaction. Reads through it hold `lock`; `transaction` is None once ended."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(
+        self, environment: Environment, expected_config: CacheConfig | None = None
+    ) -> None:
         self.environment = environment
         self.lock = threading.Lock()
         self.transaction: lmdb.Transaction | None = None
@@ -232,9 +243,8 @@ class Snapshot:
         # The same with their checksums (`verified_reads.prepare`).
         self.verified: Any = None
         with _lock, translated_errors(environment.generation):
-            environment.check_whole()
             transaction = environment.begin_read()
-            self.metadata = environment.read_metadata(transaction)
+            self.metadata = environment.read_metadata(transaction, expected_config)
             self.id: int = transaction.id()
             self.is_protected = bool(environment.env.flags()["lock"])
             self.transaction = transaction
@@ -292,6 +302,8 @@ def acquire(generation: Path, *, write: bool = False, create: bool = False) -> E
             _environments[environment.file] = environment
         elif write:
             environment.make_writable()
+        else:
+            environment.check_whole()
         environment.users += 1
         return environment
 

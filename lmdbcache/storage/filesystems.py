@@ -49,7 +49,9 @@ _LOCAL_KINDS: Final = frozenset(
     (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
 )
 _STATFS_BYTES: Final = 256  # more than any system's
-_libc: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
+_KIND_BYTES: Final = ctypes.sizeof(ctypes.c_long)
+_Statfs: Final = ctypes.c_char * _STATFS_BYTES
+_statfs: Final = ctypes.CDLL(None).statfs if sys.platform == "linux" else None
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
@@ -119,12 +121,12 @@ def network_mount(folder: Path) -> Mount | None:
 
 def _is_of_local_kind(folder: Path) -> bool:
     """Return whether the kernel names a kind that is never shared; a list of mounts is longer."""
-    if _libc is None:
+    if _statfs is None:
         return False
-    found = ctypes.create_string_buffer(_STATFS_BYTES)
-    if _libc.statfs(os.fsencode(folder), found) != 0:
+    found = _Statfs()
+    if _statfs(os.fsencode(folder), found) != 0:
         return False  # not there yet, or not ours to look at
-    return ctypes.c_ulong.from_buffer(found).value in _LOCAL_KINDS
+    return int.from_bytes(found.raw[:_KIND_BYTES], sys.byteorder) in _LOCAL_KINDS
 
 
 def mount_of(folder: Path) -> Mount | None:

@@ -69,7 +69,7 @@ def current_generation(store: Path) -> Path | None:
         NotRegularFileError: `CURRENT` isn't a file, or the generation isn't a folder.
     """
     try:
-        name = read_file(store / CURRENT_NAME, _MAX_NAME_BYTES).decode("ascii", "replace").strip()
+        content = read_file(f"{store}/{CURRENT_NAME}", _MAX_NAME_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except NotRegularFileError:
@@ -78,13 +78,15 @@ def current_generation(store: Path) -> Path | None:
         raise StorageError(
             f"{store / CURRENT_NAME} can't be read ({error.strerror}). Check its permissions"
         ) from None
+    name = content.decode("ascii", "replace").strip()
     if not GENERATION_NAME.fullmatch(name):
         raise IntegrityError(
             f"{store / CURRENT_NAME} holds {name[:40]!r} instead of a generation's name such as "
             "'gen-000001'. If the folder has just one gen-* folder, write its name there"
         )
-    check_folder(store / name)
-    return store / name
+    generation = store / name
+    check_folder(generation)
+    return generation
 
 
 @contextlib.contextmanager

@@ -181,8 +181,16 @@ class StoreMetadata:
         return packed
 
     @classmethod
-    def unpack(cls, record: bytes, store: object) -> StoreMetadata:
+    def unpack(
+        cls, record: bytes, store: object, expected_config: CacheConfig | None = None
+    ) -> StoreMetadata:
         """Read a record that may be damaged or foreign.
+
+        Args:
+            record: What `pack` returned.
+            store: For messages.
+            expected_config: Taken as it is if the record holds its fields, instead of one that is
+                made of these.
 
         Raises:
             FormatVersionError: Written in a version that this release doesn't know.
@@ -198,8 +206,12 @@ class StoreMetadata:
         try:
             if version != FORMAT_VERSION:
                 raise ConfigError(f"format_version: {version!r}")
+            fields = {name: values[name] for name in _CONFIG_FIELDS}
+            config = expected_config
+            if config is None or config.to_dict() != fields:
+                config = CacheConfig.from_dict(fields)
             return cls(
-                config=CacheConfig.from_dict({name: values[name] for name in _CONFIG_FIELDS}),
+                config=config,
                 embedding_shape=_shape(values["embedding_shape"]),
                 creation_time=str(values["creation_time"]),
                 dataset_root=str(values["dataset_root"]),

@@ -32,6 +32,7 @@ from lmdbcache.storage.reader_slots import holders
 __all__ = [
     "check_data_file",
     "check_still_whole",
+    "data_status",
     "file_id",
     "file_problem",
     "open_environment",
@@ -83,7 +84,7 @@ def file_problem(generation: Path) -> tuple[str | None, int, MetaPage | None]:
         # First: a commit in between makes the meta pages newer than this, which is fine.
         record = read_commit_record(generation)
         try:
-            descriptor = open_file(generation / "data.mdb")
+            descriptor = open_file(f"{generation}/data.mdb")
         except FileNotFoundError:
             raise IntegrityError(f"{generation / 'data.mdb'} is missing. {LOSS_REMEDY}") from None
         try:
@@ -109,11 +110,16 @@ def file_problem(generation: Path) -> tuple[str | None, int, MetaPage | None]:
 
 def file_id(generation: Path) -> tuple[int, int] | None:
     """Which file data.mdb is; a cleared and remade generation of the same name differs."""
+    status = data_status(generation)
+    return None if status is None else (status.st_dev, status.st_ino)
+
+
+def data_status(generation: Path) -> os.stat_result | None:
+    """What the system says of data.mdb; None where there is none."""
     try:
-        status = (generation / "data.mdb").lstat()
+        return os.lstat(f"{generation}/data.mdb")
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
 def check_still_whole(
@@ -133,19 +139,16 @@ def check_still_whole(
     Raises:
         IntegrityError: It is shorter than before, or than its last page.
     """
-    path = generation / "data.mdb"
     for is_first in (True, False):
         # Before the file's size: a commit in between makes the file larger.
         least = known if is_first else _used_bytes(environment)
-        try:
-            status = path.lstat()
-        except OSError:
+        status = data_status(generation)
+        if status is None or (status.st_dev, status.st_ino) != opened:
             return known  # unlinked: what is mapped stays as it is
-        if (status.st_dev, status.st_ino) != opened:
-            return known
         if status.st_size < least:
-            raise IntegrityError(truncated(path, status.st_size, least))
-    return status.st_size
+            raise IntegrityError(truncated(generation / "data.mdb", status.st_size, least))
+        known = status.st_size
+    return known
 
 
 def _used_bytes(environment: lmdb.Environment) -> int:
@@ -174,14 +177,15 @@ def open_environment(
     occupy_standard_descriptors()
     if write:
         check_local_for_writing(generation)
-    data = generation / "data.mdb"
-    if not create and data.exists() and not os.access(data, os.R_OK):
-        raise ReadOnlyCacheError(
-            f"{data} isn't readable for this user. Ask its owner for read permission"
-        )
-    _check_room_for_lock_file(generation)
+    _check_files(generation)
     # LMDB makes an empty environment of an empty file or folder, which would hide a loss.
-    size, newest_commit = (0, None) if create else check_data_file(generation)
+    try:
+        size, newest_commit = (0, None) if create else check_data_file(generation)
+    except PermissionError:
+        raise ReadOnlyCacheError(
+            f"{generation / 'data.mdb'} isn't readable for this user. Ask its owner for read "
+            "permission"
+        ) from None
     least = size + _LEAST_GROWTH if write else size
     wanted = max(_WRITER_MAP if write else _READER_MAP, 8 * size)
     share = _address_space_left(is_small=not write) // _SHARE_OF_THE_REST
@@ -234,10 +238,13 @@ def _users(generation: Path) -> str:
     return ", ".join(holders([generation / "lock.mdb"])) or "unknown"
 
 
-def _check_room_for_lock_file(generation: Path) -> None:
-    # LMDB would map a lock file that the disk can't hold, and die of SIGBUS.
+def _check_files(generation: Path) -> None:
+    # LMDB follows links, waits for a pipe's other end, and would map a lock file that the disk
+    # can't hold, and die of SIGBUS.
+    check_folder(generation)
+    check_file(f"{generation}/data.mdb")
     if (
-        not (generation / "lock.mdb").exists()
+        not check_file(f"{generation}/lock.mdb")
         and os.access(generation, os.W_OK)
         and free_bytes(generation) < _LOCK_FILE_BYTES
     ):
@@ -286,10 +293,6 @@ def _open_with(generation: Path, map_size: int, *, write: bool) -> lmdb.Environm
         "mode": 0o666,
     }
     path = os.fsencode(generation)
-    # LMDB follows links, and waits for a pipe's other end.
-    check_folder(generation)
-    for name in ("data.mdb", "lock.mdb"):
-        check_file(generation / name)
     if write:
         return lmdb.open(path, **options)
     if not check_local_for_reading(generation):

@@ -37,7 +37,7 @@ from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.pages.pages import EntryTable, UnreadablePagesError, leaf_pages
 from lmdbcache.storage.row_parts import RowPart
 from lmdbcache.storage.statistics import add_reads, counts_of, family, join_family
-from lmdbcache.storage.value_table import ValueTable, key_or_empty, stack, value_table
+from lmdbcache.storage.value_table import ValueTable, find_rows, key_or_empty, stack, value_table
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 from lmdbcache.storage.verified_reads import (
     Mismatch,
@@ -97,7 +97,9 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
         track_usage: bool = True,
     ) -> None:
         check_mode(verify)
-        self._store = Path(store).absolute()
+        self._store = store if isinstance(store, Path) else Path(store)
+        if not self._store.is_absolute():
+            self._store = self._store.absolute()
         self._expected_config = config
         self.verify = verify
         self._counts_as_use = track_usage
@@ -204,7 +206,7 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
         while True:
             environment = acquire_current(self._store)
             try:
-                snapshot = Snapshot(environment)
+                snapshot = Snapshot(environment, self._expected_config)
                 snapshot.metadata.check_config(self._expected_config, self._store)
             except BaseException as error:
                 release(environment)
@@ -704,7 +706,7 @@ class Selection:
             if table is None or table.common_length is None:
                 return None
             if not self._knows_all(table) and self._entries is not table.entries:
-                self._rows = table.entries.find([key_or_empty(i) for i in self.sample_ids])
+                self._rows = find_rows(table.entries, self.sample_ids)
                 self._is_complete = bool((self._rows >= 0).all())
                 self._entries = table.entries
             rows = self._rows[_indices(positions)]

@@ -275,6 +275,7 @@ class HitCounter:
 # ---- this process
 
 _stores: Final[dict[Path, ReadCounts]] = {}
+_by_file: Final[dict[tuple[int, ...], ReadCounts]] = {}  # a folder may have several names
 _lock = threading.Lock()
 # The folder in which processes count that an `EpochStatistics` of this one, or of one above it,
 # sums up; and what those that have ended had counted, by the beginning of their files' names.
@@ -288,16 +289,35 @@ def counts_of(store: Path) -> ReadCounts | None:
 
     From then on, the end of this process is noted as a use of the store.
     """
-    counts = _stores.get(store)
+    counts = _known(store)
     if counts is None:
-        path = Path(os.path.realpath(store))  # one folder may have several names
         with _lock:
             if not _stores:
                 # Unlike atexit's, it is called at the end of workers, too.
                 multiprocessing.util.Finalize(None, _add_all, exitpriority=1)
-            counts = _stores.get(path) or ReadCounts(path, _memory(path))
-            _stores[path] = _stores[store] = counts
+            counts = _stores.get(store) or ReadCounts(store, _memory(store))
+            _stores[store] = _by_file[_file(store)] = counts
     return None if os.environ.get(STATISTICS_VARIABLE) == "0" else counts
+
+
+def _known(store: Path) -> ReadCounts | None:
+    """Return this process's counts of a store, under whatever name it has counted."""
+    counts = _stores.get(store)
+    if counts is None:
+        file = _file(store)
+        found = _by_file.get(file) if file else None
+        if found is not None and _file(found.store) == file:  # not of a store that is gone
+            counts = _stores[store] = found
+    return counts
+
+
+def _file(store: Path) -> tuple[int, ...]:
+    """Return which folder it is; nothing if it isn't there yet."""
+    try:
+        status = os.stat(store)  # noqa: PTH116 - a sixth of the calls
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino
 
 
 def statistics_of(store: str | Path) -> ReadStatistics:
@@ -305,8 +325,8 @@ def statistics_of(store: str | Path) -> ReadStatistics:
 
     Other processes' counts are up to a second old.
     """
-    path = Path(os.path.realpath(store))
-    counts = _stores.get(path)
+    path = Path(store).absolute()
+    counts = _known(path)
     left = counts.left() if counts else ReadStatistics()
     return _read_totals(path / STATISTICS_NAME) + left
 
@@ -317,7 +337,7 @@ def reset_statistics(store: str | Path) -> None:
     Raises:
         ReadOnlyCacheError: The store can't be written.
     """
-    folder = Path(os.path.realpath(store)) / STATISTICS_NAME
+    folder = Path(store).absolute() / STATISTICS_NAME
     add_reads(folder.parent)  # what this process has read belongs to what goes
     try:
         check_folder(folder)
@@ -332,7 +352,7 @@ def reset_statistics(store: str | Path) -> None:
 
 def add_reads(store: Path) -> None:
     """Add what this process has read of a store to its totals now."""
-    counts = _stores.get(store) or _stores.get(Path(os.path.realpath(store)))
+    counts = _known(store)
     if counts is not None:
         counts.add_to_totals(_SECONDS_FOR_LOCK)
 
@@ -370,13 +390,15 @@ def _memory(store: Path) -> Any:
 
 
 def _prefix(store: Path) -> str:
-    return hashlib.blake2b(os.fsencode(store), digest_size=8).hexdigest() + "."
+    name = os.path.realpath(store)
+    return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest() + "."
 
 
 def _after_fork_in_child() -> None:
     global _lock, _is_head
     _lock, _is_head = threading.Lock(), False
     _stores.clear()
+    _by_file.clear()
     _ended.clear()
 
 
@@ -446,8 +468,7 @@ def _found_family() -> None:
 
 
 def _family_statistics(store: Path) -> ReadStatistics:
-    path = Path(os.path.realpath(store))
-    prefix, counts = _prefix(path), _stores.get(path)
+    prefix, counts = _prefix(store), _known(store)
     total = counts.statistics() if counts else ReadStatistics()
     with _lock:
         for file in sorted(_family.glob(f"{prefix}*")) if _family else ():

@@ -133,6 +133,22 @@ def test_every_way_of_reading_counts_each_sample_once(cache, config, store, veri
             assert counted(store)["dog"][0] == 48 * len(ways) + 2
 
 
+def test_names_of_one_store_count_together(cache, config, store, tmp_path):
+    """By a link as by its own name; a store that is made again is counted by itself."""
+    (tmp_path / "link").symlink_to(cache.root)
+    linked = EmbeddingCache(tmp_path / "link")
+    assert statistics.counts_of(linked.path(config)) is statistics.counts_of(store)
+    before = read_all(cache.root, config)
+    assert read_all(tmp_path / "link", config) == {
+        name: (2 * hits, misses) for name, (hits, misses) in before.items()
+    }
+    store.rename(tmp_path / "moved")
+    with cache.writer(config) as writer:
+        writer.put_batch(SAMPLE_IDS, VALUES)
+    (tmp_path / "other").symlink_to(cache.path(config))
+    assert read_all(cache.root, config) == before
+
+
 def test_embeddings_of_different_lengths_are_counted(cache, config):
     """What LMDB is asked for one by one counts, too."""
     with cache.writer(config, ragged=True) as writer:

@@ -102,10 +102,10 @@ def mark_known(generation: Path, *, with_values: bool = True) -> None:
     for path, line in _markers(generation, make=True):
         with contextlib.suppress(OSError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            if path.exists() and path.stat().st_size > _MAX_MARKER_BYTES // 2:
-                flags |= os.O_TRUNC
             descriptor = open_file(path, flags)
             try:
+                if os.fstat(descriptor).st_size > _MAX_MARKER_BYTES // 2:
+                    os.truncate(descriptor, 0)
                 # In front, too: a line that was cut short doesn't spoil this one.
                 ending = b"" if with_values else _STRUCTURE_ALONE
                 os.write(descriptor, b"\n" + line + ending + b"\n")
@@ -184,14 +184,14 @@ def _one_at_a_time(generation: Path) -> Iterator[None]:
         yield
 
 
-def _markers(generation: Path, *, make: bool = False) -> Iterator[tuple[Path, bytes]]:
+def _markers(generation: Path, *, make: bool = False) -> Iterator[tuple[str | Path, bytes]]:
     """Where a generation may be remembered, the best place first, and by which line."""
     try:
-        status = (generation / "data.mdb").lstat()
+        status = os.lstat(f"{generation}/data.mdb")
     except OSError:
         return
     line = f"{_machine()} {status.st_ino}"
-    yield generation / _MARKER_NAME, line.encode()
+    yield f"{generation}/{_MARKER_NAME}", line.encode()
     # Another image may be mounted at this path, and have given its file the same inode.
     commit = hashlib.blake2b(repr(read_commit_record(generation)).encode(), digest_size=8)
     line += f" {status.st_size} {status.st_mtime_ns} {commit.hexdigest()}"

@@ -66,7 +66,7 @@ def read_commit_record(generation: Path) -> MetaPage | None:
         NotRegularFileError: Something else than a file has its name.
     """
     try:
-        content = read_file(generation / _NAME, _MAX_BYTES)
+        content = read_file(f"{generation}/{_NAME}", _MAX_BYTES)
     except NotRegularFileError:
         raise
     except OSError:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 __all__ = [
     "META_BYTES",
@@ -24,7 +23,9 @@ __all__ = [
 _HEADER: Final = struct.Struct("=QHHHHIIQQ")  # page, pad, flags, bounds, magic, version, map
 _TREE: Final = struct.Struct("=IHHQQQQQ")  # pad, flags, depth, 3 counts of pages, entries, root
 _END: Final = struct.Struct("=QQ")  # last page, transaction
-META_BYTES: Final = _HEADER.size + 2 * _TREE.size + _END.size
+_FREE: Final = slice(_HEADER.size, _HEADER.size + _TREE.size)
+_MAIN: Final = slice(_FREE.stop, _FREE.stop + _TREE.size)
+META_BYTES: Final = _MAIN.stop + _END.size
 
 _MAGIC, _VERSION, _IS_META = 0xBEEFC0DE, 1, 0x08
 _PAGE_SIZES: Final = tuple(1 << n for n in range(9, 17))
@@ -32,8 +33,7 @@ _NO_PAGE: Final = 2**64 - 1
 _MAX_DEPTH: Final = 32
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """One database: depth 0 has no root."""
 
     depth: int
@@ -41,8 +41,7 @@ class Tree:
     root: int
 
 
-@dataclass(frozen=True)
-class MetaPage:
+class MetaPage(NamedTuple):
     """One sound meta page.
 
     Args:
@@ -80,7 +79,10 @@ def read_meta_pages(descriptor: int) -> tuple[MetaPage | None, MetaPage | None]:
 
 def newest(metas: tuple[MetaPage | None, MetaPage | None]) -> MetaPage | None:
     """The sound one of the newer commit."""
-    return max((m for m in metas if m), key=lambda meta: meta.transaction, default=None)
+    first, second = metas
+    if first is None or second is None:
+        return first or second
+    return first if first.transaction > second.transaction else second
 
 
 def parse_tree(record: bytes) -> Tree | None:
@@ -100,14 +102,14 @@ def parse_meta(raw: bytes, number: int) -> MetaPage | None:
     page, _, flags, _, _, magic, version, _, _ = _HEADER.unpack_from(raw)
     if (page, magic, version) != (number, _MAGIC, _VERSION) or not flags & _IS_META:
         return None
-    free, main = (
-        parse_tree(raw[at : at + _TREE.size]) for at in (_HEADER.size, _HEADER.size + _TREE.size)
-    )
+    free, main = parse_tree(raw[_FREE]), parse_tree(raw[_MAIN])
     page_size = int(_TREE.unpack_from(raw, _HEADER.size)[0])
     last_page, transaction = _END.unpack_from(raw, META_BYTES - _END.size)
     if free is None or main is None or page_size not in _PAGE_SIZES:
         return None
-    roots_exist = all(tree.depth == 0 or 1 < tree.root <= last_page for tree in (free, main))
-    if not roots_exist or last_page < 1 or (transaction and transaction & 1 != number):
+    for tree in (free, main):
+        if tree.depth and not 1 < tree.root <= last_page:
+            return None
+    if last_page < 1 or (transaction and transaction & 1 != number):
         return None
     return MetaPage(page_size, free, main, last_page, transaction, raw)
