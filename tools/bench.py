@@ -11,6 +11,7 @@ import os
 import platform
 from pathlib import Path
 
+import bench_datasets
 import bench_extraction
 import bench_reading
 from document_tables import table_command
@@ -33,7 +34,8 @@ def tables(*, quick: bool) -> str:
         lines += ["", f"### {TITLES[name]}", "", "| what | ours | others | ratio |"]
         lines.append("|---|---|---|---|")
         lines += [_row(what, ways) for what, ways in figures.items()]
-    for what, ways in bench_extraction.measure(quick=quick).items():
+    by_way = bench_datasets.measure(quick=quick) | bench_extraction.measure(quick=quick)
+    for what, ways in by_way.items():
         lines += ["", f"### {what}", "", "| way | figure |", "|---|---|"]
         lines += [f"| {way} | {_number(figure)} |" for way, figure in ways.items()]
     return "\n".join(lines)

@@ -36,6 +36,8 @@ def test_tables_of_a_quick_run_are_complete(monkeypatch, capsys):
         "| epoch, µs/sample |",
         "| DataLoader, 2 workers, µs/sample |",
         "| cold page cache, open + epoch, s |",
+        "| VEGASDataset, batches of 64 |",
+        "| CachedAudioDataset of Hugging Face, batches of 256 |",
         "| bare model on ready features |",
         "| log-mel |",
     ):
