@@ -12,7 +12,7 @@ from lmdbcache.cli.command import grouped
 from lmdbcache.cli.console import print_json, print_table, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json
-from lmdbcache.datasets import LeftOut, Sample, overlap_audit, split_names, split_of, split_source
+from lmdbcache.datasets import LeftOut, Sample, overlap_audit, split_names, split_source
 
 __all__ = ["dataset_command", "partition_command"]
 
@@ -39,7 +39,7 @@ def dataset_command(
         "clips": len(samples),
         "left_out": len(left_out),
         "splits_from": split_source(opened.samples, dataset.split_by),
-        "splits": _split_sizes(samples, opened.samples, dataset.split_by),
+        "splits": _split_sizes(samples, dataset),
         "folds": dict(sorted(Counter(s["fold"] for s in samples if "fold" in s).items())),
     }
     if as_json:
@@ -105,7 +105,7 @@ def partition_command(
     parts = {}
     for number, samples in nodes.items():
         for split in names or ("all",):
-            part = split_of(samples, split, dataset.split_by, whole=whole)
+            part = dataset.split_of(samples, split, number)
             parts[f"node {number} {split}".removesuffix(" all")] = part
     audit = overlap_audit(parts, by_content=by_content)
     counts = [Counter(sample["class_name"] for sample in samples) for samples in nodes.values()]
@@ -139,8 +139,8 @@ def partition_command(
     raise typer.Exit(0 if audit.is_disjoint else 1)
 
 
-def _split_sizes(samples: list[Sample], whole: list[Sample], split_by: str) -> dict[str, int]:
+def _split_sizes(samples: list[Sample], dataset: DatasetChoice) -> dict[str, int]:
     return {
-        name: len(split_of(samples, name, split_by, whole=whole))
-        for name in split_names(whole, split_by)
+        name: len(dataset.split_of(samples, name, dataset.node_split_id))
+        for name in split_names(dataset.opened.samples, dataset.split_by)
     }

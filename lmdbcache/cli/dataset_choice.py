@@ -24,6 +24,7 @@ from lmdbcache.datasets import (
     open_dataset,
     sample_id_of,
     split_names,
+    split_of,
 )
 from lmdbcache.errors import DatasetError
 from lmdbcache.extraction import to_clips
@@ -96,10 +97,18 @@ class DatasetChoice:
     split_by: Annotated[
         str,
         typer.Option(
-            help="own (the dataset's), folds, ratios (by hash), or auto: the first that it has.",
+            help="own (the dataset's), folds, ratios (0.7, 0.1, 0.2), or auto: the first that it "
+            "has.",
             rich_help_panel=_PART,
         ),
     ] = "auto"
+    split_method: Annotated[
+        str,
+        typer.Option(
+            help="hash, or sklearn: draws ratios and nodes as scikit-learn and NumPy do.",
+            rich_help_panel=_PART,
+        ),
+    ] = "hash"
     folds: Annotated[
         list[int] | None,
         typer.Option(
@@ -201,6 +210,22 @@ class DatasetChoice:
             folds=self.folds,
             split=self.split,
             split_by=self.split_by,
+            split_method=self.split_method,
+        )
+
+    def split_of(self, samples: list[Sample], split: str, node: int | None) -> list[Sample]:
+        """The samples of one split, of those of a node or of the whole dataset.
+
+        Raises:
+            DatasetError: They can't be divided.
+        """
+        return split_of(
+            samples,
+            split,
+            self.split_by,
+            whole=self.opened.samples,
+            split_method=self.split_method,
+            node=node,
         )
 
     def samples(self) -> list[Sample]:

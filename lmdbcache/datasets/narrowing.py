@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.datasets.splits import (
     SPLITS,
+    checked_split_method,
     node_split,
     partition_samples,
     split_samples,
@@ -31,6 +32,7 @@ __all__ = [
     "first_of_each_class",
     "split_names",
     "split_of",
+    "split_seed",
     "split_source",
 ]
 
@@ -65,8 +67,10 @@ class Narrowing:
         folds: Only these folds.
         split: `"all"`, or the name of a split.
         split_by: Where splits come from: `"own"` (the dataset's), `"folds"` (the last fold is
-            test, the one before val, the others train), `"ratios"` (0.7, 0.1, 0.2 by hash), or
+            test, the one before val, the others train), `"ratios"` (0.7, 0.1, 0.2), or
             `"auto"`: the first of these that the dataset has.
+        split_method: How nodes and splits by ratios are drawn: `"hash"` or `"sklearn"`, see
+            `split_samples` and `node_split`.
     """
 
     classes: Sequence[str | int] | None = None
@@ -82,6 +86,7 @@ class Narrowing:
     folds: Sequence[int] | None = None
     split: str = "all"
     split_by: str = "auto"
+    split_method: str = "hash"
 
     def of(self, dataset: AudioDataset) -> list[Sample]:
         """Return this part of a dataset, in its order; labels keep their value.
@@ -89,9 +94,9 @@ class Narrowing:
         Raises:
             DatasetError: A choice can't be used with this dataset.
         """
-        # Before anything is narrowed: what a split means depends on the whole dataset.
-        check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
-        return self._of_folds_and_split(self._of_node(self.of_classes(dataset)), dataset)
+        self._check_split(dataset)
+        samples = self._of_node(self.of_classes(dataset))
+        return self._of_folds_and_split(samples, dataset, self.node_split_id)
 
     def nodes_of(self, dataset: AudioDataset) -> list[list[Sample]]:
         """Return what `of` gives for each node; `node_split_id` is only checked.
@@ -99,12 +104,14 @@ class Narrowing:
         Raises:
             DatasetError: A choice can't be used, or the number of nodes isn't given.
         """
-        check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
+        self._check_split(dataset)
         if self.num_nodes is None:
             raise DatasetError("`num_nodes`: how many nodes are there?")
         samples = self.of_classes(dataset)
         nodes = self._nodes(samples, range(self._checked_num_nodes()))
-        return [self._of_folds_and_split(node, dataset) for node in nodes]
+        return [
+            self._of_folds_and_split(samples, dataset, node) for node, samples in enumerate(nodes)
+        ]
 
     def of_classes(self, dataset: AudioDataset) -> list[Sample]:
         """Return the samples of the chosen classes.
@@ -126,10 +133,24 @@ class Narrowing:
             return samples
         return first_of_each_class(samples, self.samples_per_class)
 
-    def _of_folds_and_split(self, samples: list[Sample], dataset: AudioDataset) -> list[Sample]:
+    def _check_split(self, dataset: AudioDataset) -> None:
+        """Before anything is narrowed: what a split means depends on the whole dataset."""
+        checked_split_method(self.split_method)
+        check_split(dataset.samples, self.split, self.split_by, dataset.namespace)
+
+    def _of_folds_and_split(
+        self, samples: list[Sample], dataset: AudioDataset, node: int | None
+    ) -> list[Sample]:
         if self.folds:
             samples = _of_folds(samples, self.folds, dataset)
-        return split_of(samples, self.split, self.split_by, whole=dataset.samples)
+        return split_of(
+            samples,
+            self.split,
+            self.split_by,
+            whole=dataset.samples,
+            split_method=self.split_method,
+            node=node,
+        )
 
     def _of_node(self, samples: list[Sample]) -> list[Sample]:
         if self.node_split_id is not None:
@@ -154,8 +175,13 @@ class Narrowing:
                     "samples_per_node: gives every node the same; leave it out to divide by "
                     "`node_shares`, `dirichlet` or `min_per_node`"
                 )
-            return [node_split(samples, node, None, size, self.node_seed) for node in wanted]
-        nodes = partition_samples(samples, num_nodes, **rule, seed=self.node_seed)
+            return [
+                node_split(samples, node, None, size, self.node_seed, self.split_method)
+                for node in wanted
+            ]
+        nodes = partition_samples(
+            samples, num_nodes, **rule, seed=self.node_seed, split_method=self.split_method
+        )
         return [nodes[node] for node in wanted]
 
     def _checked_num_nodes(self) -> int:
@@ -308,8 +334,24 @@ def split_names(samples: Sequence[Sample], split_by: str = "auto") -> tuple[str,
     return SPLITS
 
 
+def split_seed(split_method: str, node: int | None) -> int:
+    """Return the seed of the splits by ratios: with `"sklearn"` each node has another.
+
+    Args:
+        split_method: `"hash"` or `"sklearn"`.
+        node: Whose samples are split, from 0, if they were divided between nodes.
+    """
+    return SPLIT_SEED + (node or 0) if split_method == "sklearn" else SPLIT_SEED
+
+
 def split_of(
-    samples: Sequence[Sample], split: str, split_by: str, *, whole: Sequence[Sample]
+    samples: Sequence[Sample],
+    split: str,
+    split_by: str,
+    *,
+    whole: Sequence[Sample],
+    split_method: str = "hash",
+    node: int | None = None,
 ) -> list[Sample]:
     """Return the samples of one split.
 
@@ -318,6 +360,8 @@ def split_of(
         split: Name of the split, or `all`.
         split_by: See `Narrowing`.
         whole: All samples of the dataset, which say what its folds are.
+        split_method: See `split_samples`.
+        node: Whose samples these are, if they were divided between nodes.
     """
     if split == "all":
         return list(samples)
@@ -327,7 +371,8 @@ def split_of(
     if source == "folds":
         wanted = _folds_of(whole, split)
         return [sample for sample in samples if sample["fold"] in wanted]
-    return split_samples(samples, split, seed=SPLIT_SEED)
+    seed = split_seed(split_method, node)
+    return split_samples(samples, split, seed=seed, split_method=split_method)
 
 
 def _folds_of(samples: Sequence[Sample], split: str) -> set[int]:

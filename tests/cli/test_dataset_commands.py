@@ -12,6 +12,7 @@ from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound
 
 from lmdbcache import CacheConfig, EmbeddingCache, model_identity
 from lmdbcache.cache import read_failures
+from lmdbcache.datasets import open_dataset, partition_samples, split_samples
 
 
 @pytest.fixture
@@ -190,6 +191,26 @@ def test_partition_by_samples_per_node(cli, refused, esc50, options):
     assert "--samples-per-node" in refused("extract", esc50, *options, "--node-split-id", 2)
 
 
+def test_splits_of_scikit_learn(cli, tmp_path):
+    """--split-method is that of nodes and ratios, in every command."""
+    root = make_audio_folder(tmp_path / "sounds", classes=["bell", "wind"], suffixes=["wav"] * 12)
+    samples = open_dataset(root).samples
+    part = ("--num-nodes", 2, "--split-method", "sklearn", "--json")
+    found = json.loads(cli("partition", root, *part).stdout)
+    nodes = partition_samples(samples, 2, split_method="sklearn")
+    assert found["audit"]["sizes"] == {
+        f"node {node} {split}": len(
+            split_samples(nodes[node], split, seed=42 + node, split_method="sklearn")
+        )
+        for node in range(2)
+        for split in ("train", "val", "test")
+    }
+    shown = json.loads(cli("dataset", root, *part, "--node-split-id", 1).stdout)
+    assert shown["splits"] == {
+        split: found["audit"]["sizes"][f"node 1 {split}"] for split in shown["splits"]
+    }
+
+
 def test_partition_shows_one_node(cli, refused, esc50):
     """--node-split-id shows that node alone; out of range is an error."""
     whole = json.loads(cli("partition", esc50, "--num-nodes", 3, "--json").stdout)
@@ -222,6 +243,7 @@ def test_samples_per_class_below_one(refused, esc50, data, tmp_path, layout, num
         (["--fold", "9"], "folds are 1, 2"),
         (["--split", "dev"], "'train', 'val'"),
         (["--split-by", "own"], "split_by: 'own'"),
+        (["--split-method", "random"], "split_method: 'random'"),
         (["--num-nodes", "3"], "node_split_id"),
         (
             ["--num-nodes", "3", "--node-split-id", "0", "--node-shares", "a,b"],

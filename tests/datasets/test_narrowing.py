@@ -7,7 +7,15 @@ import itertools
 import pytest
 from synthetic_layouts import make_esc50, make_vggsound, tone, write_audio
 
-from lmdbcache.datasets import Narrowing, VEGASDataset, open_dataset, split_names, split_source
+from lmdbcache.datasets import (
+    Narrowing,
+    VEGASDataset,
+    node_split,
+    open_dataset,
+    split_names,
+    split_samples,
+    split_source,
+)
 from lmdbcache.errors import DatasetError
 
 
@@ -69,6 +77,33 @@ def test_vegas_splits_and_nodes_are_those_of_the_first_release(vegas):
         "video_00005:drum",
         "video_00007:drum",
     ]
+
+
+@pytest.mark.parametrize("chosen", [{"num_nodes": 2}, {"samples_per_node": 5}])
+def test_splits_and_nodes_of_scikit_learn(vegas, chosen):
+    """Both are drawn by `split_method`; each node's splits have a seed of their own."""
+    dataset, method = open_dataset(vegas), {"split_method": "sklearn"}
+    for split in ("train", "val", "test"):
+        found = _ids(Narrowing(split=split, **method).of(dataset))
+        assert found == _ids(split_samples(dataset.samples, split, seed=42, **method))
+        assert found != _ids(Narrowing(split=split).of(dataset))
+    # Of 15 clips of three classes scikit-learn draws no val.
+    nodes = Narrowing(split="test", **{"num_nodes": 2, **chosen}, **method).nodes_of(dataset)
+    for node in range(2):
+        mine = node_split(dataset.samples, node, seed=42, **chosen, **method)
+        expected = _ids(split_samples(mine, "test", seed=42 + node, **method))
+        one = Narrowing(split="test", node_split_id=node, **chosen, **method)
+        assert _ids(nodes[node]) == _ids(one.of(dataset)) == expected
+
+
+def test_folds_stay_folds_with_scikit_learn(esc50):
+    """The method is one of nodes and ratios; others than those that exist are refused."""
+    for split in ("all", "test"):
+        one = Narrowing(split=split, split_method="sklearn").of(esc50)
+        assert _ids(one) == _ids(Narrowing(split=split).of(esc50))
+    for wrong in ({"split_method": "magic"}, {"split_method": "sklearn", "dirichlet": 0.5}):
+        with pytest.raises(DatasetError, match="^split_method: "):
+            Narrowing(**wrong, node_split_id=0, num_nodes=2).of(esc50)
 
 
 def test_classes_by_name_in_any_case_and_by_label(esc50):
