@@ -107,3 +107,22 @@ def test_classes_beside_the_names_are_never_swapped(bring, stored, tmp_path):
     assert stored(bring(path)).keys() == {"x__1:a", "x__1:b"}
     report = bring(path, {**FACTS, "dataset": "b"}, keys="class:file_id")
     assert stored(report).keys() == {"x__1:a", "x__1:b"}
+
+
+def test_a_stated_class_says_the_order_of_its_own_key(bring, stored, tmp_path):
+    """One dict may hold both orders; keys without a stated class are read by themselves."""
+    stated = {f"dog:video_{n:05d}.wav": {"class_name": "dog", "embeddings": ONE} for n in range(3)}
+    plain = {f"video_{n:05d}:dog": ONE + 1 for n in range(10, 12)}
+    report = bring(save_torch(tmp_path / "old.pt", stated | plain))
+    assert {name: array[0] for name, array in stored(report).items()} == {
+        **{f"video_{n:05d}:dog": 1 for n in range(3)},
+        **{f"video_{n:05d}:dog": 2 for n in range(10, 12)},
+    }
+    assert any("class:file_id" in note for note in report.notes)
+
+
+def test_stated_classes_tell_the_order_of_the_other_keys(bring, stored, tmp_path):
+    """`x:dog` alone may be either; beside a clip of the stated class dog it can't."""
+    stated = {"dog:a": {"class_name": "dog", "embeddings": ONE}}
+    path = save_torch(tmp_path / "old.pt", {**stated, "x:dog": ONE})
+    assert stored(bring(path)).keys() == {"a:dog", "x:dog"}

@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 KeyOrder = Literal["auto", "file_id:class", "class:file_id"]
-_KEY_ORDERS: Final = ("auto", "file_id:class", "class:file_id")
+_FILE_FIRST: Final = "file_id:class"
+_KEY_ORDERS: Final = ("auto", _FILE_FIRST, "class:file_id")
 
 # A dataset's file id is the name of the clip without this.
 _EXTENSION: Final = re.compile(
@@ -75,8 +76,9 @@ class KeyReader:
         self._hints = hints or {}
         self._class_name = choice.class_name
         self._is_exact = is_exact
+        self._is_inferred = choice.order == "auto"
         self._order: KeyOrder = choice.order
-        if choice.order == "auto" and not is_exact:
+        if self._is_inferred and not is_exact:
             self._order = self._infer_order(keys)
 
     def sample_id(self, key: Any) -> str:
@@ -103,7 +105,8 @@ class KeyReader:
                     "are of one class, give it (`class_name`)"
                 )
             return file_id_in_class(key, class_name), class_name
-        if self._order == "class:file_id":
+        # A stated class says the order of its own key: one dict may hold keys of both.
+        if _is_reversed(key, hint) if hint and self._is_inferred else self._order != _FILE_FIRST:
             class_name, _, file_id = key.partition(":")
         else:
             file_id, _, class_name = key.rpartition(":")
@@ -120,38 +123,35 @@ class KeyReader:
         return key if self._hints.get(key) or self._class_name else with_colon(key)
 
     def _infer_order(self, keys: Collection[Any]) -> KeyOrder:
-        named = [self._colon_form(key) for key in keys if isinstance(key, str)]
-        named = [key for key in named if ":" in key]
-        heads = {key.partition(":")[0] for key in named}
-        tails = {key.rpartition(":")[2] for key in named}
-        hinted = [
-            (
-                key.partition(":")[0].lower(),
-                key.rpartition(":")[2].lower(),
-                self._hints[key].lower(),
-            )
-            for key in keys
-            if isinstance(key, str) and ":" in key and key in self._hints
-        ]
-        if hinted:
-            is_head = all(head == hint for head, _, hint in hinted)
-            is_reversed = is_head and not all(tail == hint for _, tail, hint in hinted)
-        else:
-            first = _classes_are_first(heads, tails)
+        """The order of the keys without a stated class."""
+        named = [key for key in keys if isinstance(key, str) and ":" in self._colon_form(key)]
+        hinted = {key: hint for key in named if (hint := self._hints.get(key))}
+        others = [self._colon_form(key) for key in named if key not in hinted]
+        turned = [key for key, hint in hinted.items() if _is_reversed(key, hint)]
+        is_reversed = False
+        if others:
+            heads = {key.partition(":")[0] for key in others}
+            tails = {key.rpartition(":")[2] for key in others}
+            first = _are_classes(heads, tails, {hint.lower() for hint in hinted.values()})
+            if first is None:
+                first = _classes_are_first(heads, tails)
+            if first is None and hinted and len(turned) in (0, len(hinted)):
+                first = bool(turned)
             if first is None:
                 raise TransferError(
-                    f"names such as {named[0]!r} may be file_id:class ({len(tails)} classes) or "
+                    f"names such as {others[0]!r} may be file_id:class ({len(tails)} classes) or "
                     f"class:file_id ({len(heads)} classes): give the order, "
                     "`keys='file_id:class'` or `keys='class:file_id'`"
                 )
             is_reversed = first
-        if not is_reversed:
-            return "file_id:class"
-        self.notes.append(
-            f"keys such as {named[0]!r} are read as class:file_id ({len(heads)} classes); if that "
-            "is wrong, give the order (`keys='file_id:class'`)"
-        )
-        return "class:file_id"
+            turned += others if is_reversed else []
+        if turned:
+            classes = {key.partition(":")[0].lower() for key in turned}
+            self.notes.append(
+                f"keys such as {turned[0]!r} are read as class:file_id ({len(classes)} classes); "
+                "if that is wrong, give the order (`keys='file_id:class'`)"
+            )
+        return "class:file_id" if is_reversed else _FILE_FIRST
 
 
 def file_id_in_class(name: str, class_name: str) -> str:
@@ -192,6 +192,19 @@ def without_extension(name: str) -> str:
     if not _EXTENSION.search(name):
         return name
     return _EXTENSION.sub("", name.replace("\\", "/").rpartition("/")[2]) or name
+
+
+def _is_reversed(key: str, class_name: str) -> bool:
+    """Whether a key of this class has the class first, and not last."""
+    known = class_name.lower()
+    head, tail = key.partition(":")[0].lower(), key.rpartition(":")[2].lower()
+    return head == known != tail
+
+
+def _are_classes(heads: set[str], tails: set[str], known: set[str]) -> bool | None:
+    """Whether the heads, and not the tails, are known classes; None if both are or neither is."""
+    first, last = ({name.lower() for name in names} <= known for names in (heads, tails))
+    return None if first == last else first
 
 
 def _classes_are_first(heads: set[str], tails: set[str]) -> bool | None:
