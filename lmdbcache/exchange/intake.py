@@ -54,7 +54,7 @@ from lmdbcache.storage import (
 __all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Row"]
 
 _BATCH_BYTES: Final = 32 << 20
-_BATCH_RECORDS: Final = 16384
+_BATCH_RECORDS: Final = 4096
 _KEYS_AT_ONCE: Final = 512
 _NO_LIMIT: Final = 1 << 62
 
@@ -99,6 +99,11 @@ class Row(NamedTuple):
             CacheError: It can't be read, or isn't what was written.
         """
         return self.value() if callable(self.value) else self.value
+
+
+def _with_value(row: Row, value: npt.NDArray[Any]) -> Row:
+    # Several times faster than `_replace`.
+    return Row(row.key, row.checksum, value, row.where, row.origin, row.source)
 
 
 class Conflict(NamedTuple):
@@ -535,7 +540,7 @@ class _Look:
                 self.found.refuse(row, error)
                 continue
             if kept is None or self._replaces(row, value, taken):
-                taken, kept = row._replace(value=value), row.checksum
+                taken, kept = _with_value(row, value), row.checksum
         if taken is None or taken.checksum == before:
             return 0
         is_disputed = before is None and len(self.found.conflicts) > num_conflicts

@@ -18,6 +18,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Final
 
+import lmdb
 import numpy.typing as npt
 
 from lmdbcache.cache import (
@@ -68,6 +69,7 @@ _DESCRIPTORS_PER_STORE, _OTHER_DESCRIPTORS = 6, 64
 # A rank that was ended commits what it has.
 _PATIENCE_SECONDS: Final = 10.0
 _KEYS_AT_ONCE: Final = 4096
+_VALUES_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 20
 
 
 @dataclass
@@ -515,6 +517,10 @@ class _SoundSource(_Source):
         self._reader = stack.enter_context(EmbeddingReader(path, track_usage=False))
         super().__init__(path, self._reader.metadata, len(self._reader), stack)
         self._check_keys()
+        # What was read together with the last value that had to be read, and how much of it
+        # was asked for.
+        self._read: Mapping[bytes, bytes] = {}
+        self._num_used = 0
 
     def _check_keys(self) -> None:
         """Both databases have the same keys, in order; else a sample could be lost unnamed."""
@@ -530,11 +536,27 @@ class _SoundSource(_Source):
         return self._reader.checksums()
 
     def _bytes(self, key: bytes) -> Any:
-        return self._reader.read_pinned(lambda _, transaction: _owned(transaction.get(key)))
+        # Rows come by key. Where all values are needed, many are read at once; where few are,
+        # hardly more than these.
+        if key not in self._read:
+            number, self._num_used = 1 + 2 * self._num_used, 0
+            read = partial(_values_from, key, min(number, _VALUES_AT_ONCE))
+            self._read = self._reader.read_pinned(lambda _, transaction: read(transaction))
+        self._num_used += 1
+        return self._read.get(key)
 
 
-def _owned(value: Any) -> bytes | None:
-    return None if value is None else bytes(value)
+def _values_from(key: bytes, number: int, transaction: lmdb.Transaction) -> dict[bytes, bytes]:
+    """Copies of the stored buffers of a key and of the next ones, as far as they are small."""
+    found: dict[bytes, bytes] = {}
+    num_bytes = 0
+    with transaction.cursor() as cursor:
+        for here, value in cursor.iternext() if cursor.set_key(key) else ():
+            found[bytes(here)] = bytes(value)
+            num_bytes += len(value)
+            if len(found) >= number or num_bytes >= _BYTES_AT_ONCE:
+                break
+    return found
 
 
 class _DamagedSource(_Source):

@@ -8,6 +8,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 import lmdb
@@ -27,7 +28,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.values: dict[bytes, npt.NDArray[Any]] = {}
-        self.checksums: dict[bytes, bytes] = {}  # of those that came with one
+        self.checksums: dict[bytes, bytes] = {}  # as far as they are known
         self.num_bytes = 0
         self.num_put = 0
         self.since = 0.0
@@ -182,6 +183,7 @@ def put_embeddings(
         if known
         else checksums(keys, values)
     )
+    batch.checksums = dict(zip(keys, sums, strict=True))
     last = max(_last_key(transaction, None), _last_key(transaction, environment.checksums))
     num_inserted = bisect_right(keys, last)
     with transaction.cursor() as cursor:
@@ -212,7 +214,9 @@ def checksums_in(
     environment: Environment, transaction: lmdb.Transaction, keys: Iterable[bytes]
 ) -> dict[bytes, bytes | None]:
     """Return the checksums that are stored of these keys."""
-    found = {key: transaction.get(key, db=environment.checksums) for key in keys}
+    last = _last_key(transaction, environment.checksums)
+    get = partial(transaction.get, db=environment.checksums)
+    found = {key: get(key) if key <= last else None for key in keys}
     return {key: None if value is None else bytes(value) for key, value in found.items()}
 
 

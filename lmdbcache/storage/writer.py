@@ -687,9 +687,13 @@ class EmbeddingWriter:
             if metadata != stored:
                 put_metadata(environment, transaction, metadata)
             if self._before_commit is not None:
-                new = checksums_in(environment, transaction, before.keys() - duplicates)
+                left_alone, new = set(duplicates), batch.checksums
                 self._before_commit(
-                    {sample_id_of_key(key): (before[key], new[key] or b"") for key in new}
+                    {
+                        sample_id_of_key(key): (old, new[key])
+                        for key, old in before.items()
+                        if key not in left_alone
+                    }
                 )
         if warning := stored.mixing(metadata.provenance):
             _logger.warning("%s %s", self._store, warning)

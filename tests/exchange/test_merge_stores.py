@@ -58,6 +58,22 @@ def test_stores_that_overlap(store, target, config):
     assert [counts(report) for report in again.stores] == [(0, 120, 0, 0, 0)]
     origins = {origin.writer: number for origin, number in count_origins(target.path(config))}
     assert origins == {str(a.path(config)): 60, str(b.path(config)): 40}
+
+
+@pytest.mark.parametrize("step", [2, 5, 40])
+def test_however_few_are_missing(store, target, config, monkeypatch, step):
+    """Values that are read several at a time are those of their samples, dense or sparse."""
+    monkeypatch.setattr(merge_module, "_VALUES_AT_ONCE", 6)
+    everything = numbered(0, 120)
+    a = store("a", everything)
+    there = {name: value for n, (name, value) in enumerate(everything.items()) if n % step > 1}
+    with target.writer(config) as writer:
+        for sample_id, value in there.items():
+            writer.put(sample_id, value)
+    (report,) = merge_stores(target, [a.root]).stores
+    assert counts(report) == (120 - len(there), len(there), 0, 0, 0)
+    assert same(contents(target, config), everything)
+    assert target.verify(config).is_sound
     found = compare_stores(target.path(config), a.path(config))
     assert (found.num_equal, found.num_only_a, found.num_only_b) == (60, 40, 0)
 

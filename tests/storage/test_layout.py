@@ -85,6 +85,7 @@ def test_lower_case_of_a_class_is_canonical_too():
 def test_class_is_lower_case_and_file_id_is_not():
     """`Dog` and `dog` are one class, `A` and `a` two files."""
     assert sample_key("A:Dog") == sample_key("A:dog") != sample_key("a:dog")
+    assert sample_keys(["a:Dog", "A:dog"]) == [b"a:dog", b"A:dog"]
 
 
 @pytest.mark.parametrize(
