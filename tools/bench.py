@@ -42,7 +42,7 @@ def tables(*, quick: bool) -> str:
 
 
 def _row(what: str, ways: dict[str, float]) -> str:
-    others = [name for name in ways if name in ("RAM", "memmap", "npy")]
+    others = [name for name in ways if name in ("RAM", "memmap", "npy", "LMDB")]
     ours = [name for name in ways if name not in others]
     own = ", ".join(
         _number(ways[name]) + (f" ({name.removeprefix('ours, ')})" if name != "ours" else "")
