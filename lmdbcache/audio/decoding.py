@@ -8,14 +8,16 @@ stays free of torch, and imports soundfile and soxr only where they are used.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from lmdbcache.audio.containers import DamagedAudioError, PiecedFile, size_of
 from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg
-from lmdbcache.audio.formats import check_decoder
+from lmdbcache.audio.formats import check_decoder, is_readable
 from lmdbcache.audio.soundfile_decoder import read_by_soundfile
 from lmdbcache.audio.source import AudioSource, open_source, shown
 from lmdbcache.audio.waveform import fit
@@ -51,6 +53,8 @@ def load_clip(
     sample_rate: int,
     duration: float,
     decoder: str = "soundfile",
+    *,
+    content: bytes | None = None,
 ) -> DecodedClip:
     """Decode the first `duration` seconds of an audio file as mono.
 
@@ -65,6 +69,7 @@ def load_clip(
         duration: Length of the result, in seconds: a longer clip is cut, a shorter one zero-padded.
         decoder: `"soundfile"`, or `"ffmpeg"` for files that libsndfile doesn't read (m4a, mp4,
             webm, …).
+        content: The whole file, if it has been read already: soundfile then decodes these bytes.
 
     Raises:
         AudioDecodeError: No usable waveform in it; the message has the path and the reason.
@@ -74,8 +79,12 @@ def load_clip(
     resample, read = _audio_packages(decoder)
     num_samples = round(sample_rate * duration)
     try:
-        with _opened(path) as (readable, file):
-            recording = read(readable, file, sample_rate, duration)
+        recording = None
+        if content is not None and decoder == "soundfile":
+            recording = _from_memory(content, path, sample_rate, duration)
+        if recording is None:
+            with _opened(path) as (readable, file):
+                recording = read(readable, file, sample_rate, duration)
         waveform = recording.samples
         if not len(waveform):
             raise DamagedAudioError("it holds no samples (0 frames)")
@@ -136,6 +145,33 @@ def _opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, B
         else:
             # soundfile would print each seek that the source's own file refuses.
             yield PiecedFile(file, [(0, size_of(file))]), file
+
+
+class _Content(io.BytesIO):
+    """A file's bytes, which answer every seek and note those beyond them."""
+
+    has_left = False
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = (0, self.tell(), len(self.getbuffer()))[whence]
+        # A file may refuse such a position, and soundfile would print an error of ours.
+        inside = min(max(0, origin + offset), len(self.getbuffer()))
+        self.has_left |= inside != origin + offset
+        return super().seek(inside)
+
+
+def _from_memory(
+    content: bytes, path: str | os.PathLike[str] | AudioSource, sample_rate: int, duration: float
+) -> Recording | None:
+    """Decode a file's bytes; None if the file itself has to be asked, as for a damaged one."""
+    if isinstance(path, (str, os.PathLike)) and not is_readable(Path(path).suffix):
+        return None  # libsndfile goes by the suffixes of some formats without a header
+    file = _Content(content)
+    try:
+        recording = read_by_soundfile(file, file, sample_rate, duration)
+    except Exception:  # noqa: BLE001 - the file gives the same error, or none
+        return None
+    return None if file.has_left else recording
 
 
 def _reason(error: BaseException) -> str:

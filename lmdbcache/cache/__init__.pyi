@@ -44,6 +44,7 @@ from .sources import (
     check_sources as check_sources,
     compare as compare,
     num_suspects as num_suspects,
+    read_source as read_source,
     recorded_sources as recorded_sources,
     source_of as source_of,
 )

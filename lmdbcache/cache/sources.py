@@ -26,6 +26,7 @@ __all__ = [
     "check_sources",
     "compare",
     "num_suspects",
+    "read_source",
     "recorded_sources",
     "source_of",
 ]
@@ -36,6 +37,8 @@ STATES: Final[tuple[SourceState, ...]] = get_args(SourceState)
 # Decoding reads the first seconds of a clip. Reading all of an hour-long recording for its digest
 # would take longer than everything else.
 LARGEST_DIGESTED_BYTES: Final = 64 << 20
+# What a decoding process may keep of a clip's file: 40 s of 48 kHz stereo as 16-bit wav.
+LARGEST_KEPT_BYTES: Final = 8 << 20
 _CHUNK_BYTES: Final = 256 << 10
 _AT_ONCE: Final = 4096
 _NEWS_EVERY: Final = 64
@@ -46,7 +49,7 @@ _T = TypeVar("_T")
 
 
 def source_of(given: object) -> Source | None:
-    """Return what to record of a clip's source; call it before the clip is decoded.
+    """Return what to record of a clip's source.
 
     Args:
         given: A path, the bytes of a file, or an object whose `open_binary()` gives them.
@@ -54,15 +57,33 @@ def source_of(given: object) -> Source | None:
     Returns:
         None if there is nothing to record: no such file, or none of these.
     """
+    return read_source(given)[0]
+
+
+def read_source(given: object) -> tuple[Source | None, bytes | None]:
+    """Return what to record of a clip's source, and its content to decode.
+
+    Decoding that content reads the file once, and embeds the bytes that were digested.
+    Without it, call this before the clip is decoded.
+
+    Args:
+        given: As `source_of`.
+
+    Returns:
+        The source as `source_of` returns it; the content, None for more than
+        `LARGEST_KEPT_BYTES` and where there is no source.
+    """
     if isinstance(given, (bytes, bytearray, memoryview)):
-        return Source("", len(given), None, xxhash.xxh3_128_digest(given))
+        content = bytes(given)
+        source = Source("", len(content), None, xxhash.xxh3_128_digest(content))
+        return source, content if len(content) <= LARGEST_KEPT_BYTES else None
     try:
         if isinstance(given, (str, os.PathLike)):
-            return _file_source(os.fspath(given))
+            return _read_file(os.fspath(given))
         with given.open_binary() as file:  # type: ignore[attr-defined]
-            return source_of(file.read())
+            return read_source(file.read())
     except Exception:  # noqa: BLE001 - decoding will say what is wrong with it
-        return None
+        return None, None
 
 
 def compare(source: Source, path: str, *, rehash: bool = False) -> SourceState:  # noqa: PLR0911
@@ -98,20 +119,23 @@ def compare(source: Source, path: str, *, rehash: bool = False) -> SourceState: 
     return "unchanged" if is_same_time and found.st_size == source.size else "changed"
 
 
-def _file_source(path: str) -> Source | None:
+def _read_file(path: str) -> tuple[Source | None, bytes | None]:
     # Without O_NONBLOCK, opening a named pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - the one that fstat sees
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            return None
-        digest = None
-        if found.st_size <= LARGEST_DIGESTED_BYTES:
+            return None, None
+        digest = content = None
+        if found.st_size <= min(LARGEST_KEPT_BYTES, LARGEST_DIGESTED_BYTES):
+            content = file.read()
+            digest = xxhash.xxh3_128_digest(content)
+        elif found.st_size <= LARGEST_DIGESTED_BYTES:
             hasher = xxhash.xxh3_128()
             while chunk := file.read(_CHUNK_BYTES):
                 hasher.update(chunk)
             digest = hasher.digest()
-    return Source(path, found.st_size, found.st_mtime_ns, digest)
+    return Source(path, found.st_size, found.st_mtime_ns, digest), content
 
 
 # ---- the files of a store

@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from lmdbcache.audio import AudioSource, decoder_of, is_digital_silence, load_clip, shown
-from lmdbcache.cache import ClipFailure, Source, source_of
+from lmdbcache.cache import ClipFailure, Source, read_source
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
@@ -165,9 +165,11 @@ def _decode_unit(clips: Sequence[Clip], config: CacheConfig, front_end: FrontEnd
     features = []
     for sample_id, given in clips:
         # Before decoding: a file that is replaced after that isn't the one remembered.
-        batch.sources[sample_id] = source_of(given)
+        batch.sources[sample_id], content = read_source(given)
         try:
-            decoded = load_clip(given, config.sample_rate, config.duration, decoder)
+            decoded = load_clip(
+                given, config.sample_rate, config.duration, decoder, content=content
+            )
             found = clip_features(
                 front_end,
                 decoded.waveform,

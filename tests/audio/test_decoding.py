@@ -199,6 +199,34 @@ def test_bytes_give_what_the_file_gives(tmp_path, suffix):
         assert decoded(source, rate, 0.2).tobytes() == decoded(path, rate, 0.2).tobytes()
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "caf", "au"])
+def test_content_read_before_gives_what_the_file_gives(tmp_path, suffix):
+    """Sound or damaged, named well or badly: the same bits or the same error; one read if sound."""
+    random = np.random.default_rng(0)
+    sound = write_audio(tmp_path / f"sound.{suffix}", tone("bell")).read_bytes()
+    for number in range(60):
+        content = bytearray(sound[: len(sound) // 2] if number % 5 == 4 else sound)
+        for place in random.integers(0, min(len(content), 400), size=number % 4):
+            content[place] = random.integers(256)
+        name = "vox" if number % 10 == 9 else suffix  # to libsndfile an encoding without a header
+        content[:0] = bytes(99 * (name == "vox"))
+        path = tmp_path / f"clip{number}.{name}"
+        path.write_bytes(content)
+        expected = outcome(path)
+        assert outcome(path, content=bytes(content)) == expected, number
+        if not number:
+            path.unlink()
+            assert outcome(path, content=sound) == expected
+
+
+def outcome(path, **given):
+    try:
+        clip = load_clip(path, 8000, 0.2, **given)
+    except AudioDecodeError as error:
+        return str(error)
+    return clip.waveform.tobytes(), clip.num_valid, clip.is_cancelled
+
+
 def test_paths_stay_paths():
     """Text and Path objects are paths, although a Path can be opened."""
     assert as_source(Path("a.wav")) == "a.wav"

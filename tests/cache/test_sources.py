@@ -15,6 +15,7 @@ from lmdbcache.cache import (
     changed_clips,
     check_sources,
     num_suspects,
+    read_source,
     recorded_sources,
     source_of,
     sources as files,
@@ -193,6 +194,17 @@ def test_large_files_have_no_digest(monkeypatch, tmp_path, fill, cache, config):
     assert states(cache.path(config), rehash=True) == {}
     later(path)
     assert states(cache.path(config)) == {"a:dog": "changed"}
+
+
+def test_content_comes_with_the_record_unless_it_is_large(monkeypatch, tmp_path):
+    """A worker keeps small files for decoding; a large one's digest is the same, its bytes go."""
+    path = tmp_path / "clip.wav"
+    path.write_bytes(bytes(range(256)) * 2000)
+    source, content = read_source(path)
+    assert content == path.read_bytes()
+    monkeypatch.setattr(files, "LARGEST_KEPT_BYTES", 1000)
+    assert read_source(path) == (source, None)
+    assert read_source(content)[1] is None
 
 
 def test_bytes_have_a_digest_and_no_file(fill, cache, config):

@@ -48,10 +48,10 @@ def test_a_file_replaced_while_it_is_decoded_is_called_changed(
     victim = own_clips["video_00002:dog"]
     load_clip = decoding.load_clip
 
-    def replacing(path, *rest):
+    def replacing(path, *rest, content):
         if path == victim:
             write(Path(victim), tone(900.0))
-        return load_clip(path, *rest)
+        return load_clip(path, *rest, content=content)
 
     monkeypatch.setattr(decoding, "load_clip", replacing)
     run(own_clips)
