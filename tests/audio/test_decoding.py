@@ -209,7 +209,7 @@ def test_content_read_before_gives_what_the_file_gives(tmp_path, suffix):
         for place in random.integers(0, min(len(content), 400), size=number % 4):
             content[place] = random.integers(256)
         name = "vox" if number % 10 == 9 else suffix  # to libsndfile an encoding without a header
-        content[:0] = bytes(99 * (name == "vox"))
+        content[:2] = bytes(2) if name == "vox" else content[:2]
         path = tmp_path / f"clip{number}.{name}"
         path.write_bytes(content)
         expected = outcome(path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import numpy as np
 
 from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders.base import library_versions
@@ -15,7 +18,10 @@ from lmdbcache.embedders.transformers_family import (
 from lmdbcache.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+    from numpy.typing import NDArray
 
     from lmdbcache.embedders.checkpoints import Checkpoint
 
@@ -111,6 +117,25 @@ class _ASTFamily(ModelFamily):
             **library_versions("transformers", "torchaudio", "soundfile", "soxr"),
         }
 
+    def features(
+        self,
+        extract: Callable[..., Any],
+        clip: NDArray[np.float32],
+        settings: Settings,
+        num_samples: int,
+    ) -> NDArray[np.float32]:
+        """Compute what the extractor returns, to the bit, with less work per clip."""
+        if not _uses_torchaudio():
+            return super().features(extract, clip, settings, num_samples)
+        import torch
+
+        extractor = extract.func  # type: ignore[attr-defined]
+        fbank = _make_fbank(settings.sample_rate, extractor.num_mel_bins)
+        frames = fbank(torch.from_numpy(clip))[: extractor.max_length].numpy()
+        padded = np.zeros((extractor.max_length, extractor.num_mel_bins), np.float32)
+        padded[: len(frames)] = frames
+        return extractor.normalize(padded) if extractor.do_normalize else padded
+
     def feature_shape(
         self,
         model: Any,
@@ -169,6 +194,45 @@ class ASTEmbedder(TransformersEmbedder):
         compute_dtype: str = "float32",
     ) -> None:
         super().__init__(AST, checkpoint, output, device, compute_dtype)
+
+
+@functools.cache
+def _make_fbank(sample_rate: int, num_mel_bins: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make torchaudio's `kaldi.fbank` with the extractor's settings, to the bit.
+
+    That one computes window and mel banks anew for each clip, copies the frames to pad them, and
+    takes the log of energies that are never used: half of its time.
+
+    Returns:
+        float32 waveform (num_samples,) → float32 log-mel (num_frames, num_mel_bins).
+    """
+    import torch
+    from torchaudio.compliance import kaldi
+
+    size = int(sample_rate * _WINDOW_MILLISECONDS / 1000)
+    hop = int(sample_rate * _HOP_MILLISECONDS / 1000)
+    padded_size = 1 << (size - 1).bit_length()
+    window = torch.hann_window(size, periodic=False)
+    banks, _ = kaldi.get_mel_banks(
+        num_mel_bins, padded_size, float(sample_rate), 20.0, 0.0, 100.0, -500.0, 1.0
+    )
+    banks = torch.nn.functional.pad(banks, (0, 1)).T
+    smallest = torch.tensor(torch.finfo(torch.float32).eps)
+
+    def fbank(waveform: torch.Tensor) -> torch.Tensor:
+        frames = waveform.unfold(0, size, hop)
+        frames = frames - frames.mean(dim=1, keepdim=True)
+        padded = frames.new_zeros(len(frames), padded_size)
+        emphasized = padded[:, :size]
+        # The first sample stands for the one before it.
+        torch.mul(frames[:, :1], 0.97, out=emphasized[:, :1])
+        torch.mul(frames[:, :-1], 0.97, out=emphasized[:, 1:])
+        torch.sub(frames, emphasized, out=emphasized)
+        emphasized *= window
+        power = torch.fft.rfft(padded).abs().pow_(2.0)
+        return torch.maximum(power @ banks, smallest).log_()
+
+    return fbank
 
 
 def _uses_torchaudio() -> bool:
