@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ from lmdbcache.errors import ConfigError, IntegrityError, MissingDependencyError
 from lmdbcache.exchange import Remote, is_url
 from lmdbcache.exchange.sharing import remote as remote_module
 from lmdbcache.exchange.sharing.remote import in_parallel, without_secrets
+from lmdbcache.exchange.sharing.shards import check_digest
 
 
 @pytest.fixture(params=["remote", "in_memory"])
@@ -52,9 +54,10 @@ def test_a_large_file_comes_in_pieces(place, monkeypatch):
     for path, num_bytes in (("y", 35), ("x", 36)):
         with pytest.raises(RemoteError):
             list(place.pieces(path, 0, num_bytes))
-    assert place.read("x", 0, 35, hashlib.sha256(data).hexdigest()) == data
+    check = partial(check_digest, sha256=hashlib.sha256(data).hexdigest(), name="x")
+    assert place.read("x", 0, 35, check) == data
     with pytest.raises(IntegrityError):
-        place.read("x", 0, 34, hashlib.sha256(data).hexdigest())
+        place.read("x", 0, 34, check)
 
 
 def test_what_breaks_on_the_way_is_tried_again(place):

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from lmdbcache.config import CacheConfig
@@ -37,6 +38,7 @@ from lmdbcache.exchange.sharing.shards import (
     Shape,
     ShardEntry,
     ShardHeader,
+    check_digest,
     check_format,
     checked_shape,
     decode_header,
@@ -183,8 +185,7 @@ def decode_manifest(manifest_id: str, data: bytes, fingerprint: str) -> Manifest
         IntegrityError: It isn't what its name says, or not a manifest of this fingerprint.
     """
     path = manifest_path(manifest_id)
-    if hashlib.sha256(data).hexdigest() != manifest_id[-64:]:
-        raise IntegrityError(f"{path} is damaged: its bytes don't have the digest in its name")
+    check_digest(data, manifest_id[-64:], path)
     try:
         record = json.loads(data, parse_constant=_refuse)
         check_format(record["format"], path)
@@ -409,7 +410,8 @@ class SharedState:
                 raise IntegrityError(f"{path} isn't there (any more)")
             if num_bytes > _MAX_MANIFEST_BYTES:
                 raise IntegrityError(f"{path} has {num_bytes} bytes; no manifest has so many")
-            data = self._remote.read(f"{fingerprint}/{path}", 0, num_bytes, manifest_id[-64:])
+            check = partial(check_digest, sha256=manifest_id[-64:], name=path)
+            data = self._remote.read(f"{fingerprint}/{path}", 0, num_bytes, check)
             manifest = decode_manifest(manifest_id, data, fingerprint)
             self._local.keep(manifest_id, data)
             return manifest
@@ -484,7 +486,8 @@ def read_header(remote: Remote, offer: Offer, local: LocalFolder) -> ShardHeader
     data = copy = local.copy(entry.sha256, entry.header_sha256)
     if data is None:
         path = f"{config.fingerprint}/{entry.path}"
-        data = remote.read(path, 0, entry.header_bytes, entry.header_sha256)
+        check = partial(check_digest, sha256=entry.header_sha256, name=entry.path)
+        data = remote.read(path, 0, entry.header_bytes, check)
     header = decode_header(data, entry.path)
     listed = (config, manifest.embedding_shape, entry.num_bytes, entry.num_samples)
     if listed != (header.config, header.embedding_shape, header.num_bytes, len(header.keys)) or (

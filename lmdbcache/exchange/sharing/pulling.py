@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, NamedTuple
@@ -25,7 +25,7 @@ from lmdbcache.exchange.sharing.manifests import (
     read_state,
 )
 from lmdbcache.exchange.sharing.remote import CONNECTIONS, Remote, in_parallel
-from lmdbcache.exchange.sharing.shards import ShardHeader
+from lmdbcache.exchange.sharing.shards import Embeddings, ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
@@ -40,7 +40,7 @@ __all__ = ["PullReport", "pull"]
 _PAGE: Final = 4096
 # So many bytes come in the time that one more request takes.
 _GAP_BYTES: Final = 1 << 20
-_Values = Mapping[int, Any] | Sequence[Any]  # by position in the shard
+_Values = Mapping[int, Any] | Embeddings  # by position in the shard
 
 
 class _Wanted(NamedTuple):
@@ -360,30 +360,32 @@ class _Pull:
         entry = wanted.offer.entry
         entry.check_listed(self._listed)
         if self._is_in_part(wanted):
-            with contextlib.suppress(IntegrityError):
-                return self._fetch_rows(wanted)
-            return self._fetch_rows(wanted)  # it may have been damaged on the way only
+            return self._fetch_rows(wanted)
         data = self._local.fetch(self._remote, entry, wanted.header, self._count)
         return wanted.header.values(data)
 
     def _fetch_rows(self, wanted: _Wanted) -> dict[int, Any]:
         """Return the embeddings that are wanted; only their bytes are read."""
         header, entry = wanted.header, wanted.offer.entry
+        path = f"{self._config.fingerprint}/{entry.path}"
         found: dict[int, Any] = {}
-        for start, end in wanted.spans:
-            path = f"{self._config.fingerprint}/{entry.path}"
-            data = memoryview(self._remote.read(path, start, end))
-            self._count(len(data))
-            for row in wanted.rows:
+
+        def take(data: bytes, start: int, rows: list[int]) -> None:
+            view = memoryview(data)
+            for row in rows:
                 first, last = header.bounds[row]
-                if start <= first and last <= end:
-                    raw = data[first - start : last - start]
-                    if checksum(header.keys[row], raw) != header.checksums[row]:
-                        raise IntegrityError(
-                            f"{entry.path} is damaged: {header.sample_ids[row]} doesn't have its "
-                            "checksum"
-                        )
-                    found[row] = header.value(raw)
+                raw = view[first - start : last - start]
+                if checksum(header.keys[row], raw) != header.checksums[row]:
+                    raise IntegrityError(
+                        f"{entry.path} is damaged: {header.sample_ids[row]} doesn't have its "
+                        "checksum"
+                    )
+                found[row] = header.value(raw)
+
+        for start, end in wanted.spans:
+            rows = [row for row in wanted.rows if start <= header.bounds[row][0] < end]
+            data = self._remote.read(path, start, end, partial(take, start=start, rows=rows))
+            self._count(len(data))
         return found
 
     def _is_in_part(self, wanted: _Wanted) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
@@ -175,6 +175,13 @@ def push(
     return report
 
 
+class _Part(NamedTuple):
+    """Samples that make a shard, in the order of their keys."""
+
+    ids: list[str]
+    values: list[npt.NDArray[Any]]
+
+
 class _Push:
     """One push on its way.
 
@@ -290,7 +297,7 @@ class _Push:
         if made.sha256 != entry.sha256:
             return False
         if not self._report.dry_run:
-            self._upload((entry, data))
+            self._upload(entry, data)
         self._report.repaired.append(entry.path)
         return True
 
@@ -299,8 +306,8 @@ class _Push:
     def upload(self, progress: Callable[[int, int], None] | None) -> None:
         """Upload what is missing, several shards at once, and list it in a manifest."""
         done = 0
-        for (entry, _), written in in_parallel(self._upload, self._shards()):
-            written.result()
+        for _, uploaded in in_parallel(self._upload_part, self._parts()):
+            entry = uploaded.result()
             self._pending.append(entry)
             if len(self._pending) >= _SHARDS_PER_MANIFEST:
                 self._publish(is_last=False)
@@ -311,20 +318,19 @@ class _Push:
         digests = {offer.entry.sha256 for offer in self._state.offers()}
         self._local.tidy(digests | self._state.manifests.keys())
 
-    def _shards(self) -> Iterator[tuple[ShardEntry, bytes]]:
-        """Yield the shards of what is missing; those that are there already without bytes."""
-        ids: list[str] = []
-        values: list[npt.NDArray[Any]] = []
-        held = 0
+    def _parts(self) -> Iterator[_Part]:
+        """Yield what is missing, as much as goes into one shard at a time."""
+        part, held = _Part([], []), 0
         for sample_id, value in self._values():
-            if ids and (held + value.nbytes > SHARD_BYTES or len(ids) == MAX_SHARD_SAMPLES):
-                yield self._encode(ids, values)
-                ids, values, held = [], [], 0
-            ids.append(sample_id)
-            values.append(value)
+            is_full = held + value.nbytes > SHARD_BYTES or len(part.ids) == MAX_SHARD_SAMPLES
+            if part.ids and is_full:
+                yield part
+                part, held = _Part([], []), 0
+            part.ids.append(sample_id)
+            part.values.append(value)
             held += value.nbytes
-        if ids:
-            yield self._encode(ids, values)
+        if part.ids:
+            yield part
 
     def _values(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """Yield the missing samples with their values, but for those that are damaged."""
@@ -347,20 +353,20 @@ class _Push:
                 self._report.damaged[sample_id] = str(error)
             return None
 
-    def _encode(
-        self, ids: Sequence[str], values: Sequence[npt.NDArray[Any]]
-    ) -> tuple[ShardEntry, bytes]:
-        entry, data = encode_shard(self._reader.config, self._shape, ids, values)
+    def _upload_part(self, part: _Part) -> ShardEntry:
+        """Make a shard, and upload it unless it is there already: in a thread."""
+        entry, data = encode_shard(self._reader.config, self._shape, part.ids, part.values)
+        part.values.clear()  # `data` has them
         self._local.keep(entry.sha256, data[: entry.header_bytes])
-        return entry, b"" if self._listed.get(entry.name) == entry.num_bytes else data
+        if self._listed.get(entry.name) != entry.num_bytes:
+            self._upload(entry, data)
+        return entry
 
-    def _upload(self, shard: tuple[ShardEntry, bytes]) -> None:
-        entry, data = shard
-        if data:
-            self._remote.write(f"{self._folder}/{entry.path}", data)
-            with self._lock:
-                self._report.num_bytes += len(data)
-                self._report.num_uploaded += 1
+    def _upload(self, entry: ShardEntry, data: bytes) -> None:
+        self._remote.write(f"{self._folder}/{entry.path}", data)
+        with self._lock:
+            self._report.num_bytes += len(data)
+            self._report.num_uploaded += 1
 
     # ---- listing
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import posixpath
@@ -140,32 +139,41 @@ class Remote:
 
     # ---- reading
 
-    def read(self, path: str, first: int, last: int, sha256: str | None = None) -> bytes:
+    def read(
+        self, path: str, first: int, last: int, check: Callable[[bytes], object] | None = None
+    ) -> bytes:
         """Return some bytes of a file.
 
         Args:
             path: Below the place.
             first: The first byte.
             last: The one after the last.
-            sha256: Their digest, in hex, where it is known; damage on the way is read again.
+            check: Raises an IntegrityError if the bytes are damaged. They are then read again, as
+                it may have been on the way.
 
         Raises:
             RemoteError: It is missing, is shorter, or can't be read.
-            IntegrityError: The bytes don't have their digest.
+            IntegrityError: The check fails twice.
         """
-        for _ in range(1 if sha256 is None else 2):
+        data = self._exactly(path, first, last)
+        if check is not None:
             try:
-                data = self._try(lambda system: self._range(system, path, first, last), path)
-            except FileNotFoundError:
-                raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
-            if len(data) != last - first:
-                raise RemoteError(
-                    f"{self.place}/{path} gives {len(data)} of the {last - first} bytes from "
-                    f"{first} on"
-                )
-            if sha256 is None or hashlib.sha256(data).hexdigest() == sha256:
-                return data
-        raise IntegrityError(f"{path} is damaged: its bytes don't have their digest")
+                check(data)
+            except IntegrityError:
+                data = self._exactly(path, first, last)
+                check(data)
+        return data
+
+    def _exactly(self, path: str, first: int, last: int) -> bytes:
+        try:
+            data = self._try(lambda system: self._range(system, path, first, last), path)
+        except FileNotFoundError:
+            raise RemoteError(f"{self.place}/{path} isn't there (any more)") from None
+        if len(data) != last - first:
+            raise RemoteError(
+                f"{self.place}/{path} gives {len(data)} of the {last - first} bytes from {first} on"
+            )
+        return data
 
     def pieces(self, path: str, first: int, last: int) -> Iterator[bytes]:
         """Yield some bytes of a large file, piece by piece; a piece that is cut is tried again.

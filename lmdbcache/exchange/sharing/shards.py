@@ -24,6 +24,7 @@ from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
 from lmdbcache.storage import NUMPY_DTYPES, checksum, sample_key
 
 __all__ = [
+    "Embeddings",
     "FORMAT",
     "MAX_HEADER_BYTES",
     "MAX_SHARD_FILE_BYTES",
@@ -31,6 +32,7 @@ __all__ = [
     "Shape",
     "ShardEntry",
     "ShardHeader",
+    "check_digest",
     "check_format",
     "checked_shape",
     "decode_header",
@@ -170,8 +172,9 @@ class ShardHeader:
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """First byte in the file of each embedding, and the one after its last."""
-        sizes = [self._row_bytes * length for length in self.lengths or [1] * len(self.keys)]
-        return [*pairwise(accumulate(sizes, initial=len(self.encoded)))]
+        lengths, row_bytes = self.lengths or [1] * len(self.keys), self._row_bytes
+        ends = accumulate((row_bytes * length for length in lengths), initial=len(self.encoded))
+        return [*pairwise(ends)]
 
     @property
     def num_bytes(self) -> int:
@@ -192,9 +195,12 @@ class ShardHeader:
         flat = np.frombuffer(raw, NUMPY_DTYPES[self.config.dtype])
         return flat.reshape([-1 if size is None else size for size in self.embedding_shape])
 
-    def values(self, data: Buffer) -> list[npt.NDArray[Any]]:
+    def values(self, data: Buffer) -> Embeddings:
         """Return all embeddings of the file's bytes, as views of these."""
         view = memoryview(data)
+        if self.lengths is None:
+            flat = np.frombuffer(view[len(self.encoded) :], NUMPY_DTYPES[self.config.dtype])
+            return flat.reshape(-1, *self._row_shape)
         return [self.value(view[first:last]) for first, last in self.bounds]
 
 
@@ -256,6 +262,16 @@ def decode_header(data: bytes, name: str) -> ShardHeader:
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{name} isn't a shard of embeddings ({error!r:.200})") from None
     return header
+
+
+def check_digest(data: Buffer, sha256: str, name: str) -> None:
+    """Compare bytes with their digest.
+
+    Raises:
+        IntegrityError: They don't have it.
+    """
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise IntegrityError(f"{name} is damaged: its bytes don't have their digest")
 
 
 def check_format(found: Any, name: str) -> None:
