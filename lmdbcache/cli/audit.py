@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final
 
-import typer
-
 from lmdbcache.cache import EmbeddingCache, read_store_info
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, finish, print_table, progress_bar, say, say_some
 from lmdbcache.cli.options import (
     BatchSize,
@@ -32,21 +31,21 @@ def audit_command(
     store: Store,
     *,
     root: Root = None,
-    samples: Annotated[int, typer.Option(help="How many embeddings are computed again.")] = 50,
+    samples: Annotated[int, Option(help="How many embeddings are computed again.")] = 50,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the dataset is now; default: where it was."),
+        Option(help="Where the dataset is now; default: where it was."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Hub name or checkpoint folder; default: the one that the store was filled from."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another one picks other samples.")] = 0,
+    seed: Annotated[int, Option(help="Another one picks other samples.")] = 0,
     tolerance: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Largest relative L2 distance that isn't drift; default: 1e-5 for float32, 1e-3 "
             "stored as float16, 1e-2 as bfloat16 or computed in float16, 3e-2 in bfloat16.",
         ),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
-
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.options import Decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders import AudioModel, config_for, described_model
@@ -20,14 +19,14 @@ class ConfigChoice:
 
     model: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Alias (ast), Hub name, or a folder with a checkpoint: AST, wav2vec 2.0, HuBERT, "
             "WavLM, Whisper, CLAP, …"
         ),
     ] = "ast"
     model_name: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Name of the model in the cache; default: --model, or for a folder its name and "
             "digest.",
             show_default=False,
@@ -35,7 +34,7 @@ class ConfigChoice:
     ] = None
     output: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
             "the model has it, else mean.",
             show_default=False,
@@ -43,17 +42,15 @@ class ConfigChoice:
     ] = None
     sample_rate: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Sample rate of the waveform, in Hz; default: the model's own.", show_default=False
         ),
     ] = None
-    duration: Annotated[
-        float, typer.Option(help="Clips are cut or padded to this, in seconds.")
-    ] = 5.0
-    dtype: Annotated[str, typer.Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
+    duration: Annotated[float, Option(help="Clips are cut or padded to this, in seconds.")] = 5.0
+    dtype: Annotated[str, Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
     compute_dtype: Annotated[
         str,
-        typer.Option(
+        Option(
             help="The model computes in float32, bfloat16 or float16. bfloat16 is faster on recent "
             "GPUs and differs by about 1 %; each has a separate store."
         ),
@@ -61,7 +58,7 @@ class ConfigChoice:
 
     front_end: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Name of the front end in the cache; default: the model's own.", show_default=False
         ),
     ] = None
@@ -95,18 +92,18 @@ class GivenConfig:
 
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="What computed them: alias (ast), Hub name, or a folder with the checkpoint.",
             show_default=False,
         ),
     ] = None
     model_name: Annotated[
         str | None,
-        typer.Option(help="Name of the model in the cache, taken as it is.", show_default=False),
+        Option(help="Name of the model in the cache, taken as it is.", show_default=False),
     ] = None
     output: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="pooler_output, last_hidden_state, or mean (over time); default: by the number "
             "of dimensions, and --model.",
             show_default=False,
@@ -114,31 +111,31 @@ class GivenConfig:
     ] = None
     sample_rate: Annotated[
         int | None,
-        typer.Option(help="Sample rate of the waveform, in Hz.", show_default=False),
+        Option(help="Sample rate of the waveform, in Hz.", show_default=False),
     ] = None
     duration: Annotated[
         float | None,
-        typer.Option(help="Clips were cut or padded to this, in seconds.", show_default=False),
+        Option(help="Clips were cut or padded to this, in seconds.", show_default=False),
     ] = None
     dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Stored as float32, float16 or bfloat16; default: as it is.", show_default=False
         ),
     ] = None
     compute_dtype: Annotated[
-        str | None, typer.Option(help="The model computed in this.", show_default=False)
+        str | None, Option(help="The model computed in this.", show_default=False)
     ] = None
     namespace: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Name in the config; default: vegas if all classes are those of VEGAS, else none.",
             show_default=False,
         ),
     ] = None
     front_end: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Name of the decoding and features; default: those of `lmdbcache extract` with "
             "--model.",
             show_default=False,

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal, NoReturn
 
-import typer
+import click
 
 __all__ = [
     "DISK_FULL",
@@ -71,7 +71,7 @@ def finish(report: Any, show: Callable[[Any], None] | None = None, *, as_json: b
         say(str(report))
     else:
         show(report)
-    raise typer.Exit(report.exit_code)
+    raise click.exceptions.Exit(report.exit_code)
 
 
 def speak_for(who: str) -> None:

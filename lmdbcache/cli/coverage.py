@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.command import grouped
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import finish, print_json, print_table, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
@@ -18,22 +18,21 @@ from lmdbcache.datasets import NAMESPACE
 __all__ = ["coverage_command", "explain_command"]
 
 
-@grouped
 def coverage_command(
     dataset: DatasetChoice,
     choice: ConfigChoice,
     *,
     root: Root = None,
-    list_missing: Annotated[bool, typer.Option("--missing", help="List what is missing.")] = False,
+    list_missing: Annotated[bool, Option("--missing", help="List what is missing.")] = False,
     by_split: Annotated[
-        bool, typer.Option("--by-split", help="A column for each of train, val and test.")
+        bool, Option("--by-split", help="A column for each of train, val and test.")
     ] = False,
     min_coverage: Annotated[
-        float, typer.Option(help="Share that must be stored for exit code 0.", min=0, max=1)
+        float, Option(help="Share that must be stored for exit code 0.", min=0, max=1)
     ] = 1.0,
     allow_failed: Annotated[
         bool,
-        typer.Option("--allow-failed", help="Don't count clips that failed when last tried."),
+        Option("--allow-failed", help="Don't count clips that failed when last tried."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -67,19 +66,20 @@ def coverage_command(
             say(f"{len(found.failed)} of the missing failed when last tried; no run fills them")
         if list_missing:
             say("\n".join(found.missing))
-    raise typer.Exit(0 if found.is_enough(min_coverage, allow_failed=allow_failed) else 1)
+    raise click.exceptions.Exit(
+        0 if found.is_enough(min_coverage, allow_failed=allow_failed) else 1
+    )
 
 
-@grouped
 def explain_command(
     choice: ConfigChoice,
     *,
     sample_id: Annotated[
         str | None,
-        typer.Argument(help="file_id:class; without it, the config as a whole."),
+        Argument(help="file_id:class; without it, the config as a whole."),
     ] = None,
     dataset: Annotated[
-        str, typer.Option("--namespace", help="The dataset's name in the config.")
+        str, Option("--namespace", help="The dataset's name in the config.")
     ] = NAMESPACE,
     root: Root = None,
     as_json: Json = False,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Final
 
-import typer
+import click
 
 from lmdbcache.cache import left_out_counts
-from lmdbcache.cli.command import grouped
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import print_json, print_table, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json
@@ -19,12 +19,11 @@ __all__ = ["dataset_command", "partition_command"]
 _MOST_GROUPS: Final = 20
 
 
-@grouped
 def dataset_command(
     dataset: DatasetChoice,
     *,
     list_left_out: Annotated[
-        bool, typer.Option("--left-out", help="List the files and rows that are left out.")
+        bool, Option("--left-out", help="List the files and rows that are left out.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -80,13 +79,12 @@ def _print_left_out(left_out: list[LeftOut]) -> None:
         say(f"… and {rest} more of other kinds, classes and suffixes; see --json")
 
 
-@grouped
 def partition_command(
     dataset: DatasetChoice,
     *,
     by_content: Annotated[
         bool,
-        typer.Option("--content", help="Also compare the bytes of all files; reads them."),
+        Option("--content", help="Also compare the bytes of all files; reads them."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +134,7 @@ def partition_command(
         say("")
         print_table(("part", "clips"), list(audit.sizes.items()))
         say(str(audit))
-    raise typer.Exit(0 if audit.is_disjoint else 1)
+    raise click.exceptions.Exit(0 if audit.is_disjoint else 1)
 
 
 def _split_sizes(samples: list[Sample], dataset: DatasetChoice) -> dict[str, int]:

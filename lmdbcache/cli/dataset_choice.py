@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import typer
-
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache, left_out_counts
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.options import Decoder
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import (
@@ -42,122 +41,114 @@ _logger = logging.getLogger(__name__)
 class DatasetChoice:
     """A dataset, and which of its clips."""
 
-    data_dir: Annotated[Path, typer.Argument(help="The dataset's folder.")]
+    data_dir: Annotated[Path, Argument(help="The dataset's folder.")]
     kind: Annotated[
         str,
-        typer.Option(
+        Option(
             "--dataset",
             help="auto, vegas, esc50, vggsound, folder or huggingface; see docs/datasets.md.",
-            rich_help_panel=_LAYOUT,
+            panel=_LAYOUT,
         ),
     ] = "auto"
     csv: Annotated[
         Path | None,
-        typer.Option(help="VGGSound's table; default: in the folder.", rich_help_panel=_LAYOUT),
+        Option(help="VGGSound's table; default: in the folder.", panel=_LAYOUT),
     ] = None
     audio_column: Annotated[
         str | None,
-        typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
+        Option(help="Of a Hugging Face dataset.", panel=_LAYOUT),
     ] = None
     label_column: Annotated[
         str | None,
-        typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
+        Option(help="Of a Hugging Face dataset.", panel=_LAYOUT),
     ] = None
     id_column: Annotated[
         str | None,
-        typer.Option(help="Of a Hugging Face dataset.", rich_help_panel=_LAYOUT),
+        Option(help="Of a Hugging Face dataset.", panel=_LAYOUT),
     ] = None
     given_namespace: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--namespace",
             help="Keeps equal sample ids of two datasets apart; default: the dataset's own, or "
             "made from the folder's name.",
-            rich_help_panel=_LAYOUT,
+            panel=_LAYOUT,
         ),
     ] = None
     decoder: Decoder = None
     classes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--class", help="Only this class; may be given several times.", rich_help_panel=_PART
-        ),
+        Option("--class", help="Only this class; may be given several times.", panel=_PART),
     ] = None
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--exclude-class",
             help="Not this class; may be given several times.",
-            rich_help_panel=_PART,
+            panel=_PART,
         ),
     ] = None
-    split: Annotated[str, typer.Option(help="all, train, val or test.", rich_help_panel=_PART)] = (
-        "all"
-    )
+    split: Annotated[str, Option(help="all, train, val or test.", panel=_PART)] = "all"
     split_by: Annotated[
         str,
-        typer.Option(
+        Option(
             help="own (the dataset's), folds, ratios (0.7, 0.1, 0.2), or auto: the first that it "
             "has.",
-            rich_help_panel=_PART,
+            panel=_PART,
         ),
     ] = "auto"
     split_method: Annotated[
         str,
-        typer.Option(
+        Option(
             help="hash, or sklearn: draws ratios and nodes as scikit-learn and NumPy do.",
-            rich_help_panel=_PART,
+            panel=_PART,
         ),
     ] = "hash"
     folds: Annotated[
         list[int] | None,
-        typer.Option(
-            "--fold", help="Only this fold; may be given several times.", rich_help_panel=_PART
-        ),
+        Option("--fold", help="Only this fold; may be given several times.", panel=_PART),
     ] = None
     samples_per_class: Annotated[
         int | None,
-        typer.Option(help="Only the first so many of each class.", rich_help_panel=_PART),
+        Option(help="Only the first so many of each class.", panel=_PART),
     ] = None
     node_split_id: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Only this node's samples, from 0; needs --num-nodes or --samples-per-node.",
-            rich_help_panel=_NODES,
+            panel=_NODES,
         ),
     ] = None
     num_nodes: Annotated[
         int | None,
-        typer.Option(help="Number of nodes that share the samples.", rich_help_panel=_NODES),
+        Option(help="Number of nodes that share the samples.", panel=_NODES),
     ] = None
     samples_per_node: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Samples of each class that a node has; partition also needs --num-nodes.",
-            rich_help_panel=_NODES,
+            panel=_NODES,
         ),
     ] = None
     node_shares: Annotated[
         str | None,
-        typer.Option(help="Each node's share, such as 0.5,0.3,0.2.", rich_help_panel=_NODES),
+        Option(help="Each node's share, such as 0.5,0.3,0.2.", panel=_NODES),
     ] = None
     dirichlet: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Draw each class's shares with this alpha; 0.1 is very uneven.",
-            rich_help_panel=_NODES,
+            panel=_NODES,
         ),
     ] = None
-    min_per_node: Annotated[
-        int, typer.Option(help="Samples that a node has at least.", rich_help_panel=_NODES)
-    ] = 0
+    min_per_node: Annotated[int, Option(help="Samples that a node has at least.", panel=_NODES)] = 0
     node_seed: Annotated[
         int,
-        typer.Option(
+        Option(
             "--node-seed",
             "--seed",
             help="Of the division between nodes; the same on all of them.",
-            rich_help_panel=_NODES,
+            panel=_NODES,
         ),
     ] = NODE_SEED
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import click
 
 from lmdbcache.cache import (
     DEFAULT_TOLERANCE,
@@ -17,6 +17,7 @@ from lmdbcache.cache import (
     is_store,
     read_store_info,
 )
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
 from lmdbcache.cli.options import Json, Progress, Root, Tolerance, complete_store, find_folder
 from lmdbcache.config import CacheConfig
@@ -27,9 +28,9 @@ __all__ = ["diff_command"]
 
 Side = Annotated[
     str,
-    typer.Argument(
+    Argument(
         help="A store (fingerprint, folder name, or a path), a config (JSON file), or a root.",
-        autocompletion=complete_store,
+        complete=complete_store,
     ),
 ]
 
@@ -54,7 +55,7 @@ def diff_command(
     root: Root = None,
     values: Annotated[
         bool,
-        typer.Option("--values/--no-values", help="Read values, or compare checksums alone."),
+        Option("--values/--no-values", help="Read values, or compare checksums alone."),
     ] = True,
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     progress: Progress = None,
@@ -77,7 +78,7 @@ def diff_command(
         raise ConfigError(f"{a} and {b}: one is a store, the other a root; give two of a kind")
     else:
         is_equal = _show_roots(sides, options, as_json=as_json)  # type: ignore[arg-type]
-    raise typer.Exit(0 if is_equal else 1)
+    raise click.exceptions.Exit(0 if is_equal else 1)
 
 
 def _side(cache: EmbeddingCache, text: str) -> Path | CacheConfig:

@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
-import typer
+import click
 
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.command import grouped
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.config_choice import ConfigChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, print_table, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
@@ -37,9 +37,8 @@ __all__ = ["extract_command"]
 _TRIAL_SECONDS: Final = 5.0
 
 
-@grouped
 def extract_command(
-    context: typer.Context,
+    context: click.Context,
     dataset: DatasetChoice,
     choice: ConfigChoice,
     launch: LaunchChoice,
@@ -49,16 +48,16 @@ def extract_command(
     num_workers: NumWorkers = None,
     device: Device = None,
     commit_seconds: Annotated[
-        float, typer.Option(help="Commit at least this often; a kill loses no more.")
+        float, Option(help="Commit at least this often; a kill loses no more.")
     ] = 10.0,
     progress: Progress = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only print what is missing and the space that it needs."),
+        Option("--dry-run", help="Only print what is missing and the space that it needs."),
     ] = False,
     plan: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--plan",
             help="Only print what every output and dtype would take of the disk, and the time, by "
             "a trial of a few seconds.",
@@ -66,9 +65,7 @@ def extract_command(
     ] = False,
     changed: Annotated[
         bool,
-        typer.Option(
-            "--changed", help="Also compute stored clips again whose file has changed since."
-        ),
+        Option("--changed", help="Also compute stored clips again whose file has changed since."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +97,7 @@ def extract_command(
             print_json(shown.to_dict())
         else:
             _print_plan(shown, config, context)
-        raise typer.Exit(0 if shown.fits else DISK_FULL)
+        raise click.exceptions.Exit(0 if shown.fits else DISK_FULL)
     try:
         common: dict[str, Any] = {
             "model": choice.model,
@@ -136,7 +133,7 @@ def extract_command(
         say(f"{summary}\n{summary.store}")
     sys.stdout.flush()
     finish_with_other_ranks(summary.exit_code)
-    raise typer.Exit(summary.exit_code)
+    raise click.exceptions.Exit(summary.exit_code)
 
 
 def _kept(
@@ -153,7 +150,7 @@ def _kept(
     return f"{num_cached} of {num_samples} are stored"
 
 
-def _print_plan(plan: ExtractionPlan, config: CacheConfig, context: typer.Context) -> None:
+def _print_plan(plan: ExtractionPlan, config: CacheConfig, context: click.Context) -> None:
     if plan.choices:
         print_table(
             ("", "output", "dtype", "shape", "all clips"),

@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import (
     ClipFailure,
@@ -18,6 +18,7 @@ from lmdbcache.cache import (
     count_origins,
     read_failures,
 )
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import (
     counted,
     is_wide,
@@ -64,11 +65,11 @@ def ls_command(
     *,
     root: Root = None,
     text: Annotated[
-        str, typer.Option("--filter", help="Only stores with this in their name or config.")
+        str, Option("--filter", help="Only stores with this in their name or config.")
     ] = "",
     order: Annotated[
         Order,
-        typer.Option("--sort", help="By name, size (largest first) or last use (newest first)."),
+        Option("--sort", help="By name, size (largest first) or last use (newest first)."),
     ] = Order.NAME,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +89,7 @@ def ls_command(
     # Created and written are left out where they would only be cut off.
     left_out = set() if is_wide(_WIDE) else {"created", "written"}
     if not any(store.config and store.config.namespace for store in stores):
-        left_out.add("dataset")
+        left_out.add("namespace")
     shown = [heading for heading in _HEADINGS if heading not in left_out]
     rows = [dict(zip(_HEADINGS, _row(store), strict=True)) for store in stores]
     print_table(
@@ -101,7 +102,7 @@ def ls_command(
 
 
 _HEADINGS = (
-    *("fingerprint", "dataset", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
+    *("fingerprint", "namespace", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
     *("created", "written", "read"),
 )
 _WIDE: int = 120
@@ -159,7 +160,7 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
     else:
         _print_info(info, classes, failures)
         _print_origins(origins)
-    raise typer.Exit(1 if info.damage else 0)
+    raise click.exceptions.Exit(1 if info.damage else 0)
 
 
 def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailure]) -> None:
@@ -229,10 +230,10 @@ def _free(info: StoreInfo) -> str:
 def stats_command(
     store: Annotated[
         str | None,
-        typer.Argument(help="Fingerprint (its first digits do), or a store's folder name."),
+        Argument(help="Fingerprint (its first digits do), or a store's folder name."),
     ] = None,
     *,
-    reset: Annotated[bool, typer.Option("--reset", help="Begin again at zero.")] = False,
+    reset: Annotated[bool, Option("--reset", help="Begin again at zero.")] = False,
     root: Root = None,
     yes: Yes = False,
     as_json: Json = False,
@@ -243,7 +244,7 @@ def stats_command(
     if reset:
         check_can_ask(as_json=as_json, may_ask=not yes)
         if folders and not yes:
-            typer.confirm(
+            click.confirm(
                 f"Set the statistics of {counted(len(folders), 'store')} to zero?", abort=True
             )
         for folder in folders:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
-import typer
-
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import speak_for
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction import (
@@ -31,48 +30,46 @@ class LaunchChoice:
 
     launcher: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Take this process's share of the clips: torchrun (accelerate), slurm (srun, job "
             "arrays), auto (whichever has started it), or none: all clips; ray: all clips on the "
             "nodes of a Ray cluster. See docs/cluster.md and docs/ray.md.",
-            rich_help_panel=_PANEL,
+            panel=_PANEL,
         ),
     ] = "none"
     rank: Annotated[
         int | None,
-        typer.Option(
-            help="Which process this is, from 0, for any other launcher.", rich_help_panel=_PANEL
-        ),
+        Option(help="Which process this is, from 0, for any other launcher.", panel=_PANEL),
     ] = None
     world_size: Annotated[
         int | None,
-        typer.Option(help="How many processes there are.", rich_help_panel=_PANEL),
+        Option(help="How many processes there are.", panel=_PANEL),
     ] = None
     staging: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Each process stores in this folder, to be merged into the root later; for "
             "processes on several machines. ray merges by itself and needs a folder that all nodes "
             "share.",
-            rich_help_panel=_PANEL,
+            panel=_PANEL,
         ),
     ] = None
     address: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--ray-address",
             help="Of the cluster's head, or auto; default: $RAY_ADDRESS, else a cluster that runs "
             "on this machine, else one is started here for the run.",
             show_default=False,
-            rich_help_panel=_RAY_PANEL,
+            panel=_RAY_PANEL,
         ),
     ] = None
     num_actors: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Processes that run the model; default: one for each GPU, else for each node.",
             show_default=False,
-            rich_help_panel=_RAY_PANEL,
+            panel=_RAY_PANEL,
         ),
     ] = None
 

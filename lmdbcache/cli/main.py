@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import io
 import logging
 import os
@@ -11,19 +11,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
-import typer
-from typer.core import TyperGroup
+import click
+from click.shell_completion import CompletionItem
 
-from lmdbcache.cli.command import Command
+from lmdbcache.cli.command import Command, command_from
+from lmdbcache.cli.completion import install_completion, show_completion
 from lmdbcache.cli.console import DISK_FULL, print_error, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
 
-__all__ = ["app", "command_of", "main"]
+__all__ = ["COMMANDS", "app", "command_of", "main"]
 
 # Panel of the help → command → the module that has it, as the function `<command>_command`.
-_COMMANDS: Final = {
+COMMANDS: Final = {
     "Fill": {
         "extract": "extract",
         "import": "transfer",
@@ -59,77 +60,100 @@ _COMMANDS: Final = {
         "partition": "dataset",
     },
 }
-_MODULES: Final = {name: module for panel in _COMMANDS.values() for name, module in panel.items()}
+_CLEAR: Final = "clear"  # the same as rm, and not listed
+_MODULES: Final = {name: module for panel in COMMANDS.values() for name, module in panel.items()}
 
 
-class _Commands(TyperGroup):
-    """The group: a command's module is imported when the command is run.
+class _Commands(click.Group):
+    """The group: a command's module is imported when the command is run."""
 
-    Until then it stands in the list of commands without its options.
-    """
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return the names; see click."""
+        return [*_MODULES]
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names; the commands are about to be described. See click."""
-        for name in _MODULES:
-            self.commands[name].help = _docstring_of(name)
-        return super().list_commands(ctx)
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Return a command, with its module imported; see click."""
+        return command_of(cmd_name) if cmd_name in {*_MODULES, _CLEAR} else None
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Return the command that is meant, and its arguments; see click."""
-        name, found, rest = super().resolve_command(ctx, args)
-        return name, command_of(name) if found and name else found, rest
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the commands under their headings; see click."""
+        for panel, commands in COMMANDS.items():
+            with formatter.section(panel):
+                formatter.write_dl([(name, _summary_of(name)) for name in commands])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return what a shell offers: commands, or options of the group; see click."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        names = [name for name in _MODULES if name.startswith(incomplete)]
+        return [CompletionItem(name, help=_summary_of(name)) for name in names]
 
 
-def command_of(name: str) -> Any:
+def command_of(name: str) -> Command:
     """Return a command of `lmdbcache` with its options."""
-    name = "rm" if name == "clear" else name
+    name = "rm" if name == _CLEAR else name
     function = getattr(import_module(f"lmdbcache.cli.{_MODULES[name]}"), f"{name}_command")
-    alone = typer.Typer(add_completion=False)
-    alone.command(name, cls=Command, help=_docstring_of(name))(function)
-    return typer.main.get_command(alone)
+    return command_from(name, function, _docstring_of(name))
 
 
-def _docstring_of(name: str) -> str | None:
+def _docstring_of(name: str) -> str:
     """Read it from the source: the module isn't imported, or `python -OO` has dropped it."""
     module = f"lmdbcache.cli.{_MODULES[name]}"
     loader: Any = find_spec(module).loader  # type: ignore[union-attr]
-    for node in ast.parse(loader.get_source(module) or "").body:
-        if isinstance(node, ast.FunctionDef) and node.name == f"{name}_command":
-            return ast.get_docstring(node)
-    return None
+    _, _, text = loader.get_source(module).partition(f"\ndef {name}_command(")
+    return inspect.cleandoc(text.split('"""', 2)[1])
 
 
-app = typer.Typer(
-    name="lmdbcache",
-    cls=_Commands,
-    help="Compute the embeddings of an audio model once, read them back at memory speed.",
-    epilog="Exit codes: 0 done; 1 a clip failed, something is missing, damaged or different, or "
-    "an error; 2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-for _panel, _names in _COMMANDS.items():
-    for _name in _names:
-        app.command(_name, rich_help_panel=_panel)(lambda: None)
-app.command("clear", hidden=True)(lambda: None)  # the same as rm
+def _summary_of(name: str) -> str:
+    return " ".join(_docstring_of(name).partition("\n\n")[0].split())
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(_: click.Context, __: click.Parameter, wanted: bool) -> None:
     if wanted:
         from lmdbcache import __version__
 
         say(f"lmdbcache {__version__}")
-        raise typer.Exit
+        raise click.exceptions.Exit(0)
 
 
-@app.callback()
-def _common(
-    *,
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what is done."),
-    version: bool = typer.Option(  # noqa: ARG001
-        False, "--version", help="Print the version.", callback=_show_version, is_eager=True
-    ),
-) -> None:
+@click.command(
+    "lmdbcache",
+    cls=_Commands,
+    help="Compute the embeddings of an audio model once, read them back at memory speed.",
+    epilog="Exit codes: 0 done; 1 a clip failed, something is missing, damaged or different, or "
+    "an error; 2 wrong usage; 3 the disk is full; 130 Ctrl-C; 143 SIGTERM.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Log what is done.")
+@click.option(
+    "--version",
+    is_flag=True,
+    help="Print the version.",
+    callback=_show_version,
+    is_eager=True,
+    expose_value=False,
+)
+@click.option(
+    "--install-completion",
+    metavar="[SHELL]",
+    is_flag=False,
+    flag_value="",
+    help="Install completion for the current shell, or for bash, zsh or fish.",
+    callback=install_completion,
+    is_eager=True,
+    expose_value=False,
+)
+@click.option(
+    "--show-completion",
+    metavar="[SHELL]",
+    is_flag=False,
+    flag_value="",
+    help="Show completion for the current shell, to copy it or customize the installation.",
+    callback=show_completion,
+    is_eager=True,
+    expose_value=False,
+)
+def app(*, verbose: bool) -> None:
+    """Set up logging, before any command."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s" if verbose else "lmdbcache: %(message)s",

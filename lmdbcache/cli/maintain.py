@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, print_error, print_json, print_table, progress_bar, say
 from lmdbcache.cli.options import (
     All,
@@ -27,7 +28,7 @@ from lmdbcache.storage import RepairReport, compact, plan_compaction, repair
 
 __all__ = ["compact_command", "repair_command", "say_findings"]
 
-KeptOnly = Annotated[bool, typer.Option("--dry-run", help="Only show what would be kept.")]
+KeptOnly = Annotated[bool, Option("--dry-run", help="Only show what would be kept.")]
 
 
 def compact_command(
@@ -36,7 +37,7 @@ def compact_command(
     root: Root = None,
     everything: All = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the sizes before and after.")
+        bool, Option("--dry-run", help="Only show the sizes before and after.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,
@@ -55,7 +56,7 @@ def compact_command(
             with progress_bar(store.name, shown=progress, in_bytes=True) as report:
                 results.append(compact(store, progress=report))
     if failed and not results:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
     if as_json:
         print_json([result.to_dict() for result in results])
     else:
@@ -72,7 +73,7 @@ def compact_command(
             ],
         )
     if failed:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def repair_command(
@@ -95,7 +96,7 @@ def repair_command(
                 _say_repair(report)
             if not report.was_sound and not dry_run:
                 if not yes:
-                    typer.confirm(f"Repair {store.name}?", abort=True)
+                    click.confirm(f"Repair {store.name}?", abort=True)
                 with progress_bar(f"repairing {store.name}") as progress:
                     report = repair(store, progress=progress)
                 if not as_json:
@@ -104,7 +105,7 @@ def repair_command(
     if as_json and not (failed and not reports):
         print_json([report.to_dict() for report in reports])
     if failed:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import (
     counted,
     finish,
@@ -30,21 +29,19 @@ _FEW: int = 10
 def merge_command(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Stores, roots, or folders that hold roots (a staging folder)."),
+        Argument(help="Stores, roots, or folders that hold roots (a staging folder)."),
     ],
     *,
     root: Root = None,
     on_duplicate: Annotated[
         OnDuplicateChoice,
-        typer.Option(
+        Option(
             help="If a stored embedding differs: error leaves it and reports the conflict, skip "
             "keeps it, overwrite takes the source's."
         ),
     ] = OnDuplicateChoice.ERROR,
     tolerance: Tolerance = DEFAULT_TOLERANCE,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be merged.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be merged.")] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:

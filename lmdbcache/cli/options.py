@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import (
     ROOT_VARIABLE,
@@ -15,6 +15,7 @@ from lmdbcache.cache import (
     StoreInfo,
     info_or_damage,
 )
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, DatasetError
 from lmdbcache.files import expand_user
 from lmdbcache.storage import canonical_sample_id
@@ -48,7 +49,7 @@ __all__ = [
 _HELP_WIDTH = 60
 
 
-def complete_store(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+def complete_store(context: click.Context, incomplete: str) -> list[tuple[str, str]]:
     """What a shell offers for a store: fingerprints and folder names. Nothing is opened."""
     try:
         folders = EmbeddingCache(context.params.get("root")).folders()
@@ -72,13 +73,11 @@ class OnDuplicateChoice(str, Enum):
 
 Classes = Annotated[
     list[str] | None,
-    typer.Option(
-        "--class", help="Only this class; may be given several times.", show_default=False
-    ),
+    Option("--class", help="Only this class; may be given several times.", show_default=False),
 ]
 IdsFile = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--ids",
         help="Only the samples that this file lists, one in a line.",
         show_default=False,
@@ -86,54 +85,54 @@ IdsFile = Annotated[
 ]
 Root = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--root",
         envvar=ROOT_VARIABLE,
         help="Cache directory; default: the user's cache directory.",
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, Option("--yes", "-y", help="Don't ask.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be removed.")]
 Stores = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         help="Fingerprints (their first digits do) or folder names.",
-        autocompletion=complete_store,
+        complete=complete_store,
     ),
 ]
-All = Annotated[bool, typer.Option("--all", help="All stores under the root.")]
+All = Annotated[bool, Option("--all", help="All stores under the root.")]
 Store = Annotated[
     str,
-    typer.Argument(
+    Argument(
         help="Fingerprint (its first digits do), or a store's folder name.",
-        autocompletion=complete_store,
+        complete=complete_store,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Clips per forward pass.")]
+BatchSize = Annotated[int, Option(help="Clips per forward pass.")]
 NumWorkers = Annotated[
     int | None,
-    typer.Option(help="Decoding processes; default: half of the cores, at most 8."),
+    Option(help="Decoding processes; default: half of the cores, at most 8."),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
+    Option(help="cpu, cuda, cuda:1, …; default: a CUDA GPU if there is one."),
 ]
 Decoder = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="What decodes the audio files: soundfile, or ffmpeg (m4a, mp4, webm, …), whose "
         "embeddings are in a separate store; default: that of --front-end, or soundfile.",
         show_default=False,
     ),
 ]
 Tolerance = Annotated[
-    float, typer.Option(min=0.0, help="Largest difference of two elements that counts as none.")
+    float, Option(min=0.0, help="Largest difference of two elements that counts as none.")
 ]
 Progress = Annotated[
     bool | None,
-    typer.Option(
+    Option(
         "--progress/--no-progress",
         help="A bar on standard error; default: if that is a terminal.",
         show_default=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-import typer
+import click
 
 from lmdbcache.cache import (
     EmbeddingCache,
@@ -15,6 +15,7 @@ from lmdbcache.cache import (
     plan_pruning,
     prune,
 )
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, print_json, say
 from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
@@ -30,7 +31,7 @@ def prune_command(
     root: Root = None,
     written_before: Annotated[
         datetime | None,
-        typer.Option(
+        Option(
             "--older-than",
             parser=parse_moment,
             metavar="AGE",
@@ -39,7 +40,7 @@ def prune_command(
     ] = None,
     used_before: Annotated[
         datetime | None,
-        typer.Option(
+        Option(
             "--unused-since",
             parser=parse_moment,
             metavar="AGE",
@@ -48,22 +49,20 @@ def prune_command(
     ] = None,
     max_bytes: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--max-size",
             parser=parse_size,
             metavar="SIZE",
             help="The stores unused for longest, until all fit: 50GB, 500MiB.",
         ),
     ] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Stores without embeddings.")] = False,
-    damaged: Annotated[
-        bool, typer.Option("--damaged", help="Damaged stores (see also repair).")
-    ] = False,
+    empty: Annotated[bool, Option("--empty", help="Stores without embeddings.")] = False,
+    damaged: Annotated[bool, Option("--damaged", help="Damaged stores (see also repair).")] = False,
     leftovers: Annotated[
-        bool, typer.Option("--leftovers", help="Files that a crash has left, in all stores.")
+        bool, Option("--leftovers", help="Files that a crash has left, in all stores.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Also stores that a process reads or writes.")
+        bool, Option("--force", help="Also stores that a process reads or writes.")
     ] = False,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -89,7 +88,7 @@ def prune_command(
         _say_plan(plan, found)
     if not dry_run and (plan.removed or found):
         if not yes:
-            typer.confirm(f"Remove {_summary(plan, found)} from {cache.root}?", abort=True)
+            click.confirm(f"Remove {_summary(plan, found)} from {cache.root}?", abort=True)
         plan = prune(cache, plan, force=force)
         found = leftovers_under(cache.root, remove=True) if found else []
     if as_json:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import (
     counted,
     print_error,
@@ -42,23 +43,20 @@ _FEW: int = 10
 def pull_command(
     url: Annotated[
         str,
-        typer.Argument(help="Where they were pushed to: s3://bucket/folder, file:///mnt/shared, …"),
+        Argument(help="Where they were pushed to: s3://bucket/folder, file:///mnt/shared, …"),
     ],
     fingerprint: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             help="Of the store, or its first digits; not needed if there is only one.",
-            show_default=False,
         ),
     ] = None,
     *,
-    everything: Annotated[
-        bool, typer.Option("--all", help="All stores that are shared there.")
-    ] = False,
+    everything: Annotated[bool, Option("--all", help="All stores that are shared there.")] = False,
     root: Root = None,
     manifest: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="The state to pull: a manifest's id, or its beginning; default: all there is.",
             show_default=False,
         ),
@@ -67,15 +65,13 @@ def pull_command(
     ids: IdsFile = None,
     on_duplicate: Annotated[
         OnDuplicateChoice,
-        typer.Option(
+        Option(
             help="Where a stored embedding differs: error leaves it and lists both, skip keeps it "
             "without a look, overwrite takes what is shared."
         ),
     ] = OnDuplicateChoice.ERROR,
     tolerance: Tolerance = DEFAULT_TOLERANCE,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only count what would be fetched.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only count what would be fetched.")] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
@@ -110,7 +106,7 @@ def pull_command(
     if as_json:
         found = [report.to_dict() for report in reports]
         print_json(found if everything else found[0])
-    raise typer.Exit(max(report.exit_code for report in reports))
+    raise click.exceptions.Exit(max(report.exit_code for report in reports))
 
 
 def _print_report(report: PullReport) -> None:

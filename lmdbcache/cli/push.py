@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import EmbeddingCache, read_store_info
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, say_some
 from lmdbcache.cli.options import (
     All,
@@ -31,7 +32,7 @@ __all__ = ["push_command"]
 def push_command(
     url: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="Where to: s3://bucket/folder, ssh://host/folder, file:///folder, or any other "
             "that fsspec knows."
         ),
@@ -42,13 +43,13 @@ def push_command(
     everything: All = False,
     own: Annotated[
         bool,
-        typer.Option("--own", help="Only what was computed here, not what was pulled or merged."),
+        Option("--own", help="Only what was computed here, not what was pulled or merged."),
     ] = False,
     class_names: Classes = None,
     ids_file: IdsFile = None,
     on_duplicate: Annotated[
         OnDuplicateChoice,
-        typer.Option(
+        Option(
             help="Where a sample is there with another value: overwrite pushes this store's in the "
             "place of its earlier one, next to those of others; skip leaves the sample out; "
             "error pushes nothing."
@@ -56,21 +57,19 @@ def push_command(
     ] = OnDuplicateChoice.OVERWRITE,
     repair: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--repair",
             help="Read all that is there, and upload damaged shards again that are stored here.",
         ),
     ] = False,
     writer: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Name that is pushed with the embeddings; default: a random id of the store.",
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only count what would be pushed.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only count what would be pushed.")] = False,
     progress: Progress = None,
     as_json: Json = False,
 ) -> None:
@@ -118,7 +117,7 @@ def push_command(
             _say_report(folder.name, report)
     if as_json:
         print_json([report.to_dict() for report in reports])
-    raise typer.Exit(1 if failed else max((one.exit_code for one in reports), default=0))
+    raise click.exceptions.Exit(1 if failed else max((one.exit_code for one in reports), default=0))
 
 
 def _folders(cache: EmbeddingCache, stores: list[str] | None, *, everything: bool) -> list[Path]:

@@ -6,7 +6,7 @@ import re
 from datetime import datetime, timedelta, timezone
 from typing import Final
 
-import typer
+import click
 
 __all__ = ["age", "parse_moment", "parse_size"]
 
@@ -32,7 +32,7 @@ def parse_moment(text: str) -> datetime:
     """The moment so long ago (`30d`, `12h`, `2w`), or of a date (local time).
 
     Raises:
-        typer.BadParameter: Neither, or a moment to come.
+        click.BadParameter: Neither, or a moment to come.
     """
     now = datetime.now(timezone.utc)
     try:
@@ -40,12 +40,12 @@ def parse_moment(text: str) -> datetime:
             return now - timedelta(seconds=float(duration[1]) * _SECONDS[duration[2]])
         moment = datetime.fromisoformat(text.strip()).astimezone(timezone.utc)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(
+        raise click.BadParameter(
             f"{text!r} is neither a duration (30d, 12h, 2w, 1y; m are minutes) nor a date "
             "(2026-01-31)"
         ) from None
     if moment > now:
-        raise typer.BadParameter(f"{text!r} lies in the future")
+        raise click.BadParameter(f"{text!r} lies in the future")
     return moment
 
 
@@ -53,12 +53,12 @@ def parse_size(text: str) -> int:
     """Bytes: `50GB` (1000 each), `500MiB` (1024 each), `1000000`.
 
     Raises:
-        typer.BadParameter: Not a size.
+        click.BadParameter: Not a size.
     """
     size = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(size[2].upper()) if size else None
     if size is None or unit is None:
-        raise typer.BadParameter(f"{text!r} isn't a size such as 50GB, 500MiB or 1000000")
+        raise click.BadParameter(f"{text!r} isn't a size such as 50GB, 500MiB or 1000000")
     return int(float(size[1]) * unit)
 
 

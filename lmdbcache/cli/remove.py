@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import EmbeddingCache, StoreInfo, info_or_damage, users_of
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, print_error, print_json, say
 from lmdbcache.cli.options import (
     All,
@@ -37,15 +38,15 @@ def rm_command(
     everything: All = False,
     class_names: Annotated[
         list[str] | None,
-        typer.Option("--class", help="Only the embeddings of this class; may be repeated."),
+        Option("--class", help="Only the embeddings of this class; may be repeated."),
     ] = None,
     samples: Annotated[
         list[str] | None,
-        typer.Option("--sample", help="Only this sample (file_id:class); may be repeated."),
+        Option("--sample", help="Only this sample (file_id:class); may be repeated."),
     ] = None,
     ids_file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--ids", help="Only the samples that this file lists, one id a line; others are noted."
         ),
     ] = None,
@@ -80,7 +81,7 @@ def _remove_stores(
             say(f"{store.path.name}: {held}, {readable_size(store.size_bytes)}{used}")
     if chosen and not (yes or dry_run):
         question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
-        typer.confirm(question, abort=True)
+        click.confirm(question, abort=True)
     removed, failed = list(chosen if dry_run else ()), False
     for store in () if dry_run else chosen:
         try:
@@ -89,7 +90,7 @@ def _remove_stores(
             print_error(error)
             failed = True
     if failed and not removed:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
     if as_json:
         print_json([store.to_dict() for store in removed])
     else:
@@ -97,7 +98,7 @@ def _remove_stores(
         verb = "would remove" if dry_run else "removed"
         say(f"{verb} {counted(len(removed), 'store')}, {readable_size(freed)}")
     if failed:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 # ---- embeddings inside stores
@@ -161,7 +162,7 @@ def _remove_embeddings(
         for selection in selections:
             _say_selection(selection)
     if total and not (yes or dry_run):
-        typer.confirm(f"Remove {counted(total, 'embedding')}?", abort=True)
+        click.confirm(f"Remove {counted(total, 'embedding')}?", abort=True)
     removed = [len(s.chosen) if dry_run else _remove(cache, s) for s in selections]
     if as_json:
         print_json([s.to_dict(n) for s, n in zip(selections, removed, strict=True)])

@@ -6,9 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import counted, finish, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Progress, Root, find_folder
@@ -28,25 +27,25 @@ __all__ = ["report_command"]
 def report_command(
     stores: Annotated[
         list[str] | None,
-        typer.Argument(help="Fingerprints (their first digits do) or folder names; default: all."),
+        Argument(help="Fingerprints (their first digits do) or folder names; default: all."),
     ] = None,
     *,
     root: Root = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             help="Show how much of this dataset is stored, by class and split; may be given "
             "several times.",
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    out: Annotated[Path, Option(help="The file to write.")] = Path("report.html"),
     max_samples: Annotated[
-        int, typer.Option(help="Read the values of so many embeddings of a store at most.")
+        int, Option(help="Read the values of so many embeddings of a store at most.")
     ] = DEFAULT_MAX_SAMPLES,
     progress: Progress = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that isn't a report.")
+        bool, Option("--overwrite", help="Replace a file that isn't a report.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -10,10 +10,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import click
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.command import grouped
+from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.config_choice import GivenConfig
 from lmdbcache.cli.console import counted, finish, print_table, progress_bar, say, say_some
 from lmdbcache.cli.merge import print_conflicts, print_unresolved
@@ -51,51 +51,46 @@ __all__ = ["export_command", "import_command"]
 _TYPES: dict[str, type] = {"sample_rate": int, "duration": float}
 
 
-@grouped
 def import_command(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="A .pt, .safetensors, .npz, .parquet or .tar file, or a folder of files."
-        ),
+        Argument(help="A .pt, .safetensors, .npz, .parquet or .tar file, or a folder of files."),
     ],
     given: GivenConfig,
-    context: typer.Context,
+    context: click.Context,
     *,
     root: Root = None,
     class_name: Annotated[
         str | None,
-        typer.Option("--class", help="Class of names that have none.", show_default=False),
+        Option("--class", help="Class of names that have none.", show_default=False),
     ] = None,
     keys: Annotated[
-        str, typer.Option(help="Order in names: auto, file_id:class or class:file_id.")
+        str, Option(help="Order in names: auto, file_id:class or class:file_id.")
     ] = "auto",
     on_duplicate: Annotated[
         OnDuplicateChoice,
-        typer.Option(
+        Option(
             help="If a stored embedding differs: error leaves it and reports the conflict, skip "
             "keeps it, overwrite takes the file's."
         ),
     ] = OnDuplicateChoice.ERROR,
-    ragged: Annotated[
-        bool, typer.Option("--ragged", help="The first dimension may differ.")
-    ] = False,
+    ragged: Annotated[bool, Option("--ragged", help="The first dimension may differ.")] = False,
     squeeze: Annotated[
-        bool, typer.Option("--squeeze", help="Take off the leading dimension of a batch of one.")
+        bool, Option("--squeeze", help="Take off the leading dimension of a batch of one.")
     ] = False,
     ignore_metadata: Annotated[
         bool,
-        typer.Option("--ignore-metadata", help="Take these options, whatever the file says."),
+        Option("--ignore-metadata", help="Take these options, whatever the file says."),
     ] = False,
     weights_digest: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Digest of the weights that computed them, as `info` shows it.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read and check everything, store nothing.")
+        bool, Option("--dry-run", help="Read and check everything, store nothing.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,
@@ -135,7 +130,7 @@ def _asked(source: Source, given: dict[str, Any]) -> dict[str, Any]:
     missing = missing_fields(source.description, given)
     if missing:
         say(f"{source.path.name} doesn't say {', '.join(missing)}")
-    return {name: typer.prompt(name, type=_TYPES.get(name, str)) for name in missing}
+    return {name: click.prompt(name, type=_TYPES.get(name, str)) for name in missing}
 
 
 def _namespace_of(source: Source) -> str:
@@ -152,7 +147,7 @@ def _namespace_of(source: Source) -> str:
     return ""
 
 
-def _print_report(context: typer.Context, report: ImportReport) -> None:
+def _print_report(context: click.Context, report: ImportReport) -> None:
     found = f"{report.source} ({report.kind})"
     if failure := _failure(report):
         say(f"{found}: {in_options(failure, context.command.params)}")
@@ -215,7 +210,7 @@ def export_command(
     *,
     out: Annotated[
         str,
-        typer.Option(
+        Option(
             help="A file; for safetensors, parquet and webdataset also a folder of shards; for "
             "these and lance also a URL.",
             show_default=False,
@@ -223,22 +218,22 @@ def export_command(
     ],
     format_: Annotated[
         str,
-        typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", show_default=False),
+        Option("--format", help=f"One of {', '.join(FORMATS)}.", show_default=False),
     ],
     root: Root = None,
     classes: Classes = None,
     ids: IdsFile = None,
-    shard_size: Annotated[int, typer.Option(help="MiB of embeddings in one shard.", min=1)] = 128,
+    shard_size: Annotated[int, Option(help="MiB of embeddings in one shard.", min=1)] = 128,
     num_shards: Annotated[
         int | None,
-        typer.Option(help="So many shards instead, of the same size.", show_default=False),
+        Option(help="So many shards instead, of the same size.", show_default=False),
     ] = None,
     shuffle: Annotated[
         int | None,
-        typer.Option(help="Random order, by this seed.", metavar="SEED", show_default=False),
+        Option(help="Random order, by this seed.", metavar="SEED", show_default=False),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what an earlier export has left there.")
+        bool, Option("--overwrite", help="Replace what an earlier export has left there.")
     ] = False,
     progress: Progress = None,
     as_json: Json = False,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
+import click
 
 from lmdbcache.cache import (
     STATES,
@@ -18,7 +18,7 @@ from lmdbcache.cache import (
     check_sources,
     read_store_info,
 )
-from lmdbcache.cli.command import grouped
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import (
     counted,
     finish,
@@ -45,19 +45,19 @@ class SourceChoice:
 
     is_given: Annotated[
         bool,
-        typer.Option("--sources", help="Look at the audio files instead of the stored values."),
+        Option("--sources", help="Look at the audio files instead of the stored values."),
     ] = False
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="With --sources: where the dataset is now; default: where it was."),
+        Option(help="With --sources: where the dataset is now; default: where it was."),
     ] = None
     rehash: Annotated[
         bool,
-        typer.Option("--hash", help="With --sources: read every file, whatever its size and time."),
+        Option("--hash", help="With --sources: read every file, whatever its size and time."),
     ] = False
     adopt: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--adopt",
             help="With --sources and --data-dir: take the files that are there now for the "
             "sources of embeddings that none is recorded for.",
@@ -78,7 +78,6 @@ class SourceChoice:
         return self.is_given
 
 
-@grouped
 def verify_command(
     stores: Stores = None,
     *,
@@ -109,7 +108,7 @@ def verify_command(
             say_findings(structure=report.structure, damaged=report.damaged, missing=report.missing)
         if not is_sound:
             say("`lmdbcache repair` keeps what is sound; extracting again computes the rest")
-    raise typer.Exit(0 if is_sound else 1)
+    raise click.exceptions.Exit(0 if is_sound else 1)
 
 
 def _verified(store: Path, *, shown: bool | None) -> IntegrityReport:
@@ -145,7 +144,7 @@ def _verify_sources(
     else:
         for found in reports:
             _say_sources(found)
-    raise typer.Exit(max((found.exit_code for found in reports), default=0))
+    raise click.exceptions.Exit(max((found.exit_code for found in reports), default=0))
 
 
 def clips_of_store(store: Path, data_dir: Path) -> Mapping[str, str]:

@@ -63,7 +63,7 @@ class CommandServer:
 
 
 def import_everything() -> None:
-    """Import what commands need, and what typer and rich import at the first option and help."""
+    """Import what commands need, and build every command once."""
     import datasets
     import plotly.offline
     import soundfile
@@ -78,8 +78,9 @@ def import_everything() -> None:
     assert all((datasets, soundfile, soxr, torchaudio, transformers, ASTFeatureExtractor, ASTModel))
     assert all((lmdbcache.extraction.decoding, plotly.offline))
     with contextlib.redirect_stdout(io.StringIO()):
-        for command in app.registered_commands:
-            command_of(command.name)(["--help"], standalone_mode=False)
+        app(["--help"], standalone_mode=False)
+        for name in app.list_commands(None):
+            command_of(name)(["--help"], standalone_mode=False)
     gc.collect()
     gc.freeze()  # what forks don't touch isn't copied for them
 

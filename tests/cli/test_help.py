@@ -49,8 +49,8 @@ ROOMS = ["datasets", "embedders", "exchange", "extraction", "report", "training"
 @pytest.mark.parametrize(
     ("arguments", "unneeded"),
     [
-        (["--help"], ["numpy", "lmdb", "pydantic", "lmdbcache.cache", "lmdbcache.storage"]),
-        (["ls"], [f"lmdbcache.{room}" for room in ROOMS]),
+        (["--help"], ["numpy", "lmdb", "rich", "lmdbcache.cache", "lmdbcache.storage"]),
+        (["ls"], ["rich.markdown", "pydantic", *(f"lmdbcache.{room}" for room in ROOMS)]),
         (["stats"], [f"lmdbcache.{room}" for room in ROOMS]),
         (["coverage", "VEGAS"], ["lmdbcache.exchange", "lmdbcache.training"]),
         (["verify", "--all"], []),
@@ -75,7 +75,7 @@ def test_a_command_imports_what_it_needs(arguments, unneeded, tmp_path):
 
 def test_unknown_command_and_missing_argument(cli):
     """Wrong usage: exit code 2, what is wrong, where help is; no traceback."""
-    for arguments, word in ((["frobnicate"], "frobnicate"), (["info"], "store")):
+    for arguments, word in ((["frobnicate"], "frobnicate"), (["info"], "STORE")):
         result = cli(*arguments)
         assert result.returncode == 2
         assert word in result.stderr

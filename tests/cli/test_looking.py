@@ -285,5 +285,5 @@ def test_the_dataset_tells_stores_apart(cli, cache, configs):
     with cache.writer(configs[0].replace(namespace="esc50")) as writer:
         writer.put("a:b", [1.0])
     lines = cli("ls").stdout.splitlines()
-    assert lines[0].split()[:3] == ["fingerprint", "dataset", "model"]
+    assert lines[0].split()[:3] == ["fingerprint", "namespace", "model"]
     assert [line.split()[1] for line in lines[1:5]].count("esc50") == 1

@@ -9,11 +9,11 @@ import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
+import click
 import lmdb
 import msgpack
 import numpy as np
 import pytest
-import typer
 from storage.child_processes import peer_process
 
 from lmdbcache import EmbeddingCache
@@ -315,7 +315,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 parsecs", "1e9"])
 def test_no_sizes(text):
-    with pytest.raises(typer.BadParameter):
+    with pytest.raises(click.BadParameter):
         parse_size(text)
 
 
@@ -338,7 +338,7 @@ def test_moments():
 
 @pytest.mark.parametrize("text", ["", "d", "5x", "2026-13-01", "9999-01-01", "99999999999y"])
 def test_no_moments(text):
-    with pytest.raises(typer.BadParameter):
+    with pytest.raises(click.BadParameter):
         parse_moment(text)
 
 

@@ -6,7 +6,6 @@ Several commands may run at once, and any of them can be killed. No torch: a for
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -125,8 +124,6 @@ def serve(connection: socket.socket) -> None:
 
     commands = map(command_of, ("push", "pull", "verify"))
     assert all((s3fs, sshfs, tenacity, pull, push, verify_remote, *commands))
-    with contextlib.suppress(ImportError):  # with pydantic, for a command's first option
-        importlib.import_module("typer._adapters")
     running: set[int] = set()
     for line in connection.makefile("r"):
         request = json.loads(line)

@@ -8,8 +8,8 @@ import os
 import lmdb
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from storage.child_processes import in_fork, peer_process, read, rewrite, write
-from typer.testing import CliRunner
 
 from lmdbcache import EmbeddingCache, EmbeddingReader
 from lmdbcache.cli.main import app

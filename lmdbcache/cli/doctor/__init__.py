@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, print_json, print_table, say
 from lmdbcache.cli.options import Json, Root
 from lmdbcache.files import readable_size
@@ -22,7 +23,7 @@ def doctor_command(
     root: Root = None,
     memory: Annotated[
         list[int] | None,
-        typer.Option(
+        Option(
             "--memory", metavar="PID", help="Break down this process's memory; may be repeated."
         ),
     ] = None,
@@ -47,7 +48,7 @@ def doctor_command(
                 say(f"{'':<8} → {finding.remedy}")
         notes = sum(finding.level == "note" for finding in findings)
         say(f"{counted(len(problems), 'problem')}, {counted(notes, 'note')}")
-    raise typer.Exit(1 if problems else 0)
+    raise click.exceptions.Exit(1 if problems else 0)
 
 
 def _examine(cache: EmbeddingCache) -> list[Finding]:
