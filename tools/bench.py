@@ -11,8 +11,10 @@ import os
 import platform
 from pathlib import Path
 
+import bench_command
 import bench_datasets
 import bench_extraction
+import bench_push
 import bench_reading
 from document_tables import table_command
 
@@ -34,7 +36,12 @@ def tables(*, quick: bool) -> str:
         lines += ["", f"### {TITLES[name]}", "", "| what | ours | others | ratio |"]
         lines.append("|---|---|---|---|")
         lines += [_row(what, ways) for what, ways in figures.items()]
-    by_way = bench_datasets.measure(quick=quick) | bench_extraction.measure(quick=quick)
+    by_way = {
+        **bench_datasets.measure(quick=quick),
+        **bench_extraction.measure(quick=quick),
+        **bench_command.measure(quick=quick),
+        **bench_push.measure(quick=quick),
+    }
     for what, ways in by_way.items():
         lines += ["", f"### {what}", "", "| way | figure |", "|---|---|"]
         lines += [f"| {way} | {_number(figure)} |" for way, figure in ways.items()]
