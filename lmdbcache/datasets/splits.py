@@ -33,6 +33,7 @@ __all__ = [
     "node_split",
     "normalized_ratios",
     "partition_samples",
+    "split_by_ratios",
     "split_samples",
     "whole_number",
 ]
@@ -97,6 +98,25 @@ def split_samples(
     ratios = normalized_ratios(train_ratio, val_ratio, test_ratio, split_method)
     if split == "all":
         return list(samples)
+    return split_by_ratios(
+        samples, split, ratios, stratify=stratify, seed=seed, split_method=split_method
+    )
+
+
+def split_by_ratios(
+    samples: Sequence[Sample],
+    split: str,
+    ratios: tuple[float, float, float],
+    *,
+    stratify: bool,
+    seed: int,
+    split_method: str,
+) -> list[Sample]:
+    """Return the samples of train, val or test by ratios that are taken as they are.
+
+    Raises:
+        DatasetError, MissingDependencyError: See `split_samples`.
+    """
     chosen: set[int] = set()
     if split_method == "sklearn":
         chosen = sklearn_split(samples, split, ratios, stratify=stratify, seed=_state(seed))

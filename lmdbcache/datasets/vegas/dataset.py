@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import Sample
 from lmdbcache.datasets.batches import Column, FetchedItems, column
-from lmdbcache.datasets.narrowing import SPLIT_SEED, chosen_classes, first_of_each_class
+from lmdbcache.datasets.narrowing import chosen_classes, first_of_each_class, split_seed
 from lmdbcache.datasets.scanning import LeftOut, summary_of
-from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_samples
+from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_by_ratios
 from lmdbcache.datasets.vegas.ast_cache import ASTCache
 from lmdbcache.datasets.vegas.items import DeferredAudio, LazyDict, vegas_collate_fn
 from lmdbcache.datasets.vegas.layout import (
@@ -48,6 +48,8 @@ _ITEM_KEYS = (
 )
 
 _LOADED_KEYS = ("audio", "audio_num_valid", "image", "video", "text_emb")
+
+_TRAIN_RATIO: Final = 0.7
 
 _LABELS: Final = {label: torch.tensor(label, dtype=torch.long) for label in LABEL_TO_CLASS}
 
@@ -92,6 +94,9 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         num_nodes: Divide every class between so many nodes.
         samples_per_node: Or give each node so many samples of every class.
         node_split_seed: Seed of the division between nodes, the same on all of them.
+        split_method: `"hash"`, or `"sklearn"`: the parts and nodes of scripts that draw them with
+            scikit-learn and NumPy, see `split_samples` and `node_split`. The seed of the splits is
+            42, by `"sklearn"` 42 + `node_split_id`.
         audio_sample_rate: Of `audio`, in Hz.
         audio_duration: Clips are cut or zero-padded to this, in seconds.
         load_audio: Whether items have `audio`.
@@ -118,6 +123,7 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
     Raises:
         DatasetError: The folder or an argument can't be used.
         ConfigError: An impossible sample rate or duration.
+        MissingDependencyError: scikit-learn isn't installed, with `split_method="sklearn"`.
         TypeError: An unknown argument.
     """
 
@@ -137,7 +143,7 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         selected_classes: str | int | Iterable[str | int] | None = None,
         excluded_classes: str | int | Iterable[str | int] | None = None,
         split: str | None = None,
-        train_ratio: float = 0.7,
+        train_ratio: float = _TRAIN_RATIO,
         val_ratio: float = 0.1,
         test_ratio: float = 0.2,
         stratify: bool = True,  # noqa: FBT001, FBT002
@@ -156,6 +162,7 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         audio_embedding_file: str | Path | None = None,
         splits_to_load: Sequence[str] | None = None,
         split_ratio: float | None = None,
+        split_method: str = "hash",
         use_saved_audio_embeddings: bool = True,
         image_size: tuple[int, int] = (224, 224),
         video_fps: int = 25,
@@ -179,8 +186,9 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         self.split, self.splits_to_load = _checked_splits(split, splits_to_load)
         self.stratify, self.split_ratio = stratify, split_ratio
         self.train_ratio, self.val_ratio, self.test_ratio = _split_ratios(
-            train_ratio, val_ratio, test_ratio, split_ratio
+            train_ratio, val_ratio, test_ratio, split_ratio, split_method
         )
+        self.split_method = split_method
         self.num_samples_per_class = num_samples_per_class
         self.node_split_id, self.num_nodes = node_split_id, num_nodes
         self.samples_per_node, self.node_split_seed = samples_per_node, node_split_seed
@@ -281,7 +289,12 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
         if self.node_split_id is None or not divided:
             return samples
         return node_split(
-            samples, self.node_split_id, self.num_nodes, self.samples_per_node, self.node_split_seed
+            samples,
+            self.node_split_id,
+            self.num_nodes,
+            self.samples_per_node,
+            self.node_split_seed,
+            self.split_method,
         )
 
     def _of_split(self, samples: list[Sample]) -> list[Sample]:
@@ -293,8 +306,13 @@ class VEGASDataset(ASTCache, Dataset[dict[str, Any]]):
             sample
             for split in SPLITS
             if split in wanted
-            for sample in split_samples(
-                samples, split, *ratios, stratify=self.stratify, seed=SPLIT_SEED
+            for sample in split_by_ratios(
+                samples,
+                split,
+                ratios,
+                stratify=self.stratify,
+                seed=split_seed(self.split_method, self.node_split_id),
+                split_method=self.split_method,
             )
         ]
 
@@ -598,10 +616,14 @@ def _checked_splits(
 
 
 def _split_ratios(
-    train: float, val: float, test: float, split_ratio: float | None
+    train: float, val: float, test: float, split_ratio: float | None, split_method: str
 ) -> tuple[float, float, float]:
     """The ratios of train, val and test, normalized; `split_ratio` overrides the first and last."""
     if split_ratio is None:
-        return normalized_ratios(train, val, test)
+        return normalized_ratios(train, val, test, split_method)
     _logger.warning("split_ratio is deprecated; use train_ratio, val_ratio and test_ratio")
-    return normalized_ratios(split_ratio * (1 - val), split_ratio * val, 1 - split_ratio)
+    ratios = normalized_ratios(split_ratio * (1 - val), split_ratio * val, 1 - split_ratio)
+    if split_method == "hash":
+        return ratios
+    # As those scripts have it: the sum is above 1, and train's default gives way.
+    return (train if train != _TRAIN_RATIO else ratios[0]), val, 1 - split_ratio
