@@ -1,4 +1,4 @@
-"""From files to samples: an adapter for each layout, splits and nodes; VEGAS as a drop-in."""
+"""From files to samples: an adapter for each layout, splits and nodes; cached torch datasets."""
 
 import lazy_loader
 

@@ -1,3 +1,8 @@
+from .ast_cached.items import vegas_collate_fn as vegas_collate_fn
+from .ast_cached.vegas import (
+    VEGASDataset as VEGASDataset,
+    create_vegas_dataloader as create_vegas_dataloader,
+)
 from .base import (
     AudioDataset as AudioDataset,
     ListedDataset as ListedDataset,
@@ -22,9 +27,4 @@ from .splits import (
     partition_samples as partition_samples,
     split_samples as split_samples,
 )
-from .vegas.dataset import (
-    VEGASDataset as VEGASDataset,
-    create_vegas_dataloader as create_vegas_dataloader,
-)
-from .vegas.items import vegas_collate_fn as vegas_collate_fn
-from .vegas.layout import CLASS_LABELS as CLASS_LABELS, NAMESPACE as NAMESPACE
+from .vegas import CLASS_LABELS as CLASS_LABELS, NAMESPACE as NAMESPACE

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["AudioFolderDataset"]
+__all__ = ["AudioFolder"]
 
 _LAYOUT: Final = "<root>/<class>/clip.wav"
 _SPLITS: Final = ("train", "val", "test")
@@ -33,7 +33,7 @@ _VEGAS_VISUAL: Final = ("img", "videos")
 _NOT_A_CLASS: Final = frozenset({"audio", "audios", "clip", "clips", "wav", "wavs", "data"})
 
 
-class AudioFolderDataset(ListedDataset):
+class AudioFolder(ListedDataset):
     """`<root>/<class>/*.wav`, or any suffix that libsndfile reads; deeper folders belong to it.
 
     A file id is the path below the class folder without the suffix, so that `dog/a/1.wav` is

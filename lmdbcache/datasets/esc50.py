@@ -24,14 +24,14 @@ from lmdbcache.errors import DatasetError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ESC50Dataset"]
+__all__ = ["ESC50Folder"]
 
 _TABLE: Final = Path("meta", "esc50.csv")
 _UNLISTED: Final = "not in the table of the dataset"
 _LAYOUT: Final = "<root>/meta/esc50.csv and <root>/audio/1-100032-A-0.wav"
 
 
-class ESC50Dataset(ListedDataset):
+class ESC50Folder(ListedDataset):
     """ESC-50 as it is published: `meta/esc50.csv` and `audio/*.wav`.
 
     A file id is the file's name without suffix, such as `1-100032-A-0`; label and class are the

@@ -8,13 +8,13 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.audio import shown
-from lmdbcache.datasets.audio_folder import AudioFolderDataset
+from lmdbcache.datasets.audio_folder import AudioFolder
 from lmdbcache.datasets.base import AudioDataset, ListedDataset
-from lmdbcache.datasets.esc50 import ESC50Dataset
+from lmdbcache.datasets.esc50 import ESC50Folder
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
 from lmdbcache.datasets.scanning import entries_of
-from lmdbcache.datasets.vegas.layout import VEGASFolder, check_spelling
-from lmdbcache.datasets.vggsound import VGGSoundDataset
+from lmdbcache.datasets.vegas import VEGASFolder, check_spelling
+from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
 
@@ -28,10 +28,10 @@ ADAPTERS: Final[dict[str, type[ListedDataset]]] = {
     adapter.kind: adapter
     for adapter in (
         VEGASFolder,
-        ESC50Dataset,
-        VGGSoundDataset,
+        ESC50Folder,
+        VGGSoundFolder,
         HuggingFaceDataset,
-        AudioFolderDataset,
+        AudioFolder,
     )
 }
 
@@ -118,7 +118,7 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
     with_options = [k for k, adapter in ADAPTERS.items() if given.keys() <= _options_of(adapter)]
     if given and len(with_options) == 1:
         return with_options[0]
-    last = AudioFolderDataset.kind
+    last = AudioFolder.kind
     found = [k for k, a in ADAPTERS.items() if k != last and a.recognizes(root, decoder)]
     if len(found) > 1:
         raise DatasetError(
@@ -128,6 +128,6 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
         return found[0]
     entries_of(root)  # raises where it can't be listed
     check_spelling(root)
-    if AudioFolderDataset.recognizes(root, decoder):
+    if AudioFolder.recognizes(root, decoder):
         return last
     raise DatasetError(f"{shown(root)}: no dataset recognized. {expected}")

@@ -24,7 +24,7 @@ from lmdbcache.files import expand_user
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-__all__ = ["VGGSoundDataset"]
+__all__ = ["VGGSoundFolder"]
 
 _LAYOUT: Final = (
     "<root>/vggsound.csv (YouTube id, start second, label, split) and "
@@ -45,7 +45,7 @@ class _Row(NamedTuple):
         return f"{self.ytid}_{self.start:06d}"
 
 
-class VGGSoundDataset(ListedDataset):
+class VGGSoundFolder(ListedDataset):
     """VGGSound: its table, and audio files called `<YouTube id>_<start, six digits>.wav`.
 
     The files lie in the root or in folders right below it. Many of the listed videos are gone from

@@ -6,11 +6,11 @@ import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
 
 from lmdbcache.datasets import open_dataset
-from lmdbcache.datasets.audio_folder import AudioFolderDataset
-from lmdbcache.datasets.esc50 import ESC50Dataset
+from lmdbcache.datasets.audio_folder import AudioFolder
+from lmdbcache.datasets.esc50 import ESC50Folder
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
-from lmdbcache.datasets.vegas.layout import VEGASFolder
-from lmdbcache.datasets.vggsound import VGGSoundDataset
+from lmdbcache.datasets.vegas import VEGASFolder
+from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.testing import DatasetContract
 
 
@@ -18,26 +18,26 @@ class TestESC50(DatasetContract):
     published_name = "esc50"
 
     def make(self, tmp_path):
-        return ESC50Dataset(make_esc50(tmp_path / "ESC-50"))
+        return ESC50Folder(make_esc50(tmp_path / "ESC-50"))
 
 
 class TestVGGSound(DatasetContract):
     published_name = "vggsound"
 
     def make(self, tmp_path):
-        return VGGSoundDataset(make_vggsound(tmp_path / "VGGSound"))
+        return VGGSoundFolder(make_vggsound(tmp_path / "VGGSound"))
 
 
 class TestAudioFolder(DatasetContract):
     def make(self, tmp_path):
-        return AudioFolderDataset(make_audio_folder(tmp_path / "some sounds"))
+        return AudioFolder(make_audio_folder(tmp_path / "some sounds"))
 
 
 class TestAudioFolderWithSplits(DatasetContract):
     def make(self, tmp_path):
         for split in ("train", "Validation", "test"):
             make_audio_folder(tmp_path / "sounds" / split, suffixes=["wav"])
-        return AudioFolderDataset(tmp_path / "sounds")
+        return AudioFolder(tmp_path / "sounds")
 
 
 class TestVEGAS(DatasetContract):

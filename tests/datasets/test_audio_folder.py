@@ -9,7 +9,7 @@ import pytest
 from synthetic_layouts import make_audio_folder, tone, write_audio
 
 from lmdbcache.datasets import Narrowing
-from lmdbcache.datasets.audio_folder import AudioFolderDataset
+from lmdbcache.datasets.audio_folder import AudioFolder
 from lmdbcache.errors import DatasetError
 
 
@@ -25,7 +25,7 @@ def write(path):
 
 def test_four_formats_and_a_deeper_folder(root):
     """wav, flac, ogg and mp3 are clips; a deeper file's id has its folder in it."""
-    dataset = AudioFolderDataset(root)
+    dataset = AudioFolder(root)
     ids = [sample_id for sample_id in dataset.sample_ids if sample_id.endswith(":bell")]
     assert ids == [*(f"clip_{n}:bell" for n in range(4)), "more/clip_0:bell"]
     assert dataset.class_labels == {"bell": 0, "siren": 1, "wind": 2}
@@ -34,7 +34,7 @@ def test_four_formats_and_a_deeper_folder(root):
 
 def test_hidden_names_and_other_suffixes_are_ignored(root):
     """Neither hidden files and folders nor other files are clips or classes."""
-    before = AudioFolderDataset(root).sample_ids
+    before = AudioFolder(root).sample_ids
     write(root / "bell" / ".hidden.wav")
     write(root / ".git" / "x.wav")
     write(root / "bell" / ".cache" / "x.wav")
@@ -42,7 +42,7 @@ def test_hidden_names_and_other_suffixes_are_ignored(root):
         (root / "bell" / name).write_text("")
     (root / "docs").mkdir()
     (root / "docs" / "readme.txt").write_text("")
-    dataset = AudioFolderDataset(root)
+    dataset = AudioFolder(root)
     assert dataset.sample_ids == before
     assert "docs" not in dataset.class_labels
 
@@ -51,17 +51,17 @@ def test_equal_stems_do_not_collide_silently(root):
     """dog/a/1.wav and dog/b/1.wav are two clips; dog/1.wav and dog/1.flac are refused by name."""
     write(root / "bell" / "a" / "1.wav")
     write(root / "bell" / "b" / "1.wav")
-    assert {"a/1:bell", "b/1:bell"} <= set(AudioFolderDataset(root).sample_ids)
+    assert {"a/1:bell", "b/1:bell"} <= set(AudioFolder(root).sample_ids)
     write(root / "bell" / "a" / "1.flac")
     with pytest.raises(DatasetError, match=r"bell/a/1.flac.*bell/a/1.wav"):
-        AudioFolderDataset(root)
+        AudioFolder(root)
 
 
 def test_two_classes_of_one_name(root):
     """Class folders that differ in case only are refused."""
     write(root / "Bell" / "other.wav")
     with pytest.raises(DatasetError, match="'Bell'.*'bell'"):
-        AudioFolderDataset(root)
+        AudioFolder(root)
 
 
 def test_unicode_and_spaces(tmp_path):
@@ -69,20 +69,20 @@ def test_unicode_and_spaces(tmp_path):
     decomposed = unicodedata.normalize("NFD", "Café Ärger")
     write(tmp_path / "s" / decomposed / f"naïve {decomposed}.wav")
     write(tmp_path / "s" / "狗" / "一 二.wav")
-    dataset = AudioFolderDataset(tmp_path / "s")
+    dataset = AudioFolder(tmp_path / "s")
     assert dataset.sample_ids == ["naïve Café Ärger:café ärger", "一 二:狗"]
     assert all(os.path.exists(sample["audio_path"]) for sample in dataset.samples)
 
 
 def test_names_that_are_not_utf8_are_left_out_and_named(root):
     """Such a file, or a whole class of such a name, is left out; the rest is used."""
-    before = AudioFolderDataset(root).sample_ids
+    before = AudioFolder(root).sample_ids
     try:
         write(root / "bell" / os.fsdecode(b"caf\xe9.wav"))
         write(root / os.fsdecode(b"w\xefnd") / "x.wav")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    dataset = AudioFolderDataset(root)
+    dataset = AudioFolder(root)
     assert dataset.sample_ids == before
     assert len(dataset.left_out) == 2
     assert all("aren't UTF-8; rename" in item.reason for item in dataset.left_out)
@@ -93,7 +93,7 @@ def test_names_that_are_not_utf8_are_left_out_and_named(root):
 def test_files_without_a_class_are_left_out(root):
     """A clip right in the root has no class."""
     write(root / "stray.wav")
-    (item,) = AudioFolderDataset(root).left_out
+    (item,) = AudioFolder(root).left_out
     assert item.name.endswith("stray.wav")
     assert item.reason == "not in a class folder"
 
@@ -102,7 +102,7 @@ def test_split_folders(tmp_path):
     """train, validation and test above the classes are the clips' splits."""
     for split in ("train", "validation", "test"):
         make_audio_folder(tmp_path / "s" / split, suffixes=["wav"])
-    dataset = AudioFolderDataset(tmp_path / "s")
+    dataset = AudioFolder(tmp_path / "s")
     assert dataset.class_labels == {"bell": 0, "siren": 1, "wind": 2}
     assert "validation/clip_0:bell" in dataset.sample_ids
     assert {sample["split"] for sample in dataset.samples} == {"train", "val", "test"}
@@ -112,10 +112,10 @@ def test_split_folders(tmp_path):
 def test_split_folders_without_classes_are_refused(tmp_path):
     """train/*.wav beside test/*.wav has no classes; one folder `train` is a class."""
     write(tmp_path / "s" / "train" / "a.wav")
-    assert AudioFolderDataset(tmp_path / "s").sample_ids == ["a:train"]
+    assert AudioFolder(tmp_path / "s").sample_ids == ["a:train"]
     write(tmp_path / "s" / "test" / "a.wav")
     with pytest.raises(DatasetError):
-        AudioFolderDataset(tmp_path / "s")
+        AudioFolder(tmp_path / "s")
 
 
 def test_strays_of_a_split_folder_are_left_out(tmp_path):
@@ -123,7 +123,7 @@ def test_strays_of_a_split_folder_are_left_out(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / "s" / split / "bell" / "a.wav")
     write(tmp_path / "s" / "train" / "stray.wav")
-    dataset = AudioFolderDataset(tmp_path / "s")
+    dataset = AudioFolder(tmp_path / "s")
     assert sorted(dataset.sample_ids) == ["test/a:bell", "train/a:bell"]
     assert [item.reason for item in dataset.left_out] == ["not in a class folder"]
 
@@ -131,7 +131,7 @@ def test_strays_of_a_split_folder_are_left_out(tmp_path):
 def test_links_end(root):
     """A link to a folder above doesn't send the listing round in a circle."""
     (root / "bell" / "up").symlink_to(root)
-    assert len(AudioFolderDataset(root).samples) == 15
+    assert len(AudioFolder(root).samples) == 15
 
 
 def test_nothing_usable(tmp_path):
@@ -140,4 +140,4 @@ def test_nothing_usable(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("none", "file", "empty"):
         with pytest.raises(DatasetError, match=name):
-            AudioFolderDataset(tmp_path / name)
+            AudioFolder(tmp_path / name)

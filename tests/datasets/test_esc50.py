@@ -6,7 +6,7 @@ import pytest
 from synthetic_layouts import ESC50_CLASSES, make_esc50
 
 from lmdbcache.datasets import Narrowing
-from lmdbcache.datasets.esc50 import ESC50Dataset
+from lmdbcache.datasets.esc50 import ESC50Folder
 from lmdbcache.errors import DatasetError
 
 
@@ -23,7 +23,7 @@ def rewrite(root, old, new):
 
 def test_samples_are_the_tables(root):
     """File id, class, label and fold are those of the table."""
-    dataset = ESC50Dataset(root)
+    dataset = ESC50Folder(root)
     assert len(dataset.samples) == 30
     assert dataset.class_labels == {name: target for name, (target, _) in ESC50_CLASSES.items()}
     by_id = dict(zip(dataset.sample_ids, dataset.samples, strict=True))
@@ -35,10 +35,10 @@ def test_samples_are_the_tables(root):
 
 def test_listed_files_that_are_missing_are_left_out_and_named(root):
     """A partial download is used; labels stay, and each missing file is listed."""
-    before = ESC50Dataset(root).class_labels
+    before = ESC50Folder(root).class_labels
     for fold in range(1, 6):
         (root / "audio" / f"{fold}-{100000 + 1000 * fold}-A-0.wav").unlink()
-    dataset = ESC50Dataset(root)
+    dataset = ESC50Folder(root)
     assert len(dataset.samples) == 25
     assert dataset.class_labels == before
     assert {item.reason for item in dataset.left_out} == {"listed, but not on disk"}
@@ -48,7 +48,7 @@ def test_listed_files_that_are_missing_are_left_out_and_named(root):
 
 def test_splits_go_by_fold(root):
     """Fold 5 is test, fold 4 val, the others train; clips of one recording share a fold."""
-    dataset = ESC50Dataset(root)
+    dataset = ESC50Folder(root)
     folds = {
         split: {sample["fold"] for sample in Narrowing(split=split).of(dataset)}
         for split in ("train", "val", "test")
@@ -76,7 +76,7 @@ def test_a_table_that_cannot_be_used(root, old, new, words):
     """The file, the line and what is wrong are named."""
     rewrite(root, old, new)
     with pytest.raises(DatasetError, match="esc50.csv|ESC-50") as caught:
-        ESC50Dataset(root)
+        ESC50Folder(root)
     assert words in str(caught.value)
 
 
@@ -84,7 +84,7 @@ def test_bytes_that_are_no_text(root):
     """A table that isn't UTF-8 is named."""
     (root / "meta" / "esc50.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match="esc50.csv"):
-        ESC50Dataset(root)
+        ESC50Folder(root)
 
 
 def test_a_row_listed_twice(root):
@@ -93,7 +93,7 @@ def test_a_row_listed_twice(root):
     text = table.read_text("utf-8")
     table.write_text(text + text.splitlines()[1] + "\n", "utf-8")
     with pytest.raises(DatasetError, match="1-101000-A-0:dog"):
-        ESC50Dataset(root)
+        ESC50Folder(root)
 
 
 def test_no_clip_at_all(root):
@@ -101,4 +101,4 @@ def test_no_clip_at_all(root):
     for path in (root / "audio").iterdir():
         path.unlink()
     with pytest.raises(DatasetError, match="esc50"):
-        ESC50Dataset(root)
+        ESC50Folder(root)

@@ -9,7 +9,7 @@ from synthetic_layouts import VGGSOUND_CLASSES, make_vggsound
 
 from lmdbcache.datasets import Narrowing
 from lmdbcache.datasets.splits import SPLITS
-from lmdbcache.datasets.vggsound import VGGSoundDataset
+from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.errors import DatasetError
 
 
@@ -21,7 +21,7 @@ def root(tmp_path):
 
 def test_samples_are_the_tables(root):
     """File id, class with its comma and brackets, split, id and second are the table's."""
-    dataset = VGGSoundDataset(root)
+    dataset = VGGSoundFolder(root)
     assert len(dataset.samples) == 12
     assert dataset.class_labels == {name: n for n, name in enumerate(sorted(VGGSOUND_CLASSES))}
     by_id = dict(zip(dataset.sample_ids, dataset.samples, strict=True))
@@ -36,29 +36,29 @@ def test_samples_are_the_tables(root):
 
 def test_missing_videos_are_counted_and_listed(root):
     """What the table lists and the disk lacks is left out by name, not an error."""
-    dataset = VGGSoundDataset(root)
+    dataset = VGGSoundFolder(root)
     assert [(item.name, item.reason) for item in dataset.left_out] == [
         ("gone0000000_000030:people marching", "listed, but not on disk"),
         ("gone0000001_000030:people marching", "listed, but not on disk"),
     ]
     shutil.rmtree(root / "audio")
     with pytest.raises(DatasetError):
-        VGGSoundDataset(root)
+        VGGSoundFolder(root)
 
 
 def test_labels_do_not_depend_on_what_is_on_disk(root):
     """A class whose videos are all gone keeps its place among the labels."""
-    before = VGGSoundDataset(root).class_labels
+    before = VGGSoundFolder(root).class_labels
     for path in (root / "audio").glob("--A*"):
         path.unlink()
-    after = VGGSoundDataset(root)
+    after = VGGSoundFolder(root)
     assert after.class_labels == before
     assert len(after.samples) == 8
 
 
 def test_its_own_splits_are_used(root):
     """train and test are the table's; a val is only drawn by ratios, when asked for."""
-    dataset = VGGSoundDataset(root)
+    dataset = VGGSoundFolder(root)
     assert len(Narrowing(split="train").of(dataset)) == 9
     assert {sample["split"] for sample in Narrowing(split="test").of(dataset)} == {"test"}
     with pytest.raises(DatasetError, match="^split: .*'train', 'test'"):
@@ -76,8 +76,8 @@ def test_a_table_elsewhere_with_headings_and_repeats(root, tmp_path):
     table = tmp_path / "list.csv"
     table.write_text("\n".join(["ytid,start,label,split", rows[0], "", *rows]), "utf-8")
     with pytest.raises(DatasetError, match="`table`"):
-        VGGSoundDataset(root)
-    assert len(VGGSoundDataset(root, table=table).samples) == 12
+        VGGSoundFolder(root)
+    assert len(VGGSoundFolder(root, table=table).samples) == 12
 
 
 def test_files_in_folders_by_split(root):
@@ -88,7 +88,7 @@ def test_files_in_folders_by_split(root):
     (root / "audio" / "--CXy-Zw001_000012.wav").rename(root / "--CXy-Zw001_000012.wav")
     (root / "train" / "unlisted.wav").write_text("")
     (root / "audio" / "unlisted.wav").write_text("")
-    assert len(VGGSoundDataset(root).samples) == 12
+    assert len(VGGSoundFolder(root).samples) == 12
 
 
 def test_two_files_for_one_clip(root):
@@ -96,7 +96,7 @@ def test_two_files_for_one_clip(root):
     (root / "old").mkdir()
     shutil.copy(root / "audio" / "--AXy-Zw001_000010.wav", root / "old")
     with pytest.raises(DatasetError, match="audio/--AXy.*old/--AXy"):
-        VGGSoundDataset(root)
+        VGGSoundFolder(root)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_a_row_that_cannot_be_used(root, row):
     with (root / "vggsound.csv").open("a") as file:
         file.write(row + "\n")
     with pytest.raises(DatasetError, match="vggsound.csv, line 15: "):
-        VGGSoundDataset(root)
+        VGGSoundFolder(root)
 
 
 def test_a_class_with_a_colon_is_left_out_and_named(root):
     """A class that can't be part of a sample id costs its own clips only."""
     text = (root / "vggsound.csv").read_text("utf-8")
     (root / "vggsound.csv").write_text(text.replace("police car (siren)", "car: police"), "utf-8")
-    dataset = VGGSoundDataset(root)
+    dataset = VGGSoundFolder(root)
     assert len(dataset.samples) == 8
     assert sum("holds a colon" in item.reason for item in dataset.left_out) == 4
     # One line for all of these, with one of them as an example.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lmdbcache.datasets import VEGASDataset, vegas_collate_fn
-from lmdbcache.datasets.vegas import visual
+from lmdbcache.datasets.ast_cached import visual
 from lmdbcache.errors import DatasetError, MissingDependencyError
 
 OPTIONS = {

@@ -11,7 +11,7 @@ import pytest
 from documents.pages import DOCS, ROOT, blocks
 from synthetic_layouts import make_audio_folder
 
-from lmdbcache.datasets.audio_folder import AudioFolderDataset
+from lmdbcache.datasets.audio_folder import AudioFolder
 from lmdbcache.errors import AudioDecodeError
 from lmdbcache.testing import DatasetContract
 
@@ -33,7 +33,7 @@ def test_the_documented_adapter_keeps_it(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    return AudioFolderDataset(make_audio_folder(tmp_path / "x", classes=["bell", "wind"]))
+    return AudioFolder(make_audio_folder(tmp_path / "x", classes=["bell", "wind"]))
 
 
 def a_vegas_namespace(dataset):
@@ -119,7 +119,7 @@ def test_an_order_that_changes_is_noticed(dataset, tmp_path):
 
     class Changing(DatasetContract):
         def make(self, tmp_path):
-            again = AudioFolderDataset(tmp_path / "x")
+            again = AudioFolder(tmp_path / "x")
             again.samples.reverse()
             return again
 

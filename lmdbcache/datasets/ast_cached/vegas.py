@@ -14,20 +14,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lmdbcache.config import CacheConfig
+from lmdbcache.datasets.ast_cached.ast_cache import ASTCache
+from lmdbcache.datasets.ast_cached.items import DeferredAudio, LazyDict, vegas_collate_fn
+from lmdbcache.datasets.ast_cached.visual import ImageToTensor, load_image, load_video
 from lmdbcache.datasets.base import Sample
 from lmdbcache.datasets.batches import Column, FetchedItems, column
 from lmdbcache.datasets.narrowing import chosen_classes, first_of_each_class, split_seed
 from lmdbcache.datasets.scanning import LeftOut, summary_of
 from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_by_ratios
-from lmdbcache.datasets.vegas.ast_cache import ASTCache
-from lmdbcache.datasets.vegas.items import DeferredAudio, LazyDict, vegas_collate_fn
-from lmdbcache.datasets.vegas.layout import (
+from lmdbcache.datasets.vegas import (
     CLASS_LABELS,
     LABEL_TO_CLASS,
     VEGASFolder,
     read_captions,
 )
-from lmdbcache.datasets.vegas.visual import ImageToTensor, load_image, load_video
 from lmdbcache.errors import CacheNotFoundError, DatasetError, InvalidEmbeddingError
 from lmdbcache.files import expand_user
 from lmdbcache.storage import EmbeddingReader

@@ -1,0 +1,1 @@
+"""Torch datasets that hold cached embeddings, with the calls that existing scripts make."""

@@ -1,1 +1,0 @@
-"""VEGAS, as the code that it comes from expects it."""
