@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import logging
 import os
 import re
@@ -36,7 +35,6 @@ __all__ = [
     "NAMESPACE",
     "VEGASFolder",
     "check_spelling",
-    "read_captions",
 ]
 
 CLASS_LABELS: Final[dict[str, int]] = {
@@ -76,7 +74,7 @@ class VEGASFolder(ListedDataset):
         decoder: What decodes the clips: files that it doesn't read are left out.
         classes: Which of the ten classes to list; None for those that are there.
         audio_duration: Default of `end_second`, in seconds.
-        captions: As of `read_captions`.
+        captions: `file_id:class` or `file_id` → caption.
 
     Raises:
         DatasetError: The root or all class folders are missing, there are no clips but others
@@ -264,23 +262,3 @@ def _seconds(text: str | None, *, default: float) -> float:
     except ValueError:
         _logger.warning("video_info.csv: %r isn't a number of seconds; %g is used", text, default)
         return default
-
-
-def read_captions(root: Path) -> dict[str, Any]:
-    """Return `captions.json` of the root, an empty dict without one.
-
-    Keys are `file_id` or `file_id:class`; the second wins, as file ids repeat between classes.
-
-    Raises:
-        DatasetError: The file isn't a JSON object.
-    """
-    path = root / "captions.json"
-    if not path.is_file():
-        return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(captions, dict):
-        raise DatasetError(f"{path}: expected an object of file_id → caption")
-    return captions

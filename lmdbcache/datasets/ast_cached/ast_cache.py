@@ -1,4 +1,4 @@
-"""The AST cache of a `VEGASDataset`: the methods that its scripts have always called."""
+"""The AST cache of a dataset: the methods that scripts have always called."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ASTCache:
         active_classes: Class name → label; embeddings are narrowed to these.
     """
 
-    namespace: str = "vegas"
+    namespace: str
     root_dir: str
     ast_cache_dir: str
     enable_ast_cache: bool
