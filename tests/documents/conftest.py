@@ -29,6 +29,16 @@ for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do wait "$task" || code=$?; done
 exit "${code:-0}"
 """
+# Stands in for `sbatch --wait --wrap`: an array of two tasks, whatever it says.
+SBATCH = """#!/bin/bash
+while [[ $1 != --wrap ]]; do [[ $1 == --array=* ]] && array=yes; shift; done
+[[ $array ]] || exit 64
+export SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=1
+export SLURM_ARRAY_TASK_STEP=1 SLURM_ARRAY_TASK_ID
+for SLURM_ARRAY_TASK_ID in 0 1; do sh -c "$2" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit "${code:-0}"
+"""
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -107,7 +117,7 @@ def reader_at_home(world, program_server, tmp_path, monkeypatch) -> Path:
     scripts = {
         name: f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n' for name, command in commands.items()
     }
-    for name, script in {**scripts, "srun": SRUN}.items():
+    for name, script in {**scripts, "srun": SRUN, "sbatch": SBATCH}.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     monkeypatch.chdir(home)

@@ -76,6 +76,12 @@ ENDINGS = {
         from lmdbcache import EmbeddingCache
         assert EmbeddingCache("copy.cache").reader(config) == cache.reader(config)
     """,
+    "vegas.md": """
+        hidden = VEGASDataset("VEGAS", ast_cache_dir="VEGAS.cache", ast_output="last_hidden_state")
+        assert hidden.load_ast_embeddings_from_cache()
+        assert set(hidden.audio_embs_from_file) == set(hidden.sample_ids)
+        assert len({embedding.shape for embedding in hidden.audio_embs_from_file.values()}) == 1
+    """,
 }
 
 # These speak of a cache that an extraction has filled; the others make what they need.
