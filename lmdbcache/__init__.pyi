@@ -10,7 +10,9 @@ from .cli import progress_bar as progress_bar
 from .config import CacheConfig as CacheConfig
 from .datasets import (
     CachedAudioDataset as CachedAudioDataset,
+    ESC50Dataset as ESC50Dataset,
     VEGASDataset as VEGASDataset,
+    VGGSoundDataset as VGGSoundDataset,
     collate_mixed as collate_mixed,
     open_dataset as open_dataset,
 )

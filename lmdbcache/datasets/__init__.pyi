@@ -1,8 +1,10 @@
+from .ast_cached.esc50 import ESC50Dataset as ESC50Dataset
 from .ast_cached.items import vegas_collate_fn as vegas_collate_fn
 from .ast_cached.vegas import (
     VEGASDataset as VEGASDataset,
     create_vegas_dataloader as create_vegas_dataloader,
 )
+from .ast_cached.vggsound import VGGSoundDataset as VGGSoundDataset
 from .base import (
     AudioDataset as AudioDataset,
     ListedDataset as ListedDataset,

@@ -7,10 +7,11 @@ import copy
 import functools
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch.utils.data import Dataset
@@ -36,9 +37,9 @@ from lmdbcache.training import (
     read_text_embeddings,
 )
 
-__all__ = ["ASTCachedDataset"]
+__all__ = ["ITEM_KEYS", "WITHOUT_EFFECT", "ASTCachedDataset"]
 
-_ITEM_KEYS = (
+ITEM_KEYS: Final = (
     *("audio_filename", "image_filename", "video_filename", "class_name", "video_id", "file_id"),
     *("sample_idx", "ytid", "start_second", "end_second", "caption"),
 )
@@ -48,11 +49,7 @@ _LOADED_KEYS = ("audio", "audio_num_valid", "image", "video", "text_emb")
 _TRAIN_RATIO: Final = 0.7
 
 # Arguments of earlier versions, and the values that scripts find in the attributes.
-_WITHOUT_EFFECT: Final[dict[str, Any]] = {
-    "use_folds": False,
-    "train_folds": None,
-    "val_folds": None,
-    "test_folds": None,
+WITHOUT_EFFECT: Final[dict[str, Any]] = {
     "enable_cache": False,
     "cache_dir": None,
 }
@@ -63,7 +60,7 @@ _logger = logging.getLogger(__name__)
 class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
     """A labeled dataset in a folder, with its cached embeddings, for a training loop.
 
-    A subclass gives `namespace`, `class_labels` and `_list_clips`.
+    A subclass gives `namespace` and `_open_folder`, or `class_labels` and `_list_clips`.
 
     With `split=None` the dataset holds all samples, and `.train`, `.val` and `.test` hold its
     splits; what is loaded into it is shared with them. Labels are those of `class_labels` under
@@ -75,7 +72,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
     `transform_audio` changed them.
 
     Args:
-        root_dir: Folder that holds one folder per class.
+        root_dir: Folder of the dataset.
         selected_classes: Names or labels to use; None or empty: all.
         excluded_classes: Names or labels to leave out.
         split: `"train"`, `"val"`, `"test"`, `"all"`, or None (see above).
@@ -112,8 +109,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         load_video: Whether items have `video`, None where there is no file.
         ast_output: Which output of the model is cached (`"pooler_output"`,
             `"last_hidden_state"`, `"mean"`); None: the one that is saved or stored.
-        ignored: Arguments of earlier versions that have no effect: `use_folds` and the folds, as
-            VEGAS has none; `enable_cache` and `cache_dir`, as listing the files is fast.
+        ignored: Arguments of earlier versions that have no effect: `enable_cache` and
+            `cache_dir`, as listing the files is fast.
 
     Raises:
         DatasetError: The folder or an argument can't be used.
@@ -122,12 +119,18 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         TypeError: An unknown argument.
     """
 
-    class_labels: Mapping[str, int]
+    CLASS_LABELS: dict[str, int]
+    LABEL_TO_CLASS: dict[int, str]
+
     samples: list[Sample]
     left_out: list[LeftOut]
     train: ASTCachedDataset
     val: ASTCachedDataset
     test: ASTCachedDataset
+
+    node_id: int | None = None  # seeds the splits, where the samples aren't divided between nodes
+    _item_keys: ClassVar[tuple[str, ...]] = ITEM_KEYS
+    _without_effect: ClassVar[Mapping[str, Any]] = WITHOUT_EFFECT
 
     def __init__(  # noqa: PLR0913, PLR0917 - every keyword that scripts pass
         self,
@@ -166,11 +169,11 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         ast_output: str | None = None,
         **ignored: Any,
     ) -> None:
-        if unknown := ignored.keys() - _WITHOUT_EFFECT.keys():
+        if unknown := ignored.keys() - self._without_effect.keys():
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}")
         if ignored:
             _logger.warning("without effect: %s", ", ".join(ignored))
-        vars(self).update(_WITHOUT_EFFECT | ignored)
+        vars(self).update({**self._without_effect, **ignored})
         self.root_dir = str(expand_user(root_dir))
         self.root = str(Path(self.root_dir).absolute())
         self.enable_ast_cache, self.ast_output = enable_ast_cache, ast_output
@@ -193,13 +196,15 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         self.transform_image = transform_image or ImageToTensor(image_size)
         self.device = torch.device("cpu")
 
+        self.CLASS_LABELS = dict(self.class_labels)
+        self.LABEL_TO_CLASS = {label: name for name, label in self.class_labels.items()}
         self.available_classes = list(self.class_labels)
         self.captions = _read_captions(Path(self.root_dir))
         self._selected_classes = self._resolved(selected_classes)
         self._excluded_classes = self._resolved(excluded_classes)
         self._audio_embs, self._audio_embs_from_file = {}, None
         self.embedding_file = embedding_file
-        self.text_embs = None if embedding_file is None else read_text_embeddings(embedding_file)
+        self.text_embs = None if embedding_file is None else self._read_text(embedding_file)
         self.audio_embedding_file = audio_embedding_file
         self.use_saved_audio_embeddings = use_saved_audio_embeddings
         self._reload()
@@ -268,16 +273,31 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
             ", ".join(self.active_classes),
         )
 
-    def _list_clips(self) -> ListedDataset:
-        """Return the clips of the active classes; their samples have all keys of an item."""
+    @property
+    def class_labels(self) -> Mapping[str, int]:
+        """Class name → label, of every class that the dataset knows."""
+        return self._folder.class_labels
+
+    @functools.cached_property
+    def _folder(self) -> ListedDataset:
+        """All clips, listed once."""
+        return self._open_folder()
+
+    def _open_folder(self) -> ListedDataset:
+        """List all clips of the dataset."""
         raise NotImplementedError
+
+    def _list_clips(self) -> ListedDataset:
+        """Return the clips of the active classes at least."""
+        return self._folder
 
     def _list_node(self) -> list[Sample]:
         folder = self._list_clips()
         self.left_out = folder.left_out
-        samples = folder.samples
-        for index, sample in enumerate(samples):
-            sample["sample_idx"] = index
+        active = (clip for clip in folder.samples if clip["class_name"] in self.active_classes)
+        samples = [
+            {**self._described(clip), "sample_idx": index} for index, clip in enumerate(active)
+        ]
         if self.samples_per_node is None:
             samples = first_of_each_class(samples, self.num_samples_per_class)
         divided = self.num_nodes is not None or self.samples_per_node is not None
@@ -292,24 +312,58 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
             self.split_method,
         )
 
+    def _described(self, clip: Sample) -> Sample:
+        """A clip as its folder lists it, with all keys of an item."""
+        file_id, start = clip["file_id"], clip.get("start_second", 0.0)
+        caption = self.captions.get(f"{file_id}:{clip['class_name']}", self.captions.get(file_id))
+        return {
+            "video_id": file_id,
+            "audio_filename": os.path.basename(clip["audio_path"]),  # noqa: PTH119
+            "image_path": None,
+            "image_filename": "",
+            "video_path": None,
+            "video_filename": "",
+            "ytid": "",
+            "start_second": start,
+            "end_second": start + self.audio_duration,
+            "audio_emb": None,
+            "caption": "" if caption is None else str(caption),
+            **clip,
+        }
+
     def _of_split(self, samples: list[Sample]) -> list[Sample]:
         wanted = [self.split] if self.splits_to_load is None else self.splits_to_load
         if "all" in wanted:
             return list(samples)
-        ratios = (self.train_ratio, self.val_ratio, self.test_ratio)
         return [
             sample
             for split in SPLITS
             if split in wanted
-            for sample in split_by_ratios(
-                samples,
-                split,
-                ratios,
-                stratify=self.stratify,
-                seed=split_seed(self.split_method, self.node_split_id),
-                split_method=self.split_method,
-            )
+            for sample in self._of_part(samples, split)
         ]
+
+    def _of_part(self, samples: list[Sample], split: str) -> list[Sample]:
+        """The samples of train, val or test."""
+        return self._drawn(samples, split, (self.train_ratio, self.val_ratio, self.test_ratio))
+
+    def _drawn(
+        self, samples: list[Sample], split: str, ratios: tuple[float, float, float]
+    ) -> list[Sample]:
+        node = self.node_split_id if self.node_id is None else self.node_id
+        return split_by_ratios(
+            samples,
+            split,
+            ratios,
+            stratify=self.stratify,
+            seed=split_seed(self.split_method, node),
+            split_method=self.split_method,
+        )
+
+    def _train_or_val(self, samples: list[Sample], split: str) -> list[Sample]:
+        """Train or val of samples that aren't test, by the ratios of these two."""
+        total = self.train_ratio + self.val_ratio
+        train = self.train_ratio / total if total else 1.0
+        return self._drawn(samples, split, (train, 1 - train, 0.0))
 
     def _make_parts(self) -> None:
         parts = {}
@@ -345,7 +399,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         if embedding is not None:
             item["audio_emb"] = embedding
         item["label"] = _label_tensor(sample["class_label"]).clone()
-        for key in _ITEM_KEYS:
+        for key in self._item_keys:
             item[key] = sample[key]
         return item
 
@@ -370,7 +424,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         labels = [sample["class_label"] for sample in samples]
         columns["audio_emb"] = embeddings, is_hit
         columns["label"] = torch.tensor(labels, dtype=torch.long), everything
-        for key in _ITEM_KEYS:
+        for key in self._item_keys:
             columns[key] = [sample[key] for sample in samples], everything
         return FetchedItems(columns=columns, kind=LazyDict)
 
@@ -478,6 +532,10 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         self.audio_embs_from_file = read_tensor_dict(embedding_file, mmap=True)
         _logger.info("%d audio embeddings from %s", len(self.audio_embs_from_file), embedding_file)
         return True
+
+    def _read_text(self, embedding_file: str | Path) -> dict[str, Any] | None:
+        """The text embeddings by class."""
+        return read_text_embeddings(embedding_file)
 
     def get_text_embeddings(self, class_name: str) -> Any:
         """Return the text embedding of a class, or None."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.data import DataLoader
 
-from lmdbcache.datasets.ast_cached.base import ASTCachedDataset
+from lmdbcache.datasets.ast_cached.base import WITHOUT_EFFECT, ASTCachedDataset
 from lmdbcache.datasets.ast_cached.items import vegas_collate_fn
 from lmdbcache.datasets.base import ListedDataset
 from lmdbcache.datasets.vegas import CLASS_LABELS, LABEL_TO_CLASS, NAMESPACE, VEGASFolder
@@ -22,14 +22,22 @@ class VEGASDataset(ASTCachedDataset):
     """The VEGAS clips under a folder, `<root_dir>/<class>/audios/video_00001.wav`.
 
     A sample needs its audio file only. Labels are those of `CLASS_LABELS` under any selection.
-    Arguments, items and errors are those of the base class.
+    Arguments, items and errors are those of the base class. `use_folds` and the folds are accepted
+    without effect: VEGAS has no folds.
     """
 
-    CLASS_LABELS: ClassVar[dict[str, int]] = CLASS_LABELS
-    LABEL_TO_CLASS: ClassVar[dict[int, str]] = LABEL_TO_CLASS
+    CLASS_LABELS = CLASS_LABELS
+    LABEL_TO_CLASS = LABEL_TO_CLASS
 
     namespace = NAMESPACE
     class_labels: Mapping[str, int] = CLASS_LABELS
+    _without_effect: ClassVar[Mapping[str, Any]] = {
+        **WITHOUT_EFFECT,
+        "use_folds": False,
+        "train_folds": None,
+        "val_folds": None,
+        "test_folds": None,
+    }
 
     def _list_clips(self) -> ListedDataset:
         return VEGASFolder(
