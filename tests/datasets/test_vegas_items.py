@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from worker_errors import raises_in_worker
 
 from lmdbcache.datasets import VEGASDataset, create_vegas_dataloader, vegas_collate_fn
-from lmdbcache.errors import AudioDecodeError, DatasetError
+from lmdbcache.errors import AudioDecodeError
 
 OPTIONS = {"split": "all", "audio_duration": 0.5, "selected_classes": ["dog", "drum"]}
 
@@ -233,8 +233,6 @@ def test_text_embeddings(root, tmp_path):
     batch = dataset.get_collate_fn()([dataset[0], dataset[11]])
     assert batch["text_emb"]["sd"].tolist() == [[1, 1, 1], [0, 0, 0]]
     assert "text_emb" not in VEGASDataset(root, **OPTIONS)[0]
-    with pytest.raises(DatasetError, match="embedding_file"):
-        VEGASDataset(root, embedding_file=tmp_path / "none.pt")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs a CUDA device")

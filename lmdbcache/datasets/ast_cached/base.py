@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -72,7 +72,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
     `transform_audio` changed them.
 
     Args:
-        root_dir: Folder of the dataset.
+        root_dir: Folder of the dataset; None: that of the environment variable
+            `LMDBCACHE_<NAMESPACE>_ROOT`, such as `LMDBCACHE_VEGAS_ROOT`.
         selected_classes: Names or labels to use; None or empty: all.
         excluded_classes: Names or labels to leave out.
         split: `"train"`, `"val"`, `"test"`, `"all"`, or None (see above).
@@ -94,7 +95,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         load_audio: Whether items have `audio`.
         enable_ast_cache: If false, embeddings are neither loaded nor saved.
         ast_cache_dir: Root of the cache; None: `<root_dir>/ast_cache`.
-        embedding_file: `torch.save`d dict of class name → text embedding.
+        embedding_file: `torch.save`d dict of class name → text embedding. A file that isn't there
+            is a warning, and items have no `text_emb`.
         audio_embedding_file: `torch.save`d dict of embeddings, see
             `load_audio_embeddings_from_file`.
         splits_to_load: Hold the union of these splits, whatever `split` says.
@@ -109,6 +111,11 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         load_video: Whether items have `video`, None where there is no file.
         ast_output: Which output of the model is cached (`"pooler_output"`,
             `"last_hidden_state"`, `"mean"`); None: the one that is saved or stored.
+        parent_ast_cache: `_ast_cache` of another dataset, to share with it.
+        parent_audio_embs: `audio_embs` of another dataset, to share with it: an embedding that is
+            put into one is found by both.
+        auto_load_cache: Load what is stored for the active classes, unless `parent_ast_cache` is
+            given. By default nothing is loaded until `load_ast_embeddings_from_cache`.
         ignored: Arguments of earlier versions that have no effect: `enable_cache` and
             `cache_dir`, as listing the files is fast.
 
@@ -134,7 +141,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
 
     def __init__(  # noqa: PLR0913, PLR0917 - every keyword that scripts pass
         self,
-        root_dir: str | Path,
+        root_dir: str | Path | None = None,
         selected_classes: str | int | Iterable[str | int] | None = None,
         excluded_classes: str | int | Iterable[str | int] | None = None,
         split: str | None = None,
@@ -167,6 +174,9 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         load_image: bool = False,
         load_video: bool = False,
         ast_output: str | None = None,
+        parent_ast_cache: dict[str, Any] | None = None,
+        parent_audio_embs: MutableMapping[str, Any] | None = None,
+        auto_load_cache: bool = False,
         **ignored: Any,
     ) -> None:
         if unknown := ignored.keys() - self._without_effect.keys():
@@ -174,7 +184,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         if ignored:
             _logger.warning("without effect: %s", ", ".join(ignored))
         vars(self).update({**self._without_effect, **ignored})
-        self.root_dir = str(expand_user(root_dir))
+        self.root_dir = str(expand_user(_given_root(root_dir, self.namespace)))
         self.root = str(Path(self.root_dir).absolute())
         self.enable_ast_cache, self.ast_output = enable_ast_cache, ast_output
         self.ast_cache_dir = str(ast_cache_dir or Path(self.root_dir) / "ast_cache")
@@ -202,7 +212,9 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         self.captions = _read_captions(Path(self.root_dir))
         self._selected_classes = self._resolved(selected_classes)
         self._excluded_classes = self._resolved(excluded_classes)
-        self._audio_embs, self._audio_embs_from_file = {}, None
+        self._audio_embs = {} if parent_audio_embs is None else parent_audio_embs
+        self._audio_embs_from_file = None
+        self._ast_cache = {} if parent_ast_cache is None else parent_ast_cache
         self.embedding_file = embedding_file
         self.text_embs = None if embedding_file is None else self._read_text(embedding_file)
         self.audio_embedding_file = audio_embedding_file
@@ -214,6 +226,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
             self._make_parts()
         if audio_embedding_file is not None and use_saved_audio_embeddings:
             self.load_audio_embeddings_from_file(audio_embedding_file)
+        if auto_load_cache and enable_ast_cache and parent_ast_cache is None:
+            self.load_ast_embeddings_from_cache(self.audio_sample_rate, self.audio_duration)
 
     # ---- which clips
 
@@ -534,7 +548,10 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         return True
 
     def _read_text(self, embedding_file: str | Path) -> dict[str, Any] | None:
-        """The text embeddings by class."""
+        """The text embeddings by class, None without a file."""
+        if not Path(embedding_file).exists():
+            _logger.warning("text embedding file not found: %s", embedding_file)
+            return None
         return read_text_embeddings(embedding_file)
 
     def get_text_embeddings(self, class_name: str) -> Any:
@@ -551,10 +568,15 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         """Do nothing: no list of samples is kept on disk. For embeddings: `clear_ast_cache`."""
 
     def to(self, device: str | torch.device) -> ASTCachedDataset:
-        """Note the device of a training loop; items stay on the CPU."""
-        self.device = torch.device(device)
-        for part in self._parts():
-            part.to(self.device)
+        """Move the text embeddings and the audio embeddings in memory, also of the splits.
+
+        Waveforms, pictures and stored embeddings are read onto the CPU whenever an item is made.
+        """
+        text_embs = _moved(self.text_embs, torch.device(device))
+        for part in (self, *self._parts()):
+            part.device, part.text_embs = torch.device(device), text_embs
+        if isinstance(self._audio_embs, dict):  # in place: the splits have the same
+            self._audio_embs.update(_moved(self._audio_embs, self.device))
         return self
 
     # ---- classes
@@ -625,6 +647,24 @@ def _sample_id(sample: Sample) -> str:
 def _label_tensor(label: int) -> torch.Tensor:
     """The label as int64 (), to be cloned: that takes a third of the time of a new tensor."""
     return torch.tensor(label, dtype=torch.long)
+
+
+def _given_root(root_dir: str | Path | None, namespace: str) -> str | Path:
+    """The folder of a dataset: as given, else by the environment."""
+    variable = f"LMDBCACHE_{namespace.upper()}_ROOT"
+    root = os.environ.get(variable) if root_dir is None else root_dir
+    if root is None or root == "":
+        raise DatasetError(f"root_dir: none is given; give `root_dir`, or set {variable}")
+    return root
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The value with its tensors on this device; dicts at any depth are copied."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(inside, device) for key, inside in value.items()}
+    return value
 
 
 def _checked_splits(

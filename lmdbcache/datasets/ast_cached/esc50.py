@@ -21,7 +21,7 @@ class ESC50Dataset(ASTCachedDataset):
     0 to 4. Labels are the table's, under any selection.
 
     Args:
-        root_dir: Folder with `meta` and `audio`.
+        root_dir: Folder with `meta` and `audio`; None: that of `$LMDBCACHE_ESC50_ROOT`.
         text_embedding_file: See `embedding_file` of the base class.
         node_id: With `split_method="sklearn"` the seed of the splits is 42 + `node_id`. By `"hash"`
             all nodes have the same splits. To divide the clips: `node_split_id`.
@@ -43,7 +43,7 @@ class ESC50Dataset(ASTCachedDataset):
 
     def __init__(
         self,
-        root_dir: str | Path,
+        root_dir: str | Path | None = None,
         *,
         text_embedding_file: str | Path | None = None,
         node_id: int | None = None,

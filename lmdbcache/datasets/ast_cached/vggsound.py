@@ -21,7 +21,7 @@ class VGGSoundDataset(ASTCachedDataset):
     may be given with underscores instead of spaces.
 
     Args:
-        root_dir: Folder with the audio files.
+        root_dir: Folder with the audio files; None: that of `$LMDBCACHE_VGGSOUND_ROOT`.
         text_embedding_file: See `embedding_file` of the base class.
         table: The table; None takes `vggsound.csv` of the root.
         node_id: With `split_method="sklearn"` the seed of the splits is 42 + `node_id`. By `"hash"`
@@ -41,7 +41,7 @@ class VGGSoundDataset(ASTCachedDataset):
 
     def __init__(
         self,
-        root_dir: str | Path,
+        root_dir: str | Path | None = None,
         *,
         text_embedding_file: str | Path | None = None,
         table: str | Path | None = None,
