@@ -64,8 +64,8 @@ _logger = logging.getLogger(__name__)
 class VEGASFolder(ListedDataset):
     """The clips of VEGAS below a folder, `<class>/audios/video_00001.wav`.
 
-    A sample needs its audio file only. It has the paths of its picture and video if there
-    are any, the clip's place in its video by `video_info.csv`, and its caption. Other audio is in
+    A sample needs its audio file only. It has `image_path` and `video_path`, None where there is no
+    file, and by `video_info.csv` its `ytid`, `start_second` and `end_second`. Other audio is in
     `left_out`.
 
     Args:
@@ -73,8 +73,6 @@ class VEGASFolder(ListedDataset):
         namespace: Another name than `vegas`.
         decoder: What decodes the clips: files that it doesn't read are left out.
         classes: Which of the ten classes to list; None for those that are there.
-        audio_duration: Default of `end_second`, in seconds.
-        captions: `file_id:class` or `file_id` → caption.
 
     Raises:
         DatasetError: The root or all class folders are missing, there are no clips but others
@@ -91,8 +89,6 @@ class VEGASFolder(ListedDataset):
         namespace: str | None = None,
         decoder: str = "soundfile",
         classes: Sequence[str] | None = None,
-        audio_duration: float = 0.0,
-        captions: Mapping[str, Any] | None = None,
     ) -> None:
         folder = expand_user(root).absolute()
         super().__init__(
@@ -114,7 +110,6 @@ class VEGASFolder(ListedDataset):
             )
         if missing and classes is not None:
             _logger.warning("%s has no folder <class>/audios for: %s", folder, ", ".join(missing))
-        self._audio_duration, self._captions = audio_duration, captions or {}
         for name in wanted:
             if name not in missing:
                 self._add_class(folder / name, name)
@@ -133,23 +128,13 @@ class VEGASFolder(ListedDataset):
         clips = _read_video_info(folder / "video_info.csv")
         for stem, path in _audio_files(folder, class_name, self.passed_over):
             file_id = unicodedata.normalize("NFC", stem)
-            image, video, clip = images.get(file_id), videos.get(file_id), clips.get(file_id, {})
-            caption = self._captions.get(f"{file_id}:{class_name}", self._captions.get(file_id, ""))
             self.add(
                 file_id,
                 class_name,
                 path,
-                video_id=file_id,
-                audio_filename=os.path.basename(path),  # noqa: PTH119
-                image_path=image,
-                image_filename="" if image is None else Path(image).name,
-                video_path=video,
-                video_filename="" if video is None else Path(video).name,
-                ytid=clip.get("YTID") or "",
-                start_second=_seconds(clip.get("start_second"), default=0.0),
-                end_second=_seconds(clip.get("end_second"), default=self._audio_duration),
-                audio_emb=None,
-                caption=str(caption),
+                image_path=images.get(file_id),
+                video_path=videos.get(file_id),
+                **(_place_of(clips[file_id]) if file_id in clips else {}),
             )
 
 
@@ -256,9 +241,12 @@ def _read_video_info(path: Path) -> dict[str, dict[str, str]]:
         return {f"video_{index:05d}": row for index, row in enumerate(csv.DictReader(file))}
 
 
-def _seconds(text: str | None, *, default: float) -> float:
-    try:
-        return float(text) if text else default
-    except ValueError:
-        _logger.warning("video_info.csv: %r isn't a number of seconds; %g is used", text, default)
-        return default
+def _place_of(row: Mapping[str, str]) -> dict[str, Any]:
+    """`ytid`, `start_second` and `end_second`, as far as the table has them."""
+    place: dict[str, Any] = {"ytid": row["YTID"]} if row.get("YTID") else {}
+    for key in ("start_second", "end_second"):
+        try:
+            place.update({key: float(row[key])} if row.get(key) else {})
+        except ValueError:
+            _logger.warning("video_info.csv: %s %r isn't a number of seconds", key, row[key])
+    return place

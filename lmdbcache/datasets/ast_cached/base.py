@@ -309,9 +309,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         folder = self._list_clips()
         self.left_out = folder.left_out
         active = (clip for clip in folder.samples if clip["class_name"] in self.active_classes)
-        samples = [
-            {**self._described(clip), "sample_idx": index} for index, clip in enumerate(active)
-        ]
+        samples = [self._described(clip, index) for index, clip in enumerate(active)]
         if self.samples_per_node is None:
             samples = first_of_each_class(samples, self.num_samples_per_class)
         divided = self.num_nodes is not None or self.samples_per_node is not None
@@ -326,23 +324,26 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
             self.split_method,
         )
 
-    def _described(self, clip: Sample) -> Sample:
+    def _described(self, clip: Sample, index: int) -> Sample:
         """A clip as its folder lists it, with all keys of an item."""
-        file_id, start = clip["file_id"], clip.get("start_second", 0.0)
-        caption = self.captions.get(f"{file_id}:{clip['class_name']}", self.captions.get(file_id))
+        file_id, class_name = clip["file_id"], clip["class_name"]
+        image, video = clip.get("image_path"), clip.get("video_path")
+        start, captions = clip.get("start_second", 0.0), self.captions
+        caption = captions and captions.get(f"{file_id}:{class_name}", captions.get(file_id))
         return {
             "video_id": file_id,
             "audio_filename": os.path.basename(clip["audio_path"]),  # noqa: PTH119
             "image_path": None,
-            "image_filename": "",
+            "image_filename": os.path.basename(image) if image else "",  # noqa: PTH119
             "video_path": None,
-            "video_filename": "",
+            "video_filename": os.path.basename(video) if video else "",  # noqa: PTH119
             "ytid": "",
             "start_second": start,
             "end_second": start + self.audio_duration,
             "audio_emb": None,
-            "caption": "" if caption is None else str(caption),
+            "caption": str(caption or ""),
             **clip,
+            "sample_idx": index,
         }
 
     def _of_split(self, samples: list[Sample]) -> list[Sample]:

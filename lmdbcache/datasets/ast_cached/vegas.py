@@ -40,12 +40,7 @@ class VEGASDataset(ASTCachedDataset):
     }
 
     def _list_clips(self) -> ListedDataset:
-        return VEGASFolder(
-            self.root,
-            classes=list(self.active_classes),
-            audio_duration=self.audio_duration,
-            captions=self.captions,
-        )
+        return VEGASFolder(self.root, classes=list(self.active_classes))
 
 
 def create_vegas_dataloader(
