@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
@@ -17,22 +16,24 @@ import torch
 from torch.utils.data import Dataset
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.datasets.ast_cached.ast_cache import ASTCache
-from lmdbcache.datasets.ast_cached.items import DeferredAudio, LazyDict, vegas_collate_fn
+from lmdbcache.datasets.ast_cached.ast_cache import ASTCache, item_id
+from lmdbcache.datasets.ast_cached.items import (
+    DeferredAudio,
+    LazyDict,
+    Partial,
+    check_partial,
+    vegas_collate_fn,
+)
+from lmdbcache.datasets.ast_cached.loaded import EmbeddingOverlay
 from lmdbcache.datasets.ast_cached.visual import ImageToTensor, load_image, load_video
 from lmdbcache.datasets.base import ListedDataset, Sample
 from lmdbcache.datasets.batches import Column, FetchedItems, column
 from lmdbcache.datasets.narrowing import chosen_classes, first_of_each_class, split_seed
 from lmdbcache.datasets.scanning import LeftOut, summary_of
 from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_by_ratios
-from lmdbcache.errors import CacheNotFoundError, DatasetError, InvalidEmbeddingError
+from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
-from lmdbcache.storage import EmbeddingReader
 from lmdbcache.training import (
-    TensorMapping,
-    as_tensor,
-    find_stored,
-    plain_tensor,
     read_tensor_dict,
     read_text_embeddings,
 )
@@ -111,6 +112,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         load_video: Whether items have `video`, None where there is no file.
         ast_output: Which output of the model is cached (`"pooler_output"`,
             `"last_hidden_state"`, `"mean"`); None: the one that is saved or stored.
+        partial: Of a batch in which only some items have an embedding: `"omit"`, it has no
+            `audio_emb`, or `"mask"`, zeros and a mask; see `vegas_collate_fn`.
         parent_ast_cache: `_ast_cache` of another dataset, to share with it.
         parent_audio_embs: `audio_embs` of another dataset, to share with it: an embedding that is
             put into one is found by both.
@@ -174,6 +177,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         load_image: bool = False,
         load_video: bool = False,
         ast_output: str | None = None,
+        partial: Partial = "omit",
         parent_ast_cache: dict[str, Any] | None = None,
         parent_audio_embs: MutableMapping[str, Any] | None = None,
         auto_load_cache: bool = False,
@@ -187,6 +191,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         self.root_dir = str(expand_user(_given_root(root_dir, self.namespace)))
         self.root = str(Path(self.root_dir).absolute())
         self.enable_ast_cache, self.ast_output = enable_ast_cache, ast_output
+        check_partial(partial)
+        self.partial = partial
         self.ast_cache_dir = str(ast_cache_dir or Path(self.root_dir) / "ast_cache")
         self.split, self.splits_to_load = _checked_splits(split, splits_to_load)
         self.stratify, self.split_ratio = stratify, split_ratio
@@ -212,7 +218,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         self.captions = _read_captions(Path(self.root_dir))
         self._selected_classes = self._resolved(selected_classes)
         self._excluded_classes = self._resolved(excluded_classes)
-        self._audio_embs = {} if parent_audio_embs is None else parent_audio_embs
+        self._audio_embs = EmbeddingOverlay() if parent_audio_embs is None else parent_audio_embs
         self._audio_embs_from_file = None
         self._ast_cache = {} if parent_ast_cache is None else parent_ast_cache
         self.embedding_file = embedding_file
@@ -227,7 +233,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         if audio_embedding_file is not None and use_saved_audio_embeddings:
             self.load_audio_embeddings_from_file(audio_embedding_file)
         if auto_load_cache and enable_ast_cache and parent_ast_cache is None:
-            self.load_ast_embeddings_from_cache(self.audio_sample_rate, self.audio_duration)
+            self.load_ast_embeddings_from_cache(classes=list(self.active_classes))
+            self._log_cache_coverage()
 
     # ---- which clips
 
@@ -254,7 +261,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
     @property
     def sample_ids(self) -> list[str]:
         """`file_id:class` of every sample, in the order of `samples`."""
-        return [_sample_id(sample) for sample in self.samples]
+        return list(map(item_id, self.samples))
 
     def _resolved(self, classes: str | int | Iterable[str | int] | None) -> list[str] | None:
         return chosen_classes(classes, self.class_labels, self.namespace)
@@ -409,7 +416,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
             DatasetError: A picture or video can't be read.
         """
         sample = self.samples[index]
-        embedding = self._embedding_of(_sample_id(sample))
+        embedding = self._embedding_of(sample)
         item = LazyDict(self._loaded(sample, is_hit=embedding is not None))
         if embedding is not None:
             item["audio_emb"] = embedding
@@ -427,7 +434,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         if type(self).__getitem__ is not ASTCachedDataset.__getitem__:
             return [self[index] for index in indices]  # a subclass makes its own items
         samples = [self.samples[index] for index in indices]
-        embeddings, is_hit = self._embeddings_of(list(map(_sample_id, samples)))
+        embeddings, is_hit = self._embeddings_of(samples)
         columns: dict[str, Column] = {}
         if self.load_audio or self.load_image or self.load_video or self.text_embs is not None:
             loaded = [
@@ -461,43 +468,6 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         if self.text_embs is not None and sample["class_name"] in self.text_embs:
             loaded["text_emb"] = self.text_embs[sample["class_name"]]
         return loaded
-
-    def _sources(self) -> list[Mapping[str, Any]]:
-        """Where an item looks for its embedding, in order."""
-        first, second = self._audio_embs, self._audio_embs_from_file
-        if second is None:
-            return [first]
-        if not isinstance(first, TensorMapping):
-            return [first, second] if first else [second]
-        # What was narrowed to the active classes is looked up in the whole, once.
-        is_one = isinstance(second, TensorMapping) and second.arrays is first.arrays
-        return [second] if is_one else [first, second]
-
-    def _only_reader(self) -> EmbeddingReader | None:
-        """The store in which items look, if they look nowhere else."""
-        source, *others = self._sources()
-        if others or not isinstance(source, TensorMapping) or source.is_narrowed:
-            return None
-        return source.arrays if isinstance(source.arrays, EmbeddingReader) else None
-
-    def _embeddings_of(self, sample_ids: list[str]) -> Column:
-        """The embeddings of those samples that have one, and which these are."""
-        if (reader := self._only_reader()) is not None:
-            # Of several shapes, or removed: the samples are looked up one by one.
-            with contextlib.suppress(InvalidEmbeddingError, CacheNotFoundError):
-                hits, is_hit = find_stored(reader, sample_ids)
-                return [] if hits is None else as_tensor(hits), is_hit.tolist()
-        found = list(map(self._embedding_of, sample_ids))
-        return [one for one in found if one is not None], [one is not None for one in found]
-
-    def _embedding_of(self, sample_id: str) -> torch.Tensor | None:
-        for embeddings in self._sources():
-            try:
-                value = embeddings[sample_id]
-            except KeyError:
-                continue
-            return value.detach() if type(value) is torch.Tensor else plain_tensor(value)
-        return None
 
     def load_waveform(self, audio_path: str | Path) -> torch.Tensor:
         """Decode a file to float32 (num_samples,), mono, cut or padded, transformed if asked for.
@@ -563,7 +533,9 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
 
     def get_collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
         """Return the function that makes a batch of items."""
-        return vegas_collate_fn
+        if self.partial == "omit":
+            return vegas_collate_fn
+        return functools.partial(vegas_collate_fn, partial=self.partial)
 
     def clear_cache(self) -> None:
         """Do nothing: no list of samples is kept on disk. For embeddings: `clear_ast_cache`."""
@@ -576,8 +548,9 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         text_embs = _moved(self.text_embs, torch.device(device))
         for part in (self, *self._parts()):
             part.device, part.text_embs = torch.device(device), text_embs
-        if isinstance(self._audio_embs, dict):  # in place: the splits have the same
-            self._audio_embs.update(_moved(self._audio_embs, self.device))
+        embeddings = self._audio_embs
+        in_memory = embeddings.memory if isinstance(embeddings, EmbeddingOverlay) else embeddings
+        in_memory.update(_moved(in_memory, self.device))  # in place: the splits have the same
         return self
 
     # ---- classes
@@ -637,11 +610,6 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         for name, own, other in shares:
             _logger.info("  %s: %.2f %% and %.2f %%", name, own, other)
         return all(abs(own - other) <= 100 * tolerance for _, own, other in shares)
-
-
-def _sample_id(sample: Sample) -> str:
-    """`file_id:class`; both parts are canonical since the files were listed."""
-    return f"{sample['file_id']}:{sample['class_name']}"
 
 
 @functools.cache

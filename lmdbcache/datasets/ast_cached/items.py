@@ -7,21 +7,31 @@ everything else about the item. So a hit's `"audio"` is deferred until it is fir
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import pickle
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from torch.utils.data import default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lmdbcache.audio import load_clip
 from lmdbcache.datasets.batches import column, stacked
+from lmdbcache.errors import DatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence, ValuesView
 
-__all__ = ["DeferredAudio", "DeferredStack", "LazyDict", "vegas_collate_fn"]
+__all__ = [
+    "DeferredAudio",
+    "DeferredCounts",
+    "DeferredStack",
+    "LazyDict",
+    "Partial",
+    "check_partial",
+    "vegas_collate_fn",
+]
 
 
 @dataclass(slots=True)  # not frozen: one is made for each item, in half the time
@@ -75,7 +85,18 @@ class DeferredStack:
 
     def __call__(self) -> torch.Tensor:
         """Return all waveforms, stacked."""
-        return torch.stack([part() if callable(part) else part for part in self.parts])
+        return torch.stack([waveform for waveform, _ in self.decoded])
+
+    @functools.cached_property
+    def decoded(self) -> list[tuple[torch.Tensor, int | None]]:
+        """See `DeferredAudio.decode`; None for what was decoded before."""
+        return [
+            part.decode() if isinstance(part, DeferredAudio) else (part, None)
+            for part in self.parts
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parts": self.parts}
 
     def can_travel(self) -> bool:
         """Return whether another process can decode it."""
@@ -84,11 +105,33 @@ class DeferredStack:
         return first.can_travel()
 
 
-_DEFERRED = (DeferredAudio, DeferredStack)
+@dataclass(frozen=True)
+class DeferredCounts:
+    """How many samples of each waveform aren't padding, int64 (batch,), as of `DeferredAudio`.
+
+    Args:
+        stack: The waveforms.
+        known: The number for each; None where `stack` knows it.
+    """
+
+    stack: DeferredStack
+    known: tuple[torch.Tensor | None, ...]
+
+    def __call__(self) -> torch.Tensor:
+        """Return all numbers, which decodes the waveforms."""
+        counts = zip(self.known, self.stack.decoded, strict=True)
+        return torch.tensor([one if known is None else int(known) for known, (_, one) in counts])
+
+    def can_travel(self) -> bool:
+        """Return whether another process can decode it."""
+        return self.stack.can_travel()
+
+
+_DEFERRED = (DeferredAudio, DeferredStack, DeferredCounts)
 
 
 class LazyDict(dict[str, Any]):
-    """A dict that decodes its `DeferredAudio` and `DeferredStack` values when they are read.
+    """A dict that decodes its deferred values (`DeferredAudio`, …) when they are read.
 
     Whatever reads a value (`[]`, `get`, `items`, `values`, `dict(item)`, `==`, …) sees the real
     tensor; `in`, `len` and `keys` decode nothing. A copy, and what arrives in another process,
@@ -200,6 +243,8 @@ def _pinned(value: Any) -> Any:
 
 # ---- batches
 
+_logger = logging.getLogger(__name__)
+
 _METADATA = {
     "class_names": "class_name",
     "video_ids": "video_id",
@@ -212,13 +257,26 @@ _METADATA = {
 }
 
 Item = dict[str, Any]
+Partial: TypeAlias = Literal["omit", "mask"]
 
 
-def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
-    """Make one batch of items of a `VEGASDataset`.
+def check_partial(partial: str) -> None:
+    """Refuse another value.
+
+    Raises:
+        DatasetError: It isn't one of the two.
+    """
+    if partial not in get_args(Partial):
+        raise DatasetError(f'partial: {partial!r}; use `partial="omit"` or `partial="mask"`')
+
+
+def vegas_collate_fn(batch: Sequence[Item], partial: Partial = "omit") -> dict[str, Any]:
+    """Make one batch of items of a dataset with a cache, such as `VEGASDataset`.
 
     Args:
         batch: Items; they needn't all have the same keys.
+        partial: What a batch holds if only some of its items have an embedding: `"omit"`, no
+            `audio_emb`, or `"mask"`, zeros for the others.
 
     Returns:
         A dict with
@@ -226,34 +284,37 @@ def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
         - `labels`: int64 (batch,);
         - `audio`: (batch, num_samples), if every item has it. While it holds clips whose embedding
           was cached, it is decoded on first access;
-        - `audio_num_valid`: int64 (misses,), samples of `audio` that aren't padding, of the items
-          without a cached embedding;
-        - `audio_emb`: (hits, *embedding_shape) of the items that have one, in their order, and
-          `audio_emb_mask`: bool (batch,), which items those are. Where all have one, `audio_emb`
-          is (batch, *embedding_shape);
-        - `image` and `image_mask`: likewise;
+        - `audio_num_valid`: int64 (batch,), samples of `audio` that aren't padding, if an item has
+          no cached embedding; likewise decoded on first access;
+        - `audio_emb`: (batch, *embedding_shape), if every item has one. With `partial="mask"` if
+          any has one, with rows of zeros for the others;
+        - `audio_emb_mask`: bool (batch,), which items have one; where `audio_emb` is, and in every
+          batch with `partial="mask"`;
+        - `image`: (batch, …) and `image_mask`: bool (batch,), zeros and False for items without;
         - `video`: (batch, frames, 3, height, width), shorter ones repeat their last frame, absent
           ones are zeros, and `video_mask`: bool (batch,); both None where no item has a video;
-        - `text_emb`: stacked, if every item has one;
+        - `text_emb`: the first item's, as it is: not stacked, and of its class only;
         - `metadata`: dict of lists; `class_name`, `file_id`, `audio_filename`: lists.
+
+    Raises:
+        DatasetError: Another value of `partial`.
     """
+    check_partial(partial)
     labels, _ = column(batch, "label")
-    output = LazyDict(labels=stacked(labels))
-    waveforms, has_audio = column(batch, "audio")
-    if all(has_audio):
-        is_deferred = any(isinstance(one, DeferredAudio) for one in waveforms)
-        output["audio"] = DeferredStack(tuple(waveforms)) if is_deferred else stacked(waveforms)
-        num_valid, have_num_valid = column(batch, "audio_num_valid")
-        if any(have_num_valid):
-            output["audio_num_valid"] = stacked(num_valid)
-    for key in ("image", "audio_emb"):
-        tensors, has_key = column(batch, key)
-        if any(has_key):
-            output[key] = stacked(tensors)
-            output[f"{key}_mask"] = torch.tensor(has_key)
+    output = LazyDict(labels=stacked(labels), **_waveforms(batch))
+    images, has_image = column(batch, "image")
+    if any(has_image):
+        output["image"], output["image_mask"] = _with_zeros(images, has_image)
+    embeddings, is_hit = column(batch, "audio_emb")
+    if all(is_hit) or (partial == "mask" and any(is_hit)):
+        output["audio_emb"], output["audio_emb_mask"] = _with_zeros(embeddings, is_hit)
+    elif partial == "mask":
+        output["audio_emb_mask"] = torch.tensor(is_hit)
+    elif any(is_hit):
+        _warn_of_partial_hits()
     texts, has_text = column(batch, "text_emb")
-    if all(has_text):
-        output["text_emb"] = default_collate(list(texts))
+    if has_text[0]:
+        output["text_emb"] = texts[0]
     if any(column(batch, "video")[1]):
         output["video"], output["video_mask"] = _stack_videos(_filled(batch, "video", None))
     output["metadata"] = {name: _filled(batch, key, "") for name, key in _METADATA.items()}
@@ -261,6 +322,41 @@ def vegas_collate_fn(batch: Sequence[Item]) -> dict[str, Any]:
     output["file_id"] = output["metadata"]["file_ids"]
     output["audio_filename"] = _filled(batch, "audio_filename", "")
     return output
+
+
+def _waveforms(batch: Sequence[Item]) -> dict[str, Any]:
+    """Return `audio`, and which part of it isn't padding."""
+    waveforms, has_audio = column(batch, "audio")
+    if not all(has_audio):
+        return {}
+    is_deferred = any(isinstance(one, DeferredAudio) for one in waveforms)
+    audio: Any = DeferredStack(tuple(waveforms)) if is_deferred else stacked(waveforms)
+    known = _filled(batch, "audio_num_valid", None)
+    if not any(one is not None for one in known):
+        return {"audio": audio}
+    num_valid: Any = DeferredCounts(audio, tuple(known)) if is_deferred else stacked(known)
+    return {"audio": audio, "audio_num_valid": num_valid}
+
+
+@functools.cache
+def _warn_of_partial_hits() -> None:
+    """Warn once in a process."""
+    _logger.warning(
+        "a batch in which only some embeddings are cached has no 'audio_emb': extract the missing "
+        'ones, or make the dataset with `partial="mask"` for zeros and a mask'
+    )
+
+
+def _with_zeros(
+    rows: Sequence[torch.Tensor] | torch.Tensor, is_there: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one tensor of as many rows as items, and which items have one."""
+    present, mask = stacked(rows), torch.tensor(is_there)
+    if len(present) == len(mask):
+        return present, mask
+    filled = present.new_zeros((len(mask), *present.shape[1:]))
+    filled[mask.to(present.device)] = present
+    return filled, mask
 
 
 def _filled(batch: Sequence[Item], key: str, default: Any) -> list[Any]:

@@ -67,6 +67,6 @@ def create_vegas_dataloader(
         shuffle=shuffle,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        collate_fn=options.pop("collate_fn", vegas_collate_fn),
+        collate_fn=options.pop("collate_fn", None) or dataset.get_collate_fn(),
         **options,
     )
