@@ -38,7 +38,9 @@ def vegas(root, every, **options):
     return dataset
 
 
-@pytest.mark.parametrize("source", ["store", "narrowed", "dict", "none"])
+@pytest.mark.parametrize(
+    "source", ["store", "narrowed", "dict", "none", "classes", "one class", "changed"]
+)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("load_audio", [False, True])
 def test_a_batch_of_vegas_is_that_of_its_items(root, source, every, load_audio):
@@ -47,6 +49,16 @@ def test_a_batch_of_vegas_is_that_of_its_items(root, source, every, load_audio):
     dataset.text_embs = {"dog": {"a": torch.ones(2)}, "drum": {"a": torch.zeros(2)}}
     if source == "narrowed":
         dataset.filter_audio_embeddings_from_file()
+    elif source in ("classes", "one class"):
+        dataset.load_ast_embeddings_from_cache(
+            classes=["dog"] if source == "one class" else None, close_previous=True
+        )
+        assert dataset.audio_embs_from_file is None
+    elif source == "changed":
+        dataset.filter_audio_embeddings_from_file()
+        dataset.audio_embs[dataset.sample_ids[0]] = torch.full((4,), -1.0)
+        dataset.audio_embs[dataset.sample_ids[1]] = torch.full((4,), -2.0)
+        del dataset.audio_embs[dataset.sample_ids[3]]
     elif source != "store":
         known = dict(dataset.audio_embs_from_file) if source == "dict" else {}
         dataset.audio_embs_from_file = known
@@ -54,6 +66,8 @@ def test_a_batch_of_vegas_is_that_of_its_items(root, source, every, load_audio):
         fetched = dataset.__getitems__(indices)
         expected = vegas_collate_fn([dataset[index] for index in indices])
         assert same(dict(vegas_collate_fn(fetched)), dict(expected))
+        masked = vegas_collate_fn([dataset[index] for index in indices], partial="mask")
+        assert same(dict(vegas_collate_fn(fetched, partial="mask")), dict(masked))
         assert fetched.columns is not None  # no item was made for that
         made = list(fetched)
         assert all(

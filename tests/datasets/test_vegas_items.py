@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, default_collate
 from worker_errors import raises_in_worker
 
 from lmdbcache.datasets import VEGASDataset, create_vegas_dataloader, vegas_collate_fn
-from lmdbcache.errors import AudioDecodeError
+from lmdbcache.datasets.ast_cached import items as items_module
+from lmdbcache.errors import AudioDecodeError, DatasetError
 
 OPTIONS = {"split": "all", "audio_duration": 0.5, "selected_classes": ["dog", "drum"]}
 
@@ -136,12 +137,21 @@ def test_missing_keys_of_an_item(root):
 
 
 def test_batch_of_a_partly_cached_data_set(root):
-    """audio_emb holds the hits, the mask says which they are; nothing else is lost."""
-    dataset = cached(root, every=3)
-    batch = vegas_collate_fn([dataset[i] for i in (1, 3, 2, 0)])
-    assert batch["audio_emb_mask"].tolist() == [False, True, False, True]
-    assert batch["audio_emb"].tolist() == [[3.0] * 4, [0.0] * 4]
-    assert batch["audio"].shape == (4, 8000)
+    """No audio_emb unless asked for with a mask, and then a row for each label; nothing is lost."""
+    dataset = cached(root, every=3, audio_duration=1.5)
+    some = [dataset[i] for i in (1, 3, 2, 0)]
+    masked = vegas_collate_fn(some, partial="mask")
+    assert masked["audio_emb_mask"].tolist() == [False, True, False, True]
+    assert masked["audio_emb"].tolist() == [[0.0] * 4, [3.0] * 4, [0.0] * 4, [0.0] * 4]
+    batch = vegas_collate_fn(some)
+    assert batch.keys() == masked.keys() - {"audio_emb", "audio_emb_mask"}
+    plain = VEGASDataset(root, **{**OPTIONS, "audio_duration": 1.5})
+    uncached = vegas_collate_fn([plain[i] for i in (1, 3, 2, 0)])
+    assert torch.equal(batch["audio_num_valid"], uncached["audio_num_valid"])
+    assert torch.equal(batch["audio"], uncached["audio"])
+    again = pickle.loads(pickle.dumps(vegas_collate_fn(some)))
+    assert torch.equal(again["audio_num_valid"], uncached["audio_num_valid"])
+    assert batch["audio"].shape == (4, 24000)
     assert torch.equal(batch["audio"][1], dataset[3]["audio"])
     assert batch["labels"].tolist() == [2, 2, 2, 2]
     assert batch["file_id"] == batch["metadata"]["file_ids"]
@@ -159,6 +169,8 @@ def test_batches_without_any_hit_and_with_hits_only(root):
     batch = vegas_collate_fn([miss[0], miss[1]])
     assert "audio_emb" not in batch
     assert "audio_emb_mask" not in batch
+    masked = vegas_collate_fn([miss[0], miss[1]], partial="mask")
+    assert masked["audio_emb_mask"].tolist() == [False, False]
     hit = cached(root)
     remove_audio(hit)
     batch = vegas_collate_fn([hit[i] for i in range(5)])
@@ -231,7 +243,8 @@ def test_text_embeddings(root, tmp_path):
     assert dataset.get_text_embeddings("DOG")["sd"].sum() == 3
     assert dataset.get_text_embeddings("printer") is None
     batch = dataset.get_collate_fn()([dataset[0], dataset[11]])
-    assert batch["text_emb"]["sd"].tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert batch["text_emb"] is dataset.text_embs["dog"]
+    assert torch.equal(batch["text_emb"]["sd"], torch.ones(3))
     assert "text_emb" not in VEGASDataset(root, **OPTIONS)[0]
 
 
@@ -242,3 +255,34 @@ def test_pinning_decodes_no_hits(root):
     remove_audio(dataset)
     [batch] = create_vegas_dataloader(dataset, 12, num_workers=0, pin_memory=True)
     assert batch["audio_emb"].is_pinned()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_says_what_its_batches_hold(root, num_workers):
+    """`partial` reaches every loader that the data set makes or names a collate function for."""
+    for partial in ("omit", "mask"):
+        dataset = cached(root, every=3, partial=partial)
+        loaders = (
+            create_vegas_dataloader(dataset, 6, shuffle=False, num_workers=num_workers),
+            DataLoader(dataset, 6, collate_fn=dataset.get_collate_fn(), num_workers=num_workers),
+        )
+        for loader in loaders:
+            for batch in loader:
+                assert ("audio_emb" in batch) == (partial == "mask")
+                if partial == "mask":
+                    assert batch["audio_emb"].shape == (6, 4)
+                    assert batch["audio_emb_mask"].tolist() == [True, False, False] * 2
+    with pytest.raises(DatasetError):
+        VEGASDataset(root, partial="some", **OPTIONS)
+    with pytest.raises(DatasetError):
+        vegas_collate_fn([dataset[0]], partial="some")
+
+
+def test_partly_cached_batches_warn_once(root, caplog):
+    """One warning in a process, not one a batch."""
+    items_module._warn_of_partial_hits.cache_clear()
+    dataset = cached(root, every=3)
+    caplog.clear()
+    for _ in range(3):
+        vegas_collate_fn([dataset[0], dataset[1]])
+    assert sum("partial" in message for message in caplog.messages) == 1

@@ -53,7 +53,9 @@ def test_images(root):
     assert image[0].mean().item() == pytest.approx((1 - 0.485) / 0.229, abs=0.05)
     assert image[1].mean().item() == pytest.approx(-0.456 / 0.224, abs=0.05)
     batch = vegas_collate_fn([dataset[i] for i in range(3)])
-    assert batch["image"].shape == (2, 3, 24, 48)
+    assert batch["image"].shape == (3, 3, 24, 48)
+    assert torch.equal(batch["image"][1], image)
+    assert not batch["image"][0].any()
     assert batch["image_mask"].tolist() == [False, True, True]
     sized = VEGASDataset(root, load_image=True, transform_image=lambda i: i.size, **OPTIONS)
     assert sized[1]["image"] == (100, 60)

@@ -187,7 +187,7 @@ class ASTCache:
     ) -> bool | dict[str, StoredClass]:
         """Make stored embeddings available to the items; they are read when they are asked for.
 
-        There are two forms, told apart by the arguments. `(sample_rate, duration, model_name,
+        There are two forms, which the arguments select. `(sample_rate, duration, model_name,
         output)` sets `audio_embs_from_file` to a lazy Mapping of all that is stored for this
         config, and returns a bool. `(cache_dir, classes, close_previous)`, by position or by name,
         loads classes and returns them. Without arguments it does both and returns the classes.
@@ -387,7 +387,7 @@ class ASTCache:
     ) -> bool | dict[str, int]:
         """Store embeddings; samples that are stored already are skipped.
 
-        There are two forms, told apart by the embeddings: by sample id, or by class and file id.
+        There are two forms: embeddings by sample id, or by class and file id.
 
         Args:
             embeddings: `file_id:class` → tensor, array, or a dict holding one under `embeddings`
