@@ -224,19 +224,20 @@ class ASTCache:
         try:
             config = self._config_in(cache, sample_rate, duration, model_name or "ast", output)
             reader = _open_reader(cache, config)
-            if reader is not None and gives_classes:
+            embeddings = None if reader is None else TensorMapping(reader)
+            if embeddings is not None and gives_classes:
                 names = self.active_classes if classes is None else classes
-                found = classes_in(reader, [canonical_class(name) for name in names])
+                found = classes_in(embeddings, [canonical_class(name) for name in names])
         except (CacheError, OSError) as error:
             _logger.error("AST embeddings can't be loaded: %s", str(error))
             return {} if gives_classes else False
-        if reader is not None:
+        if embeddings is not None:
             if not by_class:
                 self._drop_loaded()
-                self.audio_embs_from_file = TensorMapping(reader)
+                self.audio_embs_from_file = embeddings
             self._ast_cache.update(found)
-            _logger.info("loaded %d AST embeddings (%s)", len(reader), config.slug)
-        return found if gives_classes else reader is not None
+            _logger.info("loaded %d AST embeddings (%s)", len(embeddings), config.slug)
+        return found if gives_classes else embeddings is not None
 
     def _drop_loaded(self) -> None:
         self._ast_cache.clear()
@@ -296,14 +297,17 @@ class ASTCache:
     def _sources(self, class_name: str) -> list[Mapping[str, Any]]:
         """Where an item of an active class looks for its embedding, in order; a store once."""
         first: Mapping[str, Any] | None = self._audio_embs
-        if isinstance(first, EmbeddingOverlay) and not first.is_changed:
-            first = first.below
-        loaded = self._ast_cache.get(class_name)
-        second = None if loaded is None else loaded.embeddings
+        if isinstance(first, EmbeddingOverlay):
+            first = first if first.is_changed else first.below
+        elif not first:
+            first = None
+        loaded, last = self._ast_cache.get(class_name), self._audio_embs_from_file
+        second = None if loaded is None or loaded.embeddings is last else loaded.embeddings
+        sources = [source for source in (first, second, last) if source is not None]
+        if len(sources) < 2:
+            return sources
         found: dict[int, Mapping[str, Any]] = {}
-        for source in (first, second, self._audio_embs_from_file):
-            if source is None or (isinstance(source, dict) and not source):
-                continue
+        for source in sources:
             arrays = source.arrays if isinstance(source, TensorMapping) else source
             # What was narrowed to the active classes is looked up in the whole, once.
             if id(arrays) not in found or not getattr(source, "is_narrowed", True):

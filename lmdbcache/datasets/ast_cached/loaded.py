@@ -196,12 +196,11 @@ class StoredChunk(Sequence[npt.NDArray[Any]]):
         return np.array(self[:], dtype=dtype)
 
 
-def classes_in(reader: EmbeddingReader, classes: Collection[str]) -> dict[str, StoredClass]:
+def classes_in(embeddings: TensorMapping, classes: Collection[str]) -> dict[str, StoredClass]:
     """Return class name → its embeddings, of those classes of which a store has any."""
     file_ids: dict[str, list[str]] = {name: [] for name in classes}
-    for sample_id in reader:
+    for sample_id in embeddings:
         file_id, _, class_name = sample_id.rpartition(":")
         if class_name in file_ids:
             file_ids[class_name].append(file_id)
-    embeddings = TensorMapping(reader)
     return {name: StoredClass(embeddings, name, ids) for name, ids in file_ids.items() if ids}
