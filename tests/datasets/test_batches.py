@@ -73,7 +73,10 @@ def test_a_batch_of_vegas_is_that_of_its_items(root, source, every, load_audio):
         assert all(
             same(dict(item), dict(dataset[i])) for item, i in zip(made, indices, strict=True)
         )
-        assert same(dict(vegas_collate_fn(fetched)), dict(expected))
+        # Their waveforms were read: how much of those of hits is padding isn't known any more.
+        some_hit = not all("audio_num_valid" in item for item in made)
+        known = {k: v for k, v in dict(expected).items() if k != "audio_num_valid" or not some_hit}
+        assert same(dict(vegas_collate_fn(fetched)), known)
 
 
 @pytest.mark.parametrize("every", [1, 3, 99])

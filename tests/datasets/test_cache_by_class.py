@@ -211,6 +211,33 @@ def test_parts_share_what_is_loaded_by_class(root):
     assert not any("audio_emb" in item for item in dataset.train)
 
 
+def test_a_dataset_shares_what_its_parent_has(root):
+    """Loading by class, filtering, assigning and moving in the parent reach the child."""
+    parent = VEGASDataset(root, **OPTIONS)
+    every = flat(stored_in(parent))
+    child = VEGASDataset(
+        root,
+        parent_ast_cache=parent._ast_cache,
+        parent_audio_embs=parent.audio_embs,
+        selected_classes=["dog"],
+        load_audio=False,
+    )
+    parent.load_ast_embeddings_from_cache()
+    for part in (child, child.train):
+        for name, item in zip(part.sample_ids, part, strict=True):
+            assert torch.equal(item["audio_emb"], every[name])
+    parent.filter_audio_embeddings_from_file()
+    parent.audio_embs["video_00003:dog"] = torch.ones(3, 8)
+    assert len(child.audio_embs) == 18
+    items = dict(zip(child.sample_ids, child, strict=True))
+    assert torch.equal(items["video_00003:dog"]["audio_emb"], torch.ones(3, 8))
+    parent.to("meta")
+    assert child.audio_embs["video_00003:dog"].device.type == "meta"
+    assert len(child.audio_embs.memory) == 1
+    child.close_ast_cache()
+    assert parent._ast_cache
+
+
 def test_assigned_embeddings_lie_over_the_stored_ones(root):
     """After filtering: assigned, replaced, removed and cleared, and all views of it agree."""
     dataset = VEGASDataset(root, load_audio=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 from worker_errors import raises_in_worker
 
 from lmdbcache.datasets import VEGASDataset, create_vegas_dataloader, vegas_collate_fn
@@ -264,6 +264,9 @@ def test_a_data_set_says_what_its_batches_hold(root, num_workers):
         dataset = cached(root, every=3, partial=partial)
         loaders = (
             create_vegas_dataloader(dataset, 6, shuffle=False, num_workers=num_workers),
+            create_vegas_dataloader(
+                Subset(dataset, range(12)), 6, shuffle=False, num_workers=num_workers
+            ),
             DataLoader(dataset, 6, collate_fn=dataset.get_collate_fn(), num_workers=num_workers),
         )
         for loader in loaders:

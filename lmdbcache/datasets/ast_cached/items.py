@@ -285,7 +285,8 @@ def vegas_collate_fn(batch: Sequence[Item], partial: Partial = "omit") -> dict[s
         - `audio`: (batch, num_samples), if every item has it. While it holds clips whose embedding
           was cached, it is decoded on first access;
         - `audio_num_valid`: int64 (batch,), samples of `audio` that aren't padding, if an item has
-          no cached embedding; likewise decoded on first access;
+          no cached embedding; likewise decoded on first access. Absent if the `audio` of a cached
+          item was read before;
         - `audio_emb`: (batch, *embedding_shape), if every item has one. With `partial="mask"` if
           any has one, with rows of zeros for the others;
         - `audio_emb_mask`: bool (batch,), which items have one; where `audio_emb` is, and in every
@@ -329,12 +330,14 @@ def _waveforms(batch: Sequence[Item]) -> dict[str, Any]:
     waveforms, has_audio = column(batch, "audio")
     if not all(has_audio):
         return {}
-    is_deferred = any(isinstance(one, DeferredAudio) for one in waveforms)
-    audio: Any = DeferredStack(tuple(waveforms)) if is_deferred else stacked(waveforms)
+    can_count = [isinstance(one, DeferredAudio) for one in waveforms]
+    audio: Any = DeferredStack(tuple(waveforms)) if any(can_count) else stacked(waveforms)
     known = _filled(batch, "audio_num_valid", None)
-    if not any(one is not None for one in known):
+    is_known = [one is not None for one in known]
+    # Of a cached item whose waveform was read before, it isn't known.
+    if not any(is_known) or not all(map(max, is_known, can_count)):
         return {"audio": audio}
-    num_valid: Any = DeferredCounts(audio, tuple(known)) if is_deferred else stacked(known)
+    num_valid: Any = DeferredCounts(audio, tuple(known)) if any(can_count) else stacked(known)
     return {"audio": audio, "audio_num_valid": num_valid}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lmdbcache.datasets.ast_cached.base import WITHOUT_EFFECT, ASTCachedDataset
 from lmdbcache.datasets.ast_cached.items import vegas_collate_fn
@@ -44,7 +44,7 @@ class VEGASDataset(ASTCachedDataset):
 
 
 def create_vegas_dataloader(
-    dataset: ASTCachedDataset,
+    dataset: ASTCachedDataset | Subset[dict[str, Any]],
     batch_size: int = 32,
     shuffle: bool = True,  # noqa: FBT001, FBT002
     num_workers: int = 4,
@@ -54,19 +54,22 @@ def create_vegas_dataloader(
     """Return a `DataLoader` over a dataset.
 
     Args:
-        dataset: The dataset.
+        dataset: The dataset, or a `Subset` of it.
         batch_size: Items per batch.
         shuffle: Another order in every epoch.
         num_workers: Worker processes.
         pin_memory: Batches in page-locked memory; None means if there is a CUDA device.
         options: Further arguments of `DataLoader`.
     """
+    whole: Any = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        collate_fn=options.pop("collate_fn", None) or dataset.get_collate_fn(),
+        collate_fn=options.pop("collate_fn", None) or whole.get_collate_fn(),
         **options,
     )
