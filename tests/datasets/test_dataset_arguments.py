@@ -86,6 +86,10 @@ def test_the_mappings_of_a_parent(root, tmp_path):
     assert child.audio_embs is parent.audio_embs
     assert child._ast_cache is parent._ast_cache
     assert "audio_emb" not in child[0]  # a parent loads for both
+    parent.load_ast_embeddings_from_cache(classes=["dog"])
+    hits = [sample_id for sample_id in child.sample_ids if sample_id.endswith(":dog")]
+    found = zip(child.sample_ids, child, strict=True)
+    assert [sample_id for sample_id, item in found if "audio_emb" in item] == hits
     parent.audio_embs[child.sample_ids[0]] = torch.ones(3)
     assert torch.equal(child[0]["audio_emb"], torch.ones(3))
 
