@@ -14,6 +14,7 @@ from pathlib import Path
 import bench_command
 import bench_datasets
 import bench_extraction
+import bench_merge
 import bench_push
 import bench_reading
 from document_tables import table_command
@@ -37,6 +38,7 @@ def tables(*, quick: bool) -> str:
         lines.append("|---|---|---|---|")
         lines += [_row(what, ways) for what, ways in figures.items()]
     by_way = {
+        **bench_merge.beside_write(quick=quick),
         **bench_datasets.measure(quick=quick),
         **bench_extraction.measure(quick=quick),
         **bench_command.measure(quick=quick),

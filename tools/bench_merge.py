@@ -60,6 +60,32 @@ def measure(folder: Path, number: int, shape: tuple[int, ...]) -> list[float]:
     ]
 
 
+def beside_write(*, quick: bool = False) -> dict[str, dict[str, float]]:
+    """Seconds of a write of pooled embeddings and of a merge of them, in turn."""
+    number = 200 if quick else 28_109
+    config, rows = CacheConfig(), np.random.default_rng(0).random((number, 768), dtype=np.float32)
+    ids = [f"video_{n:05d}:dog" for n in range(number)]
+    figures: dict[str, list[float]] = {}
+    for _ in range(1 if quick else 3):
+        with tempfile.TemporaryDirectory(prefix="merge-") as folder:
+            source, target = EmbeddingCache(Path(folder, "a")), EmbeddingCache(Path(folder, "b"))
+
+            def write(source: EmbeddingCache = source) -> None:
+                with source.writer(config) as writer:
+                    for start in range(0, number, 1024):
+                        writer.put_batch(ids[start : start + 1024], rows[start : start + 1024])
+
+            def merge(source: EmbeddingCache = source, target: EmbeddingCache = target) -> None:
+                merge_stores(target, [source.root])
+
+            for way, run in (("write", write), ("merge of it", merge)):
+                cpu = time.process_time()
+                figures.setdefault(f"{way}, s", []).append(seconds(run))
+                figures.setdefault(f"{way}, CPU s", []).append(time.process_time() - cpu)
+    found = {way: statistics.median(values) for way, values in figures.items()}
+    return {f"merging beside writing, {number:,} × (768,)": found}
+
+
 def filled(
     root: Path, config: CacheConfig, ids: list[str], shape: tuple[int, ...], shift: float
 ) -> Path:
