@@ -34,6 +34,7 @@ CHECKS = {
     ),
     'VEGASDataset("VEGAS", ast_cache_dir=dataset.ast_cache_dir, auto_load_cache=True)': (
         "torch.equal(result[0]['audio_emb'], hit['audio_emb'])"
+        f" and sorted(result.train._ast_cache) == {TEN}"
     ),
     'VEGASDataset("VEGAS", parent_ast_cache=dataset._ast_cache, '
     "parent_audio_embs=dataset.audio_embs)": (

@@ -202,9 +202,11 @@ def training(world, classes, num_rounds=2):
 
 def serving(world, classes):
     """The server: what is stored of each class, and its items' embeddings."""
-    dataset = dataset_of(world, classes, root="by class", load_audio=False)
+    dataset = dataset_of(world, classes, root="by class", load_audio=False, auto_load_cache=True)
+    at_once = list(dataset._ast_cache)
     found = dataset.load_ast_embeddings_from_cache(cache_dir=dataset.ast_cache_dir)
     totals = {name: info["manifest"]["total_samples"] for name, info in found.items()}
+    assert at_once == list(found)
     complete = set(totals) == set(classes)
     return totals, embeddings_of(dataset) if complete else {}
 
