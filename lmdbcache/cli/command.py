@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import click
 from click.shell_completion import CompletionItem
 
+from lmdbcache.cli.console import printable
 from lmdbcache.cli.wording import in_options
 from lmdbcache.errors import CacheError
 
@@ -113,6 +114,10 @@ class Command(click.Command):
         except CacheError as error:
             error.args = (in_options(str(error), self.params), *error.args[1:])
             raise
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help, escaped here: click writes UTF-8 to a terminal of ASCII."""
+        return printable(super().get_help(ctx))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; see click."""

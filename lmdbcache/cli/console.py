@@ -20,6 +20,7 @@ __all__ = [
     "print_error",
     "print_json",
     "print_table",
+    "printable",
     "progress_bar",
     "say",
     "say_some",
@@ -34,8 +35,13 @@ _speaker: Final[list[str]] = []
 
 def say(text: str) -> None:
     """Print text as it is; what the terminal can't show is escaped."""
+    sys.stdout.write(printable(text) + "\n")
+
+
+def printable(cell: object) -> str:
+    """Return the text with what standard output can't show escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    return str(cell).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say_some(
@@ -110,7 +116,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    cells = [[_printable(cell) for cell in row] for row in rows]
+    cells = [[printable(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
         justify: Literal["left", "right"] = "left" if number < num_text_columns else "right"
@@ -175,15 +181,10 @@ def progress_bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=shown is None) as bar:
-        task = bar.add_task(_printable(label), total=None)
+        task = bar.add_task(printable(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def counted(number: int, noun: str) -> str:
     """`1 store`, `2 stores`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _printable(cell: object) -> str:
-    encoding = sys.stdout.encoding or "utf-8"
-    return str(cell).encode(encoding, "backslashreplace").decode(encoding)

@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 
 from lmdbcache.cli.command import Command, command_from
 from lmdbcache.cli.completion import install_completion, show_completion
-from lmdbcache.cli.console import DISK_FULL, print_error, say
+from lmdbcache.cli.console import DISK_FULL, print_error, printable, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
@@ -66,6 +66,10 @@ _MODULES: Final = {name: module for panel in COMMANDS.values() for name, module 
 
 class _Commands(click.Group):
     """The group: a command's module is imported when the command is run."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help, escaped as each command's; see click."""
+        return printable(super().get_help(ctx))
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Return the names; see click."""
