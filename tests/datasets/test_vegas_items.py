@@ -248,7 +248,7 @@ def test_text_embeddings(root, tmp_path):
     assert "text_emb" not in VEGASDataset(root, **OPTIONS)[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs a CUDA device")
+@pytest.mark.gpu
 def test_pinning_decodes_no_hits(root):
     """A DataLoader that pins its batches leaves the waveforms of hits alone."""
     dataset = cached(root)

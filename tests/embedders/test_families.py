@@ -131,7 +131,7 @@ def test_lower_compute_dtype(variant):
     assert 0 < (exact - lower).norm() / exact.norm() < 0.3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["ast", *VARIANTS])
 def test_a_gpu_agrees_with_the_cpu(variant):
     """float32 means float32 on a GPU too, a padded clip in the batch included."""

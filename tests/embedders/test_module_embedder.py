@@ -281,7 +281,7 @@ def test_unknown_device():
         embedder.make_embedder(config_for(embedder, duration=DURATION), "tpu9")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu():
     """Moved there when asked, and left on the device that it is on otherwise."""
     module, embedder = Net(), None

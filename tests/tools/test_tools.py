@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lmdbcache import CacheConfig, EmbeddingCache
 
@@ -112,3 +113,23 @@ def test_small_ast_script_is_deterministic(tmp_path):
         folder = save_small_ast(tmp_path / name, seed=seed, max_length=128)
         digests.append((folder / "model.safetensors").read_bytes())
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_gpu_check_runs_every_part_on_the_cpu(tmp_path):
+    """A quick run has a figure for each part, and none of them fails."""
+    report = tmp_path / "figures.json"
+    result = script("gpu_check.py", "--device", "cpu", "--quick", "--json", report)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(report.read_text("utf-8"))
+    words = ("tests that", "log-mel, one", "features to", "extract,", "limit,", "log-mel on", "RAM")
+    for word in words:
+        assert any(word in name for name in figures), word
+    parts = {"tests", "stages", "models", "extractions", "log_mel", "reads"}
+    assert not parts & figures.keys(), figures
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_gpu_check_needs_a_gpu():
+    """Without one it says so and fails."""
+    result = script("gpu_check.py")
+    assert (result.returncode, "no GPU" in result.stdout) == (2, True)

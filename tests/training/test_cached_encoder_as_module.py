@@ -70,7 +70,7 @@ def test_dtype_and_device_asked_for(encoder, model):
     assert ask(encoder, [1]).device.type == "meta"  # from memory
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu(cache):
     """Hits and misses come on the GPU; the model is moved there, its inputs too."""
     with CachedEncoder(cache, OWN, build, device="cuda") as encoder:

@@ -137,7 +137,7 @@ def test_moved_to_another_device(cache):
         assert ask(encoder, [0]).device.type == "meta"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu(cache):
     """Asked for, or taken where there is one; embeddings come back where they were asked for."""
     with CachedEncoder(cache, config_of(), folder(), device="cuda") as encoder:
