@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
@@ -61,11 +63,31 @@ COMMANDS: Final = {
     },
 }
 _CLEAR: Final = "clear"  # the same as rm, and not listed
+_KEPT: Final = "what was committed is kept, run the same command again to go on"
 _MODULES: Final = {name: module for panel in COMMANDS.values() for name, module in panel.items()}
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[None]:
+    """Say what a stop leaves; of a KeyboardInterrupt click says "Aborted!"."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(_KEPT) from None
 
 
 class _Commands(click.Group):
     """The group: a command's module is imported when the command is run."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        """Return the context; see click."""
+        with _interruption():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; see click."""
+        with _interruption():
+            return super().invoke(ctx)
 
     def get_help(self, ctx: click.Context) -> str:
         """Return the help, escaped as each command's; see click."""
@@ -212,7 +234,7 @@ def _run(stop: StopSignals) -> int | str | None:
     except BaseException as error:  # noqa: BLE001 - what a stop leaves behind is no news
         if stop.number is None:
             return _code_of(error)
-        print_error("interrupted; what was committed is kept, run the same command again to go on")
+        print_error(f"interrupted; {_KEPT}")
     return stop.exit_code
 
 

@@ -77,7 +77,7 @@ def test_this_machine_is_accepted(tmp_path):
 def test_mounts_are_read_once(tmp_path, monkeypatch):
     """The second opening of a store asks the kernel for no list of mounts."""
     filesystems.mount_of(tmp_path)
-    monkeypatch.setattr(filesystems, "_libc", None)
+    monkeypatch.setattr(filesystems, "_statfs", None)
     monkeypatch.setattr(Path, "read_bytes", None)
     filesystems.check_local_for_writing(tmp_path)
 
@@ -93,7 +93,7 @@ def network(filled, monkeypatch):
         return text.encode() if str(path) == "/proc/self/mountinfo" else read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", mountinfo)
-    monkeypatch.setattr(filesystems, "_libc", None)
+    monkeypatch.setattr(filesystems, "_statfs", None)
     monkeypatch.delenv(NETWORK_VARIABLE, raising=False)
     caches = (filesystems._mount_of, filesystems._warn)
     for cache in caches:
@@ -152,7 +152,7 @@ def test_no_mountinfo_recognises_nothing(filled, config, monkeypatch):
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", without_proc)
-    monkeypatch.setattr(filesystems, "_libc", None)
+    monkeypatch.setattr(filesystems, "_statfs", None)
     filesystems._mount_of.cache_clear()
     write(filled.root, config, {"new:x": np.ones(8, np.float32)})
     assert "new:x" in filled.reader(config)
