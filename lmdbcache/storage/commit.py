@@ -190,7 +190,8 @@ def put_embeddings(
         left_alone = {
             key for key in keys[:num_inserted] if key not in replaced and cursor.set_key(key)
         }
-    columns: tuple[tuple[Any, list[Any]], ...] = ((None, values), (environment.checksums, sums))
+    # Checksums first: of a file that is cut behind some values, they are left.
+    columns: tuple[tuple[Any, list[Any]], ...] = ((environment.checksums, sums), (None, values))
     for database, column in columns:
         items = list(zip(keys, column, strict=True))
         inserted = [item for item in items[:num_inserted] if item[0] not in left_alone]

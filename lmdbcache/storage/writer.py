@@ -254,7 +254,9 @@ class EmbeddingWriter:
                 pairs = zip(sample_ids, embeddings, strict=True)
                 return sum([self.put(sample_id, row) for sample_id, row in pairs])
             row_bytes = 4 * math.prod(embeddings.shape[1:])
-            step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, row_bytes)))
+            _, commit_records, _ = self._limits
+            step = min(_ROWS_AT_ONCE, commit_records, _BYTES_AT_ONCE // max(1, row_bytes))
+            step = max(1, step)
             added = 0
             for start in range(0, len(sample_ids), step):
                 part = slice(start, start + step)
