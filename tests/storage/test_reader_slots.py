@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import lmdb
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from storage.child_processes import in_fork, peer_process, read, rewrite, write
 
 from lmdbcache import EmbeddingCache, EmbeddingReader
-from lmdbcache.cli.main import app
 from lmdbcache.errors import StorageError
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_free_pages
 from lmdbcache.storage.reader_slots import slots
@@ -80,7 +80,8 @@ def test_old_snapshot_of_another_process_is_shown(cache, config):
         assert 9 * value_bytes <= info.pinned_bytes <= info.free_bytes <= info.size_bytes
         assert info.size_bytes > 10 * value_bytes
         assert holder.call(read, cache.root, config, NAMES[:1])[0, 0] in (0, 10)
-        shown = CliRunner().invoke(app, ["info", str(info.path), "--root", str(cache.root)]).output
+        command = [sys.executable, "-m", "lmdbcache", "info", info.path, "--root", cache.root]
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         flat = " ".join(shown.split())
         assert f"process {pid} (10 commits behind)" in flat
         assert "given back by compact" in flat
@@ -89,8 +90,8 @@ def test_old_snapshot_of_another_process_is_shown(cache, config):
         size = cache.size(config)
         writer.call(rewrite, cache.root, config, NAMES, 10)
         assert cache.size(config) == size
-    as_json = CliRunner().invoke(app, ["info", str(info.path), "--root", str(cache.root), "--json"])
-    found = json.loads(as_json.output)
+    as_json = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE)
+    found = json.loads(as_json.stdout)
     assert found["free_bytes"] >= 9 * value_bytes
     assert found["pinned_bytes"] == 0
     assert str(pid) not in found["readers"]
