@@ -306,7 +306,8 @@ def tables(*, quick: bool) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     system = f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}"
     python = f"Python {platform.python_version()}, {versions}"
-    lines = [f"`make bench-peers` on {system}, {python}. Medians; torch on one thread."]
+    lines = [f"`make bench-peers` on {system}, {python}. Medians; torch on one thread.", ""]
+    lines.append("![Epochs of all ways](peers.svg)")
     for title, ways in figures.items():
         lines += ["", f"{title}:", "", f"| way | {' | '.join(COLUMNS)} |"]
         lines.append("|---" * (len(COLUMNS) + 1) + "|")
