@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -185,21 +186,33 @@ def put_embeddings(
     )
     batch.checksums = dict(zip(keys, sums, strict=True))
     last = max(_last_key(transaction, None), _last_key(transaction, environment.checksums))
-    num_inserted = bisect_right(keys, last)
     with transaction.cursor() as cursor:
         left_alone = {
-            key for key in keys[:num_inserted] if key not in replaced and cursor.set_key(key)
+            key
+            for key in keys[: bisect_right(keys, last)]
+            if key not in replaced and cursor.set_key(key)
         }
-    # Checksums first: of a file that is cut behind some values, they are left.
-    columns: tuple[tuple[Any, list[Any]], ...] = ((environment.checksums, sums), (None, values))
-    for database, column in columns:
-        items = list(zip(keys, column, strict=True))
-        inserted = [item for item in items[:num_inserted] if item[0] not in left_alone]
+    written = [key not in left_alone for key in keys]
+    keys = list(itertools.compress(keys, written))
+    values, sums = (
+        list(itertools.compress(values, written)),
+        list(itertools.compress(sums, written)),
+    )
+    # A file that is cut loses what was put last. The first value brings the pages above the
+    # metadata with it; then the checksums, as a value is nothing without one.
+    turns: tuple[tuple[Any, list[Any], slice], ...] = (
+        (None, values, slice(1)),
+        (environment.checksums, sums, slice(None)),
+        (None, values, slice(1, None)),
+    )
+    for database, column, part in turns:
+        items = list(zip(keys[part], column[part], strict=True))
+        num_inserted = bisect_right(keys[part], last)
         with transaction.cursor(db=database) as cursor:
-            cursor.putmulti(inserted)
+            cursor.putmulti(items[:num_inserted])
             # Appended keys fill their pages; inserted ones leave them half empty.
             cursor.putmulti(items[num_inserted:], append=True)
-    return len(keys) - len(left_alone), sorted(left_alone)
+    return len(keys), sorted(left_alone)
 
 
 def put_metadata(

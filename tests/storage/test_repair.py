@@ -120,9 +120,10 @@ def test_overwritten_values_never_come_back(cache, config, data, values):
             np.testing.assert_array_equal(value, values[sample_id] + 1)
 
 
-def test_truncated_store_keeps_what_is_left(cache, config, data, values):
+@pytest.mark.parametrize("percent", [60, 75, 95])
+def test_truncated_store_keeps_what_is_left(cache, config, data, values, percent):
     """What lies before the cut."""
-    os.truncate(data, data.stat().st_size * 3 // 4)
+    os.truncate(data, data.stat().st_size * percent // 100)
     report = cache.verify(config)
     assert "is truncated" in report.structure[0]
     assert set(report.damaged) | set(report.missing)
