@@ -145,6 +145,8 @@ def open_file(path: str | Path, flags: int = os.O_RDONLY) -> int:
         NotRegularFileError: Something other than a file is there.
         OSError: It can't be opened.
     """
+    if flags & os.O_ACCMODE:  # nobody's message may go into it, not even for a moment
+        occupy_standard_descriptors()
     try:
         descriptor = os.open(path, flags | _SAFELY, 0o666)
     except OSError:

@@ -150,12 +150,15 @@ def _opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, B
 class _Content(io.BytesIO):
     """A file's bytes, which answer every seek and note those beyond them."""
 
-    has_left = False
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._size = len(content)  # `getbuffer()` would copy all of it
+        self.has_left = False
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = (0, self.tell(), len(self.getbuffer()))[whence]
+        origin = (0, self.tell(), self._size)[whence]
         # A file may refuse such a position, and soundfile would print an error of ours.
-        inside = min(max(0, origin + offset), len(self.getbuffer()))
+        inside = min(max(0, origin + offset), self._size)
         self.has_left |= inside != origin + offset
         return super().seek(inside)
 

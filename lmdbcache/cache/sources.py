@@ -74,9 +74,9 @@ def read_source(given: object) -> tuple[Source | None, bytes | None]:
         `LARGEST_KEPT_BYTES` and where there is no source.
     """
     if isinstance(given, (bytes, bytearray, memoryview)):
-        content = bytes(given)
-        source = Source("", len(content), None, xxhash.xxh3_128_digest(content))
-        return source, content if len(content) <= LARGEST_KEPT_BYTES else None
+        size = memoryview(given).nbytes
+        source = Source("", size, None, xxhash.xxh3_128_digest(given))
+        return source, bytes(given) if size <= LARGEST_KEPT_BYTES else None
     try:
         if isinstance(given, (str, os.PathLike)):
             return _read_file(os.fspath(given))

@@ -62,7 +62,8 @@ class Environment:
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.writable = write
         self.is_open = True
-        self._record = b""  # that `_metadata` was made of
+        # The newest record that was read, and what it says; replaced as one, as threads read it.
+        self._unpacked: tuple[bytes, StoreMetadata] | None = None
         if not create:
             check_first_opening(generation)
         self.env: lmdb.Environment = open_environment(generation, write=write, create=create)
@@ -199,11 +200,12 @@ class Environment:
             raise IntegrityError(
                 f"{self.generation}: the metadata record is damaged. {LOSS_REMEDY}"
             )
-        if self._record != record:
+        known = self._unpacked
+        if known is None or known[0] != record:
             packed = bytes(record)
-            self._metadata = StoreMetadata.unpack(packed, self.generation, expected_config)
-            self._record = packed
-        return self._metadata
+            known = packed, StoreMetadata.unpack(packed, self.generation, expected_config)
+            self._unpacked = known
+        return known[1]
 
     def stored(self, keys: Collection[bytes]) -> set[bytes]:
         """Those of the keys that the newest commit has."""

@@ -295,8 +295,10 @@ def counts_of(store: Path) -> ReadCounts | None:
             if not _stores:
                 # Unlike atexit's, it is called at the end of workers, too.
                 multiprocessing.util.Finalize(None, _add_all, exitpriority=1)
-            counts = _stores.get(store) or ReadCounts(store, _memory(store))
-            _stores[store] = _by_file[_file(store)] = counts
+            counts = _known(store)  # another thread's, by now
+            if counts is None:
+                counts = ReadCounts(store, _memory(store))
+                _stores[store] = _by_file[_file(store)] = counts
     return None if os.environ.get(STATISTICS_VARIABLE) == "0" else counts
 
 
