@@ -40,7 +40,7 @@ from lmdbcache.storage import (
     sample_key,
     split_sample_id,
 )
-from lmdbcache.training import output_of_dimensions
+from lmdbcache.training import HIDDEN, output_of_dimensions
 
 __all__ = ["ImportReport", "import_embeddings"]
 
@@ -127,7 +127,8 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
     if not isinstance(source, Source):
         source = open_source(source, KeyChoice(keys, class_name))
     fields = _fields(config)
-    usual = _usual_shape(source, fields.get("output"), squeeze=squeeze, ragged=ragged)
+    output = fields.get("output") or source.description.facts.get("output")
+    usual = _usual_shape(source, output, squeeze=squeeze, ragged=ragged)
     try:
         inferred, notes = infer_config(
             source, usual, fields, ignore_metadata=ignore_metadata, model=model
@@ -213,7 +214,12 @@ def _usual_shape(source: Source, output: object, *, squeeze: bool, ragged: bool)
     if not shapes:
         return _first_shape(entries, squeeze=squeeze, ragged=ragged)
     # A folder that holds two outputs of a model is imported into a store for each.
-    fitting = {s: n for s, n in shapes.items() if output_of_dimensions(len(s)) == output}
+    fitting = {}
+    if output is not None:  # hidden states have two dimensions, all others one
+        is_hidden = output == HIDDEN
+        fitting = {
+            s: n for s, n in shapes.items() if (output_of_dimensions(len(s)) == HIDDEN) == is_hidden
+        }
     shapes = Counter(fitting) or shapes
     if not ragged:
         return shapes.most_common(1)[0][0]

@@ -269,3 +269,16 @@ def test_the_folder_above(bring, dog):
     """The error names the folder to give."""
     with pytest.raises(TransferError, match=f"{dog.parent} has"):
         bring(dog.parent.parent)
+
+
+@pytest.mark.parametrize("output", ["mean", "pooler_output", "last_hidden_state"])
+def test_the_output_chooses_among_shapes(bring, stored, tmp_path, output):
+    """Hidden states have two dimensions, every other output one, wherever the output is stated."""
+    old = tmp_path / "old" / "dog"
+    old.mkdir(parents=True)
+    for number in range(3):
+        np.save(old / f"hidden_{number}.npy", np.ones((4, 8), np.float32))
+    np.save(old / "pooled.npy", np.ones(8, np.float32))
+    report = bring(old.parent, {**FACTS, "output": output})
+    wanted = {4, 8} if output == "last_hidden_state" else {8}
+    assert {size for array in stored(report).values() for size in array.shape} == wanted
