@@ -81,6 +81,8 @@ def test_the_forms_are_told_apart(root):
     assert dataset.save_ast_embeddings_to_cache(legacy) is True
     within = {"dog": {name: {"embeddings": value} for name, value in every["dog"].items()}}
     assert dataset.save_ast_embeddings_to_cache(within) == {"dog": 0}
+    unnamed = {"video_1": {"class_name": "dog", "embeddings": torch.ones(8)}}
+    assert dataset.save_ast_embeddings_to_cache(unnamed) is False
     assert dataset.save_ast_embeddings_to_cache({}) is False
     assert dataset.save_ast_embeddings_to_cache(ast_outputs_dict={}) == {}
     assert dataset.load_ast_embeddings_from_cache(16000, 5.0, "ast") is True

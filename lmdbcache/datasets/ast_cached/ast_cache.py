@@ -212,6 +212,8 @@ class ASTCache:
             classes, duration = classes if duration is None else duration, None
         if isinstance(model_name, bool):
             close_previous, model_name = model_name, None
+        if isinstance(classes, str):
+            classes = [classes]
         by_class = any(value is not None for value in (cache_dir, classes, close_previous))
         by_config = any(v is not None for v in (sample_rate, duration, model_name, output))
         gives_classes = by_class or not by_config
@@ -668,7 +670,8 @@ def _open_reader(cache: EmbeddingCache, config: CacheConfig) -> EmbeddingReader 
 def _is_by_class(embeddings: Mapping[str, Any]) -> bool:
     """Whether these are by class and file id, not by sample id; a value may be a dict in both."""
     return bool(embeddings) and all(
-        ":" not in name and isinstance(value, Mapping) for name, value in embeddings.items()
+        ":" not in name and isinstance(value, Mapping) and unwrapped(value) is None
+        for name, value in embeddings.items()
     )
 
 

@@ -653,7 +653,8 @@ def _split_ratios(
     if split_ratio is None:
         return normalized_ratios(train, val, test, split_method)
     _logger.warning("split_ratio is deprecated; use train_ratio, val_ratio and test_ratio")
-    ratios = normalized_ratios(split_ratio * (1 - val), split_ratio * val, 1 - split_ratio)
+    shares = (split_ratio * (1 - val), split_ratio * val, 1 - split_ratio)
+    ratios = normalized_ratios(*shares, split_method)
     if split_method == "hash":
         return ratios
     # As those scripts have it: the sum is above 1, and train's default gives way.

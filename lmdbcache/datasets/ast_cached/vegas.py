@@ -64,12 +64,14 @@ def create_vegas_dataloader(
     whole: Any = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
+    if "collate_fn" not in options:
+        given = getattr(whole, "get_collate_fn", None)
+        options["collate_fn"] = vegas_collate_fn if given is None else given()
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        collate_fn=options.pop("collate_fn", None) or whole.get_collate_fn(),
         **options,
     )
