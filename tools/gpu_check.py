@@ -65,6 +65,7 @@ class GpuCheck:
             f"clip_{i:04d}:noise": str(self._write(i)) for i in range(4 if quick else NUM_CLIPS)
         }
         self.figures: dict[str, Any] = {}
+        self.is_sound = True
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -85,6 +86,7 @@ class GpuCheck:
                 for name, figure in part():
                     self.add(name, figure)
             except Exception as error:  # noqa: BLE001 - the other parts still count
+                self.is_sound = False
                 self.add(part.__name__, f"{type(error).__name__}: {error}")
             finally:
                 signal.alarm(0)
@@ -110,6 +112,7 @@ class GpuCheck:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
+        self.is_sound &= found.returncode == 0
         yield "tests that need a GPU", (found.stdout.strip().splitlines() or [found.stderr])[-1]
 
     def stages(self) -> Iterator[tuple[str, float | str]]:
@@ -299,7 +302,7 @@ class _Timed:
 
 
 def main() -> int:
-    """Run all parts; the exit code is 2 without a GPU."""
+    """Run all parts; the exit code is 2 without a GPU, 1 if a test or a part fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
@@ -311,11 +314,12 @@ def main() -> int:
     if arguments.quick:
         torch.set_num_threads(1)  # a busy machine's second thread would wait for a core
     with tempfile.TemporaryDirectory(prefix="lmdbcache-gpu-") as scratch:
-        figures = GpuCheck(Path(scratch), arguments.device, quick=arguments.quick).run()
+        check = GpuCheck(Path(scratch), arguments.device, quick=arguments.quick)
+        figures = check.run()
     if arguments.json:
         text = json.dumps(figures, indent=1, ensure_ascii=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return 0 if check.is_sound else 1
 
 
 if __name__ == "__main__":

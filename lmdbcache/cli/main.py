@@ -126,8 +126,8 @@ def _docstring_of(name: str) -> str:
     """Read it from the source: the module isn't imported, or `python -OO` has dropped it."""
     module = f"lmdbcache.cli.{_MODULES[name]}"
     loader: Any = find_spec(module).loader  # type: ignore[union-attr]
-    _, _, text = loader.get_source(module).partition(f"\ndef {name}_command(")
-    return inspect.cleandoc(text.split('"""', 2)[1])
+    _, _, text = (loader.get_source(module) or "").partition(f"\ndef {name}_command(")
+    return inspect.cleandoc(text.split('"""', 2)[1]) if text else ""
 
 
 def _summary_of(name: str) -> str:
