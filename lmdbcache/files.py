@@ -60,7 +60,7 @@ _KINDS: Final = {
 }
 _SAFELY: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FIRST_FREE_DESCRIPTOR: Final = 3
-_TEMPORARY: Final = re.compile(r"\..+\.[0-9]+-[0-9]+\.tmp")
+_TEMPORARY: Final = re.compile(r"\.(.+)\.[0-9]+-[0-9]+\.tmp")
 _OLD_SECONDS: Final = 3600.0  # a temporary file is written in a moment
 
 
@@ -212,9 +212,10 @@ def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
         raise
 
 
-def is_temporary(name: str) -> bool:
-    """Return whether a file's name is one that `replace_file` writes under."""
-    return _TEMPORARY.fullmatch(name) is not None
+def is_temporary(name: str, of: str | None = None) -> bool:
+    """Return whether a file's name is one that `replace_file` writes under, for the file `of`."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and of in (None, match[1])
 
 
 def is_old_temporary(path: Path) -> bool:

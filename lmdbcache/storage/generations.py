@@ -26,6 +26,7 @@ from lmdbcache.files import (
     check_folder,
     flocked,
     free_bytes,
+    is_temporary,
     read_file,
     remove_entry,
     replace_file,
@@ -140,12 +141,13 @@ def remove_other_generations(store: Path) -> None:
     """Remove generations that `CURRENT` doesn't name: a killed process left them, or they are old.
 
     Processes that have one mapped go on reading it; its space is freed when they close it. The
-    caller holds the writer lock.
+    caller holds the writer lock, so a `CURRENT` that is half written is a killed process's too.
     """
     current = current_generation(store)
-    for folder in store.iterdir():
-        if GENERATION_NAME.fullmatch(folder.name) and folder != current:
-            remove_entry(folder)
+    for child in store.iterdir():
+        is_generation = GENERATION_NAME.fullmatch(child.name) is not None
+        if (is_generation and child != current) or is_temporary(child.name, CURRENT_NAME):
+            remove_entry(child)
 
 
 def check_room(store: Path, needed: int, purpose: str) -> None:

@@ -213,3 +213,14 @@ def test_a_killed_maker_of_a_store(cache, config):
     with EmbeddingCache(cache.root).writer(config) as writer:
         writer.put("a:b", np.ones(3))
     assert cache.verify(config).is_sound
+
+
+def test_a_current_that_is_half_written(cache, config):
+    """The next maker of the store removes it, as it holds the lock that the killed one held."""
+    store = cache.path(config)
+    (store / "gen-000001").mkdir(parents=True)
+    (store / ".CURRENT.4711-1.tmp").write_bytes(b"gen-0")
+    (store / ".failures.json.4711-1.tmp").write_bytes(b"being written")
+    with EmbeddingCache(cache.root).writer(config) as writer:
+        writer.put("a:b", np.ones(3))
+    assert [path.name for path in store.glob(".*")] == [".failures.json.4711-1.tmp"]
