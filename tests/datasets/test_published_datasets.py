@@ -131,22 +131,29 @@ def test_a_table_with_val_or_without_splits(vggsound, tmp_path):
 
 
 def test_classes_of_vggsound_with_underscores(vggsound, tmp_path):
-    """Selections and text embeddings may spell a class with underscores."""
+    """Wherever a user names a class it may be spelled with underscores."""
     name = next(name for name in VGGSOUND_CLASSES if " " in name)
-    torch.save({name.replace(" ", "_"): torch.ones(3)}, tmp_path / "text.pt")
+    spelled = name.replace(" ", "_")
+    torch.save({spelled: torch.ones(3)}, tmp_path / "text.pt")
     dataset = VGGSoundDataset(
         vggsound,
-        selected_classes=[name.replace(" ", "_")],
+        selected_classes=[spelled],
         text_embedding_file=tmp_path / "text.pt",
+        ast_cache_dir=tmp_path / "cache",
         load_audio=False,
     )
     assert dataset.get_class_names() == [name]
     assert torch.equal(dataset.train[0]["text_emb"], torch.ones(3))
+    assert torch.equal(dataset.get_text_embeddings(spelled), torch.ones(3))
+    file_id = dataset.train[0]["file_id"]
+    assert dataset.save_ast_embeddings_to_cache({spelled: {file_id: torch.ones(4)}}) == {spelled: 1}
+    assert set(dataset.load_ast_embeddings_from_cache(classes=[spelled])) == {name}
+    assert dataset.get_cached_ast_embedding(spelled, file_id).tolist() == [1] * 4
+    assert dataset.train[0]["audio_emb"].tolist() == [1] * 4
 
 
 def test_the_node_seeds_the_splits_of_scikit_learn(esc50):
     """`node_id` is added to the seed; by hash all nodes have the same splits."""
-    pytest.importorskip("sklearn")
 
     def test_part(node, method):
         return parts_of(ESC50Dataset(esc50, node_id=node, split_method=method))[2]

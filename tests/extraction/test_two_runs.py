@@ -72,10 +72,10 @@ def test_simultaneous_runs_share_the_clips(num_runs, cache, config, clips, tmp_p
     assert sum(summary["num_extracted"] for summary in summaries) == NUM_CLIPS
     for summary in summaries:
         assert summary["num_cached"] + summary["num_extracted"] == NUM_CLIPS
-        assert summary["num_extracted"] > NUM_CLIPS / (3 * num_runs)
+        assert summary["num_extracted"] > NUM_CLIPS / (10 * num_runs)
     computed = (tmp_path / "log").stat().st_size
     # Both begin with the same units, until one finds what the other has committed; later they
     # rarely meet. Each run looks at its first clip several times.
     looks = num_runs * (NUM_REPEATS + 1)
-    assert computed <= 1.3 * NUM_CLIPS + looks, computed
+    assert computed <= 1.5 * NUM_CLIPS + looks, computed
     assert cache.verify(config).is_sound

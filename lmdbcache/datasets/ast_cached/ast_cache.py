@@ -118,6 +118,10 @@ class ASTCache:
         for part in self._parts():
             part.audio_embs_from_file = value
 
+    def _class_of(self, name: str) -> str:
+        """The class that a user's name stands for, as ids have it."""
+        return canonical_class(name)
+
     def _is_enabled(self) -> bool:
         if not self.enable_ast_cache:
             _logger.info("the AST cache is switched off (enable_ast_cache=False)")
@@ -229,7 +233,7 @@ class ASTCache:
             embeddings = None if reader is None else TensorMapping(reader)
             if embeddings is not None and gives_classes:
                 names = self.active_classes if classes is None else classes
-                found = classes_in(embeddings, [canonical_class(name) for name in names])
+                found = classes_in(embeddings, [self._class_of(name) for name in names])
         except (CacheError, OSError) as error:
             _logger.error("AST embeddings can't be loaded: %s", str(error))
             return {} if gives_classes else False
@@ -269,8 +273,9 @@ class ASTCache:
         None if it isn't stored, or nothing is loaded.
         """
         with contextlib.suppress(InvalidSampleIdError):
+            class_name = self._class_of(class_name)
             sample_id = join_sample_id(file_id, class_name)
-            for store in self._stores(canonical_class(class_name)):
+            for store in self._stores(class_name):
                 with contextlib.suppress(KeyError):
                     array = store[sample_id]
                     array.setflags(write=False)
@@ -425,7 +430,7 @@ class ASTCache:
         by_class = ast_outputs_dict is not None or _is_by_class(given)
         if not self._is_enabled():
             return {} if by_class else False
-        rows = _rows(given, by_class=by_class)
+        rows = _rows(given, self._class_of if by_class else None)
         if not rows:
             _logger.warning("no embeddings to save")
             return {} if by_class else False
@@ -675,12 +680,14 @@ def _is_by_class(embeddings: Mapping[str, Any]) -> bool:
     )
 
 
-def _rows(embeddings: Mapping[str, Any], *, by_class: bool) -> list[tuple[tuple[str, ...], Any]]:
-    """Return (sample id,) or (file id, class name), and the value."""
-    if not by_class:
+def _rows(
+    embeddings: Mapping[str, Any], class_of: Callable[[str], str] | None
+) -> list[tuple[tuple[str, ...], Any]]:
+    """Return (sample id,) or, of embeddings by class, (file id, class name); and the value."""
+    if class_of is None:
         return [((sample_id,), value) for sample_id, value in embeddings.items()]
     return [
-        ((file_id, class_name), value)
+        ((file_id, class_of(class_name)), value)
         for class_name, group in embeddings.items()
         for file_id, value in group.items()
     ]

@@ -384,8 +384,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
     def _train_or_val(self, samples: list[Sample], split: str) -> list[Sample]:
         """Train or val of samples that aren't test, by the ratios of these two."""
         total = self.train_ratio + self.val_ratio
-        train = self.train_ratio / total if total else 1.0
-        return self._drawn(samples, split, (train, 1 - train, 0.0))
+        shares = (self.train_ratio / total, self.val_ratio / total) if total else (1.0, 0.0)
+        return self._drawn(samples, split, (*shares, 0.0))
 
     def _make_parts(self) -> None:
         parts = {}
@@ -527,7 +527,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
 
     def get_text_embeddings(self, class_name: str) -> Any:
         """Return the text embedding of a class, or None."""
-        return None if self.text_embs is None else self.text_embs.get(class_name.lower())
+        return None if self.text_embs is None else self.text_embs.get(self._class_of(class_name))
 
     # ---- the rest of the interface
 

@@ -75,6 +75,9 @@ class VGGSoundDataset(ASTCachedDataset):
         embeddings = super()._read_text(embedding_file)
         return embeddings and {self._spelled(name): each for name, each in embeddings.items()}
 
+    def _class_of(self, name: str) -> str:
+        return super()._class_of(self._spelled(name))
+
     def _spelled(self, name: str) -> str:
         """A class as the table writes it."""
         spaced = name.replace("_", " ").strip().lower()
