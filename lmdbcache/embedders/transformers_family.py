@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "ForwardPass",
     "ModelFamily",
     "Settings",
     "TransformersEmbedder",
@@ -74,6 +75,19 @@ class Settings:
                 f"{self.folder}: {name} is {found!r} in preprocessor_config.json, but the model of "
                 f"config.json takes {expected!r}; take both from the same model"
             )
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one forward pass of a batch gave, on the model's device.
+
+    Args:
+        named: The model's results by name, such as `"last_hidden_state"`.
+        num_frames: How many of each clip's frames aren't padding, where the model was told.
+    """
+
+    named: dict[str, torch.Tensor]
+    num_frames: list[int] | None = None
 
 
 class ModelFamily(ABC):
@@ -213,10 +227,28 @@ class ModelFamily(ABC):
         """Return the shape of one clip's features."""
 
     @abstractmethod
-    def embed(
-        self, model: Any, features: torch.Tensor, settings: Settings, output: str
+    def forward(
+        self, model: Any, features: torch.Tensor, settings: Settings, outputs: Collection[str]
+    ) -> ForwardPass:
+        """Run the model once on a batch.
+
+        Args:
+            model: As `load` gives it.
+            features: `(batch, *feature_shape)`, on its device.
+            settings: The checkpoint's.
+            outputs: Those that `pick` will be asked for.
+        """
+
+    def pick(
+        self,
+        found: ForwardPass,
+        settings: Settings,  # noqa: ARG002 - for frames that depend on them
+        output: str,
     ) -> torch.Tensor:
-        """Compute an output of a batch, on the model's device."""
+        """Return an output of a forward pass, `(batch, *embedding_shape)`."""
+        if output == "mean":
+            return found.named["last_hidden_state"].float().mean(dim=1)
+        return found.named[output]
 
 
 class TransformersFrontEnd:
@@ -401,9 +433,10 @@ class TransformersEmbedder:
                 f"(batch, {', '.join(map(str, expected))}); use its own front end"
             )
         with torch.no_grad(), precision(self.device, self.compute_dtype):
-            embeddings = self.family.embed(
-                self._model, features.to(self.device, torch.float32), self._settings, self.output
+            found = self.family.forward(
+                self._model, features.to(self.device, torch.float32), self._settings, [self.output]
             )
+            embeddings = self.family.pick(found, self._settings, self.output)
         on_cpu: torch.Tensor = embeddings.to("cpu", torch.float32)
         return on_cpu
 

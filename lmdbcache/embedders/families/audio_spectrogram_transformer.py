@@ -10,6 +10,7 @@ import numpy as np
 from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders.base import library_versions
 from lmdbcache.embedders.transformers_family import (
+    ForwardPass,
     ModelFamily,
     Settings,
     TransformersEmbedder,
@@ -18,7 +19,7 @@ from lmdbcache.embedders.transformers_family import (
 from lmdbcache.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import torch
     from numpy.typing import NDArray
@@ -144,19 +145,26 @@ class _ASTFamily(ModelFamily):
     ) -> tuple[int, ...]:
         return (model.config.max_length, model.config.num_mel_bins)
 
-    def embed(
+    def forward(
         self,
         model: Any,
         features: torch.Tensor,
         settings: Settings,  # noqa: ARG002
-        output: str,
-    ) -> torch.Tensor:
+        outputs: Collection[str],  # noqa: ARG002
+    ) -> ForwardPass:
         result = model(features)
-        hidden: torch.Tensor = result.last_hidden_state
+        return ForwardPass(
+            {
+                "pooler_output": result.pooler_output,
+                "last_hidden_state": result.last_hidden_state,
+            }
+        )
+
+    def pick(self, found: ForwardPass, settings: Settings, output: str) -> torch.Tensor:
         if output == "mean":
-            return hidden[:, _NUM_SPECIAL_TOKENS:].float().mean(dim=1)
-        pooled: torch.Tensor = result.pooler_output
-        return pooled if output == "pooler_output" else hidden
+            frames = found.named["last_hidden_state"][:, _NUM_SPECIAL_TOKENS:]
+            return frames.float().mean(dim=1)
+        return super().pick(found, settings, output)
 
 
 AST: Final = _ASTFamily()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.embedders.transformers_family import ModelFamily, Settings
+from lmdbcache.embedders.transformers_family import ForwardPass, ModelFamily, Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
 __all__ = ["CLAP"]
@@ -88,24 +90,25 @@ class _CLAPFamily(ModelFamily):
             model.config.num_mel_bins,
         )
 
-    def embed(
+    def forward(
         self,
         model: Any,
         features: torch.Tensor,
         settings: Settings,  # noqa: ARG002
-        output: str,
-    ) -> torch.Tensor:
+        outputs: Collection[str],
+    ) -> ForwardPass:
         import torch
 
         fuses = model.config.enable_fusion
         is_longer = torch.full((len(features), 1), fuses, device=features.device)
         result = model.audio_model(features, is_longer=is_longer)
-        embeddings: torch.Tensor
-        if output == "audio_embeds":
-            embeddings = model.audio_projection(result.pooler_output)
-        else:
-            embeddings = getattr(result, output)
-        return embeddings
+        named = {
+            "pooler_output": result.pooler_output,
+            "last_hidden_state": result.last_hidden_state,
+        }
+        if "audio_embeds" in outputs:
+            named["audio_embeds"] = model.audio_projection(result.pooler_output)
+        return ForwardPass(named)
 
 
 CLAP: Final = _CLAPFamily()

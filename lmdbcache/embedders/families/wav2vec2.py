@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lmdbcache.embedders.transformers_family import ModelFamily, Settings, load_weights
+from lmdbcache.embedders.transformers_family import (
+    ForwardPass,
+    ModelFamily,
+    Settings,
+    load_weights,
+)
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import torch
     from numpy.typing import NDArray
@@ -121,12 +126,15 @@ class _Wav2Vec2Family(ModelFamily):
     ) -> tuple[int, ...]:
         return (num_samples + _takes_mask(settings),)
 
-    def embed(
-        self, model: Any, features: torch.Tensor, settings: Settings, output: str
-    ) -> torch.Tensor:
+    def forward(
+        self,
+        model: Any,
+        features: torch.Tensor,
+        settings: Settings,
+        outputs: Collection[str],  # noqa: ARG002
+    ) -> ForwardPass:
         if not _takes_mask(settings):
-            hidden: torch.Tensor = model(features).last_hidden_state
-            return hidden.float().mean(dim=1) if output == "mean" else hidden
+            return ForwardPass({"last_hidden_state": model(features).last_hidden_state})
         counts = [int(count) for count in features[:, -1].tolist()]
         values = features[:, :-1]
         mask = _mask(values, [_samples_of(settings, count) for count in counts])
@@ -134,12 +142,16 @@ class _Wav2Vec2Family(ModelFamily):
             # WavLM's masks are of two dtypes, which torch reminds its authors of.
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             hidden = model(values, attention_mask=mask).last_hidden_state
-        if output == "last_hidden_state":
-            return hidden
-        lengths = [_num_output_frames(settings, count) for count in counts]
-        of_clip = _mask(hidden, lengths).unsqueeze(-1)
-        kept = hidden.float().where(of_clip.bool(), 0.0)
-        return kept.sum(dim=1) / of_clip.sum(dim=1)
+        return ForwardPass({"last_hidden_state": hidden}, counts)
+
+    def pick(self, found: ForwardPass, settings: Settings, output: str) -> torch.Tensor:
+        if output == "mean" and found.num_frames is not None:
+            hidden = found.named["last_hidden_state"]
+            lengths = [_num_output_frames(settings, count) for count in found.num_frames]
+            of_clip = _mask(hidden, lengths).unsqueeze(-1)
+            kept = hidden.float().where(of_clip.bool(), 0.0)
+            return kept.sum(dim=1) / of_clip.sum(dim=1)
+        return super().pick(found, settings, output)
 
 
 WAV2VEC2: Final = _Wav2Vec2Family()

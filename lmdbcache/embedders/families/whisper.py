@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.embedders.transformers_family import ModelFamily, Settings, load_weights
+from lmdbcache.embedders.transformers_family import (
+    ForwardPass,
+    ModelFamily,
+    Settings,
+    load_weights,
+)
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from lmdbcache.embedders.checkpoints import Checkpoint
@@ -81,15 +88,14 @@ class _WhisperFamily(ModelFamily):
     ) -> tuple[int, ...]:
         return (model.config.num_mel_bins, _STRIDE * model.config.max_source_positions)
 
-    def embed(
+    def forward(
         self,
         model: Any,
         features: torch.Tensor,
         settings: Settings,  # noqa: ARG002
-        output: str,
-    ) -> torch.Tensor:
-        hidden: torch.Tensor = model(features).last_hidden_state
-        return hidden.float().mean(dim=1) if output == "mean" else hidden
+        outputs: Collection[str],  # noqa: ARG002
+    ) -> ForwardPass:
+        return ForwardPass({"last_hidden_state": model(features).last_hidden_state})
 
 
 WHISPER: Final = _WhisperFamily()
