@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Final
 
@@ -96,15 +96,17 @@ class FeatureBatch:
         """Clips of this unit, failed ones included."""
         return len(self.sample_ids) + len(self.failures)
 
-    def keep(self, wanted: set[str]) -> None:
-        """Drop the features of all other samples."""
-        rows = [row for row, sample_id in enumerate(self.sample_ids) if sample_id in wanted]
-        if self.features is not None and len(rows) < len(self.sample_ids):
-            self.sample_ids = [self.sample_ids[row] for row in rows]
-            if isinstance(self.features, list):
-                self.features = stacked_if_alike([self.features[row] for row in rows])
+    def only(self, sample_ids: Sequence[str]) -> FeatureBatch:
+        """Return the batch of some of `sample_ids`, in their order, with no failures."""
+        features = self.features
+        if len(sample_ids) < len(self.sample_ids) and features is not None:
+            wanted = set(sample_ids)
+            rows = [row for row, one in enumerate(self.sample_ids) if one in wanted]
+            if isinstance(features, torch.Tensor):
+                features = features[rows]
             else:
-                self.features = self.features[rows] if rows else None
+                features = stacked_if_alike([features[row] for row in rows])
+        return replace(self, sample_ids=list(sample_ids), features=features, failures=[])
 
     def groups(self) -> list[tuple[list[int], torch.Tensor]]:
         """Return (positions in `sample_ids`, their features stacked), by shape and dtype."""

@@ -210,25 +210,26 @@ def plan_extraction(
         ModelLoadError: The folder isn't a checkpoint.
     """
     run = ExtractionRun(
-        cache, config, clips, batch_size=batch_size, share=share, staging=staging, patience=0.0
+        cache, [config], clips, batch_size=batch_size, share=share, staging=staging, patience=0.0
     )
+    (store,) = run.stores
     missing = run.plan()
-    shape = run.known_shape()
-    run.close_reader()
+    shape = store.known_shape()
+    run.close_readers()
     named = config.model_name if model is None else model
     found = known_model(named)
     if found is not None:
         found.check(config)
         shape = shape or found.embedding_shape(config)
     plan = ExtractionPlan(
-        store=run.store,
+        store=store.path,
         num_samples=len(run.asked),
-        num_cached=run.num_cached,
+        num_cached=store.num_cached,
         num_missing=len(missing),
-        num_refused=len(run.outcomes.failures),
+        num_refused=len(store.outcomes.failures),
         embedding_shape=shape,
         bytes_needed=None if missing else 0,
-        bytes_free=free_bytes(run.store),
+        bytes_free=free_bytes(store.path),
     )
     if shape is not None:
         plan = replace(
@@ -250,7 +251,8 @@ def plan_extraction(
                 plan = replace(plan, trial=trial)
             except (ExtractionError, MissingDependencyError) as error:  # the bytes are known
                 plan = replace(plan, no_trial=str(error))
-    return replace(plan, limits=tuple(_limits(plan, config, run)))
+    numbers = len(store.to_be_written), len(run.all_samples)
+    return replace(plan, limits=tuple(_limits(plan, config, *numbers)))
 
 
 def _choices(
@@ -319,8 +321,17 @@ def _try(
     )
 
 
-def _limits(plan: ExtractionPlan, config: CacheConfig, run: ExtractionRun) -> Iterator[Limit]:
-    """Yield what this machine would exceed; nothing is known without the shape."""
+def _limits(
+    plan: ExtractionPlan, config: CacheConfig, num_missing: int, num_samples: int
+) -> Iterator[Limit]:
+    """Yield what this machine would exceed; nothing is known without the shape.
+
+    Args:
+        plan: What is known so far.
+        config: The store's identity.
+        num_missing: How many embeddings it lacks, those of other ranks included.
+        num_samples: How many it will have.
+    """
     shape, size = plan.embedding_shape, plan.bytes_for_all
     if shape is None or size is None:
         return
@@ -333,7 +344,7 @@ def _limits(plan: ExtractionPlan, config: CacheConfig, run: ExtractionRun) -> It
             f"memory: {100 * (1 - memory / size):.0f} % of random reads will wait for the disk; "
             f"{smaller} read on a machine with more memory",
         )
-    stored = size * (1 - len(run.to_be_written) / max(1, len(run.all_samples)))
+    stored = size * (1 - num_missing / max(1, num_samples))
     if size - stored <= plan.bytes_free < 2 * size - stored:
         yield Limit(
             "disk",
@@ -350,10 +361,10 @@ def _limits(plan: ExtractionPlan, config: CacheConfig, run: ExtractionRun) -> It
             f"one writer stores about {readable_size(each / write_seconds)}: the model will wait "
             f"for the disk; {smaller} give each process a store on another disk (`staging`)",
         )
-    elif write_seconds * len(run.to_be_written) > _MANY_WRITE_SECONDS:
+    elif write_seconds * num_missing > _MANY_WRITE_SECONDS:
         yield Limit(
             "writer",
-            f"one writer takes {_time(write_seconds * len(run.to_be_written))} for what is "
+            f"one writer takes {_time(write_seconds * num_missing)} for what is "
             f"missing, however many GPUs compute it; {smaller} give each process another store "
             "(`staging`)",
         )

@@ -125,24 +125,27 @@ def extract_on_ray(  # noqa: PLR0913
     folder = staging_folder(staging or cache.root.with_name(f"{cache.root.name}.staging"))
     # What a run that was killed has left may be older than what is stored by now.
     _merge(cache, config, folder, on_duplicate="skip")
-    run = ExtractionRun(cache, config, clips, batch_size=batch_size, dataset_root=dataset_root)
+    run = ExtractionRun(cache, [config], clips, batch_size=batch_size, dataset_root=dataset_root)
+    (store,) = run.stores
     missing = run.plan(recompute_changed=recompute_changed)
-    run.close_reader()
-    if not missing:
-        return run.nothing_to_do(model)
-    cache.check_writable(config)
+    run.close_readers()
     given = config.model_name if model is None else model
+    run.compare_weights(given)
+    if not missing:
+        run.record_failures()
+        return run.summaries()[0]
+    run.check_writable()
     found = ready_model(given, config)  # its errors are for the user to read, before Ray starts
     check_duration(config, found.make_front_end(config))
     # Until they are merged, staged embeddings take the space of a second store.
     places = [existing_parent(place).stat().st_dev for place in (cache.root, folder)]
-    run.check_space(found.embedding_shape(config), num_stores=3 - len(set(places)))
+    shape = found.embedding_shape(config)
+    run.check_space({config.output: shape}, num_stores=3 - len(set(places)))
     digest = found.checkpoint.weights_digest if isinstance(found, PretrainedModel) else None
     if digest and config in cache:
         with cache.reader(config, track_usage=False) as reader:
             reader.metadata.with_provenance({"weights_digest": digest}, reader.path)
-    if config not in cache:
-        cache.explain(config).log_new_store()
+    run.log_new_stores()
     ranks = _Ranks(
         config,
         _seen_from_nodes(given),
@@ -164,14 +167,14 @@ def extract_on_ray(  # noqa: PLR0913
             raise
     refused = _merge(cache, config, folder)
     _add_up(run, answers)
-    computed = missing.keys() - {failure.sample_id for failure in run.outcomes.failures}
+    computed = missing.keys() - {failure.sample_id for failure in store.outcomes.failures}
     left = cache.coverage(config, computed).missing
     if left:
         reason = "; ".join(map(str, refused)) or "is another process removing stores there?"
         raise StorageError(f"{len(left)} clips were computed and can't be merged: {reason}")
-    run.num_extracted = len(computed)
-    run.outcomes.record_failures(run.store)
-    return run.summary()
+    store.num_extracted = len(computed)
+    run.record_failures()
+    return run.summaries()[0]
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,7 @@ def _add_up(run: ExtractionRun, answers: list[_Answer]) -> None:
     Raises:
         DatasetError: A file is here and not on a node: the clip didn't fail.
     """
+    outcomes = run.stores[0].outcomes
     for answer in answers:
         here = [run.paths[sample_id] for sample_id in answer.absent]
         for path in here:
@@ -379,7 +383,7 @@ def _add_up(run: ExtractionRun, answers: list[_Answer]) -> None:
                     f"{path} isn't on node {answer.host}, but it is here: the audio files have to "
                     "lie at the same paths on every node"
                 )
-        summary, outcomes = answer.summary, run.outcomes
+        summary = answer.summary
         outcomes.failures += [
             ClipFailure(failure.sample_id, str(run.paths[failure.sample_id]), failure.reason)
             for failure in summary.failures
@@ -388,7 +392,7 @@ def _add_up(run: ExtractionRun, answers: list[_Answer]) -> None:
         outcomes.cancelled.extend(summary.cancelled)
         run.compute_seconds += summary.compute_seconds
         run.built_model |= summary.built_model
-    run.outcomes.settled = run.asked
+    outcomes.settled = run.asked
 
 
 # ---- the staging folder

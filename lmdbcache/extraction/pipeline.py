@@ -8,21 +8,15 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from lmdbcache.audio import AudioSource, Clips
-from lmdbcache.cache import (
-    ClipFailure,
-    EmbeddingCache,
-    SourceRecorder,
-    changed_clips,
-    num_suspects,
-)
+from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import AudioDataset
 from lmdbcache.embedders import (
@@ -32,13 +26,10 @@ from lmdbcache.embedders import (
     ModuleEmbedder,
     device_of_rank,
     folder_provenance,
-    module_digest,
-    moved_weights,
     ready_model,
 )
 from lmdbcache.errors import (
     AudioDecodeError,
-    CacheError,
     ConfigError,
     InvalidEmbeddingError,
     ModuleError,
@@ -50,10 +41,11 @@ from lmdbcache.extraction.clips import (
     pairs_of,
 )
 from lmdbcache.extraction.ranks import RankShare
-from lmdbcache.extraction.space import check_space
+from lmdbcache.extraction.space import Wanted, check_space
 from lmdbcache.extraction.staging import Staging
-from lmdbcache.extraction.summary import ExtractionSummary, Outcomes
-from lmdbcache.storage import EmbeddingReader, EmbeddingWriter, Progress
+from lmdbcache.extraction.store_to_fill import StoreToFill
+from lmdbcache.extraction.summary import ExtractionSummary, FrontEndTrials, warn_of_failures
+from lmdbcache.storage import Progress
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
@@ -71,6 +63,8 @@ __all__ = [
 _logger: Final = logging.getLogger(__name__)
 
 _IMPORTED_BY: Final = os.getpid()
+
+Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | None"]  # of one embedding, by output
 
 
 def extract(  # noqa: PLR0913
@@ -156,7 +150,7 @@ def extract(  # noqa: PLR0913
         )
     run = ExtractionRun(
         cache,
-        config,
+        [config],
         clips,
         batch_size=batch_size,
         share=share,
@@ -168,35 +162,38 @@ def extract(  # noqa: PLR0913
     with run.opened():
         missing = run.plan(recompute_changed=recompute_changed)
         _use_one_thread_after_a_fork()
+        named = config.model_name if model is None else model
+        run.compare_weights(named)
         if not missing:
-            return run.nothing_to_do(model)
-        run.cache.check_writable(config)
-        if model is None or isinstance(model, (str, os.PathLike)):
-            run.model = os.fspath(model or config.model_name)
-        measured = None
+            run.record_failures()
+            return run.summaries()[0]
+        run.check_writable()
+        if isinstance(named, (str, os.PathLike)):
+            run.model = os.fspath(named)
+        measured: Shapes = {}
         if front_end is None or make_embedder is None:
             # Here and not in a worker: its errors are for the user to read.
-            found = ready_model(config.model_name if model is None else model, config)
+            found = ready_model(named, config)
             front_end = front_end or found.make_front_end(config)
             check_duration(config, front_end)
-            shape = None if make_embedder else found.embedding_shape(config)
-            make_embedder = make_embedder or partial(
-                found.make_embedder, config, device or device_of_rank(run.share.local_rank)
-            )
-            run.check_space(shape)
+            shapes: Shapes = {}
+            if make_embedder is None:
+                shapes = {config.output: found.embedding_shape(config)}
+                chosen = device or device_of_rank(run.share.local_rank)
+                make_embedder = partial(found.make_embedder, config, chosen)
+            run.check_space(shapes)
             # A module's was measured; a family's is an estimate of what it will be.
-            measured = shape if isinstance(found, ModuleEmbedder) else None
-        if config not in cache and not run.num_cached:
-            cache.explain(config).log_new_store()
+            measured = shapes if isinstance(found, ModuleEmbedder) else {}
+        run.log_new_stores()
         run.work(
             missing,
             front_end,
             make_embedder,
             num_workers=run.share.decoding_processes() if num_workers is None else num_workers,
             commit_seconds=commit_seconds,
-            shape=measured,
+            shapes=measured,
         )
-        return run.summary()
+        return run.summaries()[0]
 
 
 def stored_of_share(
@@ -214,19 +211,20 @@ def stored_of_share(
     """
     # A batch system is waiting for our end: other ranks aren't waited for.
     run = ExtractionRun(
-        cache, config, clips, batch_size=batch_size, share=share, staging=staging, patience=0.0
+        cache, [config], clips, batch_size=batch_size, share=share, staging=staging, patience=0.0
     )
     run.plan()
-    run.close_reader()
-    return run.num_cached, len(run.paths)
+    run.close_readers()
+    return run.stores[0].num_cached, len(run.paths)
 
 
 class ExtractionRun:
-    """One extraction: its plan, and what became of its clips.
+    """One extraction: its clips, and the stores that it fills.
 
     Args:
         cache: Where to store.
-        config: The identity of the embeddings.
+        configs: The identities of the embeddings: one or more that differ in `output` and `dtype`
+            only.
         clips: See `extract`.
         batch_size: See `extract`.
         share: See `extract`.
@@ -244,7 +242,7 @@ class ExtractionRun:
     def __init__(
         self,
         cache: EmbeddingCache,
-        config: CacheConfig,
+        configs: Sequence[CacheConfig],
         clips: Clips | AudioDataset,
         *,
         batch_size: int = 8,
@@ -256,160 +254,125 @@ class ExtractionRun:
         progress: Progress | None = None,
     ) -> None:
         self._started = time.perf_counter()
-        self.cache, self.config = cache, config
+        self.cache = cache
+        self.config = configs[0]  # for what all of them share
         self.share = RankShare() if share is None else share
         self.model = ""
         self.compute_seconds = 0.0
         self.built_model = False
-        self.num_cached = 0
-        self.num_extracted = 0
         self._batch_size = batch_size
-        self._stored_elsewhere = set(stored)
-        self._dataset_root = dataset_root
+        self._stored_elsewhere = stored
+        self._is_staged = staging is not None
         self._progress, self._num_done = progress, 0
-        self._changed: set[str] = set()
-        self._num_suspects = 0
-        self._moved_model = ""
         self._left_out = counts_of_left_out(clips)
-        self._reader: EmbeddingReader | None = None
-        self._num_put = 0
-        self._has_company = False
 
         everything, failures = distinct_clips(pairs_of(clips))
         self.all_samples = list(everything)
         ours = everything if self.share.is_all else self.share.of(everything, batch_size)
         self.paths = {sample_id: everything[sample_id] for sample_id in ours}
         # Sample ids that can't be stored are in no unit.
-        self.outcomes = Outcomes(failures if self.share.rank == 0 else ())
-        self.asked = {*self.paths, *(failure.sample_id for failure in self.outcomes.failures)}
-        self._staging: Staging | None = None
-        if staging is not None:
-            self._staging = Staging(
-                staging, cache, config, self.share, self.all_samples, batch_size, patience
+        refused = failures if self.share.rank == 0 else []
+        self.asked = {*self.paths, *(failure.sample_id for failure in refused)}
+        staged = [
+            Staging(staging, cache, config, self.share, self.all_samples, batch_size, patience)
+            if staging is not None
+            else None
+            for config in configs
+        ]
+        self.num_stores_on_disk = staged[0].num_stores if staged[0] else 1
+        self.stores = [
+            StoreToFill(
+                cache,
+                config,
+                paths=self.paths,
+                failures=refused,
+                staging=place,
+                dataset_root=dataset_root,
             )
-            self.cache = self._staging.cache
-        self.store = self.cache.path(config)
-        self._recorder = SourceRecorder(self.store, dataset_root)
+            for config, place in zip(configs, staged, strict=True)
+        ]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep a staging store to this process, and the reader of the run open.
+        """Keep staging stores to this process, and the readers of the run open.
 
         Raises:
             StorageError: The same rank is running already.
             ReadOnlyCacheError: The staging folder can't be written.
         """
         with ExitStack() as stack:
-            if self._staging is not None:
-                stack.enter_context(self._staging.held())
-            stack.callback(self.close_reader)
+            for store in self.stores:
+                stack.enter_context(store.opened())
             yield
+
+    def close_readers(self) -> None:
+        """Close the readers; the next question opens others."""
+        for store in self.stores:
+            store.close_reader()
 
     # ---- the plan
 
     def plan(self, *, recompute_changed: bool = False) -> dict[str, str | AudioSource]:
-        """Return the clips to be computed by sample id, sorted.
+        """Return the clips to be computed for some store by sample id, sorted.
 
         Args:
             recompute_changed: Add cached clips whose file isn't as it was; otherwise they are only
                 counted.
 
         Raises:
-            CacheError: The store or, with `recompute_changed`, its records can't be read.
+            CacheError: A store or, with `recompute_changed`, its records can't be read.
         """
         # Ranks that fill one store look at the space that all of them need.
-        asked = self.paths if self._staging or self.share.is_all else self.all_samples
-        missing = self._not_stored(set(asked) - self._stored_elsewhere)
-        if self._staging is not None:
-            missing -= self._staging.stored(missing)
-        self.to_be_written = missing
-        ours = missing.intersection(self.paths)
-        self._look_at_sources(ours, recompute_changed=recompute_changed)
-        ours |= self._changed
-        self.num_cached = len(self.paths) - len(ours)
-        self.outcomes.settled = self.asked - ours
-        return {sample_id: self.paths[sample_id] for sample_id in sorted(ours)}
+        asked = self.paths if self._is_staged or self.share.is_all else self.all_samples
+        missing: set[str] = set()
+        for store in self.stores:
+            found = store.plan(asked, self._stored_elsewhere, recompute_changed=recompute_changed)
+            store.outcomes.settled = self.asked - found
+            missing |= found
+        return {sample_id: self.paths[sample_id] for sample_id in sorted(missing)}
 
-    def _look_at_sources(self, missing: set[str], *, recompute_changed: bool) -> None:
-        """Count the cached clips whose file isn't as it was, or note those that changed."""
-        cached = {
-            sample_id: source
-            for sample_id, source in self.paths.items()
-            if isinstance(source, str) and sample_id not in missing
-        }
-        if not cached:
-            return
-        if recompute_changed:
-            self._changed = set(changed_clips(self.store, cached))
-            return
-        with suppress(CacheError):  # `check_sources` reports what is wrong with the records
-            self._num_suspects = num_suspects(self.store, cached)
-            if self._staging is not None:
-                self._num_suspects += num_suspects(self._staging.root_store, cached)
-
-    def nothing_to_do(self, model: str | os.PathLike[str] | AudioModel | None) -> ExtractionSummary:
-        """Return the summary of a run of hits, whose model is never built.
-
-        Its weights are compared with those that filled the store all the same. A Hub name that
-        means other weights now is a warning: only the name is known. Of a module at
-        hand it is an error, as hits would pass for its embeddings.
+    def compare_weights(self, model: str | os.PathLike[str] | AudioModel) -> None:
+        """Compare the model with what filled the stores that lack nothing.
 
         Raises:
             ProvenanceMismatchError: A module with other weights.
         """
-        self.outcomes.record_failures(self.store)
-        name = self.config.model_name if model is None else model
-        reader = self._open_reader()
-        if reader is not None and isinstance(name, ModuleEmbedder):
-            digest = module_digest(name.module)
-            reader.metadata.with_provenance({"weights_digest": digest}, reader.path)
-        elif reader is not None and isinstance(name, (str, os.PathLike)):
-            self._moved_model = moved_weights(name, reader.metadata.provenance, reader.path)
-            if self._moved_model:
-                _logger.warning("%s", self._moved_model)
-        return self.summary()
+        for store in self.stores:
+            if not store.missing:
+                store.compare_weights(model)
 
-    # ---- what is stored, by the one reader of the run
+    def check_writable(self) -> None:
+        """Check that the stores can be written.
 
-    def _open_reader(self) -> EmbeddingReader | None:
-        if self._reader is None and self.config in self.cache:
-            self._reader = self.cache.reader(self.config, track_usage=False)
-        return self._reader
+        Raises:
+            ReadOnlyCacheError: One can't.
+        """
+        for store in self.stores:
+            store.cache.check_writable(store.config)
 
-    def close_reader(self) -> None:
-        """Close the reader of the run; the next question opens another."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+    def log_new_stores(self) -> None:
+        """Say what a store that doesn't exist yet differs in from those of the cache."""
+        for store in self.stores:
+            if store.config not in self.cache and not store.num_cached:
+                self.cache.explain(store.config).log_new_store()
 
-    def _not_stored(self, sample_ids: Collection[str]) -> set[str]:
-        reader = self._open_reader()
-        return set(sample_ids if reader is None else reader.missing(sample_ids))
-
-    def known_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the store's embeddings; None while it is empty."""
-        reader = self._open_reader()
-        shape = None if reader is None else reader.embedding_shape
-        if shape is None and self._staging is not None:
-            shape = self._staging.shape()
-        return None if shape is None or None in shape else tuple(size or 0 for size in shape)
-
-    def check_space(self, shape: tuple[int, ...] | None, num_stores: int | None = None) -> None:
-        """Refuse what the disk can't hold; without a shape nothing is known.
+    def check_space(self, shapes: Shapes, num_stores: int | None = None) -> None:
+        """Refuse what the disk can't hold; without a shape nothing is known of a store.
 
         Args:
-            shape: Of one embedding.
-            num_stores: How many such stores are filled on this disk; None asks the staging folder.
+            shapes: Of one embedding, by output.
+            num_stores: How many such stores are filled on this disk by as many processes; None
+                asks the staging folder.
 
         Raises:
             CacheFullError: See `lmdbcache.extraction.space.check_space`.
         """
-        shape = shape or self.known_shape()
-        if shape is not None:
-            if num_stores is None:
-                num_stores = self._staging.num_stores if self._staging else 1
-            sample_ids = {*self.to_be_written, *self._changed}
-            check_space(self.store, sample_ids, shape, self.config.dtype, num_stores)
+        wanted = [
+            Wanted(store.path, store.to_be_written | store.changed, shape, store.config.dtype)
+            for store in self.stores
+            if (shape := shapes.get(store.config.output) or store.known_shape()) is not None
+        ]
+        check_space(wanted, self.num_stores_on_disk if num_stores is None else num_stores)
 
     # ---- the work
 
@@ -421,7 +384,7 @@ class ExtractionRun:
         *,
         num_workers: int,
         commit_seconds: float,
-        shape: tuple[int, ...] | None = None,
+        shapes: Shapes,
     ) -> None:
         """Decode, embed and store what is missing.
 
@@ -431,7 +394,7 @@ class ExtractionRun:
             make_embedder: Called when the first features are there.
             num_workers: Decoding processes.
             commit_seconds: Commit at least this often.
-            shape: That every embedding has to have; None takes any.
+            shapes: Output → the shape that every embedding has to have; any, where it isn't stated.
 
         Raises:
             CacheError: See `extract`.
@@ -441,11 +404,12 @@ class ExtractionRun:
             for unit in units_of(self.paths, missing, self._batch_size)
             if unit
         ]
-        _logger.info("%d clips to extract, %d cached", len(missing), self.num_cached)
-        is_proven = self.outcomes.is_front_end_proven = self.known_shape() is not None
+        num_cached = len(self.paths) - len(missing)
+        _logger.info("%d clips to extract, %d cached", len(missing), num_cached)
+        is_proven = any(store.known_shape() is not None for store in self.stores)
+        trials = FrontEndTrials(is_proven=is_proven)
         passes: ForwardPasses | None = None
-        writer: EmbeddingWriter | None = None
-        self._advance(self.num_cached)
+        self._advance(num_cached)
         with (
             features_of(
                 units,
@@ -462,34 +426,46 @@ class ExtractionRun:
             try:
                 for batch in batches:
                     if batch.features is not None:
-                        if passes is None or writer is None:
-                            from lmdbcache.extraction.embedding import ForwardPasses
-
+                        if passes is None:
                             embedder = make_embedder()
-                            if shape is None:
-                                # A module finds it out by a clip of noise, and may fail on that.
-                                with suppress(AudioDecodeError, ModuleError):
-                                    self.check_space(embedder.embedding_shape)
-                            writer = stack.enter_context(
-                                self._writer({**features, **embedder.provenance()}, commit_seconds)
-                            )
+                            passes = self._passes(embedder, shapes, is_proven=is_proven)
+                            provenance = {
+                                **folder_provenance(self.model),
+                                **features,
+                                **embedder.provenance(),
+                            }
+                            for store in self.stores:
+                                if store.missing:
+                                    stack.enter_context(
+                                        store.open_writer(provenance, commit_seconds)
+                                    )
                             self.built_model = True
-                            passes = ForwardPasses(
-                                embedder, self.config, shape, is_proven=is_proven
-                            )
-                        self._put(batch, self._embed(batch, passes, writer), writer)
+                        self._embed(batch, passes)
+                    self._note_failures(batch)
                     self._advance(batch.num_clips)
-                    self.outcomes.note_batch(batch)
-                if writer is not None:
-                    writer.commit()
+                    trials.note(batch)
+                for store in self.stores:
+                    store.commit()
             except BaseException as error:
-                # Each embedding is whole: what was computed is worth keeping.
-                _commit_in_spite_of(error, writer)
+                for store in self.stores:
+                    store.commit_in_spite_of(error)
                 raise
             finally:
-                self.num_extracted = writer.num_written if writer else 0
-                self.outcomes.record_failures(self.store)
-            self.outcomes.check_front_end(is_last=True)
+                for store in self.stores:
+                    store.count()
+                self.record_failures()
+            trials.check(is_last=True)
+
+    def _passes(self, embedder: Embedder, shapes: Shapes, *, is_proven: bool) -> ForwardPasses:
+        from lmdbcache.extraction.embedding import ForwardPasses
+
+        if not any(shapes.values()):
+            # A module finds it out by a clip of noise, and may fail on that.
+            with suppress(AudioDecodeError, ModuleError):
+                self.check_space({self.config.output: embedder.embedding_shape})
+        return ForwardPasses(
+            embedder, self.config, _outputs(self.stores), shapes, is_proven=is_proven
+        )
 
     def _order(self, num_units: int) -> Iterator[int]:
         """Yield the units in key order, as LMDB stores them in the least space.
@@ -500,17 +476,16 @@ class ExtractionRun:
         rest = list(range(num_units - 1, -1, -1))
         is_shuffled = False
         while rest:
-            if self._has_company and not is_shuffled:
+            if not is_shuffled and any(store.has_company for store in self.stores):
                 random.Random(os.getpid()).shuffle(rest)
                 is_shuffled = True
             yield rest.pop()
 
     def _is_wanted(self, sample_ids: list[str]) -> bool:
         """Look once more, right before a unit is decoded, whether another run has stored it."""
-        if self._not_stored(sample_ids) or not self._changed.isdisjoint(sample_ids):
+        wanted = [store.wants(sample_ids) for store in self.stores]
+        if any(wanted):
             return True
-        self._has_company = True
-        self.outcomes.settled.update(sample_ids)
         self._advance(len(sample_ids))
         return False
 
@@ -519,62 +494,73 @@ class ExtractionRun:
         if self._progress is not None:
             self._progress(self._num_done, len(self.paths))
 
-    def _writer(self, provenance: Mapping[str, str], commit_seconds: float) -> EmbeddingWriter:
-        provenance = {**folder_provenance(self.model), **provenance}
-        if self._staging is not None:
-            self._staging.check_provenance(provenance)
-        return self.cache.writer(
-            self.config,
-            provenance=provenance,
-            dataset_root=self._dataset_root,
-            overwritten=self._changed,  # and nothing else: another run's bits stay
-            commit_seconds=commit_seconds,
-            before_commit=self._recorder,
-        )
+    def _embed(self, unit: FeatureBatch, passes: ForwardPasses) -> None:
+        """Embed a unit, and add to each store what it lacks.
 
-    def _embed(
-        self, batch: FeatureBatch, passes: ForwardPasses, writer: EmbeddingWriter
-    ) -> list[Any]:
-        started = time.perf_counter()
-        try:
-            embeddings = passes.embed(batch)
-        except InvalidEmbeddingError:
-            writer.discard()  # of the same model
-            raise
-        if not self.compute_seconds and embeddings:
-            self.check_space(tuple(embeddings[0].shape))
-        self.compute_seconds += time.perf_counter() - started
-        batch.failures = [
-            replace(failure, path=failure.path or str(self.paths[failure.sample_id]))
-            for failure in batch.failures
-        ]
-        return embeddings
+        What is missing of the unit is a batch: its composition changes the last bits. Stores that
+        lack the same clips share one; others get what a run of their own would compute.
+        """
+        lacking: dict[tuple[str, ...], list[StoreToFill]] = {}
+        for store in self.stores:
+            ours = tuple(one for one in unit.sample_ids if one in store.missing)
+            if ours:
+                lacking.setdefault(ours, []).append(store)
+        for sample_ids, stores in lacking.items():
+            started = time.perf_counter()
+            try:
+                found = passes.embed(unit, sample_ids, _outputs(stores))
+            except InvalidEmbeddingError:
+                for store in self.stores:
+                    store.discard()  # of the same model
+                raise
+            if not self.compute_seconds:
+                self.check_space(
+                    {key: tuple(rows[0].shape) for key, (_, rows) in found.items() if rows}
+                )
+            self.compute_seconds += time.perf_counter() - started
+            failed: dict[str, ClipFailure] = {}
+            for batch, _ in found.values():
+                batch.failures = [
+                    replace(failure, path=str(self.paths[failure.sample_id]))
+                    for failure in batch.failures
+                ]
+                failed.update((failure.sample_id, failure) for failure in batch.failures)
+            _log(failed.values())
+            for store in stores:
+                batch, embeddings = found[store.config.output]
+                store.put(batch, embeddings)
+                store.outcomes.note(batch.sample_ids, batch.failures)
 
-    def _put(self, batch: FeatureBatch, embeddings: Iterable[Any], writer: EmbeddingWriter) -> None:
-        # What is computed together is stored together: the rest of a unit, computed by another
-        # run, would be another batch.
-        with writer.together():
-            for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
-                self._recorder.note(sample_id, batch.sources.get(sample_id))
-                try:
-                    writer.put(sample_id, embedding)
-                except InvalidEmbeddingError as error:
-                    path = str(self.paths[sample_id])
-                    self.outcomes.failures.append(ClipFailure(sample_id, path, str(error)))
-                else:
-                    self._num_put += 1
-                    self.outcomes.note_stored(sample_id, embedding, batch)
-        # What another run has stored before us is skipped.
-        self._has_company |= writer.num_written + writer.num_pending < self._num_put
+    def _note_failures(self, unit: FeatureBatch) -> None:
+        """Note clips that gave no features with each store that lacks them."""
+        _log(unit.failures)
+        for store in self.stores:
+            store.outcomes.note(
+                (), [one for one in unit.failures if one.sample_id in store.missing]
+            )
 
-    def summary(self) -> ExtractionSummary:
-        """Return what was done."""
-        outcomes = self.outcomes
+    def record_failures(self) -> None:
+        """Keep the list of failed clips with each store, and log how many there are."""
+        failures = {
+            failure.sample_id: failure
+            for store in reversed(self.stores)
+            for failure in reversed(store.outcomes.failures)
+        }
+        warn_of_failures(list(failures.values()))
+        for store in self.stores:
+            store.outcomes.record_failures(store.path)
+
+    def summaries(self) -> list[ExtractionSummary]:
+        """Return what was done, for each store."""
+        return [self._summary(store) for store in self.stores]
+
+    def _summary(self, store: StoreToFill) -> ExtractionSummary:
+        outcomes = store.outcomes
         return ExtractionSummary(
-            store=self.store,
+            store=store.path,
             num_samples=len(self.asked),
-            num_cached=len(self.asked) - self.num_extracted - outcomes.num_failed,
-            num_extracted=self.num_extracted,
+            num_cached=len(self.asked) - store.num_extracted - outcomes.num_failed,
+            num_extracted=store.num_extracted,
             silent=tuple(sorted(outcomes.silent)),
             cancelled=tuple(sorted(outcomes.cancelled)),
             equal=outcomes.equal_embeddings(),
@@ -582,8 +568,8 @@ class ExtractionRun:
             seconds=time.perf_counter() - self._started,
             compute_seconds=self.compute_seconds,
             built_model=self.built_model,
-            moved_model=self._moved_model,
-            num_suspects=self._num_suspects,
+            moved_model=store.moved_model,
+            num_suspects=store.num_suspects,
             rank=self.share.rank,
             world_size=self.share.world_size,
             left_out=self._left_out,
@@ -615,14 +601,13 @@ def units_of(
     ]
 
 
-def _commit_in_spite_of(error: BaseException, writer: EmbeddingWriter | None) -> None:
-    if writer is None or not writer.num_pending:
-        return
-    try:
-        writer.commit()
-    except CacheError as another:
-        if not isinstance(error, CacheError):
-            _logger.error("%d embeddings couldn't be committed: %s", writer.num_pending, another)
+def _outputs(stores: Iterable[StoreToFill]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(store.config.output for store in stores))
+
+
+def _log(failures: Iterable[ClipFailure]) -> None:
+    for failure in failures:
+        _logger.info("%s: %s", failure.sample_id, failure.reason)
 
 
 def _use_one_thread_after_a_fork() -> None:

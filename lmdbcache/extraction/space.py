@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from lmdbcache.errors import CacheFullError
 from lmdbcache.files import free_bytes, readable_size
 from lmdbcache.storage import NUMPY_DTYPES, RESERVE_BYTES
 
-__all__ = ["check_space", "estimated_bytes", "needed_bytes", "value_bytes", "ways_to_need_less"]
+__all__ = [
+    "Wanted",
+    "check_space",
+    "estimated_bytes",
+    "needed_bytes",
+    "value_bytes",
+    "ways_to_need_less",
+]
 
 # LMDB 0.9: a value goes to pages of its own if its node would take more than half a page.
 _PAGE_HEADER, _NODE_HEADER, _POINTER = 16, 8, 2
@@ -56,35 +63,47 @@ def needed_bytes(sample_ids: Collection[str], shape: tuple[int, ...], dtype: str
     return estimated_bytes(sample_ids, shape, dtype) + beside + reserve
 
 
-def check_space(
-    store: Path,
-    sample_ids: Collection[str],
-    shape: tuple[int, ...],
-    dtype: str,
-    num_stores: int = 1,
-) -> None:
-    """Refuse an extraction that the disk can't hold.
+class Wanted(NamedTuple):
+    """What is to be stored in one store.
 
     Args:
         store: The store's folder.
         sample_ids: Those to be stored.
         shape: Of one embedding.
         dtype: As it is stored.
-        num_stores: How many such stores are filled on the same disk, this one included.
+    """
+
+    store: Path
+    sample_ids: Collection[str]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def check_space(wanted: Sequence[Wanted], num_stores: int = 1) -> None:
+    """Refuse an extraction that the disk can't hold.
+
+    Args:
+        wanted: For each store; all of them lie on one disk.
+        num_stores: How many processes fill such stores on the same disk, this one included.
 
     Raises:
         CacheFullError: Names the bytes needed, those free, and ways to need fewer.
     """
-    needed = needed_bytes(sample_ids, shape, dtype) * num_stores
-    free = free_bytes(store)
+    if not wanted:
+        return
+    needed = num_stores * sum(needed_bytes(one.sample_ids, *one[2:]) for one in wanted)
+    free = free_bytes(wanted[0].store)
     if needed <= free:
         return
-    remedies = ["free space", "choose another cache `root`", *ways_to_need_less(shape, dtype)]
-    number = f"{len(sample_ids)} embeddings of shape {shape}"
+    less = [way for one in wanted for way in ways_to_need_less(one.shape, one.dtype)]
+    remedies = ["free space", "choose another cache `root`", *dict.fromkeys(less)]
+    number = " and ".join(
+        f"{len(one.sample_ids)} embeddings of shape {one.shape}" for one in wanted
+    )
     if num_stores > 1:
         number += f" in each of {num_stores} stores"
     raise CacheFullError(
-        f"{store}: {number} need {readable_size(needed)}, "
+        f"{wanted[0].store}: {number} need {readable_size(needed)}, "
         f"{readable_size(free)} are free. Nothing was computed: {', or '.join(remedies)}"
     )
 

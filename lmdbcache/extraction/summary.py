@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -18,7 +18,7 @@ from lmdbcache.storage import Report, as_stored
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["ExtractionSummary", "Outcomes"]
+__all__ = ["ExtractionSummary", "FrontEndTrials", "Outcomes", "warn_of_failures"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class ExtractionSummary(Report):
 
 
 class Outcomes:
-    """What became of the clips of one run.
+    """What became of the clips of one run, for one store.
 
     Args:
         failures: Of clips that are in no batch.
@@ -134,8 +134,6 @@ class Outcomes:
         self.silent: Final[list[str]] = []
         self.cancelled: Final[list[str]] = []
         self.settled: set[str] = set()
-        self.is_front_end_proven = False
-        self._num_front_end_errors = 0
         # Checksum of an embedding → its first clip and the checksum of that one's waveform.
         self._first: Final[dict[int, tuple[str, int]]] = {}
         self._equal: Final[dict[int, list[str]]] = {}
@@ -164,45 +162,65 @@ class Outcomes:
         """Return the sample ids that share one embedding although their clips sound different."""
         return tuple(sorted(tuple(sorted(group)) for group in self._equal.values()))
 
-    def note_batch(self, batch: FeatureBatch) -> None:
-        """Record the failures of a batch, and which of its clips are done.
-
-        Raises:
-            ExtractionError: See `check_front_end`.
-        """
-        self.failures += batch.failures
-        self.settled.update(batch.sample_ids, [failure.sample_id for failure in batch.failures])
-        for failure in batch.failures:
-            _logger.info("%s: %s", failure.sample_id, failure.reason)
-        self.is_front_end_proven |= batch.num_features > 0
-        self._num_front_end_errors += batch.num_front_end_errors
-        self.check_front_end()
-
-    def check_front_end(self, *, is_last: bool = False) -> None:
-        """End a run whose front end fails on every clip, instead of trying all of them.
-
-        Raises:
-            ExtractionError: It has failed on all so far, which are enough or all there are.
-        """
-        enough = 2 if is_last else _FRONT_END_TRIALS
-        if not self.is_front_end_proven and self._num_front_end_errors >= enough:
-            raise ExtractionError(
-                f"the front end fails on each of {self._num_front_end_errors} clips, and nothing "
-                f"is stored yet: {self.failures[-1].reason}"
-            )
+    def note(self, sample_ids: Iterable[str], failures: Sequence[ClipFailure]) -> None:
+        """Record clips that are done, and clips that failed."""
+        self.failures += failures
+        self.settled.update(sample_ids, [failure.sample_id for failure in failures])
 
     def record_failures(self, store: Path) -> None:
-        """Keep the list of failed clips with a store, and log how many there are."""
-        if self.failures:
-            _logger.warning(
-                "%d %s no embedding and will be tried again by the next run (%s%s)",
-                len(self.failures),
-                "clip has" if len(self.failures) == 1 else "clips have",
-                self.failures[0].reason,
-                "" if len(self.failures) == 1 else "; all are in the summary's failures",
-            )
+        """Keep the list of failed clips with a store."""
         try:
             update_failures(store, self.settled, self.failures)
         except (OSError, CacheError) as error:
             # A full disk, say. The list is a convenience, and must not hide the error itself.
             _logger.error("%s can't be written: %s", FAILURES_NAME, str(error))
+
+
+class FrontEndTrials:
+    """Ends a run whose front end fails on every clip, instead of trying all of them.
+
+    Args:
+        is_proven: Whether it has given features before.
+    """
+
+    def __init__(self, *, is_proven: bool) -> None:
+        self._is_proven = is_proven
+        self._num_errors = 0
+        self._reason = ""
+
+    def note(self, unit: FeatureBatch) -> None:
+        """Count what a unit shows.
+
+        Raises:
+            ExtractionError: See `check`.
+        """
+        self._is_proven |= unit.num_features > 0
+        self._num_errors += unit.num_front_end_errors
+        if unit.failures:
+            self._reason = unit.failures[-1].reason
+        self.check()
+
+    def check(self, *, is_last: bool = False) -> None:
+        """End the run if it should end.
+
+        Raises:
+            ExtractionError: It has failed on all so far, which are enough or all there are.
+        """
+        enough = 2 if is_last else _FRONT_END_TRIALS
+        if not self._is_proven and self._num_errors >= enough:
+            raise ExtractionError(
+                f"the front end fails on each of {self._num_errors} clips, and nothing "
+                f"is stored yet: {self._reason}"
+            )
+
+
+def warn_of_failures(failures: Sequence[ClipFailure]) -> None:
+    """Log how many clips failed, if any did."""
+    if failures:
+        _logger.warning(
+            "%d %s no embedding and will be tried again by the next run (%s%s)",
+            len(failures),
+            "clip has" if len(failures) == 1 else "clips have",
+            failures[0].reason,
+            "" if len(failures) == 1 else "; all are in the summary's failures",
+        )

@@ -311,7 +311,7 @@ def test_staging_folder_that_is_not_shared(ranks):
 
 def test_files_that_are_not_on_a_node(cache, clips):
     """A file that is here and not on a node ends the run; one that is nowhere is a failed clip."""
-    run = ExtractionRun(cache, frames_config("vegas"), {**clips, "gone:dog": "/nowhere/gone.wav"})
+    run = ExtractionRun(cache, [frames_config("vegas")], {**clips, "gone:dog": "/nowhere/gone.wav"})
     summary = ExtractionSummary(None, 1, 0, failures=(ClipFailure("gone:dog", "", "absent"),))
     on_ray._add_up(run, [on_ray._Answer(summary, ("gone:dog",), "there")])
     with pytest.raises(DatasetError, match="there"):

@@ -137,12 +137,10 @@ def plan_of(num_samples, shape, memory, room, monkeypatch, cache, config, trial=
     """The limits of a plan for so many embeddings, on a machine of this size."""
     monkeypatch.setattr(estimate, "memory_limit", lambda: memory)
     size = num_samples * estimate.value_bytes(shape, "float32")
-    run = type("Run", (), {})()
-    run.to_be_written = run.all_samples = range(num_samples)
     found = estimate.ExtractionPlan(
         cache.path(config), num_samples, 0, num_samples, 0, shape, size, room, size, trial=trial
     )
-    return [limit.name for limit in estimate._limits(found, config, run)]
+    return [limit.name for limit in estimate._limits(found, config, num_samples, num_samples)]
 
 
 @pytest.mark.parametrize(
