@@ -158,6 +158,16 @@ class CacheConfig:
         ).hexdigest()
 
     @property
+    def model_alias(self) -> str:
+        """`"ast"` for the model that it stands for, else `model_name`."""
+        return "ast" if self.model_name == DEFAULT_MODEL_NAME else self.model_name
+
+    @property
+    def title(self) -> str:
+        """Namespace, model and output for a reader: `vegas my-encoder/1 embedding`."""
+        return " ".join(filter(None, (self.namespace, self.model_alias, self.output)))
+
+    @property
     def slug(self) -> str:
         """A readable part for the store's folder name."""
         parts = [self.namespace, self.model_name.rsplit("/", 1)[-1], self.output]

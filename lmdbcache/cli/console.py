@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 
+from lmdbcache.cli.tables import Table
+from lmdbcache.cli.wording import in_options
+
 __all__ = [
     "DISK_FULL",
+    "LineFormatter",
     "counted",
     "finish",
-    "is_wide",
     "print_error",
     "print_json",
     "print_table",
@@ -28,14 +33,13 @@ __all__ = [
 ]
 
 DISK_FULL: Final = 3  # exit code
-_FINGERPRINT_WIDTH: Final = 16
 _FEW: Final = 10  # lines of a list
 _speaker: Final[list[str]] = []
 
 
 def say(text: str) -> None:
-    """Print text as it is; what the terminal can't show is escaped."""
-    sys.stdout.write(printable(text) + "\n")
+    """Print text, on a terminal with lines that fit; what can't be shown is escaped."""
+    sys.stdout.write(_fitted(printable(text), sys.stdout) + "\n")
 
 
 def printable(cell: object) -> str:
@@ -83,17 +87,17 @@ def finish(report: Any, show: Callable[[Any], None] | None = None, *, as_json: b
 def speak_for(who: str) -> None:
     """Put a name in front of errors and log lines: several processes share one output."""
     _speaker.append(f"{who}: ")
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Named(handler.formatter or logging.Formatter(), f"{who}: "))
 
 
-class _Named(logging.Formatter):
-    def __init__(self, formatter: logging.Formatter, name: str) -> None:
-        super().__init__()
-        self._formatter, self._name = formatter, name
+class LineFormatter(logging.Formatter):
+    """Log lines as the errors of a command: with the speaker's name, options, whole words."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._name + self._formatter.format(record)
+        """Return the line."""
+        text = super().format(record)
+        if (context := click.get_current_context(silent=True)) is not None:
+            text = in_options(text, context.command.params)
+        return _fitted("".join(_speaker) + text, sys.stderr)
 
 
 def print_error(error: object) -> None:
@@ -101,42 +105,67 @@ def print_error(error: object) -> None:
     text = f"lmdbcache: {''.join(_speaker)}{' '.join(str(error).splitlines())}"
     encoding = sys.stderr.encoding or "utf-8"
     with contextlib.suppress(OSError):  # standard error is full, or its pipe is closed
-        sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        sys.stderr.write(_fitted(text, sys.stderr) + "\n")
 
 
 def print_json(value: Any) -> None:
     """A value for scripts."""
-    say(json.dumps(value, indent=2))
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def print_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], *, num_text_columns: int = 1
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    num_text_columns: int = 1,
+    optional: Sequence[str] = (),
 ) -> None:
-    """A table as wide as the terminal; in a pipe as wide as it needs. Numbers go to the right."""
-    from rich.console import Console
-    from rich.table import Table
+    """A table as wide as the terminal; in a pipe as wide as it needs. Numbers go to the right.
 
-    cells = [[printable(cell) for cell in row] for row in rows]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(headings):
-        justify: Literal["left", "right"] = "left" if number < num_text_columns else "right"
-        widest = max([len(heading), *(len(row[number]) for row in cells)])
-        table.add_column(
-            heading,
-            overflow="fold",
-            justify=justify,
-            # A narrow terminal folds other columns first: a fingerprint is there to be copied.
-            min_width=min(widest, _FINGERPRINT_WIDTH) if number == 0 else None,
-        )
-    for row in cells:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 240
-    Console(width=width, highlight=False, markup=False, soft_wrap=False).print(table)
+    Args:
+        headings: Of the columns.
+        rows: Cells of each row.
+        num_text_columns: How many columns, from the left, are text.
+        optional: Headings of what a narrow terminal leaves out, the least important first.
+    """
+    table = Table(
+        headings,
+        [[printable(cell) for cell in row] for row in rows],
+        num_text_columns=num_text_columns,
+        optional=optional,
+        room=_columns_of(sys.stdout),
+    )
+    heading, *lines = table.lines()
+    is_styled = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    sys.stdout.write("\n".join([click.style(heading, bold=True) if is_styled else heading, *lines]))
+    sys.stdout.write("\n")
+    if table.hidden:
+        hidden = ", ".join(heading for heading in headings if heading in table.hidden)
+        say(f"not shown: {hidden} (a wider terminal or --json has them)")
 
 
-def is_wide(columns: int) -> bool:
-    """Whether standard output shows so many columns; what isn't a terminal shows any number."""
-    return not sys.stdout.isatty() or shutil.get_terminal_size().columns >= columns
+def _columns_of(stream: TextIO) -> int | None:
+    """Return the width of a terminal; None for a pipe or file, where lines may have any length."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """Return text with lines broken between words where a terminal would break them anywhere."""
+    columns = _columns_of(stream)
+    if columns is None or len(text) <= columns:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(
+            line,
+            columns,
+            subsequent_indent=indent + "  ",
+            break_long_words=False,  # a path is there to be copied
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

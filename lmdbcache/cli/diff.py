@@ -19,7 +19,16 @@ from lmdbcache.cache import (
 )
 from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
-from lmdbcache.cli.options import Json, Progress, Root, Tolerance, complete_store, find_folder
+from lmdbcache.cli.options import (
+    Json,
+    Progress,
+    Root,
+    Tolerance,
+    complete_store,
+    digits_of,
+    find_folder,
+    title_of,
+)
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import expand_user
@@ -42,7 +51,7 @@ class _Options:
     progress: bool | None
 
     def compare(self, a: Path, b: Path) -> StoreComparison:
-        with progress_bar(f"comparing {a.name}", shown=self.progress) as report:
+        with progress_bar(f"comparing {digits_of(a)}", shown=self.progress) as report:
             return compare_stores(
                 a, b, values=self.values, tolerance=self.tolerance, progress=report
             )
@@ -143,20 +152,22 @@ def _show_roots(sides: tuple[Path, Path], options: _Options, *, as_json: bool) -
 
 def _show(found: StoreComparison) -> None:
     if found.is_equal:
-        say(f"{found.a.name}: equal, {_of_common(found)}")
+        say(f"{title_of(found.a)}: equal, {_of_common(found)}")
         if not found.worst:
             return
     else:
-        say(f"{found.a} and {found.b} differ")
+        # Stores of two roots may have the same name.
+        name = title_of if found.a.name != found.b.name else str
+        say(f"first:  {name(found.a)}\nsecond: {name(found.b)}")
     _show_fields("config", found.config)
     _show_fields("provenance", found.provenance)
     for side, number, names in (
-        (found.a, found.num_only_a, found.only_a),
-        (found.b, found.num_only_b, found.only_b),
+        ("first", found.num_only_a, found.only_a),
+        ("second", found.num_only_b, found.only_b),
     ):
         if number:
-            more = ", …" if number > len(names) else ""
-            say(f"{counted(number, 'sample')} only in {side}: {', '.join(names)}{more}")
+            more = f" and {number - len(names)} more" if number > len(names) else ""
+            say(f"{counted(number, 'sample')} only in the {side}: {', '.join(names)}{more}")
     say(_of_common(found))
     if found.worst:
         print_table(

@@ -16,12 +16,12 @@ from lmdbcache.cache import (
     Origin,
     StoreInfo,
     count_origins,
+    info_or_damage,
     read_failures,
 )
 from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import (
     counted,
-    is_wide,
     print_error,
     print_json,
     print_table,
@@ -36,6 +36,7 @@ from lmdbcache.cli.options import (
     check_can_ask,
     find_folder,
     find_store,
+    title_of,
 )
 from lmdbcache.cli.quantities import age
 from lmdbcache.errors import CacheError
@@ -86,16 +87,11 @@ def ls_command(
         found = f"none of {counted(len(everything), 'store')} has {text!r} in its name or config"
         say(f"{found}; {cache.root}" if everything else f"nothing is stored under {cache.root}")
         return
-    # Created and written are left out where they would only be cut off.
-    left_out = set() if is_wide(_WIDE) else {"created", "written"}
-    if not any(store.config and store.config.namespace for store in stores):
-        left_out.add("namespace")
-    shown = [heading for heading in _HEADINGS if heading not in left_out]
-    rows = [dict(zip(_HEADINGS, _row(store), strict=True)) for store in stores]
     print_table(
-        shown,
-        [[row[name] for name in shown] for row in rows],
-        num_text_columns=shown.index("Hz"),
+        _HEADINGS,
+        [_row(store) for store in stores],
+        num_text_columns=_HEADINGS.index("Hz"),
+        optional=_OPTIONAL,
     )
     total = sum(store.size_bytes for store in stores)
     say(f"{counted(len(stores), 'store')}, {readable_size(total)} under {cache.root}")
@@ -105,7 +101,7 @@ _HEADINGS = (
     *("fingerprint", "namespace", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
     *("created", "written", "read"),
 )
-_WIDE: int = 120
+_OPTIONAL = ("created", "written", "Hz", "dtype", "read", "s", "size")
 _SORT_KEYS: dict[Order, Callable[[StoreInfo], float]] = {
     Order.SIZE: lambda store: store.size_bytes,
     Order.USED: lambda store: store.last_touched.timestamp() if store.last_touched else 0.0,
@@ -128,7 +124,7 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
     return (
         config.fingerprint,
         config.namespace,
-        config.model_name,
+        config.model_alias,
         config.output,
         config.sample_rate,
         f"{config.duration:g}",
@@ -164,6 +160,7 @@ def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> N
 
 
 def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailure]) -> None:
+    say(title_of(info))
     say(str(info.path))
     if info.damage:
         say(f"{'damaged' if info.is_damaged else 'unreadable'}: {info.damage}")
@@ -253,12 +250,15 @@ def stats_command(
     if as_json:
         print_json([{"path": str(folder), **found.to_dict()} for folder, found in found_in.items()])
     elif store is None:
+        infos = {folder: info_or_damage(folder) for folder in found_in}
         print_table(
-            ("store", "hits", "misses", "hit rate, %"),
+            (*_HEADINGS[:4], "hits", "misses", "hit %"),
             [
-                (folder.name, found.hits, found.misses, _percent(found))
+                (*_row(infos[folder])[:4], found.hits, found.misses, _percent(found))
                 for folder, found in found_in.items()
             ],
+            num_text_columns=4,
+            optional=("namespace",),
         )
     else:
         for found in found_in.values():

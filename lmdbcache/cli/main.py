@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from lmdbcache.cli.command import Command, command_from
 from lmdbcache.cli.completion import install_completion, show_completion
-from lmdbcache.cli.console import DISK_FULL, print_error, printable, say
+from lmdbcache.cli.console import DISK_FULL, LineFormatter, print_error, printable, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
@@ -180,11 +180,10 @@ def _show_version(_: click.Context, __: click.Parameter, wanted: bool) -> None:
 )
 def app(*, verbose: bool) -> None:
     """Set up logging, before any command."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s" if verbose else "lmdbcache: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    form = "%(levelname)s %(name)s: %(message)s" if verbose else "lmdbcache: %(message)s"
+    handler.setFormatter(LineFormatter(form))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     if not verbose:
         # Its summary says the same, on standard output.
         logging.getLogger("lmdbcache.extraction").setLevel(logging.ERROR)

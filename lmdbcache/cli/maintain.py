@@ -20,7 +20,9 @@ from lmdbcache.cli.options import (
     Stores,
     Yes,
     check_can_ask,
+    digits_of,
     find_folders,
+    title_of,
 )
 from lmdbcache.errors import CacheFullError, IntegrityError, StorageError
 from lmdbcache.files import readable_size
@@ -53,7 +55,7 @@ def compact_command(
             if dry_run:
                 results.append(plan_compaction(store))
                 continue
-            with progress_bar(store.name, shown=progress, in_bytes=True) as report:
+            with progress_bar(digits_of(store), shown=progress, in_bytes=True) as report:
                 results.append(compact(store, progress=report))
     if failed and not results:
         raise click.exceptions.Exit(1)
@@ -64,7 +66,7 @@ def compact_command(
             ("store", "embeddings", "before", "after"),
             [
                 (
-                    r.path.name,
+                    title_of(r.path),
                     r.num_embeddings,
                     readable_size(r.bytes_before),
                     readable_size(r.bytes_after),
@@ -96,11 +98,11 @@ def repair_command(
                 _say_repair(report)
             if not report.was_sound and not dry_run:
                 if not yes:
-                    click.confirm(f"Repair {store.name}?", abort=True)
-                with progress_bar(f"repairing {store.name}") as progress:
+                    click.confirm(f"Repair {title_of(store)}?", abort=True)
+                with progress_bar(f"repairing {digits_of(store)}") as progress:
                     report = repair(store, progress=progress)
                 if not as_json:
-                    say(f"repaired {store.name}, {counted(report.num_kept, 'embedding')}")
+                    say(f"repaired {title_of(store)}, {counted(report.num_kept, 'embedding')}")
             reports.append(report)
     if as_json and not (failed and not reports):
         print_json([report.to_dict() for report in reports])
@@ -123,9 +125,9 @@ def _others_going_on(store: Path, failed: list[Path]) -> Iterator[None]:
 def _say_repair(report: RepairReport) -> None:
     kept = counted(report.num_kept, "embedding")
     if report.was_sound:
-        say(f"{report.path.name}: sound, {kept}")
+        say(f"{title_of(report.path)}: sound, {kept}")
         return
-    say(f"{report.path.name}: DAMAGED, {kept} can be kept, {len(report.dropped)} can't")
+    say(f"{title_of(report.path)}: DAMAGED, {kept} can be kept, {len(report.dropped)} can't")
     say_findings(structure=report.structure, dropped=report.dropped)
 
 

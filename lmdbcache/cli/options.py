@@ -39,10 +39,12 @@ __all__ = [
     "Yes",
     "check_can_ask",
     "complete_store",
+    "digits_of",
     "find_folder",
     "find_folders",
     "find_store",
     "ids_in",
+    "title_of",
 ]
 
 
@@ -160,6 +162,21 @@ def ids_in(path: Path | None) -> list[str] | None:
     return [canonical_sample_id(line.strip()) for line in lines if line.strip()]
 
 
+def digits_of(store: Path) -> str:
+    """Return the fingerprint of a store's folder; nothing is opened."""
+    return store.name.rpartition("-")[2]
+
+
+def title_of(store: Path | StoreInfo) -> str:
+    """Name a store in a line: its fingerprint, and the config as it was given.
+
+    Args:
+        store: What it holds, or its folder.
+    """
+    info = info_or_damage(store) if isinstance(store, Path) else store
+    return f"{info.config.fingerprint} {info.config.title}" if info.config else info.path.name
+
+
 def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:
     """What the store holds that `find_folder` finds."""
     return info_or_damage(find_folder(cache, text))
@@ -216,5 +233,5 @@ def _means(text: str, store: Path) -> bool:
     if os.sep in text:
         # A path is that folder alone: a store of another root may have the same name.
         return expand_user(text).resolve() == store.resolve()
-    digits = store.name.rpartition("-")[2]
+    digits = digits_of(store)
     return text == store.name or (text != "" and digits.startswith(text.lower()))

@@ -17,7 +17,7 @@ from lmdbcache.cache import (
 )
 from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, print_json, say
-from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask
+from lmdbcache.cli.options import DryRun, Json, Root, Yes, check_can_ask, title_of
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import readable_size
@@ -95,7 +95,7 @@ def prune_command(
         print_json({"dry_run": dry_run, **_as_json(plan, found)})
         return
     for verdict in plan.kept:
-        say(f"kept {verdict.store.path.name}: {verdict.reason}")
+        say(f"kept {title_of(verdict.store)}: {verdict.reason}")
     if has_policy and max_bytes is not None and plan.bytes_left > max_bytes:
         say(f"{readable_size(plan.bytes_left)} remain, more than {readable_size(max_bytes)}")
     if not (plan.removed or found):
@@ -108,7 +108,7 @@ def _say_plan(plan: PrunePlan, leftovers: list[Leftover]) -> None:
     for verdict in plan.removed:
         store = verdict.store
         say(
-            f"{store.path.name}: {readable_size(store.size_bytes)}, "
+            f"{title_of(store)}: {readable_size(store.size_bytes)}, "
             f"unused for {age(store.last_touched)}: {verdict.reason}"
         )
     for leftover in leftovers:

@@ -22,6 +22,7 @@ from lmdbcache.cli.options import (
     check_can_ask,
     find_folders,
     ids_in,
+    title_of,
 )
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, SampleNotFoundError, StorageError
@@ -78,7 +79,7 @@ def _remove_stores(
             held = "damaged" if store.damage else f"{store.num_embeddings} embeddings"
             users = users_of(store)
             used = f", in use by {', '.join(users)}" if users else ""
-            say(f"{store.path.name}: {held}, {readable_size(store.size_bytes)}{used}")
+            say(f"{title_of(store)}: {held}, {readable_size(store.size_bytes)}{used}")
     if chosen and not (yes or dry_run):
         question = f"Remove {counted(len(chosen), 'store')} from {cache.root}?"
         click.confirm(question, abort=True)
@@ -213,7 +214,7 @@ def _say_selection(selection: _Selection) -> None:
     by_class = Counter(sample_id.rpartition(":")[2] for sample_id in selection.chosen)
     parts = ", ".join(f"{name}: {count}" for name, count in sorted(by_class.items())[:20])
     say(
-        f"{selection.info.path.name}: {len(selection.chosen)} of "
+        f"{title_of(selection.info)}: {len(selection.chosen)} of "
         f"{counted(selection.info.num_embeddings, 'embedding')}{f' ({parts})' if parts else ''}"
     )
 

@@ -30,7 +30,16 @@ from lmdbcache.cli.console import (
 )
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.maintain import say_findings
-from lmdbcache.cli.options import All, Json, Progress, Root, Stores, find_folders
+from lmdbcache.cli.options import (
+    All,
+    Json,
+    Progress,
+    Root,
+    Stores,
+    digits_of,
+    find_folders,
+    title_of,
+)
 from lmdbcache.errors import ConfigError, IntegrityError, NotRegularFileError
 from lmdbcache.exchange import RemoteReport, is_url, verify_remote
 from lmdbcache.files import readable_size
@@ -104,7 +113,7 @@ def verify_command(
     else:
         for report in reports:
             state = "sound" if report.is_sound else "DAMAGED"
-            say(f"{report.path.name}: {state}, {report.num_embeddings} embeddings")
+            say(f"{title_of(report.path)}: {state}, {report.num_embeddings} embeddings")
             say_findings(structure=report.structure, damaged=report.damaged, missing=report.missing)
         if not is_sound:
             say("`lmdbcache repair` keeps what is sound; extracting again computes the rest")
@@ -112,7 +121,7 @@ def verify_command(
 
 
 def _verified(store: Path, *, shown: bool | None) -> IntegrityReport:
-    with progress_bar(f"verifying {store.name}", shown=shown) as progress:
+    with progress_bar(f"verifying {digits_of(store)}", shown=shown) as progress:
         try:
             return verify(store, progress)
         except (IntegrityError, NotRegularFileError) as error:  # the other stores are verified
@@ -132,7 +141,7 @@ def _verify_sources(
             with progress_bar("recording files", shown=progress) as report:
                 number = adopt_sources(store, clips, choice.data_dir.absolute(), report)
             if not as_json:
-                say(f"{store.name}: recorded {counted(number, 'source')}")
+                say(f"{title_of(store)}: recorded {counted(number, 'source')}")
         with progress_bar("looking at files", shown=progress) as report:
             reports.append(
                 check_sources(
@@ -158,14 +167,14 @@ def clips_of_store(store: Path, data_dir: Path) -> Mapping[str, str]:
     config = read_store_info(store).config
     if config is not None and config.namespace != dataset.namespace:
         raise ConfigError(
-            f"--data-dir: {store.name} holds embeddings of the dataset {config.namespace!r}, not "
-            f"of {dataset.namespace!r}"
+            f"--data-dir: {digits_of(store)} holds embeddings of the dataset "
+            f"{config.namespace!r}, not of {dataset.namespace!r}"
         )
     return {sample_id: source for sample_id, source in dataset.clips() if isinstance(source, str)}
 
 
 def _say_sources(report: SourceReport) -> None:
-    say(f"{report.path.name}: " + ", ".join(f"{report.num(s)} {s}" for s in STATES))
+    say(f"{title_of(report.path)}: " + ", ".join(f"{report.num(s)} {s}" for s in STATES))
     print_table(
         ("class", *STATES),
         [(name, *(counts.get(s, 0) for s in STATES)) for name, counts in report.by_class.items()],

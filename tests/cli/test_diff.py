@@ -39,7 +39,8 @@ def test_diff_of_roots(cli, cache, configs, tmp_path):
     result = cli("diff", cache.root, copy.root)
     assert result.returncode == 1
     assert f"only in {cache.root}: {cache.path(configs[1]).name}" in result.stdout
-    assert f"1 sample only in {copy.path(configs[0])}: new:dog" in result.stdout
+    assert f"second: {copy.path(configs[0])}" in result.stdout
+    assert "1 sample only in the second: new:dog" in result.stdout
     found = json.loads(cli("diff", cache.root, copy.root, "--json").stdout)
     assert found["only_a"] == [cache.path(configs[1]).name]
     assert [one["num_only_b"] for one in found["stores"]].count(1) == 1

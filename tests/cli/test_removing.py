@@ -146,7 +146,7 @@ def test_prune_asks(cli, cache, configs):
     make_older(cache, configs[0], 100)
     result = cli("prune", "--older-than", "30d", stdin="n\n")
     assert result.returncode == 1
-    assert cache.path(configs[0]).name in result.stdout
+    assert configs[0].title in result.stdout
     assert "unused for 100d" in result.stdout
     assert len(cache.stores()) == 3
     assert "--yes" in cli("prune", "--older-than", "30d", "--json").stderr
@@ -248,7 +248,10 @@ def test_prune_keeps_what_is_in_use(cli, cache, configs, use):
         make_older(cache, configs[0], 100)
         result = cli("prune", "--unused-since", "90d", "--yes")
         assert "removed 2 stores" in result.stdout
-        assert f"kept {cache.path(configs[0]).name}: in use by {peer.process.pid}" in result.stdout
+        assert (
+            f"kept {configs[0].fingerprint} {configs[0].title}: in use by {peer.process.pid}"
+            in result.stdout
+        )
         assert "kept" in cli("prune", "--max-size", "0", "--yes").stdout
         assert list(cache) == [configs[0]]
         assert "in use by" in cli("rm", "--all", "--dry-run").stdout
@@ -389,11 +392,11 @@ def test_one_store_that_can_not_be_used_keeps_no_other_from_its_turn(
     result = cli(command, "--all")
     assert result.returncode == 1
     for config in (configs[0], configs[2]):
-        assert cache.path(config).name in result.stdout
-    assert hostile.name in result.stdout + result.stderr
+        assert config.fingerprint in result.stdout
+    assert configs[1].fingerprint in result.stdout + result.stderr
     alone = cli(command, hostile.name)
     assert alone.returncode == 1
-    assert hostile.name in alone.stdout + alone.stderr
+    assert configs[1].fingerprint in alone.stdout + alone.stderr
 
 
 def test_a_store_that_can_not_be_used_can_be_removed(cli, cache, hostile):
