@@ -20,8 +20,10 @@ __all__ = [
     "DEFAULT_MODEL_NAME",
     "DTYPES",
     "UNSTATED_FRONT_END",
+    "WINDOW_FIELDS",
     "CacheConfig",
     "ModelName",
+    "canonical_value",
     "is_published_ast",
 ]
 
@@ -34,8 +36,14 @@ DEFAULT_FRONT_END: Final = "soundfile+soxr-hq+mono-mean+zero-pad+ast-fbank/1"
 # In the config of a model whose front end isn't stated.
 UNSTATED_FRONT_END: Final = "unstated"
 
+WINDOW_FIELDS: Final = ("window", "hop", "last_window")
+
 DTYPES: Final = ("float32", "float16", "bfloat16")
 
+_DEFAULT_DURATION: Final = 5.0
+_LAST_WINDOWS: Final = ("pad", "drop", "align")
+_MIN_HOP: Final = 0.001
+_MAX_WINDOW_RATE: Final = 1_000_000  # the starts of windows are kept in microseconds
 _MODEL_ALIASES: Final = {
     "ast": DEFAULT_MODEL_NAME,
     "ast-finetuned": DEFAULT_MODEL_NAME,
@@ -81,7 +89,8 @@ class CacheConfig:
 
     Args:
         sample_rate: Sample rate of the waveform given to the front end, in Hz.
-        duration: Length that each clip is cut or zero-padded to, in seconds.
+        duration: Length that each clip is cut or zero-padded to, in seconds; None takes `window`,
+            or 5.0 without one.
         model_name: Hub name or a name of your own. `"ast"` and `"ast-finetuned"` mean
             `MIT/ast-finetuned-audioset-10-10-0.4593`. For a local folder use
             `lmdbcache.embedders.model_identity(folder)`.
@@ -94,6 +103,14 @@ class CacheConfig:
             the `model_identity` of an AST folder, else `"unstated"`, under which `extract` stores
             nothing. `config_for(model)` states the front end of any model.
         compute_dtype: dtype the model computes in.
+        window: Embed each recording in windows of this length, in seconds, instead of its first
+            `duration` seconds. It is the duration of what the model gets.
+        hop: From the start of one window to the start of the next, in seconds, at least 0.001;
+            None takes `window`. It is rounded to whole samples.
+        last_window: What happens at the end of a recording, where no whole window fits: `"pad"`
+            zero-pads the first window that reaches the end, `"drop"` leaves the rest out,
+            `"align"` adds a window that ends where the recording ends. A recording shorter than
+            one window is padded, or with `"drop"` fails.
         dataset: Same as `namespace`, under the name that it has on disk.
 
     Raises:
@@ -108,11 +125,14 @@ class CacheConfig:
     namespace: str
     front_end: str
     compute_dtype: str
+    window: float | None
+    hop: float | None
+    last_window: str
 
     def __init__(
         self,
         sample_rate: int = 16000,
-        duration: float = 5.0,
+        duration: float | None = None,
         model_name: str = DEFAULT_MODEL_NAME,
         output: str = "pooler_output",
         dtype: str = "float32",
@@ -120,8 +140,13 @@ class CacheConfig:
         front_end: str | None = None,
         compute_dtype: str = "float32",
         *,
+        window: float | None = None,
+        hop: float | None = None,
+        last_window: str = "pad",
         dataset: str | None = None,
     ) -> None:
+        if duration is None:
+            duration = _DEFAULT_DURATION if window is None else window
         values = {
             "sample_rate": sample_rate,
             "duration": duration,
@@ -131,12 +156,34 @@ class CacheConfig:
             "namespace": namespace if dataset is None else dataset,
             "front_end": _default_front_end(model_name) if front_end is None else front_end,
             "compute_dtype": compute_dtype,
+            "window": window,
+            "hop": window if hop is None else hop,
+            "last_window": last_window,
         }
         for name, canonical in _CANONICAL_FORMS.items():
             object.__setattr__(self, name, canonical(name, values[name]))
         if self.sample_rate * self.duration < 1:
             raise ConfigError(
                 f"duration: {self.duration} s at {self.sample_rate} Hz is less than one sample"
+            )
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.window is None:
+            name = "hop" if self.hop is not None else "last_window"
+            if self.hop is not None or self.last_window != _LAST_WINDOWS[0]:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} needs a `window`")
+            return
+        if self.duration != self.window:
+            raise ConfigError(
+                f"duration: {self.duration} s, where the window is {self.window} s. With a "
+                "`window`, leave `duration` out"
+            )
+        if (self.hop or 0.0) < _MIN_HOP or not self.hop_samples:
+            raise ConfigError(f"hop: {self.hop} s; it must be at least {_MIN_HOP} s and one sample")
+        if self.sample_rate > _MAX_WINDOW_RATE:
+            raise ConfigError(
+                f"window: {self.sample_rate} Hz; with windows at most {_MAX_WINDOW_RATE} Hz"
             )
 
     @property
@@ -148,6 +195,11 @@ class CacheConfig:
     def num_samples(self) -> int:
         """Length of the waveform given to the front end, in samples."""
         return round(self.sample_rate * self.duration)
+
+    @property
+    def hop_samples(self) -> int:
+        """From the start of one window to the start of the next, in samples; 0 without windows."""
+        return round(self.sample_rate * (self.hop or 0.0))
 
     @property
     def fingerprint(self) -> str:
@@ -171,15 +223,21 @@ class CacheConfig:
     def slug(self) -> str:
         """A readable part for the store's folder name."""
         parts = [self.namespace, self.model_name.rsplit("/", 1)[-1], self.output]
-        parts += [f"{self.sample_rate}hz", f"{self.duration:g}s", self.dtype]
+        parts += [f"{self.sample_rate}hz", f"{self.duration:g}s"]
+        parts += [f"every-{self.hop:g}s"] if self.hop is not None else []
+        parts.append(self.dtype)
         text = "-".join(part for part in parts if part)
         return _NOT_IN_SLUG.sub("-", text).strip("-.").lower()[:100]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as on disk, ready for JSON or msgpack: `namespace` is `dataset`."""
+        """Return the fields as on disk, ready for JSON or msgpack: `namespace` is `dataset`.
+
+        Without a window, the fields of windows aren't among them.
+        """
         return {
             "dataset" if name == "namespace" else name: getattr(self, name)
             for name in _CANONICAL_FORMS
+            if self.window is not None or name not in WINDOW_FIELDS
         }
 
     @classmethod
@@ -198,15 +256,29 @@ class CacheConfig:
         return cls(**values)
 
     def replace(self, **changes: Any) -> CacheConfig:
-        """Return a copy with some fields changed."""
+        """Return a copy with some fields changed; of windows, `duration` and `window` are one."""
         if "dataset" in changes:
             changes["namespace"] = changes.pop("dataset")
+        if self.window is not None and "duration" in changes:
+            changes.setdefault("window", changes["duration"])
+        changes.setdefault("duration", changes.get("window") or self.duration)
+        if changes.get("window", self.window) is None:
+            changes = {"hop": None, "last_window": _LAST_WINDOWS[0], **changes}
         return replace(self, **changes)
 
     def differences(self, other: CacheConfig) -> dict[str, tuple[Any, Any]]:
         """Return the fields that differ, each with (own value, the other's value)."""
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in _CANONICAL_FORMS}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def canonical_value(name: str, value: Any) -> Any:
+    """Return a field's value in the one form that configs are compared in.
+
+    Raises:
+        ConfigError: It is refused.
+    """
+    return _CANONICAL_FORMS[name](name, value)
 
 
 def _default_front_end(model_name: Any) -> str:
@@ -246,6 +318,16 @@ def _duration(name: str, value: Any) -> float:
     if not math.isfinite(seconds) or seconds <= 0:
         raise ConfigError(f"{name}: {seconds} s; it must be finite and above 0, such as 5.0")
     return seconds
+
+
+def _seconds_or_none(name: str, value: Any) -> float | None:
+    return None if value is None else _duration(name, value)
+
+
+def _last_window(name: str, value: Any) -> str:
+    if value not in _LAST_WINDOWS:
+        raise ConfigError(f"{name}: {value!r}; known are {', '.join(_LAST_WINDOWS)}")
+    return str(value)
 
 
 def _text(name: str, value: Any) -> str:
@@ -298,4 +380,7 @@ _CANONICAL_FORMS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "namespace": _namespace,
     "front_end": _identifier,
     "compute_dtype": _dtype,
+    "window": _seconds_or_none,
+    "hop": _seconds_or_none,
+    "last_window": _last_window,
 }

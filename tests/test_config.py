@@ -53,6 +53,11 @@ GOLDEN = [
         "31033d3ebecbf9cd",
         "wav2vec2-base-mean-16000hz-0.1s-float32",
     ),
+    (
+        {"window": 10, "hop": 2.5},
+        "58f0e22bf0573dc6",
+        "ast-finetuned-audioset-10-10-0.4593-pooler-output-16000hz-10s-every-2.5s-float32",
+    ),
 ]
 
 # Only the standard library below: config.py and errors.py without the package around them.
@@ -163,7 +168,6 @@ def test_equal_dtypes_are_one_dtype(dtype):
         ("duration", 10**400),
         ("duration", True),
         ("duration", "5"),
-        ("duration", None),
         ("duration", 1e-9),
         ("model_name", ""),
         ("model_name", "  "),
@@ -205,6 +209,48 @@ def test_every_field_is_identity():
     assert set(changes) == set(CacheConfig().to_dict())
     assert len({config.fingerprint for config in configs}) == len(configs)
     assert len(set(configs)) == len(configs)
+
+
+WINDOWED = {"window": 2, "hop": 0.5, "last_window": "align"}
+
+
+def test_windows_are_identity_and_their_absence_is_none():
+    """Each field of windows makes another store; what is left out has one default."""
+    config = CacheConfig(**WINDOWED)
+    others = [config.replace(window=3), config.replace(hop=1), config.replace(last_window="drop")]
+    plain = CacheConfig(duration=2)
+    assert len({each.fingerprint for each in (config, *others, plain)}) == 5
+    assert (config.duration, config.num_samples, config.hop_samples) == (2.0, 32000, 8000)
+    assert CacheConfig(window=2) == CacheConfig(window=2, hop=2.0, duration=2, last_window="pad")
+    assert set(config.to_dict()) - set(plain.to_dict()) == set(WINDOWED)
+    assert config.replace(window=None) == plain == CacheConfig(window=None, duration=2)
+    assert config.replace(duration=1).window == config.replace(window=1).duration == 1.0
+    assert plain.replace(window=4) == CacheConfig(window=4)
+    assert CacheConfig.from_dict(config.to_dict()) == pickle.loads(pickle.dumps(config)) == config
+    assert config.differences(plain) == {
+        "window": (2.0, None),
+        "hop": (0.5, None),
+        "last_window": ("align", "pad"),
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"duration": 5.0, "window": 2.0},
+        {"hop": 1.0},
+        {"last_window": "drop"},
+        {"window": 1, "last_window": "cut"},
+        {"window": 0},
+        {"window": 1, "hop": 0.0009},
+        {"window": 1, "hop": 0.004, "sample_rate": 100},
+        {"window": 1, "sample_rate": 1_000_001},
+    ],
+)
+def test_windows_that_contradict_each_other_are_refused(fields):
+    """The first field given is the one that the message names, but for the sample rate."""
+    with pytest.raises(ConfigError, match=r"^(duration|hop|last_window|window): "):
+        CacheConfig(**fields)
 
 
 def test_config_survives_pickle_and_dict():

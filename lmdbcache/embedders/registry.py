@@ -196,11 +196,11 @@ def ready_model(model: str | os.PathLike[str] | AudioModel, config: CacheConfig)
     return found
 
 
-def config_for(
+def config_for(  # noqa: PLR0913
     model: str | os.PathLike[str] | AudioModel = DEFAULT_MODEL_NAME,
     *,
     output: str | None = None,
-    duration: float = 5.0,
+    duration: float | None = None,
     namespace: str = "",
     sample_rate: int | None = None,
     dtype: str = "float32",
@@ -208,6 +208,9 @@ def config_for(
     model_name: str | None = None,
     front_end: str | None = None,
     decoder: str | None = None,
+    window: float | None = None,
+    hop: float | None = None,
+    last_window: str = "pad",
     dataset: str | None = None,
 ) -> CacheConfig:
     """Return the config under which a model's embeddings are stored; no weights are loaded.
@@ -215,7 +218,8 @@ def config_for(
     Args:
         model: Alias, Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`.
         output: None takes the model's first one: `pooler_output` if it has that, else `mean`.
-        duration: Length that each clip is cut or padded to, in seconds.
+        duration: Length that each clip is cut or padded to, in seconds; None takes `window`, or
+            5.0 without one.
         namespace: Name of the dataset, see `CacheConfig`.
         sample_rate: In Hz; None takes the one that the model was trained with.
         dtype: Stored dtype.
@@ -225,6 +229,9 @@ def config_for(
         decoder: `"soundfile"`, or `"ffmpeg"` for files that libsndfile doesn't read (m4a, mp4,
             webm, …): all clips of the store are decoded by it, and the front end's name begins
             with it. None takes the front end's, which is soundfile unless it says otherwise.
+        window: Embed recordings in windows of this length, in seconds, see `CacheConfig`.
+        hop: From one window to the next, in seconds; None takes `window`.
+        last_window: `"pad"`, `"drop"` or `"align"`, see `CacheConfig`.
         dataset: Same as `namespace`.
 
     Raises:
@@ -242,6 +249,9 @@ def config_for(
         namespace=namespace if dataset is None else dataset,
         front_end=front_end if decoder is None else with_decoder(front_end, decoder),
         compute_dtype=compute_dtype,
+        window=window,
+        hop=hop,
+        last_window=last_window,
     )
 
 

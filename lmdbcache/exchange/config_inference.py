@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig
+from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig, canonical_value
 from lmdbcache.embedders import AudioModel
 from lmdbcache.errors import ConfigError
 from lmdbcache.exchange.formats.base import Description, Source
@@ -23,7 +23,10 @@ _NEEDED: Final = ("sample_rate", "duration", "model_name")
 
 def missing_fields(description: Description, given: Mapping[str, Any]) -> list[str]:
     """Return the needed fields that neither the file nor the caller states."""
-    return [name for name in _NEEDED if name not in description.facts and given.get(name) is None]
+    known = {*description.facts, *(name for name, value in given.items() if value is not None)}
+    if "window" in known:
+        known.add("duration")
+    return [name for name in _NEEDED if name not in known]
 
 
 def infer_config(
@@ -80,7 +83,7 @@ class _Inference:
         self._model_name = given.get("model_name", stated.get("model_name", self._model_name))
         for name, value in stated.items():
             try:
-                self.values[name] = _canonical(name, value)
+                self.values[name] = canonical_value(name, value)
             except ConfigError as error:
                 if name in given:
                     # An unreadable value can't contradict the given one.
@@ -92,7 +95,7 @@ class _Inference:
                     )
         for name, value in given.items():
             try:
-                wanted = _canonical(name, value)
+                wanted = canonical_value(name, value)
             except ConfigError as error:
                 self.problems.append(str(error))
                 continue
@@ -159,11 +162,6 @@ class _Inference:
             f"{model} find these and add to them; if they must not meet, give `front_end` "
             "another name"
         )
-
-
-def _canonical(name: str, value: Any) -> Any:
-    """A field in the one form that configs are compared in."""
-    return getattr(CacheConfig(**{name: value}), name)
 
 
 def _check_model(

@@ -143,6 +143,8 @@ def extract(  # noqa: PLR0913
             model is loaded; or it became full: what was committed is kept.
     """
     check_options(batch_size, num_workers, commit_seconds)
+    if config.window is not None:
+        raise ConfigError("window: stores of windows are written by `cache.writer` only")
     if recompute_changed and staging is not None:
         raise ConfigError(
             "recompute_changed: with a staging folder the root would keep the old embeddings; "

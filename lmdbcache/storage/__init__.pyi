@@ -86,6 +86,16 @@ from .values import (
     has_masked_elements as has_masked_elements,
 )
 from .verified_reads import Verify as Verify, check_pages as check_pages
+from .windows import (
+    Windows as Windows,
+    check_recording_id as check_recording_id,
+    check_window_key as check_window_key,
+    first_window as first_window,
+    is_first_window as is_first_window,
+    recording_of as recording_of,
+    window_id as window_id,
+    window_start as window_start,
+)
 from .writer import (
     EmbeddingWriter as EmbeddingWriter,
     OnDuplicate as OnDuplicate,

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgpack
 import xxhash
 
-from lmdbcache.config import CacheConfig
+from lmdbcache.config import WINDOW_FIELDS, CacheConfig
 from lmdbcache.errors import (
     ConfigError,
     FormatVersionError,
@@ -207,6 +207,7 @@ class StoreMetadata:
             if version != FORMAT_VERSION:
                 raise ConfigError(f"format_version: {version!r}")
             fields = {name: values[name] for name in _CONFIG_FIELDS}
+            fields |= {name: values[name] for name in WINDOW_FIELDS if name in values}
             config = expected_config
             if config is None or config.to_dict() != fields:
                 config = CacheConfig.from_dict(fields)

@@ -20,6 +20,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import (
     CacheError,
     CacheNotFoundError,
+    ConfigError,
     IntegrityError,
     InvalidEmbeddingError,
     InvalidSampleIdError,
@@ -50,6 +51,15 @@ from lmdbcache.storage.verified_reads import (
     read_one,
     stored_keys,
 )
+from lmdbcache.storage.windows import (
+    Windows,
+    first_window,
+    is_first_window,
+    keys_of_windows,
+    recording_of,
+    window_range,
+    window_start,
+)
 
 __all__ = ["EmbeddingReader", "Positions", "Selection"]
 
@@ -58,6 +68,7 @@ Positions = Sequence[int] | npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]
 
 _KEYS_PER_STEP: Final = 4096
+_KEYS_OF_A_RECORDING: Final = 256
 _MANY: Final = 64  # from this share of the samples on, all keys are read at once
 _SINGLES_BEFORE_LOOKUP: Final = 32  # from here on it pays to know where the values are
 
@@ -371,11 +382,13 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
                     yield sample_id_of_key(key)
             after = keys[-1]
 
-    def _keys_after(self, after: bytes) -> list[bytes]:
+    def _keys_after(self, after: bytes, number: int = _KEYS_PER_STEP) -> list[bytes]:
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[bytes]:
             if self.verify != "never":
-                return stored_keys(snapshot, after, _KEYS_PER_STEP)
-            found: list[bytes] = _following(snapshot, transaction, after, with_checksums=False)
+                return stored_keys(snapshot, after, number)
+            found: list[bytes] = _following(
+                snapshot, transaction, after, number, with_checksums=False
+            )
             return found
 
         return self.read_pinned(read)
@@ -460,24 +473,81 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
         return Selection(self, sample_ids)
 
     def missing(self, sample_ids: Iterable[str]) -> list[str]:
-        """The sample ids that the newest commit lacks, each once, in the order given."""
+        """The sample ids that the newest commit lacks, each once, in the order given.
+
+        In a store of windows, the id of a recording is there if all of its windows are.
+        """
         self.refresh()
         asked = list(dict.fromkeys(sample_ids))
+        names = asked if self.config.window is None else list(map(first_window, asked))
 
         def read(snapshot: Snapshot, transaction: lmdb.Transaction) -> list[str]:
             if _MANY * len(asked) > int(transaction.stat()["entries"]):
                 _ask_for_keys(snapshot)
             if self.verify != "never":
-                stored = has_samples(snapshot, asked)
+                stored = has_samples(snapshot, names)
             else:
                 checksums = snapshot.environment.checksums
-                keys = map(key_or_empty, asked)
+                keys = map(key_or_empty, names)
                 stored = [
                     bool(key) and transaction.get(key, db=checksums) is not None for key in keys
                 ]
             return [i for i, is_stored in zip(asked, stored, strict=True) if not is_stored]
 
         return self.read_pinned(read)
+
+    def windows(self, recording_id: str) -> Windows:
+        """The windows of one recording, in order, all from one snapshot.
+
+        Args:
+            recording_id: `file_id:class`, as the dataset has it.
+
+        Raises:
+            SampleNotFoundError: The newest commit doesn't hold the whole recording (a KeyError).
+            ConfigError: The store's config has no `window`.
+            IntegrityError: See `verify`.
+        """
+        sample_ids = self.window_ids(recording_id)
+        if not sample_ids or not is_first_window(sample_ids[0]):
+            raise self._not_found([recording_id])
+        rate = self.config.sample_rate
+        starts = [(window_start(sample_id, rate) or 0) / rate for sample_id in sample_ids]
+        return Windows(np.array(starts, np.float64), self.get_batch(sample_ids), sample_ids)
+
+    def window_ids(self, recording_id: str) -> list[str]:
+        """The stored windows of one recording, in order; there are some of an unfinished one.
+
+        Args:
+            recording_id: `file_id:class`, as the dataset has it.
+
+        Raises:
+            ConfigError: The store's config has no `window`.
+        """
+        self._check_windows()
+        if not (key := key_or_empty(recording_id)):
+            return []
+        _ = first_window(recording_id) in self  # moves to the newest commit if it isn't
+        after, end = window_range(key)
+        found: list[bytes] = []
+        while keys := self._keys_after(after, _KEYS_OF_A_RECORDING):
+            found += keys_of_windows(key, [each for each in keys if each < end])
+            after = keys[-1]
+            if after >= end:
+                break
+        return list(map(sample_id_of_key, found))
+
+    def recordings(self) -> Iterator[str]:
+        """Yield the recordings that are stored in full, by key.
+
+        Raises:
+            ConfigError: The store's config has no `window`.
+        """
+        self._check_windows()
+        return (recording_of(sample_id) for sample_id in self if is_first_window(sample_id))
+
+    def _check_windows(self) -> None:
+        if self.config.window is None:
+            raise ConfigError(f"{self._store} holds one embedding a clip: its config has no window")
 
     def checksums(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the key and the checksum of every embedding, by key; no value is read.
@@ -750,7 +820,12 @@ def _ask_for_keys(snapshot: Snapshot) -> None:
 
 
 def _following(
-    snapshot: Snapshot, transaction: lmdb.Transaction, after: bytes, *, with_checksums: bool
+    snapshot: Snapshot,
+    transaction: lmdb.Transaction,
+    after: bytes,
+    number: int = _KEYS_PER_STEP,
+    *,
+    with_checksums: bool,
 ) -> list[Any]:
     """Return the next keys that follow one, in order; or (key, checksum) of each."""
     # The checksums have the same keys as the embeddings; those of small values lie among them.
@@ -761,7 +836,7 @@ def _following(
         if not found:
             return []
         if with_checksums:
-            items = zip(cursor.iternext(), range(_KEYS_PER_STEP), strict=False)
+            items = zip(cursor.iternext(), range(number), strict=False)
             return [(bytes(key), bytes(expected)) for (key, expected), _ in items]
-        keys = zip(cursor.iternext(values=False), range(_KEYS_PER_STEP), strict=False)
+        keys = zip(cursor.iternext(values=False), range(number), strict=False)
         return [bytes(key) for key, _ in keys]

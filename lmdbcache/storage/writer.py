@@ -11,6 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, get_args
@@ -54,6 +56,12 @@ from lmdbcache.storage.layout import sample_id_of_key, sample_key, sample_keys
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pages.commit_record import record_commit
 from lmdbcache.storage.values import as_stored, check_shape
+from lmdbcache.storage.windows import (
+    check_window_key,
+    first_windows_of,
+    keys_of_windows,
+    window_range,
+)
 
 __all__ = ["EmbeddingWriter", "OnDuplicate", "check_on_duplicate"]
 
@@ -203,6 +211,7 @@ class EmbeddingWriter:
             ProvenanceMismatchError: See `check_provenance`.
         """
         key = sample_key(sample_id)
+        check_window_key(key, self._config)
         with self._usable():
             if not self._overwrites(key) and self._known_of([key]):
                 if self._on_duplicate == "error":
@@ -286,6 +295,9 @@ class EmbeddingWriter:
 
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:
         keys = sample_keys(sample_ids)
+        if self._config.window is not None:
+            for key in keys:
+                check_window_key(key, self._config)
         overwrites_all = self._on_duplicate == "overwrite"
         replaced = frozenset(keys) if overwrites_all else self._overwritten
         asked = [key for key in keys if key not in replaced] if replaced else keys
@@ -404,6 +416,9 @@ class EmbeddingWriter:
 
         What was collected of them is also dropped. Readers in other processes keep what their
         snapshot has. Later commits reuse the space; `compact` gives it back.
+
+        In a store of windows, the id of a recording means all of its windows, and the first window
+        goes with any other: a recording without all of its windows isn't stored.
 
         Returns:
             How many were stored; others are passed over.
@@ -707,11 +722,26 @@ class EmbeddingWriter:
         with transaction_in(environment) as transaction:
             environment.read_metadata(transaction).check_config(self._config, self._store)
             removed = 0
+            if self._config.window is not None:
+                keys = _with_windows(environment, transaction, keys)
             for key in keys:
                 removed += transaction.delete(key)
                 transaction.delete(key, db=environment.checksums)
         record_commit(environment.generation)
         return removed
+
+
+def _with_windows(
+    environment: Environment, transaction: lmdb.Transaction, keys: Sequence[bytes]
+) -> list[bytes]:
+    """Return what goes with these keys: a recording's windows, and the first with any other."""
+    windows: list[bytes] = []
+    with transaction.cursor(db=environment.checksums) as cursor:
+        for key in keys:
+            first, end = window_range(key)
+            following = map(bytes, cursor.iternext(values=False) if cursor.set_range(first) else ())
+            windows += keys_of_windows(key, list(takewhile(partial(operator.gt, end), following)))
+    return sorted({*keys, *windows, *first_windows_of(keys)})
 
 
 def _num_bytes(value: Any) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lmdbcache.config import CacheConfig
+from lmdbcache.config import WINDOW_FIELDS, CacheConfig
 from lmdbcache.errors import InvalidSampleIdError, MissingDependencyError, TransferError
 from lmdbcache.exchange.formats.keys import KeyChoice, KeyReader, sample_id_in_class
 from lmdbcache.exchange.intake import Refusal
@@ -141,6 +141,8 @@ def describe(metadata: Mapping[Any, Any]) -> Description:
             if value is not None and (is_export or value != ""):
                 facts[name] = _number(value) if name in _NUMBERS else value
                 break
+    if is_export:
+        facts |= {name: metadata[name] for name in WINDOW_FIELDS if metadata.get(name) is not None}
     count = _plain(metadata.get("num_embeddings"))
     count = count if type(count) is int else None
     if not is_export:

@@ -29,6 +29,7 @@ from lmdbcache.storage.layout import (
 )
 from lmdbcache.storage.metadata import StoreMetadata, checksum
 from lmdbcache.storage.pages.page_file import PageFile
+from lmdbcache.storage.windows import first_window, is_first_window, recording_of
 
 __all__ = ["DamagedStore", "data_file", "generation_to_repair", "unnamed_generations"]
 
@@ -62,11 +63,23 @@ class DamagedStore:
         except BaseException:
             self.__exit__()
             raise
-        self.dropped = tuple(sorted({*self.findings.damaged, *self.findings.missing}))
-        damaged = frozenset(self.findings.damaged)
-        sample_ids = map(sample_id_of_key, self._values.table.keys.tolist())
+        sample_ids = list(map(sample_id_of_key, self._values.table.keys.tolist()))
+        damaged = {*self.findings.damaged, *self._unfinished(sample_ids)}
+        self.dropped = tuple(sorted({*damaged, *self.findings.missing}))
         is_sound = [sample_id not in damaged for sample_id in sample_ids]
         self._rows = np.flatnonzero(is_sound)
+
+    def _unfinished(self, sample_ids: list[str]) -> set[str]:
+        """The first windows of the recordings that have lost others, or may have.
+
+        A recording counts as stored if its first window is. What a lost page held can't be named.
+        """
+        if self.metadata.config.window is None:
+            return set()
+        if self.findings.structure:
+            return set(filter(is_first_window, sample_ids))
+        lost = {*self.findings.damaged, *self.findings.missing}
+        return {first_window(recording_of(one)) for one in lost}.intersection(sample_ids)
 
     def __enter__(self) -> DamagedStore:
         return self
