@@ -1,10 +1,13 @@
 from .cache import (
     Coverage as Coverage,
     EmbeddingCache as EmbeddingCache,
+    EmbeddingReader as EmbeddingReader,
     Explanation as Explanation,
     HiddenStateView as HiddenStateView,
+    Nearest as Nearest,
     StoreInfo as StoreInfo,
     TokenLayout as TokenLayout,
+    nearest as nearest,
 )
 from .cli import progress_bar as progress_bar
 from .config import CacheConfig as CacheConfig
@@ -60,7 +63,6 @@ from .extraction import (
 )
 from .report import build_report as build_report
 from .storage import (
-    EmbeddingReader as EmbeddingReader,
     EmbeddingWriter as EmbeddingWriter,
     EpochStatistics as EpochStatistics,
     ReadStatistics as ReadStatistics,

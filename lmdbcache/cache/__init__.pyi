@@ -26,6 +26,7 @@ from .pruning import (
     plan_pruning as plan_pruning,
     prune as prune,
 )
+from .reader import EmbeddingReader as EmbeddingReader
 from .records import (
     SOURCES_NAME as SOURCES_NAME,
     THIS_STORE as THIS_STORE,
@@ -36,6 +37,7 @@ from .records import (
     count_origins as count_origins,
     write_sources as write_sources,
 )
+from .similarity import Nearest as Nearest, nearest as nearest
 from .sources import (
     STATES as STATES,
     SourceReport as SourceReport,

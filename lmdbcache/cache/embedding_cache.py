@@ -18,6 +18,7 @@ from lmdbcache.cache.misses import (
     log_misses,
     read_failures,
 )
+from lmdbcache.cache.reader import EmbeddingReader
 from lmdbcache.cache.store_info import (
     StoreInfo,
     allocated_bytes,
@@ -37,7 +38,6 @@ from lmdbcache.errors import (
 from lmdbcache.files import existing_parent, expand_user, user_cache_folder
 from lmdbcache.storage import (
     CompactionResult,
-    EmbeddingReader,
     EmbeddingWriter,
     IntegrityReport,
     OnDuplicate,

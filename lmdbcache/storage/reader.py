@@ -99,6 +99,9 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
     # Called with the reader and the samples of a read that it doesn't have.
     on_miss: Callable[[EmbeddingReader, Sequence[str]], None] | None = None
 
+    def __init_subclass__(cls) -> None:
+        ForkingPickler.register(cls, _reduce_for_child)
+
     def __init__(
         self,
         store: str | Path,
