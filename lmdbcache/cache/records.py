@@ -308,10 +308,12 @@ def write_sources(
             if not _version_of(connection, path):
                 connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
-            if tidy:
-                kept = {row[0]: row[1] or b"" for row in (*written, *origins)}
-                tables = ("sources", "sample_origins") if _has_origins(connection) else ("sources",)
-                for table in tables:
+            kept = {row[0]: row[1] or b"" for row in (*written, *origins)} if tidy else {}
+            tables = ("sources", "sample_origins") if _has_origins(connection) else ("sources",)
+            for table in tables if kept else ():
+                between = f"FROM {table} WHERE sample_id BETWEEN ? AND ? LIMIT 1"
+                # A look at each sample takes as long as to add it.
+                if connection.execute(f"SELECT 1 {between}", (min(kept), max(kept))).fetchone():
                     connection.executemany(
                         f"DELETE FROM {table} WHERE sample_id = ? AND embedding != ?",
                         list(kept.items()),

@@ -9,7 +9,7 @@ from .intake import (
     Intake as Intake,
     IntakeReport as IntakeReport,
     Refusal as Refusal,
-    Row as Row,
+    Rows as Rows,
 )
 from .merge import MergeReport as MergeReport, merge_stores as merge_stores
 from .sharing.manifests import shared_fingerprints as shared_fingerprints

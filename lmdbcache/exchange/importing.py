@@ -27,7 +27,7 @@ from lmdbcache.exchange.config_inference import Shape, infer_config
 from lmdbcache.exchange.formats import open_source
 from lmdbcache.exchange.formats.base import Entry, Source
 from lmdbcache.exchange.formats.keys import KeyChoice, KeyOrder
-from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Row
+from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Rows
 from lmdbcache.files import existing_parent, few
 from lmdbcache.storage import (
     NUMPY_DTYPES,
@@ -165,7 +165,7 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
     )
     report.refused += source.refused
     report.notes += [*source.notes, *notes, *more, *_doubts(source, usual)]
-    rows = _Rows(source, report, squeeze=squeeze)
+    rows = _Entries(source, report, squeeze=squeeze)
     if not dry_run:
         _check_room(intake, rows.entries)
     rows.bring_into(intake, provenance, progress)
@@ -277,8 +277,8 @@ def _check_room(intake: Intake, entries: list[Entry]) -> None:
         check_room(existing_parent(report.path), needed + RESERVE_BYTES, "this import")
 
 
-class _Rows:
-    """The embeddings of a source as rows, those of one sample together."""
+class _Entries:
+    """The embeddings of a source, those of one sample together."""
 
     def __init__(self, source: Source, report: ImportReport, *, squeeze: bool) -> None:
         self._report = report
@@ -309,10 +309,10 @@ class _Rows:
             if progress is not None:
                 progress(min(total, done + self._num_refused), total)
 
-        intake.add(self._checked(), provenance, advance=advance)
+        intake.add(Rows.in_memory(self._checked(), None), provenance, advance=advance)
         advance(0)
 
-    def _checked(self) -> Iterator[Row]:
+    def _checked(self) -> Iterator[tuple[bytes, bytes, npt.NDArray[Any], str]]:
         report = self._report
         for entry in self.entries:
             try:
@@ -328,7 +328,7 @@ class _Rows:
             if not value.any():
                 report.zeros.append(entry.sample_id)
             key = sample_key(entry.sample_id)
-            yield Row(key, checksum(key, value.reshape(-1).view("u1").data), value, entry.name)
+            yield key, checksum(key, value), value, entry.name
 
     def _read(self, entry: Entry) -> npt.NDArray[Any]:
         value = entry.load()

@@ -51,59 +51,77 @@ from lmdbcache.storage import (
     sample_key,
 )
 
-__all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Row"]
+__all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Rows"]
 
 _BATCH_BYTES: Final = 32 << 20
-_BATCH_RECORDS: Final = 4096
+_BATCH_RECORDS: Final = 2048
 _KEYS_AT_ONCE: Final = 512
 _NO_LIMIT: Final = 1 << 62
 
-# A row to write, and the checksum that it replaces.
-_Change = tuple["Row", "bytes | None"]
+# The position of a row to write, its value, and the checksum that it replaces.
+_Change = tuple[int, npt.NDArray[Any], "bytes | None"]
 
 
-class Row(NamedTuple):
-    """One embedding that may come into a store.
+class Rows(NamedTuple):
+    """Embeddings that may come into a store, by columns; those of one sample stand together.
+
+    One object for thousands of samples: an object each would keep Python's cyclic garbage
+    collector busy.
 
     Args:
-        key: Its key in a store, which is canonical: see `sample_key`.
-        checksum: The checksum that a store keeps of it.
-        value: The embedding in its stored form, or a function that reads and checks it. The
-            function is called only if the value is needed, and may raise a `CacheError`.
-        where: Where the row comes from, for refusals.
-        origin: Who computed it; None counts as computed in the store that it comes into.
-        source: The file that it was computed from, where known.
+        keys: `(n,)` their keys in a store, which are canonical: see `sample_key`.
+        checksums: `(n,)` the checksums that a store keeps of them.
+        read: Returns the embedding at a position in its stored form. It is called only for values
+            that are needed, and may raise a `CacheError`.
+        where: `(n,)` where each comes from, for refusals.
+        origins: `(n,)` who computed each; None counts as computed in the store that it comes into.
+        sources: `(n,)` the file that each was computed from, where known.
     """
 
-    key: bytes
-    checksum: bytes
-    value: npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
-    where: str
-    origin: Origin | None = None
-    source: Source | None = None
+    keys: Sequence[bytes]
+    checksums: Sequence[bytes]
+    read: Callable[[int], npt.NDArray[Any]]
+    where: Sequence[str]
+    origins: Sequence[Origin | None]
+    sources: Sequence[Source | None]
 
-    @property
-    def sample_id(self) -> str:
-        """The sample id."""
-        return sample_id_of_key(self.key)
+    @classmethod
+    def in_memory(
+        cls, rows: Iterable[tuple[bytes, bytes, npt.NDArray[Any], str]], origin: Origin | None
+    ) -> Iterator[Rows]:
+        """Yield (key, checksum, embedding, where it comes from) as blocks that memory can hold.
 
-    @property
-    def by(self) -> Origin:
-        """Who computed it, as far as is known."""
-        return self.origin or Origin(self.where)
-
-    def read(self) -> npt.NDArray[Any]:
-        """Return the embedding.
-
-        Raises:
-            CacheError: It can't be read, or isn't what was written.
+        Args:
+            rows: All of one sample one after the other.
+            origin: Who computed them.
         """
-        return self.value() if callable(self.value) else self.value
+        block: list[tuple[bytes, bytes, npt.NDArray[Any], str]] = []
+        num_bytes = 0
+        for row in rows:
+            is_full = num_bytes >= _BATCH_BYTES or len(block) >= _BATCH_RECORDS
+            if is_full and row[0] != block[-1][0]:
+                yield cls._of(block, origin)
+                block, num_bytes = [], 0
+            block.append(row)
+            num_bytes += row[2].nbytes
+        if block:
+            yield cls._of(block, origin)
 
+    @classmethod
+    def _of(
+        cls, block: list[tuple[bytes, bytes, npt.NDArray[Any], str]], origin: Origin | None
+    ) -> Rows:
+        keys, checksums, values, where = zip(*block, strict=True)
+        nothing = [None] * len(block)
+        return cls(keys, checksums, values.__getitem__, where, [origin] * len(block), nothing)
 
-def _with_value(row: Row, value: npt.NDArray[Any]) -> Row:
-    # Several times faster than `_replace`.
-    return Row(row.key, row.checksum, value, row.where, row.origin, row.source)
+    def sample_id(self, number: int) -> str:
+        """The sample id at a position."""
+        return sample_id_of_key(self.keys[number])
+
+    def by(self, number: int) -> Origin:
+        """Who computed the embedding at a position, as far as is known."""
+        return self.origins[number] or Origin(self.where[number])
 
 
 class Conflict(NamedTuple):
@@ -208,10 +226,10 @@ class IntakeReport(Report):
         self.refused += found.refused
         self.notes += found.notes
 
-    def refuse(self, row: Row, error: object) -> None:
-        """Note why a row can't be brought in."""
-        reason = str(error).removeprefix(f"{row.sample_id}: ")
-        self.refused.append(Refusal(row.where, row.sample_id, reason))
+    def refuse(self, where: str, sample_id: str, error: object) -> None:
+        """Note why an embedding can't be brought in."""
+        reason = str(error).removeprefix(f"{sample_id}: ")
+        self.refused.append(Refusal(where, sample_id, reason))
 
     def __str__(self) -> str:
         would = "would be " if self.is_dry_run else ""
@@ -286,6 +304,9 @@ class Intake:
         self._dataset_root = dataset_root
         self._without_provenance = without_provenance
         self._reads_back = read_back
+        # During `add`. LMDB keeps the memory of its pages from one commit to the next.
+        self._writer: EmbeddingWriter | None = None
+        self._before_commit: Callable[[Mapping[str, Any]], None] | None = None
         # Of a dry run: what would be stored by now.
         self._would_be: dict[bytes, bytes] = {}
 
@@ -306,8 +327,8 @@ class Intake:
         origin: Origin,
         *,
         checksums: Sequence[bytes] | None = None,
-    ) -> list[Row]:
-        """Return embeddings that come in as rows; those that can't be stored are refused.
+    ) -> Iterator[Rows]:
+        """Yield embeddings that come in; those that can't be stored are refused.
 
         Args:
             sample_ids: `(n,)` sample ids.
@@ -324,24 +345,31 @@ class Intake:
                 f"{len(embeddings)} embeddings and {len(checksums or sample_ids)} checksums for "
                 f"{len(sample_ids)} sample ids"
             )
-        rows = []
+        rows = self._checked(sample_ids, embeddings, origin.writer, checksums)
+        return Rows.in_memory(rows, origin)
+
+    def _checked(
+        self,
+        sample_ids: Sequence[str],
+        embeddings: npt.NDArray[Any] | Sequence[Any],
+        where: str,
+        checksums: Sequence[bytes] | None,
+    ) -> Iterator[tuple[bytes, bytes, npt.NDArray[Any], str]]:
         for number, (sample_id, embedding) in enumerate(zip(sample_ids, embeddings, strict=True)):
             try:
                 key = sample_key(sample_id)
                 value = as_stored(sample_id, embedding, self.report.config.dtype, copy=False)
-                found = checksum(key, value.reshape(-1).view("u1").data)
+                found = checksum(key, value)
                 if checksums is not None and found != bytes(checksums[number]):
                     raise InvalidEmbeddingError("the value doesn't match its checksum")
             except (InvalidSampleIdError, InvalidEmbeddingError) as error:
-                reason = str(error).removeprefix(f"{sample_id}: ")
-                self.report.refused.append(Refusal(origin.writer, sample_id, reason))
+                self.report.refuse(where, sample_id, error)
                 continue
-            rows.append(Row(key, found, value, origin.writer, origin))
-        return rows
+            yield key, found, value, where
 
     def add(
         self,
-        rows: Iterable[Row],
+        rows: Iterable[Rows],
         provenance: Mapping[str, str],
         *,
         advance: Callable[[int], None] | None = None,
@@ -349,8 +377,8 @@ class Intake:
         """Bring in these; durable when this returns.
 
         Args:
-            rows: Taken one by one, held by the batch. All rows of one sample stand together. Rows
-                in the order of their keys fill the pages of a new store.
+            rows: Taken block by block. All rows of one sample are in one block. Rows in the order
+                of their keys fill the pages of a new store.
             provenance: Of all of them; compared with the store's.
             advance: Called with the number of rows that are done since the last call.
 
@@ -358,45 +386,41 @@ class Intake:
             ProvenanceMismatchError: The store was filled with other weights; nothing was written.
             CacheFullError: The disk is full; what was committed stays.
         """
-        groups: dict[bytes, list[Row]] = {}
-        num_bytes = 0
-        for row in rows:
-            is_full = num_bytes >= _BATCH_BYTES or len(groups) >= _BATCH_RECORDS
-            if is_full and row.key not in groups:
-                self._bring_in(groups, provenance, advance)
-                groups, num_bytes = {}, 0
-            groups.setdefault(row.key, []).append(row)
-            num_bytes += 0 if callable(row.value) else row.value.nbytes
-        self._bring_in(groups, provenance, advance)
+        try:
+            for block in rows:
+                start = 0
+                while start < len(block.keys):
+                    end = self._bring_in(block, start, provenance)
+                    if advance is not None:
+                        advance(end - start)
+                    start = end
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     # ---- one look at the store, one transaction
 
-    def _bring_in(
-        self,
-        groups: Mapping[bytes, list[Row]],
-        provenance: Mapping[str, str],
-        advance: Callable[[int], None] | None,
-    ) -> None:
-        left = list(groups.values())
-        while left:
-            # Ends before anything is written, or old pages would be kept.
-            with self._look() as reader:
-                lookup = partial(self._stored, reader)
-                look = _Look(self.report, reader, lookup, ragged=self._ragged)
-                number = look.judge_batch(left)
-            if look.changes and not self.report.is_dry_run:
-                try:
-                    self._write(look.changes, provenance)
-                except _ConcurrentWriteError:
-                    continue  # others write to this store: look again
-                if self._reads_back:
-                    self._read_back(look)
-            if self.report.is_dry_run:
-                self._would_be.update({row.key: row.checksum for row, _ in look.changes})
-            self.report.absorb(look.found)
-            done, left = left[:number], left[number:]
-            if advance is not None:
-                advance(sum(map(len, done)))
+    def _bring_in(self, rows: Rows, start: int, provenance: Mapping[str, str]) -> int:
+        """Bring in as many as one transaction takes; return where the following begin."""
+        # Ends before anything is written, or old pages would be kept.
+        with self._look() as reader:
+            look = _Look(
+                self.report, rows, reader, partial(self._stored, reader), ragged=self._ragged
+            )
+            end = look.judge_batch(start)
+        if look.changes and not self.report.is_dry_run:
+            try:
+                self._write(look, provenance)
+            except _ConcurrentWriteError:
+                return start  # others write to this store: look again
+            if self._reads_back:
+                self._read_back(look)
+        if self.report.is_dry_run:
+            changed = [number for number, _, _ in look.changes]
+            self._would_be.update({rows.keys[n]: rows.checksums[n] for n in changed})
+        self.report.absorb(look.found)
+        return end
 
     @contextlib.contextmanager
     def _look(self) -> Iterator[EmbeddingReader | None]:
@@ -415,30 +439,47 @@ class Intake:
         would_be = {key: self._would_be[key] for key in keys if key in self._would_be}
         return {**would_be, **stored} if would_be else stored
 
-    def _write(self, changes: Sequence[_Change], provenance: Mapping[str, str]) -> None:
-        """Write rows in one transaction.
+    def _write(self, look: _Look, provenance: Mapping[str, str]) -> None:
+        """Write what changes in one transaction.
 
         Raises:
             _ConcurrentWriteError: One of the samples isn't stored as it was; nothing was written.
         """
-        path = self.report.path
-        by_name = {row.sample_id: row for row, _ in changes}
-        expected = dict(zip(by_name, (replaced for _, replaced in changes), strict=True))
-        has_written = False
+        path, rows = self.report.path, look.rows
+        numbers, values, replaced = zip(*look.changes, strict=True)
+        keys = [rows.keys[number] for number in numbers]
+        checksums = [rows.checksums[number] for number in numbers]
+        names = list(map(sample_id_of_key, keys))
+        expected = dict(zip(names, zip(replaced, checksums, strict=True), strict=True))
 
-        def before_commit(committed: Mapping[str, tuple[bytes | None, bytes]]) -> None:
-            nonlocal has_written
-            if {name: replaced for name, (replaced, _) in committed.items()} != expected:
+        def recorded(column: Sequence[Any]) -> list[tuple[str, bytes | None, bytes, Any]]:
+            chosen = zip(names, replaced, checksums, map(column.__getitem__, numbers), strict=True)
+            return [record for record in chosen if record[3] is not None]
+
+        def before_commit(committed: Mapping[str, Any]) -> None:
+            if committed != expected:
                 raise _ConcurrentWriteError
-            rows = [(name, *pair, by_name[name]) for name, pair in committed.items()]
-            sources = [(n, old, new, row.source) for n, old, new, row in rows if row.source]
-            origins = [(n, old, new, row.origin) for n, old, new, row in rows if row.origin]
+            sources, origins = recorded(rows.sources), recorded(rows.origins)
             if sources or origins:
                 write_sources(path, sources, origins=origins)
-            has_written = True
 
-        with EmbeddingWriter(
-            path,
+        self._before_commit = before_commit
+        if self._writer is None:
+            self._writer = self._open_writer(provenance)
+        try:
+            self._writer.put_stored(keys, values, checksums)
+            self._writer.commit()
+        except BaseException:
+            self._writer.discard()
+            raise
+
+    def _open_writer(self, provenance: Mapping[str, str]) -> EmbeddingWriter:
+        def before_commit(committed: Mapping[str, Any]) -> None:
+            if self._before_commit is not None:
+                self._before_commit(committed)
+
+        return EmbeddingWriter(
+            self.report.path,
             self.report.config,
             on_duplicate="overwrite",  # what `before_commit` allows
             ragged=self._ragged,
@@ -449,17 +490,15 @@ class Intake:
             commit_records=_NO_LIMIT,
             commit_seconds=math.inf,
             before_commit=before_commit,
-        ) as writer:
-            writer.put_stored((row.key, row.read(), row.checksum) for row, _ in changes)
-        if not has_written:
-            raise _ConcurrentWriteError
+        )
 
     def _read_back(self, look: _Look) -> None:
         """Refuse those that were just written and aren't stored as they were given."""
+        rows = look.rows
         with self._look() as reader:
-            for row, _ in look.changes:
-                if reader is None or _sound_value(reader, row.key, row.checksum) is None:
-                    look.found.refuse(row, "read back, it isn't what was given")
+            for n, _, _ in look.changes:
+                if reader is None or _sound_value(reader, rows.keys[n], rows.checksums[n]) is None:
+                    look.refuse(n, "read back, it isn't what was given")
 
 
 class _ConcurrentWriteError(Exception):
@@ -471,6 +510,7 @@ class _Look:
 
     Args:
         report: What is asked for.
+        rows: These rows.
         reader: The store; None until it is made.
         lookup: Returns the checksums that are stored of some keys.
         ragged: Whether the first dimension may differ, in a new store.
@@ -479,11 +519,13 @@ class _Look:
     def __init__(
         self,
         report: IntakeReport,
+        rows: Rows,
         reader: EmbeddingReader | None,
         lookup: Callable[[Sequence[bytes]], Mapping[bytes, bytes]],
         *,
         ragged: bool,
     ) -> None:
+        self.rows = rows
         self._asked = report
         self._reader = reader
         self._lookup = lookup
@@ -495,19 +537,24 @@ class _Look:
         self.found = IntakeReport(report.path, report.config)
         self.changes: list[_Change] = []
 
-    def judge_batch(self, groups: Sequence[list[Row]]) -> int:
-        """Judge as many samples as one transaction takes.
+    def judge_batch(self, start: int) -> int:
+        """Judge as many rows from a position on as one transaction takes, whole samples.
 
         Returns:
-            Their number.
+            The position behind them.
         """
-        number = num_bytes = 0
-        while number < len(groups) and num_bytes < _BATCH_BYTES:
-            if number % _KEYS_AT_ONCE == 0:
-                following = groups[number : number + _KEYS_AT_ONCE]
-                self._stored = self._lookup([rows[0].key for rows in following])
-            num_bytes += self._judge(groups[number])
-            number += 1
+        keys = self.rows.keys
+        looked_up = start
+        number, num_bytes, last = start, 0, min(start + _BATCH_RECORDS, len(keys))
+        while number < last and num_bytes < _BATCH_BYTES:
+            if number >= looked_up:
+                looked_up = number + _KEYS_AT_ONCE
+                self._stored = self._lookup(keys[number:looked_up])
+            end = number + 1
+            while end < len(keys) and keys[end] == keys[number]:
+                end += 1
+            num_bytes += self._judge(number, end)
+            number = end
         if self._checksums_in_conflict:
             with SourceRecords(self._asked.path) as records:
                 origins = records.origins(self._checksums_in_conflict)
@@ -519,76 +566,83 @@ class _Look:
             ]
         return number
 
-    def _judge(self, rows: list[Row]) -> int:
+    def _judge(self, start: int, end: int) -> int:
         """Compare the rows of one sample with what is stored, and with each other.
 
         Returns:
             The bytes to write.
         """
-        before = kept = self._stored.get(rows[0].key)
-        taken: Row | None = None  # instead of the stored one, or where there is none
+        rows = self.rows
+        before = kept = self._stored.get(rows.keys[start])
+        taken: _Change | None = None  # instead of the stored one, or where there is none
         num_conflicts = len(self.found.conflicts)
-        for row in rows:
-            if row.checksum == kept:
+        for number in range(start, end):
+            expected = rows.checksums[number]
+            if expected == kept:
                 self.found.num_same += 1
                 continue
             try:
-                value = row.read()
+                value = rows.read(number)
                 if value.shape not in self._fitting_shapes:
-                    self._check_shape(row, value)
+                    self._check_shape(number, value)
             except CacheError as error:
-                self.found.refuse(row, error)
+                self.refuse(number, error)
                 continue
-            if kept is None or self._replaces(row, value, taken):
-                taken, kept = _with_value(row, value), row.checksum
-        if taken is None or taken.checksum == before:
+            if kept is None or self._replaces(number, value, taken):
+                taken, kept = (number, value, before), expected
+        if taken is None or kept == before:
             return 0
         is_disputed = before is None and len(self.found.conflicts) > num_conflicts
         if is_disputed and self._asked.on_duplicate == "error":
             return 0  # which of them is right isn't for their order to decide
-        num_bytes = taken.read().nbytes
+        num_bytes = taken[1].nbytes
         if before is None:
             self.found.num_new += 1
             self.found.num_bytes += num_bytes
-        self.changes.append((taken, before))
+        self.changes.append(taken)
         return num_bytes
 
-    def _check_shape(self, row: Row, value: npt.NDArray[Any]) -> None:
+    def refuse(self, number: int, error: object) -> None:
+        """Note why the row at a position can't be brought in."""
+        self.found.refuse(self.rows.where[number], self.rows.sample_id(number), error)
+
+    def _check_shape(self, number: int, value: npt.NDArray[Any]) -> None:
         if self._shape is None:  # the first of a new store decides
             self._shape = (None, *value.shape[1:]) if self._ragged and value.shape else value.shape
-        check_shape(row.sample_id, value.shape, self._shape)
+        check_shape(self.rows.sample_id(number), value.shape, self._shape)
         self._fitting_shapes.add(value.shape)
 
-    def _replaces(self, row: Row, value: npt.NDArray[Any], taken: Row | None) -> bool:
+    def _replaces(self, number: int, value: npt.NDArray[Any], taken: _Change | None) -> bool:
         """Compare an embedding with the one before it, and note the outcome.
 
         Args:
-            row: Where it comes from.
+            number: Its position.
             value: The embedding.
             taken: What it is compared with; None: what is stored.
 
         Returns:
             Whether it is to be stored instead.
         """
+        key, sample_id = self.rows.keys[number], self.rows.sample_id(number)
         overwrites = self._asked.on_duplicate == "overwrite"
-        by = THIS_STORE if taken is None else taken.by
+        by = THIS_STORE if taken is None else self.rows.by(taken[0])
         if taken is not None:
-            other: npt.NDArray[Any] | None = taken.read()
-        elif self._reader is None or (self._asked.is_dry_run and row.sample_id not in self._reader):
+            other: npt.NDArray[Any] | None = taken[1]
+        elif self._reader is None or (self._asked.is_dry_run and sample_id not in self._reader):
             self.found.notes.append(
-                f"{row.sample_id}: this dry run met two embeddings, and compared neither"
+                f"{sample_id}: this dry run met two embeddings, and compared neither"
             )
             return False
         else:
-            other = _sound_value(self._reader, row.key, self._stored[row.key])
+            other = _sound_value(self._reader, key, self._stored[key])
         if other is None and overwrites:
-            text = f"the stored value of {row.sample_id} was damaged, and was replaced"
+            text = f"the stored value of {sample_id} was damaged, and was replaced"
             self.found.notes.append(text)
             return True
         if other is None:
             reason = "the value that is stored is damaged: repair the store, and do this again"
             where = str(self._asked.path)
-            self.found.refused.append(Refusal(where, row.sample_id, reason))
+            self.found.refused.append(Refusal(where, sample_id, reason))
             return False
         max_abs = largest_difference(other, value)
         if max_abs <= self._asked.tolerance:
@@ -598,10 +652,17 @@ class _Look:
         is_undecided = taken is not None and self._asked.on_duplicate == "error"
         kept: Literal["stored", "given", "neither"] = "neither" if is_undecided else "stored"
         self.found.conflicts.append(
-            Conflict(row.sample_id, by, row.by, max_abs, cosine, "given" if overwrites else kept)
+            Conflict(
+                sample_id,
+                by,
+                self.rows.by(number),
+                max_abs,
+                cosine,
+                "given" if overwrites else kept,
+            )
         )
         if taken is None:
-            self._checksums_in_conflict[row.sample_id] = self._stored[row.key]
+            self._checksums_in_conflict[sample_id] = self._stored[key]
         return overwrites
 
 
@@ -611,4 +672,4 @@ def _sound_value(reader: EmbeddingReader, key: bytes, expected: bytes) -> npt.ND
         value = reader[sample_id_of_key(key)]
     except IntegrityError:
         return None
-    return value if checksum(key, value.reshape(-1).view("u1").data) == expected else None
+    return value if checksum(key, value) == expected else None

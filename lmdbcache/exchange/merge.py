@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from heapq import merge as merge_sorted
-from itertools import islice, zip_longest
+from itertools import islice, starmap, zip_longest
+from operator import itemgetter, ne
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +42,7 @@ from lmdbcache.errors import (
     InvalidSampleIdError,
     ReadOnlyCacheError,
 )
-from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Row
+from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Rows
 from lmdbcache.exchange.staging_lock import RUNNING_SUFFIX, at_rest
 from lmdbcache.files import expand_user, few
 from lmdbcache.storage import (
@@ -56,6 +57,7 @@ from lmdbcache.storage import (
     from_stored,
     sample_id_of_key,
     sample_key,
+    sample_keys,
     unnamed_generations,
     write_lock,
 )
@@ -70,6 +72,8 @@ _DESCRIPTORS_PER_STORE, _OTHER_DESCRIPTORS = 6, 64
 _PATIENCE_SECONDS: Final = 10.0
 _KEYS_AT_ONCE: Final = 4096
 _VALUES_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 20
+
+_Found = tuple[bytes, int, bytes]  # a key, the number of the store that has it, the checksum
 
 
 @dataclass
@@ -311,29 +315,20 @@ class _Merge:
             fitting.append(store)
         return fitting, known.provenance
 
-    def _rows(self, stores: Sequence[_Source], report: IntakeReport) -> Iterator[Row]:
+    def _rows(self, stores: Sequence[_Source], report: IntakeReport) -> Iterator[Rows]:
         """The rows of several stores side by side, in the order of their keys.
 
         So the pages of a new store are full, and what several sources have of a sample meets.
         """
-        keys = merge_sorted(*(_keys_of(n, store, report) for n, store in enumerate(stores)))
+        found = merge_sorted(*(_keys_of(n, store, report) for n, store in enumerate(stores)))
         origins = [store.origin._replace(detail=self._detail) for store in stores]
-        while chunk := list(islice(keys, _KEYS_AT_ONCE)):
-            names = [sample_id_of_key(key) for key, _, _ in chunk]
-            asked: list[dict[str, bytes]] = [{} for _ in stores]
-            for name, (_, number, expected) in zip(names, chunk, strict=True):
-                asked[number][name] = expected
-            records = [store.records(those) for store, those in zip(stores, asked, strict=True)]
-            for name, (key, number, expected) in zip(names, chunk, strict=True):
-                store, (by, files) = stores[number], records[number]
-                yield Row(
-                    key,
-                    expected,
-                    partial(store.value, key, expected),
-                    store.where,
-                    by.get(name, origins[number]),
-                    files.get(name),
-                )
+        following = next(found, None)
+        while following is not None:
+            chunk = [following, *islice(found, _KEYS_AT_ONCE - 1)]
+            # A sample's rows stay together.
+            while (following := next(found, None)) and following[0] == chunk[-1][0]:
+                chunk.append(following)
+            yield _rows_of(chunk, stores, origins)
 
     def _merge_failures(self, config: CacheConfig, stores: Iterable[_Source]) -> None:
         """Bring the sources' failed clips along, but for those that are stored now."""
@@ -353,9 +348,37 @@ class _Merge:
             self._progress(min(self._done, self._total), self._total)
 
 
-def _keys_of(
-    number: int, store: _Source, report: IntakeReport
-) -> Iterator[tuple[bytes, int, bytes]]:
+def _rows_of(found: Sequence[_Found], stores: Sequence[_Source], origins: Sequence[Origin]) -> Rows:
+    """Rows with their records, by what is known of keys; `origins` are those of the rest."""
+    keys, numbers, checksums = zip(*found, strict=True)
+    names = list(map(sample_id_of_key, keys))
+    asked: list[dict[str, bytes]] = [{} for _ in stores]
+    for name, number, expected in zip(names, numbers, checksums, strict=True):
+        asked[number][name] = expected
+    records = [store.records(those) for store, those in zip(stores, asked, strict=True)]
+    pairs = list(zip(names, numbers, strict=True))
+    is_canonical = False
+    with contextlib.suppress(InvalidSampleIdError):
+        is_canonical = sample_keys(names) == list(keys)
+
+    def read(number: int) -> npt.NDArray[Any]:
+        key, name = keys[number], names[number]
+        if not is_canonical and sample_key(name) != key:
+            raise InvalidSampleIdError(f"{name!r} isn't how a sample id is stored")
+        store: _Source = stores[numbers[number]]
+        return store.value(key, name, checksums[number])
+
+    return Rows(
+        keys,
+        checksums,
+        read,
+        [stores[number].where for number in numbers],
+        [records[number][0].get(name, origins[number]) for name, number in pairs],
+        [records[number][1].get(name) for name, number in pairs],
+    )
+
+
+def _keys_of(number: int, store: _Source, report: IntakeReport) -> Iterator[_Found]:
     try:
         for key, expected in store.checksums():
             yield key, number, expected
@@ -481,18 +504,15 @@ class _Source(ABC):
     def _bytes(self, key: bytes) -> Any:
         """The stored buffer of a key, whether it is sound or not; None if it can't be read."""
 
-    def value(self, key: bytes, expected: bytes) -> npt.NDArray[Any]:
-        """The embedding of a key, in its stored form.
+    def value(self, key: bytes, name: str, expected: bytes) -> npt.NDArray[Any]:
+        """The embedding of a key and its sample id, in its stored form.
 
         Raises:
-            CacheError: It isn't what was written; it can't be stored.
+            IntegrityError: It isn't what was written.
         """
         content = self._bytes(key)
         if content is None or checksum(key, content) != expected:
             raise IntegrityError("the value doesn't match its checksum")
-        name = sample_id_of_key(key)
-        if sample_key(name) != key:
-            raise InvalidSampleIdError(f"{name!r} isn't how a sample id is stored")
         dtype, shape = self.metadata.config.dtype, self.metadata.embedding_shape
         return from_stored(name, content, dtype, shape, copy=False)
 
@@ -526,11 +546,11 @@ class _SoundSource(_Source):
         """Both databases have the same keys, in order; else a sample could be lost unnamed."""
         # A reader that verifies lists the embeddings themselves; others list their checksums.
         with EmbeddingReader(self.path, verify="first_read", track_usage=False) as reader:
-            for name, pair in zip_longest(reader, reader.checksums()):
-                if name is None or pair is None or sample_id_of_key(pair[0]) != name:
-                    raise IntegrityError(
-                        f"{self.path} is damaged (embeddings and checksums have different keys)"
-                    )
+            names = map(sample_id_of_key, map(itemgetter(0), reader.checksums()))
+            if any(starmap(ne, zip_longest(reader, names))):
+                raise IntegrityError(
+                    f"{self.path} is damaged (embeddings and checksums have different keys)"
+                )
 
     def checksums(self) -> Iterator[tuple[bytes, bytes]]:
         return self._reader.checksums()

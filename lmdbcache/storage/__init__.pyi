@@ -30,6 +30,7 @@ from .layout import (
     join_sample_id as join_sample_id,
     sample_id_of_key as sample_id_of_key,
     sample_key as sample_key,
+    sample_keys as sample_keys,
     split_sample_id as split_sample_id,
 )
 from .maintenance.compaction import (

@@ -44,7 +44,6 @@ class Batch:
         value: npt.NDArray[Any],
         *,
         replace: bool = True,
-        checksum: bytes | None = None,
     ) -> None:
         """Add an embedding, or replace the one of this key if that is asked for."""
         values = self.values
@@ -55,8 +54,6 @@ class Batch:
                 return
             self.drop([key])
         values[key] = value
-        if checksum is not None:
-            self.checksums[key] = checksum
         self.num_bytes += value.nbytes
         self.num_put += 1
 
@@ -66,8 +63,15 @@ class Batch:
         rows: Sequence[npt.NDArray[Any]],
         *,
         replaced: Collection[bytes],
+        checksums: Sequence[bytes] = (),
     ) -> int:
-        """Add embeddings of one shape, those of `replaced` instead of what their keys have.
+        """Add embeddings, those of `replaced` instead of what their keys have.
+
+        Args:
+            keys: `(n,)` keys.
+            rows: One embedding for each.
+            replaced: Keys.
+            checksums: `(n,)` checksums, if they are known; then each key is there once.
 
         Returns:
             How many were added.
@@ -76,12 +80,14 @@ class Batch:
         if added and len(added) == len(keys) and self.values.keys().isdisjoint(added):
             self.since = self.since if self.values else time.monotonic()
             self.values.update(added)
-            self.num_bytes += len(rows) * rows[0].nbytes
+            self.num_bytes += sum([row.nbytes for row in rows])
             self.num_put += len(rows)
+            self.checksums.update(zip(keys, checksums, strict=False))
             return len(rows)
         before = self.num_put
         for key, row in zip(keys, rows, strict=True):
             self.put(key, row, replace=key in replaced)
+        self.checksums.update(zip(keys, checksums, strict=False))
         return self.num_put - before
 
     def drop(self, keys: Iterable[bytes]) -> None:

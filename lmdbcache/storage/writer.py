@@ -272,14 +272,20 @@ class EmbeddingWriter:
                 added += self._put_rows(sample_ids[part], embeddings[part])  # type: ignore[index]
             return added
 
-    def put_stored(self, rows: Iterable[tuple[bytes, npt.NDArray[Any], bytes]]) -> None:
+    def put_stored(
+        self,
+        keys: Sequence[bytes],
+        values: Sequence[npt.NDArray[Any]],
+        checksums: Sequence[bytes],
+    ) -> None:
         """Add embeddings that were checked where they come from; nothing is checked again.
 
         They aren't copied either: commit before their memory changes.
 
         Args:
-            rows: (key, value in the stored dtype, the value's checksum); see `sample_key` and
-                `checksum`.
+            keys: `(n,)` keys, each once; see `sample_key`.
+            values: One for each, in the stored dtype.
+            checksums: `(n,)` checksums of the values; see `checksum`.
 
         Raises:
             InvalidEmbeddingError: Another shape than the store's; here or at the commit.
@@ -287,10 +293,9 @@ class EmbeddingWriter:
         """
         with self._usable():
             self._check_stated()
-            for key, value, expected in rows:
-                if self._shape is None:
-                    self._check_shape(sample_id_of_key(key), value.shape)
-                self._pending.put(key, value, checksum=expected)
+            if self._shape is None and keys:
+                self._check_shape(sample_id_of_key(keys[0]), values[0].shape)
+            self._pending.put_rows(keys, values, replaced=keys, checksums=checksums)
             self._commit_if_due()
 
     def _put_rows(self, sample_ids: list[str], rows: Any) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 from exchange.conftest import contents, numbered, same
@@ -22,7 +20,7 @@ from lmdbcache.errors import (
     InvalidEmbeddingError,
     ProvenanceMismatchError,
 )
-from lmdbcache.exchange import Intake, Row, intake as intake_module
+from lmdbcache.exchange import Intake, Rows, intake as intake_module
 from lmdbcache.storage import checksum, sample_key
 
 NODE = Origin("node-a", {"commit": "c1"}, {"weights_digest": "w1", "torch": "2"})
@@ -42,9 +40,11 @@ def test_new_embeddings_come_with_origin_and_source(target, config):
     values = numbered(0, 20)
     source = Source("a.wav", 10, 1, b"d" * 16, "/data")
     intake = Intake(target, config, dataset_root="/data")
-    rows = intake.checked(list(values), list(values.values()), NODE, checksums=checksums_of(values))
-    rows[3] = rows[3]._replace(source=source)
-    intake.add(rows, NODE.provenance)
+    (rows,) = intake.checked(
+        list(values), list(values.values()), NODE, checksums=checksums_of(values)
+    )
+    sources = [source if number == 3 else None for number in range(20)]
+    intake.add([rows._replace(sources=sources)], NODE.provenance)
     assert same(contents(target, config), values)
     assert (intake.report.num_new, intake.report.num_bytes, intake.report.exit_code) == (20, 640, 0)
     info = target.info(config)
@@ -323,19 +323,18 @@ def test_a_value_is_read_when_it_is_needed(store, config):
     names, sums = list(values), checksums_of(values)
     asked = []
 
-    def read(name):
+    def read(number):
+        name = names[number]
         asked.append(name)
         if name == names[4]:
             raise IntegrityError(f"{name}: damaged")
         return values[name]
 
-    rows = [
-        Row(sample_key(name), expected, functools.partial(read, name), "elsewhere", NODE)
-        for name, expected in zip(names, sums, strict=True)
-    ]
+    keys = list(map(sample_key, names))
+    rows = Rows(keys, sums, read, ["elsewhere"] * 6, [NODE] * 6, [None] * 6)
     cache = store("target", dict(list(values.items())[:3]))
     intake, seen = Intake(cache, config), []
-    intake.add(iter(rows), NODE.provenance, advance=seen.append)
+    intake.add([rows], NODE.provenance, advance=seen.append)
     assert (intake.report.num_new, intake.report.num_same) == (2, 3)
     assert intake.report.refused == [("elsewhere", names[4], "damaged")]
     assert set(asked) == set(names[3:])
@@ -352,6 +351,6 @@ def test_rows_come_in_batches(target, config, monkeypatch):
     names = [name for name in twice for _ in range(2)]
     rows = intake.checked(names, [value for pair in twice.values() for value in pair], NODE)
     intake.add(rows, NODE.provenance, advance=seen.append)
-    assert seen == [14, 14, 14, 14, 4]
+    assert seen == [8] * 7 + [4]
     assert (intake.report.num_new, len(intake.report.conflicts)) == (30, 30)
     assert same(contents(target, config), {name: pair[1] for name, pair in twice.items()})
