@@ -71,7 +71,12 @@ class FrontEnd(Protocol):
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A function from a batch of features to embeddings, called in the main process."""
+    """A function from a batch of features to embeddings, called in the main process.
+
+    One that can also give several outputs of one forward pass has a method
+    `embed_outputs(features, outputs)`, which returns a dict: output → what `embed` would return.
+    `extract` with several outputs needs it.
+    """
 
     @property
     def outputs(self) -> tuple[str, ...]:

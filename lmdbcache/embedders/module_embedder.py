@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -287,6 +287,11 @@ class RunningModule:
             ModuleError: The module fails.
             ProvenanceMismatchError: Its weights changed.
         """
+        embeddings: torch.Tensor = self._run(self._take, *inputs, **named)
+        return embeddings
+
+    def _run(self, take: Callable[[Any], Any], *inputs: Any, **named: Any) -> Any:
+        """Return what is taken from the result of a batch, on the CPU; see `embed`."""
         import torch
 
         if self.weights is not None:
@@ -301,7 +306,7 @@ class RunningModule:
             inputs = tuple(self._placed(one, device) for one in inputs)
             named = {key: self._placed(one, device) for key, one in named.items()}
             try:
-                result = self._take(self.module(*inputs, **named))
+                result = take(self.module(*inputs, **named))
             except (CacheError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -318,8 +323,9 @@ class RunningModule:
                 ) from error
         if self.weights is not None:
             self.weights.computed()
-        on_cpu: torch.Tensor = result.detach().to("cpu", torch.float32)
-        return on_cpu
+        if isinstance(result, dict):
+            return {key: one.detach().to("cpu", torch.float32) for key, one in result.items()}
+        return result.detach().to("cpu", torch.float32)
 
     def provenance(self) -> dict[str, str]:
         """Return the digest of the weights; empty for a function."""
@@ -339,11 +345,10 @@ class _OutputEmbedder(RunningModule):
     """An `Embedder`: one output of a `ModuleEmbedder`."""
 
     def __init__(self, source: ModuleEmbedder, config: CacheConfig, device: str | None) -> None:
-        take = source._outputs[config.output]  # noqa: SLF001
         super().__init__(
             source.module,
             config.compute_dtype,
-            lambda result: self._checked(take(result)),
+            lambda result: self._taken(result, config.output),
             name=source.identity,
             device=device,
         )
@@ -377,6 +382,16 @@ class _OutputEmbedder(RunningModule):
         self._num_clips = len(inputs[0])
         return super().embed(*inputs, **named)
 
+    def embed_outputs(
+        self, features: torch.Tensor, outputs: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        """Return several outputs of one forward pass, each as `embed` returns it."""
+        self._num_clips = len(features)
+        found: dict[str, torch.Tensor] = self._run(
+            lambda result: {output: self._taken(result, output) for output in outputs}, features
+        )
+        return found
+
     def provenance(self) -> dict[str, str]:
         kind = type(self.module)
         return {
@@ -387,10 +402,11 @@ class _OutputEmbedder(RunningModule):
             "compute_dtype": self._config.compute_dtype,
         }
 
-    def _checked(self, result: Any) -> Any:
+    def _taken(self, result: Any, output: str) -> Any:
         import torch
 
-        what = f"outputs: {self._config.output!r} of {self._source.identity} is"
+        result = self._source._outputs[output](result)  # noqa: SLF001
+        what = f"outputs: {output!r} of {self._source.identity} is"
         is_tensor = isinstance(result, torch.Tensor)
         if is_tensor and (kind := no_real_numbers(result)):
             raise ConfigError(

@@ -424,6 +424,20 @@ class TransformersEmbedder:
         Raises:
             ConfigError: The features haven't the shape that the model takes.
         """
+        return self.embed_outputs(features, [self.output])[self.output]
+
+    def embed_outputs(
+        self, features: torch.Tensor, outputs: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        """Return several outputs of one forward pass, each as `embed` returns it.
+
+        Args:
+            features: As for `embed`.
+            outputs: Any of the model's.
+
+        Raises:
+            ConfigError: See `embed`.
+        """
         import torch
 
         expected = self.family.feature_shape(self._model, self._settings, self.num_samples)
@@ -432,13 +446,15 @@ class TransformersEmbedder:
                 f"features: shape {tuple(features.shape)}, but {self.checkpoint.identity} takes "
                 f"(batch, {', '.join(map(str, expected))}); use its own front end"
             )
+        picked: dict[str, torch.Tensor] = {}
         with torch.no_grad(), precision(self.device, self.compute_dtype):
             found = self.family.forward(
-                self._model, features.to(self.device, torch.float32), self._settings, [self.output]
+                self._model, features.to(self.device, torch.float32), self._settings, outputs
             )
-            embeddings = self.family.pick(found, self._settings, self.output)
-        on_cpu: torch.Tensor = embeddings.to("cpu", torch.float32)
-        return on_cpu
+            for output in outputs:  # one by one to the CPU: a GPU's memory may hold no two
+                one = self.family.pick(found, self._settings, output)
+                picked[output] = one.to("cpu", torch.float32)
+        return picked
 
     def provenance(self) -> dict[str, str]:
         """Return weights, revision, library versions, device type and compute dtype."""
