@@ -71,8 +71,9 @@ class ModuleEmbedder:
             function or an object that pickles, where processes are spawned. None gives the module
             the waveform itself, padded with zeros to the config's duration, (num_samples,).
         front_end_id: Names the front end and its version; wanted with `front_end`.
-        outputs: Name of each output → what takes it from the module's result. None: the result is
-            a tensor, and is called `"embedding"`.
+        outputs: Name of each output → what takes it from the module's result, which it doesn't
+            change: all outputs of a pass get the same one. None: the result is a tensor, and is
+            called `"embedding"`.
         min_samples: The shortest clip that makes sense, in samples; shorter ones are reported.
 
     Raises:

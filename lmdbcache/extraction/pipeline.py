@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, overload
 
 from lmdbcache.audio import AudioSource, Clips
 from lmdbcache.cache import ClipFailure, EmbeddingCache
@@ -55,7 +55,9 @@ __all__ = [
     "ExtractionRun",
     "check_duration",
     "check_options",
+    "configs_of_one_pass",
     "extract",
+    "outputs_of",
     "stored_of_share",
     "units_of",
 ]
@@ -67,9 +69,53 @@ _IMPORTED_BY: Final = os.getpid()
 Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | None"]  # of one embedding, by output
 
 
-def extract(  # noqa: PLR0913
+@overload
+def extract(
     cache: EmbeddingCache,
     config: CacheConfig,
+    clips: Clips | AudioDataset,
+    *,
+    model: str | os.PathLike[str] | AudioModel | None = ...,
+    front_end: FrontEnd | None = ...,
+    make_embedder: Callable[[], Embedder] | None = ...,
+    batch_size: int = ...,
+    num_workers: int | None = ...,
+    device: str | None = ...,
+    progress: Progress | None = ...,
+    dataset_root: str | Path = ...,
+    commit_seconds: float = ...,
+    recompute_changed: bool = ...,
+    share: RankShare | None = ...,
+    staging: str | os.PathLike[str] | None = ...,
+    stored: Collection[str] = ...,
+) -> ExtractionSummary: ...
+
+
+@overload
+def extract(
+    cache: EmbeddingCache,
+    config: Sequence[CacheConfig],
+    clips: Clips | AudioDataset,
+    *,
+    model: str | os.PathLike[str] | AudioModel | None = ...,
+    front_end: FrontEnd | None = ...,
+    make_embedder: Callable[[], Embedder] | None = ...,
+    batch_size: int = ...,
+    num_workers: int | None = ...,
+    device: str | None = ...,
+    progress: Progress | None = ...,
+    dataset_root: str | Path = ...,
+    commit_seconds: float = ...,
+    recompute_changed: bool = ...,
+    share: RankShare | None = ...,
+    staging: str | os.PathLike[str] | None = ...,
+    stored: Collection[str] = ...,
+) -> list[ExtractionSummary]: ...
+
+
+def extract(  # noqa: PLR0913
+    cache: EmbeddingCache,
+    config: CacheConfig | Sequence[CacheConfig],
     clips: Clips | AudioDataset,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
@@ -85,7 +131,7 @@ def extract(  # noqa: PLR0913
     share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
     stored: Collection[str] = (),
-) -> ExtractionSummary:
+) -> ExtractionSummary | list[ExtractionSummary]:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
     The clips, sorted by sample id, are cut into fixed batches; what is missing of each is decoded
@@ -98,14 +144,20 @@ def extract(  # noqa: PLR0913
     to the caller. Several runs of the same clips share the work: each leaves out what another has
     committed in the meantime, and takes the rest in an order that no other run has.
 
+    Several configs fill as many stores: each clip that one of them lacks is decoded once and goes
+    through the model once. Each store gets the embeddings that it lacks, with the bits that an
+    extraction of its config alone gives.
+
     Args:
         cache: Where to store.
-        config: The identity of the embeddings.
+        config: The identity of the embeddings; or several, which differ in `output` and `dtype`
+            only.
         clips: A dataset; or sample id (`file_id:class`) → audio file or `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
         front_end: Waveform → features; None takes the model's.
-        make_embedder: Called once, when the first features are there; None builds the model.
+        make_embedder: Called once, when the first features are there; None builds the model. For
+            several outputs its result needs `embed_outputs`, see `lmdbcache.embedders.Embedder`.
         batch_size: Clips per forward pass.
         num_workers: Decoding processes; None chooses, 0 decodes in this process. So does a process
             that can't start others, with a warning. In a forked process that has torch imported,
@@ -121,14 +173,15 @@ def extract(  # noqa: PLR0913
         staging: Write to a store of this rank in this folder, for ranks on several machines; what
             `cache` holds is left out, and so is what other ranks have staged before.
             `merge_stores(cache, [staging])` brings it into `cache`.
-        stored: Sample ids that are stored where this process can't see them. They keep their
-            places in the fixed batches and aren't computed.
+        stored: Sample ids that are stored where this process can't see them, for every config.
+            They keep their places in the fixed batches and aren't computed.
 
     Returns:
-        What was done, failures included.
+        What was done, failures included; for several configs a list, one for each.
 
     Raises:
-        ConfigError: The config doesn't fit the model, or an option is invalid.
+        ConfigError: A config doesn't fit the model, several differ in another field, or an option
+            is invalid.
         DatasetError: Two files for one sample id.
         ExtractionError: A decoding process died, the device has too little memory, or the front end
             fails on every clip.
@@ -150,9 +203,10 @@ def extract(  # noqa: PLR0913
             "recompute_changed: with a staging folder the root would keep the old embeddings; "
             "extract the changed clips into the root itself"
         )
+    configs = configs_of_one_pass(config)
     run = ExtractionRun(
         cache,
-        [config],
+        configs,
         clips,
         batch_size=batch_size,
         share=share,
@@ -162,40 +216,91 @@ def extract(  # noqa: PLR0913
         progress=progress,
     )
     with run.opened():
-        missing = run.plan(recompute_changed=recompute_changed)
-        _use_one_thread_after_a_fork()
-        named = config.model_name if model is None else model
-        run.compare_weights(named)
-        if not missing:
-            run.record_failures()
-            return run.summaries()[0]
-        run.check_writable()
-        if isinstance(named, (str, os.PathLike)):
-            run.model = os.fspath(named)
-        measured: Shapes = {}
-        if front_end is None or make_embedder is None:
-            # Here and not in a worker: its errors are for the user to read.
-            found = ready_model(named, config)
-            front_end = front_end or found.make_front_end(config)
-            check_duration(config, front_end)
-            shapes: Shapes = {}
-            if make_embedder is None:
-                shapes = {config.output: found.embedding_shape(config)}
-                chosen = device or device_of_rank(run.share.local_rank)
-                make_embedder = partial(found.make_embedder, config, chosen)
-            run.check_space(shapes)
-            # A module's was measured; a family's is an estimate of what it will be.
-            measured = shapes if isinstance(found, ModuleEmbedder) else {}
-        run.log_new_stores()
-        run.work(
-            missing,
+        _fill(
+            run,
+            configs[0].model_name if model is None else model,
             front_end,
             make_embedder,
             num_workers=run.share.decoding_processes() if num_workers is None else num_workers,
+            device=device,
             commit_seconds=commit_seconds,
-            shapes=measured,
+            recompute_changed=recompute_changed,
         )
-        return run.summaries()[0]
+    summaries = run.summaries()
+    return summaries[0] if isinstance(config, CacheConfig) else summaries
+
+
+def configs_of_one_pass(config: CacheConfig | Sequence[CacheConfig]) -> list[CacheConfig]:
+    """Return the configs that one run fills.
+
+    Raises:
+        ConfigError: There is none or one twice, or they differ in more than `output` and `dtype`.
+    """
+    configs = [config] if isinstance(config, CacheConfig) else list(config)
+    if not configs:
+        raise ConfigError("config: an empty list; give a CacheConfig or several")
+    for number, one in enumerate(configs):
+        if one in configs[:number]:
+            raise ConfigError(f"config: {one.output!r} as {one.dtype} is in the list twice")
+        for field, (ours, first) in one.differences(configs[0]).items():
+            if field not in ("output", "dtype"):
+                raise ConfigError(
+                    f"{field}: {ours!r} and {first!r}; configs of one extraction share decoding "
+                    "and forward passes, and differ in `output` and `dtype` only. Extract the "
+                    "others in a separate call"
+                )
+    return configs
+
+
+def _fill(
+    run: ExtractionRun,
+    model: str | os.PathLike[str] | AudioModel,
+    front_end: FrontEnd | None,
+    make_embedder: Callable[[], Embedder] | None,
+    *,
+    num_workers: int,
+    device: str | None,
+    commit_seconds: float,
+    recompute_changed: bool,
+) -> None:
+    """Do the run; see `extract`."""
+    missing = run.plan(recompute_changed=recompute_changed)
+    _use_one_thread_after_a_fork()
+    run.compare_weights(model)
+    if not missing:
+        run.record_failures()
+        return
+    run.check_writable()
+    if isinstance(model, (str, os.PathLike)):
+        run.model = os.fspath(model)
+    measured: Shapes = {}
+    if front_end is None or make_embedder is None:
+        # Here and not in a worker: its errors are for the user to read.
+        found = ready_model(model, run.config)
+        for store in run.stores:
+            found.check(store.config)
+        front_end = front_end or found.make_front_end(run.config)
+        check_duration(run.config, front_end)
+        shapes: Shapes = {}
+        if make_embedder is None:
+            shapes = {
+                output: found.embedding_shape(run.config.replace(output=output))
+                for output in outputs_of(run.stores)
+            }
+            chosen = device or device_of_rank(run.share.local_rank)
+            make_embedder = partial(found.make_embedder, run.config, chosen)
+        run.check_space(shapes)
+        # A module's was measured; a family's is an estimate of what it will be.
+        measured = shapes if isinstance(found, ModuleEmbedder) else {}
+    run.log_new_stores()
+    run.work(
+        missing,
+        front_end,
+        make_embedder,
+        num_workers=num_workers,
+        commit_seconds=commit_seconds,
+        shapes=measured,
+    )
 
 
 def stored_of_share(
@@ -466,7 +571,7 @@ class ExtractionRun:
             with suppress(AudioDecodeError, ModuleError):
                 self.check_space({self.config.output: embedder.embedding_shape})
         return ForwardPasses(
-            embedder, self.config, _outputs(self.stores), shapes, is_proven=is_proven
+            embedder, self.config, outputs_of(self.stores), shapes, is_proven=is_proven
         )
 
     def _order(self, num_units: int) -> Iterator[int]:
@@ -510,7 +615,7 @@ class ExtractionRun:
         for sample_ids, stores in lacking.items():
             started = time.perf_counter()
             try:
-                found = passes.embed(unit, sample_ids, _outputs(stores))
+                found = passes.embed(unit, sample_ids, outputs_of(stores))
             except InvalidEmbeddingError:
                 for store in self.stores:
                     store.discard()  # of the same model
@@ -603,7 +708,8 @@ def units_of(
     ]
 
 
-def _outputs(stores: Iterable[StoreToFill]) -> tuple[str, ...]:
+def outputs_of(stores: Iterable[StoreToFill]) -> tuple[str, ...]:
+    """Return the outputs that some stores hold, each once."""
     return tuple(dict.fromkeys(store.config.output for store in stores))
 
 
