@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,12 +12,12 @@ from lmdbcache.cli.options import Decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders import AudioModel, config_for, described_model
 
-__all__ = ["ConfigChoice", "GivenConfig"]
+__all__ = ["ConfigChoice", "ConfigsChoice", "GivenConfig"]
 
 
 @dataclass(frozen=True)
-class ConfigChoice:
-    """A model, and how its embeddings are computed and stored."""
+class _ModelChoice:
+    """A model, and how its embeddings are computed."""
 
     model: Annotated[
         str,
@@ -32,14 +34,6 @@ class ConfigChoice:
             show_default=False,
         ),
     ] = None
-    output: Annotated[
-        str | None,
-        Option(
-            help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
-            "the model has it, else mean.",
-            show_default=False,
-        ),
-    ] = None
     sample_rate: Annotated[
         int | None,
         Option(
@@ -47,7 +41,6 @@ class ConfigChoice:
         ),
     ] = None
     duration: Annotated[float, Option(help="Clips are cut or padded to this, in seconds.")] = 5.0
-    dtype: Annotated[str, Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
     compute_dtype: Annotated[
         str,
         Option(
@@ -65,8 +58,8 @@ class ConfigChoice:
 
     decoder: Decoder = None
 
-    def config(self, dataset: str) -> CacheConfig:
-        """The config of this model's embeddings of a dataset.
+    def of(self, dataset: str, output: str | None, dtype: str) -> CacheConfig:
+        """The config of one output of this model for a dataset.
 
         Raises:
             ConfigError: A value can't identify a cache.
@@ -74,16 +67,63 @@ class ConfigChoice:
         """
         return config_for(
             self.model or DEFAULT_MODEL_NAME,
-            output=self.output,
+            output=output,
             duration=self.duration,
             namespace=dataset,
             sample_rate=self.sample_rate,
-            dtype=self.dtype,
+            dtype=dtype,
             compute_dtype=self.compute_dtype,
             model_name=self.model_name,
             front_end=self.front_end,
             decoder=self.decoder,
         )
+
+
+@dataclass(frozen=True)
+class ConfigChoice(_ModelChoice):
+    """A model, and how its embeddings are computed and stored."""
+
+    output: Annotated[
+        str | None,
+        Option(
+            help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
+            "the model has it, else mean.",
+            show_default=False,
+        ),
+    ] = None
+    dtype: Annotated[str, Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
+
+    def config(self, dataset: str) -> CacheConfig:
+        """The config of this model's embeddings of a dataset; errors as for `of`."""
+        return self.of(dataset, self.output, self.dtype)
+
+
+@dataclass(frozen=True)
+class ConfigsChoice(_ModelChoice):
+    """A model, and one or more ways to store its embeddings."""
+
+    output: Annotated[
+        list[str] | None,
+        Option(
+            help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
+            "the model has it, else mean. Several share one pass through the model.",
+            show_default=False,
+        ),
+    ] = None
+    dtype: Annotated[
+        list[str] | None,
+        Option(
+            help="Stored as float32, float16 or bfloat16; default: float32. With several, each "
+            "output is stored as each of them.",
+            show_default=False,
+        ),
+    ] = None
+
+    def configs(self, dataset: str) -> list[CacheConfig]:
+        """The config of each output and dtype, no two alike; errors as for `of`."""
+        outputs: Sequence[str | None] = self.output or [None]
+        pairs = itertools.product(outputs, self.dtype or ["float32"])
+        return list(dict.fromkeys(self.of(dataset, *pair) for pair in pairs))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import click
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Option
-from lmdbcache.cli.config_choice import ConfigChoice
+from lmdbcache.cli.config_choice import ConfigsChoice
 from lmdbcache.cli.console import DISK_FULL, print_json, print_table, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.launching import LaunchChoice
@@ -24,6 +24,7 @@ from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction import (
     Choice,
     ExtractionPlan,
+    ExtractionSummary,
     extract,
     extract_on_ray,
     finish_with_other_ranks,
@@ -40,7 +41,7 @@ _TRIAL_SECONDS: Final = 5.0
 def extract_command(
     context: click.Context,
     dataset: DatasetChoice,
-    choice: ConfigChoice,
+    choice: ConfigsChoice,
     launch: LaunchChoice,
     *,
     root: Root = None,
@@ -76,13 +77,14 @@ def extract_command(
     """
     share = launch.share
     launch.check(num_workers)
-    clips, config = dataset.clips(), choice.config(dataset.namespace)
+    clips, configs = dataset.clips(), choice.configs(dataset.namespace)
     cache = EmbeddingCache(root)
-    dataset.check_namespace(cache, config)
+    for config in configs:
+        dataset.check_namespace(cache, config)
     if dry_run or plan:
-        shown = plan_extraction(
+        plans = plan_extraction(
             cache,
-            config,
+            configs,
             clips,
             model=choice.model,
             batch_size=batch_size,
@@ -92,12 +94,12 @@ def extract_command(
             staging=launch.folder,
             trial_seconds=_TRIAL_SECONDS if plan else 0.0,
         )
-        shown = replace(shown, left_out=dataset.left_out_counts)
+        plans = [replace(one, left_out=dataset.left_out_counts) for one in plans]
         if as_json:
-            print_json(shown.to_dict())
+            _print_json([one.to_dict() for one in plans])
         else:
-            _print_plan(shown, config, context)
-        raise click.exceptions.Exit(0 if shown.fits else DISK_FULL)
+            _print_plans(plans, configs, context)
+        raise click.exceptions.Exit(0 if all(one.fits for one in plans) else DISK_FULL)
     try:
         common: dict[str, Any] = {
             "model": choice.model,
@@ -108,61 +110,87 @@ def extract_command(
             "recompute_changed": changed,
             "staging": launch.staging,
         }
-        name = config.model_name.rsplit("/", 1)[-1]
+        name = configs[0].model_name.rsplit("/", 1)[-1]
         label = name if share.is_all else f"{name} {share.rank}/{share.world_size}"
         with progress_bar(label, shown=progress) as report:
             if launch.is_on_ray:
                 # Ray prints what it repairs on standard output.
                 with contextlib.redirect_stdout(sys.stderr):
+                    only: Any = configs if len(configs) > 1 else configs[0]  # it refuses several
                     summary = extract_on_ray(
-                        cache, config, clips, progress=report, **common, **launch.ray_options
+                        cache, only, clips, progress=report, **common, **launch.ray_options
                     )
+                    summaries = [summary]
             else:
                 own: dict[str, Any] = {"num_workers": num_workers, "share": share}
-                summary = extract(cache, config, clips, progress=report, **common, **own)
-        summary = replace(summary, left_out=dataset.left_out_counts)
+                summaries = extract(cache, configs, clips, progress=report, **common, **own)
+        summaries = [replace(one, left_out=dataset.left_out_counts) for one in summaries]
     except KeyboardInterrupt:
-        kept = _kept(cache, config, clips, launch, batch_size)
+        kept = _kept(cache, configs, clips, launch, batch_size)
         raise Stopped(f"{kept}; run the same command again to go on") from None
     except CacheFullError as error:
-        kept = _kept(cache, config, clips, launch, batch_size)
+        kept = _kept(cache, configs, clips, launch, batch_size)
         raise CacheFullError(f"{error}; {kept}; run the same command again after that") from error
     if as_json:
-        print_json({**summary.to_dict(), "fingerprint": config.fingerprint})
+        pairs = zip(summaries, configs, strict=True)
+        _print_json([{**one.to_dict(), "fingerprint": config.fingerprint} for one, config in pairs])
     else:
-        say(f"{summary}\n{summary.store}")
+        _print_summaries(summaries)
     sys.stdout.flush()
-    finish_with_other_ranks(summary.exit_code)
-    raise click.exceptions.Exit(summary.exit_code)
+    exit_code = max(one.exit_code for one in summaries)
+    finish_with_other_ranks(exit_code)
+    raise click.exceptions.Exit(exit_code)
 
 
 def _kept(
     cache: EmbeddingCache,
-    config: CacheConfig,
+    configs: list[CacheConfig],
     clips: list[tuple[str, str | AudioSource]],
     launch: LaunchChoice,
     batch_size: int,
 ) -> str:
     """What is on the disk now of this process's share, whoever has stored it."""
-    num_cached, num_samples = stored_of_share(
-        cache, config, clips, batch_size=batch_size, share=launch.share, staging=launch.folder
-    )
-    return f"{num_cached} of {num_samples} are stored"
+    found = [
+        stored_of_share(
+            cache, config, clips, batch_size=batch_size, share=launch.share, staging=launch.folder
+        )
+        for config in configs
+    ]
+    return " and ".join(f"{stored} of {asked}" for stored, asked in found) + " are stored"
 
 
-def _print_plan(plan: ExtractionPlan, config: CacheConfig, context: click.Context) -> None:
-    if plan.choices:
+def _print_json(stores: list[dict[str, Any]]) -> None:
+    """Print one store's values, or a list where there are several."""
+    print_json(stores[0] if len(stores) == 1 else stores)
+
+
+def _print_summaries(summaries: list[ExtractionSummary]) -> None:
+    """Print the counts of each store, and once what is the same for several."""
+    for summary in summaries[:-1]:
+        say(f"{summary.counts}\n{summary.store}")
+    remarks = dict.fromkeys(line for summary in summaries for line in summary.remarks)
+    say("\n".join([summaries[-1].counts, *remarks, str(summaries[-1].store)]))
+
+
+def _print_plans(
+    plans: list[ExtractionPlan], configs: list[CacheConfig], context: click.Context
+) -> None:
+    if plans[0].choices:
         print_table(
             ("", "output", "dtype", "shape", "all clips"),
-            [_row(choice, config) for choice in plan.choices],
+            [_row(choice, configs) for choice in plans[0].choices],
             num_text_columns=4,
         )
         say("")
-    say(f"{in_options(str(plan), context.command.params)}\n{plan.store}")
+    last = max(plans, key=lambda plan: plan.num_missing)
+    for plan in plans:
+        # The time is that of the run, whatever number of stores it fills.
+        shown = plan if plan is last else replace(plan, trial=None, no_trial="")
+        say(f"{in_options(str(shown), context.command.params)}\n{plan.store}")
 
 
-def _row(choice: Choice, config: CacheConfig) -> tuple[object, ...]:
-    is_chosen = (choice.output, choice.dtype) == (config.output, config.dtype)
+def _row(choice: Choice, configs: list[CacheConfig]) -> tuple[object, ...]:
+    is_chosen = any(choice[:2] == (config.output, config.dtype) for config in configs)
     shape, size = choice.embedding_shape, choice.bytes_for_all
     return (
         "*" if is_chosen else "",

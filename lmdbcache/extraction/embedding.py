@@ -14,7 +14,7 @@ from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, first_line,
 from lmdbcache.errors import CacheError, ConfigError, ExtractionError, ModuleError
 from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["ForwardPasses"]
+__all__ = ["ForwardPasses", "check_gives"]
 
 _Rows = dict[int, torch.Tensor]
 _Errors = dict[int, Exception]
@@ -106,11 +106,7 @@ class _SharedPass:
         self._wanted: Collection[str] = ()
         # What is computed and not yet taken, by the pass.
         self._found: dict[Hashable, dict[str, torch.Tensor]] = {}
-        if not self._is_single and not hasattr(embedder, "embed_outputs"):
-            raise ConfigError(
-                f"output: {', '.join(outputs)}: the embedder of {name} has no `embed_outputs`, so "
-                "that one pass gives one output; extract each in a separate call"
-            )
+        check_gives(embedder, name, outputs)
 
     def begin(self, outputs: Collection[str]) -> None:
         """Forget the last unit; these outputs are wanted of the next."""
@@ -282,6 +278,24 @@ class _OutputPasses:
         batch = torch.cat([features[row][None]] * copies)
         keys = [(number, row, time) for time in range(-(-NUM_REPEATS // copies))]
         return torch.cat([self._forward(batch, self._config.output, key) for key in keys])
+
+
+def check_gives(embedder: Embedder, name: str, outputs: Collection[str]) -> None:
+    """Check that an embedder gives these outputs by one forward pass.
+
+    Args:
+        embedder: The model.
+        name: Its name in the message.
+        outputs: What is wanted.
+
+    Raises:
+        ConfigError: It gives one output only.
+    """
+    if len(outputs) > 1 and not hasattr(embedder, "embed_outputs"):
+        raise ConfigError(
+            f"output: {', '.join(outputs)}: the embedder of {name} has no `embed_outputs`, so "
+            "one pass gives one output; extract each in a separate call"
+        )
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, overload
 
 import xxhash
 
@@ -17,7 +17,7 @@ from lmdbcache.config import DTYPES, CacheConfig
 from lmdbcache.embedders import AudioModel, PretrainedModel, known_model, ready_model
 from lmdbcache.errors import ExtractionError, MissingDependencyError
 from lmdbcache.extraction.clips import features_of
-from lmdbcache.extraction.pipeline import ExtractionRun
+from lmdbcache.extraction.pipeline import ExtractionRun, configs_of_one_pass, outputs_of
 from lmdbcache.extraction.space import (
     estimated_bytes,
     needed_bytes,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lmdbcache.cache import EmbeddingCache
     from lmdbcache.datasets import AudioDataset
     from lmdbcache.extraction.ranks import RankShare
+    from lmdbcache.extraction.store_to_fill import StoreToFill
 
 __all__ = [
     "Choice",
@@ -117,6 +118,8 @@ class ExtractionPlan(Report):
         bytes_free: What this user may still write there.
         bytes_for_all: What the embeddings of all samples take, those of other ranks included; None
             if the shape isn't known.
+        bytes_needed_together: What has to be free for all stores of the plan; None if it has one
+            store, or a shape isn't known.
         limits: What this machine would exceed.
         choices: What every other output and dtype would take; empty without a trial.
         trial: What a trial measured, or None.
@@ -135,6 +138,7 @@ class ExtractionPlan(Report):
     bytes_needed: int | None
     bytes_free: int
     bytes_for_all: int | None = None
+    bytes_needed_together: int | None = None
     limits: tuple[Limit, ...] = ()
     choices: tuple[Choice, ...] = ()
     trial: Trial | None = None
@@ -143,8 +147,8 @@ class ExtractionPlan(Report):
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room, as far as that is known."""
-        return self.bytes_needed is None or self.bytes_needed <= self.bytes_free
+        """Whether the disk has room for all stores of the plan, as far as that is known."""
+        return max(self.bytes_needed or 0, self.bytes_needed_together or 0) <= self.bytes_free
 
     @property
     def seconds(self) -> float | None:
@@ -155,6 +159,8 @@ class ExtractionPlan(Report):
         needed = "bytes not known before the model is on this machine"
         if self.bytes_needed is not None:
             needed = f"{readable_size(self.bytes_needed)} needed"
+        if self.bytes_needed_together is not None:
+            needed += f", {readable_size(self.bytes_needed_together)} for all stores"
         counts = f"{self.num_cached} are cached, {self.num_missing} to extract"
         if self.num_refused:
             counts += f", {self.num_refused} have sample ids that can't be stored"
@@ -175,9 +181,41 @@ class ExtractionPlan(Report):
         return "\n".join([*lines, *(f"warning: {limit.message}" for limit in self.limits)])
 
 
+@overload
 def plan_extraction(
     cache: EmbeddingCache,
     config: CacheConfig,
+    clips: Clips | AudioDataset,
+    *,
+    model: str | os.PathLike[str] | AudioModel | None = ...,
+    batch_size: int = ...,
+    num_workers: int | None = ...,
+    device: str | None = ...,
+    share: RankShare | None = ...,
+    staging: str | os.PathLike[str] | None = ...,
+    trial_seconds: float = ...,
+) -> ExtractionPlan: ...
+
+
+@overload
+def plan_extraction(
+    cache: EmbeddingCache,
+    config: Sequence[CacheConfig],
+    clips: Clips | AudioDataset,
+    *,
+    model: str | os.PathLike[str] | AudioModel | None = ...,
+    batch_size: int = ...,
+    num_workers: int | None = ...,
+    device: str | None = ...,
+    share: RankShare | None = ...,
+    staging: str | os.PathLike[str] | None = ...,
+    trial_seconds: float = ...,
+) -> list[ExtractionPlan]: ...
+
+
+def plan_extraction(
+    cache: EmbeddingCache,
+    config: CacheConfig | Sequence[CacheConfig],
     clips: Clips | AudioDataset,
     *,
     model: str | os.PathLike[str] | AudioModel | None = None,
@@ -187,12 +225,12 @@ def plan_extraction(
     share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
     trial_seconds: float = 0.0,
-) -> ExtractionPlan:
+) -> ExtractionPlan | list[ExtractionPlan]:
     """Return what `extract` would do and take, without doing it. Nothing is stored or downloaded.
 
     Args:
         cache: Where to store.
-        config: The identity of the embeddings.
+        config: The identity of the embeddings; or several, as for `extract`.
         clips: A dataset; or sample id (`file_id:class`) → audio file or `AudioSource`.
         model: Hub name, checkpoint folder, or an `AudioModel` such as `ModuleEmbedder`; None takes
             `config.model_name`.
@@ -204,66 +242,87 @@ def plan_extraction(
         trial_seconds: Embed real clips for so long to estimate the time, and give the bytes of
             every other output and dtype; 0 doesn't load the model.
 
+    Returns:
+        The plan; for several configs a list, one for each.
+
     Raises:
         ConfigError: The model has no such output.
         DatasetError: Two files for one sample id.
         ModelLoadError: The folder isn't a checkpoint.
     """
+    configs = configs_of_one_pass(config)
     run = ExtractionRun(
-        cache, [config], clips, batch_size=batch_size, share=share, staging=staging, patience=0.0
+        cache, configs, clips, batch_size=batch_size, share=share, staging=staging, patience=0.0
     )
-    (store,) = run.stores
-    missing = run.plan()
-    shape = store.known_shape()
-    run.close_readers()
-    named = config.model_name if model is None else model
+    run.plan()
+    named = run.config.model_name if model is None else model
     found = known_model(named)
-    if found is not None:
-        found.check(config)
-        shape = shape or found.embedding_shape(config)
-    plan = ExtractionPlan(
+    plans = [_plan_of(run, store, found) for store in run.stores]
+    run.close_readers()
+    needed = [plan.bytes_needed for plan in plans]
+    if len(plans) > 1 and None not in needed:
+        plans = [replace(plan, bytes_needed_together=sum(filter(None, needed))) for plan in plans]
+    if trial_seconds:
+        trial, reason = None, ""
+        num_workers = run.share.decoding_processes() if num_workers is None else num_workers
+        if found is None or (isinstance(found, PretrainedModel) and not found.checkpoint.is_local):
+            reason = "the model isn't on this machine"
+        elif not run.paths:
+            reason = "no clips were given"
+        else:
+            try:
+                ready = ready_model(named, run.config)
+                trial = _try(run, ready, device, batch_size, num_workers, trial_seconds)
+            except (ExtractionError, MissingDependencyError) as error:  # the bytes are known
+                reason = str(error)
+        shapes = {
+            one.output: plan.embedding_shape for one, plan in zip(configs, plans, strict=True)
+        }
+        choices = tuple(_choices(run, found, shapes))
+        plans = [replace(plan, choices=choices, trial=trial, no_trial=reason) for plan in plans]
+    plans = [
+        replace(
+            plan,
+            limits=tuple(
+                _limits(plan, store.config, len(store.to_be_written), len(run.all_samples))
+            ),
+        )
+        for plan, store in zip(plans, run.stores, strict=True)
+    ]
+    return plans[0] if isinstance(config, CacheConfig) else plans
+
+
+def _plan_of(run: ExtractionRun, store: StoreToFill, model: AudioModel | None) -> ExtractionPlan:
+    shape = store.known_shape()
+    if model is not None:
+        model.check(store.config)
+        shape = shape or model.embedding_shape(store.config)
+    needed = None if store.missing else 0
+    if shape is not None and store.missing:
+        needed = needed_bytes(store.missing, shape, store.config.dtype)
+    return ExtractionPlan(
         store=store.path,
         num_samples=len(run.asked),
         num_cached=store.num_cached,
-        num_missing=len(missing),
+        num_missing=len(store.missing),
         num_refused=len(store.outcomes.failures),
         embedding_shape=shape,
-        bytes_needed=None if missing else 0,
+        bytes_needed=needed,
         bytes_free=free_bytes(store.path),
+        bytes_for_all=None
+        if shape is None
+        else estimated_bytes(run.all_samples, shape, store.config.dtype),
     )
-    if shape is not None:
-        plan = replace(
-            plan,
-            bytes_needed=needed_bytes(missing, shape, config.dtype) if missing else 0,
-            bytes_for_all=estimated_bytes(run.all_samples, shape, config.dtype),
-        )
-    if trial_seconds:
-        plan = replace(plan, choices=tuple(_choices(run, found, shape)))
-        num_workers = run.share.decoding_processes() if num_workers is None else num_workers
-        if found is None or (isinstance(found, PretrainedModel) and not found.checkpoint.is_local):
-            plan = replace(plan, no_trial="the model isn't on this machine")
-        elif not run.paths:
-            plan = replace(plan, no_trial="no clips were given")
-        else:
-            try:
-                ready = ready_model(named, config)
-                trial = _try(run, ready, device, batch_size, num_workers, trial_seconds)
-                plan = replace(plan, trial=trial)
-            except (ExtractionError, MissingDependencyError) as error:  # the bytes are known
-                plan = replace(plan, no_trial=str(error))
-    numbers = len(store.to_be_written), len(run.all_samples)
-    return replace(plan, limits=tuple(_limits(plan, config, *numbers)))
 
 
 def _choices(
-    run: ExtractionRun, model: AudioModel | None, known: tuple[int, ...] | None
+    run: ExtractionRun, model: AudioModel | None, known: Mapping[str, tuple[int, ...] | None]
 ) -> Iterator[Choice]:
-    config = run.config
-    outputs = dict.fromkeys((*(model.outputs if model else ()), config.output))
+    outputs = dict.fromkeys((*(model.outputs if model else ()), *known))
     for output, dtype in itertools.product(outputs, DTYPES):
-        shape = known if output == config.output else None
+        shape = known.get(output)
         if shape is None and model is not None:
-            shape = model.embedding_shape(config.replace(output=output, dtype=dtype))
+            shape = model.embedding_shape(run.config.replace(output=output, dtype=dtype))
         size = None if shape is None else estimated_bytes(run.all_samples, shape, dtype)
         yield Choice(output, dtype, shape, size)
 
@@ -279,6 +338,7 @@ def _try(
     """Decode and embed some real clips, as an extraction does.
 
     Raises:
+        ConfigError: The model gives one output by a forward pass, and several are wanted.
         ExtractionError: None of the clips gives features.
         MissingDependencyError: torch is missing.
         ModelLoadError: The model can't be loaded.
@@ -291,6 +351,7 @@ def _try(
     began = time.perf_counter()
     front_end = model.make_front_end(run.config)
     front_end.provenance()  # imports what the workers then have
+    outputs = outputs_of(run.stores)
     with features_of(units, run.config, front_end, num_workers=num_workers) as batches:
         embedder, number, model_seconds = None, 0, 0.0
         started = start_seconds = began
@@ -298,10 +359,16 @@ def _try(
         for index, batch in enumerate(batches):
             for _, features in batch.groups():
                 if embedder is None:
+                    from lmdbcache.extraction.embedding import check_gives
+
                     embedder = model.make_embedder(run.config, device)
+                    check_gives(embedder, model.identity, outputs)
                     start_seconds = time.perf_counter()
                 before = time.perf_counter()
-                embedder.embed(features)
+                if len(outputs) > 1:
+                    embedder.embed_outputs(features, outputs)  # type: ignore[attr-defined]
+                else:
+                    embedder.embed(features)
                 model_seconds += time.perf_counter() - before
                 number += len(features)
             if index == max(0, num_workers - 1) and embedder is not None:

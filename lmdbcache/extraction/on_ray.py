@@ -116,6 +116,11 @@ def extract_on_ray(  # noqa: PLR0913
         CacheFullError: A disk is full; what was committed is kept.
     """
     check_options(batch_size, None, commit_seconds)
+    if not isinstance(config, CacheConfig):
+        raise ConfigError(
+            "config: on a Ray cluster one run fills one store: give one `output` and one `dtype`, "
+            "and run again for the others"
+        )
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(
             f'device: {device!r}; each rank has one GPU: `device="cuda"` or `device="cpu"`'

@@ -89,11 +89,21 @@ class ExtractionSummary(Report):
         return 1 if self.failures else 0
 
     def __str__(self) -> str:
+        return "\n".join([self.counts, *self.remarks])
+
+    @property
+    def counts(self) -> str:
+        """The first line of the text."""
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
         counts = f"{self.num_cached} were cached, {self.num_extracted} extracted"
         failed = f"{len(self.failures)} failed ({self.seconds:.1f} s{rate})"
         who = f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
-        lines = [f"{who}{self.num_samples} samples: {counts}, {failed}"]
+        return f"{who}{self.num_samples} samples: {counts}, {failed}"
+
+    @property
+    def remarks(self) -> list[str]:
+        """The other lines of the text."""
+        lines = []
         for sample_ids, what in (
             (self.silent, "are digital silence"),
             (self.cancelled, "have channels that cancel when they are mixed to mono"),
@@ -119,7 +129,7 @@ class ExtractionSummary(Report):
             has_list = self.store and (self.num_cached or self.num_extracted)
             where = self.store / FAILURES_NAME if self.store and has_list else "`failures`"
             lines.append(f"… and {len(self.failures) - _NUM_FAILED_SHOWN} more in {where}")
-        return "\n".join(lines)
+        return lines
 
 
 class Outcomes:

@@ -7,6 +7,7 @@ How fast a run is decides nothing: one that is to be interrupted stands still be
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -132,23 +133,39 @@ def call_after(number: int, function: Callable[[], object], folder: Path) -> Non
     """In this process: call a function once so many batches have been embedded."""
     from lmdbcache.embedders.transformers_family import TransformersEmbedder
 
-    plain = TransformersEmbedder.embed
+    plain = TransformersEmbedder.embed_outputs
     seen = set()  # of the first batch one clip comes again, to be compared
 
-    def embed(self: Any, features: Any) -> Any:
+    def embed(self: Any, features: Any, *others: Any, **named: Any) -> Any:
         before = len(seen)
         seen.add(features[-1].numpy().tobytes())
         if before == number < len(seen):
             (folder / HELD).touch()
             function()
-        return plain(self, features)
+        return plain(self, features, *others, **named)
 
-    TransformersEmbedder.embed = embed  # type: ignore[method-assign]
+    TransformersEmbedder.embed_outputs = embed  # type: ignore[method-assign]
 
 
 def hold_after(number: int, folder: Path) -> None:
     """In this process: embed so many batches, then wait to be stopped."""
     call_after(number, _wait_for_ever, folder)
+
+
+def hold_after_puts(number: int, folder: Path) -> None:
+    """In this process: add so many batches to stores, then wait to be stopped."""
+    from lmdbcache.extraction.store_to_fill import StoreToFill
+
+    plain = StoreToFill.put
+    left = itertools.count(number, -1)
+
+    def put(self: Any, *arguments: Any) -> None:
+        if next(left) == 0:
+            (folder / HELD).touch()
+            _wait_for_ever()
+        plain(self, *arguments)
+
+    StoreToFill.put = put  # type: ignore[method-assign]
 
 
 def signal_workers(number: int, most: int | None = None) -> None:

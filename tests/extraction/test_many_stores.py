@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import signal
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from extraction.clips import write, write_tones
+from extraction.processes import hold_after_puts
 
 from lmdbcache import EmbeddingCache, ModuleEmbedder, RankShare, config_for, extract
 from lmdbcache.errors import CacheFullError, ConfigError, InvalidEmbeddingError
@@ -132,6 +137,37 @@ def refused(found):
     if (found["peak"] > 0.8).any():
         raise ValueError("too loud")
     return found["mean"]
+
+
+def test_killed_between_the_commits_of_two_stores(start, ast_folder, tmp_path):
+    """Each store has whole units; run again, both have the bits of separate runs."""
+    data = tmp_path / "data"
+    write_tones(data, 24)
+    outputs = ("pooler_output", "last_hidden_state")
+    configs = configs_of(ast_folder, *[(name, "float32") for name in outputs], namespace="vegas")
+
+    def extracted(root, *outputs, prepare=None):
+        fixed = ("--model", ast_folder, "--duration", 0.5, "--dataset", "vegas", "--json")
+        often = ("--batch-size", 4, "--commit-seconds", 0, "--num-workers", 1)
+        named = [part for name in outputs for part in ("--output", name)]
+        return start("extract", data, "--root", root, *fixed, *often, *named, prepare=prepare)
+
+    cache, apart = EmbeddingCache(tmp_path / "cache"), EmbeddingCache(tmp_path / "apart")
+    killed = extracted(cache.root, *outputs, prepare=partial(hold_after_puts, 5))
+    killed.wait_until(killed.is_held)
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    for config, number in zip(configs, (12, 8), strict=True):
+        with cache.reader(config) as reader:
+            assert len(reader) == number
+    last = extracted(cache.root, *outputs)
+    runs = [last, *[extracted(apart.root, name) for name in outputs]]
+    for command in runs:
+        assert command.wait() == 0, command.err
+    assert [one["num_extracted"] for one in json.loads(last.out)] == [12, 16]
+    for config in configs:
+        assert cache.verify(config).is_sound
+        assert values(cache, config) == values(apart, config)
 
 
 def test_a_clip_that_one_output_fails_on(cache, clips, tmp_path):
