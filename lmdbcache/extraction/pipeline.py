@@ -196,14 +196,14 @@ def extract(  # noqa: PLR0913
             model is loaded; or it became full: what was committed is kept.
     """
     check_options(batch_size, num_workers, commit_seconds)
-    if config.window is not None:
-        raise ConfigError("window: stores of windows are written by `cache.writer` only")
     if recompute_changed and staging is not None:
         raise ConfigError(
             "recompute_changed: with a staging folder the root would keep the old embeddings; "
             "extract the changed clips into the root itself"
         )
     configs = configs_of_one_pass(config)
+    if configs[0].window is not None:
+        raise ConfigError("window: stores of windows are written by `cache.writer` only")
     run = ExtractionRun(
         cache,
         configs,
@@ -605,7 +605,7 @@ class ExtractionRun:
         """Embed a unit, and add to each store what it lacks.
 
         What is missing of the unit is a batch: its composition changes the last bits. Stores that
-        lack the same clips share one; others get what a run of their own would compute.
+        lack the same clips share one; others get what a separate run would compute.
         """
         lacking: dict[tuple[str, ...], list[StoreToFill]] = {}
         for store in self.stores:
