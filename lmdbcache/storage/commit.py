@@ -15,7 +15,7 @@ from typing import Any, Final
 import lmdb
 import numpy.typing as npt
 
-from lmdbcache.storage.environment import Environment
+from lmdbcache.storage.environment import Environment, last_key
 from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum, checksums
 
@@ -191,7 +191,7 @@ def put_embeddings(
         else checksums(keys, values)
     )
     batch.checksums = dict(zip(keys, sums, strict=True))
-    last = max(_last_key(transaction, None), _last_key(transaction, environment.checksums))
+    last = max(last_key(transaction, None), last_key(transaction, environment.checksums))
     with transaction.cursor() as cursor:
         left_alone = {
             key
@@ -234,12 +234,7 @@ def checksums_in(
     environment: Environment, transaction: lmdb.Transaction, keys: Iterable[bytes]
 ) -> dict[bytes, bytes | None]:
     """Return the checksums that are stored of these keys."""
-    last = _last_key(transaction, environment.checksums)
+    last = last_key(transaction, environment.checksums)
     get = partial(transaction.get, db=environment.checksums)
     found = {key: get(key) if key <= last else None for key in keys}
     return {key: None if value is None else bytes(value) for key, value in found.items()}
-
-
-def _last_key(transaction: lmdb.Transaction, database: Any) -> bytes:
-    with transaction.cursor(db=database) as cursor:
-        return bytes(cursor.key()) if cursor.last() else b""

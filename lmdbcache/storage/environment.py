@@ -41,6 +41,7 @@ __all__ = [
     "Snapshot",
     "acquire",
     "acquire_current",
+    "last_key",
     "release",
 ]
 
@@ -211,9 +212,8 @@ class Environment:
         """Those of the keys that the newest commit has."""
         with no_fork, _lock, translated_errors(self.generation):
             transaction, checksums = self.begin_read(), self.checksums
-            with transaction.cursor(db=checksums) as cursor:
-                last = bytes(cursor.key()) if cursor.last() else b""
-            if not keys or min(keys) > last:  # a store that is filled in order
+            # A store that is filled in order has none of them.
+            if not keys or min(keys) > last_key(transaction, checksums):
                 return set()
             get = transaction.get
             return {key for key in keys if get(key, db=checksums) is not None}
@@ -281,6 +281,12 @@ _environments: dict[tuple[int, int] | None, Environment] = {}
 _abandoned: deque[Environment] = deque()
 _lock = threading.RLock()
 _locked_for_fork: list[Snapshot] = []
+
+
+def last_key(transaction: lmdb.Transaction, database: Any) -> bytes:
+    """Return the greatest key of a database; empty where it has none."""
+    with transaction.cursor(db=database) as cursor:
+        return bytes(cursor.key()) if cursor.last() else b""
 
 
 def acquire(generation: Path, *, write: bool = False, create: bool = False) -> Environment:

@@ -13,7 +13,11 @@ __all__ = ["ForkGate", "no_fork", "process_id"]
 
 
 class ForkGate:
-    """Held by a thread that is inside LMDB; a fork waits until none is. Reentrant, shared."""
+    """Held by a thread that is inside LMDB; a fork waits until none is. Reentrant, shared.
+
+    Attributes:
+        is_forking: Whether a fork waits for others to leave, or goes on.
+    """
 
     def __init__(self) -> None:
         # Called by a thread that has left; what couldn't be done inside.
@@ -25,7 +29,7 @@ class ForkGate:
         self._condition = threading.Condition()
         self._thread = threading.local()
         self._num_inside = 0
-        self._is_forking = False
+        self.is_forking = False
 
     def __enter__(self) -> None:
         self.enter(wait=True)
@@ -39,10 +43,10 @@ class ForkGate:
         self._thread.depth = self.depth + 1
         if self.depth == 1:
             with self._condition:
-                if self._is_forking and not wait:
+                if self.is_forking and not wait:
                     self._thread.depth -= 1
                     return False
-                self._condition.wait_for(lambda: not self._is_forking)
+                self._condition.wait_for(lambda: not self.is_forking)
                 self._num_inside += 1
         return True
 
@@ -61,7 +65,7 @@ class ForkGate:
 
     def wait_for_fork(self) -> None:
         """Let a waiting fork go first."""
-        if self._is_forking and self.depth == 0:
+        if self.is_forking and self.depth == 0:
             with self:
                 pass
 
@@ -70,14 +74,14 @@ class ForkGate:
         self._thread.depth = self.depth + 1
         own = 1 if self.depth > 1 else 0
         with self._condition:
-            self._condition.wait_for(lambda: not self._is_forking)
-            self._is_forking = True
+            self._condition.wait_for(lambda: not self.is_forking)
+            self.is_forking = True
             self._condition.wait_for(lambda: self._num_inside == own)
 
     def open(self) -> None:
         """Let waiting threads go on; after `close`."""
         with self._condition:
-            self._is_forking = False
+            self.is_forking = False
             self._condition.notify_all()
         self._thread.depth -= 1
 

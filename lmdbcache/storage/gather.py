@@ -85,18 +85,23 @@ batch_buffers: Final = BatchBuffers()
 
 
 class MappedFile:
-    """data.mdb of one generation, mapped as far as it reached when this was made."""
+    """data.mdb of one generation, mapped as far as it reached when this was made.
+
+    Attributes:
+        mapped: The map, read-only.
+        data: The same as an array, (size,) uint8.
+    """
 
     def __init__(self, path: Path) -> None:
         descriptor = open_file(path)
         try:
             status = os.fstat(descriptor)
-            self._map = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+            self.mapped = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
         self.path = path
         self.file_id = (status.st_dev, status.st_ino)
-        self.data: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.data: npt.NDArray[np.uint8] = np.frombuffer(self.mapped, np.uint8)
         self._views: dict[int, npt.NDArray[np.void]] = {}
         # Page faults wait for one place at a time, and read what lies around it, too. That fills
         # the page cache of a file that fits, and ruins that of one that doesn't.
@@ -104,7 +109,7 @@ class MappedFile:
 
     def value(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A view of one value; read-only, for as long as the snapshot is pinned."""
-        view: npt.NDArray[Any] = np.ndarray(shape, dtype, self._map, offset)
+        view: npt.NDArray[Any] = np.ndarray(shape, dtype, self.mapped, offset)
         return view
 
     def gather(
@@ -151,29 +156,29 @@ class MappedFile:
         Raises:
             IntegrityError: It has become shorter.
         """
-        size = self._map.size()  # an fstat, 0.2 us
+        size = self.mapped.size()  # an fstat, 0.2 us
         if size < len(self.data):
             raise IntegrityError(truncated(self.path, size, len(self.data)))
 
     def read_single_pages(self) -> None:
         """Have faults in this map read one page each, and not what lies around it."""
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_RANDOM)
+        if hasattr(self.mapped, "madvise"):
+            self.mapped.madvise(mmap.MADV_RANDOM)
 
     def will_need(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
         """Ask the kernel to read these values ahead; returns at once."""
-        if not hasattr(self._map, "madvise"):  # pragma: no cover - macOS before Python 3.8
+        if not hasattr(self.mapped, "madvise"):  # pragma: no cover - macOS before Python 3.8
             return
         page = mmap.PAGESIZE
         for offset in np.asarray(offsets).tolist():
             start = offset - offset % page
-            self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+            self.mapped.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
     def _view(self, length: int) -> npt.NDArray[np.void]:
         """Every position of the file as the start of an item: one index gathers a batch."""
         view = self._views.get(length)
         if view is None:
             count = max(0, len(self.data) - length + 1)
-            view = np.ndarray((count,), f"V{length}", self._map, 0, (1,))
+            view = np.ndarray((count,), f"V{length}", self.mapped, 0, (1,))
             self._views[length] = view
         return view

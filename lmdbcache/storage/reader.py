@@ -183,9 +183,14 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
 
     def pinned(self) -> Snapshot:
         """Return the snapshot to read, pinned now if it isn't yet."""
-        no_fork.wait_for_fork()
+        if no_fork.is_forking:
+            no_fork.wait_for_fork()
         snapshot = self._snapshot
-        if snapshot is not None and snapshot.transaction and not snapshot.may_be_overwritten():
+        if (
+            snapshot is not None
+            and snapshot.transaction
+            and (snapshot.is_protected or not snapshot.may_be_overwritten())
+        ):
             return snapshot
         return self._pin(instead_of=snapshot)
 

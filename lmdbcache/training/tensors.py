@@ -60,7 +60,7 @@ class TensorMapping(Mapping[str, torch.Tensor]):
         return self._classes is not None
 
     def __getitem__(self, sample_id: str) -> torch.Tensor:
-        if not self._admits(sample_id):
+        if self._classes is not None and not self._admits(sample_id):
             raise KeyError(sample_id)
         return as_tensor(self._arrays[sample_id])
 

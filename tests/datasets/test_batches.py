@@ -79,6 +79,21 @@ def test_a_batch_of_vegas_is_that_of_its_items(root, source, every, load_audio):
         assert same(dict(vegas_collate_fn(fetched)), known)
 
 
+@pytest.mark.parametrize("source", ["store", "narrowed"])
+def test_what_is_written_to_an_item_stays_in_it(root, source):
+    """Read by LMDB at first and from the mapped file later, tensors are each item's alone."""
+    dataset = vegas(root, 1, load_audio=False)
+    if source == "narrowed":
+        dataset.filter_audio_embeddings_from_file()
+    expected = list(dataset.__getitems__(range(len(dataset))))
+    for _ in range(3):
+        items = [dataset[index] for index in range(len(dataset))]
+        assert same(items, expected)
+        for item in items:
+            item["label"].fill_(-1)
+            item["audio_emb"].fill_(-1).requires_grad_()
+
+
 @pytest.mark.parametrize("every", [1, 3, 99])
 def test_a_batch_of_cached_audio_is_that_of_its_items(root, tmp_path, every):
     """Hits only, hits and misses, misses only but one; and with clips that fail."""

@@ -128,7 +128,7 @@ def test_fork_goes_on_after_a_refused_fork(reader, monkeypatch):
     """The gate that a fork closes opens again in parent and child."""
     for _ in range(3):
         assert in_fork(lambda: in_fork(lambda: len(reader))) == 64
-    assert not forking.no_fork._is_forking
+    assert not forking.no_fork.is_forking
     assert forking.no_fork.depth == 0
     assert forking.no_fork._num_inside == 0
 

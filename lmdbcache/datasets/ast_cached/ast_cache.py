@@ -310,9 +310,9 @@ class ASTCache:
             first = None
         loaded, last = self._ast_cache.get(class_name), self._audio_embs_from_file
         second = None if loaded is None or loaded.embeddings is last else loaded.embeddings
+        if first is second is None:
+            return [] if last is None else [last]
         sources = [source for source in (first, second, last) if source is not None]
-        if len(sources) < 2:
-            return sources
         found: dict[int, Mapping[str, Any]] = {}
         for source in sources:
             arrays = source.arrays if isinstance(source, TensorMapping) else source
@@ -354,7 +354,10 @@ class ASTCache:
                 value = embeddings[sample_id]
             except KeyError:
                 continue
-            return value.detach() if type(value) is torch.Tensor else plain_tensor(value)
+            if type(value) is not torch.Tensor:
+                return plain_tensor(value)
+            # What a store gives is a copy already.
+            return value if type(embeddings) is TensorMapping else value.detach()
         return None
 
     @overload

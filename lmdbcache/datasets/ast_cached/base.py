@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -420,7 +421,8 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         item = LazyDict(self._loaded(sample, is_hit=embedding is not None))
         if embedding is not None:
             item["audio_emb"] = embedding
-        item["label"] = _label_tensor(sample["class_label"]).clone()
+        # A fourth of the time of `torch.tensor`, whose aligned memory is slow to be had.
+        item["label"] = torch.from_numpy(np.array(sample["class_label"], np.int64))
         for key in self._item_keys:
             item[key] = sample[key]
         return item
@@ -610,12 +612,6 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
         for name, own, other in shares:
             _logger.info("  %s: %.2f %% and %.2f %%", name, own, other)
         return all(abs(own - other) <= 100 * tolerance for _, own, other in shares)
-
-
-@functools.cache
-def _label_tensor(label: int) -> torch.Tensor:
-    """The label as int64 (), to be cloned: that takes a third of the time of a new tensor."""
-    return torch.tensor(label, dtype=torch.long)
 
 
 def _given_root(root_dir: str | Path | None, namespace: str) -> str | Path:

@@ -151,6 +151,7 @@ class StoredChunk(Sequence[npt.NDArray[Any]]):
 
     def __init__(self, reader: EmbeddingReader, sample_ids: Sequence[str]) -> None:
         self._reader, self._sample_ids = reader, sample_ids
+        self._rows = np.arange(len(sample_ids))
 
     @property
     def shape(self) -> tuple[int | None, ...]:
@@ -178,7 +179,7 @@ class StoredChunk(Sequence[npt.NDArray[Any]]):
             SampleNotFoundError: One was removed from the store.
         """
         first, *others = index if isinstance(index, tuple) else (index,)
-        rows = np.arange(len(self))[first]
+        rows = self._rows[first]
         if rows.ndim == 0:
             found = self._reader[self._sample_ids[int(rows)]][tuple(others)]
         else:
