@@ -40,6 +40,7 @@ COMMANDS: Final = {
         "explain": "coverage",
         "stats": "inspect",
         "diff": "diff",
+        "similar": "similar",
         "report": "report",
     },
     "Trust": {

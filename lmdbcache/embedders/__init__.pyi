@@ -38,3 +38,4 @@ from .registry import (
     known_model as known_model,
     ready_model as ready_model,
 )
+from .texts import embed_texts as embed_texts

@@ -39,6 +39,7 @@ __all__ = [
     "Settings",
     "TransformersEmbedder",
     "TransformersFrontEnd",
+    "load_errors",
     "load_weights",
 ]
 
@@ -333,7 +334,7 @@ class TransformersFrontEnd:
 
     def _load_extractor(self) -> Callable[..., Any]:
         transformers = self.family.import_transformers()
-        with _load_errors(self.checkpoint, self.family), _quiet():
+        with load_errors(self.checkpoint, self.family), _quiet():
             extractor = getattr(transformers, self.family.extractor_type).from_pretrained(
                 self.checkpoint.location, local_files_only=True
             )
@@ -492,7 +493,7 @@ def load_weights(
     transformers = family.import_transformers()
     import torch
 
-    with _load_errors(checkpoint, family), _quiet():
+    with load_errors(checkpoint, family), _quiet():
         # transformers 5 takes the checkpoint's own dtype unless it is given one.
         model, info = getattr(transformers, model_class or family.model_class).from_pretrained(
             checkpoint.location,
@@ -523,7 +524,7 @@ def _key_name(key: str | tuple[str, ...]) -> str:
 
 
 @contextlib.contextmanager
-def _load_errors(checkpoint: Checkpoint, family: ModelFamily) -> Iterator[None]:
+def load_errors(checkpoint: Checkpoint, family: ModelFamily) -> Iterator[None]:
     """Turn any exception inside into a `ModelLoadError` that names the checkpoint."""
     try:
         yield

@@ -7,6 +7,7 @@ from .estimate import (
 )
 from .on_ray import extract_on_ray as extract_on_ray
 from .pipeline import extract as extract, stored_of_share as stored_of_share
+from .queries import embed_clip as embed_clip, embed_text as embed_text
 from .ranks import (
     RankShare as RankShare,
     finish_with_other_ranks as finish_with_other_ranks,

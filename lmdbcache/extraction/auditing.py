@@ -21,7 +21,14 @@ from lmdbcache.extraction.clips import features_of
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.storage import EmbeddingReader, Progress, Report
 
-__all__ = ["AuditReport", "AuditedSample", "audit", "tolerance_for"]
+__all__ = [
+    "AuditReport",
+    "AuditedSample",
+    "audit",
+    "computed_of",
+    "recorded_model",
+    "tolerance_for",
+]
 
 # Relative L2 distance. Another composition of the batch alone moves float32 by about 2e-7,
 # rounding to float16 by 3e-4 and to bfloat16 by 2e-3.
@@ -159,13 +166,13 @@ def audit(  # noqa: PLR0913
             return AuditReport(reader.path, limit, skipped=skipped)
         provenance = reader.metadata.provenance
         if front_end is None or make_embedder is None:
-            named = _recorded_model(provenance) if model is None else model
+            named = recorded_model(provenance) if model is None else model
             found = ready_model(named or config.model_name, config)
             front_end = front_end or found.make_front_end(config)
             make_embedder = make_embedder or partial(found.make_embedder, config, device)
         embedder = make_embedder()
         now = {**front_end.provenance(), **embedder.provenance()}
-        computed, failed = _computed(
+        computed, failed = computed_of(
             config,
             paths,
             front_end,
@@ -224,12 +231,13 @@ def _pick(
     return picked, skipped
 
 
-def _recorded_model(provenance: Mapping[str, str]) -> str | None:
+def recorded_model(provenance: Mapping[str, str]) -> str | None:
+    """Return the folder of the checkpoint that filled a store, if it is still there."""
     folder = provenance.get("checkpoint")
     return folder if folder and (Path(folder) / "config.json").is_file() else None
 
 
-def _computed(
+def computed_of(
     config: CacheConfig,
     paths: Mapping[str, str],
     front_end: FrontEnd,
@@ -237,8 +245,9 @@ def _computed(
     *,
     batch_size: int,
     num_workers: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> tuple[list[tuple[str, npt.NDArray[np.float32]]], dict[str, str]]:
+    """Embed audio files: return (sample id, embedding) of each, and sample id → why it failed."""
     computed: list[tuple[str, npt.NDArray[np.float32]]] = []
     failed: dict[str, str] = {}
     ordered = sorted(paths.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["extract", "ls", "info", "coverage", "rm", "prune", "diff", "doctor"]
-COMMANDS += ["compact", "verify", "repair", "audit", "import", "export", "report"]
+COMMANDS += ["compact", "verify", "repair", "audit", "import", "export", "report", "similar"]
 
 
 def test_help_lists_every_command(cli):
