@@ -234,6 +234,7 @@ class HitCounter:
         self._keys = keys
         self._codes = np.zeros(len(keys), np.uint16)
         self._code_cells = memoryview(self._codes)  # type: ignore[arg-type]
+        self._known: dict[bytes, int] = {}  # the codes of classes, as keys spell them
         self._cells = counts.hit_cells
         self._hits = counts.hits[:1]
 
@@ -249,7 +250,7 @@ class HitCounter:
         hits = self._hits
         found = np.bincount(self._codes[rows], None, len(hits))
         if found[0] or len(found) != len(hits):
-            self._learn(rows[self._codes[rows] == 0].tolist())
+            self._learn(rows[self._codes[rows] == 0])
             hits = self._hits
             found = np.bincount(self._codes[rows], None, len(hits))
         if len(hits) < _ADDED_AT_ONCE:
@@ -259,17 +260,20 @@ class HitCounter:
                 np.add(hits, found, hits)
         self._counts.look_at_clock()
 
-    def _learn(self, rows: Sequence[int]) -> int:
+    def _learn(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> int:
         """Note the classes of these rows; the code of the last one."""
-        code = 0
+        codes, known = [], self._known
         with self._counts.lock:
-            for row in rows:
-                key = bytes(self._keys[row])
-                code = self._counts.code_of(sample_id_of_key(key.rpartition(b":")[2]))
-                self._code_cells[row] = code
-                if code >= len(self._hits):
-                    self._hits = self._counts.hits[: code + 1]
-        return code
+            for key in self._keys[rows].tolist():
+                name = key.rpartition(b":")[2]
+                code = known.get(name)
+                if code is None:
+                    code = known[name] = self._counts.code_of(sample_id_of_key(name))
+                    if code >= len(self._hits):
+                        self._hits = self._counts.hits[: code + 1]
+                codes.append(code)
+            self._codes[rows] = codes
+        return codes[-1] if codes else 0  # none: another thread was faster
 
 
 # ---- this process

@@ -362,7 +362,9 @@ def _keys(
     for row in np.flatnonzero(starts > last).tolist():  # short keys at the very end
         characters[row] = np.roll(characters[row], last - starts[row])
     if (lengths != width).any():
-        characters[np.arange(width) >= lengths[:, None]] = 0
+        # Of each length, which characters stay: a row is copied as one item.
+        stay: npt.NDArray[np.uint8] = np.tri(width + 1, width, -1, np.uint8)
+        characters *= stay.view(f"V{width}")[:, 0][lengths].view(np.uint8).reshape(-1, width)
     keys: npt.NDArray[np.bytes_] = characters.view(f"S{width}")[:, 0]
     return keys
 
