@@ -7,6 +7,7 @@ from .cache import (
     Nearest as Nearest,
     StoreInfo as StoreInfo,
     TokenLayout as TokenLayout,
+    clip_lengths as clip_lengths,
     nearest as nearest,
 )
 from .cli import progress_bar as progress_bar
@@ -71,6 +72,7 @@ from .training import (
     CachedEncoder as CachedEncoder,
     EmbeddingDataset as EmbeddingDataset,
     TensorMapping as TensorMapping,
+    WeightedSum as WeightedSum,
     collate_embeddings as collate_embeddings,
     make_dataloader as make_dataloader,
     preload as preload,

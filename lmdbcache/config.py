@@ -53,6 +53,7 @@ _PUBLISHED_AST: Final = "mit/ast-finetuned-"
 _FINGERPRINT_DOMAIN: Final = b"lmdbcache config 1\n"
 _NOT_IN_SLUG: Final = re.compile(r"[^A-Za-z0-9.]+")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+/@-]{0,127}")
+_OUTPUT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+/@:-]{0,127}")
 
 
 class ModelName(str):
@@ -95,7 +96,8 @@ class CacheConfig:
             `MIT/ast-finetuned-audioset-10-10-0.4593`. For a local folder use
             `lmdbcache.embedders.model_identity(folder)`.
         output: What is stored of the model's output: `"pooler_output"`, `"last_hidden_state"`,
-            `"mean"` (over time), or a name of your own.
+            `"mean"` (over time), `"valid_mean"` (over the clip's own frames), a layer
+            (`"layer:6"`, `"layer:6/mean"`), all of them (`"layers/mean"`), or a name of your own.
         dtype: Stored dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         namespace: Name of the dataset, so that equal sample ids of two datasets don't meet in one
             store.
@@ -351,9 +353,10 @@ def _model_name(name: str, value: Any) -> str:
 
 def _identifier(name: str, value: Any) -> str:
     text = _text(name, value)
-    if not _NAME.fullmatch(text):
+    if not (_OUTPUT_NAME if name == "output" else _NAME).fullmatch(text):
+        marks = "_.+/@:-" if name == "output" else "_.+/@-"
         raise ConfigError(
-            f"{name}: {value!r}; use 1 to 128 letters, digits or any of '_.+/@-', "
+            f"{name}: {value!r}; use 1 to 128 letters, digits or any of '{marks}', "
             "starting with a letter or digit"
         )
     return text

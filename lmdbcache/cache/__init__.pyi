@@ -34,6 +34,7 @@ from .records import (
     Source as Source,
     SourceRecorder as SourceRecorder,
     SourceRecords as SourceRecords,
+    clip_lengths as clip_lengths,
     count_origins as count_origins,
     write_sources as write_sources,
 )

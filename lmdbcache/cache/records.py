@@ -31,7 +31,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import check_file, occupy_standard_descriptors, open_file
-from lmdbcache.storage import EmbeddingReader, sample_id_of_key
+from lmdbcache.storage import EmbeddingReader, sample_id_of_key, sample_key
 
 __all__ = [
     "RECORD_FILES",
@@ -42,6 +42,7 @@ __all__ = [
     "SourceRecorder",
     "SourceRecords",
     "Written",
+    "clip_lengths",
     "count_origins",
     "forget_sources",
     "write_sources",
@@ -73,6 +74,13 @@ CREATE TABLE IF NOT EXISTS sources (
 PRAGMA user_version = {_VERSION};
 COMMIT;
 """
+# Made by the first clip whose length is recorded: older versions know no such column of `sources`.
+_LENGTHS_TABLE: Final = """CREATE TABLE IF NOT EXISTS clip_lengths (
+    sample_id TEXT NOT NULL,
+    embedding BLOB NOT NULL,  -- the checksum that the store keeps of it
+    num_valid INTEGER NOT NULL,
+    PRIMARY KEY (sample_id, embedding)
+) WITHOUT ROWID"""
 # Made by the first embedding that comes from elsewhere.
 _ORIGIN_TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS origins (id INTEGER PRIMARY KEY, record TEXT NOT NULL UNIQUE)",
@@ -94,6 +102,8 @@ class Source(NamedTuple):
         mtime_ns: Time of the last modification, in nanoseconds since 1970; None if not a file.
         digest: xxh3-128 of the content, 16 bytes; None beyond `LARGEST_DIGESTED_BYTES`.
         root: The dataset's folder, or empty.
+        num_valid: Samples of the clip that came from it, at the config's rate and no more than its
+            duration; the rest was padding. None if that isn't recorded.
     """
 
     path: str
@@ -101,6 +111,7 @@ class Source(NamedTuple):
     mtime_ns: int | None
     digest: bytes | None
     root: str = ""
+    num_valid: int | None = None
 
     def below(self, root: str) -> Source:
         """Return the same with a path that survives a move of the dataset's folder."""
@@ -198,14 +209,30 @@ class SourceRecords:
         """
         columns = "sample_id, embedding, root, path, size, mtime_ns, digest"
         found = {}
+        lengths = self.num_valid(embeddings)
         with _translated(self._path):
             for sample_id, embedding, root, path, *rest in self._rows(
                 "sources", columns, embeddings
             ):
                 size, mtime_ns, digest = rest
                 if embeddings.get(sample_id) == embedding:
-                    folder = self._roots.get(root, "")
-                    found[sample_id] = Source(os.fsdecode(path), size, mtime_ns, digest, folder)
+                    place = (os.fsdecode(path), size, mtime_ns, digest, self._roots.get(root, ""))
+                    found[sample_id] = Source(*place, lengths.get(sample_id))
+        return found
+
+    def num_valid(self, embeddings: Mapping[str, bytes]) -> dict[str, int]:
+        """Return how many samples of their clips these embeddings were computed from.
+
+        Args:
+            embeddings: See `of`.
+        """
+        found = {}
+        with _translated(self._path):
+            if self._connection is not None and _has_table(self._connection, "clip_lengths"):
+                columns = "sample_id, embedding, num_valid"
+                for sample_id, embedding, number in self._rows("clip_lengths", columns, embeddings):
+                    if embeddings.get(sample_id) == embedding:
+                        found[sample_id] = int(number)
         return found
 
     @property
@@ -309,8 +336,8 @@ def write_sources(
                 connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
             kept = {row[0]: row[1] or b"" for row in (*written, *origins)} if tidy else {}
-            tables = ("sources", "sample_origins") if _has_origins(connection) else ("sources",)
-            for table in tables if kept else ():
+            tables = ("sources", "sample_origins", "clip_lengths") if kept else ()
+            for table in [one for one in tables if _has_table(connection, one)]:
                 between = f"FROM {table} WHERE sample_id BETWEEN ? AND ? LIMIT 1"
                 # A look at each sample takes as long as to add it.
                 if connection.execute(f"SELECT 1 {between}", (min(kept), max(kept))).fetchone():
@@ -322,6 +349,16 @@ def write_sources(
                 "INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
                 list(_source_rows(connection, written)),
             )
+            lengths = [
+                (sample_id, checksum, source.num_valid)
+                for sample_id, _, checksum, source in written
+                if source.num_valid is not None
+            ]
+            if lengths:
+                connection.execute(_LENGTHS_TABLE)
+                connection.executemany(
+                    "INSERT OR REPLACE INTO clip_lengths VALUES (?, ?, ?)", lengths
+                )
             if origins:
                 for statement in _ORIGIN_TABLES:
                     connection.execute(statement)
@@ -394,6 +431,34 @@ class SourceRecorder:
                 )
 
 
+def clip_lengths(reader: EmbeddingReader, sample_ids: Iterable[str]) -> dict[str, int]:
+    """Return how many samples of each clip came from its file; the others were padding.
+
+    Args:
+        reader: Of a store.
+        sample_ids: Which samples; those without a record are left out: embeddings that were
+            imported, pulled, written by hand or by a `CachedEncoder`, or extracted before lengths
+            were recorded.
+
+    Returns:
+        Sample id → number of samples, at the config's sample rate.
+
+    Raises:
+        IntegrityError: The records are damaged.
+        StorageError: They can't be read.
+    """
+    keys = {sample_id: sample_key(sample_id) for sample_id in sample_ids}
+    checksums = reader.checksums_of(keys.values())
+    names = {key: sample_id_of_key(key) for key in checksums}
+    with SourceRecords(reader.path) as records:
+        found = records.num_valid({names[key]: value for key, value in checksums.items()})
+    return {
+        sample_id: found[names[key]]
+        for sample_id, key in keys.items()
+        if names.get(key, "") in found
+    }
+
+
 def count_origins(store: Path) -> list[tuple[Origin, int]]:
     """Return who computed the embeddings of a store, and how many; the most first.
 
@@ -437,8 +502,12 @@ def _record_of(origin: Origin) -> str:
 
 
 def _has_origins(connection: sqlite3.Connection) -> bool:
-    query = "SELECT count(*) FROM sqlite_master WHERE name IN ('origins', 'sample_origins')"
-    return bool(connection.execute(query).fetchone()[0] == 2)
+    return all(_has_table(connection, name) for name in ("origins", "sample_origins"))
+
+
+def _has_table(connection: sqlite3.Connection, name: str) -> bool:
+    query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+    return bool(connection.execute(query, (name,)).fetchone()[0])
 
 
 def _number_of(connection: sqlite3.Connection, table: str, column: str, value: object) -> int:

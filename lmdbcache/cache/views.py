@@ -5,6 +5,7 @@ Only the bytes that a view needs are read: one row of 3 KB for CLS, where the wh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.cache.records import clip_lengths
 from lmdbcache.config import CacheConfig, is_published_ast
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage import EmbeddingReader, MappedFile, Positions, RowPart, Selection
@@ -92,16 +94,20 @@ class TokenLayout:
             )
         return steps
 
-    def num_valid_steps(self, config: CacheConfig) -> int:
-        """Return how many steps see only frames of the config's duration, at least 1.
+    def num_valid_steps(self, config: CacheConfig, num_valid: int | None = None) -> int:
+        """Return how many steps see only frames of a clip, at least 1.
 
         For AST and 5 s at 16 kHz: 498 frames of 25 ms every 10 ms, so 49 of the 101 steps; the
-        others see frames that were padded. A clip that is shorter than the duration is padded
-        before that, as a waveform: the store doesn't know its length.
+        others see frames that were padded.
+
+        Args:
+            config: The store's.
+            num_valid: How many samples came from the clip's file; None: all of the duration.
         """
         window = int(config.sample_rate * self.window_milliseconds / 1000)
         hop = int(config.sample_rate * self.hop_milliseconds / 1000)
-        num_frames = 1 + (config.num_samples - window) // hop
+        num_samples = config.num_samples if num_valid is None else num_valid
+        num_frames = 1 + (num_samples - window) // hop
         return max(1, (num_frames - self.frames_per_token) // self.frames_per_step + 1)
 
 
@@ -114,7 +120,8 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
     - `"pooler_output"`, `(hidden_size,)`: the model's pooled output, where that is the mean of
       special tokens (AST);
     - `"mean"`, `(hidden_size,)`: over all tokens but the special ones, as the output `mean`;
-    - `"valid_mean"`, `(hidden_size,)`: over the valid ones of these;
+    - `"valid_mean"`, `(hidden_size,)`: over the valid ones of these: by the clip's own length
+      where `clip_lengths` knows it, else by the duration;
     - `"frames"`, `(tokens, hidden_size)`: all tokens but the special ones;
     - `"valid"`, `(valid_tokens, hidden_size)`: those of them whose frames come from audio and not
       from padding: see `TokenLayout.num_valid_steps`.
@@ -151,7 +158,7 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
         special = layout.num_special_tokens
         if name in layout.special_tokens:
             return RowPart(layout.special_tokens.index(name), 1)
-        if name == "pooler_output" and layout.pooled_tokens:
+        if name == "pooler_output" and layout.pooled_tokens and not self._is_layer:
             return RowPart(0, layout.pooled_tokens)
         if name in ("mean", "frames"):
             return RowPart(special, None)
@@ -162,6 +169,11 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
         raise ConfigError(
             f"name: {name!r} isn't a view of this model; known are {', '.join(known)}"
         )
+
+    @property
+    def _is_layer(self) -> bool:
+        # The pooled output is made of the last hidden state only, after the last norm.
+        return self.reader.config.output.startswith("layer:")
 
     def _valid_part(self, num_tokens: int | None) -> RowPart:
         special, per_step = self.layout.num_special_tokens, self.layout.tokens_per_step
@@ -262,6 +274,7 @@ class ViewSelection:
     def __init__(self, view: HiddenStateView, sample_ids: Iterable[str] | None = None) -> None:
         self.view = view
         self.rows = Selection(view.reader, sample_ids, view.part)
+        self._num_steps = self._own_steps() if view.name == "valid_mean" else None
 
     @property
     def sample_ids(self) -> list[str]:
@@ -271,6 +284,17 @@ class ViewSelection:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _own_steps(self) -> npt.NDArray[np.int64]:
+        """Return how many steps of each sample's part its clip fills, `(len(self),)`."""
+        view, per_sample = self.view, self.view.part.num_rows
+        steps = np.full(len(self), per_sample or 0, np.int64)
+        lengths = clip_lengths(view.reader, self.sample_ids)
+        for row, sample_id in enumerate(self.sample_ids):
+            if (length := lengths.get(sample_id)) is not None:
+                own = view.layout.num_valid_steps(view.config, length)
+                steps[row] = min(steps[row], own)
+        return steps
+
     def get_batch(self, positions: Positions) -> npt.NDArray[Any]:
         """Return the view at these positions, `(n, *view_shape)`, stored dtype.
 
@@ -278,9 +302,16 @@ class ViewSelection:
             SampleNotFoundError: Names what the newest commit lacks.
         """
         if self.view.is_mean and self.view.name != "pooler_output":
-            means: Any = self.rows.copy_with(positions, self._means_in_place)
+            own = None if self._num_steps is None else self._num_steps[np.asarray(positions)]
+            in_place = functools.partial(self._means_in_place, num_steps=own)
+            means: Any = self.rows.copy_with(positions, in_place)
             if means is None:  # one by one, as a batch of whole hidden states is large
-                means = [_mean(self.rows.get_batch([position])[0]) for position in positions]
+                means = [
+                    self._mean_of(
+                        self.rows.get_batch([position])[0], None if own is None else int(own[place])
+                    )
+                    for place, position in enumerate(positions)
+                ]
             return np.array(means, self.view.dtype).reshape(len(positions), *self._row_shape)
         rows = self.rows.get_batch(positions)
         if self.view.is_mean:
@@ -291,13 +322,33 @@ class ViewSelection:
     def _row_shape(self) -> tuple[int, ...]:
         return tuple(size or 0 for size in (self.view.reader.embedding_shape or ())[1:])
 
+    def _mean_of(self, rows: npt.NDArray[Any], num_steps: int | None) -> npt.NDArray[np.float32]:
+        part = self.view.part
+        if num_steps in (None, part.num_rows):
+            return _mean(rows)
+        runs = rows.reshape(part.num_runs, -1, rows.shape[-1])
+        mean: npt.NDArray[np.float32] = _mean(runs[:, :num_steps]).mean(0)
+        return mean
+
     def _means_in_place(
-        self, file: MappedFile, offsets: npt.NDArray[np.int64], length: int
+        self,
+        file: MappedFile,
+        offsets: npt.NDArray[np.int64],
+        length: int,
+        num_steps: npt.NDArray[np.int64] | None,
     ) -> npt.NDArray[np.float32]:
         """Return means that are taken where the values lie, without a copy of them."""
         dtype, row = self.view.dtype, self._row_shape
         shape = (length // (math.prod(row) * dtype.itemsize), *row)
-        means = [_mean(file.value(offset, dtype, shape)) for offset in offsets.tolist()]
+        num_runs = self.view.part.num_runs
+        means = [
+            _mean(
+                file.value(offset, dtype, shape)[
+                    : None if num_steps is None else num_steps[place // num_runs]
+                ]
+            )
+            for place, offset in enumerate(offsets.tolist())
+        ]
         # The runs of one sample are of one length.
         runs = np.array(means, np.float32).reshape(-1, self.view.part.num_runs, *row)
         mean: npt.NDArray[np.float32] = runs.mean(1)

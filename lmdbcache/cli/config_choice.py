@@ -86,8 +86,9 @@ class ConfigChoice(_ModelChoice):
     output: Annotated[
         str | None,
         Option(
-            help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
-            "the model has it, else mean.",
+            help="pooler_output, last_hidden_state, mean (over time), valid_mean (without "
+            "padding), layer:6/mean, layers/mean, …; default: pooler_output if the model has it, "
+            "else mean.",
             show_default=False,
         ),
     ] = None
@@ -105,8 +106,9 @@ class ConfigsChoice(_ModelChoice):
     output: Annotated[
         list[str] | None,
         Option(
-            help="pooler_output, last_hidden_state, or mean (over time); default: pooler_output if "
-            "the model has it, else mean. Several share one pass through the model.",
+            help="pooler_output, last_hidden_state, mean (over time), valid_mean (without "
+            "padding), layer:6/mean, layers/mean, …; default: pooler_output if the model has it, "
+            "else mean. Several share one pass through the model.",
             show_default=False,
         ),
     ] = None
@@ -144,8 +146,8 @@ class GivenConfig:
     output: Annotated[
         str | None,
         Option(
-            help="pooler_output, last_hidden_state, or mean (over time); default: by the number "
-            "of dimensions, and --model.",
+            help="pooler_output, last_hidden_state, mean (over time), or another name; default: by "
+            "the number of dimensions, and --model.",
             show_default=False,
         ),
     ] = None

@@ -73,9 +73,13 @@ class FrontEnd(Protocol):
 class Embedder(Protocol):
     """A function from a batch of features to embeddings, called in the main process.
 
+    An embedder with an attribute `takes_num_valid = True` is called with `num_valid` as well, where
+    that is known: a list of how many samples of each clip came from its file and aren't padding.
+
     One that can also give several outputs of one forward pass has a method
     `embed_outputs(features, outputs)`, which returns a dict: output → what `embed` would return.
-    `extract` with several outputs needs it.
+    `extract` with several outputs needs it. It is called with `num_valid`, too, if the embedder has
+    an attribute `takes_num_valid`, whatever that says.
     """
 
     @property

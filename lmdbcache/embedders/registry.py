@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdbcache.audio import by_soundfile, with_decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
-from lmdbcache.embedders.base import AudioModel, check_output
+from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedders.checkpoint_files import read_json
 from lmdbcache.embedders.checkpoints import (
     Checkpoint,
@@ -75,7 +75,7 @@ class PretrainedModel:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names that `output` can take, the default one first."""
+        """The names that `output` can take, the default one first; layers aren't listed."""
         return self.family.outputs
 
     def check(self, config: CacheConfig) -> None:
@@ -85,7 +85,7 @@ class PretrainedModel:
             ConfigError: It has no such output, takes no clip of this duration, or the config's
                 front end is that of another kind of model.
         """
-        check_output(self.family.name, self.outputs, config.output)
+        self.family.check_output(config.output, self.settings)
         others = {family.front_end_id: family.name for family in FAMILIES}
         if config.front_end == UNSTATED_FRONT_END:
             raise ConfigError(

@@ -10,22 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lmdbcache.embedders.base import (
-    check_num_samples,
-    check_output,
-    check_waveform,
-    library_versions,
-)
+from lmdbcache.embedders.base import check_num_samples, check_waveform, library_versions
 from lmdbcache.embedders.checkpoint_files import read_json
 from lmdbcache.embedders.checkpoints import Checkpoint, fetch_checkpoint
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
+from lmdbcache.embedders.forward_pass import ForwardPass, captured_layers, mean_of_valid
+from lmdbcache.embedders.output_names import LAST_HIDDEN_STATE, OutputName, parse_output
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
 from lmdbcache.files import few
 
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "ForwardPass",
     "ModelFamily",
     "Settings",
     "TransformersEmbedder",
@@ -78,19 +74,6 @@ class Settings:
             )
 
 
-@dataclass(frozen=True)
-class ForwardPass:
-    """What one forward pass of a batch gave, on the model's device.
-
-    Args:
-        named: The model's results by name, such as `"last_hidden_state"`.
-        num_frames: How many of each clip's frames aren't padding, where the model was told.
-    """
-
-    named: dict[str, torch.Tensor]
-    num_frames: list[int] | None = None
-
-
 class ModelFamily(ABC):
     """One kind of model: what identifies its embeddings, and how they are computed.
 
@@ -113,7 +96,16 @@ class ModelFamily(ABC):
     sample_rate: ClassVar[int]
     """The default of preprocessor_config.json's sampling_rate, in Hz."""
     outputs: ClassVar[tuple[str, ...]]
-    """The default one first."""
+    """The default one first; those of layers aren't listed."""
+    num_layers_key: ClassVar[str] = "num_hidden_layers"
+    """Name of the number of blocks in config.json."""
+    default_num_layers: ClassVar[int] = 12
+    has_equal_layers: ClassVar[bool] = True
+    """Whether all layers have one shape, so that they can be stacked."""
+    ends_with_norm: ClassVar[bool] = False
+    """Whether the last layer is the last hidden state, after the norm that follows the blocks."""
+    width_axis: ClassVar[int] = -1
+    """Where the width is in the shape of a clip's hidden states."""
     takes_num_valid: ClassVar[bool] = True
     """Whether the extractor gets the clip without the zeros that fill it up to the duration."""
     implementation: ClassVar[str] = "numpy"
@@ -148,6 +140,7 @@ class ModelFamily(ABC):
         settings = Settings(folder, config, preprocessor, rate)
         try:
             self.max_samples(settings)
+            self.num_layers(settings)
             self.check_settings(settings)
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ModelLoadError(
@@ -172,11 +165,59 @@ class ModelFamily(ABC):
         """Return the length of the longest clip that the model takes; None: no limit."""
         return None
 
-    @abstractmethod
+    def num_layers(self, settings: Settings) -> int:
+        """Return the number of blocks; the layers are numbered from 0, their first input.
+
+        Raises:
+            TypeError: config.json has no whole number there.
+        """
+        number = settings.config.get(self.num_layers_key, self.default_num_layers)
+        if type(number) is not int:
+            raise TypeError(f"{self.num_layers_key} is {number!r}")
+        return number
+
+    def check_output(self, output: str, settings: Settings | None) -> None:
+        """Check that the model has this output.
+
+        Args:
+            output: Its name.
+            settings: The checkpoint's; None where they aren't known: then any layer may be there.
+
+        Raises:
+            ConfigError: It hasn't; the message has those that it has.
+        """
+        if output in self.outputs:
+            return
+        wanted = parse_output(output)
+        last = None if settings is None else self.num_layers(settings)
+        can_be = wanted.is_of_layers and (self.has_equal_layers or not wanted.is_stack)
+        if can_be and (last is None or (wanted.layer or 0) <= last):
+            return
+        forms = ["layer:N", "layer:N/mean", "layer:N/valid_mean"]
+        if self.has_equal_layers:
+            forms += ["layers", "layers/mean", "layers/valid_mean"]
+        raise ConfigError(
+            f"output: {output!r}; {self.name} gives {', '.join(self.outputs)}, and of its layers "
+            f"{', '.join(forms)} (N from 0{'' if last is None else f' to {last}'})"
+        )
+
     def embedding_shape(
         self, settings: Settings, output: str, num_samples: int
     ) -> tuple[int, ...] | None:
         """Return the shape of one embedding; None if the settings don't say."""
+        wanted = parse_output(output)
+        shape = self.state_shape(settings, wanted, num_samples)
+        if shape is None:
+            return None
+        if wanted.pooling:
+            shape = (shape[self.width_axis],)
+        return (self.num_layers(settings) + 1, *shape) if wanted.is_stack else shape
+
+    @abstractmethod
+    def state_shape(
+        self, settings: Settings, wanted: OutputName, num_samples: int
+    ) -> tuple[int, ...] | None:
+        """Return the shape of one clip's result or layer before pooling; None if it isn't said."""
 
     def import_transformers(self) -> Any:
         """Import transformers, once the packages that it needs are known to work.
@@ -227,11 +268,10 @@ class ModelFamily(ABC):
     def feature_shape(self, model: Any, settings: Settings, num_samples: int) -> tuple[int, ...]:
         """Return the shape of one clip's features."""
 
-    @abstractmethod
     def forward(
         self, model: Any, features: torch.Tensor, settings: Settings, outputs: Collection[str]
     ) -> ForwardPass:
-        """Run the model once on a batch.
+        """Run the model once on a batch; no further than to the last layer that is asked for.
 
         Args:
             model: As `load` gives it.
@@ -239,17 +279,105 @@ class ModelFamily(ABC):
             settings: The checkpoint's.
             outputs: Those that `pick` will be asked for.
         """
+        wanted = [parse_output(output) for output in outputs]
+        last = self.num_layers(settings)
+        numbers = {number for one in wanted for number in one.layers(last)}
+        is_named = self.ends_with_norm and last in numbers
+        ends = not is_named and all(one.is_of_layers for one in wanted)
+        hooked = numbers - {last} if is_named else numbers
+        named: dict[str, torch.Tensor] = {}
+        with captured_layers(self.blocks(model), hooked, ends=ends) as layers:
+            named = self.run(model, features, settings)
+        if is_named:
+            layers[last] = named[LAST_HIDDEN_STATE]
+        return ForwardPass(named, layers, self.told_valid(features, settings))
+
+    def told_valid(
+        self,
+        features: torch.Tensor,  # noqa: ARG002
+        settings: Settings,  # noqa: ARG002
+    ) -> list[int] | None:
+        """Return how many samples of each clip aren't padding, where its features say so."""
+        return None
+
+    def blocks(self, model: Any) -> Sequence[Any]:
+        """Return the modules that the layers are the inputs of."""
+        blocks: Sequence[Any] = model.encoder.layers
+        return blocks
+
+    @abstractmethod
+    def run(
+        self, model: Any, features: torch.Tensor, settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        """Call the model on a batch, and return its results by name."""
 
     def pick(
         self,
         found: ForwardPass,
-        settings: Settings,  # noqa: ARG002 - for frames that depend on them
+        settings: Settings,
         output: str,
+        num_valid: Sequence[int],
     ) -> torch.Tensor:
-        """Return an output of a forward pass, `(batch, *embedding_shape)`."""
-        if output == "mean":
-            return found.named["last_hidden_state"].float().mean(dim=1)
-        return found.named[output]
+        """Return an output of a forward pass, `(batch, *embedding_shape)`.
+
+        Args:
+            found: By `forward`, which was asked for it.
+            settings: The checkpoint's.
+            output: Its name.
+            num_valid: How many samples of each clip aren't padding.
+        """
+        import torch
+
+        wanted = parse_output(output)
+        if not wanted.is_of_layers:
+            return self._pooled(found, found.named[wanted.state], settings, wanted, num_valid)
+        picked = [
+            self._pooled(found, found.layers[number], settings, wanted, num_valid)
+            for number in wanted.layers(self.num_layers(settings))
+        ]
+        return torch.stack(picked, dim=1) if wanted.is_stack else picked[0]
+
+    def _pooled(
+        self,
+        found: ForwardPass,
+        state: torch.Tensor,
+        settings: Settings,
+        wanted: OutputName,
+        num_valid: Sequence[int],
+    ) -> torch.Tensor:
+        if not wanted.pooling:
+            return state
+        frames, num_steps = self.frames(state, settings, wanted)
+        # The mean of a model that is told of the padding leaves it out.
+        if wanted.pooling == "mean" and found.num_valid is None:
+            return frames.float().mean(dim=1)
+        counts = [
+            self.num_valid_steps(settings, wanted, count, num_steps)
+            for count in found.num_valid or num_valid
+        ]
+        return mean_of_valid(frames, num_steps, counts)
+
+    def frames(
+        self,
+        state: torch.Tensor,
+        settings: Settings,  # noqa: ARG002 - most have one token for each step
+        wanted: OutputName,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, int]:
+        """Return what a mean is taken of, `(batch, bands * steps, width)`, and `steps`."""
+        return state, state.shape[1]
+
+    @abstractmethod
+    def num_valid_steps(
+        self, settings: Settings, wanted: OutputName, num_valid: int, num_steps: int
+    ) -> int:
+        """Return how many of a clip's steps of time its own sound fills.
+
+        Args:
+            settings: The checkpoint's.
+            wanted: Says which state.
+            num_valid: How many samples of the clip aren't padding.
+            num_steps: Steps in all; more and fewer than one may be returned, and count as these.
+        """
 
 
 class TransformersFrontEnd:
@@ -366,7 +494,7 @@ class TransformersEmbedder:
         device: Where the model runs; None means a CUDA GPU if there is one, else the CPU.
         compute_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         num_samples: Length of the waveforms that the front end was given, in samples, for families
-            whose features have it.
+            whose features have it, and for `valid_mean`.
 
     Raises:
         ConfigError: An unknown output, device or compute dtype.
@@ -386,21 +514,27 @@ class TransformersEmbedder:
     ) -> None:
         self.family = family
         self.output = output or family.outputs[0]
-        check_output(family.name, family.outputs, self.output)
+        family.check_output(self.output, None)
         check_compute_dtype(compute_dtype)
         family.import_transformers()
         self.num_samples = num_samples
         self.compute_dtype = compute_dtype
         self.checkpoint = fetch_checkpoint(checkpoint)
         settings = family.settings(Path(self.checkpoint.location))
+        family.check_output(self.output, settings)
         self._model = family.load(self.checkpoint, settings)
         # What config.json leaves out is known now.
         self._settings = replace(settings, config=self._model.config.to_dict())
         self.device = move_to_device(self._model, device)
 
     @property
+    def takes_num_valid(self) -> bool:
+        """Whether the embeddings depend on how much of each waveform is the clip."""
+        return parse_output(self.output).pooling == "valid_mean"
+
+    @property
     def outputs(self) -> tuple[str, ...]:
-        """The names that `output` can take."""
+        """The names that `output` can take; those of layers aren't listed."""
         return self.family.outputs
 
     @property
@@ -413,11 +547,13 @@ class TransformersEmbedder:
             )
         return shape
 
-    def embed(self, features: torch.Tensor) -> torch.Tensor:
+    def embed(self, features: torch.Tensor, num_valid: Sequence[int] | None = None) -> torch.Tensor:
         """Embed a batch.
 
         Args:
             features: float32 tensor (batch, ...) of the family's front end, on any device.
+            num_valid: How many samples of each clip came from its file and aren't padding, for
+                `valid_mean`; None: all.
 
         Returns:
             float32 tensor (batch, *embedding_shape) on the CPU.
@@ -425,16 +561,20 @@ class TransformersEmbedder:
         Raises:
             ConfigError: The features haven't the shape that the model takes.
         """
-        return self.embed_outputs(features, [self.output])[self.output]
+        return self.embed_outputs(features, [self.output], num_valid)[self.output]
 
     def embed_outputs(
-        self, features: torch.Tensor, outputs: Collection[str]
+        self,
+        features: torch.Tensor,
+        outputs: Collection[str],
+        num_valid: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return several outputs of one forward pass, each as `embed` returns it.
 
         Args:
             features: As for `embed`.
             outputs: Any of the model's.
+            num_valid: As for `embed`.
 
         Raises:
             ConfigError: See `embed`.
@@ -452,8 +592,9 @@ class TransformersEmbedder:
             found = self.family.forward(
                 self._model, features.to(self.device, torch.float32), self._settings, outputs
             )
+            counts = [self.num_samples] * len(features) if num_valid is None else num_valid
             for output in outputs:  # one by one to the CPU: a GPU's memory may hold no two
-                one = self.family.pick(found, self._settings, output)
+                one = self.family.pick(found, self._settings, output, counts)
                 picked[output] = one.to("cpu", torch.float32)
         return picked
 

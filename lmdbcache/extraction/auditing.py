@@ -18,6 +18,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
 from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.clips import features_of
+from lmdbcache.extraction.embedding import embed_clips
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.storage import EmbeddingReader, Progress, Report
 
@@ -256,7 +257,8 @@ def computed_of(
         for batch in batches:
             failed.update({failure.sample_id: failure.reason for failure in batch.failures})
             for positions, features in batch.groups():
-                embeddings = embedder.embed(features).numpy()
+                found = embed_clips(embedder, features, batch.num_valid(positions))
+                embeddings = found.numpy()
                 computed += zip(
                     [batch.sample_ids[position] for position in positions], embeddings, strict=True
                 )

@@ -57,7 +57,8 @@ class FeatureBatch:
         audio: Sample id → checksum of the waveform, of the clips that aren't silent.
         silent: The sample ids of digital silence among `sample_ids`.
         cancelled: Those whose channels cancel when they are mixed to mono.
-        sources: What their files were like right before they were decoded.
+        sources: What their files were like right before they were decoded, with the number of
+            samples that came of each.
         error: What ends the whole run, such as a front end that can't be loaded.
     """
 
@@ -69,7 +70,7 @@ class FeatureBatch:
     audio: dict[str, int] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
-    sources: dict[str, Source | None] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
     error: CacheError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +96,13 @@ class FeatureBatch:
     def num_clips(self) -> int:
         """Clips of this unit, failed ones included."""
         return len(self.sample_ids) + len(self.failures)
+
+    def num_valid(self, positions: Iterable[int]) -> list[int] | None:
+        """Return how many samples of these clips came from their files; None if it isn't known."""
+        sources = (self.sources.get(self.sample_ids[position]) for position in positions)
+        counts = [None if source is None else source.num_valid for source in sources]
+        known = [count for count in counts if count is not None]
+        return known if len(known) == len(counts) else None
 
     def only(self, sample_ids: Sequence[str]) -> FeatureBatch:
         """Return the batch of some of `sample_ids`, in their order, with no failures."""
@@ -167,7 +175,7 @@ def _decode_unit(clips: Sequence[Clip], config: CacheConfig, front_end: FrontEnd
     features = []
     for sample_id, given in clips:
         # Before decoding: a file that is replaced after that isn't the one remembered.
-        batch.sources[sample_id], content = read_source(given)
+        source, content = read_source(given)
         try:
             decoded = load_clip(
                 given, config.sample_rate, config.duration, decoder, content=content
@@ -185,6 +193,8 @@ def _decode_unit(clips: Sequence[Clip], config: CacheConfig, front_end: FrontEnd
             continue
         features.append(torch.from_numpy(found))
         batch.sample_ids.append(sample_id)
+        source = source or Source("", 0, None, None)
+        batch.sources[sample_id] = source._replace(num_valid=decoded.num_valid)
         if is_digital_silence(decoded.waveform):
             batch.silent.append(sample_id)
         if decoded.is_cancelled:

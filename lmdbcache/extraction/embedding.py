@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import torch
@@ -14,11 +15,11 @@ from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, first_line,
 from lmdbcache.errors import CacheError, ConfigError, ExtractionError, ModuleError
 from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["ForwardPasses", "check_gives"]
+__all__ = ["ForwardPasses", "check_gives", "embed_clips"]
 
 _Rows = dict[int, torch.Tensor]
 _Errors = dict[int, Exception]
-_EmbedOutputs = Callable[[torch.Tensor, Collection[str]], Mapping[str, torch.Tensor]]
+_EmbedOutputs = Callable[..., Mapping[str, torch.Tensor]]
 _Groups = list[tuple[list[int], torch.Tensor]]
 
 
@@ -114,12 +115,17 @@ class _SharedPass:
         self._found.clear()
 
     def __call__(
-        self, features: torch.Tensor, output: str, key: Hashable | None = None
+        self,
+        features: torch.Tensor,
+        num_valid: list[int] | None,
+        output: str,
+        key: Hashable | None = None,
     ) -> torch.Tensor:
         """Return an output of a batch.
 
         Args:
             features: The batch.
+            num_valid: How many samples of each clip aren't padding, where that is known.
             output: Its name.
             key: Equal for equal features of this unit; None for what only this output asks for.
 
@@ -128,7 +134,7 @@ class _SharedPass:
                 clips.
         """
         with _memory_errors(len(features)):
-            found = self._computed(features, output, key)
+            found = self._computed(features, num_valid, output, key)
         if len(found) != len(features):
             raise ExtractionError(
                 f"{self._name} returned {len(found)} embeddings for {len(features)} "
@@ -136,10 +142,18 @@ class _SharedPass:
             )
         return found
 
-    def _computed(self, features: torch.Tensor, output: str, key: Hashable | None) -> torch.Tensor:
+    def _computed(
+        self,
+        features: torch.Tensor,
+        num_valid: list[int] | None,
+        output: str,
+        key: Hashable | None,
+    ) -> torch.Tensor:
         if self._is_single:
-            return self.embedder.embed(features)
+            return embed_clips(self.embedder, features, num_valid)
         embed_outputs: _EmbedOutputs = self.embedder.embed_outputs  # type: ignore[attr-defined]
+        if hasattr(self.embedder, "takes_num_valid"):
+            embed_outputs = partial(embed_outputs, num_valid=num_valid)
         if key is not None and key not in self._found:
             try:
                 self._found[key] = dict(embed_outputs(features, self._wanted))
@@ -187,7 +201,8 @@ class _OutputPasses:
         errors: _Errors = {}
         for number, (positions, features) in enumerate(groups):
             varies = len(groups) > 1 or self._feature_shape not in (None, features.shape[1:])
-            good, bad = self._embed_group(features, number, varies=varies)
+            num_valid = batch.num_valid(positions)
+            good, bad = self._embed_group(features, num_valid, number, varies=varies)
             rows.update((positions[row], one) for row, one in good.items())
             errors.update((positions[row], one) for row, one in bad.items())
             if good and self._feature_shape is None:
@@ -213,12 +228,17 @@ class _OutputPasses:
         return [rows[position] for position in kept]
 
     def _embed_group(
-        self, features: torch.Tensor, number: int | None, *, varies: bool
+        self,
+        features: torch.Tensor,
+        num_valid: list[int] | None,
+        number: int | None,
+        *,
+        varies: bool,
     ) -> tuple[_Rows, _Errors]:
         """Embeddings by row, and errors of the rows without one."""
         output = self._config.output
         try:
-            return dict(enumerate(self._forward(features, output, number))), {}
+            return dict(enumerate(self._forward(features, num_valid, output, number))), {}
         except ModuleError as error:
             failure: Exception = error
         except CacheError:
@@ -232,7 +252,8 @@ class _OutputPasses:
         good: _Rows = {}
         bad: _Errors = {}
         for row in range(len(features)):  # the culprit is named, the others are kept
-            embedded, failed = self._embed_group(features[row : row + 1], None, varies=varies)
+            own = None if num_valid is None else num_valid[row : row + 1]
+            embedded, failed = self._embed_group(features[row : row + 1], own, None, varies=varies)
             good.update((row, one) for one in embedded.values())
             bad.update((row, one) for one in failed.values())
         return good, bad
@@ -266,18 +287,47 @@ class _OutputPasses:
         self._first_batches.repeat(
             {position: rows[position] for position in together},
             [position for position, one in audio.items() if one is None],
-            lambda position: self._repeated(features, number, positions.index(position), copies),
+            lambda position: self._repeated(
+                features,
+                batch.num_valid([position]),
+                (number, positions.index(position)),
+                copies,
+            ),
             tolerance_of(
                 getattr(self._forward.embedder, "module", None), self._config.compute_dtype
             ),
             model,
         )
 
-    def _repeated(self, features: torch.Tensor, number: int, row: int, copies: int) -> torch.Tensor:
-        """Embeddings of one clip, as often as a batch can have it or at least so many times."""
-        batch = torch.cat([features[row][None]] * copies)
-        keys = [(number, row, time) for time in range(-(-NUM_REPEATS // copies))]
-        return torch.cat([self._forward(batch, self._config.output, key) for key in keys])
+    def _repeated(
+        self,
+        features: torch.Tensor,
+        num_valid: list[int] | None,
+        place: tuple[int, int],
+        copies: int,
+    ) -> torch.Tensor:
+        """Embeddings of one clip, as often as a batch can have it or at least so many times.
+
+        Args:
+            features: Of its group.
+            num_valid: How many samples of the clip aren't padding.
+            place: The number of the group, and the row in it.
+            copies: How often a batch can have it.
+        """
+        batch = torch.cat([features[place[1]][None]] * copies)
+        counts = None if num_valid is None else num_valid * copies
+        keys = [(*place, time) for time in range(-(-NUM_REPEATS // copies))]
+        return torch.cat([self._forward(batch, counts, self._config.output, key) for key in keys])
+
+
+def embed_clips(
+    embedder: Embedder, features: torch.Tensor, num_valid: list[int] | None
+) -> torch.Tensor:
+    """Embed a batch; an embedder with `takes_num_valid` gets the lengths of the clips."""
+    if num_valid is None or not getattr(embedder, "takes_num_valid", False):
+        return embedder.embed(features)
+    found: torch.Tensor = embedder.embed(features, num_valid=num_valid)  # type: ignore[call-arg]
+    return found
 
 
 def check_gives(embedder: Embedder, name: str, outputs: Collection[str]) -> None:

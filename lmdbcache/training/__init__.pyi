@@ -18,4 +18,5 @@ from .torch_files import (
     read_torch_file as read_torch_file,
     unwrapped as unwrapped,
 )
+from .weighted_sum import WeightedSum as WeightedSum
 from .write_back import StoredEmbeddings as StoredEmbeddings, find_stored as find_stored

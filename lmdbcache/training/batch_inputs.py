@@ -25,6 +25,7 @@ __all__ = [
     "row_checksums",
     "select_inputs",
     "stacked",
+    "valid_counts",
 ]
 
 # Rows of a batch, their positional inputs, their named inputs.
@@ -115,10 +116,8 @@ def features_of(
     """
     rows = [_as_row(one) for one in waveforms]
     needs_num_valid = getattr(front_end, "takes_num_valid", False)
-    if num_valid is not None:
-        valid = _counts(num_valid)
-    else:
-        valid = [row.shape[-1] if row.ndim else 0 for row in rows]
+    valid = valid_counts(rows, num_valid)
+    if num_valid is None:
         is_table = isinstance(waveforms, (torch.Tensor, np.ndarray))
         if needs_num_valid and is_table and valid and valid[0] < config.num_samples:
             raise ConfigError(
@@ -159,7 +158,15 @@ def _check_mask(inputs: Any) -> None:
         raise ConfigError("inputs: an array with masked elements; fill them (`filled`)")
 
 
-def _counts(num_valid: Any) -> list[int]:
+def valid_counts(waveforms: Any, num_valid: Any) -> list[int]:
+    """Return how many samples of each waveform aren't padding; all, unless `num_valid` is given.
+
+    Raises:
+        ConfigError: `num_valid` isn't one whole number for each.
+    """
+    if num_valid is None:
+        shapes = [np.shape(one) for one in waveforms]
+        return [int(shape[-1]) if shape else 0 for shape in shapes]
     counts = torch.as_tensor(num_valid).tolist()
     if not isinstance(counts, list) or any(type(count) is not int for count in counts):
         raise ConfigError(

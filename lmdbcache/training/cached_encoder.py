@@ -20,7 +20,13 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError, ProvenanceMismatchError
 from lmdbcache.storage import StoreMetadata, as_stored, canonical_sample_id
-from lmdbcache.training.batch_inputs import check_precision, features_of, select_inputs, stacked
+from lmdbcache.training.batch_inputs import (
+    check_precision,
+    features_of,
+    select_inputs,
+    stacked,
+    valid_counts,
+)
 from lmdbcache.training.frozen_encoder import FrozenEncoder
 from lmdbcache.training.tensors import as_tensor
 from lmdbcache.training.write_back import WriteBack
@@ -343,8 +349,10 @@ class CachedEncoder(torch.nn.Module):
         names = [canonical_sample_id(sample_ids[position]) for position in missing]
         position_of = dict(zip(names, missing, strict=True))  # any one of a repeated sample
         wanted, positions = list(position_of), list(position_of.values())
-        chosen, further = self._chosen(inputs, positions, wanted, len(sample_ids))
+        chosen, further, num_valid = self._chosen(inputs, positions, wanted, len(sample_ids))
         self._frozen.build()
+        if num_valid is not None and self._frozen.takes_num_valid:
+            further["num_valid"] = torch.tensor(num_valid, dtype=torch.long)
         self._check_provenance()
         self._write_back.open_writer(self._provenance())
         has_features = inputs.are_features or self.front_end is not None
@@ -357,8 +365,8 @@ class CachedEncoder(torch.nn.Module):
 
     def _chosen(
         self, inputs: _Inputs, positions: list[int], wanted: list[str], batch_size: int
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """Return what the model takes for the samples that are wanted."""
+    ) -> tuple[list[Any], dict[str, Any], list[int] | None]:
+        """Return what the model takes for the samples that are wanted, and their lengths."""
         select = functools.partial(
             select_inputs, positions=positions, sample_ids=wanted, batch_size=batch_size
         )
@@ -367,10 +375,15 @@ class CachedEncoder(torch.nn.Module):
         if self.config.compute_dtype == "float32":
             check_precision([*chosen, *further.values()])
         front_end = self.front_end
-        if front_end is not None and chosen and not inputs.are_features:
+        counts = None
+        if front_end is not None and chosen:
             num_valid = None if inputs.num_valid is None else select(inputs.num_valid)
-            chosen[0] = features_of(chosen[0], front_end, self.config, wanted, num_valid)
-        return chosen, further
+            if self.config.output.endswith("valid_mean"):
+                is_known = num_valid is not None or not inputs.are_features
+                counts = valid_counts(chosen[0], num_valid) if is_known else None
+            if not inputs.are_features:
+                chosen[0] = features_of(chosen[0], front_end, self.config, wanted, num_valid)
+        return chosen, further, counts
 
     def _store(self, names: list[str], embeddings: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
         dtype = self.config.dtype

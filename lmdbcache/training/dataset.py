@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.cache import ViewSelection
-from lmdbcache.errors import CacheFullError
-from lmdbcache.files import readable_size
+from lmdbcache.cache import ViewSelection, clip_lengths
+from lmdbcache.errors import CacheFullError, ConfigError
+from lmdbcache.files import few, readable_size
 from lmdbcache.storage import (
     LARGE_VALUE_BYTES,
     EmbeddingReader,
@@ -57,7 +57,8 @@ class EmbeddingSource(Protocol):
 class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     """Cached embeddings as a map-style Dataset, for torch's DataLoader.
 
-    An item is `embedding`, or `(embedding, label)` with labels. A batch is fetched with one call,
+    An item is `embedding`, or `(embedding, label)` with labels; `with_num_valid` adds an int64 at
+    the end. A batch is fetched with one call,
     whether the DataLoader collates with torch's default or with `collate_embeddings`, which saves
     a copy. Works with any `num_workers`, start method, and `persistent_workers`.
 
@@ -69,10 +70,13 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             int64; floats and bools stay what they are.
         collated: Give DataLoader the batch itself instead of a list of samples. For
             `collate_fn=collate_embeddings` alone; small embeddings are read in half the time.
+        with_num_valid: Add how many samples of the clip came from its file (`clip_lengths`), to
+            each item and, `(batch,)`, to each batch; the attribute `num_valid`.
 
     Raises:
         ValueError: Not as many labels as samples.
-        ConfigError: The labels aren't numbers, or differ in shape.
+        ConfigError: The labels aren't numbers, or differ in shape; or the length of a clip isn't
+            recorded.
         MissingLabelError: A sample has no label; also a `KeyError`.
     """
 
@@ -83,30 +87,39 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         labels: Targets | None = None,
         *,
         collated: bool = False,
+        with_num_valid: bool = False,
     ) -> None:
         self.reader: Final = source
         self.collated = collated
         self.selection = source.select(sample_ids)
         self.labels = None if labels is None else target_tensor(self.sample_ids, labels)
+        self.num_valid = _num_valid(source, self.sample_ids) if with_num_valid else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor pickles with its address: never twice to the same bytes.
         state = dict(self.__dict__)
-        if self.labels is not None:
-            raw = self.labels.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            state["labels"] = (self.labels.dtype, tuple(self.labels.shape), raw)
+        for name in ("labels", "num_valid"):
+            if (tensor := state[name]) is not None:
+                raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                state[name] = (tensor.dtype, tuple(tensor.shape), raw)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if state["labels"] is not None:
-            dtype, shape, raw = state["labels"]
-            flat = (
-                torch.frombuffer(bytearray(raw), dtype=dtype)
-                if raw
-                else torch.empty(0, dtype=dtype)
-            )
-            self.labels = flat.reshape(shape)
+        for name in ("labels", "num_valid"):
+            if state[name] is not None:
+                dtype, shape, raw = state[name]
+                flat = (
+                    torch.frombuffer(bytearray(raw), dtype=dtype)
+                    if raw
+                    else torch.empty(0, dtype=dtype)
+                )
+                setattr(self, name, flat.reshape(shape))
+
+    @property
+    def _further(self) -> list[torch.Tensor]:
+        """What comes with the embeddings, one row for each sample."""
+        return [part for part in (self.labels, self.num_valid) if part is not None]
 
     @property
     def sample_ids(self) -> list[str]:
@@ -124,7 +137,8 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         embedding = self._one(range(len(self))[index])
-        return embedding if self.labels is None else (embedding, self.labels[index])
+        further = self._further
+        return (embedding, *(part[index] for part in further)) if further else embedding
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         if self.is_ragged:
@@ -141,7 +155,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         pin_memory: bool = False,
         threads: CopyThreads | None = None,
     ) -> Any:
-        """Return a collated batch: `embeddings`, or `(embeddings, labels)`. See `fetch_batch`."""
+        """Return a collated batch: `embeddings`, or a tuple of parts. See `fetch_batch`."""
         if isinstance(self.selection, (Selection, ViewSelection)):
             embeddings = fetch_batch(
                 self.selection,
@@ -153,9 +167,11 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
         else:
             embeddings = self.selection.get_batch(indices)
             embeddings = embeddings.pin_memory() if pin_memory else embeddings
-        if self.labels is None:
+        further = self._further
+        if not further:
             return embeddings
-        return embeddings, self.labels[torch.as_tensor(indices)]
+        rows = torch.as_tensor(indices)
+        return (embeddings, *(part[rows] for part in further))
 
     def will_need(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Ask the kernel to read these embeddings from disk, in the background."""
@@ -168,6 +184,19 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             return as_tensor(self.selection.get_batch([index])[0])
         one: torch.Tensor = self.selection.get_batch([index])[0]
         return one
+
+
+def _num_valid(source: Any, sample_ids: Sequence[str]) -> torch.Tensor:
+    reader = getattr(source, "reader", source)  # a view's
+    lengths = clip_lengths(reader, sample_ids) if isinstance(reader, EmbeddingReader) else {}
+    unknown = [sample_id for sample_id in sample_ids if sample_id not in lengths]
+    if unknown:
+        raise ConfigError(
+            f"`with_num_valid`: how long the clips were isn't recorded for {few(unknown, 3)}: the "
+            "source isn't a store's, or they weren't extracted here. Extract them again, or leave "
+            "`with_num_valid` out"
+        )
+    return torch.tensor([lengths[sample_id] for sample_id in sample_ids], dtype=torch.long)
 
 
 class CollatedBatch(list[Any]):
@@ -188,7 +217,8 @@ def collate_embeddings(batch: Any) -> Any:
 
     Returns:
         `embeddings` of shape `(batch, *embedding_shape)`, or `(embeddings, labels)` with labels
-        of shape `(batch, *label_shape)`: int64 `(batch,)` for labels by class.
+        of shape `(batch, *label_shape)`: int64 `(batch,)` for labels by class. `with_num_valid`
+        adds int64 `(batch,)`.
     """
     if isinstance(batch, CollatedBatch):
         return batch.collated

@@ -87,6 +87,11 @@ class FrozenEncoder:
         return self._embedder is not None
 
     @property
+    def takes_num_valid(self) -> bool:
+        """Whether the embedder, which is built, takes the lengths of the clips."""
+        return bool(getattr(self._embedder, "takes_num_valid", False))
+
+    @property
     def front_end(self) -> FrontEnd | None:
         """That of a model known by its name; None for anything else.
 

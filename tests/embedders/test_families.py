@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lmdbcache import config_for
 from lmdbcache.embedders import FrontEnd, compute_features, find_model
 from lmdbcache.embedders.families import FAMILIES
 from lmdbcache.embedders.transformers_family import Settings
+from lmdbcache.errors import ConfigError
 
 DURATION = 1.0
 
@@ -42,24 +45,37 @@ def outputs_by_hand(folder, clip: np.ndarray, num_samples: int) -> dict[str, tor
         if kind == "clap":
             model = transformers.ClapAudioModelWithProjection.from_pretrained(folder)
             pooled = model.audio_model(**inputs)
+            hidden = pooled.last_hidden_state[0]
+            repeated = len(clip) * (96000 // len(clip)) / 96000  # 2 s instead of 10
+            steps = math.ceil(hidden.shape[-1] * repeated)
             return {
                 "pooler_output": pooled.pooler_output[0],
                 "audio_embeds": model(**inputs).audio_embeds[0],
-                "last_hidden_state": pooled.last_hidden_state[0],
+                "last_hidden_state": hidden,
+                "valid_mean": hidden[:, :, :steps].mean(dim=(1, 2)),
             }
         model = transformers.AutoModel.from_pretrained(folder)
         if kind == "audio-spectrogram-transformer":
             result = model(**inputs)
             hidden = result.last_hidden_state[0]
             pooled = {"pooler_output": result.pooler_output[0], "last_hidden_state": hidden}
-            return {**pooled, "mean": hidden[2:].mean(dim=0)}
+            frames = 1 + (len(clip) - 400) // 160
+            steps = (frames - 16) // 10 + 1
+            patches = hidden[2:].reshape(12, -1, hidden.shape[-1])
+            valid = patches[:, :steps].mean(dim=(0, 1))
+            return {**pooled, "mean": hidden[2:].mean(dim=0), "valid_mean": valid}
         model = model.encoder if kind == "whisper" else model
         hidden = model(**inputs).last_hidden_state[0]
-        frames = len(hidden)
-        if "attention_mask" in inputs:
-            mask = inputs["attention_mask"]
-            frames = model._get_feat_extract_output_lengths(mask.sum(-1))
-    return {"last_hidden_state": hidden, "mean": hidden[:frames].mean(dim=0)}
+        if kind == "whisper":
+            valid = model._get_feat_extract_output_lengths(-(-len(clip) // 160))
+        else:
+            valid = model._get_feat_extract_output_lengths(torch.tensor(len(clip)))
+        frames = valid if "attention_mask" in inputs else len(hidden)
+    return {
+        "last_hidden_state": hidden,
+        "mean": hidden[:frames].mean(dim=0),
+        "valid_mean": hidden[:valid].mean(dim=0),
+    }
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4], ids=["full", "short"])
@@ -77,9 +93,97 @@ def test_equals_transformers_by_hand(variant, share):
         front_end, embedder = model.make_front_end(config), model.make_embedder(config, "cpu")
         assert isinstance(front_end, FrontEnd)
         features = compute_features(front_end, padded(clip, num_samples), len(clip))
-        embedding = embedder.embed(torch.from_numpy(features)[None])[0]
+        embedding = embedder.embed(torch.from_numpy(features)[None], [len(clip)])[0]
         assert tuple(embedding.shape) == embedder.embedding_shape == model.embedding_shape(config)
         torch.testing.assert_close(embedding, expected[output], atol=2e-6, rtol=2e-6)
+
+
+def hidden_states(embedder, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What transformers gives with `output_hidden_states`, for a batch of features."""
+    family, model, settings = embedder.family, embedder._model, embedder._settings
+    options = {"output_hidden_states": True}
+    with torch.no_grad():
+        if family.name == "CLAP":
+            options["is_longer"] = torch.full((len(features), 1), model.config.enable_fusion)
+            return model.audio_model(features, **options).hidden_states
+        lengths = family.told_valid(features, settings)
+        if lengths is not None:
+            features = features[:, :-1]
+            positions = torch.arange(features.shape[1])
+            options["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
+        return model(features, **options).hidden_states
+
+
+def own_frames(embedder, layer: torch.Tensor, num_valid: int) -> torch.Tensor:
+    """The vectors (n, width) of a layer that the clip's sound fills, one by one."""
+    family, model = embedder.family, embedder._model
+    if family.name == "CLAP":
+        _, rows, columns = layer.shape
+        bins, steps = rows // 4, 4 * columns
+        filled = num_valid * (96000 // num_valid) / 96000
+        return torch.stack(
+            [
+                layer[:, row, column]
+                for row in range(rows)
+                for column in range(columns)
+                if row // bins * columns + column < steps * filled
+            ]
+        )
+    if family.name == "AST":
+        steps = (1 + (num_valid - 400) // 160 - 16) // 10 + 1
+        return layer[2:].reshape(12, -1, layer.shape[-1])[:, : max(1, steps)].flatten(0, 1)
+    if family.name == "Whisper":
+        return layer[: model._get_feat_extract_output_lengths(-(-num_valid // 160))]
+    before = {"add_adapter": False} if getattr(model.config, "add_adapter", False) else {}
+    return layer[: model._get_feat_extract_output_lengths(torch.tensor(num_valid), **before)]
+
+
+@pytest.mark.parametrize("variant", ["ast", *VARIANTS])
+def test_layers_are_those_of_transformers(variant):
+    """Bit for bit its `output_hidden_states`, though the pass ends early; means of own frames."""
+    model = find_model(folder_of(variant))
+    config = config_for(folder_of(variant), duration=DURATION)
+    front_end, size = model.make_front_end(config), config.num_samples
+    valid = [size, size // 3]
+    clips = [compute_features(front_end, padded(clip_of(n, n), size), n) for n in valid]
+    features = torch.from_numpy(np.stack(clips))
+
+    def embedded(output: str) -> torch.Tensor:
+        chosen = config.replace(output=output)
+        embedder = model.make_embedder(chosen, "cpu")
+        found = embedder.embed(features, valid)
+        assert tuple(found.shape[1:]) == embedder.embedding_shape == model.embedding_shape(chosen)
+        return found
+
+    embedder = model.make_embedder(config, "cpu")
+    expected = hidden_states(embedder, features)
+    with pytest.raises(ConfigError):
+        model.check(config.replace(output=f"layer:{len(expected)}/mean"))
+    for number, layer in enumerate(expected):
+        assert torch.equal(embedded(f"layer:{number}"), layer)
+        of_valid = embedded(f"layer:{number}/valid_mean")
+        for row, count in enumerate(valid):
+            own = own_frames(embedder, layer[row], count).mean(dim=0)
+            torch.testing.assert_close(of_valid[row], own, atol=1e-6, rtol=1e-5)
+    if variant.startswith("clap"):
+        with pytest.raises(ConfigError):
+            model.check(config.replace(output="layers/mean"))
+        return
+    assert torch.equal(embedded("layers"), torch.stack(expected, dim=1))
+    means = embedded("layers/mean")
+    for number, mean in enumerate(means.unbind(dim=1)):
+        assert torch.equal(embedded(f"layer:{number}/mean"), mean)
+        frames = expected[number][0][2 if variant == "ast" else 0 :]
+        torch.testing.assert_close(mean[0], frames.mean(dim=0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_pass_ends_at_the_last_layer_that_is_asked_for():
+    """The blocks behind it aren't called."""
+    model = find_model(folder_of("wav2vec2"))
+    config = config_for(folder_of("wav2vec2"), duration=DURATION, output="layer:1/mean")
+    embedder = model.make_embedder(config, "cpu")
+    embedder._model.encoder.layers[1].register_forward_hook(lambda *_: pytest.fail("called"))
+    embedder.embed(torch.zeros(1, config.num_samples))
 
 
 @pytest.mark.parametrize(

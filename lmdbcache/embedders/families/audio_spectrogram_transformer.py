@@ -10,7 +10,6 @@ import numpy as np
 from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders.base import library_versions
 from lmdbcache.embedders.transformers_family import (
-    ForwardPass,
     ModelFamily,
     Settings,
     TransformersEmbedder,
@@ -19,12 +18,13 @@ from lmdbcache.embedders.transformers_family import (
 from lmdbcache.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Sequence
 
     import torch
     from numpy.typing import NDArray
 
     from lmdbcache.embedders.checkpoints import Checkpoint
+    from lmdbcache.embedders.output_names import OutputName
 
 __all__ = ["AST", "ASTEmbedder", "ASTFrontEnd"]
 
@@ -49,6 +49,7 @@ class _ASTFamily(ModelFamily):
     - `last_hidden_state`, (T, H): every token, CLS and distillation first.
     - `mean`, (H,): the mean over all tokens except CLS and distillation. Tokens of padded frames
       count like any other.
+    - `valid_mean`, (H,): over those whose frames all lie within the clip.
     """
 
     name = "AST"
@@ -59,7 +60,7 @@ class _ASTFamily(ModelFamily):
     model_class = "ASTModel"
     front_end_id = DEFAULT_FRONT_END
     sample_rate = 16000
-    outputs = ("pooler_output", "last_hidden_state", "mean")
+    outputs = ("pooler_output", "last_hidden_state", "mean", "valid_mean")
     takes_num_valid = False  # stores hold embeddings of clips padded before the front end
 
     def check_settings(self, settings: Settings) -> None:
@@ -79,19 +80,19 @@ class _ASTFamily(ModelFamily):
         num_frames = int(settings.preprocessor.get("max_length", _SIZES["max_length"]))
         return num_frames * settings.sample_rate * _HOP_MILLISECONDS // 1000
 
-    def embedding_shape(
+    def state_shape(
         self,
         settings: Settings,
-        output: str,
+        wanted: OutputName,
         num_samples: int,  # noqa: ARG002 - frames are padded or cut to one number
     ) -> tuple[int, ...] | None:
         sizes = [settings.config.get(name, default) for name, default in _SIZES.items()]
         if not all(type(size) is int and size > 0 for size in sizes):
             return None  # loading the model will say what is wrong
-        hidden_size, patch, bin_step, frame_step, num_bins, num_frames = sizes
-        if output != "last_hidden_state":
+        hidden_size, patch, bin_step, _, num_bins, num_frames = sizes
+        if wanted.state == "pooler_output":
             return (hidden_size,)
-        patches = ((num_bins - patch) // bin_step + 1) * ((num_frames - patch) // frame_step + 1)
+        patches = ((num_bins - patch) // bin_step + 1) * _num_steps(num_frames, settings)
         return (patches + _NUM_SPECIAL_TOKENS, hidden_size)
 
     def import_transformers(self) -> Any:
@@ -145,26 +146,40 @@ class _ASTFamily(ModelFamily):
     ) -> tuple[int, ...]:
         return (model.config.max_length, model.config.num_mel_bins)
 
-    def forward(
+    def blocks(self, model: Any) -> Sequence[Any]:
+        blocks: Sequence[Any] = model.layers if hasattr(model, "layers") else model.encoder.layer
+        return blocks
+
+    def run(
         self,
         model: Any,
         features: torch.Tensor,
         settings: Settings,  # noqa: ARG002
-        outputs: Collection[str],  # noqa: ARG002
-    ) -> ForwardPass:
+    ) -> dict[str, torch.Tensor]:
         result = model(features)
-        return ForwardPass(
-            {
-                "pooler_output": result.pooler_output,
-                "last_hidden_state": result.last_hidden_state,
-            }
+        return {name: result[name] for name in ("pooler_output", "last_hidden_state")}
+
+    def frames(
+        self,
+        state: torch.Tensor,
+        settings: Settings,
+        wanted: OutputName,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, int]:
+        """Return the patches without the special tokens: all steps of the first band first."""
+        return state[:, _NUM_SPECIAL_TOKENS:], _num_steps(
+            settings.config.get("max_length", _SIZES["max_length"]), settings
         )
 
-    def pick(self, found: ForwardPass, settings: Settings, output: str) -> torch.Tensor:
-        if output == "mean":
-            frames = found.named["last_hidden_state"][:, _NUM_SPECIAL_TOKENS:]
-            return frames.float().mean(dim=1)
-        return super().pick(found, settings, output)
+    def num_valid_steps(
+        self,
+        settings: Settings,
+        wanted: OutputName,  # noqa: ARG002
+        num_valid: int,
+        num_steps: int,  # noqa: ARG002
+    ) -> int:
+        """Count the steps whose frames all lie within the clip."""
+        hop = settings.sample_rate * _HOP_MILLISECONDS // 1000
+        return _num_steps(1 + (num_valid - self.min_samples(settings)) // hop, settings)
 
 
 AST: Final = _ASTFamily()
@@ -202,6 +217,14 @@ class ASTEmbedder(TransformersEmbedder):
         compute_dtype: str = "float32",
     ) -> None:
         super().__init__(AST, checkpoint, output, device, compute_dtype)
+
+
+def _num_steps(num_frames: int, settings: Settings) -> int:
+    """Return how many patches, one after the other, lie within so many frames."""
+    patch, step = (
+        settings.config.get(name, _SIZES[name]) for name in ("patch_size", "time_stride")
+    )
+    return int((num_frames - patch) // step + 1)
 
 
 @functools.cache

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.embedders.transformers_family import ForwardPass, ModelFamily, Settings
+from lmdbcache.embedders.forward_pass import ForwardPass
+from lmdbcache.embedders.output_names import OutputName, parse_output
+from lmdbcache.embedders.transformers_family import ModelFamily, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -24,6 +26,7 @@ class _CLAPFamily(ModelFamily):
     - `pooler_output`, (H,): the mean over time and frequency.
     - `audio_embeds`, (P,): the same in the space shared with texts, not normalised.
     - `last_hidden_state`, (H, F, T): the feature map, as transformers gives it.
+    - `valid_mean`, (H,): its mean over the steps of time that the repeated clip fills.
 
     A model with feature fusion fuses for every clip, as its extractor asks for when it is called
     with one clip; called with several short ones, it picks one of them at random.
@@ -36,7 +39,9 @@ class _CLAPFamily(ModelFamily):
     model_class = "ClapAudioModelWithProjection"
     front_end_id = "soundfile+soxr-hq+mono-mean+clap-repeat-pad+clap-log-mel/1"
     sample_rate = 48000
-    outputs = ("pooler_output", "audio_embeds", "last_hidden_state")
+    outputs = ("pooler_output", "audio_embeds", "last_hidden_state", "valid_mean")
+    has_equal_layers = False
+    width_axis = 0
 
     def check_settings(self, settings: Settings) -> None:
         found, model = settings.preprocessor, _audio_config(settings)
@@ -54,27 +59,36 @@ class _CLAPFamily(ModelFamily):
     def max_samples(self, settings: Settings) -> int:
         return int(settings.preprocessor.get("max_length_s", 10) * settings.sample_rate)
 
-    def embedding_shape(
+    def num_layers(self, settings: Settings) -> int:
+        """Return the number of stages."""
+        return len(_audio_config(settings).get("depths", (2, 2, 6, 2)))
+
+    def state_shape(
         self,
         settings: Settings,
-        output: str,
+        wanted: OutputName,
         num_samples: int,  # noqa: ARG002 - always 10 s
     ) -> tuple[int, ...] | None:
         config = _audio_config(settings)
-        num_stages = len(config.get("depths", (2, 2, 6, 2)))
-        channels = config.get("patch_embeds_hidden_size", 96) * 2 ** (num_stages - 1)
-        if output == "pooler_output":
-            return (channels,)
-        if output == "audio_embeds":
+        if wanted.state == "audio_embeds":
             # The whole model's setting wins over that of its audio half.
             return (settings.config.get("projection_dim", config.get("projection_dim", 512)),)
-        ratio = config.get("spec_size", 256) // config.get("num_mel_bins", 64)
+        # Each stage but the last one halves rows and columns, and doubles the width.
+        halvings = self.num_layers(settings) - 1
+        if wanted.layer is not None:
+            halvings = min(halvings, wanted.layer)
+        channels = config.get("patch_embeds_hidden_size", 96) * 2**halvings
+        if wanted.state == "pooler_output":
+            return (channels,)
+        ratio = _num_parts(settings)
         if ratio < 1:
             return None
         height = ratio * (config.get("spec_size", 256) // ratio)
         stride = config.get("patch_stride", (4, 4))
         strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
-        rows, columns = (height // 2 ** (num_stages - 1) // step for step in strides)
+        rows, columns = (height // 2**halvings // step for step in strides)
+        if wanted.is_of_layers:
+            return (channels, rows, columns)
         bins = rows // ratio
         return (channels, bins, rows // bins * columns) if bins else None
 
@@ -101,14 +115,45 @@ class _CLAPFamily(ModelFamily):
 
         fuses = model.config.enable_fusion
         is_longer = torch.full((len(features), 1), fuses, device=features.device)
-        result = model.audio_model(features, is_longer=is_longer)
-        named = {
-            "pooler_output": result.pooler_output,
-            "last_hidden_state": result.last_hidden_state,
-        }
+        has_layers = any(parse_output(output).is_of_layers for output in outputs)
+        result = model.audio_model(
+            features, is_longer=is_longer, output_hidden_states=has_layers, return_dict=True
+        )
+        named = {name: result[name] for name in ("pooler_output", "last_hidden_state")}
         if "audio_embeds" in outputs:
             named["audio_embeds"] = model.audio_projection(result.pooler_output)
-        return ForwardPass(named)
+        return ForwardPass(named, dict(enumerate(result.hidden_states or ())))
+
+    def run(
+        self, model: Any, features: torch.Tensor, settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        return self.forward(model, features, settings, ()).named
+
+    def frames(
+        self, state: torch.Tensor, settings: Settings, wanted: OutputName
+    ) -> tuple[torch.Tensor, int]:
+        """Return a feature map with its parts of time side by side, band after band."""
+        if wanted.is_of_layers:  # the parts still lie one below the other
+            parts = _num_parts(settings)
+            batch, channels, rows, columns = state.shape
+            split = state.reshape(batch, channels, parts, rows // parts, columns)
+            state = split.transpose(2, 3).reshape(batch, channels, rows // parts, parts * columns)
+        return state.flatten(2).transpose(1, 2), state.shape[-1]
+
+    def num_valid_steps(
+        self,
+        settings: Settings,
+        wanted: OutputName,  # noqa: ARG002
+        num_valid: int,
+        num_steps: int,
+    ) -> int:
+        """Count the steps that begin in the clip, which is repeated as its settings say."""
+        length = self.max_samples(settings)
+        padding = settings.preprocessor.get("padding", "repeatpad")
+        if padding == "repeat":
+            return num_steps
+        filled = num_valid * (length // num_valid) if padding == "repeatpad" else num_valid
+        return -(-num_steps * filled // length)
 
 
 CLAP: Final = _CLAPFamily()
@@ -118,3 +163,9 @@ def _audio_config(settings: Settings) -> dict[str, Any]:
     if settings.model_type != "clap":
         return settings.config
     return settings.config.get("audio_config") or {}
+
+
+def _num_parts(settings: Settings) -> int:
+    """Return into how many parts the spectrogram is cut, one below the other, to be a square."""
+    config = _audio_config(settings)
+    return int(config.get("spec_size", 256) // config.get("num_mel_bins", 64))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lmdbcache.embedders.transformers_family import (
-    ForwardPass,
     ModelFamily,
     Settings,
     load_weights,
@@ -21,12 +20,13 @@ from lmdbcache.embedders.transformers_family import (
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     import torch
     from numpy.typing import NDArray
 
     from lmdbcache.embedders.checkpoints import Checkpoint
+    from lmdbcache.embedders.output_names import OutputName
 
 __all__ = ["WAV2VEC2"]
 
@@ -50,6 +50,7 @@ class _Wav2Vec2Family(ModelFamily):
 
     - `mean`, (H,): the mean over time, of the clip's own frames if the model takes a mask.
     - `last_hidden_state`, (T, H): every frame, those of the padding included.
+    - `valid_mean`, (H,): the mean over the clip's own frames, whether or not it takes a mask.
 
     For a model with a mask one number follows the features, which are the waveform, normalised if
     the extractor's settings say so: how many frames of it are the clip.
@@ -62,7 +63,7 @@ class _Wav2Vec2Family(ModelFamily):
     model_class = "Wav2Vec2Model"  # that of each model type is in the table
     front_end_id = "soundfile+soxr-hq+mono-mean+zero-pad-or-mask+wav2vec2-waveform/1"
     sample_rate = 16000
-    outputs = ("mean", "last_hidden_state")
+    outputs = ("mean", "last_hidden_state", "valid_mean")
 
     def check_settings(self, settings: Settings) -> None:
         kernels, strides = _convolutions(settings)
@@ -73,14 +74,16 @@ class _Wav2Vec2Family(ModelFamily):
                 f"{strides}; expected as many positive whole numbers in each"
             )
 
-    def embedding_shape(
-        self, settings: Settings, output: str, num_samples: int
+    def state_shape(
+        self, settings: Settings, wanted: OutputName, num_samples: int
     ) -> tuple[int, ...] | None:
         size = settings.config.get("hidden_size", 768)
+        frames = _num_frames(settings, num_samples)
+        if wanted.is_of_layers:  # an adapter comes after them
+            return (frames, size)
         if settings.config.get("add_adapter"):
             size = settings.config.get("output_hidden_size") or size
-        frames = _num_output_frames(settings, _num_frames(settings, num_samples))
-        return (size,) if output == "mean" else (frames, size)
+        return (_num_output_frames(settings, frames), size)
 
     def min_samples(self, settings: Settings) -> int:
         """Return what gives one frame: 400 samples at 16 kHz as published."""
@@ -126,32 +129,34 @@ class _Wav2Vec2Family(ModelFamily):
     ) -> tuple[int, ...]:
         return (num_samples + _takes_mask(settings),)
 
-    def forward(
-        self,
-        model: Any,
-        features: torch.Tensor,
-        settings: Settings,
-        outputs: Collection[str],  # noqa: ARG002
-    ) -> ForwardPass:
+    def told_valid(self, features: torch.Tensor, settings: Settings) -> list[int] | None:
         if not _takes_mask(settings):
-            return ForwardPass({"last_hidden_state": model(features).last_hidden_state})
-        counts = [int(count) for count in features[:, -1].tolist()]
+            return None
+        return [_samples_of(settings, int(count)) for count in features[:, -1].tolist()]
+
+    def run(
+        self, model: Any, features: torch.Tensor, settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        lengths = self.told_valid(features, settings)
+        if lengths is None:
+            return {"last_hidden_state": model(features).last_hidden_state}
         values = features[:, :-1]
-        mask = _mask(values, [_samples_of(settings, count) for count in counts])
         with warnings.catch_warnings():
             # WavLM's masks are of two dtypes, which torch reminds its authors of.
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-            hidden = model(values, attention_mask=mask).last_hidden_state
-        return ForwardPass({"last_hidden_state": hidden}, counts)
+            result = model(values, attention_mask=_mask(values, lengths))
+        return {"last_hidden_state": result.last_hidden_state}
 
-    def pick(self, found: ForwardPass, settings: Settings, output: str) -> torch.Tensor:
-        if output == "mean" and found.num_frames is not None:
-            hidden = found.named["last_hidden_state"]
-            lengths = [_num_output_frames(settings, count) for count in found.num_frames]
-            of_clip = _mask(hidden, lengths).unsqueeze(-1)
-            kept = hidden.float().where(of_clip.bool(), 0.0)
-            return kept.sum(dim=1) / of_clip.sum(dim=1)
-        return super().pick(found, settings, output)
+    def num_valid_steps(
+        self,
+        settings: Settings,
+        wanted: OutputName,
+        num_valid: int,
+        num_steps: int,  # noqa: ARG002
+    ) -> int:
+        """Count the frames whose windows lie within the clip."""
+        frames = _num_frames(settings, num_valid)
+        return frames if wanted.is_of_layers else _num_output_frames(settings, frames)
 
 
 WAV2VEC2: Final = _Wav2Vec2Family()

@@ -1,7 +1,7 @@
 """The encoder of Whisper: 30 s of log-mel features in, one vector per 20 ms out.
 
-Every clip is padded to 30 s, and Whisper has no attention mask: all 1500 frames are attended, and
-all of them are stored and averaged.
+Every clip is padded to 30 s, and Whisper has no attention mask: all 1500 frames are attended and
+stored, and `mean` is over all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.embedders.transformers_family import (
-    ForwardPass,
     ModelFamily,
     Settings,
     load_weights,
@@ -17,11 +16,12 @@ from lmdbcache.embedders.transformers_family import (
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Sequence
 
     import torch
 
     from lmdbcache.embedders.checkpoints import Checkpoint
+    from lmdbcache.embedders.output_names import OutputName
 
 __all__ = ["WHISPER"]
 
@@ -33,6 +33,7 @@ class _WhisperFamily(ModelFamily):
 
     - `mean`, (H,): the mean over all 1500 frames, as in `WhisperForAudioClassification`.
     - `last_hidden_state`, (1500, H): every frame.
+    - `valid_mean`, (H,): the mean over the frames of the clip, without those of the padding.
     """
 
     name = "Whisper"
@@ -42,7 +43,10 @@ class _WhisperFamily(ModelFamily):
     model_class = "WhisperModel"
     front_end_id = "soundfile+soxr-hq+mono-mean+zero-pad-30s+whisper-log-mel/1"
     sample_rate = 16000
-    outputs = ("mean", "last_hidden_state")
+    outputs = ("mean", "last_hidden_state", "valid_mean")
+    num_layers_key = "encoder_layers"
+    default_num_layers = 4
+    ends_with_norm = True
     implementation = "torch"  # its numpy way is for where torch isn't installed
 
     def check_settings(self, settings: Settings) -> None:
@@ -66,15 +70,14 @@ class _WhisperFamily(ModelFamily):
     def max_samples(self, settings: Settings) -> int:
         return int(settings.preprocessor.get("chunk_length", 30) * settings.sample_rate)
 
-    def embedding_shape(
+    def state_shape(
         self,
         settings: Settings,
-        output: str,
+        wanted: OutputName,  # noqa: ARG002
         num_samples: int,  # noqa: ARG002 - always 30 s
     ) -> tuple[int, ...] | None:
         size = settings.config.get("d_model", 384)
-        frames = settings.config.get("max_source_positions", 1500)
-        return (size,) if output == "mean" else (frames, size)
+        return (settings.config.get("max_source_positions", 1500), size)
 
     def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
         # A classifier's checkpoint has no decoder, and needs none.
@@ -88,14 +91,28 @@ class _WhisperFamily(ModelFamily):
     ) -> tuple[int, ...]:
         return (model.config.num_mel_bins, _STRIDE * model.config.max_source_positions)
 
-    def forward(
+    def blocks(self, model: Any) -> Sequence[Any]:
+        blocks: Sequence[Any] = model.layers
+        return blocks
+
+    def run(
         self,
         model: Any,
         features: torch.Tensor,
         settings: Settings,  # noqa: ARG002
-        outputs: Collection[str],  # noqa: ARG002
-    ) -> ForwardPass:
-        return ForwardPass({"last_hidden_state": model(features).last_hidden_state})
+    ) -> dict[str, torch.Tensor]:
+        return {"last_hidden_state": model(features).last_hidden_state}
+
+    def num_valid_steps(
+        self,
+        settings: Settings,
+        wanted: OutputName,  # noqa: ARG002
+        num_valid: int,
+        num_steps: int,  # noqa: ARG002
+    ) -> int:
+        """Count as transformers does: a frame for each hop that begins in the clip, then half."""
+        frames = -(-num_valid // int(settings.preprocessor.get("hop_length", 160)))
+        return -(-frames // _STRIDE)
 
 
 WHISPER: Final = _WhisperFamily()
