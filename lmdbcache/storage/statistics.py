@@ -293,13 +293,13 @@ def counts_of(store: Path) -> ReadCounts | None:
 
     From then on, the end of this process is noted as a use of the store.
     """
-    counts = _known(store)
+    counts = _stores.get(store)
     if counts is None:
         with _lock:
             if not _stores:
                 # Unlike atexit's, it is called at the end of workers, too.
                 multiprocessing.util.Finalize(None, _add_all, exitpriority=1)
-            counts = _known(store)  # another thread's, by now
+            counts = _known(store)  # by another name, or another thread's by now
             if counts is None:
                 counts = ReadCounts(store, _memory(store))
                 _stores[store] = _by_file[_file(store)] = counts

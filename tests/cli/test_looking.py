@@ -103,6 +103,17 @@ def test_looking_is_no_use(cli, cache, configs):
     assert details["last_written"]
 
 
+def test_ls_imports_no_model_library(cache, configs):
+    """Listing stores takes no longer than numpy, LMDB and the table take to import."""
+    command = ["-X", "importtime", "-m", "lmdbcache", "ls", "--root", str(cache.root)]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    lines = result.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert "lmdb" in imported
+    heavy = {"torch", "transformers", "soundfile", "datasets", "sklearn", "pandas", "pydantic"}
+    assert not heavy & imported
+
+
 def test_nothing_stored(cli, tmp_path):
     """An empty or absent root is no error and isn't created."""
     result = cli("ls")
