@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_disks import empty, fill, small_disk
@@ -45,6 +46,23 @@ def test_first_run(cli, data, options, tmp_path):
     (info,) = EmbeddingCache(tmp_path / "cache").stores()
     assert info.num_embeddings == 6
     assert info.dataset_root == str(data)
+
+
+def test_several_stores(cli, data, options, tmp_path):
+    """Each output is planned and stored as each dtype; a clip that fails is printed once."""
+    (data / "dog" / "audios" / "broken.wav").write_bytes(b"not audio")
+    several = ("--output", "mean", "--output", "pooler_output", "--dtype", "float32")
+    several += ("--dtype", "float16", "--dtype", "float32")
+    plans = json.loads(cli("extract", data, *options, *several, "--dry-run", "--json").stdout)
+    assert len({plan["store"] for plan in plans}) == 4
+    together = sum(plan["bytes_needed"] for plan in plans)
+    assert {plan["bytes_needed_together"] for plan in plans} == {together}
+    result = cli("extract", data, *options, *several)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.count("6 extracted, 1 failed") == 4
+    assert result.stdout.count("failed: broken:dog: ") == result.stderr.count("not readable") == 1
+    stores = {info.path for info in EmbeddingCache(tmp_path / "cache").stores()}
+    assert stores == {Path(plan["store"]) for plan in plans}
 
 
 def test_cached_run(cli, filled, data, options):

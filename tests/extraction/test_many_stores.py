@@ -15,7 +15,7 @@ from extraction.processes import hold_after_puts
 from lmdbcache import EmbeddingCache, ModuleEmbedder, RankShare, config_for, extract
 from lmdbcache.errors import CacheFullError, ConfigError, InvalidEmbeddingError
 from lmdbcache.exchange import merge_stores
-from lmdbcache.extraction import space
+from lmdbcache.extraction import estimate, plan_extraction, space
 
 
 class Net(torch.nn.Module):
@@ -239,6 +239,10 @@ def test_the_space_of_all_stores_is_looked_at(cache, clips, monkeypatch):
         for config, shape in zip(configs, [(8,), (100, 8), (100, 8)], strict=True)
     )
     monkeypatch.setattr(space, "free_bytes", lambda _: 2 * most)
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 2 * most)
+    plans = plan_extraction(cache, configs, clips, model=model, batch_size=4)
+    assert not any(plan.fits for plan in plans)
+    assert all(plan.bytes_needed <= plan.bytes_free for plan in plans)
     with pytest.raises(CacheFullError):
         extract(cache, configs, clips, model=model, **OPTIONS)
     assert not any(config in cache for config in configs)
