@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,9 +39,13 @@ _SETTINGS = {
 }
 
 
-def put(cache: EmbeddingCache, config: CacheConfig, first: int, number: int) -> None:
+def made(first: int, number: int) -> tuple[list[str], Any]:
+    """Sample ids and embeddings."""
     names = [f"video_{index:05d}:dog" for index in range(first, first + number)]
-    values = np.random.default_rng(first).normal(size=(number, 768)).astype(np.float32)
+    return names, np.random.default_rng(first).random((number, 768), dtype=np.float32)
+
+
+def put(cache: EmbeddingCache, config: CacheConfig, names: list[str], values: Any) -> None:
     with cache.writer(config) as writer:
         writer.put_batch(names, values)
 
@@ -54,6 +59,8 @@ def place(folder: Path) -> Iterator[str]:
     log = folder / "server.log"
     with log.open("wb") as output:
         command = [str(_SERVER), "-H", "127.0.0.1", "-p", "0"]
+        if setpriv := shutil.which("setpriv"):  # ends with this process, however that ends
+            command = [setpriv, "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     before = dict(os.environ)
     try:
@@ -83,11 +90,12 @@ def measure(*, quick: bool, url: str | None = None) -> dict[str, dict[str, float
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, config = Path(name), CacheConfig()
+        first, more = made(0, number), made(number, 100)
         base = url or stack.enter_context(place(folder))
         for count in range(rounds):
             there = f"{base}/{uuid.uuid4().hex}"
             cache = EmbeddingCache(folder / f"from-{count}")
-            timed("write", lambda cache=cache: put(cache, config, 0, number))
+            timed("write", lambda cache=cache: put(cache, config, *first))
             timed("push", lambda c=cache, t=there: push(c, config, t))
             timed("push again", lambda c=cache, t=there: push(c, config, t))
             other = EmbeddingCache(folder / f"to-{count}")
@@ -97,7 +105,7 @@ def measure(*, quick: bool, url: str | None = None) -> dict[str, dict[str, float
             copies.mkdir()
             timed("copy from there", lambda t=there, c=copies: _get(t, config, c))
             timed("copy to there", lambda t=there, c=copies: _put(t, c))
-            put(cache, config, number, 100)
+            put(cache, config, *more)
             timed("push of 100 more", lambda c=cache, t=there: push(c, config, t))
             timed("pull of 100 more", lambda c=other, t=there: pull(c, config, t))
             report = timed("verify", lambda t=there: verify_remote(t, config.fingerprint))

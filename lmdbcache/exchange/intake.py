@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.cache import (
@@ -47,8 +49,10 @@ from lmdbcache.storage import (
     check_pages,
     check_shape,
     checksum,
+    checksums as checksums_of,
     sample_id_of_key,
     sample_key,
+    sample_keys,
 )
 
 __all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Rows"]
@@ -345,8 +349,14 @@ class Intake:
                 f"{len(embeddings)} embeddings and {len(checksums or sample_ids)} checksums for "
                 f"{len(sample_ids)} sample ids"
             )
-        rows = self._checked(sample_ids, embeddings, origin.writer, checksums)
-        return Rows.in_memory(rows, origin)
+        parts = (slice(n, n + _KEYS_AT_ONCE) for n in range(0, len(sample_ids), _KEYS_AT_ONCE))
+        rows = (
+            self._checked(
+                sample_ids[part], embeddings[part], origin.writer, checksums and checksums[part]
+            )
+            for part in parts
+        )
+        return Rows.in_memory(chain.from_iterable(rows), origin)
 
     def _checked(
         self,
@@ -355,10 +365,22 @@ class Intake:
         where: str,
         checksums: Sequence[bytes] | None,
     ) -> Iterator[tuple[bytes, bytes, npt.NDArray[Any], str]]:
+        dtype = self.report.config.dtype
+        if isinstance(embeddings, np.ndarray) and embeddings.ndim > 1:
+            # All at once; one by one only where something is wrong, to know what.
+            is_sound = False
+            with contextlib.suppress(InvalidSampleIdError, InvalidEmbeddingError):
+                keys = sample_keys(sample_ids)
+                values = list(as_stored("", embeddings, dtype, copy=False))
+                sums = checksums_of(keys, values)
+                is_sound = checksums is None or sums == list(checksums)
+            if is_sound:
+                yield from zip(keys, sums, values, repeat(where))
+                return
         for number, (sample_id, embedding) in enumerate(zip(sample_ids, embeddings, strict=True)):
             try:
                 key = sample_key(sample_id)
-                value = as_stored(sample_id, embedding, self.report.config.dtype, copy=False)
+                value = as_stored(sample_id, embedding, dtype, copy=False)
                 found = checksum(key, value)
                 if checksums is not None and found != bytes(checksums[number]):
                     raise InvalidEmbeddingError("the value doesn't match its checksum")

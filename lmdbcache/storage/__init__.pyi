@@ -57,6 +57,7 @@ from .maintenance.verification import verify as verify
 from .metadata import (
     StoreMetadata as StoreMetadata,
     checksum as checksum,
+    checksums as checksums,
     portable as portable,
 )
 from .opening import check_data_file as check_data_file

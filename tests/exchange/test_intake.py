@@ -354,3 +354,24 @@ def test_rows_come_in_batches(target, config, monkeypatch):
     assert seen == [8] * 7 + [4]
     assert (intake.report.num_new, len(intake.report.conflicts)) == (30, 30)
     assert same(contents(target, config), {name: pair[1] for name, pair in twice.items()})
+
+
+@pytest.mark.parametrize("fault", ["none", "NaN", "sample id", "checksum"])
+def test_an_array_is_checked_like_its_rows(fault, target, config):
+    """As a whole or one by one: the same rows, and the same refusals."""
+    values = numbered(0, 6)
+    names, array, sums = list(values), np.stack(list(values.values())), checksums_of(values)
+    if fault == "NaN":
+        array[4, 2] = np.nan
+    elif fault == "sample id":
+        names[4] = "no class"
+    elif fault == "checksum":
+        sums[4] = b"other123"
+    found = []
+    for embeddings in (array, list(array)):
+        intake = Intake(target, config)
+        (rows,) = intake.checked(names, embeddings, NODE, checksums=sums)
+        each = [rows.read(n).tobytes() for n in range(len(rows.keys))]
+        found.append((rows.keys, rows.checksums, each, intake.report.refused))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == (6 if fault == "none" else 5)

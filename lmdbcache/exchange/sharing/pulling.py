@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from lmdbcache.cache import DEFAULT_TOLERANCE, EmbeddingCache, Origin
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, ProvenanceMismatchError, RemoteError
@@ -301,7 +303,7 @@ class _Pull:
         if on_duplicate == "overwrite":
             offers.reverse()  # the last of several values counts, or the store would go to and fro
         found: list[_Wanted] = []
-        values: set[tuple[str, bytes]] = set()
+        values: set[bytes] = set()  # a sample's key and the checksum of a value it has somewhere
         met: set[str] = set()
         for offer, look in in_parallel(self._header, offers):
             try:
@@ -320,8 +322,8 @@ class _Pull:
                     self._present.add(sample_id)
                 elif ours is not None and on_duplicate == "skip":
                     self._skipped.add(sample_id)
-                elif (sample_id, theirs) not in values:
-                    values.add((sample_id, theirs))
+                elif (value := header.keys[row] + theirs) not in values:
+                    values.add(value)
                     wanted.rows.append(row)
             if wanted.rows:
                 found.append(wanted)
@@ -416,7 +418,7 @@ class _Pull:
         detail = {"url": self._report.url, "manifest": manifest.id, "created": manifest.created}
         rows = self._intake.checked(
             wanted.sample_ids,
-            [embeddings[row] for row in wanted.rows],
+            _chosen(embeddings, wanted.rows),
             Origin(manifest.writer, detail, provenance),
             checksums=[header.checksums[row] for row in wanted.rows],
         )
@@ -425,3 +427,11 @@ class _Pull:
         except ProvenanceMismatchError as error:  # two writers with different weights, a new store
             self._refuse(manifest, error)
         self._local.discard(wanted.offer.entry)
+
+
+def _chosen(embeddings: _Values, rows: list[int]) -> Embeddings:
+    """The embeddings at these positions, which ascend; all of them without a copy."""
+    if isinstance(embeddings, np.ndarray):
+        chosen: Embeddings = embeddings if len(rows) == len(embeddings) else embeddings[rows]
+        return chosen
+    return [embeddings[row] for row in rows]

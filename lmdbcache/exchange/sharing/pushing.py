@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -40,6 +41,7 @@ from lmdbcache.exchange.sharing.shards import (
 from lmdbcache.exchange.sharing.verifying import check_shard
 from lmdbcache.files import few
 from lmdbcache.storage import (
+    NUMPY_DTYPES,
     EmbeddingReader,
     OnDuplicate,
     Report,
@@ -55,7 +57,7 @@ __all__ = ["PushReport", "push"]
 SHARD_BYTES: Final = 16 << 20  # of values
 # A push that is killed has no more than this to list again; its shards stay.
 _SHARDS_PER_MANIFEST: Final = 64
-_READ_AT_ONCE: Final = 64
+_READ_AT_ONCE_BYTES: Final = 4 << 20
 
 
 @dataclass
@@ -335,7 +337,10 @@ class _Push:
     def _values(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """Yield the missing samples with their values, but for those that are damaged."""
         ids, is_ragged = iter(self._missing), None in self._shape
-        step = 1 if is_ragged else _READ_AT_ONCE
+        itemsize = NUMPY_DTYPES[self._reader.config.dtype].itemsize
+        num_bytes = itemsize * math.prod(filter(None, self._shape))
+        # After each read this thread waits for those that upload.
+        step = 1 if is_ragged else max(1, _READ_AT_ONCE_BYTES // num_bytes)
         while some := list(islice(ids, step)):
             with contextlib.suppress(IntegrityError, SampleNotFoundError):
                 yield from zip(some, self._reader.get_batch(some), strict=True)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
-from lmdbcache.storage import NUMPY_DTYPES, checksum, sample_key
+from lmdbcache.storage import NUMPY_DTYPES, checksums, sample_keys
 
 __all__ = [
     "Embeddings",
@@ -143,7 +143,7 @@ class ShardHeader:
     @cached_property
     def keys(self) -> list[bytes]:
         """The sample ids as a store has them."""
-        return [sample_key(sample_id) for sample_id in self.sample_ids]
+        return sample_keys(self.sample_ids)
 
     @cached_property
     def encoded(self) -> bytes:
@@ -220,18 +220,18 @@ def encode_shard(
     """
     order = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index].encode())
     ids = tuple(sample_ids[index] for index in order)
-    values = [np.asarray(embeddings[index]) for index in order]
-    raw = [np.ascontiguousarray(value).reshape(-1).view(np.uint8).data for value in values]
-    checksums = tuple(checksum(sample_key(one), data) for one, data in zip(ids, raw, strict=True))
+    values = [np.asarray(embeddings[index], order="C") for index in order]
+    found = tuple(checksums(sample_keys(ids), values))
     lengths = tuple(len(value) for value in values) if None in embedding_shape else None
-    header = ShardHeader(config, embedding_shape, ids, checksums, lengths)
+    header = ShardHeader(config, embedding_shape, ids, found, lengths)
     for sample_id, value, (first, last) in zip(ids, values, header.bounds, strict=True):
         if value.dtype != NUMPY_DTYPES[config.dtype] or value.nbytes != last - first:
             raise ConfigError(
                 f"{sample_id}: an embedding of shape {value.shape} and dtype {value.dtype}, the "
                 f"shard's are {embedding_shape} in {config.dtype}"
             )
-    data = b"".join([header.encoded, *raw])
+    parts: list[Any] = [header.encoded, *values]
+    data = b"".join(parts)
     digests = [hashlib.sha256(one).hexdigest() for one in (data, header.encoded)]
     numbers = (len(data), len(header.encoded))
     return ShardEntry(digests[0], *numbers, digests[1], len(ids), ids[0], ids[-1]), data
