@@ -170,14 +170,8 @@ def read_file(path: str | Path, limit: int = -1) -> bytes:
     Raises:
         NotRegularFileError, OSError: See `open_file`.
     """
-    descriptor = open_file(path)
-    try:
-        if limit >= 0:
-            return os.read(descriptor, limit)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
+    with os.fdopen(open_file(path), "rb", buffering=0) as file:
+        return file.read(limit)
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:

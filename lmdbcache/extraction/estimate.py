@@ -344,7 +344,8 @@ def _try(
         ModelLoadError: The model can't be loaded.
     """
     clips: Mapping[str, str | AudioSource] = run.paths
-    # Which clips are tried, a hash of their ids decides; few come round again to fill the time.
+    # Which clips are tried, a hash of their ids decides; few come round again, as the
+    # first batches don't count.
     picked = sorted(clips, key=lambda i: xxhash.xxh3_64_intdigest(i.encode("utf-8", "replace")))
     trial = [(i, clips[i]) for i in itertools.islice(itertools.cycle(picked), _MOST_CLIPS)]
     units = [trial[start : start + batch_size] for start in range(0, len(trial), batch_size)]
@@ -373,7 +374,7 @@ def _try(
                 number += len(features)
             if index == max(0, num_workers - 1) and embedder is not None:
                 number, model_seconds, started = 0, 0.0, time.perf_counter()
-            elif number and time.perf_counter() - started > seconds:
+            elif number >= len(picked) or (number and time.perf_counter() - started > seconds):
                 break
         taken = time.perf_counter() - started
     if embedder is None or not number:

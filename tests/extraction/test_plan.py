@@ -68,6 +68,12 @@ def test_bytes_are_those_that_the_extraction_takes(
     assert again.bytes_for_all == planned.bytes_for_all
 
 
+def test_a_trial_of_few_clips_ends_with_them(plan, clips, config):
+    """Each is embedded once after the first batch, however much time there is."""
+    found = plan(clips, config, trial_seconds=1e9, batch_size=2)
+    assert len(clips) <= found.trial.num_clips < len(clips) + 2
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_trial(plan, clips, bad_clips, num_workers):
     """Real clips, broken ones among them or not, give a rate and the time."""
