@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     """Check the files given, or all prose of the project."""
     files = [Path(argument).resolve() for argument in arguments] or [
         ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         *sorted((ROOT / "lmdbcache").rglob("*.py")),
     ]
     num_found = 0

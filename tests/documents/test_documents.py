@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import pytest
 from documents.pages import DOCS, DOCUMENTS, ROOT, blocks
 
+import lmdbcache
 from lmdbcache import CacheConfig, VEGASDataset, errors
 from lmdbcache.cli.main import COMMANDS, app
 
 RUN = ("python", "bash")
+ROOMS = {door.parent.name for door in (ROOT / "lmdbcache").glob("*/__init__.pyi")}
 LANGUAGES = {*RUN, "text", "json", "console"}
 NOT_RUN = re.compile(r"\$ (pip install|make|sbatch|srun|git clone|python -m venv)\b")
 
@@ -161,6 +165,7 @@ def test_a_block_that_is_not_run_says_so(page):
 def test_no_code_is_hidden_from_the_tests(page):
     """Code stands in a fenced block, which names its language; none is set apart by four spaces."""
     text = re.sub(r"^( *)```.*?^\1```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^::: .*\n(?: {4}.*\n)*", "", text, flags=re.MULTILINE)  # for mkdocs
     assert not re.findall(r"^(?: {4}|\t).*", text, re.MULTILINE)
 
 
@@ -225,23 +230,52 @@ def test_links_lead_somewhere(document):
         assert (document.parent / target).exists(), target
 
 
-def test_the_site_is_built_without_a_warning(tmp_path):
-    """Every page is in the navigation, and every link and anchor between pages leads somewhere."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Built as by `make docs`: a link, an anchor or a docstring that is wrong ends the build."""
     pytest.importorskip("material", reason="the site needs the extra [docs]")
+    folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml"]
-        + ["--site-dir", str(tmp_path / "site")],
+        + ["--site-dir", str(folder / "site")],
         cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "1", "HOME": str(tmp_path)},
+        env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "1", "HOME": str(folder)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    page = (tmp_path / "site" / "index.html").read_text("utf-8")
-    assert "lmdbcache" in page
-    sources = re.findall(r"<(?:script|link)[^>]*(?:src|href)=\"(https?:[^\"]+)", page)
-    assert not [source for source in sources if "canonical" not in source], sources
+    return folder / "site"
+
+
+def test_the_site_asks_nothing_of_other_servers(site):
+    """No page loads a script, a style or a font from elsewhere."""
+    for page in site.rglob("*.html"):
+        sources = re.findall(
+            r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]+)", page.read_text("utf-8")
+        )
+        assert not [source for source in sources if "canonical" not in source], page
+
+
+def test_every_public_name_is_in_the_reference(site):
+    """A page has each name of a door; the first page links those of `lmdbcache`."""
+    names = zlib.decompress((site / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]).decode()
+    documented = {line.split()[0] for line in names.splitlines()}
+    for room in ROOMS - {"cli"}:
+        offered = importlib.import_module(f"lmdbcache.{room}").__all__
+        assert {f"lmdbcache.{room}.{name}" for name in offered} <= documented
+    assert {f"lmdbcache.errors.{name}" for name in errors.__all__} <= documented
+    linked = re.findall(r"\[(\w+)\]\[", (DOCS / "reference" / "index.md").read_text("utf-8"))
+    assert sorted(linked) == sorted(set(lmdbcache.__all__) - set(errors.__all__))
+
+
+def test_the_search_finds_every_option(site):
+    """The search index has each option of each command."""
+    text = (site / "search" / "search_index.json").read_text("utf-8")
+    words = set(re.findall(r"--[a-z][a-z-]*", text))
+    for name in app.list_commands(None):
+        options = {each for one in app.get_command(None, name).params for each in one.opts}
+        assert {each for each in options if each.startswith("--")} <= words, name
 
 
 def test_vegas_document_names_real_methods():
