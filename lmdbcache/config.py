@@ -213,7 +213,7 @@ class CacheConfig:
 
     @property
     def model_alias(self) -> str:
-        """`"ast"` for the model that it stands for, else `model_name`."""
+        """`"ast"` for the model of that alias, else `model_name`."""
         return "ast" if self.model_name == DEFAULT_MODEL_NAME else self.model_name
 
     @property

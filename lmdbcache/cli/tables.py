@@ -130,7 +130,7 @@ class Table:
 
 
 def _shorten(column: _Column) -> None:
-    """Leave the digits that tell fingerprints apart."""
+    """Leave enough digits to distinguish the fingerprints."""
     digits = _FEWEST_DIGITS
     while len({cell[:digits] for cell in column.cells}) < len(set(column.cells)):
         digits += 1
