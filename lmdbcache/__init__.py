@@ -28,8 +28,9 @@ def __getattr__(name: str) -> Any:
         return _load(name)
     except ModuleNotFoundError as error:
         from lmdbcache.errors import MissingDependencyError
+        from lmdbcache.machine import install_line
 
         extra = "torch" if error.name == "torch" else "audio"
         raise MissingDependencyError(
-            f'{name} needs the package {error.name}: pip install "lmdbcache[{extra}]"'
+            f"{name} needs the package {error.name}: {install_line(extra)}"
         ) from error

@@ -26,6 +26,7 @@ from typing import Final
 import platformdirs
 
 from lmdbcache.errors import ConfigError, NotRegularFileError
+from lmdbcache.settings import ROOT_VARIABLE
 
 __all__ = [
     "check_file",
@@ -94,7 +95,7 @@ def user_cache_folder() -> Path:
     except RuntimeError:
         raise ConfigError(
             "this user has no home directory (no HOME and no passwd entry), and so no default "
-            "cache root. Give the root, or set LMDBCACHE_ROOT or HOME"
+            f"cache root. Give the root, or set {ROOT_VARIABLE} or HOME"
         ) from None
 
 

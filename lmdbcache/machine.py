@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["available_cores", "boot_id", "is_alive", "memory_limit"]
+__all__ = ["available_cores", "boot_id", "install_line", "is_alive", "memory_limit"]
 
 _NO_LIMIT: Final = 1 << 62
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
@@ -28,6 +28,31 @@ def memory_limit() -> int:
     except (OSError, ValueError):
         memory = _NO_LIMIT
     return min(memory, cgroup_limit(_MEMBERSHIP, _MOUNT))
+
+
+@functools.cache
+def install_line(extra: str) -> str:
+    """Return the command that installs an extra; of a checkout also the one for its folder.
+
+    Args:
+        extra: Such as `"audio"`.
+    """
+    import importlib.metadata
+    import json
+    import urllib.parse
+
+    line = f'pip install "lmdbcache[{extra}]"'
+    try:
+        record = importlib.metadata.distribution("lmdbcache").read_text("direct_url.json")
+        direct = json.loads(record or "{}")
+        folder = urllib.parse.urlsplit(direct.get("url", ""))
+    except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
+        return line
+    if folder.scheme != "file":
+        return line
+    option = "-e " if direct.get("dir_info", {}).get("editable") else ""
+    path = urllib.parse.unquote(folder.path)
+    return f'{line}, or from where this one was installed pip install {option}"{path}[{extra}]"'
 
 
 def is_alive(process: int) -> bool:

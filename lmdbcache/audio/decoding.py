@@ -22,6 +22,7 @@ from lmdbcache.audio.soundfile_decoder import read_by_soundfile
 from lmdbcache.audio.source import AudioSource, open_source, shown
 from lmdbcache.audio.waveform import fit
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,8 +128,7 @@ def _audio_packages(decoder: str) -> tuple[Any, Callable[..., Recording]]:
         needed = "av and soxr" if decoder == "ffmpeg" else "soundfile and soxr"
         extra = "audio,ffmpeg" if decoder == "ffmpeg" else "audio"
         raise MissingDependencyError(
-            f"decoding audio needs {needed} ({error}); "
-            f'install them with: pip install "lmdbcache[{extra}]"'
+            f"decoding audio needs {needed} ({error}); install them with: {install_line(extra)}"
         ) from error
     return soxr.resample, read_by_soundfile
 

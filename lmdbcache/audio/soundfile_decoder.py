@@ -27,6 +27,7 @@ from lmdbcache.audio.containers import (
 )
 from lmdbcache.audio.mpeg_frames import find_parts
 from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mono
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,7 +115,7 @@ def read_by_soundfile(
         if media := name_of_media(read_at(file, 0, 16)):
             raise DamagedAudioError(
                 f"it is {media}, which libsndfile doesn't read; decode the dataset with "
-                '`decoder="ffmpeg"` (pip install "lmdbcache[ffmpeg]")'
+                f'`decoder="ffmpeg"` ({install_line("ffmpeg")})'
             ) from error
         raise error
     stream.check_length(stream.total)

@@ -36,6 +36,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import existing_parent, expand_user, user_cache_folder
+from lmdbcache.settings import ROOT_VARIABLE
 from lmdbcache.storage import (
     CompactionResult,
     EmbeddingWriter,
@@ -57,8 +58,6 @@ from lmdbcache.storage import (
 )
 
 __all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
-
-ROOT_VARIABLE: Final = "LMDBCACHE_ROOT"
 
 
 class EmbeddingCache:
@@ -265,7 +264,7 @@ class EmbeddingCache:
         asked = [canonical_sample_id(sample_id) for sample_id in sample_ids]
         missing = list(self.coverage(config, asked).missing)
         if missing and config not in self:
-            self.explain(config).log()
+            self.explain(config).log_new_store()
         if (counts := counts_of(self.path(config))) is not None:
             absent = set(missing)
             counts.count([i for i in asked if i in absent], are_there=False)

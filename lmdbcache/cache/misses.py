@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final
 
 from lmdbcache.cache.records import Origin, SourceRecords
 from lmdbcache.cache.store_info import StoreInfo
-from lmdbcache.config import CacheConfig
+from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.errors import CacheError, InvalidSampleIdError
 from lmdbcache.files import few, read_file, replace_file
 from lmdbcache.storage import (
@@ -161,11 +161,15 @@ class Explanation(Report):
             return
         if self.damaged:
             self.log()  # perhaps it is the one that is asked for
-        # With more than two fields it is another model or dataset, and no slip.
-        elif self.nearest is not None and len(self.differences) <= 2:
-            named = _listed(self.differences, "{name}: {asked!r} here, {stored!r} there")
-            where = self.nearest.path.name
+        # Another model, another dataset, or more than two fields: that is no slip.
+        elif self.nearest is not None and _is_slip(self.differences):
+            named = _listed(self.differences, "`{name}={asked!r}` here, {stored!r} there")
+            where = _named(self.nearest.config or self.config)
             _logger.warning("new store; the nearest stored is %s (%s)", where, named)
+
+
+def _is_slip(differences: Mapping[str, Any]) -> bool:
+    return len(differences) <= 2 and not {"model_name", "namespace"} & differences.keys()
 
 
 # ---- why
@@ -197,16 +201,16 @@ def explain_config(config: CacheConfig, path: Path, stores: Sequence[StoreInfo])
         return Explanation(MissReason.DAMAGED, text, config, damaged=(path,))
     if own is not None:
         what = f"{own.num_embeddings:,} embeddings"
-        text = _sentence(MissReason.STORED, what=what, store=path.name)
+        text = _sentence(MissReason.STORED, what=what, store=_named(config))
         return Explanation(MissReason.STORED, text, config)
     nearest = nearest_store(config, stores)
     damaged = tuple(store.path for store in stores if store.damage)
     differences = config.differences(nearest.config) if nearest and nearest.config else {}
     reason = MissReason.CONFIG_ABSENT if nearest or damaged else MissReason.NOTHING_STORED
-    text = _sentence(reason, root=path.parent, what=config.slug)
-    if nearest is not None:
-        named = _listed(differences, "{name}: {asked!r} asked, {stored!r} stored")
-        text += f". Nearest is {nearest.path.name}; {named}; "
+    text = _sentence(reason, root=path.parent, what=_described(config))
+    if nearest is not None and nearest.config is not None:
+        named = _listed(differences, "`{name}={asked!r}` asked, {stored!r} stored")
+        text += f". Nearest is {_named(nearest.config)}; {named}; "
         text += f"{nearest.num_embeddings:,} embeddings there"
     if damaged:
         text += f". Damaged, it may be one of these: {few([folder.name for folder in damaged], 3)}"
@@ -239,7 +243,7 @@ def explain_sample(
         ]
         facts["stored_elsewhere"] = tuple(elsewhere)
         if elsewhere:
-            named = _listed(found.config.differences(elsewhere[0]), "{name}: {stored!r}")
+            named = _listed(found.config.differences(elsewhere[0]), "`{name}={stored!r}`")
             more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
             text += f". It is stored for another config ({named}){more}"
     return replace(found, **facts, text=text)
@@ -250,7 +254,7 @@ def _facts_of(reader: EmbeddingReader, sample_id: str) -> dict[str, Any]:
     what = repr(sample_id)
     if sample_id in reader:
         origin = _origin_of(reader, sample_id)
-        text = _sentence(MissReason.STORED, what=what, store=reader.path.name)
+        text = _sentence(MissReason.STORED, what=what, store=_named(reader.metadata.config))
         text += f". It came from {origin}" if origin else ""
         return {"reason": MissReason.STORED, "text": text, "origin": origin}
     if failure := _failure_of(reader.path, sample_id):
@@ -299,9 +303,18 @@ def _nearest(file_id: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(file_id, near, n=3) or near[:1]
 
 
+def _described(config: CacheConfig) -> str:
+    return f"{config.title} ({config.sample_rate} Hz, {config.duration:g} s, {config.dtype})"
+
+
+def _named(config: CacheConfig) -> str:
+    return f"{config.fingerprint} {config.title}"
+
+
 def _listed(differences: Mapping[str, tuple[Any, Any]], form: str) -> str:
+    aliases = {DEFAULT_MODEL_NAME: "ast"}
     return ", ".join(
-        form.format(name=name, asked=asked, stored=stored)
+        form.format(name=name, asked=aliases.get(asked, asked), stored=aliases.get(stored, stored))
         for name, (asked, stored) in differences.items()
     )
 

@@ -65,7 +65,7 @@ def audit_command(
     config = read_store_info(folder).config
     if config is None or cache.path(config) != folder:
         raise IntegrityError(f"{folder} isn't named after its config; was it renamed by hand?")
-    with progress_bar("embedding again", shown=progress) as report:
+    with progress_bar("embedding again", shown=progress, first="loading torch") as report:
         found = audit(
             cache,
             config,

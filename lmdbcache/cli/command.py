@@ -105,7 +105,16 @@ class _Argument(click.Argument):
 
 
 class Command(click.Command):
-    """A command that names options in its errors, and knows ids such as `---g-f_I2yQ:dog`."""
+    """A command that names options in its errors, and knows ids such as `---g-f_I2yQ:dog`.
+
+    Args:
+        example: What its help begins with.
+        settings: For `click.Command`.
+    """
+
+    def __init__(self, *, example: str = "", **settings: Any) -> None:
+        super().__init__(**settings)
+        self.example = example
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see click."""
@@ -118,6 +127,12 @@ class Command(click.Command):
     def get_help(self, ctx: click.Context) -> str:
         """Return the help, escaped here: click writes UTF-8 to a terminal of ASCII."""
         return printable(super().get_help(ctx))
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write an example, then what the command does; see click."""
+        if self.example:
+            formatter.write(f"\n  $ {self.example}\n")
+        super().format_help_text(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; see click."""
@@ -155,7 +170,9 @@ def dashed_id(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def command_from(name: str, function: Callable[..., None], text: str | None) -> Command:
+def command_from(
+    name: str, function: Callable[..., None], text: str | None, example: str = ""
+) -> Command:
     """Return the command that calls a function.
 
     Each parameter is `Annotated` with an `Option` or `Argument`, or a dataclass whose fields are,
@@ -165,6 +182,7 @@ def command_from(name: str, function: Callable[..., None], text: str | None) -> 
         name: Of the command.
         function: What it calls.
         text: Its help.
+        example: What the help begins with.
     """
     hints = get_type_hints(function, include_extras=True)
     own = [
@@ -192,7 +210,7 @@ def command_from(name: str, function: Callable[..., None], text: str | None) -> 
         function(**arguments)
 
     parameters = [_said(hint).made(key, hint, default) for key, hint, default in given.values()]
-    return Command(name, callback=call, params=parameters, help=text)
+    return Command(name=name, callback=call, params=parameters, help=text, example=example)
 
 
 def _fields(group: Any) -> list[_Given]:

@@ -7,12 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import click
+from click.core import ParameterSource
+
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Option
-from lmdbcache.cli.options import Decoder
+from lmdbcache.cli.options import Decoder, find_store
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders import AudioModel, config_for, described_model
+from lmdbcache.errors import ConfigError, IntegrityError
 
 __all__ = ["ConfigChoice", "ConfigsChoice", "GivenConfig"]
+
+StoredConfig = Annotated[
+    str | None,
+    Option(
+        "--config",
+        metavar="STORE",
+        help="Take all of it from a store that is there: its fingerprint, or the first digits.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -58,13 +73,27 @@ class _ModelChoice:
 
     decoder: Decoder = None
 
-    def of(self, dataset: str, output: str | None, dtype: str) -> CacheConfig:
+    stored: StoredConfig = None
+
+    def of(
+        self, cache: EmbeddingCache, dataset: str, output: str | None, dtype: str
+    ) -> CacheConfig:
         """The config of one output of this model for a dataset.
 
         Raises:
-            ConfigError: A value can't identify a cache.
+            ConfigError: A value can't identify a cache, or --config has no room for it.
+            CacheNotFoundError: --config names no store.
             ModelLoadError: The folder isn't a checkpoint of a model that is supported.
         """
+        if self.stored is not None:
+            _check_alone(set(vars(self)) - {"model", "stored"})
+            config = _stored_config(cache, self.stored)
+            if dataset != config.namespace and _is_given("data_dir", "namespace"):
+                raise ConfigError(
+                    f"--config {self.stored} is of the dataset {config.namespace!r}, not of "
+                    f"{dataset!r}; choose another store, or --namespace"
+                )
+            return config
         return config_for(
             self.model or DEFAULT_MODEL_NAME,
             output=output,
@@ -77,6 +106,15 @@ class _ModelChoice:
             front_end=self.front_end,
             decoder=self.decoder,
         )
+
+    def model_in(self, cache: EmbeddingCache) -> str:
+        """The model to load: --model, else for --config the one that the store was filled from."""
+        if self.stored is None or _is_given("model"):
+            return self.model
+        from lmdbcache.extraction import recorded_model
+
+        info = find_store(cache, self.stored)
+        return recorded_model(info.provenance) or _stored_config(cache, self.stored).model_name
 
 
 @dataclass(frozen=True)
@@ -94,9 +132,9 @@ class ConfigChoice(_ModelChoice):
     ] = None
     dtype: Annotated[str, Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
 
-    def config(self, dataset: str) -> CacheConfig:
+    def config(self, cache: EmbeddingCache, dataset: str) -> CacheConfig:
         """The config of this model's embeddings of a dataset; errors as for `of`."""
-        return self.of(dataset, self.output, self.dtype)
+        return self.of(cache, dataset, self.output, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,11 +159,11 @@ class ConfigsChoice(_ModelChoice):
         ),
     ] = None
 
-    def configs(self, dataset: str) -> list[CacheConfig]:
+    def configs(self, cache: EmbeddingCache, dataset: str) -> list[CacheConfig]:
         """The config of each output and dtype, no two alike; errors as for `of`."""
         outputs: Sequence[str | None] = self.output or [None]
         pairs = itertools.product(outputs, self.dtype or ["float32"])
-        return list(dict.fromkeys(self.of(dataset, *pair) for pair in pairs))
+        return list(dict.fromkeys(self.of(cache, dataset, *pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -184,6 +222,8 @@ class GivenConfig:
         ),
     ] = None
 
+    stored: StoredConfig = None
+
     def described(self) -> AudioModel | None:
         """The model that is given; none of its weights are loaded.
 
@@ -192,8 +232,17 @@ class GivenConfig:
         """
         return described_model(self.model) if self.model else None
 
-    def fields(self, model: AudioModel | None) -> dict[str, Any]:
-        """The fields of a config that are given, by name; the model is what `described` gave."""
+    def fields(self, cache: EmbeddingCache, model: AudioModel | None) -> dict[str, Any]:
+        """The fields of a config that are given, by name; the model is what `described` gave.
+
+        Raises:
+            ConfigError: --config and another field.
+            CacheNotFoundError: --config names no store.
+        """
+        if self.stored is not None:
+            _check_alone(set(vars(self)) - {"model", "stored"})
+            fields = _stored_config(cache, self.stored).to_dict()
+            return {**fields, "namespace": fields.pop("dataset")}
         values = {
             "model_name": self.model_name or (model.identity if model is not None else None),
             "output": self.output,
@@ -205,3 +254,23 @@ class GivenConfig:
             "front_end": self.front_end,
         }
         return {field: value for field, value in values.items() if value is not None}
+
+
+def _is_given(*names: str) -> bool:
+    """Whether one of these parameters was typed."""
+    context = click.get_current_context()
+    return any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in names)
+
+
+def _check_alone(names: set[str]) -> None:
+    parameters = click.get_current_context().command.params
+    given = [p.opts[0] for p in parameters if p.name in names and _is_given(p.name)]
+    if given:
+        raise ConfigError(f"--config takes all from the store; leave out {', '.join(given)}")
+
+
+def _stored_config(cache: EmbeddingCache, store: str) -> CacheConfig:
+    info = find_store(cache, store)
+    if info.config is None:
+        raise IntegrityError(f"--config {store}: {info.path} can't be read: {info.damage}")
+    return info.config

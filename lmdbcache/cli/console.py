@@ -20,6 +20,7 @@ from lmdbcache.cli.wording import in_options
 __all__ = [
     "DISK_FULL",
     "LineFormatter",
+    "LineHandler",
     "counted",
     "finish",
     "print_error",
@@ -30,6 +31,7 @@ __all__ = [
     "say",
     "say_some",
     "speak_for",
+    "with_options",
 ]
 
 DISK_FULL: Final = 3  # exit code
@@ -78,15 +80,33 @@ def finish(report: Any, show: Callable[[Any], None] | None = None, *, as_json: b
     if as_json:
         print_json(report.to_dict())
     elif show is None:
-        say(str(report))
+        say(with_options(str(report)))
     else:
         show(report)
     raise click.exceptions.Exit(report.exit_code)
 
 
+def with_options(text: str) -> str:
+    """Return text of the library with the options of the running command for its arguments."""
+    context = click.get_current_context(silent=True)
+    return text if context is None else in_options(text, context.command.params)
+
+
 def speak_for(who: str) -> None:
     """Put a name in front of errors and log lines: several processes share one output."""
     _speaker.append(f"{who}: ")
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes to standard error as it is then: a bar takes it over and stays below the lines."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Standard error."""
+        return sys.stderr
 
 
 class LineFormatter(logging.Formatter):
@@ -95,9 +115,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         text = super().format(record)
-        if (context := click.get_current_context(silent=True)) is not None:
-            text = in_options(text, context.command.params)
-        return _fitted("".join(_speaker) + text, sys.stderr)
+        return _fitted("".join(_speaker) + with_options(text), sys.stderr)
 
 
 def print_error(error: object) -> None:
@@ -170,9 +188,15 @@ def _fitted(text: str, stream: TextIO) -> str:
 
 @contextlib.contextmanager
 def progress_bar(
-    label: str, *, shown: bool | None = None, in_bytes: bool = False
+    label: str, *, shown: bool | None = None, in_bytes: bool = False, first: str = ""
 ) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on standard error for (done, in all); shown on a terminal if that isn't decided.
+
+    Args:
+        label: What is done.
+        shown: Whether to show it; None on a terminal.
+        in_bytes: Whether the numbers are bytes.
+        first: The label until the first step is done.
 
     Yields:
         To be called with what is done and what there is in all; None if no bar is shown.
@@ -204,14 +228,23 @@ def progress_bar(
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
         TransferSpeedColumn() if in_bytes else RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=shown is None) as bar:
-        task = bar.add_task(printable(label), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=shown is None, expand=True) as bar:
+        task = bar.add_task(printable(first or label), total=None)
+        start: int | None = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal start
+            start = done if start is None else start
+            waits = first and done == start < total
+            bar.update(task, completed=done, total=total, description=first if waits else label)
+
+        yield report
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,7 +10,7 @@ import click
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.config_choice import ConfigChoice
-from lmdbcache.cli.console import finish, print_json, print_table, say
+from lmdbcache.cli.console import finish, print_json, print_table, say, with_options
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Root
 from lmdbcache.datasets import NAMESPACE
@@ -37,7 +37,8 @@ def coverage_command(
     as_json: Json = False,
 ) -> None:
     """Show how much of a dataset is stored, by class. Exit code 1 if too little is."""
-    config, cache = choice.config(dataset.namespace), EmbeddingCache(root)
+    cache = EmbeddingCache(root)
+    config = choice.config(cache, dataset.namespace)
     dataset.check_namespace(cache, config)
     by_split = by_split and dataset.split == "all"
     found = cache.coverage(config, dataset.ids_by_split(each=by_split))
@@ -46,7 +47,7 @@ def coverage_command(
         print_json({"fingerprint": config.fingerprint, **found.to_dict()})
     else:
         if config not in cache:
-            say(str(cache.explain(config)))
+            say(with_options(str(cache.explain(config))))
         if by_split:
             print_table(*found.cells())
             say("")
@@ -78,12 +79,11 @@ def explain_command(
         str | None,
         Argument(help="file_id:class; without it, the config as a whole."),
     ] = None,
-    dataset: Annotated[
-        str, Option("--namespace", help="The dataset's name in the config.")
-    ] = NAMESPACE,
+    namespace: Annotated[str, Option(help="The dataset's name in the config.")] = NAMESPACE,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Explain why a config, or a sample of it, isn't found. Exit code 0 if it is stored, else 1."""
-    found = EmbeddingCache(root).explain(choice.config(dataset), sample_id)
+    cache = EmbeddingCache(root)
+    found = cache.explain(choice.config(cache, namespace), sample_id)
     finish(found, as_json=as_json)

@@ -13,12 +13,18 @@ from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Option
 from lmdbcache.cli.config_choice import ConfigsChoice
-from lmdbcache.cli.console import DISK_FULL, print_json, print_table, progress_bar, say
+from lmdbcache.cli.console import (
+    DISK_FULL,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    with_options,
+)
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.launching import LaunchChoice
 from lmdbcache.cli.options import BatchSize, Device, Json, NumWorkers, Progress, Root
 from lmdbcache.cli.stopping import Stopped
-from lmdbcache.cli.wording import in_options
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheFullError
 from lmdbcache.extraction import (
@@ -39,7 +45,6 @@ _TRIAL_SECONDS: Final = 5.0
 
 
 def extract_command(
-    context: click.Context,
     dataset: DatasetChoice,
     choice: ConfigsChoice,
     launch: LaunchChoice,
@@ -77,16 +82,17 @@ def extract_command(
     """
     share = launch.share
     launch.check(num_workers)
-    clips, configs = dataset.clips(), choice.configs(dataset.namespace)
     cache = EmbeddingCache(root)
+    clips, configs = dataset.clips(), choice.configs(cache, dataset.namespace)
     for config in configs:
         dataset.check_namespace(cache, config)
+    model = choice.model_in(cache)
     if dry_run or plan:
         plans = plan_extraction(
             cache,
             configs,
             clips,
-            model=choice.model,
+            model=model,
             batch_size=batch_size,
             num_workers=num_workers,
             device=device,
@@ -98,11 +104,11 @@ def extract_command(
         if as_json:
             _print_json([one.to_dict() for one in plans])
         else:
-            _print_plans(plans, configs, context)
+            _print_plans(plans, configs)
         raise click.exceptions.Exit(0 if all(one.fits for one in plans) else DISK_FULL)
     try:
         common: dict[str, Any] = {
-            "model": choice.model,
+            "model": model,
             "batch_size": batch_size,
             "device": device,
             "dataset_root": dataset.data_dir.absolute(),
@@ -110,9 +116,10 @@ def extract_command(
             "recompute_changed": changed,
             "staging": launch.staging,
         }
-        name = configs[0].model_name.rsplit("/", 1)[-1]
-        label = name if share.is_all else f"{name} {share.rank}/{share.world_size}"
-        with progress_bar(label, shown=progress) as report:
+        label = configs[0].model_alias
+        if not share.is_all:
+            label += f" {share.rank}/{share.world_size}"
+        with progress_bar(label, shown=progress, first=f"loading torch, {label}") as report:
             if launch.is_on_ray:
                 # Ray prints what it repairs on standard output.
                 with contextlib.redirect_stdout(sys.stderr):
@@ -172,9 +179,7 @@ def _print_summaries(summaries: list[ExtractionSummary]) -> None:
     say("\n".join([summaries[-1].counts, *remarks, str(summaries[-1].store)]))
 
 
-def _print_plans(
-    plans: list[ExtractionPlan], configs: list[CacheConfig], context: click.Context
-) -> None:
+def _print_plans(plans: list[ExtractionPlan], configs: list[CacheConfig]) -> None:
     if plans[0].choices:
         print_table(
             ("", "output", "dtype", "shape", "all clips"),
@@ -186,7 +191,7 @@ def _print_plans(
     for plan in plans:
         # The time is that of the run, whatever number of stores it fills.
         shown = plan if plan is last else replace(plan, trial=None, no_trial="")
-        say(f"{in_options(str(shown), context.command.params)}\n{plan.store}")
+        say(f"{with_options(str(shown))}\n{plan.store}")
 
 
 def _row(choice: Choice, configs: list[CacheConfig]) -> tuple[object, ...]:

@@ -18,12 +18,12 @@ from click.shell_completion import CompletionItem
 
 from lmdbcache.cli.command import Command, command_from
 from lmdbcache.cli.completion import install_completion, show_completion
-from lmdbcache.cli.console import DISK_FULL, LineFormatter, print_error, printable, say
+from lmdbcache.cli.console import DISK_FULL, LineFormatter, LineHandler, print_error, printable, say
 from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
 
-__all__ = ["COMMANDS", "app", "command_of", "main"]
+__all__ = ["COMMANDS", "EXAMPLES", "app", "command_of", "main"]
 
 # Panel of the help → command → the module that has it, as the function `<command>_command`.
 COMMANDS: Final = {
@@ -62,6 +62,32 @@ COMMANDS: Final = {
         "dataset": "dataset",
         "partition": "dataset",
     },
+}
+# What a command's help begins with.
+EXAMPLES: Final = {
+    "extract": "lmdbcache extract VEGAS --model ast --root VEGAS.cache",
+    "import": "lmdbcache import embeddings.pt --model ast --duration 5",
+    "export": "lmdbcache export 257fd04a --format safetensors --out vegas.safetensors",
+    "merge": "lmdbcache merge node1.cache node2.cache --root VEGAS.cache",
+    "ls": "lmdbcache ls --root VEGAS.cache --sort size",
+    "info": "lmdbcache info 257fd04a --root VEGAS.cache",
+    "coverage": "lmdbcache coverage VEGAS --model ast --root VEGAS.cache",
+    "explain": "lmdbcache explain video_00001:dog --model ast",
+    "stats": "lmdbcache stats 257fd04a",
+    "diff": "lmdbcache diff 257fd04a 65fa8934",
+    "similar": "lmdbcache similar video_00001:dog --k 10",
+    "report": "lmdbcache report --root VEGAS.cache --out vegas.html",
+    "verify": "lmdbcache verify --all",
+    "audit": "lmdbcache audit 257fd04a --samples 50",
+    "repair": "lmdbcache repair 257fd04a --dry-run",
+    "doctor": "lmdbcache doctor --root VEGAS.cache",
+    "push": "lmdbcache push s3://bucket/embeddings 257fd04a",
+    "pull": "lmdbcache pull s3://bucket/embeddings 257fd04ad08e02f3",
+    "compact": "lmdbcache compact --all --dry-run",
+    "rm": "lmdbcache rm 257fd04a --class dog --dry-run",
+    "prune": "lmdbcache prune --unused-since 90d --dry-run",
+    "dataset": "lmdbcache dataset VEGAS",
+    "partition": "lmdbcache partition VEGAS --num-nodes 10",
 }
 _CLEAR: Final = "clear"  # the same as rm, and not listed
 _KEPT: Final = "what was committed is kept, run the same command again to go on"
@@ -120,7 +146,7 @@ def command_of(name: str) -> Command:
     """Return a command of `lmdbcache` with its options."""
     name = "rm" if name == _CLEAR else name
     function = getattr(import_module(f"lmdbcache.cli.{_MODULES[name]}"), f"{name}_command")
-    return command_from(name, function, _docstring_of(name))
+    return command_from(name, function, _docstring_of(name), EXAMPLES.get(name, ""))
 
 
 def _docstring_of(name: str) -> str:
@@ -181,7 +207,7 @@ def _show_version(_: click.Context, __: click.Parameter, wanted: bool) -> None:
 )
 def app(*, verbose: bool) -> None:
     """Set up logging, before any command."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LineHandler()
     form = "%(levelname)s %(name)s: %(message)s" if verbose else "lmdbcache: %(message)s"
     handler.setFormatter(LineFormatter(form))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])

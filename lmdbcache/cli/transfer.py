@@ -102,7 +102,8 @@ def import_command(
     """
     opened = open_source(source, KeyChoice(keys, class_name))  # type: ignore[arg-type]
     model = given.described()
-    fields = given.fields(model)
+    cache = EmbeddingCache(root)
+    fields = given.fields(cache, model)
     if opened.entries and not ignore_metadata and not as_json and sys.stdin.isatty():
         fields |= _asked(opened, fields)
     if "namespace" not in fields and "namespace" not in opened.description.facts:
@@ -110,7 +111,7 @@ def import_command(
     label = f"checking {source.name}" if dry_run else f"importing {source.name}"
     with progress_bar(label, shown=progress) as report_progress:
         report = import_embeddings(
-            EmbeddingCache(root),
+            cache,
             fields,
             opened,
             on_duplicate=on_duplicate.value,

@@ -19,6 +19,7 @@ _OTHER_NAMES: Final = {
     "namespace": ("given_namespace",),
     "table": ("csv",),
 }
+_AST: Final = "`model_name='ast'`", "`model='ast'`"
 
 
 def in_options(message: str, parameters: Iterable[Any]) -> str:
@@ -41,7 +42,8 @@ def in_options(message: str, parameters: Iterable[Any]) -> str:
             return match[0]
         return _typed(found, match["value"])
 
-    return _ARGUMENT.sub(option, _CALL.sub(r"`lmdbcache \g<method>`", message))
+    message = _CALL.sub(r"`lmdbcache \g<method>`", message.replace(*_AST))
+    return _ARGUMENT.sub(option, message)
 
 
 def _typed(option: Any, value: str | None) -> str:

@@ -29,6 +29,7 @@ from lmdbcache.datasets.scanning import (
 )
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.files import expand_user
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -244,7 +245,7 @@ def _opened(source: Any) -> tuple[str, str, dict[str, Any]]:
     except ImportError as error:
         raise MissingDependencyError(
             f"Hugging Face datasets need the package datasets ({error}): "
-            'pip install "lmdbcache[huggingface]"'
+            f"{install_line('huggingface')}"
         ) from error
     root = ""
     if isinstance(source, (str, os.PathLike)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lmdbcache.errors import DatasetError, MissingDependencyError
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,8 +109,7 @@ def _divided(
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise MissingDependencyError(
-            f'split_method: "sklearn" needs the package {error.name}: '
-            'pip install "lmdbcache[sklearn]"'
+            f'split_method: "sklearn" needs the package {error.name}: {install_line("sklearn")}'
         ) from None
     classes = [_class_and_file(samples[index])[:2] for index in order]
     codes = {each: code for code, each in enumerate(sorted(set(classes)))}

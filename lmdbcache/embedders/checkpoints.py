@@ -25,6 +25,7 @@ from lmdbcache.embedders.checkpoint_files import (
 )
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, ModelLoadError
 from lmdbcache.files import expand_user
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -338,7 +339,7 @@ def _download(name: str, wanted: Sequence[str] = ()) -> None:
             reason, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
         raise ModelLoadError(
             f"{name}: not on this machine, and {reason}. Give a local checkpoint folder "
-            f"(`model=`); or download {name} on a machine with network (hf download) and set "
+            f"(`model`); or download {name} on a machine with network (hf download) and set "
             f"HF_HOME to a copy of its cache; or {remedy}"
         ) from error
 
@@ -357,6 +358,6 @@ def _hub() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"looking up a model by its Hub name needs huggingface_hub ({error}); "
-            'install it with: pip install "lmdbcache[audio]"'
+            f"install it with: {install_line('audio')}"
         ) from error
     return huggingface_hub

@@ -28,6 +28,7 @@ from lmdbcache.errors import (
     MissingDependencyError,
     ModuleError,
 )
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     import torch
@@ -250,8 +251,7 @@ class RunningModule:
             import torch
         except (ImportError, OSError) as error:
             raise MissingDependencyError(
-                f"running a module needs torch ({error}); "
-                'install it with: pip install "lmdbcache[audio]"'
+                f"running a module needs torch ({error}); install it with: {install_line('audio')}"
             ) from error
         self.module: Final = module
         self._compute_dtype = compute_dtype

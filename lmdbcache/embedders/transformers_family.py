@@ -25,6 +25,7 @@ from lmdbcache.embedders.forward_pass import ForwardPass, captured_layers, mean_
 from lmdbcache.embedders.output_names import LAST_HIDDEN_STATE, OutputName, parse_output
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
 from lmdbcache.files import few
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     import torch
@@ -231,7 +232,7 @@ class ModelFamily(ABC):
         except (ImportError, OSError) as error:
             raise MissingDependencyError(
                 f"running {self.name} needs torch and transformers ({error}); "
-                'install them with: pip install "lmdbcache[audio]"'
+                f"install them with: {install_line('audio')}"
             ) from error
         return transformers
 

@@ -1,4 +1,8 @@
-from .auditing import AuditReport as AuditReport, audit as audit
+from .auditing import (
+    AuditReport as AuditReport,
+    audit as audit,
+    recorded_model as recorded_model,
+)
 from .clips import to_clips as to_clips
 from .estimate import (
     Choice as Choice,

@@ -13,6 +13,7 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import AudioDataset, Sample, source_of
 from lmdbcache.embedders import FrontEnd
 from lmdbcache.errors import DatasetError, InvalidSampleIdError, MissingDependencyError
+from lmdbcache.machine import install_line
 from lmdbcache.storage import canonical_sample_id
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def features_of(
         from lmdbcache.extraction.decoding import FeatureBatches, worker_errors
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f'extraction needs the package {error.name}: pip install "lmdbcache[audio]"'
+            f"extraction needs the package {error.name}: {install_line('audio')}"
         ) from error
     batches = FeatureBatches(
         units, config, front_end, num_workers=num_workers, order=order, is_wanted=is_wanted

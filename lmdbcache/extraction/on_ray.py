@@ -42,6 +42,7 @@ from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.staging import staging_folder
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.files import existing_parent
+from lmdbcache.machine import install_line
 from lmdbcache.storage import OnDuplicate, Progress
 
 __all__ = ["extract_on_ray"]
@@ -364,7 +365,8 @@ def _given_up(error: BaseException) -> CacheError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:500]
     if isinstance(error, ModuleNotFoundError):
         return MissingDependencyError(
-            f'on a node: {reason}. Every node needs pip install "lmdbcache[ray]", the same version'
+            f"on a node: {reason}. Every node needs the extra [ray], the same version everywhere; "
+            f"on this machine {install_line('ray')}"
         )
     return ExtractionError(
         f"a rank can't go on ({type(error).__name__}: {reason}). What was computed is kept; run "
@@ -452,7 +454,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise MissingDependencyError(
-            f'extraction on Ray needs ray ({error}): pip install "lmdbcache[ray]", on every node'
+            f"extraction on Ray needs ray ({error}), on every node: {install_line('ray')}"
         ) from error
     if ray.is_initialized():
         yield ray

@@ -19,6 +19,7 @@ from lmdbcache.cache import (
     read_failures,
 )
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError
+from lmdbcache.machine import install_line
 from lmdbcache.report.neighbours import Neighbours, find_neighbours
 from lmdbcache.report.vectors import (
     Distribution,
@@ -228,7 +229,7 @@ def _check_dependencies() -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f'a report needs the package {error.name}: pip install "lmdbcache[report]"'
+            f"a report needs the package {error.name}: {install_line('report')}"
         ) from None
 
 

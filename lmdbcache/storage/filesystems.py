@@ -17,6 +17,7 @@ from typing import Final
 
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
 from lmdbcache.files import existing_parent
+from lmdbcache.settings import NETWORK_VARIABLE
 
 __all__ = [
     "NETWORK_VARIABLE",
@@ -29,7 +30,6 @@ __all__ = [
     "parse_mounts",
 ]
 
-NETWORK_VARIABLE: Final = "LMDBCACHE_ALLOW_NETWORK"
 
 _logger: Final = logging.getLogger(__name__)
 

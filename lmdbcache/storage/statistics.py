@@ -37,6 +37,7 @@ import numpy.typing as npt
 from lmdbcache.errors import CacheError, ReadOnlyCacheError
 from lmdbcache.files import check_folder, flocked, read_file, replace_file
 from lmdbcache.machine import is_alive
+from lmdbcache.settings import STATISTICS_VARIABLE
 from lmdbcache.storage.filesystems import network_mount
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.last_use import touch
@@ -60,7 +61,6 @@ __all__ = [
 _logger: Final = logging.getLogger(__name__)
 
 # "0" switches counting off.
-STATISTICS_VARIABLE: Final = "LMDBCACHE_STATISTICS"
 
 _TOTALS_NAME: Final = "totals.json"
 _MAX_TOTALS_BYTES: Final = 1 << 20

@@ -205,8 +205,8 @@ def test_absence_names_the_nearest_config(filled, config):
     with pytest.raises(CacheNotFoundError) as caught:
         filled.reader(config.replace(duration=4))
     message = str(caught.value)
-    assert filled.path(config).name in message
-    assert "duration: 4.0 asked, 5.0 stored" in message
+    assert config.fingerprint in message
+    assert "`duration=4.0` asked, 5.0 stored" in message
     assert "20 embeddings" in message
     assert "dtype" not in message
     with pytest.raises(CacheNotFoundError, match="dtype"):

@@ -45,7 +45,7 @@ def test_config_names_the_nearest_and_the_fields_that_differ(filled, config):
     assert found.reason == "config_absent"
     assert found.nearest.config == config
     assert found.differences == {"duration": (10.0, 5.0)}
-    assert "duration: 10.0 asked, 5.0 stored; 20 embeddings there" in str(found)
+    assert "`duration=10.0` asked, 5.0 stored; 20 embeddings there" in str(found)
     with pytest.raises(CacheNotFoundError, match=r"10\.0.*5\.0"):
         filled.reader(OTHER)
 
@@ -71,10 +71,12 @@ def test_of_two_as_near_the_fuller_store_is_named(cache, config, fuller):
         ({"duration": 10.0}, True),
         ({"duration": 10.0, "dtype": "float16"}, True),
         ({"duration": 10.0, "dtype": "float16", "output": "mean"}, False),
+        ({"model_name": "another"}, False),
+        ({"namespace": "another"}, False),
     ],
 )
 def test_new_store_that_differs_little_is_told(filled, config, caplog, changes, is_told):
-    """One or two fields look like a slip and are named; three are another store."""
+    """One or two fields look like a slip and are named; not three, a model or a dataset."""
     filled.explain(config.replace(**changes)).log_new_store()
     assert len(caplog.records) == is_told
     assert all(name in record.getMessage() for record in caplog.records for name in changes)
@@ -122,7 +124,7 @@ def test_sample_that_failed_or_is_stored_elsewhere(filled, config):
         writer.put("y:dog", np.ones(3))
     found = explained(filled, config, "y:dog")
     assert found.stored_elsewhere == (OTHER,)
-    assert "duration: 10.0" in str(found)
+    assert "`duration=10.0`" in str(found)
     found = explained(filled, config.replace(duration=7), "y:dog")
     assert (found.reason, len(found.stored_elsewhere)) == ("config_absent", 1)
 
@@ -173,7 +175,7 @@ def test_get_or_compute_counts_and_explains_once(filled, config, caplog):
     assert not caplog.records
     filled.get_or_compute(OTHER, ["a:dog"], lambda missing: np.ones((len(missing), 8)))
     (record,) = caplog.records
-    assert "duration: 10.0 asked, 5.0 stored" in record.getMessage()
+    assert "`duration=10.0` here, 5.0 there" in record.getMessage()
     assert filled.statistics(OTHER).by_class == {"dog": (0, 1)}
     metrics = filled.statistics(config).metrics()
     assert metrics["cache/hits"] == 5

@@ -295,7 +295,7 @@ def test_hint_at_the_nearest_store(cli, refused, esc50, options):
     assert "output" in refused("extract", esc50, *near, "--output", "foo")
     hint = cli("extract", esc50, *near).stderr
     assert "new store; the nearest stored" in hint
-    assert "duration: 0.3 here, 0.2 there" in hint
+    assert "--duration 0.3 here, 0.2 there" in hint
     assert "miss" not in hint
     other = ("--duration", "0.4", "--dtype", "float16")
     chosen = (*options[:2], *options[-2:], "--num-workers", "0")

@@ -21,6 +21,25 @@ def test_doctor(cli, cache, configs):
     assert finding["remedy"].startswith("lmdbcache repair")
 
 
+def test_settings(cli, cache, tmp_path):
+    """Each with what holds and who has set it: an argument, the environment, or nobody."""
+
+    def found(*arguments, **environment):
+        listed = json.loads(cli("doctor", "--settings", "--json", *arguments, **environment).stdout)
+        return {one["name"]: (one["value"], one["origin"]) for one in listed}
+
+    settings = found(LMDBCACHE_STATISTICS="0", HF_HUB_OFFLINE="1")
+    assert settings["root"] == settings["LMDBCACHE_ROOT"] == (str(cache.root), "environment")
+    assert settings["LMDBCACHE_STATISTICS"] == ("0", "environment")
+    assert settings["LMDBCACHE_ALLOW_NETWORK"] == ("0", "default")
+    assert settings["HF_HUB_OFFLINE"] == ("1", "environment")
+    assert settings["--model"] == ("ast", "default")
+    assert settings.keys() > {"HF_HOME", "TMPDIR", "COLUMNS", "--num-workers"}
+    assert found("--root", tmp_path)["root"] == (str(tmp_path), "argument")
+    assert found(root=None, XDG_CACHE_HOME=str(tmp_path))["root"][1] == "default"
+    assert "LMDBCACHE_STATISTICS" in cli("doctor", "--settings").stdout
+
+
 def test_doctor_memory(cli, refused):
     """--memory shows processes and nothing else."""
     result = cli("doctor", "--memory", os.getpid(), "--memory", os.getpid())

@@ -23,7 +23,7 @@ def test_explain(cli, cache, configs):
     assert (result.returncode, "6 embeddings" in result.stdout) == (0, True)
     result = cli("explain", "--model-name", "mine", "--duration", 2)
     assert result.returncode == 1
-    assert "duration: 2.0 asked, 1.0 stored; 6 embeddings there" in result.stdout
+    assert "--duration 2.0 asked, 1.0 stored; 6 embeddings there" in result.stdout
     assert cli("explain", *OPTIONS, "video_00001:dog").returncode == 0
     result = cli("explain", *OPTIONS, "video_00001:cat", "--json")
     assert result.returncode == 1

@@ -192,7 +192,23 @@ def test_coverage_of_another_config_says_why(cli, cache, data):
     """Nothing stored for a config: the nearest one and the difference are named."""
     result = cli("coverage", data, "--model-name", "mine", "--duration", 2)
     assert result.returncode == 1
-    assert "duration: 2.0 asked, 1.0 stored" in result.stdout
+    assert "--duration 2.0 asked, 1.0 stored" in result.stdout
+
+
+def test_a_store_in_the_place_of_a_config(cli, cache, refused, configs, data):
+    """--config with some digits is the same as all options; it allows no other option."""
+    options = ("--model-name", "mine", "--duration", 1)
+    chosen = ("--config", configs[0].fingerprint[:6])
+    for command in (["coverage", data], ["explain"], ["explain", "video_00001:dog"]):
+        given = cli(*command, *options, "--json")
+        assert parsed(cli(*command, *chosen, "--json")) == parsed(given)
+    found = parsed(cli("explain", "--config", configs[2].fingerprint, "--json"))
+    assert (found["fingerprint"], found["is_stored"]) == (configs[2].fingerprint, True)
+    assert "--dtype" in refused("coverage", data, *chosen, "--dtype", "float16")
+    assert "isn't a store" in refused("coverage", data, "--config", "zz")
+    assert "--namespace" in refused("coverage", data, *chosen, "--namespace", "others")
+    planned = cli("extract", data, *chosen, "--model", "ast", "--dry-run", "--json")
+    assert parsed(planned)["store"] == str(cache.path(configs[0]))
 
 
 def test_verify(cli, cache, configs):

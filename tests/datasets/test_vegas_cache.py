@@ -161,7 +161,7 @@ def test_a_miss_names_the_nearest_config(root, caplog):
     dataset.save_ast_embeddings_to_cache(embeddings_of(dataset), duration=5.0)
     with caplog.at_level(logging.INFO):
         assert not dataset.load_ast_embeddings_from_cache(duration=10.0)
-    assert "duration: 10.0 asked, 5.0 stored" in caplog.text
+    assert "`duration=10.0` asked, 5.0 stored" in caplog.text
 
 
 def test_one_model_has_one_name(root):

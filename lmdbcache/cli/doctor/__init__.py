@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
@@ -27,17 +28,25 @@ def doctor_command(
             "--memory", metavar="PID", help="Break down this process's memory; may be repeated."
         ),
     ] = None,
+    only_settings: Annotated[
+        bool, Option("--settings", help="Only show the settings and where each comes from.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check packages, machine, cache directory and stores; changes nothing. Exit code 1: a problem.
 
-    With --memory only the memory of processes is shown: their own, and pages of stores, which
-    are the page cache and no leak.
+    The settings follow: the cache directory, environment variables and defaults, each with where
+    it comes from. With --memory only the memory of processes is shown: their own, and pages of
+    stores, which are the page cache and no leak.
     """
     if memory:
         _show_memory(memory, as_json=as_json)
         return
-    findings = _examine(EmbeddingCache(root))
+    cache = EmbeddingCache(root)
+    if only_settings:
+        _show_settings(root, cache, as_json=as_json)
+        return
+    findings = _examine(cache)
     problems = [finding for finding in findings if finding.level == "problem"]
     if as_json:
         print_json([finding.to_dict() for finding in findings])
@@ -46,6 +55,9 @@ def doctor_command(
             say(f"{finding.level:<8} {finding.subject}: {finding.text}")
             if finding.remedy:
                 say(f"{'':<8} → {finding.remedy}")
+        say("")
+        _show_settings(root, cache, as_json=False)
+        say("")
         notes = sum(finding.level == "note" for finding in findings)
         say(f"{counted(len(problems), 'problem')}, {counted(notes, 'note')}")
     raise click.exceptions.Exit(1 if problems else 0)
@@ -64,6 +76,21 @@ def _examine(cache: EmbeddingCache) -> list[Finding]:
         *check_root(cache.root),
         *check_stores(cache),
     ]
+
+
+def _show_settings(given: Path | None, cache: EmbeddingCache, *, as_json: bool) -> None:
+    from lmdbcache.cli.doctor.settings import settings
+
+    found = list(settings(given, cache.root))
+    if as_json:
+        print_json([setting.to_dict() for setting in found])
+        return
+    print_table(
+        ("setting", "value", "from", "decides"),
+        [(each.name, each.value or "-", each.origin, each.meaning) for each in found],
+        num_text_columns=4,
+        optional=("decides",),
+    )
 
 
 def _show_memory(processes: list[int], *, as_json: bool) -> None:

@@ -13,7 +13,8 @@ from typing import Final
 
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.files import existing_parent
-from lmdbcache.storage import NETWORK_VARIABLE, RESERVE_BYTES, Mount, mount_of
+from lmdbcache.settings import NETWORK_VARIABLE, ROOT_VARIABLE
+from lmdbcache.storage import RESERVE_BYTES, Mount, mount_of
 
 __all__ = ["check_root"]
 
@@ -52,7 +53,7 @@ def _existence(root: Path, folder: Path) -> Finding:
         return problem("root", f"{root} can't be read by this user", remedy)
     if may_write:
         return ok("root", f"{root} isn't there yet; the first commit makes it")
-    remedy = "choose another root (--root, $LMDBCACHE_ROOT)"
+    remedy = f"choose another root (--root, ${ROOT_VARIABLE})"
     return problem("root", f"{root} isn't there, and {folder} can't be written", remedy)
 
 

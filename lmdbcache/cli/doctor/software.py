@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
+from lmdbcache.machine import install_line
 
 __all__ = ["check_software"]
 
 _CORE: Final = ("lmdb", "numpy", "msgpack", "xxhash", "ml_dtypes")
 _AUDIO: Final = ("torch", "torchaudio", "transformers", "soundfile", "soxr")
 _SECONDS: Final = 180
-_AUDIO_REMEDY: Final = 'pip install "lmdbcache[audio]"'
+_AUDIO_REMEDY: Final = install_line("audio")
 _TORCHAUDIO_REMEDY: Final = (
     'torchaudio\'s wheel fits torch up to 2.14: pip install "torch>=2.11,<2.15" "torchaudio>=2.11"'
 )

@@ -34,6 +34,7 @@ from lmdbcache.datasets.scanning import LeftOut, summary_of
 from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_by_ratios
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
+from lmdbcache.settings import dataset_root_variable
 from lmdbcache.training import (
     read_tensor_dict,
     read_text_embeddings,
@@ -616,7 +617,7 @@ class ASTCachedDataset(ASTCache, Dataset[dict[str, Any]]):
 
 def _given_root(root_dir: str | Path | None, namespace: str) -> str | Path:
     """The folder of a dataset: as given, else by the environment."""
-    variable = f"LMDBCACHE_{namespace.upper()}_ROOT"
+    variable = dataset_root_variable(namespace)
     root = os.environ.get(variable) if root_dir is None else root_dir
     if root is None or root == "":
         raise DatasetError(f"root_dir: none is given; give `root_dir`, or set {variable}")

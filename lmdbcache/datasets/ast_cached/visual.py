@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lmdbcache.errors import DatasetError, MissingDependencyError
+from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,5 +128,5 @@ def _to_unit_range(pixels: np.ndarray[Any, Any]) -> torch.Tensor:
 
 def _missing(package: str, error: ImportError) -> MissingDependencyError:
     return MissingDependencyError(
-        f'{package} can\'t be imported ({error}); run: pip install "lmdbcache[visual]"'
+        f"{package} can't be imported ({error}); run: {install_line('visual')}"
     )

@@ -22,6 +22,7 @@ from lmdbcache.config import WINDOW_FIELDS, CacheConfig
 from lmdbcache.errors import InvalidSampleIdError, MissingDependencyError, TransferError
 from lmdbcache.exchange.formats.keys import KeyChoice, KeyReader, sample_id_in_class
 from lmdbcache.exchange.intake import Refusal
+from lmdbcache.machine import install_line
 from lmdbcache.storage import NUMPY_DTYPES, canonical_sample_id
 
 __all__ = [
@@ -73,7 +74,7 @@ def optional(module: str, purpose: str, *, extra: str = "formats") -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f'{purpose} needs the package {error.name}: pip install "lmdbcache[{extra}]"'
+            f"{purpose} needs the package {error.name}: {install_line(extra)}"
         ) from error
 
 

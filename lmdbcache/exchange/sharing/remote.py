@@ -27,6 +27,7 @@ from lmdbcache.errors import (
     RemoteError,
 )
 from lmdbcache.files import replace_file, sync_file
+from lmdbcache.machine import install_line
 
 __all__ = ["CONNECTIONS", "Remote", "in_parallel", "is_url", "without_secrets"]
 
@@ -51,7 +52,6 @@ _WHOLE_OR_NOTHING: Final = frozenset(
     {*_S3, "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oss", "memory"}
 )
 _PACKAGES: Final = {
-    **dict.fromkeys(_S3, '"lmdbcache[s3]"'),
     **dict.fromkeys(_SSH, "sshfs"),
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("abfs", "az"), "adlfs"),
@@ -364,15 +364,16 @@ def _checked(url: str) -> str:
 
 def _check_known(place: str, protocol: str) -> None:
     """Check that fsspec has a file system for this kind of URL; nothing is connected."""
-    package = '"lmdbcache[share]"'
+    install = install_line("share")
     try:
         import fsspec
         import tenacity  # noqa: F401 - needed later
 
         package = _PACKAGES.get(protocol, "what it names")
+        install = install_line("s3") if protocol in _S3 else f"pip install {package}"
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        raise MissingDependencyError(f"{protocol}://: {error}: pip install {package}") from error
+        raise MissingDependencyError(f"{protocol}://: {error}: {install}") from error
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from None
 

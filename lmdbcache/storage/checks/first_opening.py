@@ -26,6 +26,7 @@ from typing import Final
 from lmdbcache.errors import ConfigError, IntegrityError
 from lmdbcache.files import flocked, open_file, read_file, user_cache_folder
 from lmdbcache.machine import boot_id
+from lmdbcache.settings import SKIP_VARIABLE
 from lmdbcache.storage.checks.checking import IntegrityReport, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.pages.commit_record import read_commit_record
@@ -35,7 +36,6 @@ __all__ = ["SKIP_VARIABLE", "check_first_opening", "is_known", "mark_known"]
 _logger: Final = logging.getLogger(__name__)
 
 # "1": open as it is; "values": check LMDB's structure alone.
-SKIP_VARIABLE: Final = "LMDBCACHE_SKIP_FIRST_CHECK"
 _LONG_BYTES: Final = 1 << 30
 _SECONDS_BETWEEN_NEWS: Final = 15.0
 _MARKER_NAME: Final = "checked"
