@@ -101,7 +101,7 @@ _HEADINGS = (
     *("fingerprint", "namespace", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
     *("created", "written", "read"),
 )
-_OPTIONAL = ("created", "written", "Hz", "dtype", "read", "s", "size")
+_OPTIONAL = ("created", "written", "Hz", "dtype", "read", "size")
 _SORT_KEYS: dict[Order, Callable[[StoreInfo], float]] = {
     Order.SIZE: lambda store: store.size_bytes,
     Order.USED: lambda store: store.last_touched.timestamp() if store.last_touched else 0.0,
