@@ -14,24 +14,25 @@ help: ## show this list
 
 install: $(READY) ## make the environment (torch included: some gigabytes, some minutes)
 
-# The demo needs less than the checks do, which touch its mark as well. Sizes on Linux, on disk.
+# The demo needs less than the checks do, which touch its mark as well. Sizes on Linux.
 $(READY): EXTRAS := dev
-$(READY): SIZE := 7 GB, of which torch and CUDA 5.3
+$(READY): SIZE := 7.5 GB on disk (torch and CUDA 5.3), of which about 4 GB are fetched: 6 minutes at 100 Mbit/s
 $(DEMO_READY): EXTRAS := audio
-$(DEMO_READY): SIZE := 5.7 GB, of which torch and CUDA 5.3
+$(DEMO_READY): SIZE := 5.7 GB on disk (torch and CUDA 5.3), of which 3 GB are fetched: 4 minutes at 100 Mbit/s
 $(READY) $(DEMO_READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "The venv module is missing: install it (Debian: apt-get install python3-venv)"; exit 1; }
-	@echo "Installing .[$(EXTRAS)] into $(VENV): $(SIZE), on disk; fetching about 3 GB"
-	@echo "takes 5 minutes at 100 Mbit/s, and unpacking 2 more. Once: later runs need no network."
-	@echo "What pip says is in $(VENV)/install.log"
+	@echo "Installing .[$(EXTRAS)] into $(VENV)."
+	@echo "  $(SIZE)"
+	@echo "  Once: later runs need no network. pip's output is in $(VENV)/install.log"
 	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(EXTRAS)]' > $(VENV)/install.log 2>&1 || \
 	  { tail -n 20 $(VENV)/install.log; echo "The install failed; all of it is in $(VENV)/install.log"; exit 1; }
 	@touch $@ $(DEMO_READY)
 
 demo: $(DEMO_READY) ## the whole main job on a small dataset made here: extract, read, train
+	@echo "Loading torch takes some seconds"
 	@$(BIN)/python tools/demo.py
 
 test: $(READY) ## all tests but the long ones

@@ -1,15 +1,15 @@
 #!/bin/sh
 # Programs that a few tests start: mdb_stat and mdb_dump read our files, a browser opens the report,
 # S3 servers are pushed to and pulled from, Flower's nodes pull, models with trained weights embed
-# recordings. Install them where that needs no password; elsewhere the tests that want them are
-# skipped with a message.
+# recordings. Install them where that needs no password, and a person at a terminal agrees;
+# elsewhere the tests that want them are skipped with a message.
 VENV=${VENV:-.venv}
 
 install() { # package
   { apt-get install -y --no-install-recommends "$1" ||
     { apt-get update && apt-get install -y --no-install-recommends "$1"; }; } > /dev/null 2>&1
 }
-may_install() { [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; }
+may_install() { [ -z "$refused" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; }
 have_browser() {
   command -v chromium > /dev/null || command -v chromium-browser > /dev/null ||
     command -v google-chrome > /dev/null
@@ -27,6 +27,20 @@ make_environment() { # name, requirements...
       > "$folder/install.log" 2>&1 &&
     touch "$folder/.ready"
 }
+
+refused=
+packages=
+command -v mdb_stat > /dev/null || packages="$packages lmdb-utils"
+have_browser || packages="$packages chromium"
+[ -d /usr/share/sounds/alsa ] || packages="$packages alsa-utils"
+if [ -n "$packages" ] && may_install; then
+  echo "You are root: a few tests need system packages, to be installed with apt-get:$packages"
+  if [ -t 0 ] && [ -z "$CI" ]; then
+    printf 'Install them? Without them those tests are skipped. [y/N] '
+    read -r answer
+    case $answer in [yY]*) ;; *) refused=yes ;; esac
+  fi
+fi
 
 if ! command -v mdb_stat > /dev/null; then
   may_install && install lmdb-utils
