@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lmdbcache
 from lmdbcache import errors
@@ -125,3 +126,18 @@ def test_without_torch_the_core_works_and_the_rest_names_its_extra(tmp_path):
     assert done.returncode == 0, done.stderr
     assert '"lmdbcache[torch]"' in done.stdout
     assert '"lmdbcache[audio]"' in done.stdout
+
+
+def test_all_extras_want_the_same_torch():
+    """No set of extras gets a torch that another one would replace."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    text = (Path(lmdbcache.__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    wanted = [
+        requirement.specifier
+        for lines in extras.values()
+        for requirement in map(Requirement, lines)
+        if requirement.name == "torch"
+    ]
+    assert len(wanted) >= 2
+    assert all("2.14.1" in each and "2.15" not in each for each in wanted)
