@@ -5,6 +5,7 @@ from .cache import (
     Explanation as Explanation,
     HiddenStateView as HiddenStateView,
     Nearest as Nearest,
+    RecordingView as RecordingView,
     StoreInfo as StoreInfo,
     TokenLayout as TokenLayout,
     clip_lengths as clip_lengths,
@@ -67,6 +68,8 @@ from .storage import (
     EmbeddingWriter as EmbeddingWriter,
     EpochStatistics as EpochStatistics,
     ReadStatistics as ReadStatistics,
+    Windows as Windows,
+    window_id as window_id,
 )
 from .training import (
     CachedEncoder as CachedEncoder,

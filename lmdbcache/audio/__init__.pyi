@@ -18,3 +18,9 @@ from .source import (
     shown as shown,
 )
 from .waveform import fit as fit, is_digital_silence as is_digital_silence
+from .windows import (
+    AudioWindow as AudioWindow,
+    announced_samples as announced_samples,
+    load_windows as load_windows,
+    num_windows as num_windows,
+)

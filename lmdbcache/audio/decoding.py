@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from lmdbcache.audio.containers import DamagedAudioError, PiecedFile, size_of
-from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg
+from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg, stream_by_ffmpeg
 from lmdbcache.audio.formats import check_decoder, is_readable
-from lmdbcache.audio.soundfile_decoder import read_by_soundfile
+from lmdbcache.audio.soundfile_decoder import read_by_soundfile, stream_by_soundfile
 from lmdbcache.audio.source import AudioSource, open_source, shown
 from lmdbcache.audio.waveform import fit
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError
@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 
     from lmdbcache.audio.waveform import Recording
 
-__all__ = ["DecodedClip", "load_clip", "load_waveform"]
+__all__ = [
+    "DecodedClip",
+    "failures_of",
+    "load_clip",
+    "load_waveform",
+    "opened",
+    "streaming_packages",
+]
 
 
 class DecodedClip(NamedTuple):
@@ -79,26 +86,22 @@ def load_clip(
     """
     resample, read = _audio_packages(decoder)
     num_samples = round(sample_rate * duration)
-    try:
+    with failures_of(path):
         recording = None
         if content is not None and decoder == "soundfile":
             recording = _from_memory(content, path, sample_rate, duration)
         if recording is None:
-            with _opened(path) as (readable, file):
+            with opened(path) as (readable, file):
                 recording = read(readable, file, sample_rate, duration)
         waveform = recording.samples
         if not len(waveform):
             raise DamagedAudioError("it holds no samples (0 frames)")
         if recording.rate != sample_rate:
             waveform = resample(waveform, recording.rate, sample_rate, quality="HQ")
-    except DamagedAudioError as error:
-        raise _failure(path, str(error)) from error
-    except Exception as error:
-        raise _failure(path, _reason(error)) from error
-    if not len(waveform):
-        raise _failure(path, f"shorter than one sample at {sample_rate} Hz")
-    if not np.isfinite(waveform[:num_samples]).all():
-        raise _failure(path, "NaN or Inf among its samples")
+        if not len(waveform):
+            raise DamagedAudioError(f"shorter than one sample at {sample_rate} Hz")
+        if not np.isfinite(waveform[:num_samples]).all():
+            raise DamagedAudioError("NaN or Inf among its samples")
     num_valid = min(num_samples, len(waveform))
     return DecodedClip(fit(waveform, num_samples), num_valid, recording.is_cancelled)
 
@@ -111,6 +114,35 @@ def load_waveform(
 ) -> NDArray[np.float32]:
     """Return the waveform of `load_clip`, float32 (round(sample_rate * duration),)."""
     return load_clip(path, sample_rate, duration, decoder).waveform
+
+
+@contextlib.contextmanager
+def failures_of(path: str | os.PathLike[str] | AudioSource) -> Iterator[None]:
+    """Around decoding: whatever goes wrong is the file's failure.
+
+    Raises:
+        AudioDecodeError: The message has the path and the reason.
+    """
+    try:
+        yield
+    except DamagedAudioError as error:
+        raise _failure(path, str(error)) from error
+    except Exception as error:
+        raise _failure(path, _reason(error)) from error
+
+
+def streaming_packages(decoder: str) -> tuple[Callable[..., Iterator[Recording]], Any]:
+    """A function that yields a whole file in blocks, and soxr's resampling of these.
+
+    Raises:
+        ConfigError, MissingDependencyError: See `load_clip`.
+    """
+    _audio_packages(decoder)
+    import soxr
+
+    if decoder == "ffmpeg":
+        return lambda _, file: stream_by_ffmpeg(file), soxr.ResampleStream
+    return stream_by_soundfile, soxr.ResampleStream
 
 
 def _audio_packages(decoder: str) -> tuple[Any, Callable[..., Recording]]:
@@ -134,7 +166,7 @@ def _audio_packages(decoder: str) -> tuple[Any, Callable[..., Recording]]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, BinaryIO]]:
+def opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, BinaryIO]]:
     """What soundfile opens, and the same as a binary file."""
     with open_source(path) as file:
         if not file.read(1):

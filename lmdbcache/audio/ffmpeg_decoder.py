@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["read_by_ffmpeg"]
+__all__ = ["read_by_ffmpeg", "seconds_by_ffmpeg", "stream_by_ffmpeg"]
 
 _TOLERANCE_SECONDS: Final = 0.1
+_BLOCK_FRAMES: Final = 1 << 17
 # A playlist or a list of files must not lead to other files or to the network.
 _OPTIONS: Final = {"protocol_whitelist": "none"}
 # Formats of which FFmpeg estimates the duration from the bit rate.
@@ -48,15 +50,9 @@ def read_by_ffmpeg(file: BinaryIO, sample_rate: int, duration: float) -> Recordi
         DamagedAudioError: It is cut off or damaged, or holds no audio.
         av.FFmpegError: FFmpeg can't read it.
     """
-    import av
-
-    file.seek(0)
-    with av.open(file, options=_OPTIONS) as container:
-        if not container.streams.audio:
-            raise DamagedAudioError("it has no audio stream")
-        stream = container.streams.audio[0]
-        parts: list[Recording] = []
-        found, wanted = 0, 1
+    parts: list[Recording] = []
+    found, wanted = 0, 1
+    with _opened(file) as (container, stream):
         for frames, rate in _frames(container, stream):
             parts.append(mix_to_mono(frames, rate))
             found, wanted = found + len(frames), frames_wanted(rate, sample_rate, duration)
@@ -67,8 +63,61 @@ def read_by_ffmpeg(file: BinaryIO, sample_rate: int, duration: float) -> Recordi
         raise DamagedAudioError("it holds no samples (0 frames)")
     recording = joined(parts)
     if found < wanted:
-        _check_whole(file, recording, announced)
+        _check_whole(file, found, recording.rate, announced)
     return Recording(recording.samples[:wanted], recording.rate, recording.channel_energy)
+
+
+def stream_by_ffmpeg(file: BinaryIO) -> Iterator[Recording]:
+    """Decode a file's first audio stream from its beginning to its end, in constant memory.
+
+    Args:
+        file: A seekable file.
+
+    Yields:
+        Blocks that follow each other: joined, they are what `read_by_ffmpeg` returns of a duration
+        that is longer than the file.
+
+    Raises:
+        DamagedAudioError: It is cut off or damaged, or holds no audio; maybe not before its end.
+        av.FFmpegError: FFmpeg can't read it.
+    """
+    parts: list[Recording] = []
+    found = held = rate = 0
+    with _opened(file) as (container, stream):
+        for frames, rate in _frames(container, stream):
+            frames_wanted(rate, rate, 0.0)  # refuses an impossible sample rate
+            parts.append(mix_to_mono(frames, rate))
+            found, held = found + len(frames), held + len(frames)
+            if held >= _BLOCK_FRAMES:  # a frame of AAC is 23 ms
+                yield joined(parts)
+                parts, held = [], 0
+        announced = _announced_seconds(container, stream)
+    if found:
+        _check_whole(file, found, rate, announced)
+    if parts:
+        yield joined(parts)
+
+
+def seconds_by_ffmpeg(file: BinaryIO) -> float:
+    """Return how long a file says that it is, in seconds; 0 if it doesn't.
+
+    Raises:
+        DamagedAudioError, av.FFmpegError: See `read_by_ffmpeg`.
+    """
+    with _opened(file) as (container, stream):
+        return _announced_seconds(container, stream) or (container.duration or 0) / 1e6
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
+    """The container and its first audio stream."""
+    import av
+
+    file.seek(0)
+    with av.open(file, options=_OPTIONS) as container:
+        if not container.streams.audio:
+            raise DamagedAudioError("it has no audio stream")
+        yield container, container.streams.audio[0]
 
 
 def _frames(container: Any, stream: Any) -> Iterator[tuple[NDArray[np.float32], int]]:
@@ -104,14 +153,13 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     return container.duration / 1e6 if container.duration and only_audio else 0.0
 
 
-def _check_whole(file: BinaryIO, recording: Recording, announced: float) -> None:
+def _check_whole(file: BinaryIO, num_samples: int, rate: int, announced: float) -> None:
     """Refuse a file that ends before the duration and before its container does.
 
     Raises:
         DamagedAudioError: It is cut off or damaged.
     """
     check_media_file(file)
-    num_samples = len(recording.samples)
     data, head = find_audio_data(file), read_at(file, 0, 4)
     if data is not None:
         data.check(file)
@@ -125,7 +173,7 @@ def _check_whole(file: BinaryIO, recording: Recording, announced: float) -> None
         return
     if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF):
         find_parts(file, num_samples)
-    seconds = num_samples / recording.rate
+    seconds = num_samples / rate
     if seconds < announced - _TOLERANCE_SECONDS:
         raise cut_off(
             f"the audio ends after {seconds:.2f} s of the {announced:.2f} s that its header "

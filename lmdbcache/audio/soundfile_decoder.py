@@ -7,7 +7,8 @@ file that reaches the duration isn't read any further.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -30,15 +31,16 @@ from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mo
 from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable, Iterator
 
     from numpy.typing import NDArray
 
-__all__ = ["read_by_soundfile"]
+__all__ = ["read_by_soundfile", "stream_by_soundfile"]
 
 # An mp3's header may be off by a frame or two.
 _TOLERANCE_SECONDS: Final = 0.1
 _UNKNOWN_LENGTH: Final = 2**62
+_BLOCK_FRAMES: Final = 1 << 17  # 3 s of 44.1 kHz, 1 MiB of stereo
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,24 @@ class _Stream:
     """What libsndfile gave for a file.
 
     Args:
-        recording: Its first samples, mixed.
+        num_samples: How many samples it gave, per channel.
+        rate: The sample rate, in Hz.
         wanted: How many the duration takes.
         total: How many libsndfile expects in the file.
         form: The container, as soundfile names it.
         is_mpeg: Whether the coding is MPEG's, in whatever container.
-        log: What libsndfile noted about the header, if the file ends early.
+        log: What libsndfile noted about the header.
+        is_expected: Whether nothing was decoded yet, and `num_samples` is what there should be.
     """
 
-    recording: Recording
+    num_samples: int
+    rate: int
     wanted: int
     total: int
     form: str
     is_mpeg: bool
     log: str = ""
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.recording.samples)
+    is_expected: bool = False
 
     def check_length(self, expected: int) -> None:
         """Refuse a stream that is shorter than it should be.
@@ -71,7 +73,7 @@ class _Stream:
         Raises:
             DamagedAudioError: It ends before `expected` samples, and before those wanted.
         """
-        found, rate = self.num_samples, self.recording.rate
+        found, rate = self.num_samples, self.rate
         tolerance = rate * _TOLERANCE_SECONDS if self.is_mpeg or self.form == "OGG" else 0
         if expected < _UNKNOWN_LENGTH and found < min(expected, self.wanted) - tolerance:
             raise cut_off(
@@ -102,64 +104,143 @@ def read_by_soundfile(
 
     stream, error = None, None
     try:
-        stream = _stream(readable, sample_rate, duration)
+        stream, recording = _stream(readable, sample_rate, duration)
     except soundfile.SoundFileError as caught:
         error = caught
     if stream is not None and stream.num_samples >= stream.wanted:
-        return stream.recording
+        return recording
     parts = _parts(file, stream)
     if parts is not None:
         return _in_turn(parts, sample_rate, duration)
     if stream is None:
-        assert error is not None
-        if media := name_of_media(read_at(file, 0, 16)):
-            raise DamagedAudioError(
-                f"it is {media}, which libsndfile doesn't read; decode the dataset with "
-                f'`decoder="ffmpeg"` ({install_line("ffmpeg")})'
-            ) from error
-        raise error
+        raise _unreadable(file, error)
     stream.check_length(stream.total)
-    return stream.recording
+    return recording
 
 
-def _stream(readable: Any, sample_rate: int, duration: float) -> _Stream:
+def stream_by_soundfile(readable: Any, file: BinaryIO) -> Iterator[Recording]:
+    """Decode a file from its beginning to its end, in constant memory.
+
+    Args:
+        readable: See `read_by_soundfile`.
+        file: The same as a seekable file.
+
+    Yields:
+        Blocks that follow each other: joined, they are what `read_by_soundfile` returns of a
+        duration that is longer than the file.
+
+    Raises:
+        DamagedAudioError: It is cut off or damaged; maybe not before its end.
+        soundfile.SoundFileError: libsndfile can't read it.
+    """
+    import soundfile
+
+    stream, error = None, None
+    try:
+        with soundfile.SoundFile(readable) as opened:
+            log = str(opened.extra_info)
+            stream = replace(_described(opened), log=log, is_expected=True)
+    except soundfile.SoundFileError as caught:
+        error = caught
+    parts = _parts(file, stream)
+    if parts is not None:
+        for part, expected in parts:
+            with _readable_part():
+                found = yield from _blocks(part)
+            found.check_length(max(expected, found.total if found.form == "OGG" else 0))
+        return
+    if stream is None:
+        raise _unreadable(file, error)
+    found = yield from _blocks(readable)
+    if (found.num_samples, found.log) != (stream.num_samples, stream.log):
+        if _parts(file, found) is not None:
+            raise cut_off(f"the data ends after {found.num_samples / found.rate:.2f} s")
+        found.check_length(found.total)
+
+
+def _blocks(readable: Any) -> Generator[Recording, None, _Stream]:
+    """Yield a file's samples block by block, and return what it gave in all."""
+    import soundfile
+
+    class InOrder(soundfile.SoundFile):  # type: ignore[misc]
+        # soundfile seeks behind each read where it can, and mp3s decode differently from there.
+        def seekable(self) -> bool:
+            return False
+
+    if hasattr(readable, "seek"):  # it has been opened before
+        readable.seek(0)
+    with InOrder(readable) as file:
+        stream, found = _described(file), 0
+        while found < stream.total:
+            frames = _read_frames(file, min(_BLOCK_FRAMES, stream.total - found))
+            found += len(frames)
+            if not len(frames):
+                break
+            yield mix_to_mono(frames, stream.rate)
+        return replace(stream, num_samples=found, log=str(file.extra_info))
+
+
+def _described(file: Any) -> _Stream:
+    """What libsndfile says of an open file, as if all of it were wanted and there."""
+    rate, total = int(file.samplerate), max(0, int(file.frames))
+    frames_wanted(rate, rate, 0.0)  # refuses an impossible sample rate
+    if file.format == "XI":  # libsndfile gives each file 44,100 Hz
+        raise DamagedAudioError(
+            "it is an instrument (XI), whose format has no sample rate; convert it to wav"
+        )
+    is_mpeg = str(file.subtype).startswith("MPEG")
+    return _Stream(total, rate, _UNKNOWN_LENGTH, total, str(file.format), is_mpeg)
+
+
+def _unreadable(file: BinaryIO, error: Exception | None) -> Exception:
+    """The error of a file that libsndfile can't read."""
+    assert error is not None
+    media = name_of_media(read_at(file, 0, 16))
+    if not media:
+        return error
+    found = DamagedAudioError(
+        f"it is {media}, which libsndfile doesn't read; decode the dataset with "
+        f'`decoder="ffmpeg"` ({install_line("ffmpeg")})'
+    )
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def _readable_part() -> Iterator[None]:
+    import soundfile
+
+    try:
+        yield
+    except soundfile.SoundFileError as error:
+        reason = getattr(error, "error_string", error)
+        raise DamagedAudioError(
+            f"it can't be decoded in full ({reason}); encode it anew"
+        ) from error
+
+
+def _stream(readable: Any, sample_rate: int, duration: float) -> tuple[_Stream, Recording]:
     import soundfile
 
     with soundfile.SoundFile(readable) as file:
-        wanted = frames_wanted(int(file.samplerate), sample_rate, duration)
-        if file.format == "XI":  # libsndfile gives each file 44,100 Hz
-            raise DamagedAudioError(
-                "it is an instrument (XI), whose format has no sample rate; convert it to wav"
-            )
-        total = max(0, int(file.frames))
-        frames = _read_frames(file, min(total, wanted))
-        return _Stream(
-            mix_to_mono(frames, int(file.samplerate)),
-            wanted,
-            total,
-            str(file.format),
-            str(file.subtype).startswith("MPEG"),
-            str(file.extra_info) if len(frames) < wanted else "",
-        )
+        stream = _described(file)
+        wanted = frames_wanted(stream.rate, sample_rate, duration)
+        frames = _read_frames(file, min(stream.total, wanted))
+        log = str(file.extra_info) if len(frames) < wanted else ""
+        stream = replace(stream, num_samples=len(frames), wanted=wanted, log=log)
+        return stream, mix_to_mono(frames, stream.rate)
 
 
 def _in_turn(
     parts: Iterable[tuple[PiecedFile, int]], sample_rate: int, duration: float
 ) -> Recording:
     """Decode files that follow each other, each with the number of samples it should have."""
-    import soundfile
-
     recordings: list[Recording] = []
     for part, expected in parts:
-        try:
-            stream = _stream(part, sample_rate, duration)
-        except soundfile.SoundFileError as error:
-            reason = getattr(error, "error_string", error)
-            raise DamagedAudioError(
-                f"it can't be decoded in full ({reason}); encode it anew"
-            ) from error
+        with _readable_part():
+            stream, recording = _stream(part, sample_rate, duration)
         stream.check_length(max(expected, stream.total if stream.form == "OGG" else 0))
-        recordings.append(stream.recording)
+        recordings.append(recording)
         if sum(len(each.samples) for each in recordings) >= stream.wanted:
             break
     return joined(recordings)
@@ -207,7 +288,9 @@ def _mpeg_parts(
         return None
     if stream is not None and len(parts) == 1:
         part, found = parts[0], stream.num_samples
-        tolerance = stream.recording.rate * _TOLERANCE_SECONDS
+        if stream.is_expected:
+            found = min(found, part.num_samples)
+        tolerance = stream.rate * _TOLERANCE_SECONDS
         is_right = all(
             min(expected, wanted) - found <= tolerance
             for expected in (part.num_samples, stream.total)

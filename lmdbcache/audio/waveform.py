@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Recording", "fit", "frames_wanted", "is_digital_silence", "joined", "mix_to_mono"]
+__all__ = [
+    "MixEnergy",
+    "Recording",
+    "fit",
+    "frames_wanted",
+    "is_digital_silence",
+    "joined",
+    "mix_to_mono",
+]
 
 # A rate beyond this comes from a damaged header, and would ask for gigabytes.
 _MAX_FILE_RATE: Final = 10_000_000
@@ -46,9 +54,27 @@ class Recording:
     @property
     def is_cancelled(self) -> bool:
         """Whether the channels cancel: the mix has less than a thousandth of their energy."""
-        if not self.channel_energy:
-            return False
-        return float(np.dot(self.samples, self.samples)) < _CANCELLED * self.channel_energy
+        energy = MixEnergy()
+        energy.add(self)
+        return energy.is_cancelled
+
+
+class MixEnergy:
+    """The energy of a recording that arrives in blocks, and of its channels."""
+
+    def __init__(self) -> None:
+        self._mixed = self._of_channels = 0.0
+
+    def add(self, block: Recording) -> None:
+        """Add a block."""
+        if block.channel_energy:
+            self._mixed += float(np.dot(block.samples, block.samples))
+            self._of_channels += block.channel_energy
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the channels cancel: the mix has less than a thousandth of their energy."""
+        return self._mixed < _CANCELLED * self._of_channels
 
 
 def frames_wanted(rate: int, sample_rate: int, duration: float) -> int:

@@ -27,6 +27,7 @@ from .pruning import (
     prune as prune,
 )
 from .reader import EmbeddingReader as EmbeddingReader
+from .recording_view import RecordingView as RecordingView
 from .records import (
     SOURCES_NAME as SOURCES_NAME,
     THIS_STORE as THIS_STORE,

@@ -32,6 +32,7 @@ from lmdbcache.storage import (
     canonical_sample_id,
     class_of,
     current_generation,
+    first_window,
     sample_id_of_key,
     sample_key,
     split_sample_id,
@@ -252,7 +253,7 @@ def explain_sample(
 def _facts_of(reader: EmbeddingReader, sample_id: str) -> dict[str, Any]:
     """Return what changes in an `Explanation` of the config for this sample."""
     what = repr(sample_id)
-    if sample_id in reader:
+    if not reader.missing([sample_id]):
         origin = _origin_of(reader, sample_id)
         text = _sentence(MissReason.STORED, what=what, store=_named(reader.metadata.config))
         text += f". It came from {origin}" if origin else ""
@@ -260,7 +261,11 @@ def _facts_of(reader: EmbeddingReader, sample_id: str) -> dict[str, Any]:
     if failure := _failure_of(reader.path, sample_id):
         text = _sentence(MissReason.FAILED, what=what, failure=failure)
         return {"reason": MissReason.FAILED, "text": text, "failure": failure}
-    reason, text, nearest = _absence(sample_id, reader)
+    has_windows = reader.config.window is not None
+    stored = reader.recordings() if has_windows else iter(reader)
+    reason, text, nearest = _absence(sample_id, stored)
+    if has_windows and (number := len(reader.window_ids(sample_id))):
+        text += f". {number} windows of it are stored, of a run that was stopped"
     return {"reason": reason, "text": text, "nearest_names": nearest}
 
 
@@ -321,7 +326,8 @@ def _listed(differences: Mapping[str, tuple[Any, Any]], form: str) -> str:
 
 def _origin_of(reader: EmbeddingReader, sample_id: str) -> Origin | None:
     with contextlib.suppress(CacheError):  # damaged records affect nothing else
-        key = sample_key(sample_id)
+        has_windows = reader.config.window is not None
+        key = sample_key(first_window(sample_id) if has_windows else sample_id)
         found = {sample_id_of_key(key): value for value in reader.checksums_of([key]).values()}
         with SourceRecords(reader.path) as records:
             return next(iter(records.origins(found).values()), None)
@@ -331,7 +337,7 @@ def _origin_of(reader: EmbeddingReader, sample_id: str) -> Origin | None:
 def _has(store: StoreInfo, sample_id: str) -> bool:
     try:
         with EmbeddingReader(store.path, track_usage=False) as reader:
-            return sample_id in reader
+            return not reader.missing([sample_id])
     except (CacheError, OSError):
         return False
 

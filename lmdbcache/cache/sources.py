@@ -15,7 +15,7 @@ import xxhash
 
 from lmdbcache.cache.records import Source, SourceRecords, Written, forget_sources, write_sources
 from lmdbcache.errors import IntegrityError
-from lmdbcache.storage import EmbeddingReader, Progress, Report, class_of, sample_key
+from lmdbcache.storage import EmbeddingReader, Progress, Report, class_of, recording_of, sample_key
 
 __all__ = [
     "STATES",
@@ -214,11 +214,13 @@ def check_sources(
     store = Path(store).absolute()
     counts: dict[str, Counter[SourceState]] = {}
     found = []
+    before: tuple[Source | None, SourceState] = None, "unknown"  # windows have one file
     for sample_id, _, source in recorded_sources(store, sample_ids, progress):
         path = source.location(data_dir) if source is not None and source.path else None
         state: SourceState = "unknown"
         if source is not None and path is not None:
-            state = compare(source, path, rehash=rehash)
+            state = before[1] if source == before[0] else compare(source, path, rehash=rehash)
+            before = source, state
         counts.setdefault(class_of(sample_id), Counter())[state] += 1
         if state != "unchanged":
             found.append(FoundSource(sample_id, path, state))
@@ -302,7 +304,7 @@ def _adopted(
     store: Path, clips: Mapping[str, str], root: str, progress: Progress | None
 ) -> Iterator[Written]:
     for sample_id, checksum, source in recorded_sources(store, None, progress):
-        path = clips.get(sample_id)
+        path = clips.get(sample_id, clips.get(recording_of(sample_id)))
         if path is None:
             continue
         if source is None or compare(source, path) == "touched":

@@ -55,7 +55,35 @@ class _ModelChoice:
             help="Sample rate of the waveform, in Hz; default: the model's own.", show_default=False
         ),
     ] = None
-    duration: Annotated[float, Option(help="Clips are cut or padded to this, in seconds.")] = 5.0
+    duration: Annotated[
+        float | None,
+        Option(
+            help="Clips are cut or padded to this, in seconds; default: 5, or --window.",
+            show_default=False,
+        ),
+    ] = None
+    window: Annotated[
+        float | None,
+        Option(
+            help="Embed whole recordings, in windows of so many seconds, each stored as "
+            "file_id@start:class.",
+            show_default=False,
+        ),
+    ] = None
+    hop: Annotated[
+        float | None,
+        Option(
+            help="From the start of one window to the next, in seconds; default: --window.",
+            show_default=False,
+        ),
+    ] = None
+    last_window: Annotated[
+        str,
+        Option(
+            help="At the end of a recording: pad the window that reaches it, drop what is less "
+            "than a window, or align one more window to the end."
+        ),
+    ] = "pad"
     compute_dtype: Annotated[
         str,
         Option(
@@ -105,6 +133,9 @@ class _ModelChoice:
             model_name=self.model_name,
             front_end=self.front_end,
             decoder=self.decoder,
+            window=self.window,
+            hop=self.hop,
+            last_window=self.last_window,
         )
 
     def model_in(self, cache: EmbeddingCache) -> str:
@@ -197,6 +228,21 @@ class GivenConfig:
         float | None,
         Option(help="Clips were cut or padded to this, in seconds.", show_default=False),
     ] = None
+    window: Annotated[
+        float | None,
+        Option(
+            help="The ids are those of windows, file_id@start:class, of so many seconds.",
+            show_default=False,
+        ),
+    ] = None
+    hop: Annotated[
+        float | None,
+        Option(help="From the start of one window to the next, in seconds.", show_default=False),
+    ] = None
+    last_window: Annotated[
+        str | None,
+        Option(help="pad, drop or align: the last window of a recording.", show_default=False),
+    ] = None
     dtype: Annotated[
         str | None,
         Option(
@@ -248,6 +294,9 @@ class GivenConfig:
             "output": self.output,
             "sample_rate": self.sample_rate,
             "duration": self.duration,
+            "window": self.window,
+            "hop": self.hop,
+            "last_window": self.last_window,
             "dtype": self.dtype,
             "compute_dtype": self.compute_dtype,
             "namespace": self.namespace,

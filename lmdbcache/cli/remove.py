@@ -27,7 +27,14 @@ from lmdbcache.cli.options import (
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import IntegrityError, SampleNotFoundError, StorageError
 from lmdbcache.files import few, readable_size
-from lmdbcache.storage import EmbeddingReader, canonical_sample_id, join_sample_id, split_sample_id
+from lmdbcache.storage import (
+    EmbeddingReader,
+    canonical_sample_id,
+    first_window,
+    join_sample_id,
+    recording_of,
+    split_sample_id,
+)
 
 __all__ = ["rm_command"]
 
@@ -122,9 +129,10 @@ class _Wish:
         )
 
     def means(self, sample_id: str) -> bool:
+        names = {sample_id, recording_of(sample_id)}
         return (
-            sample_id in self.samples
-            or sample_id in self.listed
+            not self.samples.isdisjoint(names)
+            or not self.listed.isdisjoint(names)
             or sample_id.rpartition(":")[2] in self.class_names
         )
 
@@ -168,7 +176,7 @@ def _remove_embeddings(
     if as_json:
         print_json([s.to_dict(n) for s, n in zip(selections, removed, strict=True)])
         return
-    found = {sample_id for selection in selections for sample_id in selection.chosen}
+    found = _found(selections)
     if absent := len(wish.listed - found):
         say(f"{absent} of the {len(wish.listed)} listed aren't stored")
     if dry_run or not total:
@@ -191,13 +199,16 @@ def _selected(folder: Path, wish: _Wish) -> _Selection:
             classes[sample_id.rpartition(":")[2]] += 1
             if wish.means(sample_id):
                 chosen.append(sample_id)
+        if info.config.window is not None:  # the first window goes with any other
+            first = map(first_window, map(recording_of, chosen))
+            chosen = sorted({*chosen, *(one for one in first if one in reader)})
     return _Selection(info, info.config, chosen, classes)
 
 
 def _check_known(selections: list[_Selection], wish: _Wish) -> None:
     """A class or sample that is named and nowhere stored is a slip of the pen."""
     classes = {name for selection in selections for name in selection.classes}
-    found = {sample_id for selection in selections for sample_id in selection.chosen}
+    found = _found(selections)
     if unknown := sorted(wish.class_names - classes):
         there = ", ".join(sorted(classes)[:20]) or "nothing is stored"
         raise SampleNotFoundError(
@@ -208,6 +219,12 @@ def _check_known(selections: list[_Selection], wish: _Wish) -> None:
             f"{few(absent)}: not stored. Nothing was removed; --ids FILE passes "
             "over what isn't there"
         )
+
+
+def _found(selections: list[_Selection]) -> set[str]:
+    """The samples that are chosen, and recordings of which windows are."""
+    chosen = [sample_id for selection in selections for sample_id in selection.chosen]
+    return {*chosen, *map(recording_of, chosen)}
 
 
 def _say_selection(selection: _Selection) -> None:

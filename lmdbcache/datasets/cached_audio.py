@@ -56,7 +56,8 @@ class CachedAudioDataset(torch.utils.data.Dataset[dict[str, Any]]):
         labels: As for `EmbeddingDataset`; None takes the samples' `target`, else `class_label`.
 
     Raises:
-        ConfigError: An unknown `on_decode_error`, or labels that can't be one tensor.
+        ConfigError: An unknown `on_decode_error`, labels that can't be one tensor, or a config
+            with windows.
         MissingLabelError: A sample has no label.
         InvalidSampleIdError: A clip's sample id can't be stored.
     """

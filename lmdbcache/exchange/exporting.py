@@ -28,6 +28,7 @@ from lmdbcache.storage import (
     canonical_sample_id,
     check_room,
     portable,
+    recording_of,
 )
 
 __all__ = ["ExportFormat", "ExportReport", "export_embeddings"]
@@ -202,7 +203,11 @@ def _choose(
         ConfigError: A class has no sample.
         TransferError: Nothing is left.
     """
-    if sample_ids is None:
+    has_windows = reader.config.window is not None
+    if sample_ids is None and has_windows:
+        whole = set(reader.recordings())
+        ids = [one for one in reader if recording_of(one) in whole]
+    elif sample_ids is None:
         ids = list(reader)
     else:
         ids = list(dict.fromkeys(canonical_sample_id(one) for one in sample_ids))
@@ -211,6 +216,8 @@ def _choose(
                 f"{len(missing)} of {len(ids)} samples aren't stored in {reader.path}: "
                 f"{few(missing, 3)}"
             )
+        if has_windows:
+            ids = list(dict.fromkeys(i for one in ids for i in reader.window_ids(one) or [one]))
     selection = Selection(classes)
     ids = [one for one in ids if one in selection]
     selection.check_classes(str(reader.path))

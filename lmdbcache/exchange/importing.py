@@ -37,6 +37,7 @@ from lmdbcache.storage import (
     check_room,
     check_shape,
     checksum,
+    is_first_window,
     sample_key,
     split_sample_id,
 )
@@ -293,6 +294,8 @@ class _Entries:
                 self.entries.append(entry)
             else:
                 report.refused.append(refusal)
+        if report.config.window is not None:  # see `Intake.add`
+            self.entries.sort(key=lambda entry: is_first_window(entry.sample_id))
 
     def bring_into(
         self,

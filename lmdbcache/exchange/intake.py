@@ -48,8 +48,11 @@ from lmdbcache.storage import (
     check_on_duplicate,
     check_pages,
     check_shape,
+    check_window_key,
     checksum,
     checksums as checksums_of,
+    is_first_window,
+    recording_of,
     sample_id_of_key,
     sample_key,
     sample_keys,
@@ -122,6 +125,17 @@ class Rows(NamedTuple):
     def sample_id(self, number: int) -> str:
         """The sample id at a position."""
         return sample_id_of_key(self.keys[number])
+
+    def chosen(self, numbers: Sequence[int]) -> Rows:
+        """Return the rows at these positions."""
+        return Rows(
+            [self.keys[number] for number in numbers],
+            [self.checksums[number] for number in numbers],
+            lambda number: self.read(numbers[number]),
+            [self.where[number] for number in numbers],
+            [self.origins[number] for number in numbers],
+            [self.sources[number] for number in numbers],
+        )
 
     def by(self, number: int) -> Origin:
         """Who computed the embedding at a position, as far as is known."""
@@ -400,7 +414,9 @@ class Intake:
 
         Args:
             rows: Taken block by block. All rows of one sample are in one block. Rows in the order
-                of their keys fill the pages of a new store.
+                of their keys fill the pages of a new store. Of windows, the first of a recording
+                comes behind all others, in whichever call: it says that they are stored. It is
+                refused if one of them was.
             provenance: Of all of them; compared with the store's.
             advance: Called with the number of rows that are done since the last call.
 
@@ -409,7 +425,7 @@ class Intake:
             CacheFullError: The disk is full; what was committed stays.
         """
         try:
-            for block in rows:
+            for block in chain.from_iterable(map(self._parts, rows)):
                 start = 0
                 while start < len(block.keys):
                     end = self._bring_in(block, start, provenance)
@@ -420,6 +436,35 @@ class Intake:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+
+    def _parts(self, rows: Rows) -> Iterator[Rows]:
+        """Yield rows that are brought in one after the other; see `add` for those of windows."""
+        if self.report.config.window is None:
+            yield rows
+            return
+        others: list[int] = []
+        first: list[int] = []
+        for number, key in enumerate(rows.keys):
+            name = rows.sample_id(number)
+            try:
+                check_window_key(key, self.report.config)
+            except InvalidSampleIdError as error:
+                self.report.refuse(rows.where[number], name, error)
+            else:
+                (first if is_first_window(name) else others).append(number)
+        yield rows.chosen(others)
+        # Now it is known which of the others are refused.
+        refused = {refusal.sample_id or "" for refusal in self.report.refused}
+        incomplete = set(map(recording_of, refused))
+        whole = []
+        for number in first:
+            name = rows.sample_id(number)
+            if recording_of(name) in incomplete:
+                reason = "other windows of this recording are refused"
+                self.report.refuse(rows.where[number], name, reason)
+            else:
+                whole.append(number)
+        yield rows.chosen(whole)
 
     # ---- one look at the store, one transaction
 

@@ -55,6 +55,7 @@ from lmdbcache.storage import (
     checksum,
     data_file,
     from_stored,
+    is_first_window,
     sample_id_of_key,
     sample_key,
     sample_keys,
@@ -320,7 +321,11 @@ class _Merge:
 
         So the pages of a new store are full, and what several sources have of a sample meets.
         """
-        found = merge_sorted(*(_keys_of(n, store, report) for n, store in enumerate(stores)))
+        found: Iterator[_Found] = merge_sorted(
+            *(_keys_of(n, store, report) for n, store in enumerate(stores))
+        )
+        if report.config.window is not None:
+            found = _first_windows_last(found)
         origins = [store.origin._replace(detail=self._detail) for store in stores]
         following = next(found, None)
         while following is not None:
@@ -376,6 +381,17 @@ def _rows_of(found: Sequence[_Found], stores: Sequence[_Source], origins: Sequen
         [records[number][0].get(name, origins[number]) for name, number in pairs],
         [records[number][1].get(name) for name, number in pairs],
     )
+
+
+def _first_windows_last(found: Iterable[_Found]) -> Iterator[_Found]:
+    """Yield the first window of each recording behind all others, see `Intake.add`."""
+    first = []
+    for entry in found:
+        if is_first_window(sample_id_of_key(entry[0])):
+            first.append(entry)
+        else:
+            yield entry
+    yield from first
 
 
 def _keys_of(number: int, store: _Source, report: IntakeReport) -> Iterator[_Found]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import few
-from lmdbcache.storage import canonical_class, canonical_sample_id, class_of
+from lmdbcache.storage import (
+    canonical_class,
+    canonical_sample_id,
+    class_of,
+    first_window,
+    recording_of,
+)
 
 __all__ = ["Selection"]
 
@@ -16,7 +22,7 @@ class Selection:
 
     Args:
         classes: Only samples of these.
-        sample_ids: Only these.
+        sample_ids: Only these; the id of a recording means its windows.
 
     Raises:
         InvalidSampleIdError: One can't be a sample id.
@@ -37,11 +43,20 @@ class Selection:
             self._met.add(name)
             if name not in self.classes:
                 return False
-        return self.sample_ids is None or sample_id in self.sample_ids
+        ids = self.sample_ids
+        return ids is None or sample_id in ids or recording_of(sample_id) in ids
 
     def meets(self, first: str, last: str) -> bool:
         """Return whether one of these may be from the first to the last sample id."""
-        return self.sample_ids is None or any(first <= one <= last for one in self.sample_ids)
+        return self.sample_ids is None or any(
+            first <= one <= last or (first <= _last_of(one) and first_window(one) <= last)
+            for one in self.sample_ids
+        )
+
+    def absent(self, found: Collection[str]) -> list[str]:
+        """Return those that aren't among these samples, nor recordings of which windows are."""
+        ids = self.sample_ids or frozenset()
+        return sorted(ids.difference(found, map(recording_of, found)))
 
     def check_classes(self, where: str) -> None:
         """Refuse a class that none of the samples has that were looked at.
@@ -54,3 +69,8 @@ class Selection:
                 f"class {', '.join(unknown)}: no sample of it is in {where}; there: "
                 f"{few(sorted(self._met))}"
             )
+
+
+def _last_of(recording_id: str) -> str:
+    """What sorts behind all windows of a recording."""
+    return f"{recording_id.rpartition(':')[0]}@:"

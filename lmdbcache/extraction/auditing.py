@@ -20,7 +20,8 @@ from lmdbcache.errors import ConfigError
 from lmdbcache.extraction.clips import features_of
 from lmdbcache.extraction.embedding import embed_clips
 from lmdbcache.extraction.ranks import RankShare
-from lmdbcache.storage import EmbeddingReader, Progress, Report
+from lmdbcache.extraction.recordings import AllBut
+from lmdbcache.storage import EmbeddingReader, Progress, Report, recording_of
 
 __all__ = [
     "AuditReport",
@@ -253,7 +254,19 @@ def computed_of(
     failed: dict[str, str] = {}
     ordered = sorted(paths.items())
     units = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    with features_of(units, config, front_end, num_workers=num_workers) as batches:
+    others: dict[str, AllBut] = {}
+    if config.window is not None:
+        recordings = {recording_of(sample_id): path for sample_id, path in ordered}
+        units = [[pair] for pair in recordings.items()]
+        others = dict.fromkeys(recordings, AllBut(paths))
+    with features_of(
+        units,
+        config,
+        front_end,
+        num_workers=num_workers,
+        batch_size=batch_size,
+        stored=others,
+    ) as batches:
         for batch in batches:
             failed.update({failure.sample_id: failure.reason for failure in batch.failures})
             for positions, features in batch.groups():
@@ -263,5 +276,10 @@ def computed_of(
                     [batch.sample_ids[position] for position in positions], embeddings, strict=True
                 )
             if progress is not None:
-                progress(len(computed) + len(failed), len(paths))
+                progress(min(len(paths), len(computed) + len(failed)), len(paths))
+    if config.window is not None:
+        computed = [pair for pair in computed if pair[0] in paths]
+        for sample_id in paths.keys() - dict(computed).keys():
+            reason = failed.pop(recording_of(sample_id), "its file has no such window")
+            failed[sample_id] = reason
     return computed, failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmdbcache.audio import AudioSource, Clips, as_source
@@ -14,12 +15,13 @@ from lmdbcache.datasets import AudioDataset, Sample, source_of
 from lmdbcache.embedders import FrontEnd
 from lmdbcache.errors import DatasetError, InvalidSampleIdError, MissingDependencyError
 from lmdbcache.machine import install_line
-from lmdbcache.storage import canonical_sample_id
+from lmdbcache.storage import canonical_sample_id, check_recording_id, first_window
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import Clip, FeatureBatches
+    from lmdbcache.extraction.recordings import AllBut
 
-__all__ = ["counts_of_left_out", "distinct_clips", "features_of", "pairs_of", "to_clips"]
+__all__ = ["AllBut", "counts_of_left_out", "distinct_clips", "features_of", "pairs_of", "to_clips"]
 
 
 def to_clips(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
@@ -47,6 +49,8 @@ def counts_of_left_out(clips: Clips | AudioDataset) -> dict[str, Any]:
 
 def distinct_clips(
     clips: Iterable[tuple[str, str | os.PathLike[str] | AudioSource]],
+    *,
+    have_windows: bool = False,
 ) -> tuple[dict[str, str | AudioSource], list[ClipFailure]]:
     """Return the clips by canonical sample id, and those whose sample id can't be stored.
 
@@ -58,7 +62,11 @@ def distinct_clips(
     for sample_id, given in clips:
         source = as_source(given)
         try:
-            known = paths.setdefault(canonical_sample_id(sample_id), source)
+            canonical = canonical_sample_id(sample_id)
+            if have_windows:
+                check_recording_id(canonical)
+                canonical_sample_id(first_window(canonical))  # which is longer
+            known = paths.setdefault(canonical, source)
         except InvalidSampleIdError as error:
             failures.append(ClipFailure(str(sample_id), str(source), str(error)))
             continue
@@ -79,8 +87,12 @@ def features_of(
     num_workers: int,
     order: Callable[[int], Iterable[int]] = range,
     is_wanted: Callable[[list[str]], bool] = lambda _: True,
+    batch_size: int = 0,
+    stored: Mapping[str, frozenset[str] | AllBut] | None = None,
 ) -> Iterator[FeatureBatches]:
     """Decode units of clips; the worker processes end with the `with` block.
+
+    With windows, each unit is a recording, and gives as many batches as it has.
 
     Args:
         units: Of (sample id, audio file or source).
@@ -89,6 +101,8 @@ def features_of(
         num_workers: Decoding processes; 0 decodes in this process.
         order: Number of units → the order to take them in.
         is_wanted: Asked with the sample ids of a unit right before it is given to a worker.
+        batch_size: Windows of a batch; only with windows.
+        stored: Recording → its windows that needn't be computed; only with windows.
 
     Raises:
         ExtractionError: A decoding process died.
@@ -97,11 +111,15 @@ def features_of(
     # torch is needed from here on, not for a run that has nothing to do.
     try:
         from lmdbcache.extraction.decoding import FeatureBatches, worker_errors
+        from lmdbcache.extraction.recordings import RecordingBatches
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"extraction needs the package {error.name}: {install_line('audio')}"
         ) from error
-    batches = FeatureBatches(
+    make: Callable[..., FeatureBatches] = FeatureBatches
+    if config.window is not None:
+        make = partial(RecordingBatches, batch_size=batch_size, stored=stored or {})
+    batches = make(
         units, config, front_end, num_workers=num_workers, order=order, is_wanted=is_wanted
     )
     try:

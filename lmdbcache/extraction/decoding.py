@@ -19,16 +19,31 @@ from typing import Any, Final
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
-from lmdbcache.audio import AudioSource, decoder_of, is_digital_silence, load_clip, shown
+from lmdbcache.audio import (
+    AudioSource,
+    AudioWindow,
+    DecodedClip,
+    decoder_of,
+    is_digital_silence,
+    load_clip,
+    shown,
+)
 from lmdbcache.cache import ClipFailure, Source, read_source
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
 
 __all__ = [
+    "Clip",
     "FeatureBatch",
     "FeatureBatches",
+    "features_in",
+    "note_audio",
+    "picklable",
+    "stacked_if_alike",
+    "start_method",
     "worker_errors",
 ]
 
@@ -60,6 +75,9 @@ class FeatureBatch:
         sources: What their files were like right before they were decoded, with the number of
             samples that came of each.
         error: What ends the whole run, such as a front end that can't be loaded.
+        recording: Of windows: the sample id of the recording that all of these are windows of.
+        is_last: Whether nothing follows of the recording. Then `failures` says that it isn't whole,
+            and `silent` and `cancelled` hold it if all of it is.
     """
 
     sample_ids: list[str] = field(default_factory=list)
@@ -72,6 +90,8 @@ class FeatureBatch:
     cancelled: list[str] = field(default_factory=list)
     sources: dict[str, Source] = field(default_factory=dict)
     error: CacheError | None = None
+    recording: str = ""
+    is_last: bool = True
 
     def __getstate__(self) -> dict[str, Any]:
         # Out of a worker as bytes in its pipe. As a tensor the features would go through /dev/shm,
@@ -94,7 +114,9 @@ class FeatureBatch:
 
     @property
     def num_clips(self) -> int:
-        """Clips of this unit, failed ones included."""
+        """Clips that are done with this unit, failed ones included; of windows: recordings."""
+        if self.recording:
+            return int(self.is_last)
         return len(self.sample_ids) + len(self.failures)
 
     def num_valid(self, positions: Iterable[int]) -> list[int] | None:
@@ -152,10 +174,10 @@ class _Units(torch.utils.data.Dataset[FeatureBatch]):
             return _decode_unit(self.units[index], self.config, self.front_end)
         except CacheError as error:
             # As a value: raised here it would reach the user inside a worker's traceback.
-            return FeatureBatch(error=_picklable(error))
+            return FeatureBatch(error=picklable(error))
 
 
-def _picklable(error: CacheError) -> CacheError:
+def picklable(error: CacheError) -> CacheError:
     """Return the error, or its text: torch loses what can't be pickled, and would wait for it."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -180,18 +202,11 @@ def _decode_unit(clips: Sequence[Clip], config: CacheConfig, front_end: FrontEnd
             decoded = load_clip(
                 given, config.sample_rate, config.duration, decoder, content=content
             )
-            found = clip_features(
-                front_end,
-                decoded.waveform,
-                decoded.num_valid,
-                sample_rate=config.sample_rate,
-                name=shown(given),
-            )
+            features.append(features_in(decoded, front_end, config, given))
         except AudioDecodeError as error:
             batch.failures.append(ClipFailure(sample_id, str(given), str(error)))
             batch.num_front_end_errors += isinstance(error, FrontEndError)
             continue
-        features.append(torch.from_numpy(found))
         batch.sample_ids.append(sample_id)
         source = source or Source("", 0, None, None)
         batch.sources[sample_id] = source._replace(num_valid=decoded.num_valid)
@@ -199,10 +214,36 @@ def _decode_unit(clips: Sequence[Clip], config: CacheConfig, front_end: FrontEnd
             batch.silent.append(sample_id)
         if decoded.is_cancelled:
             batch.cancelled.append(sample_id)
-        if np.abs(decoded.waveform).max() > _QUIET:
-            batch.audio[sample_id] = xxhash.xxh3_64_intdigest(decoded.waveform.data)
+        note_audio(batch, sample_id, decoded.waveform)
     batch.num_features, batch.features = len(features), stacked_if_alike(features)
     return batch
+
+
+def features_in(
+    decoded: DecodedClip | AudioWindow,
+    front_end: FrontEnd,
+    config: CacheConfig,
+    given: str | AudioSource,
+) -> torch.Tensor:
+    """Return the features of a clip or a window.
+
+    Raises:
+        FrontEndError: The front end fails on it.
+    """
+    found = clip_features(
+        front_end,
+        decoded.waveform,
+        decoded.num_valid,
+        sample_rate=config.sample_rate,
+        name=shown(given),
+    )
+    return torch.from_numpy(found)
+
+
+def note_audio(batch: FeatureBatch, sample_id: str, waveform: NDArray[np.float32]) -> None:
+    """Keep the checksum of a waveform that isn't silent."""
+    if np.abs(waveform).max() > _QUIET:
+        batch.audio[sample_id] = xxhash.xxh3_64_intdigest(waveform.data)
 
 
 class FeatureBatches(Iterator[FeatureBatch]):
@@ -223,7 +264,7 @@ class FeatureBatches(Iterator[FeatureBatch]):
         order: Callable[[int], Iterable[int]] = range,
         is_wanted: Callable[[list[str]], bool] = lambda _: True,
     ) -> None:
-        self._units = _Units(units, config, front_end)
+        self._units: torch.utils.data.Dataset[FeatureBatch] = _Units(units, config, front_end)
         self._wanted = _Wanted(units, order, is_wanted)
         num_workers = min(num_workers, len(units))
         if num_workers and (reason := _why_no_workers(num_workers)):
@@ -234,13 +275,21 @@ class FeatureBatches(Iterator[FeatureBatch]):
         self._workers: list[Any] = []
 
     def _make_loader(self, num_workers: int) -> torch.utils.data.DataLoader[FeatureBatch]:
+        return self._loader_of(self._units, num_workers, self._wanted)
+
+    def _loader_of(
+        self,
+        dataset: torch.utils.data.Dataset[FeatureBatch],
+        num_workers: int,
+        sampler: torch.utils.data.Sampler[int] | None = None,
+    ) -> torch.utils.data.DataLoader[FeatureBatch]:
         return torch.utils.data.DataLoader(
-            self._units,
+            dataset,
             batch_size=None,
-            sampler=self._wanted,
+            sampler=sampler,
             num_workers=num_workers,
             worker_init_fn=_begin_worker,
-            multiprocessing_context=_start_method() if num_workers else None,
+            multiprocessing_context=start_method() if num_workers else None,
             timeout=_WAIT_SECONDS if num_workers else 0,
         )
 
@@ -256,7 +305,7 @@ class FeatureBatches(Iterator[FeatureBatch]):
                 self._start_workers()
             # torch raises this news wherever the main process is, such as inside a model whose
             # errors are taken for its own.
-            if not all(worker.is_alive() for worker in self._workers):
+            if any(map(self._is_lost, self._workers)):
                 raise _worker_failure(EOFError("a process has ended"))
             batch: FeatureBatch = next(self._batches)
         except (EOFError, OSError) as error:
@@ -269,6 +318,9 @@ class FeatureBatches(Iterator[FeatureBatch]):
         if batch.error is not None:
             raise batch.error
         return batch
+
+    def _is_lost(self, worker: Any) -> bool:
+        return not worker.is_alive()
 
     def _start_workers(self) -> None:  # the command line lets no signal interrupt it
         before = set(multiprocessing.active_children())
@@ -314,7 +366,7 @@ def _why_no_workers(num_workers: int) -> str | None:
     if multiprocessing.current_process().daemon:
         return "this process is daemonic (of a Pool or a DataLoader) and can't start others"
     # Of a context: the default one's functions would fix the program's start method.
-    method = _start_method() or multiprocessing.get_start_method(allow_none=True)
+    method = start_method() or multiprocessing.get_start_method(allow_none=True)
     context = multiprocessing.get_context(method or "spawn")
     try:
         # What torch's iterator makes: where that fails, it prints its own errors.
@@ -384,7 +436,7 @@ def _no_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_method() -> str | None:
+def start_method() -> str | None:
     """Forked workers have everything imported already; a program's own choice is kept."""
     unset = multiprocessing.get_start_method(allow_none=True) is None
     return "fork" if unset and sys.platform == "linux" else None

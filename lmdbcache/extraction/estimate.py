@@ -82,7 +82,8 @@ class Trial:
     """What embedding some real clips for a few seconds has shown.
 
     Args:
-        clips_per_second: Decoding and the model side by side, as an extraction runs them.
+        clips_per_second: Decoding and the model side by side, as an extraction runs them. With
+            windows, each of these counts.
         model_share: Share of the time that the forward passes took, 0 to 1. Close to 1 the model
             is what limits the speed, otherwise decoding is.
         start_seconds: Until the model was loaded.
@@ -125,6 +126,7 @@ class ExtractionPlan(Report):
         trial: What a trial measured, or None.
         no_trial: Why a trial that was asked for didn't run.
         left_out: See `ExtractionSummary`.
+        num_windows: Of windows: about how many are missing, by the headers of the files; else None.
     """
 
     derived: ClassVar = ("fits", "seconds")
@@ -144,6 +146,7 @@ class ExtractionPlan(Report):
     trial: Trial | None = None
     no_trial: str = ""
     left_out: Mapping[str, Any] = field(default_factory=dict)
+    num_windows: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -153,7 +156,8 @@ class ExtractionPlan(Report):
     @property
     def seconds(self) -> float | None:
         """The time for what is missing; None without a trial."""
-        return self.trial.seconds_for(self.num_missing) if self.trial else None
+        number = self.num_missing if self.num_windows is None else self.num_windows
+        return self.trial.seconds_for(number) if self.trial else None
 
     def __str__(self) -> str:
         needed = "bytes not known before the model is on this machine"
@@ -162,6 +166,8 @@ class ExtractionPlan(Report):
         if self.bytes_needed_together is not None:
             needed += f", {readable_size(self.bytes_needed_together)} for all stores"
         counts = f"{self.num_cached} are cached, {self.num_missing} to extract"
+        if self.num_windows is not None:
+            counts += f" (about {self.num_windows} windows)"
         if self.num_refused:
             counts += f", {self.num_refused} have sample ids that can't be stored"
         lines = [
@@ -284,7 +290,12 @@ def plan_extraction(
         replace(
             plan,
             limits=tuple(
-                _limits(plan, store.config, len(store.to_be_written), len(run.all_samples))
+                _limits(
+                    plan,
+                    store.config,
+                    len(run.stored_as(store.to_be_written)),
+                    len(run.stored_as(run.all_samples)),
+                )
             ),
         )
         for plan, store in zip(plans, run.stores, strict=True)
@@ -299,7 +310,7 @@ def _plan_of(run: ExtractionRun, store: StoreToFill, model: AudioModel | None) -
         shape = shape or model.embedding_shape(store.config)
     needed = None if store.missing else 0
     if shape is not None and store.missing:
-        needed = needed_bytes(store.missing, shape, store.config.dtype)
+        needed = needed_bytes(run.stored_as(store.missing), shape, store.config.dtype)
     return ExtractionPlan(
         store=store.path,
         num_samples=len(run.asked),
@@ -311,7 +322,8 @@ def _plan_of(run: ExtractionRun, store: StoreToFill, model: AudioModel | None) -
         bytes_free=free_bytes(store.path),
         bytes_for_all=None
         if shape is None
-        else estimated_bytes(run.all_samples, shape, store.config.dtype),
+        else estimated_bytes(run.stored_as(run.all_samples), shape, store.config.dtype),
+        num_windows=None if store.config.window is None else len(run.stored_as(store.missing)),
     )
 
 
@@ -323,7 +335,9 @@ def _choices(
         shape = known.get(output)
         if shape is None and model is not None:
             shape = model.embedding_shape(run.config.replace(output=output, dtype=dtype))
-        size = None if shape is None else estimated_bytes(run.all_samples, shape, dtype)
+        size = None
+        if shape is not None:
+            size = estimated_bytes(run.stored_as(run.all_samples), shape, dtype)
         yield Choice(output, dtype, shape, size)
 
 
@@ -348,12 +362,15 @@ def _try(
     # first batches don't count.
     picked = sorted(clips, key=lambda i: xxhash.xxh3_64_intdigest(i.encode("utf-8", "replace")))
     trial = [(i, clips[i]) for i in itertools.islice(itertools.cycle(picked), _MOST_CLIPS)]
-    units = [trial[start : start + batch_size] for start in range(0, len(trial), batch_size)]
+    unit_size = batch_size if run.config.window is None else 1
+    units = [trial[start : start + unit_size] for start in range(0, len(trial), unit_size)]
     began = time.perf_counter()
     front_end = model.make_front_end(run.config)
     front_end.provenance()  # imports what the workers then have
     outputs = outputs_of(run.stores)
-    with features_of(units, run.config, front_end, num_workers=num_workers) as batches:
+    with features_of(
+        units, run.config, front_end, num_workers=num_workers, batch_size=batch_size
+    ) as batches:
         embedder, number, model_seconds = None, 0, 0.0
         started = start_seconds = began
         # The first batches are those that the workers had to be started for.

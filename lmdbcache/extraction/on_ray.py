@@ -128,6 +128,11 @@ def extract_on_ray(  # noqa: PLR0913
         )
     if num_actors is not None and num_actors < 1:
         raise ConfigError(f"num_actors: {num_actors}; it must be 1 or more")
+    if recompute_changed and config.window is not None:
+        raise ConfigError(
+            "recompute_changed: with windows the merged store would keep those that a changed "
+            "recording no longer has; use `extract`"
+        )
     folder = staging_folder(staging or cache.root.with_name(f"{cache.root.name}.staging"))
     # What a run that was killed has left may be older than what is stored by now.
     _merge(cache, config, folder, on_duplicate="skip")
@@ -235,7 +240,9 @@ class _Ranks:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = [node["CPU"] for node in nodes if node.get("CPU")]
         gpus = 0 if self.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
-        num_units = ceil(len(self.clips) / self.batch_size)
+        num_units = len(self.clips)
+        if self.config.window is None:
+            num_units = ceil(num_units / self.batch_size)
         size = min(num_ranks or gpus or len(cores) or 1, num_units)
         num_cores = max(1, int(min(cores, default=1)) // ceil(size / max(1, len(cores))))
         _logger.info("%d nodes, %d GPUs: %d ranks of %d cores", len(nodes), gpus, size, num_cores)

@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias, overload
 
-from lmdbcache.audio import AudioSource, Clips
+from lmdbcache.audio import AudioSource, Clips, announced_samples, decoder_of, num_windows
 from lmdbcache.cache import ClipFailure, EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import AudioDataset
@@ -43,9 +42,9 @@ from lmdbcache.extraction.clips import (
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.space import Wanted, check_space
 from lmdbcache.extraction.staging import Staging
-from lmdbcache.extraction.store_to_fill import StoreToFill
+from lmdbcache.extraction.store_to_fill import StoreOfWindowsToFill, StoreToFill
 from lmdbcache.extraction.summary import ExtractionSummary, FrontEndTrials, warn_of_failures
-from lmdbcache.storage import Progress
+from lmdbcache.storage import Progress, first_window, recording_of
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
@@ -202,8 +201,6 @@ def extract(  # noqa: PLR0913
             "extract the changed clips into the root itself"
         )
     configs = configs_of_one_pass(config)
-    if configs[0].window is not None:
-        raise ConfigError("window: stores of windows are written by `cache.writer` only")
     run = ExtractionRun(
         cache,
         configs,
@@ -373,22 +370,28 @@ class ExtractionRun:
         self._progress, self._num_done = progress, 0
         self._left_out = counts_of_left_out(clips)
 
-        everything, failures = distinct_clips(pairs_of(clips))
+        has_windows = self.config.window is not None
+        everything, failures = distinct_clips(pairs_of(clips), have_windows=has_windows)
         self.all_samples = list(everything)
-        ours = everything if self.share.is_all else self.share.of(everything, batch_size)
+        self._everything = everything
+        self._nums_windows: dict[str, int] = {}
+        # A recording's windows are its batches, and no other's.
+        unit_size = self._unit_size = 1 if has_windows else batch_size
+        ours = everything if self.share.is_all else self.share.of(everything, unit_size)
         self.paths = {sample_id: everything[sample_id] for sample_id in ours}
         # Sample ids that can't be stored are in no unit.
         refused = failures if self.share.rank == 0 else []
         self.asked = {*self.paths, *(failure.sample_id for failure in refused)}
         staged = [
-            Staging(staging, cache, config, self.share, self.all_samples, batch_size, patience)
+            Staging(staging, cache, config, self.share, self.all_samples, unit_size, patience)
             if staging is not None
             else None
             for config in configs
         ]
         self.num_stores_on_disk = staged[0].num_stores if staged[0] else 1
+        kind = StoreOfWindowsToFill if has_windows else StoreToFill
         self.stores = [
-            StoreToFill(
+            kind(
                 cache,
                 config,
                 paths=self.paths,
@@ -475,11 +478,33 @@ class ExtractionRun:
             CacheFullError: See `lmdbcache.extraction.space.check_space`.
         """
         wanted = [
-            Wanted(store.path, store.to_be_written | store.changed, shape, store.config.dtype)
+            Wanted(
+                store.path,
+                self.stored_as(store.to_be_written | store.changed),
+                shape,
+                store.config.dtype,
+            )
             for store in self.stores
             if (shape := shapes.get(store.config.output) or store.known_shape()) is not None
         ]
         check_space(wanted, self.num_stores_on_disk if num_stores is None else num_stores)
+
+    def stored_as(self, clips: Collection[str]) -> Collection[str]:
+        """Return a sample id for each embedding of these clips.
+
+        Of windows there are as many as the headers of the files announce, under the first one's.
+        """
+        if self.config.window is None:
+            return clips
+        return [name for clip in clips for name in [first_window(clip)] * self._num_windows(clip)]
+
+    def _num_windows(self, clip: str) -> int:
+        if clip not in self._nums_windows:
+            config, decoder = self.config, decoder_of(self.config.front_end)
+            number = announced_samples(self._everything[clip], config.sample_rate, decoder)
+            sizes = config.num_samples, config.hop_samples
+            self._nums_windows[clip] = max(1, num_windows(number, *sizes, config.last_window))
+        return self._nums_windows[clip]
 
     # ---- the work
 
@@ -508,7 +533,7 @@ class ExtractionRun:
         """
         units = [
             [(sample_id, missing[sample_id]) for sample_id in unit]
-            for unit in units_of(self.paths, missing, self._batch_size)
+            for unit in units_of(self.paths, missing, self._unit_size)
             if unit
         ]
         num_cached = len(self.paths) - len(missing)
@@ -525,6 +550,8 @@ class ExtractionRun:
                 num_workers=num_workers,
                 order=self._order,
                 is_wanted=self._is_wanted,
+                batch_size=self._batch_size,
+                stored=self._stored_windows(missing),
             ) as batches,
             ExitStack() as stack,
         ):
@@ -548,7 +575,7 @@ class ExtractionRun:
                                     )
                             self.built_model = True
                         self._embed(batch, passes)
-                    self._note_failures(batch)
+                    self._finish(batch)
                     self._advance(batch.num_clips)
                     trials.note(batch)
                 for store in self.stores:
@@ -562,6 +589,20 @@ class ExtractionRun:
                     store.count()
                 self.record_failures()
             trials.check(is_last=True)
+
+    def _stored_windows(self, missing: Iterable[str]) -> dict[str, frozenset[str]]:
+        """Return those windows of the missing recordings that no store lacks."""
+        if self.config.window is None:
+            return {}
+        stored = {}
+        for recording in missing:
+            found = [
+                store.stored_windows(recording)
+                for store in self.stores
+                if isinstance(store, StoreOfWindowsToFill) and recording in store.missing
+            ]
+            stored[recording] = frozenset.intersection(*found)
+        return {recording: windows for recording, windows in stored.items() if windows}
 
     def _passes(self, embedder: Embedder, shapes: Shapes, *, is_proven: bool) -> ForwardPasses:
         from lmdbcache.extraction.embedding import ForwardPasses
@@ -609,8 +650,7 @@ class ExtractionRun:
         """
         lacking: dict[tuple[str, ...], list[StoreToFill]] = {}
         for store in self.stores:
-            ours = tuple(one for one in unit.sample_ids if one in store.missing)
-            if ours:
+            if ours := store.lacking(unit):
                 lacking.setdefault(ours, []).append(store)
         for sample_ids, stores in lacking.items():
             started = time.perf_counter()
@@ -627,24 +667,24 @@ class ExtractionRun:
             self.compute_seconds += time.perf_counter() - started
             failed: dict[str, ClipFailure] = {}
             for batch, _ in found.values():
-                batch.failures = [
-                    replace(failure, path=str(self.paths[failure.sample_id]))
-                    for failure in batch.failures
-                ]
+                batch.failures = list(map(self._of_a_clip, batch.failures))
                 failed.update((failure.sample_id, failure) for failure in batch.failures)
             _log(failed.values())
             for store in stores:
                 batch, embeddings = found[store.config.output]
                 store.put(batch, embeddings)
-                store.outcomes.note(batch.sample_ids, batch.failures)
 
-    def _note_failures(self, unit: FeatureBatch) -> None:
-        """Note clips that gave no features with each store that lacks them."""
+    def _of_a_clip(self, failure: ClipFailure) -> ClipFailure:
+        """The failure with its path; that of a window is its recording's."""
+        clip = recording_of(failure.sample_id) if self.config.window else failure.sample_id
+        where = "" if clip == failure.sample_id else f"{failure.sample_id}: "
+        return ClipFailure(clip, str(self.paths[clip]), where + failure.reason)
+
+    def _finish(self, unit: FeatureBatch) -> None:
+        """Note clips that gave no features, and finish a recording with its last windows."""
         _log(unit.failures)
         for store in self.stores:
-            store.outcomes.note(
-                (), [one for one in unit.failures if one.sample_id in store.missing]
-            )
+            store.finish(unit)
 
     def record_failures(self) -> None:
         """Keep the list of failed clips with each store, and log how many there are."""
@@ -668,6 +708,7 @@ class ExtractionRun:
             num_samples=len(self.asked),
             num_cached=len(self.asked) - store.num_extracted - outcomes.num_failed,
             num_extracted=store.num_extracted,
+            num_windows=store.num_windows,
             silent=tuple(sorted(outcomes.silent)),
             cancelled=tuple(sorted(outcomes.cancelled)),
             equal=outcomes.equal_embeddings(),

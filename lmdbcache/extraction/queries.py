@@ -43,7 +43,7 @@ def embed_clip(
         ModelLoadError: The model can't be loaded.
         ProvenanceMismatchError: It has other weights than the one that filled the store.
     """
-    config = reader.config
+    config = reader.config.replace(window=None)
     found = _model_of(reader, model)
     embedder = found.make_embedder(config, device)
     _check_weights(reader, embedder.provenance())

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,12 +23,18 @@ from lmdbcache.embedders import AudioModel, ModuleEmbedder, module_digest, moved
 from lmdbcache.errors import CacheError, InvalidEmbeddingError
 from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import Outcomes
-from lmdbcache.storage import EmbeddingReader, EmbeddingWriter
+from lmdbcache.storage import (
+    EmbeddingReader,
+    EmbeddingWriter,
+    first_window,
+    is_first_window,
+    recording_of,
+)
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["StoreToFill"]
+__all__ = ["StoreOfWindowsToFill", "StoreToFill"]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -63,6 +70,7 @@ class StoreToFill:
         self.to_be_written: set[str] = set()  # by all ranks that fill this store
         self.num_cached = 0
         self.num_extracted = 0
+        self.num_windows: int | None = None
         self.num_suspects = 0
         self.moved_model = ""
         self.has_company = False
@@ -116,19 +124,27 @@ class StoreToFill:
     def _look_at_sources(self, *, recompute_changed: bool) -> None:
         """Count the cached clips whose file isn't as it was, or note those that changed."""
         cached = {
-            sample_id: source
+            self._stored_as(sample_id): source
             for sample_id, source in self._paths.items()
             if isinstance(source, str) and sample_id not in self.missing
         }
         if not cached:
             return
         if recompute_changed:
-            self.changed = set(changed_clips(self.path, cached))
+            self.changed = set(map(self._clip_of, changed_clips(self.path, cached)))
             return
         with suppress(CacheError):  # `check_sources` reports what is wrong with the records
             self.num_suspects = num_suspects(self.path, cached)
             if self._staging is not None:
                 self.num_suspects += num_suspects(self._staging.root_store, cached)
+
+    def _stored_as(self, clip: str) -> str:
+        """The sample id that is stored of a clip."""
+        return clip
+
+    def _clip_of(self, sample_id: str) -> str:
+        """The clip that a stored sample id is of."""
+        return sample_id
 
     def compare_weights(self, model: str | os.PathLike[str] | AudioModel) -> None:
         """Compare the weights of a model that won't run with those that filled the store.
@@ -205,6 +221,10 @@ class StoreToFill:
         )
         return self._writer
 
+    def lacking(self, unit: FeatureBatch) -> tuple[str, ...]:
+        """Return the clips of a unit that are to be computed for this store."""
+        return tuple(one for one in unit.sample_ids if one in self.missing)
+
     def put(self, batch: FeatureBatch, embeddings: Iterable[Any]) -> None:
         """Add what was computed together, to be stored together.
 
@@ -214,9 +234,7 @@ class StoreToFill:
             batch: The clips.
             embeddings: Those of `batch.sample_ids`, in order.
         """
-        writer = self._writer
-        if writer is None:
-            raise RuntimeError("open_writer comes first")
+        writer = self._open_one()
         with writer.together():
             for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
                 self._recorder.note(sample_id, batch.sources.get(sample_id))
@@ -230,6 +248,16 @@ class StoreToFill:
                     self.outcomes.note_stored(sample_id, embedding, batch)
         # What another run has stored before us is skipped.
         self.has_company |= writer.num_written + writer.num_pending < self._num_put
+        self.outcomes.note(batch.sample_ids, batch.failures)
+
+    def finish(self, unit: FeatureBatch) -> None:
+        """Note what failed of a unit, all of which has been put."""
+        self.outcomes.note((), [one for one in unit.failures if one.sample_id in self.missing])
+
+    def _open_one(self) -> EmbeddingWriter:
+        if self._writer is None:
+            raise RuntimeError("open_writer comes first")
+        return self._writer
 
     def discard(self) -> None:
         """Drop what isn't committed."""
@@ -260,3 +288,101 @@ class StoreToFill:
     def count(self) -> None:
         """Take down how many embeddings the writer has committed."""
         self.num_extracted = self._writer.num_written if self._writer else 0
+
+
+class StoreOfWindowsToFill(StoreToFill):
+    """A store of windows: its clips are recordings, which are stored in full or missing.
+
+    The first window of a recording is put behind all others, as it says that they are there.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stored: dict[str, frozenset[str]] = {}  # windows of the missing recordings
+        self._outdated: set[str] = set()  # recordings with windows of another content
+        self._first: dict[str, tuple[Any, FeatureBatch]] = {}  # embeddings, and their batches
+        self._failed: set[str] = set()
+        self._finished: list[str] = []
+
+    def _stored_as(self, clip: str) -> str:
+        return first_window(clip)
+
+    def _clip_of(self, sample_id: str) -> str:
+        return recording_of(sample_id)
+
+    def stored_windows(self, recording: str) -> frozenset[str]:
+        """Return the windows that needn't be computed of a recording that is missing."""
+        if recording not in self._stored:
+            reader = self._open_reader()
+            found = [] if reader is None else reader.window_ids(recording)
+            path = self._paths[recording]
+            is_outdated = recording in self.changed
+            if found and isinstance(path, str) and not is_outdated:
+                is_outdated = bool(changed_clips(self.path, dict.fromkeys(found, path)))
+            if is_outdated:
+                self._outdated.add(recording)
+            self._stored[recording] = frozenset(() if is_outdated else found)
+        return self._stored[recording]
+
+    def lacking(self, unit: FeatureBatch) -> tuple[str, ...]:
+        """Return the windows of a batch, all or none: part of a batch would have other bits."""
+        needed = set(unit.sample_ids).difference(self.stored_windows(unit.recording))
+        is_ours = unit.recording in self.missing and unit.recording not in self._failed
+        return tuple(unit.sample_ids) if needed and is_ours else ()
+
+    def put(self, batch: FeatureBatch, embeddings: Iterable[Any]) -> None:
+        """Add what was computed together, but for the recording's first window."""
+        recording, rows = batch.recording, list(zip(batch.sample_ids, embeddings, strict=True))
+        writer = self._open_one()
+        if recording in self._outdated:
+            writer.remove([recording])
+            self._outdated.discard(recording)
+        self._fail(batch.failures)
+        stored = self._stored[recording]
+        with writer.together():
+            for sample_id, embedding in rows:
+                if is_first_window(sample_id):
+                    # A row of the batch would keep all of it.
+                    self._first[recording] = embedding.clone(), replace(batch, features=None)
+                elif sample_id not in stored:
+                    self._put(sample_id, embedding, batch)
+        self.has_company |= writer.num_written + writer.num_pending < self._num_put
+
+    def finish(self, unit: FeatureBatch) -> None:
+        """Behind the last batch of a recording: add its first window, if all others are there."""
+        recording = unit.recording
+        if not unit.is_last or recording not in self.missing:
+            return
+        first, batch = self._first.pop(recording, (None, unit))
+        self._fail(unit.failures)
+        if first is None or recording in self._failed:
+            return
+        with self._open_one().together():
+            self._put(first_window(recording), first, batch)
+        if recording not in self._failed:
+            self._finished.append(recording)
+            self.outcomes.note_finished(unit)
+
+    def _put(self, sample_id: str, embedding: Any, batch: FeatureBatch) -> None:
+        recording = recording_of(sample_id)
+        source = batch.sources.get(sample_id)
+        self._recorder.note(sample_id, source)
+        try:
+            self._open_one().put(sample_id, embedding)
+        except InvalidEmbeddingError as error:
+            self._fail([ClipFailure(recording, str(self._paths[recording]), str(error))])
+        else:
+            self._num_put += 1
+            self.outcomes.note_stored(sample_id, embedding, batch)
+
+    def _fail(self, failures: Iterable[ClipFailure]) -> None:
+        """Note recordings that aren't whole, each with its first failure."""
+        for failure in failures:
+            if failure.sample_id not in self._failed and failure.sample_id in self.missing:
+                self._failed.add(failure.sample_id)
+                self.outcomes.note((), [failure])
+
+    def count(self) -> None:
+        """Take down how many recordings, and windows in all, have been committed."""
+        self.num_extracted = len(self._finished) - len(self._not_stored(self._finished))
+        self.num_windows = self._writer.num_written if self._writer else 0

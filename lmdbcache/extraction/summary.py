@@ -35,7 +35,9 @@ class ExtractionSummary(Report):
         store: The store's folder; None if nothing is stored.
         num_samples: Distinct samples asked for.
         num_cached: Of these, stored before the run, or by another process in the meantime.
-        num_extracted: Embeddings added by the run.
+        num_extracted: Embeddings added by the run; with windows, recordings.
+        num_windows: Embeddings added by the run, those of unfinished recordings included; None
+            without windows.
         silent: The sample ids of digital silence among them.
         cancelled: Those whose channels cancel when they are mixed to mono: the mix has less than a
             thousandth (-30 dB) of the channels' mean energy.
@@ -60,6 +62,7 @@ class ExtractionSummary(Report):
     num_samples: int
     num_cached: int
     num_extracted: int = 0
+    num_windows: int | None = None
     silent: tuple[str, ...] = ()
     cancelled: tuple[str, ...] = ()
     equal: tuple[tuple[str, ...], ...] = ()
@@ -96,6 +99,8 @@ class ExtractionSummary(Report):
         """The first line of the text."""
         rate = f", {self.num_extracted / self.seconds:.1f} clips/s" if self.num_extracted else ""
         counts = f"{self.num_cached} were cached, {self.num_extracted} extracted"
+        if self.num_windows is not None:
+            counts += f" ({self.num_windows} windows)"
         failed = f"{len(self.failures)} failed ({self.seconds:.1f} s{rate})"
         who = f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
         return f"{who}{self.num_samples} samples: {counts}, {failed}"
@@ -167,6 +172,12 @@ class Outcomes:
         first, heard = self._first.setdefault(checksum, (sample_id, audio))
         if heard != audio:
             self._equal.setdefault(checksum, [first]).append(sample_id)
+
+    def note_finished(self, unit: FeatureBatch) -> None:
+        """Record a recording whose windows are all stored, see `FeatureBatch.is_last`."""
+        self.silent.extend(unit.silent)
+        self.cancelled.extend(unit.cancelled)
+        self.settled.add(unit.recording)
 
     def equal_embeddings(self) -> tuple[tuple[str, ...], ...]:
         """Return the sample ids that share one embedding although their clips sound different."""

@@ -515,12 +515,21 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
             ConfigError: The store's config has no `window`.
             IntegrityError: See `verify`.
         """
-        sample_ids = self.window_ids(recording_id)
-        if not sample_ids or not is_first_window(sample_ids[0]):
-            raise self._not_found([recording_id])
+        sample_ids = self.windows_of(recording_id)
         rate = self.config.sample_rate
         starts = [(window_start(sample_id, rate) or 0) / rate for sample_id in sample_ids]
         return Windows(np.array(starts, np.float64), self.get_batch(sample_ids), sample_ids)
+
+    def windows_of(self, recording_id: str) -> list[str]:
+        """The sample ids of one recording's windows, in order.
+
+        Raises:
+            SampleNotFoundError, ConfigError: See `windows`.
+        """
+        sample_ids = self.window_ids(recording_id)
+        if not sample_ids or not is_first_window(sample_ids[0]):
+            raise self._not_found([recording_id])
+        return sample_ids
 
     def window_ids(self, recording_id: str) -> list[str]:
         """The stored windows of one recording, in order; there are some of an unfinished one.

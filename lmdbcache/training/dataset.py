@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmdbcache.cache import ViewSelection, clip_lengths
+from lmdbcache.cache import HiddenStateView, ViewSelection, clip_lengths
 from lmdbcache.errors import CacheFullError, ConfigError
 from lmdbcache.files import few, readable_size
 from lmdbcache.storage import (
@@ -26,6 +26,7 @@ from lmdbcache.storage import (
     MappedFile,
     Selection,
     batch_buffers,
+    recording_of,
 )
 from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor
@@ -64,7 +65,9 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
 
     Args:
         source: Where the embeddings are, such as `cache.reader(config)`; the attribute `reader`.
-        sample_ids: The samples, in order; None takes all that are stored.
+        sample_ids: The samples, in order; None takes all that are stored. Of a store of windows
+            the samples are windows: the id of a recording means all of its windows, each with the
+            recording's label, and None all of the recordings that are stored in full.
         labels: One target for each sample: a sequence, array or tensor of numbers or of rows such
             as multi-hot ones, or a Mapping of class name or sample id to target. Integers become
             int64; floats and bools stay what they are.
@@ -91,6 +94,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
     ) -> None:
         self.reader: Final = source
         self.collated = collated
+        sample_ids, labels = _windows_of(source, sample_ids, labels)
         self.selection = source.select(sample_ids)
         self.labels = None if labels is None else target_tensor(self.sample_ids, labels)
         self.num_valid = _num_valid(source, self.sample_ids) if with_num_valid else None
@@ -165,7 +169,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
                 threads=threads,
             )
         else:
-            embeddings = self.selection.get_batch(indices)
+            embeddings = as_tensor(self.selection.get_batch(indices))
             embeddings = embeddings.pin_memory() if pin_memory else embeddings
         further = self._further
         if not further:
@@ -182,8 +186,7 @@ class EmbeddingDataset(torch.utils.data.Dataset[Any]):
             return as_tensor(self.selection.reader[self.selection.sample_ids[index]])
         if isinstance(self.selection, ViewSelection):
             return as_tensor(self.selection.get_batch([index])[0])
-        one: torch.Tensor = self.selection.get_batch([index])[0]
-        return one
+        return as_tensor(self.selection.get_batch([index]))[0]
 
 
 def _num_valid(source: Any, sample_ids: Sequence[str]) -> torch.Tensor:
@@ -197,6 +200,25 @@ def _num_valid(source: Any, sample_ids: Sequence[str]) -> torch.Tensor:
             "`with_num_valid` out"
         )
     return torch.tensor([lengths[sample_id] for sample_id in sample_ids], dtype=torch.long)
+
+
+def _windows_of(
+    source: Any, sample_ids: Sequence[str] | None, labels: Targets | None
+) -> tuple[Sequence[str] | None, Targets | None]:
+    """Return the samples with windows in place of recordings, and a label for each.
+
+    Raises:
+        SampleNotFoundError: A recording isn't stored in full.
+    """
+    reader = source.reader if isinstance(source, HiddenStateView) else source
+    if not isinstance(reader, EmbeddingReader) or reader.config.window is None:
+        return sample_ids, labels
+    names = list(reader.recordings() if sample_ids is None else sample_ids)
+    groups = [[name] if recording_of(name) != name else reader.windows_of(name) for name in names]
+    if labels is not None and not isinstance(labels, Mapping):
+        rows = np.repeat(np.arange(len(names)), list(map(len, groups)))
+        labels = target_tensor(names, labels)[torch.from_numpy(rows)]
+    return [window for group in groups for window in group], labels
 
 
 class CollatedBatch(list[Any]):

@@ -11,7 +11,7 @@ import torch
 
 from lmdbcache.errors import ConfigError, InvalidSampleIdError, MissingLabelError
 from lmdbcache.files import few
-from lmdbcache.storage import canonical_sample_id, class_of
+from lmdbcache.storage import canonical_sample_id, class_of, recording_of
 from lmdbcache.training.tensors import as_tensor
 
 __all__ = ["Targets", "target_tensor"]
@@ -29,7 +29,7 @@ def target_tensor(sample_ids: Sequence[str], targets: Targets) -> torch.Tensor:
     Args:
         sample_ids: The samples.
         targets: A sequence, array or tensor with one row for each sample; or a Mapping by sample
-            id or by class, where a sample's id comes first.
+            id or by class, where a sample's id comes first; of a window its recording's follows.
 
     Returns:
         `(len(sample_ids), *shape of one target)` on the CPU.
@@ -70,7 +70,8 @@ def _by_name(sample_ids: Sequence[str], targets: Mapping[str, Any]) -> list[Any]
 
 def _names(sample_id: str) -> tuple[str, ...]:
     try:
-        return sample_id, canonical_sample_id(sample_id), class_of(sample_id)
+        canonical = canonical_sample_id(sample_id)
+        return sample_id, canonical, recording_of(canonical), class_of(sample_id)
     except InvalidSampleIdError:
         return (sample_id,)
 

@@ -17,8 +17,10 @@ __all__ = ["TensorMapping", "as_tensor"]
 _BFLOAT16: Final = NUMPY_DTYPES["bfloat16"]
 
 
-def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+def as_tensor(array: npt.NDArray[Any] | torch.Tensor) -> torch.Tensor:
     """Return a CPU tensor over the memory of an owned, writable array; bfloat16 included."""
+    if isinstance(array, torch.Tensor):
+        return array
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import CacheError, CacheNotFoundError, SampleNotFoundError
+from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, SampleNotFoundError
 from lmdbcache.storage import EmbeddingReader, EmbeddingWriter
 
 __all__ = ["Found", "StoredEmbeddings", "WriteBack", "find_stored"]
@@ -63,9 +63,17 @@ class StoredEmbeddings:
     Args:
         cache: Where to look.
         config: Identity of the store.
+
+    Raises:
+        ConfigError: It has windows, which a clip has several of.
     """
 
     def __init__(self, cache: EmbeddingCache, config: CacheConfig) -> None:
+        if config.window is not None:
+            raise ConfigError(
+                "window: a store of windows has no embedding of a clip as a whole. Read it with an "
+                "EmbeddingDataset, of windows or of `RecordingView(reader)`"
+            )
         self.cache: Final = cache
         self.config: Final = config
         self._reader: EmbeddingReader | None = None

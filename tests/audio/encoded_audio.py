@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 
-from lmdbcache.audio import load_clip
+from lmdbcache.audio import load_clip, load_windows
+from lmdbcache.errors import AudioDecodeError
 
 RATE = 8000
 SECONDS = 1.5
@@ -98,8 +100,22 @@ def without_first_frame(mp3: bytes) -> bytes:
 
 
 def decoded(source, rate: int = RATE, duration: float = 20.0, decoder: str = "soundfile"):
-    """The samples that come from the file, without padding."""
-    clip = load_clip(source, rate, duration, decoder)
+    """The samples that come from the file, without padding; streamed, they are the same."""
+    try:
+        clip = load_clip(source, rate, duration, decoder)
+    except AudioDecodeError:
+        with pytest.raises(AudioDecodeError):
+            streamed(source, rate, decoder)
+        raise
     assert clip.waveform.shape == (round(rate * duration),)
     assert not clip.waveform[clip.num_valid :].any()
-    return clip.waveform[: clip.num_valid]
+    samples = clip.waveform[: clip.num_valid]
+    if len(samples) < len(clip.waveform):
+        assert streamed(source, rate, decoder).tobytes() == samples.tobytes()
+    return samples
+
+
+def streamed(source, rate: int, decoder: str = "soundfile") -> np.ndarray:
+    """All samples of the file, put together from its windows."""
+    found = load_windows(source, rate, rate // 3, rate // 3, "pad", decoder)
+    return np.concatenate([window.waveform[: window.num_valid] for window in found])

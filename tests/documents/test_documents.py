@@ -80,6 +80,12 @@ ENDINGS = {
         from lmdbcache import EmbeddingCache
         assert EmbeddingCache("copy.cache").reader(config) == cache.reader(config)
     """,
+    "windows.md": """
+        assert windows.starts.tolist() == [2.5 * n for n in range(10)]
+        assert windows.embeddings.shape == (10, 16)
+        assert windows.sample_ids[1] == "garden@00002.500000:dawn"
+        assert recordings["garden:dawn"].shape == (16,)
+    """,
     "vegas.md": """
         hidden = VEGASDataset("VEGAS", ast_cache_dir="VEGAS.cache", ast_output="last_hidden_state")
         assert hidden.load_ast_embeddings_from_cache()

@@ -33,7 +33,9 @@ from lmdbcache.storage import (
     OnDuplicate,
     check_room,
     checksum,
+    is_first_window,
     portable,
+    recording_of,
     sample_id_of_key,
 )
 
@@ -232,6 +234,7 @@ class _Pull:
         self._lock = Lock()  # of the counts, which several downloads add to
         self._bytes_done = self._bytes_in_all = 0
         self._is_over = False
+        self._first_windows: list[tuple[Offer, ShardHeader, dict[int, Any]]] = []
 
     def look(self, selection: Selection) -> list[_Wanted]:
         """Return the shards to fetch, so that all that is asked for is here or can be compared."""
@@ -242,7 +245,7 @@ class _Pull:
             selection.check_classes(f"{self._remote.place}/{self._config.fingerprint}")
         report.num_samples, report.num_same = len(self._asked), len(self._present)
         report.num_skipped, report.num_shards = len(self._skipped), len(wanted)
-        report.absent = sorted((selection.sample_ids or frozenset()) - self._asked)
+        report.absent = selection.absent(self._asked)
         report.bytes_to_fetch = sum(map(self._size, wanted))
         return wanted
 
@@ -267,6 +270,7 @@ class _Pull:
                 lost |= missed
                 # Another shard may have what a damaged one was to bring.
                 queue = self._search(Selection(sample_ids=missed)) if missed else []
+            self._finish_recordings(lost)
         finally:
             self._is_over = True
         self._report.lost = sorted(lost - self._stored().keys()) if lost else []
@@ -413,20 +417,38 @@ class _Pull:
     # ---- into the store
 
     def _import(self, wanted: _Wanted, embeddings: _Values) -> None:
-        manifest, header = wanted.offer.manifest, wanted.header
+        offer, header, rows = wanted.offer, wanted.header, wanted.rows
+        if self._config.window is not None:  # see `Intake.add`
+            first = [row for row in rows if is_first_window(header.sample_ids[row])]
+            values = {row: np.array(embeddings[row]) for row in first}
+            self._first_windows.append((offer, header, values))
+            rows = [row for row in rows if row not in values]
+        self._add(offer, header, rows, _chosen(embeddings, rows))
+        self._local.discard(offer.entry)
+
+    def _add(
+        self, offer: Offer, header: ShardHeader, rows: Sequence[int], values: Embeddings
+    ) -> None:
+        manifest = offer.manifest
         provenance = portable(manifest.provenance)
         detail = {"url": self._report.url, "manifest": manifest.id, "created": manifest.created}
-        rows = self._intake.checked(
-            wanted.sample_ids,
-            _chosen(embeddings, wanted.rows),
+        checked = self._intake.checked(
+            [header.sample_ids[row] for row in rows],
+            values,
             Origin(manifest.writer, detail, provenance),
-            checksums=[header.checksums[row] for row in wanted.rows],
+            checksums=[header.checksums[row] for row in rows],
         )
         try:
-            self._intake.add(rows, provenance)
+            self._intake.add(checked, provenance)
         except ProvenanceMismatchError as error:  # two writers with different weights, a new store
             self._refuse(manifest, error)
-        self._local.discard(wanted.offer.entry)
+
+    def _finish_recordings(self, lost: set[str]) -> None:
+        """Store the first windows of the recordings whose other windows are stored."""
+        incomplete = set(map(recording_of, lost - self._stored().keys())) if lost else set()
+        for offer, header, values in self._first_windows:
+            rows = [row for row in values if recording_of(header.sample_ids[row]) not in incomplete]
+            self._add(offer, header, rows, [values[row] for row in rows])
 
 
 def _chosen(embeddings: _Values, rows: list[int]) -> Embeddings:
