@@ -38,6 +38,7 @@ __all__ = [
     "free_bytes",
     "is_old_temporary",
     "is_temporary",
+    "is_url",
     "occupy_standard_descriptors",
     "open_file",
     "read_file",
@@ -46,6 +47,7 @@ __all__ = [
     "replace_file",
     "sync_file",
     "user_cache_folder",
+    "without_secrets",
 ]
 
 _logger: Final = logging.getLogger(__name__)
@@ -391,3 +393,16 @@ os.register_at_fork(
     after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is meant as a URL, and not as a path or a name."""
+    return "://" in text
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL as it may be shown and kept: without the password, if it has one."""
+    protocol, colon, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    user, at, name = host.rpartition("@")
+    return f"{protocol}{colon}{user.partition(':')[0]}{at}{name}{slash}{path}"

@@ -10,6 +10,11 @@ from .formats import (
     is_readable as is_readable,
     with_decoder as with_decoder,
 )
+from .remote import (
+    FilePart as FilePart,
+    list_url as list_url,
+    opened_url as opened_url,
+)
 from .source import (
     AudioSource as AudioSource,
     Clips as Clips,

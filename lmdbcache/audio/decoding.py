@@ -19,9 +19,9 @@ from lmdbcache.audio.containers import DamagedAudioError, PiecedFile, size_of
 from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg, stream_by_ffmpeg
 from lmdbcache.audio.formats import check_decoder, is_readable
 from lmdbcache.audio.soundfile_decoder import read_by_soundfile, stream_by_soundfile
-from lmdbcache.audio.source import AudioSource, open_source, shown
+from lmdbcache.audio.source import AudioSource, as_source, open_source, shown
 from lmdbcache.audio.waveform import fit
-from lmdbcache.errors import AudioDecodeError, MissingDependencyError
+from lmdbcache.errors import AudioDecodeError, MissingDependencyError, RemoteError
 from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def load_clip(
         MissingDependencyError: soundfile, soxr or, for `"ffmpeg"`, av isn't installed.
     """
     resample, read = _audio_packages(decoder)
+    path = as_source(path)
     num_samples = round(sample_rate * duration)
     with failures_of(path):
         recording = None
@@ -214,6 +215,8 @@ def _reason(error: BaseException) -> str:
         return "no such file"
     if isinstance(error, PermissionError):
         return "no permission to read it"
+    if isinstance(error, RemoteError):
+        return f"it can't be fetched: {error}"
     text = getattr(error, "error_string", "") or getattr(error, "strerror", "") or str(error)
     text = " ".join(str(text).split()).rstrip(".")
     return f"not readable as audio: {text or type(error).__name__}"

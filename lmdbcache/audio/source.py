@@ -7,6 +7,9 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, runtime_checkable
 
+from lmdbcache.audio.remote import FilePart, check_url
+from lmdbcache.files import is_url
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -38,10 +41,19 @@ Clips: TypeAlias = (
 
 
 def as_source(given: str | os.PathLike[str] | AudioSource) -> str | AudioSource:
-    """A path as text; a source as it is."""
+    """A path as text; a URL as what reads it; a source as it is.
+
+    Raises:
+        ConfigError: A URL of a kind that fsspec doesn't know.
+        MissingDependencyError: A package is needed for it.
+    """
     # Text first: asking whether something has a protocol's methods takes up to 40 µs.
     if isinstance(given, (str, os.PathLike)):
-        return os.fspath(given)
+        path = os.fspath(given)
+        if not is_url(path):
+            return path
+        check_url(path)
+        return FilePart(path)
     if isinstance(given, AudioSource):
         return given
     raise TypeError(f"{given!r:.80} is neither a path nor an AudioSource with open_binary()")
@@ -53,8 +65,11 @@ def open_source(source: str | os.PathLike[str] | AudioSource) -> BinaryIO:
     Raises:
         OSError: It can't be read, or is something other than a file, such as a pipe, whose reader
             would wait.
+        RemoteError: It is a URL that can't be read.
         ValueError: The path has a NUL in it.
     """
+    if not isinstance(source, os.PathLike):
+        source = as_source(source)
     if isinstance(source, AudioSource) and not isinstance(source, os.PathLike):
         return source.open_binary()
     path = Path(source)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
@@ -19,7 +19,9 @@ from lmdbcache.cli.console import printable
 from lmdbcache.cli.wording import in_options
 from lmdbcache.errors import CacheError
 
-__all__ = ["Argument", "Command", "Option", "command_from", "dashed_id"]
+__all__ = ["Argument", "Command", "Option", "PathOrUrl", "command_from", "dashed_id"]
+
+PathOrUrl = NewType("PathOrUrl", str)
 
 _Given = tuple[str, Any, Any]  # name, hint, default
 
@@ -259,6 +261,8 @@ def _without_none(hint: Any) -> Any:
 
 
 def _click_type(kind: Any, least: Any, most: Any) -> Any:
+    if kind is PathOrUrl:
+        return click.Path()
     if kind is Path:
         return click.Path(path_type=Path)
     if issubclass(kind, Enum):

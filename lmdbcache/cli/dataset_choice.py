@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Final
 
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache, left_out_counts
-from lmdbcache.cli.command import Argument, Option
+from lmdbcache.cli.command import Argument, Option, PathOrUrl
 from lmdbcache.cli.options import Decoder
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import (
@@ -27,6 +28,7 @@ from lmdbcache.datasets import (
 )
 from lmdbcache.errors import DatasetError
 from lmdbcache.extraction import to_clips
+from lmdbcache.files import is_url, without_secrets
 
 __all__ = ["DatasetChoice"]
 
@@ -41,12 +43,15 @@ _logger = logging.getLogger(__name__)
 class DatasetChoice:
     """A dataset, and which of its clips."""
 
-    data_dir: Annotated[Path, Argument(help="The dataset's folder.")]
+    data_dir: Annotated[
+        PathOrUrl, Argument(help="The dataset's folder; or a tar shard, or a URL of either.")
+    ]
     kind: Annotated[
         str,
         Option(
             "--dataset",
-            help="auto, vegas, esc50, vggsound, folder or huggingface; see docs/datasets.md.",
+            help="auto, vegas, esc50, vggsound, folder, huggingface or webdataset; see "
+            "docs/datasets.md.",
             panel=_LAYOUT,
         ),
     ] = "auto"
@@ -169,6 +174,13 @@ class DatasetChoice:
             namespace=self.given_namespace,
             decoder=self.decoder or "soundfile",
         )
+
+    @property
+    def root(self) -> str:
+        """The folder's absolute path, or the URL without a password."""
+        if is_url(self.data_dir):
+            return without_secrets(self.data_dir)
+        return os.path.abspath(self.data_dir)  # noqa: PTH100 - a link keeps its name
 
     @property
     def namespace(self) -> str:

@@ -111,7 +111,7 @@ def extract_command(
             "model": model,
             "batch_size": batch_size,
             "device": device,
-            "dataset_root": dataset.data_dir.absolute(),
+            "dataset_root": dataset.root,
             "commit_seconds": commit_seconds,
             "recompute_changed": changed,
             "staging": launch.staging,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lmdbcache.cache import EmbeddingCache
-from lmdbcache.cli.command import Argument, Option
+from lmdbcache.cli.command import Argument, Option, PathOrUrl
 from lmdbcache.cli.console import counted, finish, progress_bar, say
 from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Progress, Root, find_folder
@@ -77,7 +77,7 @@ def _say_written(out: Path, report: CacheReport) -> None:
 
 
 def _by_split(folder: Path) -> DatasetSplits:
-    choice = DatasetChoice(folder)
+    choice = DatasetChoice(PathOrUrl(str(folder)))
     return DatasetSplits(
         name=folder.name or str(folder),
         namespace=choice.namespace,

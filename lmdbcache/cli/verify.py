@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lmdbcache.cache import (
     check_sources,
     read_store_info,
 )
-from lmdbcache.cli.command import Option
+from lmdbcache.cli.command import Option, PathOrUrl
 from lmdbcache.cli.console import (
     counted,
     finish,
@@ -163,7 +164,7 @@ def clips_of_store(store: Path, data_dir: Path) -> Mapping[str, str]:
         ConfigError: It holds another dataset's embeddings.
         DatasetError: The folder isn't such a dataset.
     """
-    dataset = DatasetChoice(data_dir)
+    dataset = DatasetChoice(PathOrUrl(os.fspath(data_dir)))
     config = read_store_info(store).config
     if config is not None and config.namespace != dataset.namespace:
         raise ConfigError(

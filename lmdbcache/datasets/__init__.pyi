@@ -29,4 +29,5 @@ from .splits import (
     partition_samples as partition_samples,
     split_samples as split_samples,
 )
+from .tar_shards import TarShards as TarShards
 from .vegas import CLASS_LABELS as CLASS_LABELS, NAMESPACE as NAMESPACE

@@ -19,6 +19,7 @@ from lmdbcache.datasets.scanning import (
     visible_entries,
 )
 from lmdbcache.errors import DatasetError
+from lmdbcache.files import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,7 @@ class AudioFolder(ListedDataset):
     folders `img` and `videos` are ignored.
 
     Args:
-        root: Folder that holds one folder per class.
+        root: Folder that holds one folder per class; a path or a URL such as `s3://bucket/sounds`.
         namespace: None makes one from the folder's name, see `lmdbcache.datasets.namespaces`.
         decoder: What decodes the clips: files that it doesn't read are left out.
 
@@ -65,7 +66,8 @@ class AudioFolder(ListedDataset):
         passed_over = PassedOver(decoder)
         entries_of(folder)  # raises where it can't be listed
         groups = _class_folders(folder, passed_over)
-        name = os.path.basename(os.path.realpath(folder))  # noqa: PTH119
+        place = folder if is_url(folder) else os.path.realpath(folder)
+        name = os.path.basename(place)  # noqa: PTH119
         super().__init__(
             folder,
             namespace_of(self.kind, namespace, name),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias, run
 from lmdbcache.audio import shown
 from lmdbcache.datasets.scanning import LeftOut, PassedOver, summary_of
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
-from lmdbcache.files import expand_user
+from lmdbcache.files import expand_user, is_url
 from lmdbcache.storage import canonical_class, join_sample_id
 
 if TYPE_CHECKING:
@@ -217,11 +217,13 @@ def own_split_name(name: str) -> str:
 
 
 def checked_folder(root: str | Path, expected: str) -> str:
-    """Return the folder's absolute path, `~` expanded.
+    """Return the folder's absolute path, `~` expanded; a URL as it is.
 
     Raises:
         DatasetError: It isn't a folder.
     """
+    if is_url(os.fspath(root)):
+        return os.fspath(root).rstrip("/")
     folder = os.path.abspath(expand_user(root))  # noqa: PTH100
     if not os.path.isdir(folder):  # noqa: PTH112
         raise DatasetError(f"{shown(folder)} isn't a folder; expected is {expected}")

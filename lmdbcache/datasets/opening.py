@@ -13,10 +13,11 @@ from lmdbcache.datasets.base import AudioDataset, ListedDataset
 from lmdbcache.datasets.esc50 import ESC50Folder
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
 from lmdbcache.datasets.scanning import entries_of
+from lmdbcache.datasets.tar_shards import TarShards
 from lmdbcache.datasets.vegas import VEGASFolder, check_spelling
 from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.errors import DatasetError
-from lmdbcache.files import expand_user
+from lmdbcache.files import expand_user, is_url
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,7 @@ ADAPTERS: Final[dict[str, type[ListedDataset]]] = {
         ESC50Folder,
         VGGSoundFolder,
         HuggingFaceDataset,
+        TarShards,
         AudioFolder,
     )
 }
@@ -54,10 +56,11 @@ def open_dataset(
     The layout is in the dataset's `kind` and in the log.
 
     Args:
-        source: A folder, a Hugging Face `Dataset` or `DatasetDict`, or an `AudioDataset`, which
-            is given back.
+        source: A folder, a tar shard, the URL of a folder or shard that fsspec knows
+            (`s3://bucket/sounds`), a Hugging Face `Dataset` or `DatasetDict`, or an `AudioDataset`,
+            which is given back.
         kind: `"auto"`, or a layout: `"vegas"`, `"esc50"`, `"vggsound"`, `"folder"`,
-            `"huggingface"`.
+            `"huggingface"`, `"webdataset"`. At a URL there are `"folder"` and `"webdataset"`.
         table: VGGSound's table, where it isn't in the folder.
         audio_column: Of a Hugging Face dataset.
         label_column: Of a Hugging Face dataset.
@@ -111,6 +114,12 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
     Raises:
         DatasetError: None or several; the message names the layouts.
     """
+    place = os.fspath(folder)
+    if place.endswith(".tar"):
+        return TarShards.kind
+    if is_url(place):
+        entries_of(place)  # raises where it can't be listed
+        return TarShards.kind if TarShards.recognizes(place, decoder) else AudioFolder.kind
     root = expand_user(folder)
     expected = "Layouts are " + "; ".join(f"{kind}: {a.layout}" for kind, a in ADAPTERS.items())
     if not root.is_dir():
@@ -118,8 +127,8 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
     with_options = [k for k, adapter in ADAPTERS.items() if given.keys() <= _options_of(adapter)]
     if given and len(with_options) == 1:
         return with_options[0]
-    last = AudioFolder.kind
-    found = [k for k, a in ADAPTERS.items() if k != last and a.recognizes(root, decoder)]
+    last = (AudioFolder.kind, TarShards.kind)  # a tar may be what the folder was unpacked from
+    found = [k for k, a in ADAPTERS.items() if k not in last and a.recognizes(root, decoder)]
     if len(found) > 1:
         raise DatasetError(
             f"{shown(root)} can be {' or '.join(found)}; say which (`kind`). {expected}"
@@ -128,6 +137,7 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
         return found[0]
     entries_of(root)  # raises where it can't be listed
     check_spelling(root)
-    if AudioFolder.recognizes(root, decoder):
-        return last
+    for kind in last:
+        if ADAPTERS[kind].recognizes(root, decoder):
+            return kind
     raise DatasetError(f"{shown(root)}: no dataset recognized. {expected}")

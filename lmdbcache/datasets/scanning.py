@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 import xxhash
 
-from lmdbcache.audio import is_audio, is_readable, open_source, shown
-from lmdbcache.errors import DatasetError
+from lmdbcache.audio import is_audio, is_readable, list_url, open_source, shown
+from lmdbcache.errors import DatasetError, RemoteError
+from lmdbcache.files import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -146,6 +147,8 @@ def entries_of(folder: str | Path) -> list[Entry]:
     Raises:
         DatasetError: It can't be listed.
     """
+    if is_url(os.fspath(folder)):
+        return _remote_entries(os.fspath(folder))
     try:
         with os.scandir(folder) as entries:
             return sorted(map(_entry, entries), key=lambda entry: entry.name)
@@ -153,6 +156,17 @@ def entries_of(folder: str | Path) -> list[Entry]:
         raise DatasetError(
             f"{shown(folder)} can't be listed ({error.strerror}); check its permissions"
         ) from None
+
+
+def _remote_entries(url: str) -> list[Entry]:
+    try:
+        found = list_url(url)
+    except RemoteError as error:
+        raise DatasetError(f"can't be listed: {error}") from error
+    return [
+        Entry(one.name, one.url, is_file=not one.is_folder, is_folder=one.is_folder, is_link=False)
+        for one in found
+    ]
 
 
 def _entry(entry: os.DirEntry[str]) -> Entry:
@@ -324,6 +338,6 @@ def content_digest(source: str | AudioSource) -> str | None:
         with open_source(source) as file:
             while piece := file.read(_PIECE_BYTES):
                 digest.update(piece)
-    except (OSError, ValueError):  # ValueError: NUL in the path
+    except (OSError, RemoteError, ValueError):  # ValueError: NUL in the path
         return None
     return str(digest.hexdigest())

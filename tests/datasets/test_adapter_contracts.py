@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import pytest
 from synthetic_layouts import make_audio_folder, make_esc50, make_vggsound, tone, write_audio
 
@@ -9,6 +11,7 @@ from lmdbcache.datasets import open_dataset
 from lmdbcache.datasets.audio_folder import AudioFolder
 from lmdbcache.datasets.esc50 import ESC50Folder
 from lmdbcache.datasets.huggingface import HuggingFaceDataset
+from lmdbcache.datasets.tar_shards import TarShards
 from lmdbcache.datasets.vegas import VEGASFolder
 from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.testing import DatasetContract
@@ -31,6 +34,20 @@ class TestVGGSound(DatasetContract):
 class TestAudioFolder(DatasetContract):
     def make(self, tmp_path):
         return AudioFolder(make_audio_folder(tmp_path / "some sounds"))
+
+
+class TestTarShards(DatasetContract):
+    """Members of two shards."""
+
+    def make(self, tmp_path):
+        sounds = make_audio_folder(tmp_path / "sounds", suffixes=["wav"])
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        paths = sorted(sounds.rglob("*.wav"))
+        for number in range(2):
+            with tarfile.open(tmp_path / "shards" / f"part-{number}.tar", "w") as shard:
+                for path in paths[number::2]:
+                    shard.add(path, str(path.relative_to(sounds)))
+        return TarShards(tmp_path / "shards")
 
 
 class TestAudioFolderWithSplits(DatasetContract):

@@ -26,7 +26,7 @@ from lmdbcache.errors import (
     MissingDependencyError,
     RemoteError,
 )
-from lmdbcache.files import replace_file, sync_file
+from lmdbcache.files import is_url, replace_file, sync_file, without_secrets
 from lmdbcache.machine import install_line
 
 __all__ = ["CONNECTIONS", "Remote", "in_parallel", "is_url", "without_secrets"]
@@ -334,19 +334,6 @@ def _started(action: Callable[..., _Result], *arguments: Any) -> Future[_Result]
 
 
 # ---- URLs
-
-
-def is_url(text: str) -> bool:
-    """Return whether a text is meant as a place of a `Remote`, and not as a store's name."""
-    return "://" in text
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL as it may be shown and kept: without the password, if it has one."""
-    protocol, colon, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    user, at, name = host.rpartition("@")
-    return f"{protocol}{colon}{user.partition(':')[0]}{at}{name}{slash}{path}"
 
 
 def _checked(url: str) -> str:
