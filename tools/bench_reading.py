@@ -110,6 +110,7 @@ class Bench:
         self.read_through_loaders()
         self.read_singles()
         self.read_preloaded()
+        self.search()
         self.open_fresh()
         self.read_cold()
         return self.figures
@@ -258,6 +259,29 @@ class Bench:
             scale=1e6 / work.num_samples,
         )
         reader.close()
+
+    def search(self) -> None:
+        if len(self.work.shape) > 1:
+            return
+        array = self.embeddings
+        lengths = np.linalg.norm(array, axis=1)
+        with self.cache.reader(self.work.config) as reader:
+            for count in (1, 256):
+                queries = array[:count]
+
+                def in_memory(queries: Any = queries) -> None:
+                    scores = queries @ array.T / lengths
+                    np.argpartition(scores, -10, axis=1)
+
+                self.compare(
+                    f"nearest 10 of {count} {'vector' if count == 1 else 'vectors'}, ms",
+                    {
+                        "ours": lambda queries=queries: reader.nearest(queries),
+                        "RAM": in_memory,
+                    },
+                    scale=1e3,
+                    rounds=3,
+                )
 
     def open_fresh(self) -> None:
         sizes = (str(self.work.num_samples), str(self.work.batch_size))

@@ -51,7 +51,8 @@ def report_command(
 ) -> None:
     """Write one HTML file that shows what is stored: sizes, coverage, a map, duplicates, outliers.
 
-    Exit code 1 if a store is damaged. --json prints the same and writes no file.
+    Exit code 1 if a store is damaged, or splits of --data share equal or nearly equal embeddings.
+    --json prints the same and writes no file.
     """
     cache = EmbeddingCache(root)
     chosen = [find_folder(cache, store) for store in stores] if stores else None
@@ -72,6 +73,8 @@ def report_command(
 
 def _say_written(out: Path, report: CacheReport) -> None:
     state = "no damage found" if report.is_sound else "DAMAGED, see the report"
+    if report.num_leaks:
+        state += f", {counted(report.num_leaks, 'LEAK')} across splits"
     found = counted(len(report.stores), "store")
     say(f"{out}: {found}, {state}; {readable_size(out.stat().st_size)}")
 

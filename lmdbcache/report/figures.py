@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
@@ -17,6 +18,7 @@ from lmdbcache.cache import (
     coverage_of,
     info_or_damage,
     read_failures,
+    recorded_sources,
 )
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError
 from lmdbcache.machine import install_line
@@ -115,7 +117,8 @@ class StoreFigures:
         norms: Of the vectors.
         values: Of the stored numbers; 0.1 % at either end are in the outermost bins.
         map: In two dimensions, or why not.
-        neighbours: Equal, nearly equal and far-off embeddings.
+        paths: Sample id → audio file of the map's points, as far as they are recorded.
+        neighbours: Equal, nearly equal and far-off embeddings; how well neighbors name the class.
         num_unreadable: Samples that couldn't be read.
         unreadable: The first 100 of them with the reason.
         not_finite: Samples that hold NaN or Inf.
@@ -134,11 +137,18 @@ class StoreFigures:
     norms: Distribution | None = None
     values: Distribution | None = None
     map: EmbeddingMap | str = "Nothing to show."
+    paths: Mapping[str, str] = field(default_factory=dict)
     neighbours: Neighbours | None = None
     num_unreadable: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     damage: str | None = None
+
+    @property
+    def num_leaks(self) -> int:
+        """Groups of equal or nearly equal embeddings in more than one split of a dataset."""
+        found = self.neighbours
+        return found.num_equal_leaks + found.num_near_leaks if found else 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ class CacheReport(Report):
         hit_rates: Name → hits and misses; empty if none were recorded.
     """
 
-    derived: ClassVar = ("is_sound",)
+    derived: ClassVar = ("is_sound", "num_leaks")
 
     root: Path
     creation_time: str
@@ -167,9 +177,14 @@ class CacheReport(Report):
         return not any(store.damage for store in self.stores)
 
     @property
+    def num_leaks(self) -> int:
+        """Of all stores: see `StoreFigures.num_leaks`."""
+        return sum(store.num_leaks for store in self.stores)
+
+    @property
     def exit_code(self) -> int:
-        """1 if damage was found."""
-        return 0 if self.is_sound else 1
+        """1 if damage was found, or a leak across splits."""
+        return 0 if self.is_sound and not self.num_leaks else 1
 
 
 def collect_report(
@@ -224,9 +239,8 @@ def collect_report(
 
 def _check_dependencies() -> None:
     try:
-        import jinja2  # noqa: F401
-        import plotly  # noqa: F401
-        import sklearn  # noqa: F401
+        for name in ("jinja2", "plotly", "sklearn"):
+            import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
             f"a report needs the package {error.name}: {install_line('report')}"
@@ -283,6 +297,7 @@ def _figures_of(
     except (CacheError, OSError) as error:
         return replace(figures, damage=str(error))
     num_bad = len(vectors.unreadable) + len(vectors.not_finite)
+    drawn = map_of(vectors)
     return replace(
         figures,
         classes=_classes(ordered, failures, vectors.mean_bytes),
@@ -293,7 +308,8 @@ def _figures_of(
         is_mean=vectors.is_mean,
         norms=distribution_of(vectors.norms),
         values=distribution_of(vectors.values, trim=_TRIM),
-        map=map_of(vectors),
+        map=drawn,
+        paths=_paths(info.path, drawn.sample_ids) if isinstance(drawn, EmbeddingMap) else {},
         neighbours=neighbours,
         num_unreadable=len(vectors.unreadable),
         unreadable=dict(list(vectors.unreadable.items())[:_MAX_UNREADABLE]),
@@ -331,6 +347,14 @@ def _classes(
         ClassSize(name, stored[name], round(stored[name] * mean_bytes), failed[name])
         for name in sorted({*stored, *failed}, key=lambda name: (-stored[name], name))
     ]
+
+
+def _paths(store: Path, sample_ids: Sequence[str]) -> dict[str, str]:
+    try:
+        found = recorded_sources(store, sample_ids)
+        return {sample_id: source.location() for sample_id, _, source in found if source}
+    except (CacheError, OSError):  # damaged records: embeddings are shown without their files
+        return {}
 
 
 def _reclaimable(info: StoreInfo) -> int | None:

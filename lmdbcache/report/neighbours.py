@@ -10,23 +10,27 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.report.separability import Separability, separability_of
 from lmdbcache.report.vectors import Vectors
-from lmdbcache.storage import Progress
+from lmdbcache.storage import Progress, class_of, recording_of
 
 __all__ = [
     "MAX_LISTED",
-    "NEAR_DUPLICATE_COSINE",
     "Alike",
     "Neighbours",
     "Outlier",
     "find_neighbours",
 ]
 
-NEAR_DUPLICATE_COSINE: Final = 0.99
 MAX_LISTED: Final = 100
+_NEAR_DEVIATIONS: Final = 4.0
+_LEAST_DEVIATION: Final = 0.25  # of log10: near-duplicates are at least ten times nearer than usual
+_LEAST_NUM: Final = 20  # fewer have no usual distance
 _NUM_NEIGHBOURS: Final = 10
 _NUM_OF_CLASS: Final = 5  # that give the distance of a sample from its class
 _OUTLIER_DEVIATIONS: Final = 5.0
+_ROBUST: Final = 1.4826  # times the median deviation: a normal distribution's standard deviation
+_ROUNDING: Final = 1e-7  # of a cosine distance of float32
 _TINY_NORM: Final = 1e-6  # of the median norm
 _QUERIES: Final = 512
 _NUM_DIRECTIONS: Final = 64  # searched in; a tenth of the time of 768
@@ -77,15 +81,24 @@ class Outlier(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The three lists, the strongest findings first, and their full lengths.
+    """The lists of findings, the strongest first, and their full lengths.
 
-    `zero_norms` are the samples whose norm is less than a millionth of the median.
+    Args:
+        near_cosine: The least similarity of a near-duplicate; None where nothing is usual.
+        num_equal_leaks: Groups of equals that lie in more than one split.
+        num_near_leaks: The same of near-duplicates.
+        separability: None of fewer than two classes with five files.
+        zero_norms: Samples whose norm is less than a millionth of the median.
     """
 
     num_equal_groups: int
     equal: list[Alike]
+    near_cosine: float | None
     num_near_pairs: int
     near: list[Alike]
+    num_equal_leaks: int
+    num_near_leaks: int
+    separability: Separability | None
     num_outliers: int
     outliers: list[Outlier]
     num_zero_norms: int
@@ -100,31 +113,37 @@ def find_neighbours(
     """Compare the vectors with one another.
 
     Args:
-        vectors: What was read.
+        vectors: What was read, one or more.
         split_of: Sample id → split, of the samples whose split is known.
         progress: Called with the samples compared and those to compare.
     """
     equal = _equal_groups(vectors, split_of)
-    tiny = _tiny_norms(vectors)
+    tiny = vectors.norms <= _TINY_NORM * np.median(vectors.norms)
     near: list[Alike] = []
     outliers: list[Outlier] = []
-    num_near = num_outliers = 0
+    near_cosine = separability = None
     if vectors.pooled is not None:
         # One of each group of equals: a hundred copies would hide every other neighbour.
         first = {digest: row for row, digest in reversed(list(enumerate(vectors.digests)))}
         rows = np.array([row for row in sorted(first.values()) if not tiny[row]], np.int64)
         if len(rows) > 1:
             search = _Search(vectors, rows, progress)
-            near, num_near = search.near_pairs(split_of)
-            outliers, num_outliers = search.outliers()
+            near_cosine = search.near_cosine()
+            near = search.near_pairs(near_cosine, split_of)
+            outliers = search.outliers()
+            separability = separability_of(search.sample_ids, search.classes, search.reduced)
     zero = [vectors.sample_ids[row] for row in np.flatnonzero(tiny)]
     return Neighbours(
         num_equal_groups=len(equal),
         equal=equal[:MAX_LISTED],
-        num_near_pairs=num_near,
-        near=near,
-        num_outliers=num_outliers,
-        outliers=outliers,
+        near_cosine=near_cosine,
+        num_near_pairs=len(near),
+        near=near[:MAX_LISTED],
+        num_equal_leaks=sum(1 for group in equal if group.splits),
+        num_near_leaks=sum(1 for pair in near if pair.splits),
+        separability=separability,
+        num_outliers=len(outliers),
+        outliers=outliers[:MAX_LISTED],
         num_zero_norms=len(zero),
         zero_norms=zero[:MAX_LISTED],
     )
@@ -134,35 +153,23 @@ def _equal_groups(vectors: Vectors, split_of: Mapping[str, str]) -> list[Alike]:
     rows_of: defaultdict[int, list[int]] = defaultdict(list)
     for row, digest in enumerate(vectors.digests):
         rows_of[digest].append(row)
-    classes = vectors.classes
     groups = []
     for rows in rows_of.values():
         if len(rows) < 2:
             continue
-        sample_ids = sorted(vectors.sample_ids[row] for row in rows)
-        groups.append(
-            Alike(
-                sample_ids=sample_ids[:10],
-                count=len(rows),
-                cosine=1.0,
-                crosses_classes=len({classes[row] for row in rows}) > 1,
-                splits=_several_splits(sample_ids, split_of),
-            )
-        )
+        groups.append(_alike([vectors.sample_ids[row] for row in rows], 1.0, split_of))
     return sorted(groups, key=lambda group: group.order)
 
 
-def _several_splits(sample_ids: list[str], split_of: Mapping[str, str]) -> list[str]:
+def _alike(sample_ids: list[str], cosine: float, split_of: Mapping[str, str]) -> Alike:
     splits = sorted({split_of[sample_id] for sample_id in sample_ids if sample_id in split_of})
-    return splits if len(splits) > 1 else []
-
-
-def _tiny_norms(vectors: Vectors) -> npt.NDArray[np.bool_]:
-    if not len(vectors.norms):
-        return np.zeros(0, np.bool_)
-    limit = _TINY_NORM * float(np.median(vectors.norms))
-    tiny: npt.NDArray[np.bool_] = vectors.norms <= limit
-    return tiny
+    return Alike(
+        sample_ids=sorted(sample_ids)[:10],
+        count=len(sample_ids),
+        cosine=cosine,
+        crosses_classes=len(set(map(class_of, sample_ids))) > 1,
+        splits=splits if len(splits) > 1 else [],
+    )
 
 
 class _Search:
@@ -189,39 +196,52 @@ class _Search:
         cosines: npt.NDArray[np.float64] = np.einsum("...i,...i->...", left, right)
         return cosines.clip(-1.0, 1.0)
 
-    def near_pairs(self, split_of: Mapping[str, str]) -> tuple[list[Alike], int]:
-        """Return the nearest pairs, across splits and classes first, and how many there are."""
+    def cosines(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the same of `(n, 2)` rows, a few at a time."""
+        some = [self.cosine(*pairs[at : at + _QUERIES].T) for at in range(0, len(pairs), _QUERIES)]
+        return np.concatenate(some)
+
+    def near_cosine(self) -> float | None:
+        """Return the similarity that stands out of those of all samples to their nearest.
+
+        The logarithm of a sample's distance to its nearest is four robust standard deviations below
+        the median, and the distance a tenth of the median at most.
+        """
+        if len(self.nearest) < _LEAST_NUM:
+            return None
+        pairs = np.stack([np.arange(len(self.nearest)), self.nearest[:, 0]], axis=1)
+        nearest = 1 - self.cosines(pairs)
+        distances = np.log10(np.maximum(nearest, _ROUNDING))
+        median = float(np.median(distances))
+        spread = _ROBUST * float(np.median(np.abs(distances - median)))
+        return float(1 - 10 ** (median - _NEAR_DEVIATIONS * max(spread, _LEAST_DEVIATION)))
+
+    def near_pairs(self, least: float | None, split_of: Mapping[str, str]) -> list[Alike]:
+        """Return the pairs of this similarity or more: across splits first, then across classes.
+
+        Windows of one recording are no pair.
+        """
+        if least is None:
+            return []
         firsts = np.repeat(np.arange(len(self.nearest)), self.nearest.shape[1])
         seconds = self.nearest.reshape(-1)
         pairs = np.unique(np.sort(np.stack([firsts, seconds], axis=1), axis=1), axis=0)
-        cosines = np.concatenate(
-            [self.cosine(*pairs[at : at + _QUERIES].T) for at in range(0, len(pairs), _QUERIES)]
-        )
+        cosines = self.cosines(pairs)
         found = []
-        for index in np.flatnonzero(cosines >= NEAR_DUPLICATE_COSINE):
-            first, second = pairs[index]
-            sample_ids = sorted([self.sample_ids[first], self.sample_ids[second]])
-            found.append(
-                Alike(
-                    sample_ids=sample_ids,
-                    count=2,
-                    cosine=float(cosines[index]),
-                    crosses_classes=self.classes[first] != self.classes[second],
-                    splits=_several_splits(sample_ids, split_of),
-                )
-            )
-        found.sort(key=lambda pair: pair.order)
-        return found[:MAX_LISTED], len(found)
+        for index in np.flatnonzero(cosines >= least):
+            sample_ids = [self.sample_ids[row] for row in pairs[index]]
+            if len(set(map(recording_of, sample_ids))) == 2:
+                found.append(_alike(sample_ids, float(cosines[index]), split_of))
+        return sorted(found, key=lambda pair: pair.order)
 
-    def outliers(self) -> tuple[list[Outlier], int]:
-        """Return the samples farthest from their class, farthest first, and how many there are."""
+    def outliers(self) -> list[Outlier]:
+        """Return the samples farthest from their class, the farthest first."""
         found = []
         for name in sorted(set(self.classes)):
             members = np.flatnonzero(self.classes == name)
             if len(members) >= 2 * _NUM_OF_CLASS:  # fewer give no useful median
                 found += self._outliers_of(members)
-        found.sort(key=lambda outlier: (-outlier.deviations, outlier.sample_id))
-        return found[:MAX_LISTED], len(found)
+        return sorted(found, key=lambda outlier: (-outlier.deviations, outlier.sample_id))
 
     def _outliers_of(self, members: npt.NDArray[np.int64]) -> list[Outlier]:
         nearest = members[_nearest(self.units[members], self.reduced[members], _NUM_OF_CLASS)]
@@ -232,8 +252,7 @@ class _Search:
             ]
         ).mean(axis=1)
         median = float(np.median(distances))
-        # 1.4826 times the median deviation is a normal distribution's standard deviation.
-        spread = 1.4826 * float(np.median(np.abs(distances - median)))
+        spread = _ROBUST * float(np.median(np.abs(distances - median)))
         deviations = (distances - median) / max(spread, 0.01 * median, 1e-6)
         return [
             Outlier(

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.files import readable_size
 from lmdbcache.report.figures import CacheReport, StoreFigures
-from lmdbcache.report.neighbours import MAX_LISTED, NEAR_DUPLICATE_COSINE
-from lmdbcache.report.vectors import MAX_POINTS, Distribution, EmbeddingMap
+from lmdbcache.report.vectors import Distribution, EmbeddingMap
 from lmdbcache.storage import class_of
 
 if TYPE_CHECKING:
@@ -47,9 +46,6 @@ def page_of(report: CacheReport) -> str:
         plotly=base64.b64encode(gzip.compress(plotly.encode("utf-8"), mtime=0)).decode(),
         digests=[_digest(script), _digest(plotly)],
         chart_data=htmlsafe_json_dumps([_chart_data(store) for store in report.stores]),
-        near_duplicate_cosine=NEAR_DUPLICATE_COSINE,
-        max_listed=MAX_LISTED,
-        max_points=MAX_POINTS,
     )
 
 
@@ -69,8 +65,8 @@ def _environment() -> Environment:
         number=lambda number: f"{number:,}",
         percent=_percent,
         short=lambda number: f"{number:.4g}",
+        cosine=lambda cosine: f"{cosine:.4f}" if cosine < 0.9995 else f"1 - {1 - cosine:.0e}",
         class_of=class_of,
-        is_map=lambda value: isinstance(value, EmbeddingMap),
     )
     environment.globals["class_numbers"] = _class_numbers
     return environment
@@ -123,6 +119,7 @@ def _chart_data(store: StoreFigures) -> dict[str, Any]:
             "x": _rounded(found.x),
             "y": _rounded(found.y),
             "shares": found.explained_variance,
+            "paths": [_shown(store.paths.get(name, "")) for name in found.sample_ids],
         }
     return {
         "classes": [_shown(each.name) for each in store.classes],

@@ -12,9 +12,15 @@ import pytest
 from report.clusters import CONFIG, clustered, store
 
 from lmdbcache import EmbeddingCache, ReadStatistics, build_report
-from lmdbcache.cache import ClipFailure, update_failures
+from lmdbcache.cache import (
+    SOURCES_NAME,
+    ClipFailure,
+    SourceRecorder,
+    source_of,
+    update_failures,
+)
 from lmdbcache.errors import ConfigError, MissingDependencyError
-from lmdbcache.report import collect_report, vectors, write_report
+from lmdbcache.report import DatasetSplits, collect_report, vectors, write_report
 
 
 def test_report_of_nothing(cache, tmp_path):
@@ -84,6 +90,37 @@ def test_flipped_value_is_named(tmp_path):
     assert list(found.unreadable) == ["video_00003:dog"]
     assert found.num_looked_at == 19
     assert "Damaged embeddings" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_leak_is_an_exit_code(tmp_path):
+    """A sound store whose copies lie in two splits: named, counted, and exit code 1."""
+    embeddings = clustered(10, ["dog", "drum"])
+    embeddings["copy:dog"] = embeddings["video_00001:dog"].copy()
+    cache = store(tmp_path / "cache", embeddings)
+    halves = {"train": ["copy:dog"], "test": ["video_00001:dog"]}
+    splits = DatasetSplits("data", "vegas", halves)
+    report = build_report(cache, out=tmp_path / "r.html", datasets=[splits])
+    assert (report.is_sound, report.num_leaks, report.exit_code) == (True, 1, 1)
+    assert collect_report(cache).exit_code == 0
+    assert "1 leak across splits" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_files_of_points_are_named(tmp_path):
+    """Where the extraction recorded them; a damaged record costs the paths alone."""
+    cache = EmbeddingCache(tmp_path / "cache")
+    clip = tmp_path / "data" / "dog" / "a b.wav"
+    clip.parent.mkdir(parents=True)
+    clip.write_bytes(b"sound")
+    recorder = SourceRecorder(cache.path(CONFIG), tmp_path / "data")
+    with cache.writer(CONFIG, before_commit=recorder) as writer:
+        recorder.note("a b:dog", source_of(clip))
+        for sample_id, embedding in {**clustered(3, ["dog"]), "a b:dog": np.ones(16)}.items():
+            writer.put(sample_id, embedding)
+    (found,) = collect_report(cache).stores
+    assert found.paths == {"a b:dog": str(clip)}
+    (cache.path(CONFIG) / SOURCES_NAME).write_bytes(b"damaged")
+    (found,) = collect_report(cache).stores
+    assert (found.paths, found.damage) == ({}, None)
 
 
 def test_store_that_cannot_be_opened(tmp_path):

@@ -228,3 +228,61 @@ def test_coverage_by_split(tmp_path):
     assert found.by_class["dog"] == {"train": (1, 2)}
     assert found.by_class["drum"] == {"train": (1, 1), "test": (1, 1)}
     assert found.in_all == {"train": (2, 3), "test": (1, 1)}
+
+
+def near_of(tmp_path, embeddings, splits=()):
+    return find_neighbours(vectors_of(tmp_path, embeddings), dict(splits))
+
+
+@pytest.mark.parametrize(("spread", "copied"), [(0.02, 1e-4), (0.2, 1e-3), (3.0, 1e-2)])
+def test_near_duplicates_stand_out_of_their_store(tmp_path, spread, copied):
+    """However alike or apart a store's embeddings are, planted copies are found and no others."""
+    embeddings = clustered(100, ["dog", "drum"], hidden_size=24, spread=spread)
+    generator = np.random.default_rng(5)
+    for number in range(5):
+        original = embeddings[f"video_{number:05d}:dog"]
+        noise = copied * np.linalg.norm(original) * spread * generator.normal(size=24) / 5
+        embeddings[f"copy_{number}:dog"] = (original + noise).astype(np.float32)
+    found = near_of(tmp_path, embeddings, {"copy_0:dog": "train", "video_00000:dog": "test"})
+    assert {tuple(pair.sample_ids) for pair in found.near} == {
+        (f"copy_{number}:dog", f"video_{number:05d}:dog") for number in range(5)
+    }
+    assert (found.num_near_leaks, found.num_equal_leaks) == (1, 0)
+
+
+def test_windows_of_a_recording_are_no_near_duplicates(tmp_path):
+    """They overlap, and are alike by what they are; windows of two recordings count."""
+    embeddings = clustered(30, ["dog"], hidden_size=24)
+    for name in ("a@00000.000000", "a@00000.480000", "b@00000.000000"):
+        noise = np.float32(1e-4 * len(embeddings))
+        embeddings[f"{name}:dog"] = embeddings["video_00000:dog"] * 2 + noise
+    del embeddings["video_00000:dog"]
+    assert {tuple(pair.sample_ids) for pair in near_of(tmp_path, embeddings).near} == {
+        ("a@00000.000000:dog", "b@00000.000000:dog"),
+        ("a@00000.480000:dog", "b@00000.000000:dog"),
+    }
+
+
+def test_neighbors_name_classes_that_are_apart(tmp_path):
+    """Clusters: all right. No structure: about chance. A file on both sides would give it away."""
+    apart = near_of(tmp_path / "apart", clustered(20, ["cat", "dog", "drum"], spread=0.1))
+    assert apart.separability.accuracy == 1
+    assert apart.separability.chance == pytest.approx(1 / 3)
+    generator = np.random.default_rng(0)
+    windows = {}
+    for number in range(60):
+        name, file = ("dog", "drum")[number % 2], generator.normal(size=16)
+        for second in range(4):  # nearly the same: neighbors of the same file would be all right
+            start = f"video_{number:05d}@{second:05d}.000000:{name}"
+            windows[start] = file + 0.01 * generator.normal(size=16)
+    mixed = near_of(tmp_path / "mixed", windows).separability
+    assert mixed.accuracy < 0.7
+    assert [row.num_samples for row in mixed.classes] == [120, 120]
+
+
+def test_separability_of_classes_with_enough_files(tmp_path):
+    """The rarer ones are counted; with one class left there is nothing to tell apart."""
+    embeddings = {**clustered(9, ["dog", "drum"]), **clustered(4, ["cat"], seed=1)}
+    found = near_of(tmp_path / "two", embeddings).separability
+    assert ({row.name for row in found.classes}, found.num_left_out) == ({"dog", "drum"}, 1)
+    assert near_of(tmp_path / "one", clustered(9, ["dog"])).separability is None

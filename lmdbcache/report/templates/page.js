@@ -115,6 +115,7 @@
         mode: "markers",
         x: points.map((i) => map.x[i]),
         y: points.map((i) => map.y[i]),
+        customdata: points,
         text: group === "faint" ? undefined : points.map((i) => wrapped(map.names[i])),
         hoverinfo: group === "faint" ? "skip" : undefined,
         hovertemplate: group === "faint" ? undefined : "%{text}<extra></extra>",
@@ -176,8 +177,24 @@
     const figure = kind === "map"
       ? mapFigure(number)
       : histogram(stores[number][kind], plot.dataset.unit, kind === "norms" ? "embeddings" : "numbers");
+    const isNew = !drawn.has(plot);
     drawn.add(plot);
-    return Plotly.react(plot, figure.traces, figure.layout, config);
+    const done = Plotly.react(plot, figure.traces, figure.layout, config);
+    if (isNew && kind === "map") plot.on("plotly_click", (event) => showClip(number, event.points[0].customdata));
+    return done;
+  };
+
+  // The file of a point that was clicked: its path, and a player, which finds it on the machine that has it.
+  const showClip = (number, point) => {
+    const panel = section(number).querySelector(".clip");
+    const path = stores[number].map.paths[point];
+    const player = panel.querySelector("audio");
+    panel.hidden = false;
+    panel.querySelector("strong").textContent = stores[number].map.names[point];
+    panel.querySelector("code").textContent = path;
+    player.hidden = !path.startsWith("/");
+    if (player.hidden) player.removeAttribute("src");
+    else player.src = `file://${path.split("/").map(encodeURIComponent).join("/")}`;
   };
 
   const redraw = () => {
@@ -204,6 +221,8 @@
       row.hidden = !visible;
       shown += visible;
     });
+    // A list that holds what is looked for opens.
+    if (query || state.chosen.size) rows.filter((row) => !row.hidden).forEach((row) => { (row.closest(".part") ?? {}).open = true; });
     const points = map ? `${counted(state.active.filter(Boolean).length)} of ${counted(map.names.length)} points in the map, ` : "";
     section(number).querySelector(".found").textContent = `${points}${counted(shown)} of ${counted(rows.length)} rows in the lists.`;
     const names = [...state.chosen].map((i) => classes[i]);
@@ -300,6 +319,11 @@
 
   const printed = (on) => {
     document.documentElement.dataset.theme = on ? "print" : "";
+    // Charts are printed, and drawn only where they are shown; long lists stay folded.
+    document.querySelectorAll(".part:has(.plot)").forEach((part) => {
+      if (on) part.dataset.open = part.open;
+      part.open = on || part.dataset.open === "true";
+    });
     if (!window.Plotly) return;
     states.forEach((_, number) => drawLegend(number));
     plots.forEach((plot) => {
