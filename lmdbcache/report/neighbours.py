@@ -219,7 +219,7 @@ class _Search:
     def near_pairs(self, least: float | None, split_of: Mapping[str, str]) -> list[Alike]:
         """Return the pairs of this similarity or more: across splits first, then across classes.
 
-        Windows of one recording are no pair.
+        Windows of one recording aren't a pair.
         """
         if least is None:
             return []

@@ -354,6 +354,15 @@
       });
     }, { rootMargin: "400px" });
     plots.forEach((plot) => watch.observe(plot));
+    // The first stores' without waiting for a scroll: a picture of the whole page has them.
+    const idle = window.requestIdleCallback ?? setTimeout;
+    const drawNext = () => {
+      const plot = plots.slice(0, 12).find((each) => !drawn.has(each) && each.checkVisibility());
+      if (!plot) return;
+      draw(plot);
+      idle(drawNext);
+    };
+    idle(drawNext);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
     addEventListener("beforeprint", () => printed(true));
     addEventListener("afterprint", () => printed(false));
