@@ -352,7 +352,7 @@ def _classes(
 def _paths(store: Path, sample_ids: Sequence[str]) -> dict[str, str]:
     try:
         found = recorded_sources(store, sample_ids)
-        return {sample_id: source.location() for sample_id, _, source in found if source}
+        return {name: each.location() for name, _, each in found if each and each.path}
     except (CacheError, OSError):  # damaged records: embeddings are shown without their files
         return {}
 

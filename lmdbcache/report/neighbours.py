@@ -198,8 +198,8 @@ class _Search:
 
     def cosines(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the same of `(n, 2)` rows, a few at a time."""
-        some = [self.cosine(*pairs[at : at + _QUERIES].T) for at in range(0, len(pairs), _QUERIES)]
-        return np.concatenate(some)
+        starts = range(0, len(pairs), _QUERIES)
+        return np.concatenate([self.cosine(*pairs[at : at + _QUERIES].T) for at in starts])
 
     def near_cosine(self) -> float | None:
         """Return the similarity that stands out of those of all samples to their nearest.
@@ -210,8 +210,7 @@ class _Search:
         if len(self.nearest) < _LEAST_NUM:
             return None
         pairs = np.stack([np.arange(len(self.nearest)), self.nearest[:, 0]], axis=1)
-        nearest = 1 - self.cosines(pairs)
-        distances = np.log10(np.maximum(nearest, _ROUNDING))
+        distances = np.log10(np.maximum(1 - self.cosines(pairs), _ROUNDING))
         median = float(np.median(distances))
         spread = _ROBUST * float(np.median(np.abs(distances - median)))
         return float(1 - 10 ** (median - _NEAR_DEVIATIONS * max(spread, _LEAST_DEVIATION)))
@@ -224,10 +223,9 @@ class _Search:
         if least is None:
             return []
         firsts = np.repeat(np.arange(len(self.nearest)), self.nearest.shape[1])
-        seconds = self.nearest.reshape(-1)
-        pairs = np.unique(np.sort(np.stack([firsts, seconds], axis=1), axis=1), axis=0)
-        cosines = self.cosines(pairs)
-        found = []
+        pairs = np.sort(np.stack([firsts, self.nearest.reshape(-1)], axis=1), axis=1)
+        pairs = np.unique(pairs, axis=0)
+        cosines, found = self.cosines(pairs), []
         for index in np.flatnonzero(cosines >= least):
             sample_ids = [self.sample_ids[row] for row in pairs[index]]
             if len(set(map(recording_of, sample_ids))) == 2:

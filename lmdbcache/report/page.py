@@ -129,10 +129,8 @@ def _chart_data(store: StoreFigures) -> dict[str, Any]:
     }
 
 
-def _bars(distribution: Distribution | None) -> dict[str, Any] | None:
-    if distribution is None:
-        return None
-    return {"edges": distribution.edges, "counts": distribution.counts}
+def _bars(found: Distribution | None) -> dict[str, Any] | None:
+    return {"edges": found.edges, "counts": found.counts} if found else None
 
 
 def _rounded(numbers: Iterable[float]) -> list[float]:

@@ -13,8 +13,8 @@ from lmdbcache.storage import recording_of, split_sample_id
 
 __all__ = ["ClassAccuracy", "Separability", "separability_of"]
 
-NUM_FOLDS: Final = 5  # also the fewest files of a class that takes part
-NUM_VOTING: Final = 5
+_NUM_FOLDS: Final = 5  # also the fewest files of a class that takes part
+_NUM_VOTING: Final = 5
 _MAX_CLASSIFIED: Final = 10_000  # of a fair sample: a second on two cores
 
 
@@ -71,21 +71,20 @@ def separability_of(
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
 
-    some = slice(0, _MAX_CLASSIFIED)
-    files = np.array([split_sample_id(recording_of(name))[0] for name in sample_ids[some]], object)
-    classes = classes[some]
+    sample_ids, classes = sample_ids[:_MAX_CLASSIFIED], classes[:_MAX_CLASSIFIED]
+    files = np.array([split_sample_id(recording_of(name))[0] for name in sample_ids], object)
     num_files = Counter(name for name, _ in set(zip(classes, files, strict=True)))
-    kept = np.array([num_files[name] >= NUM_FOLDS for name in classes], bool)
+    kept = np.array([num_files[name] >= _NUM_FOLDS for name in classes], bool)
     if len(set(classes[kept])) < 2:
         return None
     # Numbers: scikit-learn sorts by class, and takes no array of objects.
     names, expected = np.unique(classes[kept].astype(str), return_inverse=True)
     predicted = cross_val_predict(
-        KNeighborsClassifier(NUM_VOTING, algorithm="brute"),  # of unit vectors: by cosine
-        units[some][kept],
+        KNeighborsClassifier(_NUM_VOTING, algorithm="brute"),  # of unit vectors: by cosine
+        units[: len(kept)][kept],
         expected,
         groups=np.unique(files[kept].astype(str), return_inverse=True)[1],
-        cv=StratifiedGroupKFold(NUM_FOLDS, shuffle=True, random_state=0),
+        cv=StratifiedGroupKFold(_NUM_FOLDS, shuffle=True, random_state=0),
     )
     rows = []
     for number, counts in enumerate(confusion_matrix(expected, predicted)):

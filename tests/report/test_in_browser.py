@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 from report.clusters import CONFIG, clustered, store
 
 from lmdbcache import build_report
-from lmdbcache.cache import ClipFailure, update_failures
+from lmdbcache.cache import ClipFailure, Source, update_failures, write_sources
 from lmdbcache.report import DatasetSplits
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -49,6 +49,10 @@ def report(tmp_path_factory):
     embeddings = clustered(20, CLASSES)
     embeddings["copy:dog"] = embeddings["video_00001:dog"].copy()
     cache = store(folder / "cache", embeddings)
+    source = Source("video_00003.wav", 1, 1, None, root="/data/a #1")
+    with cache.reader(CONFIG) as reader:
+        ((key, checksum),) = reader.checksums_of([b"video_00003:drum"]).items()
+    write_sources(cache.path(CONFIG), [(key.decode(), None, checksum, source)])
     failure = ClipFailure(f"{ATTACK}:dog", f"/{ATTACK}\udcff.wav", f"/{ATTACK}\udcff.wav: {ATTACK}")
     update_failures(cache.path(CONFIG), [], [failure])
     store(cache.root, clustered(4, MANY_CLASSES), CONFIG.replace(namespace="many"))
@@ -146,10 +150,17 @@ def hover(page, plot, name):
 
 
 def test_hover_shows_the_name(opened):
-    """The pointer on a point shows the sample's name, also one that looks like markup."""
+    """The pointer on a point shows the name, also one like markup; a click the file's path."""
     page = opened(viewport={"width": 1280, "height": 900})
     plot = drawn(page, section(page, "vegas"))
     assert hover(page, plot, "video_00003:drum") == "video_00003:drum"
+    page.mouse.down()
+    page.mouse.up()
+    clip = section(page, "vegas").locator(".clip")
+    clip.wait_for()
+    assert clip.locator("strong").text_content() == "video_00003:drum"
+    assert clip.locator("code").text_content() == "/data/a #1/video_00003.wav"
+    assert clip.locator("audio").get_attribute("src") == "file:///data/a%20%231/video_00003.wav"
     plot = drawn(page, section(page, "hostile"))
     text = hover(page, plot, "&lt;script&gt;document.title")
     assert "<script>document.title='owned'</script>" in text
