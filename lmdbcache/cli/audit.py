@@ -17,6 +17,7 @@ from lmdbcache.cli.options import (
     Root,
     Store,
     find_folder,
+    title_of,
 )
 from lmdbcache.cli.verify import clips_of_store
 from lmdbcache.errors import IntegrityError
@@ -113,4 +114,4 @@ def _say_report(report: AuditReport) -> None:
         verdict = "NOTHING compared: no file is known to be the one that was embedded"
     elif not report.drifted:
         verdict = f"{len(report.failed)} clips give no embedding any more"
-    say(f"{report.store.name}: {verdict} (tolerance {report.tolerance:.0e})")
+    say(f"{title_of(report.store)}: {verdict} (tolerance {report.tolerance:.0e})")

@@ -16,7 +16,7 @@ from lmdbcache.cli.console import (
     say,
     say_some,
 )
-from lmdbcache.cli.options import Json, OnDuplicateChoice, Progress, Root, Tolerance
+from lmdbcache.cli.options import Json, OnDuplicateChoice, Progress, Root, Tolerance, title_of
 from lmdbcache.errors import CacheFullError
 from lmdbcache.exchange import IntakeReport, MergeReport, Refusal, merge_stores
 from lmdbcache.files import readable_size
@@ -112,8 +112,9 @@ def print_unresolved(report: IntakeReport) -> None:
     """Say which options decide the conflicts that are left."""
     if report.unresolved:
         print_error(
-            f"{counted(len(report.unresolved), 'conflict')} in {report.path.name} left as they "
-            "were; --on-duplicate skip or overwrite decides, --tolerance sets what counts as equal"
+            f"{counted(len(report.unresolved), 'conflict')} in {title_of(report.path)} left as "
+            "they were; --on-duplicate skip or overwrite decides, --tolerance sets what counts as "
+            "equal"
         )
 
 

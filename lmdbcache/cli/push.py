@@ -19,8 +19,10 @@ from lmdbcache.cli.options import (
     Progress,
     Root,
     Stores,
+    digits_of,
     find_folders,
     ids_in,
+    title_of,
 )
 from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
 from lmdbcache.exchange import PushReport, Remote, push
@@ -90,7 +92,7 @@ def push_command(
             config = read_store_info(folder).config
             if config is None:  # pragma: no cover - damage raises
                 raise IntegrityError(f"{folder} is damaged")
-            with progress_bar(folder.name, shown=progress) as bar:
+            with progress_bar(digits_of(folder), shown=progress) as bar:
                 report = push(
                     cache,
                     config,
@@ -114,7 +116,7 @@ def push_command(
             continue  # the other stores are pushed nevertheless
         reports.append(report)
         if not as_json:
-            _say_report(folder.name, report)
+            _say_report(title_of(folder), report)
     if as_json:
         print_json([report.to_dict() for report in reports])
     raise click.exceptions.Exit(1 if failed else max((one.exit_code for one in reports), default=0))

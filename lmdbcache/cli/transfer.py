@@ -25,6 +25,7 @@ from lmdbcache.cli.options import (
     Progress,
     Root,
     Store,
+    digits_of,
     find_store,
     ids_in,
 )
@@ -247,7 +248,7 @@ def export_command(
     info = find_store(cache, store)
     if info.config is None:
         raise IntegrityError(info.damage or f"{info.path} is damaged")
-    with progress_bar(f"exporting {info.path.name}", shown=progress) as report_progress:
+    with progress_bar(f"exporting {digits_of(info.path)}", shown=progress) as report_progress:
         report = export_embeddings(
             cache,
             info.config,
