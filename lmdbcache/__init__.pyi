@@ -23,6 +23,7 @@ from .datasets import (
 )
 from .embedders import (
     ModuleEmbedder as ModuleEmbedder,
+    ONNXEmbedder as ONNXEmbedder,
     config_for as config_for,
     model_identity as model_identity,
 )

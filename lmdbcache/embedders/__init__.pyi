@@ -30,6 +30,7 @@ from .module_embedder import (
     no_real_numbers as no_real_numbers,
 )
 from .module_weights import module_digest as module_digest
+from .onnx_embedder import ONNXEmbedder as ONNXEmbedder
 from .registry import (
     PretrainedModel as PretrainedModel,
     config_for as config_for,

@@ -8,21 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lmdbcache.audio import by_soundfile
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import (
-    as_features,
-    check_num_samples,
-    check_output,
-    check_waveform,
-    clip_features,
     first_line,
     library_versions,
 )
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
 from lmdbcache.embedders.module_weights import WatchedWeights
+from lmdbcache.embedders.stated_model import StatedModel, shape_by_noise
 from lmdbcache.errors import (
-    AudioDecodeError,
     CacheError,
     ConfigError,
     MissingDependencyError,
@@ -34,16 +28,14 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lmdbcache.embedders.base import Embedder, FrontEnd
+    from lmdbcache.embedders.base import Embedder
 
 __all__ = ["ModuleEmbedder", "RunningModule", "no_real_numbers"]
 
-_DECODING: Final = "soundfile+soxr-hq+mono-mean"
-_WAVEFORM: Final = "zero-pad+waveform/1"
 _DEFAULT_OUTPUT: Final = "embedding"
 
 
-class ModuleEmbedder:
+class ModuleEmbedder(StatedModel):
     """A `torch.nn.Module` and the front end that it needs.
 
         embedder = ModuleEmbedder(my_cnn, name="my-cnn/2", sample_rate=22050,
@@ -94,82 +86,22 @@ class ModuleEmbedder:
     ) -> None:
         if isinstance(module, type) or not callable(getattr(module, "state_dict", None)):
             raise ConfigError(f"module: a {type(module).__name__}; give a torch.nn.Module")
-        if (front_end is None) != (front_end_id is None):
-            raise ConfigError(
-                "front_end_id: the features' name is part of a cache's identity; give front_end "
-                "and front_end_id together, or neither for a module that takes waveforms"
-            )
         if outputs is not None and not outputs:
             raise ConfigError("outputs: empty; give at least one, or None")
         self.module = module
         self._outputs = dict(outputs) if outputs else {_DEFAULT_OUTPUT: _as_it_is}
-        # CacheConfig says what is wrong with a name.
-        checked = CacheConfig(
-            model_name=name,
+        super().__init__(
+            name=name,
             sample_rate=sample_rate,
-            duration=max(1.0, 1 / max(1, sample_rate)),
-            front_end=f"{_DECODING}+{front_end_id or _WAVEFORM}",
+            front_end=front_end,
+            front_end_id=front_end_id,
+            min_samples=min_samples,
         )
-        for output in self._outputs:
-            checked.replace(output=output)
-        self._front_end = _CallableFrontEnd(
-            front_end, checked.front_end, checked.sample_rate, min_samples
-        )
-        self._identity = checked.model_name
-
-    @property
-    def identity(self) -> str:
-        """The value for `CacheConfig.model_name`."""
-        return self._identity
-
-    @property
-    def front_end_id(self) -> str:
-        """The value for `CacheConfig.front_end`."""
-        return self._front_end.identity
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the waveforms that the module takes, in Hz."""
-        return self._front_end.sample_rate
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names that `output` can take, the default one first."""
         return tuple(self._outputs)
-
-    def check(self, config: CacheConfig) -> None:
-        """Check that this module can fill a store of this config.
-
-        Raises:
-            ConfigError: The config is another model's; the message names the field.
-        """
-        check_output(self.identity, self.outputs, config.output)
-        for field, own in (
-            ("model_name", self.identity),
-            ("front_end", self.front_end_id),
-            ("sample_rate", self.sample_rate),
-        ):
-            found = getattr(config, field)
-            if (by_soundfile(found) if field == "front_end" else found) != own:
-                raise ConfigError(
-                    f"{field}: {getattr(config, field)!r}, but this module's is {own!r}; "
-                    "config_for(embedder) makes the right config"
-                )
-
-    def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
-        """Return the shape of one embedding, by running the module on one clip of noise.
-
-        None if the front end or the module fails on noise, which says little about real clips.
-        """
-        try:
-            return self.make_embedder(config).embedding_shape
-        except (AudioDecodeError, ModuleError):
-            return None
-
-    def make_front_end(self, config: CacheConfig) -> FrontEnd:
-        """Return the front end; the same for every config that `check` lets pass."""
-        self.check(config)
-        return self._front_end
 
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
         """Make an embedder of the module.
@@ -184,36 +116,6 @@ class ModuleEmbedder:
         """
         self.check(config)
         return _OutputEmbedder(self, config, device)
-
-
-class _CallableFrontEnd:
-    """A front end around a function, or the waveform itself."""
-
-    def __init__(
-        self,
-        function: Callable[[NDArray[np.float32]], Any] | None,
-        identity: str,
-        sample_rate: int,
-        min_samples: int,
-    ) -> None:
-        self.function = function
-        self.identity = identity
-        self.sample_rate = sample_rate
-        self.min_samples = max(1, min_samples)
-        self.takes_num_valid = function is not None  # the module itself also gets the padding
-
-    def __call__(self, waveform: NDArray[np.float32], num_valid: int | None = None) -> NDArray[Any]:
-        check_waveform(waveform)
-        # A copy: a function may work on what it is given.
-        samples = np.array(waveform[:num_valid], dtype=np.float32)
-        check_num_samples(len(samples), self.min_samples, self.sample_rate)
-        return samples if self.function is None else as_features(self.function(samples))
-
-    def provenance(self) -> dict[str, str]:
-        return {
-            "feature_extractor": self.identity,
-            **library_versions("numpy", "soundfile", "soxr"),
-        }
 
 
 class RunningModule:
@@ -365,18 +267,7 @@ class _OutputEmbedder(RunningModule):
     @property
     def embedding_shape(self) -> tuple[int, ...]:
         if self._shape is None:
-            import torch
-
-            # Not zeros: a front end may divide by a clip's loudness.
-            noise = np.random.default_rng(0).uniform(-0.5, 0.5, self._config.num_samples)
-            features = clip_features(
-                self._source.make_front_end(self._config),
-                noise.astype(np.float32),
-                len(noise),
-                sample_rate=self._config.sample_rate,
-                name="a clip of noise",
-            )
-            self._shape = tuple(self.embed(torch.from_numpy(features)[None]).shape[1:])
+            self._shape = shape_by_noise(self._source, self._config, self.embed)
         return self._shape
 
     def embed(self, *inputs: Any, **named: Any) -> torch.Tensor:
