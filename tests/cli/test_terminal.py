@@ -111,7 +111,9 @@ def test_lines_fit_and_words_are_whole(cli, on_terminal, stores, data, command):
         text = "\n".join(lines)
         note = re.search(r"^not shown: .*?--json\s+has\s+them\)", text, re.DOTALL | re.MULTILINE)
         text = text.replace(note[0], "") if note else text
-        assert set(_ENDS_OF_WORDS.split(text)) <= words, text
+        found = set(_ENDS_OF_WORDS.split(text))
+        # Ages and free space change between two runs.
+        assert {word for word in found if not re.fullmatch(r"[\d.,]+\w?", word)} <= words, text
 
 
 def test_what_is_left_out_is_said(cli, on_terminal, stores):
