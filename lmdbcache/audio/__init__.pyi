@@ -11,6 +11,7 @@ from .formats import (
     with_decoder as with_decoder,
 )
 from .remote import (
+    BytesSource as BytesSource,
     FilePart as FilePart,
     list_url as list_url,
     opened_url as opened_url,

@@ -1,4 +1,4 @@
-"""Clips at a URL, or in a part of a file: read by byte range, without a local copy.
+"""Clips at a URL, in a part of a file, or in memory: read without a local copy.
 
 fsspec knows the kinds of URLs; it is imported when the first one is used.
 """
@@ -14,7 +14,7 @@ from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
 from lmdbcache.files import is_url, without_secrets
 from lmdbcache.machine import install_line
 
-__all__ = ["FilePart", "RemoteEntry", "check_url", "list_url", "opened_url"]
+__all__ = ["BytesSource", "FilePart", "RemoteEntry", "check_url", "list_url", "opened_url"]
 
 _S3: Final = ("s3", "s3a")
 _PACKAGES: Final = {
@@ -62,6 +62,26 @@ class FilePart:
 
     def __str__(self) -> str:
         return self.name or without_secrets(self.location)
+
+
+@dataclass(frozen=True)
+class BytesSource:
+    """An `AudioSource`: the bytes of an encoded clip.
+
+    Args:
+        content: The bytes.
+        name: What to call it.
+    """
+
+    content: bytes
+    name: str
+
+    def open_binary(self) -> BinaryIO:
+        """The bytes as a file."""
+        return io.BytesIO(self.content)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class RemoteEntry(NamedTuple):

@@ -29,5 +29,6 @@ from .splits import (
     partition_samples as partition_samples,
     split_samples as split_samples,
 )
+from .streamed import stream_clips as stream_clips
 from .tar_shards import TarShards as TarShards
 from .vegas import CLASS_LABELS as CLASS_LABELS, NAMESPACE as NAMESPACE

@@ -257,8 +257,8 @@ def _opened(source: Any) -> tuple[str, str, dict[str, Any]]:
         splits = {str(name): part for name, part in source.items()}
     else:
         raise DatasetError(
-            f"{type(source).__name__} isn't a Dataset or DatasetDict with rows; a streamed one "
-            "can't be used: load it without streaming=True"
+            f"{type(source).__name__} isn't a Dataset or DatasetDict with rows; of a streamed "
+            "one, `stream_clips` gives the clips one after the other for `extract_stream`"
         )
     if root:
         return root, os.path.basename(os.path.realpath(root)), splits  # noqa: PTH119

@@ -19,5 +19,6 @@ from .ranks import (
     launched_by as launched_by,
     share_from_environment as share_from_environment,
 )
+from .streaming import extract_stream as extract_stream
 from .summary import ExtractionSummary as ExtractionSummary
 from .vegas import extract_or_load_ast_embeddings as extract_or_load_ast_embeddings

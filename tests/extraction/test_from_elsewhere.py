@@ -15,9 +15,9 @@ from sharing.places import s3_client, s3_environment
 from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
 
 from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract, open_dataset
-from lmdbcache.datasets import TarShards
+from lmdbcache.datasets import TarShards, stream_clips
 from lmdbcache.errors import ConfigError, DatasetError
-from lmdbcache.extraction import to_clips
+from lmdbcache.extraction import extract_stream, to_clips
 
 
 class Net(torch.nn.Module):
@@ -199,3 +199,56 @@ def test_a_shard_that_was_cut(sounds, tmp_path, kept_bytes):
     path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(DatasetError, match="part-0"):
         open_dataset(tmp_path / "shards")
+
+
+@pytest.fixture
+def stream(sounds):
+    """A streamed dataset with seven clips, one that isn't audio, and one without a label."""
+    tables = pytest.importorskip("huggingface_tables")
+    paths = sorted((sounds / "dog").glob("*.wav"))
+    rows = [("dog", path.read_bytes(), None) for path in paths]
+    rows = [*rows[:3], ("drum", b"no audio", None), *rows[3:], (None, rows[0][1], None)]
+    keys = [path.stem for path in paths]
+    label = tables.datasets.ClassLabel(names=["drum", "dog"])
+    key = [*keys[:3], "broken", *keys[3:], "unknown"]
+    return tables.table(rows, label=label, key=key).to_iterable_dataset()
+
+
+def test_a_streamed_dataset(stream, sounds, model, config, tmp_path, caplog):
+    """Broken off and run again it has the bits of one run; the model is made once."""
+    columns = {"id_column": "key"}
+    options = {"model": model, "batch_size": 2, "chunk_size": 4, "num_workers": 0}
+    caches = [EmbeddingCache(tmp_path / name) for name in ("whole", "resumed")]
+    seen = []
+    summary = extract_stream(
+        caches[0],
+        config,
+        stream_clips(stream, **columns),
+        progress=lambda *done: seen.append(done),
+        **options,
+    )
+    assert (summary.num_samples, summary.num_extracted, len(summary.failures)) == (8, 7, 1)
+    assert seen[-1] == (8, 8)
+    assert "1 rows of the stream have no label" in caplog.text
+
+    def breaking():
+        for number, clip in enumerate(stream_clips(stream, **columns)):
+            if number == 6:
+                raise ConnectionError
+            yield clip
+
+    made = []
+    make_embedder = model.make_embedder
+    model.make_embedder = lambda *arguments: made.append(1) or make_embedder(*arguments)
+    with pytest.raises(ConnectionError):
+        extract_stream(caches[1], config, breaking(), **options)
+    both = [config, config.replace(dtype="float16")]
+    found = extract_stream(caches[1], both, stream_clips(stream, **columns), **options)
+    assert [one.num_extracted for one in found] == [4, 7]
+    assert len(made) == 2
+    assert values(caches[1], config) == values(caches[0], config)
+    local = EmbeddingCache(tmp_path / "local")
+    extract(local, config, open_dataset(sounds), model=model, batch_size=2)
+    assert values(local, config).keys() == values(caches[0], config).keys()
+    with pytest.raises(ConfigError, match="chunk_size"):
+        extract_stream(caches[1], config, [], model=model, chunk_size=3)
