@@ -119,7 +119,7 @@ class ASTCache:
             part.audio_embs_from_file = value
 
     def _class_of(self, name: str) -> str:
-        """The class that a user's name stands for, as ids have it."""
+        """The class that a user means, as sample ids have it."""
         return canonical_class(name)
 
     def _is_enabled(self) -> bool:
