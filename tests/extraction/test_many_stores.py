@@ -53,6 +53,8 @@ MODULE_PAIRS = [("mean", "float32"), ("frames", "float16"), ("frames", "float32"
 AST_PAIRS = [
     ("pooler_output", "float32"),
     ("mean", "float16"),
+    ("valid_mean", "float32"),
+    ("layer:1/mean", "float32"),
     ("last_hidden_state", "float32"),
     ("last_hidden_state", "float16"),
 ]
