@@ -65,6 +65,26 @@ def test_several_stores(cli, data, options, tmp_path):
     assert stores == {Path(plan["store"]) for plan in plans}
 
 
+def test_windows(cli, data, ast_folder):
+    """Recordings are planned, stored, counted and removed by their ids in the dataset."""
+    model = ("--model", ast_folder, "--window", "0.2", "--hop", "0.1")
+    (clip, *_) = sorted(path.stem for path in data.glob("dog/audios/*.wav"))
+    plan = json.loads(cli("extract", data, *model, "--dry-run", "--json").stdout)
+    assert plan["num_windows"] == 4 * plan["num_missing"]
+    result = cli("extract", data, *model)
+    assert result.returncode == 0, result.stderr
+    assert f"{plan['num_missing']} extracted ({plan['num_windows']} windows)" in result.stdout
+    assert cli("coverage", data, *model).returncode == 0
+    assert cli("explain", *model, f"{clip}:dog").returncode == 0
+    removed = cli("rm", "--all", "--sample", f"{clip}:dog", "--yes")
+    assert "removed 4 embeddings" in removed.stdout, removed.stderr
+    found = json.loads(cli("coverage", data, *model, "--json").stdout)
+    assert found["missing"] == [f"{clip}:dog"]
+    both = cli("extract", data, *model, "--duration", "5")
+    assert both.returncode == 1
+    assert "duration: 5.0 s, where the window is 0.2 s" in both.stderr
+
+
 def test_cached_run(cli, filled, data, options):
     """A run that finds everything says so, in JSON completely, and exits with 0."""
     cache, config = filled
