@@ -13,6 +13,7 @@ import numpy as np
 from lmdbcache.audio.containers import DamagedAudioError
 from lmdbcache.audio.decoding import failures_of, opened, streaming_packages
 from lmdbcache.audio.ffmpeg_decoder import seconds_by_ffmpeg
+from lmdbcache.audio.source import as_source
 from lmdbcache.audio.waveform import MixEnergy, fit
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def load_windows(
         ConfigError, MissingDependencyError: See `load_clip`.
     """
     stream, resampler = streaming_packages(decoder)
+    path = as_source(path)
     cutter = WindowCutter(window, hop, last_window)
     energy = MixEnergy()
     with failures_of(path), opened(path) as (readable, file):
@@ -98,10 +100,13 @@ def announced_samples(
     """Return how long a file says that it is, in samples; 0 if it doesn't. Nothing is decoded.
 
     Args:
-        path: See `load_clip`.
+        path: See `load_clip`; of a source that isn't a file the length isn't known.
         sample_rate: Of the result, in Hz.
         decoder: See `load_clip`.
     """
+    path = as_source(path)
+    if not isinstance(path, str):  # it would be fetched as a whole
+        return 0
     try:
         with opened(path) as (readable, file):
             if decoder == "ffmpeg":
