@@ -78,8 +78,8 @@ class Embedder(Protocol):
 
     One that can also give several outputs of one forward pass has a method
     `embed_outputs(features, outputs)`, which returns a dict: output → what `embed` would return.
-    `extract` with several outputs needs it. It is called with `num_valid`, too, if the embedder has
-    an attribute `takes_num_valid`, whatever that says.
+    `extract` with several outputs needs it. If the embedder has an attribute
+    `takes_num_valid`, whatever it says, this method is called with `num_valid` as well.
     """
 
     @property

@@ -259,7 +259,7 @@ def _digest(path: Path) -> str:
 
 
 def _weight_files(path: Path) -> list[str]:
-    """Return the names of the files beside an ONNX file that it keeps tensors in, sorted."""
+    """Return the names of the other files that hold an ONNX file's tensors, sorted."""
     names = set()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for match in _LOCATION.finditer(content):
