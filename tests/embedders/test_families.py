@@ -78,7 +78,8 @@ def outputs_by_hand(folder, clip: np.ndarray, num_samples: int) -> dict[str, tor
     }
 
 
-@pytest.mark.parametrize("share", [1.0, 0.4], ids=["full", "short"])
+# CLAP repeats the short one four times and leaves the rest empty.
+@pytest.mark.parametrize("share", [1.0, 0.41], ids=["full", "short"])
 @pytest.mark.parametrize("variant", ["ast", *VARIANTS])
 def test_equals_transformers_by_hand(variant, share):
     """Every output of a clip that fills the duration, and of one that doesn't."""
@@ -144,7 +145,7 @@ def test_layers_are_those_of_transformers(variant):
     model = find_model(folder_of(variant))
     config = config_for(folder_of(variant), duration=DURATION)
     front_end, size = model.make_front_end(config), config.num_samples
-    valid = [size, size // 3]
+    valid = [size, round(size * 0.36)]
     clips = [compute_features(front_end, padded(clip_of(n, n), size), n) for n in valid]
     features = torch.from_numpy(np.stack(clips))
 
