@@ -326,9 +326,10 @@ class StoreOfWindowsToFill(StoreToFill):
 
     def lacking(self, unit: FeatureBatch) -> tuple[str, ...]:
         """Return the windows of a batch, all or none: part of a batch would have other bits."""
+        if unit.recording not in self.missing or unit.recording in self._failed:
+            return ()
         needed = set(unit.sample_ids).difference(self.stored_windows(unit.recording))
-        is_ours = unit.recording in self.missing and unit.recording not in self._failed
-        return tuple(unit.sample_ids) if needed and is_ours else ()
+        return tuple(unit.sample_ids) if needed else ()
 
     def put(self, batch: FeatureBatch, embeddings: Iterable[Any]) -> None:
         """Add what was computed together, but for the recording's first window."""
