@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.ready-for-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test stress bench bench-peers docs check lint types imports prose format clean
+.PHONY: help install demo playground test stress bench bench-peers docs check lint types imports prose format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ $(READY) $(DEMO_READY): pyproject.toml
 demo: $(DEMO_READY) ## the whole main job on a small dataset made here: extract, read, train
 	@echo "Loading torch takes some seconds"
 	@$(BIN)/python tools/demo.py
+
+playground: $(DEMO_READY) ## a folder in which the code of the documents runs, without data or network
+	@$(BIN)/python tools/playground.py playground
 
 test: $(READY) ## all tests but the long ones
 	@VENV=$(VENV) tools/install_test_programs.sh
@@ -71,4 +74,4 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and what the demo made
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info
+	rm -rf $(VENV) .demo playground .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info

@@ -49,6 +49,7 @@ class DatasetChoice:
     kind: Annotated[
         str,
         Option(
+            "--layout",
             "--dataset",
             help="auto, vegas, esc50, vggsound, folder, huggingface or webdataset; see "
             "docs/datasets.md.",

@@ -59,7 +59,11 @@ class SourceChoice:
     ] = False
     data_dir: Annotated[
         Path | None,
-        Option(help="With --sources: where the dataset is now; default: where it was."),
+        Option(
+            "--data",
+            "--data-dir",
+            help="With --sources: where the dataset is now; default: where it was.",
+        ),
     ] = None
     rehash: Annotated[
         bool,
@@ -69,7 +73,7 @@ class SourceChoice:
         bool,
         Option(
             "--adopt",
-            help="With --sources and --data-dir: take the files that are there now for the "
+            help="With --sources and --data: take the files that are there now for the "
             "sources of embeddings that none is recorded for.",
         ),
     ] = False
@@ -82,9 +86,9 @@ class SourceChoice:
             ConfigError: An option is given without another one that it needs.
         """
         if not self.is_given and (self.data_dir or self.rehash or self.adopt):
-            raise ConfigError("--data-dir, --hash and --adopt need --sources")
+            raise ConfigError("--data, --hash and --adopt need --sources")
         if self.adopt and self.data_dir is None:
-            raise ConfigError("--adopt needs the dataset: give --data-dir")
+            raise ConfigError("--adopt needs the dataset: give --data")
         return self.is_given
 
 
@@ -168,7 +172,7 @@ def clips_of_store(store: Path, data_dir: Path) -> Mapping[str, str]:
     config = read_store_info(store).config
     if config is not None and config.namespace != dataset.namespace:
         raise ConfigError(
-            f"--data-dir: {digits_of(store)} holds embeddings of the dataset "
+            f"--data: {digits_of(store)} holds embeddings of the dataset "
             f"{config.namespace!r}, not of {dataset.namespace!r}"
         )
     return {sample_id: source for sample_id, source in dataset.clips() if isinstance(source, str)}
@@ -185,11 +189,11 @@ def _say_sources(report: SourceReport) -> None:
     if report.num("changed"):
         say("`lmdbcache extract DATA_DIR … --changed` computes the changed ones again")
     if report.num("vanished"):
-        say("if the dataset was moved, give its folder with --data-dir")
+        say("if the dataset was moved, give its folder with --data")
     if report.num("unknown"):
         say(
             f"no file is known for {counted(report.num('unknown'), 'embedding')}: `verify "
-            "--sources --data-dir DATA_DIR --adopt` records those that are there now"
+            "--sources --data DATA_DIR --adopt` records those that are there now"
         )
 
 

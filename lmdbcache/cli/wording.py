@@ -47,7 +47,7 @@ def in_options(message: str, parameters: Iterable[Any]) -> str:
 
 
 def _typed(option: Any, value: str | None) -> str:
-    name = max(option.opts, key=len)
+    name = option.opts[0]
     if value is None or value == "True":
         return str(name)
     if value == "False":

@@ -239,7 +239,7 @@ def test_samples_per_class_below_one(refused, esc50, data, tmp_path, layout, num
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--dataset", "fsd50k"], "'fsd50k'"),
+        (["--layout", "fsd50k"], "'fsd50k'"),
         (["--fold", "9"], "folds are 1, 2"),
         (["--split", "dev"], "'train', 'val'"),
         (["--split-by", "own"], "split_by: 'own'"),

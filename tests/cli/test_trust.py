@@ -60,14 +60,14 @@ def test_changed_files_are_shown_and_computed_again(cli, filled, data, options):
 
 
 def test_moved_and_vanished(cli, filled, data):
-    """A moved dataset is found with --data-dir; a deleted clip isn't."""
+    """A moved dataset is found with --data; a deleted clip isn't."""
     store = filled[1].fingerprint
     moved = data.rename(data.parent / "moved")
     result = cli("verify", store, "--sources")
     assert result.returncode == 1
     assert "6 vanished" in result.stdout
-    assert "--data-dir" in result.stdout
-    assert cli("verify", store, "--sources", "--data-dir", moved).returncode == 0
+    assert "--data" in result.stdout
+    assert cli("verify", store, "--sources", "--data", moved).returncode == 0
     clip(moved, "drum", 2).unlink()
     (found,) = json.loads(cli("verify", "--all", "--sources", "--data-dir", moved, "--json").stdout)
     (vanished,) = found["found"]
@@ -82,7 +82,7 @@ def test_adopting(cli, refused, filled, data):
     result = cli("verify", config.fingerprint, "--sources")
     assert result.returncode == 0
     assert "no file is known for 6 embeddings" in result.stdout
-    assert "--data-dir" in refused("verify", config.fingerprint, "--sources", "--adopt")
+    assert "--data" in refused("verify", config.fingerprint, "--sources", "--adopt")
     adopt = ("verify", config.fingerprint, "--sources", "--data-dir", data, "--adopt")
     result = cli(*adopt)
     assert "recorded 6 sources" in result.stdout
@@ -94,7 +94,7 @@ def test_adopting(cli, refused, filled, data):
 
 def test_options_that_need_sources(refused, filled):
     """An option that would be ignored is refused."""
-    for option in (("--hash",), ("--data-dir", "x"), ("--adopt",)):
+    for option in (("--hash",), ("--data", "x"), ("--adopt",)):
         assert "need --sources" in refused("verify", filled[1].fingerprint, *option)
 
 

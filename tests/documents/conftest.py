@@ -1,4 +1,4 @@
-"""A folder as the documents take it for granted: a dataset, a model, a cache to be."""
+"""The folder that the documents take for granted."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_tables as tables
 import pytest
 from documents.program_server import ProgramServer
+from playground import make_playground
 from sharing.places import s3_client, s3_environment
 from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
-from small_ast import save_small_ast
-from synthetic_layouts import make_esc50
-from synthetic_vegas import make_synthetic_vegas
-
-from lmdbcache.config import DEFAULT_MODEL_NAME
 
 PACKAGE = Path(__file__).resolve().parents[2]
 # Stands in for SLURM's: two tasks, the options left out.
@@ -39,26 +34,13 @@ for SLURM_ARRAY_TASK_ID in 0 1; do sh -c "$2" & tasks+=($!); done
 for task in "${tasks[@]}"; do wait "$task" || code=$?; done
 exit "${code:-0}"
 """
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """Datasets of several layouts, and a model `my-ast/`, also as the Hub's AST."""
+    """What `make playground` makes."""
     folder = tmp_path_factory.mktemp("documents")
-    make_synthetic_vegas(folder / "VEGAS", clips_per_class=4, duration=1.0, broken=False)
-    make_esc50(folder / "ESC-50")
-    rows = [(name, tables.encoded(name, 0), None) for name in tables.CLASSES]
-    tables.table(rows, key=["a", "b", "c"]).save_to_disk(folder / "sounds")
-    tags = [["dog"], ["car", "rain"], []]
-    feature = tables.datasets.Sequence(tables.datasets.Value("string"))
-    several = tables.table(rows).remove_columns("label").add_column("tags", tags, feature=feature)
-    several.rename_column("tags", "labels").save_to_disk(folder / "tagged")
-    save_small_ast(folder / "my-ast", max_length=512, hidden_size=96)  # takes 5 s
-    repository = folder / "hub" / f"models--{DEFAULT_MODEL_NAME.replace('/', '--')}"
-    shutil.copytree(folder / "my-ast", repository / "snapshots" / REVISION)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(REVISION)
+    make_playground(folder)  # takes 5 s
     return folder
 
 
@@ -103,7 +85,7 @@ def reader_at_home(world, program_server, tmp_path, monkeypatch) -> Path:
     """A copy of the world as the working folder, and the programs that the documents call."""
     home = tmp_path / "home"
     home.mkdir()
-    for name in ("VEGAS", "my-ast", "ESC-50", "sounds", "tagged"):
+    for name in ("VEGAS", "my-ast", "ESC-50"):
         shutil.copytree(world / name, home / name)
     programs = tmp_path / "programs"
     programs.mkdir()
