@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.ready-for-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo playground test stress bench bench-peers docs check lint types imports prose format clean
+.PHONY: help install demo playground test stress bench bench-peers docs dist check lint types imports prose format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,11 @@ bench-peers: $(READY) ## compare with memmap, tensordict, safetensors and others
 
 docs: $(READY) ## build the documentation's site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
+
+dist: $(READY) ## build the sdist, and the wheel from it, in dist/: docs/releasing.md
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 check: lint types imports prose ## what CI checks beside the tests
 

@@ -141,3 +141,30 @@ def test_all_extras_want_the_same_torch():
     ]
     assert len(wanted) >= 2
     assert all("2.14.1" in each and "2.15" not in each for each in wanted)
+
+
+def test_a_users_script_gets_real_types(tmp_path):
+    """mypy --strict accepts docs/examples/typed_script.py, and finds each mistake put into it."""
+    root = Path(__file__).resolve().parent.parent
+    mistakes = """
+EmbeddingCache(3)
+EmbeddingCache("a").reader("b")
+EmbeddingCache("a").reader(CacheConfig()).get_batch(3)
+CacheConfig().duration.upper()
+extract(EmbeddingCache("a"), CacheConfig(), {}).num_extracted + "1"
+open_dataset("a").class_labels + 1
+make_dataloader(EmbeddingCache("a").reader(CacheConfig()), batch_size="1")
+"""
+    text = (root / "docs" / "examples" / "typed_script.py").read_text()
+    script = tmp_path / "script.py"
+    script.write_text(text + mistakes)
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-pretty", script],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    lines = [int(line.split(":")[1]) for line in found.splitlines() if ": error:" in line]
+    first = len(text.splitlines()) + 2
+    assert sorted(set(lines)) == [*range(first, first + len(mistakes.splitlines()) - 1)], found

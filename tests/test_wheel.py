@@ -1,4 +1,4 @@
-"""The wheel, in an environment that holds nothing but what the wheel declares."""
+"""The sdist and the wheel; the wheel in an environment that holds what it declares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -29,15 +30,20 @@ def declared(name: str, found: dict[str, importlib.metadata.Distribution]) -> No
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built by `python -m build`, as a release would be."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist, and the wheel built from it: as `make dist` makes them."""
+    folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
         check=True,
         capture_output=True,
     )
-    (path,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
     return path
 
 
@@ -63,6 +69,14 @@ def program(wheel, tmp_path_factory) -> Path:
     return folder / "bin" / "lmdbcache"
 
 
+def tracked(*paths: str) -> list[str]:
+    """The files under version control; none where this isn't a checkout."""
+    listed = ["git", "-c", "core.quotePath=off", "ls-files", *paths]
+    return subprocess.run(
+        listed, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+
+
 def run(*command, cwd) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
@@ -79,11 +93,34 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"lmdbcache", *(top for top in tops if top.endswith(".dist-info"))}
-    tracked = subprocess.run(
-        ["git", "ls-files", "lmdbcache"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
     assert "lmdbcache/py.typed" in names
-    assert set(tracked) <= set(names)
+    assert set(tracked("lmdbcache")) <= set(names)
+
+
+def test_the_sdist_holds_the_project_and_tests_itself(built, tmp_path):
+    """All that is under version control; a test of it runs from where it is unpacked."""
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    assert [name for name in tracked() if not (unpacked / name).exists()] == []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_config.py"],
+        cwd=unpacked,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_index_takes_both(built):
+    """Metadata and the readme's rendering are what an index accepts."""
+    pytest.importorskip("twine")
+    subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *built.iterdir()], check=True
+    )
 
 
 def test_the_core_works_from_the_wheel_alone(program, tmp_path):

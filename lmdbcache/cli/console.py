@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
@@ -97,7 +97,13 @@ def speak_for(who: str) -> None:
     _speaker.append(f"{who}: ")
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # has no [] in Python 3.10
+
+
+class LineHandler(_StreamHandler):
     """Writes to standard error as it is then: a bar takes it over and stays below the lines."""
 
     def __init__(self) -> None:

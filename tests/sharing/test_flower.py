@@ -17,11 +17,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tomllib
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.exchange import push
 
+tomllib = pytest.importorskip("tomllib", reason="Flower's app needs Python 3.11")
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "docs" / "examples" / "flower"
 # Flower's packages clash with others, so it has an environment of its own.
