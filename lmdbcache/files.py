@@ -26,7 +26,7 @@ from typing import Final
 import platformdirs
 
 from lmdbcache.errors import ConfigError, NotRegularFileError
-from lmdbcache.settings import ROOT_VARIABLE
+from lmdbcache.machine import ROOT_VARIABLE
 
 __all__ = [
     "check_file",

@@ -11,8 +11,7 @@ import pytest
 
 import lmdbcache
 from lmdbcache.datasets import ESC50Dataset, VEGASDataset, VGGSoundDataset
-from lmdbcache.machine import install_line
-from lmdbcache.settings import VARIABLES, dataset_root_variable
+from lmdbcache.machine import VARIABLES, dataset_root_variable, install_line
 
 PACKAGE = Path(lmdbcache.__file__).parent
 NAMES = {variable.name for variable in VARIABLES}
@@ -23,7 +22,7 @@ def test_every_variable_is_in_the_table():
     for module in PACKAGE.rglob("*.py"):
         text = module.read_text("utf-8")
         assert set(re.findall(r"\bLMDBCACHE_[A-Z0-9_]*[A-Z0-9]", text)) <= NAMES, module
-        if module.name != "settings.py":
+        if module.name != "machine.py":
             assert not re.search(r"""["']LMDBCACHE_""", text), module
 
 

@@ -36,7 +36,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import existing_parent, expand_user, user_cache_folder
-from lmdbcache.settings import ROOT_VARIABLE
+from lmdbcache.machine import ROOT_VARIABLE
 from lmdbcache.storage import (
     CompactionResult,
     EmbeddingWriter,

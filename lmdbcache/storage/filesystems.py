@@ -17,7 +17,7 @@ from typing import Final
 
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
 from lmdbcache.files import existing_parent
-from lmdbcache.settings import NETWORK_VARIABLE
+from lmdbcache.machine import NETWORK_VARIABLE
 
 __all__ = [
     "NETWORK_VARIABLE",

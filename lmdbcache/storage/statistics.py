@@ -36,8 +36,7 @@ import numpy.typing as npt
 
 from lmdbcache.errors import CacheError, ReadOnlyCacheError
 from lmdbcache.files import check_folder, flocked, read_file, replace_file
-from lmdbcache.machine import is_alive
-from lmdbcache.settings import STATISTICS_VARIABLE
+from lmdbcache.machine import STATISTICS_VARIABLE, is_alive
 from lmdbcache.storage.filesystems import network_mount
 from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.last_use import touch

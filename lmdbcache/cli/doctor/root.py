@@ -13,7 +13,7 @@ from typing import Final
 
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.files import existing_parent
-from lmdbcache.settings import NETWORK_VARIABLE, ROOT_VARIABLE
+from lmdbcache.machine import NETWORK_VARIABLE, ROOT_VARIABLE
 from lmdbcache.storage import RESERVE_BYTES, Mount, mount_of
 
 __all__ = ["check_root"]

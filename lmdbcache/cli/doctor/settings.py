@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import click
 
-from lmdbcache.settings import VARIABLES, Variable
+from lmdbcache.machine import VARIABLES, Variable
 
 __all__ = ["Setting", "settings"]
 

@@ -34,7 +34,7 @@ from lmdbcache.datasets.scanning import LeftOut, summary_of
 from lmdbcache.datasets.splits import SPLITS, node_split, normalized_ratios, split_by_ratios
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
-from lmdbcache.settings import dataset_root_variable
+from lmdbcache.machine import dataset_root_variable
 from lmdbcache.training import (
     read_tensor_dict,
     read_text_embeddings,

@@ -25,8 +25,7 @@ from typing import Final
 
 from lmdbcache.errors import ConfigError, IntegrityError
 from lmdbcache.files import flocked, open_file, read_file, user_cache_folder
-from lmdbcache.machine import boot_id
-from lmdbcache.settings import SKIP_VARIABLE
+from lmdbcache.machine import SKIP_VARIABLE, boot_id
 from lmdbcache.storage.checks.checking import IntegrityReport, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.pages.commit_record import read_commit_record
