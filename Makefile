@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.ready-for-demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo playground test stress bench bench-peers docs dist check lint types imports prose format clean
+.PHONY: help install demo playground test stress bench bench-peers gallery docs dist check lint types imports prose format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench: $(READY) ## measure, and write the tables of docs/benchmarks.md
 
 bench-peers: $(READY) ## compare with memmap, tensordict, safetensors and others on this machine
 	$(BIN)/python tools/bench_peers.py
+
+gallery: $(READY) ## run the notebooks of docs/gallery again, and keep their outputs
+	$(BIN)/python tools/run_gallery.py
 
 docs: $(READY) ## build the documentation's site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
