@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 from lmdbcache.cache.records import Origin, SourceRecords
 from lmdbcache.cache.store_info import StoreInfo
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
-from lmdbcache.errors import CacheError, InvalidSampleIdError
+from lmdbcache.errors import CacheError, CacheNotFoundError, InvalidSampleIdError
 from lmdbcache.files import few, read_file, replace_file
 from lmdbcache.storage import (
     EmbeddingReader,
@@ -253,7 +253,10 @@ def explain_sample(
 def _facts_of(reader: EmbeddingReader, sample_id: str) -> dict[str, Any]:
     """Return what changes in an `Explanation` of the config for this sample."""
     what = repr(sample_id)
-    if not reader.missing([sample_id]):
+    is_stored = False
+    with contextlib.suppress(CacheNotFoundError):  # cleared meanwhile
+        is_stored = not reader.missing([sample_id])
+    if is_stored:
         origin = _origin_of(reader, sample_id)
         text = _sentence(MissReason.STORED, what=what, store=_named(reader.metadata.config))
         text += f". It came from {origin}" if origin else ""

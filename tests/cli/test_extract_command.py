@@ -111,6 +111,7 @@ def test_cached_run(cli, filled, data, options):
         "compute_seconds": 0.0,
         "built_model": False,
         "num_suspects": 0,
+        "num_windows": None,
         "rank": 0,
         "world_size": 1,
     }

@@ -194,7 +194,7 @@ def test_what_cannot_be_opened(tmp_path):
         HuggingFaceDataset(tmp_path / "empty")
     with pytest.raises(DatasetError, match="load_dataset"):
         HuggingFaceDataset("someone/sounds")
-    with pytest.raises(DatasetError, match="streaming=True"):
+    with pytest.raises(DatasetError, match="stream_clips"):
         HuggingFaceDataset(table(rows()).to_iterable_dataset(), namespace="x")
     with pytest.raises(DatasetError, match="`namespace`"):
         HuggingFaceDataset(table(rows()))

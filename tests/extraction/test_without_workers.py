@@ -238,7 +238,7 @@ def units_of(paths):
 def test_workers_that_cannot_start_are_done_without(noises, monkeypatch):
     """A front end that can't be pickled to spawned workers is called in this process."""
     samples, paths = noises
-    monkeypatch.setattr("lmdbcache.extraction.decoding._start_method", lambda: "spawn")
+    monkeypatch.setattr("lmdbcache.extraction.decoding.start_method", lambda: "spawn")
     config = CacheConfig(sample_rate=RATE, duration=SECONDS)
     batches = FeatureBatches(units_of(paths), config, _Unpicklable(), num_workers=2)
     try:
