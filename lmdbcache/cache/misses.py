@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 from lmdbcache.cache.records import Origin, SourceRecords
 from lmdbcache.cache.store_info import StoreInfo
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
-from lmdbcache.errors import CacheError, CacheNotFoundError, InvalidSampleIdError
+from lmdbcache.errors import CacheError, InvalidSampleIdError
 from lmdbcache.files import few, read_file, replace_file
 from lmdbcache.storage import (
     EmbeddingReader,
@@ -253,10 +253,10 @@ def explain_sample(
 def _facts_of(reader: EmbeddingReader, sample_id: str) -> dict[str, Any]:
     """Return what changes in an `Explanation` of the config for this sample."""
     what = repr(sample_id)
-    is_stored = False
-    with contextlib.suppress(CacheNotFoundError):  # cleared meanwhile
-        is_stored = not reader.missing([sample_id])
-    if is_stored:
+    has_windows = reader.config.window is not None
+    # Anything may be asked for, and the store may have been cleared: neither is an error here.
+    is_recording = has_windows and isinstance(sample_id, str)
+    if (first_window(sample_id) if is_recording else sample_id) in reader:
         origin = _origin_of(reader, sample_id)
         text = _sentence(MissReason.STORED, what=what, store=_named(reader.metadata.config))
         text += f". It came from {origin}" if origin else ""
@@ -264,7 +264,6 @@ def _facts_of(reader: EmbeddingReader, sample_id: str) -> dict[str, Any]:
     if failure := _failure_of(reader.path, sample_id):
         text = _sentence(MissReason.FAILED, what=what, failure=failure)
         return {"reason": MissReason.FAILED, "text": text, "failure": failure}
-    has_windows = reader.config.window is not None
     stored = reader.recordings() if has_windows else iter(reader)
     reason, text, nearest = _absence(sample_id, stored)
     if has_windows and (number := len(reader.window_ids(sample_id))):
