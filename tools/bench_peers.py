@@ -323,19 +323,23 @@ def draw(figures: dict[str, dict[str, dict[str, float]]], chart: Path) -> None:
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "peers"  # the same figures give the same file
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, len(figures), figsize=(10, 3.6), layout="constrained")
     for axis, (title, ways) in zip(np.atleast_1d(axes), figures.items(), strict=True):
         names = sorted(ways, key=lambda name: -ways[name][EPOCH])
         colors = ["#c0392b" if name == Ours.name else "#7f8c8d" for name in names]
         bars = axis.barh(names, [ways[name][EPOCH] for name in names], color=colors)
-        axis.bar_label(bars, fmt="{:,.3g}", padding=3)
+        axis.bar_label(
+            bars, [f"{float(f'{bar.get_width():.3g}'):,.10g}" for bar in bars], padding=3
+        )
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.15)
         axis.set_xlabel("epoch, µs a sample")
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(chart, metadata={"Date": None})
+    figure.savefig(chart, facecolor="white", metadata={"Date": None})
 
 
 def main() -> None:

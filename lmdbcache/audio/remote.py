@@ -108,6 +108,7 @@ def list_url(url: str) -> list[RemoteEntry]:
     check_url(url)
     try:
         system, path = _connected(url)
+        system.invalidate_cache(path)  # what was added since it was last listed counts
         items = system.ls(path, detail=True)
         found = [
             RemoteEntry(name, system.unstrip_protocol(place), item["type"] == "directory")

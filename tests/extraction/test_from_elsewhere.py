@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 from extraction.clips import write_tones
 from sharing.places import s3_client, s3_environment
@@ -59,9 +60,18 @@ def bucket(request, monkeypatch):
     endpoint = request.getfixturevalue("moto").endpoint
     for variable, value in s3_environment(endpoint).items():
         monkeypatch.setenv(variable, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # of another server, which earlier tests had
     client, name = s3_client(endpoint), f"bucket-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=name)
     return client, name
+
+
+def test_a_url_is_listed_anew(bucket, sounds):
+    """What came since a URL was last listed is in the next listing of the same process."""
+    client, name = bucket
+    for number, path in enumerate(sorted((sounds / "dog").glob("*.wav"))[:2], 1):
+        client.put_object(Bucket=name, Key=f"dog/{path.name}", Body=path.read_bytes())
+        assert len(open_dataset(f"s3://{name}").samples) == number
 
 
 def write_shard(path, members):
