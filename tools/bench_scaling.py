@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from page_cache import evict
-from process_watch import Figures, Watch
+from process_watch import Figures, Watch, cpu_s
 
 from lmdbcache import CacheConfig, EmbeddingCache
 from lmdbcache.extraction.space import estimated_bytes
@@ -101,6 +101,18 @@ def write(root: str, num_samples: str, order: str = "sorted", width: str = "768"
         "bytes per embedding": size / total,
         "overhead, bytes": size / total - 4 * int(width),
     }
+
+
+@step
+def write_random(root: str, num_samples: str, dtype: str = "float32") -> Figures:
+    """Independent normal values, which a search can tell apart."""
+    total, dice = int(num_samples), np.random.default_rng(0)
+    cache, config = EmbeddingCache(root), CacheConfig(dtype=dtype)
+    with Watch() as watch, cache.writer(config) as writer:
+        for start in range(0, total, 1024):
+            part = np.arange(start, min(start + 1024, total))
+            writer.put_batch(names_of(part), dice.standard_normal((len(part), 768), np.float32))
+    return {**watch.figures, "bytes per embedding": cache.size(config) / total}
 
 
 @step
@@ -267,6 +279,30 @@ def evicted(root: str, num_samples: str, share: str, is_asked: str = "") -> Figu
         "left in the page cache": left,
         "µs per sample": 1e6 * watch.figures["s"] / count,
     }
+
+
+@step
+def search(root: str, num_samples: str, share: str = "0") -> Figures:
+    """`nearest`: the first query of a process, later ones, and 256 in one call.
+
+    `share` of the file is dropped from the page cache before the first.
+    """
+    evict(root, float(share))
+    cache, config = store_in(root)
+    dice, figures = np.random.default_rng(os.getpid()), Figures()
+    with cache.reader(config) as reader, Watch() as watch:
+        for name, count in (
+            *(("first", 1), ("second", 1), ("third", 1)),
+            *(("256 at once", 256), ("256 again", 256)),
+        ):
+            queries = dice.standard_normal((count, 768))
+            before = time.perf_counter(), cpu_s()
+            found = reader.nearest(queries)
+            figures[f"{name}, s"] = time.perf_counter() - before[0]
+            figures[f"{name}, CPU s"] = cpu_s() - before[1]
+            assert len(found) == count
+            assert len(found[0].sample_ids) == min(10, int(num_samples))
+    return {**watch.figures, **figures}
 
 
 # ---- looking after it

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-__all__ = ["Figures", "Watch"]
+__all__ = ["Figures", "Watch", "cpu_s"]
 
 Figures = dict[str, float]
 
@@ -16,6 +16,12 @@ Figures = dict[str, float]
 def status_kib(*names: str) -> list[int]:
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return [int(re.findall(rf"{name}:\s+(\d+) kB", text)[0]) for name in names]
+
+
+def cpu_s() -> float:
+    """Processor seconds of this process so far, the kernel's included."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 class Watch:
@@ -29,12 +35,12 @@ class Watch:
         self._peak, self._end = list(self._before), threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        self._cpu = self._cpu_seconds()
+        self._cpu = cpu_s()
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        seconds, cpu = time.perf_counter() - self._started, self._cpu_seconds() - self._cpu
+        seconds, cpu = time.perf_counter() - self._started, cpu_s() - self._cpu
         self._end.set()
         self._thread.join()
         self._look()
@@ -54,8 +60,3 @@ class Watch:
     def _look(self) -> None:
         now = status_kib("RssAnon", "VmPTE")
         self._peak = [max(pair) for pair in zip(self._peak, now, strict=True)]
-
-    @staticmethod
-    def _cpu_seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return used.ru_utime + used.ru_stime

@@ -32,7 +32,8 @@ class Option:
     Args:
         names: Such as `--json`; without one it is made from the parameter's name.
         panel: Heading of the help that the option stands under.
-        settings: For `click.Option`; `min` and `max` bound a number, `parser` converts the text.
+        settings: For `click.Option`; `min` and `max` bound a number, `parser` converts the text,
+            `complete` returns what a shell offers: (value, help) by context and what is typed.
     """
 
     def __init__(self, *names: str, panel: str = "Options", **settings: Any) -> None:
@@ -53,6 +54,10 @@ class Option:
         kind = settings.pop("parser", None) or _click_type(
             _element(hint), settings.pop("min", None), settings.pop("max", None)
         )
+        if complete := settings.pop("complete", None):
+            settings["shell_complete"] = lambda context, _, typed: [
+                CompletionItem(value, help=text or None) for value, text in complete(context, typed)
+            ]
         if default is inspect.Parameter.empty:
             return {"type": kind, "required": True, **settings}
         value = default.value if isinstance(default, Enum) else default
@@ -68,7 +73,7 @@ class Argument(Option):
 
     Args:
         help: Shown in the command's help.
-        complete: Returns what a shell offers: (value, help) by context and what is typed.
+        complete: As of an option.
     """
 
     def __init__(
@@ -77,16 +82,12 @@ class Argument(Option):
         help: str,  # noqa: A002 - as click has it
         complete: Callable[[click.Context, str], Any] | None = None,
     ) -> None:
-        super().__init__(panel="Arguments")
-        self.help, self.complete = help, complete
+        super().__init__(panel="Arguments", complete=complete)
+        self.help = help
 
     def made(self, name: str, hint: Any, default: Any) -> Any:
         """Return the parameter for click."""
         settings = self._common(hint, default)
-        if complete := self.complete:
-            settings["shell_complete"] = lambda context, _, typed: [
-                CompletionItem(value, help=text or None) for value, text in complete(context, typed)
-            ]
         if _is_list(hint):
             settings |= {"nargs": -1, "default": None}
         argument = self._marked(_Argument([name], **settings))

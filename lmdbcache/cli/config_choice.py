@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Option
-from lmdbcache.cli.options import Decoder, find_store
+from lmdbcache.cli.options import Decoder, complete_store, find_store
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders import AudioModel, config_for, described_model
 from lmdbcache.errors import ConfigError, IntegrityError
@@ -25,6 +25,7 @@ StoredConfig = Annotated[
         "--config",
         metavar="STORE",
         help="Take all of it from a store that is there: its fingerprint, or the first digits.",
+        complete=complete_store,
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from enum import Enum
 from pathlib import Path
@@ -53,10 +54,12 @@ _HELP_WIDTH = 60
 
 def complete_store(context: click.Context, incomplete: str) -> list[tuple[str, str]]:
     """What a shell offers for a store: fingerprints and folder names. Nothing is opened."""
-    try:
-        folders = EmbeddingCache(context.params.get("root")).folders()
-    except CacheError:
-        return []
+    root = context.params.get("root")
+    roots = (root or (None,)) if isinstance(root, tuple) else (root,)
+    folders = []
+    for root in roots:
+        with contextlib.suppress(CacheError):
+            folders += EmbeddingCache(root).folders()
     parts = [folder.name.rpartition("-") for folder in folders]
     typed = incomplete.lower()
     # Shells show the second part beside the first; a line that is folded confuses zsh.

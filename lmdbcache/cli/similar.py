@@ -63,13 +63,15 @@ def similar_command(
             help="Search by a text instead; for stores of CLAP's audio_embeds.", show_default=False
         ),
     ] = None,
-    store: Annotated[
+    stored: Annotated[
         str | None,
         Option(
-            help="Fingerprint or folder name of the store; default: the only one that can be "
-            "searched.",
+            "--config",
+            metavar="STORE",
+            help="Fingerprint (its first digits do) or folder name of the store; default: the only "
+            "one that can be searched.",
+            complete=complete_store,
             show_default=False,
-            shell_complete=lambda context, _, typed: complete_store(context, typed),
         ),
     ] = None,
     root: Annotated[
@@ -111,7 +113,7 @@ def similar_command(
     with contextlib.ExitStack() as stack:
         readers = [
             stack.enter_context(EmbeddingReader(folder, track_usage=False))
-            for folder in _chosen(root or [None], store, is_view=view is not None)
+            for folder in _chosen(root or [None], stored, is_view=view is not None)
         ]
         if not view and len(readers[0].embedding_shape or ()) > 1:
             raise ConfigError(
@@ -158,7 +160,7 @@ def _chosen(roots: Sequence[Path | None], name: str | None, *, is_view: bool) ->
     if len(found) > 1:
         raise ConfigError(
             f"{len(found)} stores under {where} can be searched: {'; '.join(found)}. Choose one: "
-            "--store"
+            "--config"
         )
     return next(iter(found.values()))
 

@@ -76,7 +76,7 @@ def test_completion_in_other_shells(home, configs, shell, file, variables):
 
 
 def test_completion_opens_no_store(home, cache, configs):
-    """Damaged stores are offered as well, and a root that isn't there gives nothing."""
+    """Damaged stores are offered as well, also by --config; an absent root gives nothing."""
     for data in cache.root.rglob("data.mdb"):
         data.write_bytes(b"")
     asked = {
@@ -86,6 +86,9 @@ def test_completion_opens_no_store(home, cache, configs):
         "COMP_CWORD": "2",
     }
     assert len(run("lmdbcache", env=asked).split()) == 3
+    for command in ("similar", "explain"):
+        words = {"COMP_WORDS": f"lmdbcache {command} --config ", "COMP_CWORD": "3"}
+        assert len(run("lmdbcache", env={**asked, **words}).split()) == 3
     assert run("lmdbcache", env={**asked, "LMDBCACHE_ROOT": "/nowhere"}).split() == []
 
 

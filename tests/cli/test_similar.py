@@ -20,7 +20,7 @@ def test_similar_samples_of_a_sample(cli, refused, cache, configs):
     store = configs[0].fingerprint
     with cache.reader(configs[0]) as reader:
         expected = reader.nearest("video_00000:drum", 2, "l2")
-    asked = ("similar", "video_00000:drum", "--store", store, "-k", 2, "--metric", "l2")
+    asked = ("similar", "video_00000:drum", "--config", store, "-k", 2, "--metric", "l2")
     found = json.loads(cli(*asked, "--json").stdout)
     assert list(found["samples"]) == expected.sample_ids
     assert list(found["samples"].values()) == pytest.approx(expected.scores.tolist())
@@ -33,7 +33,7 @@ def test_several_roots_are_one(cli, cache, configs, tmp_path):
     with cache.reader(configs[0]) as reader, other.writer(configs[0]) as writer:
         writer.put("copy:drum", reader["video_00000:drum"])
     result = cli(
-        *("similar", "video_00000:drum", "-k", 1, "--json", "--store", configs[0].fingerprint),
+        *("similar", "video_00000:drum", "-k", 1, "--json", "--config", configs[0].fingerprint),
         *("--root", cache.root, "--root", other.root),
     )
     assert list(json.loads(result.stdout)["samples"]) == ["copy:drum"]
@@ -41,7 +41,7 @@ def test_several_roots_are_one(cli, cache, configs, tmp_path):
 
 def test_hidden_states_are_searched_by_a_view(cli, refused, cache, configs):
     """Without --view it is named."""
-    store = ("--store", configs[1].fingerprint)
+    store = ("--config", configs[1].fingerprint)
     assert "--view" in refused("similar", "video_00000:drum", *store)
     result = cli("similar", "video_00000:drum", "--view", "mean", "--json", *store)
     assert len(json.loads(result.stdout)["samples"]) == 5

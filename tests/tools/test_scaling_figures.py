@@ -13,6 +13,7 @@ def test_steps_run_in_processes_of_their_own(tmp_path):
     assert figures["bytes per embedding"] > 4 * 768
     for step in (
         "first_reads",
+        "search",
         "coverage",
         "list_stores",
         "info",
