@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.cache.views import HiddenStateView, ViewSelection
-from lmdbcache.config import CacheConfig
+from lmdbcache.cache.views import HiddenStateView, StoreView, ViewSelection
 from lmdbcache.errors import ConfigError, SampleNotFoundError
 from lmdbcache.files import few
 from lmdbcache.storage import EmbeddingReader, Positions, Selection, canonical_sample_id
@@ -37,12 +35,10 @@ def pooled(windows: npt.NDArray[Any], pool: Pool) -> npt.NDArray[Any]:
     return found.astype(windows.dtype, copy=False)
 
 
-class RecordingView(Mapping[str, npt.NDArray[Any]]):
+class RecordingView(StoreView):
     """Recordings by the sample ids that their dataset has, each as one embedding.
 
-    A view is a source like a reader: for `EmbeddingDataset`, `make_dataloader`, `preload` and
-    `TensorMapping`. It has the recordings that are stored in full. Values have the stored dtype.
-    Pickles, and works in other processes, as its reader does.
+    It has the recordings that are stored in full.
 
     Args:
         source: A reader of a store of windows, or a `HiddenStateView` of one.
@@ -55,44 +51,16 @@ class RecordingView(Mapping[str, npt.NDArray[Any]]):
     def __init__(self, source: EmbeddingReader | HiddenStateView, pool: Pool = "mean") -> None:
         if pool not in get_args(Pool):
             raise ConfigError(f"pool: {pool!r}; known are {', '.join(get_args(Pool))}")
+        super().__init__(source.reader if isinstance(source, HiddenStateView) else source)
         self.source: Final = source
-        self.reader: Final = source.reader if isinstance(source, HiddenStateView) else source
         self.pool: Final = pool
         if self.reader.config.window is None:
             raise ConfigError(f"{self.path} holds one embedding a clip: its config has no window")
-
-    # ---- what is stored
-
-    @property
-    def path(self) -> Path:
-        """The store's folder."""
-        return self.reader.path
-
-    @property
-    def config(self) -> CacheConfig:
-        """The store's config."""
-        return self.reader.config
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The stored dtype, the view's too."""
-        return self.reader.dtype
 
     @property
     def embedding_shape(self) -> tuple[int | None, ...] | None:
         """Shape of the embedding of one recording."""
         return self.source.embedding_shape
-
-    # ---- the Mapping
-
-    def __getitem__(self, recording_id: str) -> npt.NDArray[Any]:
-        """Return the embedding of one recording, owned and writable.
-
-        Raises:
-            SampleNotFoundError: The newest commit doesn't hold all of it (a KeyError).
-        """
-        one: npt.NDArray[Any] = self.get_batch([recording_id])[0]
-        return one
 
     def __contains__(self, recording_id: object) -> bool:
         return isinstance(recording_id, str) and not self.reader.missing([recording_id])
@@ -103,24 +71,12 @@ class RecordingView(Mapping[str, npt.NDArray[Any]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {self.pool!r})"
 
-    # ---- more than one
-
-    def get_batch(self, recording_ids: Sequence[str]) -> npt.NDArray[Any]:
-        """Return the embeddings of several recordings, `(n, *embedding_shape)`, in their order.
-
-        Raises:
-            SampleNotFoundError: Names what the newest commit lacks.
-        """
-        return self.select(recording_ids).get_batch(np.arange(len(recording_ids)))
-
-    def select(self, recording_ids: Iterable[str] | None = None) -> RecordingSelection:
+    def select(self, sample_ids: Iterable[str] | None = None) -> RecordingSelection:
         """Return these recordings by position, for a training loop; None takes all."""
-        return RecordingSelection(self, recording_ids)
+        return RecordingSelection(self, sample_ids)
 
 
 class RecordingSelection:

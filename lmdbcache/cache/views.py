@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lmdbcache.config import CacheConfig, is_published_ast
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage import EmbeddingReader, MappedFile, Positions, RowPart, Selection
 
-__all__ = ["HiddenStateView", "TokenLayout", "ViewSelection"]
+__all__ = ["HiddenStateView", "StoreView", "TokenLayout", "ViewSelection"]
 
 _AST_FRONT_END: Final = "ast-fbank/1"
 _BLOCK_ROWS: Final = 32
@@ -111,7 +112,69 @@ class TokenLayout:
         return max(1, (num_frames - self.frames_per_token) // self.frames_per_step + 1)
 
 
-class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
+class StoreView(Mapping[str, npt.NDArray[Any]], ABC):
+    """What a store's embeddings become, by id: a source like a reader.
+
+    For `EmbeddingDataset`, `make_dataloader`, `preload` and `TensorMapping`. Values have the stored
+    dtype. Pickles, and works in other processes, as its reader does.
+
+    Args:
+        reader: Of the store.
+    """
+
+    def __init__(self, reader: EmbeddingReader) -> None:
+        self.reader: Final = reader
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self.reader.path
+
+    @property
+    def config(self) -> CacheConfig:
+        """The store's config."""
+        return self.reader.config
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored dtype, the view's too."""
+        return self.reader.dtype
+
+    def __getitem__(self, sample_id: str) -> npt.NDArray[Any]:
+        """Return one value, owned and writable.
+
+        Raises:
+            SampleNotFoundError: The newest commit doesn't hold it in full (a KeyError).
+        """
+        one: npt.NDArray[Any] = self.get_batch([sample_id])[0]
+        return one
+
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self.reader
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.reader)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get_batch(self, sample_ids: Sequence[str]) -> npt.NDArray[Any]:
+        """Return several values, `(len(sample_ids), *embedding_shape)`, in their order.
+
+        Raises:
+            SampleNotFoundError: Names what the newest commit lacks.
+        """
+        batch: npt.NDArray[Any] = self.select(sample_ids).get_batch(np.arange(len(sample_ids)))
+        return batch
+
+    @abstractmethod
+    def select(self, sample_ids: Iterable[str] | None = None) -> Any:
+        """Return these samples by position, for a training loop; None takes all."""
+
+
+class HiddenStateView(StoreView):
     """One view of the hidden states in a store, by sample id.
 
     Each special token of the layout is a view by its name: for AST `"cls"` and `"distillation"`,
@@ -126,9 +189,7 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
     - `"valid"`, `(valid_tokens, hidden_size)`: those of them whose frames come from audio and not
       from padding: see `TokenLayout.num_valid_steps`.
 
-    A view is a source like a reader: for `EmbeddingDataset`, `make_dataloader`, `preload` and
-    `TensorMapping`. Values have the stored dtype; means are taken in float32. Pickles, and works
-    in other processes, as its reader does.
+    Means are taken in float32.
 
     Args:
         reader: Of a store of hidden states, `(tokens, hidden_size)` each.
@@ -142,7 +203,7 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
     def __init__(
         self, reader: EmbeddingReader, name: str, layout: TokenLayout | None = None
     ) -> None:
-        self.reader: Final = reader
+        super().__init__(reader)
         self.name: Final = name
         self.layout: Final = layout or _known_layout(reader.config)
         stored = reader.embedding_shape
@@ -186,23 +247,6 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
         valid = min(steps, self.layout.num_valid_steps(self.reader.config))
         return RowPart(special, valid, per_step, steps)
 
-    # ---- what is stored
-
-    @property
-    def path(self) -> Path:
-        """The store's folder."""
-        return self.reader.path
-
-    @property
-    def config(self) -> CacheConfig:
-        """The store's config."""
-        return self.reader.config
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The stored dtype, the view's too."""
-        return self.reader.dtype
-
     @property
     def is_mean(self) -> bool:
         """Whether the view is the mean of the rows that it reads."""
@@ -223,40 +267,8 @@ class HiddenStateView(Mapping[str, npt.NDArray[Any]]):
             return (None, *rest)
         return self.part.shape((num_tokens, *(size or 0 for size in rest)))
 
-    # ---- the Mapping
-
-    def __getitem__(self, sample_id: str) -> npt.NDArray[Any]:
-        """Return the view of one sample, owned and writable.
-
-        Raises:
-            SampleNotFoundError: The newest commit doesn't hold it (a KeyError).
-        """
-        one: npt.NDArray[Any] = self.get_batch([sample_id])[0]
-        return one
-
-    def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self.reader
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.reader)
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.reader!r}, {self.name!r})"
-
-    # ---- more than one
-
-    def get_batch(self, sample_ids: Sequence[str]) -> npt.NDArray[Any]:
-        """Return the view of several samples, `(len(sample_ids), *view_shape)`, in their order.
-
-        Raises:
-            SampleNotFoundError: Names what the newest commit lacks.
-        """
-        return self.select(sample_ids).get_batch(np.arange(len(sample_ids)))
 
     def select(self, sample_ids: Iterable[str] | None = None) -> ViewSelection:
         """Return the view of these samples by position, for a training loop; None takes all."""
