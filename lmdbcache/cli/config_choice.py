@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import click
@@ -123,21 +123,10 @@ class _ModelChoice:
                     f"{dataset!r}; choose another store, or --namespace"
                 )
             return config
-        return config_for(
-            self.model or DEFAULT_MODEL_NAME,
-            output=output,
-            duration=self.duration,
-            namespace=dataset,
-            sample_rate=self.sample_rate,
-            dtype=dtype,
-            compute_dtype=self.compute_dtype,
-            model_name=self.model_name,
-            front_end=self.front_end,
-            decoder=self.decoder,
-            window=self.window,
-            hop=self.hop,
-            last_window=self.last_window,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(_ModelChoice)}
+        own |= {"model": self.model or DEFAULT_MODEL_NAME, "namespace": dataset}
+        del own["stored"]
+        return config_for(**own, output=output, dtype=dtype)
 
     def model_in(self, cache: EmbeddingCache) -> str:
         """The model to load: --model, else for --config the one that the store was filled from."""
@@ -288,22 +277,11 @@ class GivenConfig:
         """
         if self.stored is not None:
             _check_alone(set(vars(self)) - {"model", "stored"})
-            fields = _stored_config(cache, self.stored).to_dict()
-            return {**fields, "namespace": fields.pop("dataset")}
-        values = {
-            "model_name": self.model_name or (model.identity if model is not None else None),
-            "output": self.output,
-            "sample_rate": self.sample_rate,
-            "duration": self.duration,
-            "window": self.window,
-            "hop": self.hop,
-            "last_window": self.last_window,
-            "dtype": self.dtype,
-            "compute_dtype": self.compute_dtype,
-            "namespace": self.namespace,
-            "front_end": self.front_end,
-        }
-        return {field: value for field, value in values.items() if value is not None}
+            stored = _stored_config(cache, self.stored).to_dict()
+            return {**stored, "namespace": stored.pop("dataset")}
+        name = self.model_name or (model.identity if model is not None else None)
+        given = {**vars(self), "model": None, "model_name": name}
+        return {field: value for field, value in given.items() if value is not None}
 
 
 def _is_given(*names: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -200,22 +200,8 @@ class DatasetChoice:
         Raises:
             DatasetError: The shares aren't numbers.
         """
-        return Narrowing(
-            classes=self.classes,
-            exclude=self.exclude,
-            samples_per_class=self.samples_per_class,
-            node_split_id=self.node_split_id,
-            num_nodes=self.num_nodes,
-            samples_per_node=self.samples_per_node,
-            node_shares=_numbers(self.node_shares),
-            dirichlet=self.dirichlet,
-            min_per_node=self.min_per_node,
-            node_seed=self.node_seed,
-            folds=self.folds,
-            split=self.split,
-            split_by=self.split_by,
-            split_method=self.split_method,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(Narrowing)}
+        return Narrowing(**{**own, "node_shares": _numbers(self.node_shares)})
 
     def split_of(self, samples: list[Sample], split: str, node: int | None) -> list[Sample]:
         """The samples of one split, of those of a node or of the whole dataset.
