@@ -25,7 +25,6 @@ __all__ = [
     "FrontEnd",
     "as_features",
     "check_num_samples",
-    "check_output",
     "check_waveform",
     "clip_features",
     "compute_features",
@@ -152,16 +151,6 @@ class AudioModel(Protocol):
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
         """Load the model."""
         ...
-
-
-def check_output(name: str, outputs: tuple[str, ...], output: str) -> None:
-    """Check that a model has this output.
-
-    Raises:
-        ConfigError: It hasn't; the message has those that it has.
-    """
-    if output not in outputs:
-        raise ConfigError(f"output: {output!r}; {name} gives {', '.join(outputs)}")
 
 
 def check_waveform(waveform: NDArray[Any]) -> None:

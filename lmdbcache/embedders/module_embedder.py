@@ -15,7 +15,7 @@ from lmdbcache.embedders.base import (
 )
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
 from lmdbcache.embedders.module_weights import WatchedWeights
-from lmdbcache.embedders.stated_model import StatedModel, shape_by_noise
+from lmdbcache.embedders.stated_model import StatedEmbedder, StatedModel
 from lmdbcache.errors import (
     CacheError,
     ConfigError,
@@ -89,19 +89,14 @@ class ModuleEmbedder(StatedModel):
         if outputs is not None and not outputs:
             raise ConfigError("outputs: empty; give at least one, or None")
         self.module = module
-        self._outputs = dict(outputs) if outputs else {_DEFAULT_OUTPUT: _as_it_is}
         super().__init__(
             name=name,
             sample_rate=sample_rate,
             front_end=front_end,
             front_end_id=front_end_id,
+            outputs=outputs or {_DEFAULT_OUTPUT: _as_it_is},
             min_samples=min_samples,
         )
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names that `output` can take, the default one first."""
-        return tuple(self._outputs)
 
     def make_embedder(self, config: CacheConfig, device: str | None = None) -> Embedder:
         """Make an embedder of the module.
@@ -244,35 +239,24 @@ class RunningModule:
         return value.to(device, _input_dtype(self.module, value), copy=True)
 
 
-class _OutputEmbedder(RunningModule):
+class _OutputEmbedder(StatedEmbedder, RunningModule):
     """An `Embedder`: one output of a `ModuleEmbedder`."""
 
     def __init__(self, source: ModuleEmbedder, config: CacheConfig, device: str | None) -> None:
-        super().__init__(
+        StatedEmbedder.__init__(self, source, config)
+        RunningModule.__init__(
+            self,
             source.module,
             config.compute_dtype,
             lambda result: self._taken(result, config.output),
             name=source.identity,
             device=device,
         )
-        self._source = source
-        self._config = config
         self._num_clips = 0
-        self._shape: tuple[int, ...] | None = None
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return self._source.outputs
-
-    @property
-    def embedding_shape(self) -> tuple[int, ...]:
-        if self._shape is None:
-            self._shape = shape_by_noise(self._source, self._config, self.embed)
-        return self._shape
 
     def embed(self, *inputs: Any, **named: Any) -> torch.Tensor:
         self._num_clips = len(inputs[0])
-        return super().embed(*inputs, **named)
+        return RunningModule.embed(self, *inputs, **named)
 
     def embed_outputs(
         self, features: torch.Tensor, outputs: Collection[str]
@@ -287,7 +271,7 @@ class _OutputEmbedder(RunningModule):
     def provenance(self) -> dict[str, str]:
         kind = type(self.module)
         return {
-            **super().provenance(),
+            **RunningModule.provenance(self),
             "module": f"{kind.__module__}.{kind.__qualname__}",
             **library_versions("torch"),
             "device": "cpu" if self.device is None else self.device.type,
@@ -297,7 +281,7 @@ class _OutputEmbedder(RunningModule):
     def _taken(self, result: Any, output: str) -> Any:
         import torch
 
-        result = self._source._outputs[output](result)  # noqa: SLF001
+        result = self._source._taken_by[output](result)  # noqa: SLF001
         what = f"outputs: {output!r} of {self._source.identity} is"
         is_tensor = isinstance(result, torch.Tensor)
         if is_tensor and (kind := no_real_numbers(result)):

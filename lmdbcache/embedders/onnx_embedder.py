@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from lmdbcache.embedders.base import first_line, library_versions
-from lmdbcache.embedders.stated_model import StatedModel, shape_by_noise
+from lmdbcache.embedders.stated_model import StatedEmbedder, StatedModel
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError, ModuleError
 from lmdbcache.machine import available_cores
 
@@ -94,8 +94,8 @@ class ONNXEmbedder(StatedModel):
                 "the others as constants"
             )
         known = [one.name for one in session.get_outputs()]
-        self._names = dict(outputs) if outputs else {name: name for name in known}
-        if unknown := sorted(set(self._names.values()).difference(known)):
+        outputs = outputs or {name: name for name in known}
+        if unknown := sorted(set(outputs.values()).difference(known)):
             raise ConfigError(
                 f"outputs: {self.path} has no {', '.join(unknown)}, but {', '.join(known)}"
             )
@@ -104,13 +104,9 @@ class ONNXEmbedder(StatedModel):
             sample_rate=sample_rate,
             front_end=front_end,
             front_end_id=front_end_id,
+            outputs=outputs,
             min_samples=min_samples,
         )
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names that `output` can take, the default one first."""
-        return tuple(self._names)
 
     def check(self, config: CacheConfig) -> None:
         """Check that this model can fill a store of this config.
@@ -140,15 +136,14 @@ class ONNXEmbedder(StatedModel):
         return _ONNXOutput(self, config, device)
 
 
-class _ONNXOutput:
+class _ONNXOutput(StatedEmbedder):
     """An `Embedder`: one output of an `ONNXEmbedder`."""
 
     def __init__(self, source: ONNXEmbedder, config: CacheConfig, device: str | None) -> None:
-        self._source, self._config = source, config
-        self._digest = _digest(source.path)
+        super().__init__(source, config)
+        self._path, self._digest = source.path, _digest(source.path)
         self._session = _load(source.path, device)
         self._input = self._session.get_inputs()[0]
-        self._shape: tuple[int, ...] | None = None
         batch = self._input.shape[0] if self._input.shape else None
         if isinstance(batch, int) and batch != 1:
             raise ConfigError(
@@ -156,16 +151,6 @@ class _ONNXOutput:
                 "any size, or of 1"
             )
         self._is_single = batch == 1
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return self._source.outputs
-
-    @property
-    def embedding_shape(self) -> tuple[int, ...]:
-        if self._shape is None:
-            self._shape = shape_by_noise(self._source, self._config, self.embed)
-        return self._shape
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         output = self._config.output
@@ -179,7 +164,7 @@ class _ONNXOutput:
         rows: NDArray[Any] = (
             features.cpu().numpy().astype(_DTYPES.get(self._input.type, np.float32), copy=False)
         )
-        names = [self._source._names[output] for output in outputs]  # noqa: SLF001
+        names = [self._source._taken_by[output] for output in outputs]  # noqa: SLF001
         batches = [rows[row : row + 1] for row in range(len(rows))] if self._is_single else [rows]
         try:
             runs = [self._session.run(names, {self._input.name: batch}) for batch in batches]
@@ -204,7 +189,7 @@ class _ONNXOutput:
         is_cpu = self._session.get_providers()[0] == "CPUExecutionProvider"
         return {
             "weights_digest": self._digest,
-            "module": self._source.path.name,
+            "module": self._path.name,
             **library_versions("onnxruntime"),
             "device": "cpu" if is_cpu else "cuda",
             "compute_dtype": self._config.compute_dtype,

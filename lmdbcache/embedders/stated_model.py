@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -13,7 +14,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders.base import (
     as_features,
     check_num_samples,
-    check_output,
     check_waveform,
     clip_features,
     library_versions,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
-__all__ = ["StatedModel", "shape_by_noise"]
+__all__ = ["StatedEmbedder", "StatedModel"]
 
 _DECODING: Final = "soundfile+soxr-hq+mono-mean"
 _WAVEFORM: Final = "zero-pad+waveform/1"
@@ -46,6 +46,7 @@ class StatedModel(ABC):
         sample_rate: int,
         front_end: Callable[[NDArray[np.float32]], Any] | None,
         front_end_id: str | None,
+        outputs: Mapping[str, Any],
         min_samples: int,
     ) -> None:
         if (front_end is None) != (front_end_id is None):
@@ -60,32 +61,16 @@ class StatedModel(ABC):
             duration=max(1.0, 1 / max(1, sample_rate)),
             front_end=f"{_DECODING}+{front_end_id or _WAVEFORM}",
         )
-        for output in self.outputs:
+        for output in outputs:
             checked.replace(output=output)
         self._front_end = _CallableFrontEnd(
             front_end, checked.front_end, checked.sample_rate, min_samples
         )
-        self._identity = checked.model_name
-
-    @property
-    def identity(self) -> str:
-        """The value for `CacheConfig.model_name`."""
-        return self._identity
-
-    @property
-    def front_end_id(self) -> str:
-        """The value for `CacheConfig.front_end`."""
-        return self._front_end.identity
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the waveforms that the model takes, in Hz."""
-        return self._front_end.sample_rate
-
-    @property
-    @abstractmethod
-    def outputs(self) -> tuple[str, ...]:
-        """The names that `output` can take, the default one first."""
+        self.identity: Final = checked.model_name
+        self.front_end_id: Final = checked.front_end
+        self.sample_rate: Final = checked.sample_rate
+        self.outputs: Final = tuple(outputs)
+        self._taken_by: Final = dict(outputs)
 
     def check(self, config: CacheConfig) -> None:
         """Check that this model can fill a store of this config.
@@ -93,7 +78,10 @@ class StatedModel(ABC):
         Raises:
             ConfigError: The config is another model's; the message names the field.
         """
-        check_output(self.identity, self.outputs, config.output)
+        if config.output not in self.outputs:
+            raise ConfigError(
+                f"output: {config.output!r}; {self.identity} gives {', '.join(self.outputs)}"
+            )
         for field, own in (
             ("model_name", self.identity),
             ("front_end", self.front_end_id),
@@ -126,6 +114,39 @@ class StatedModel(ABC):
         """Make an embedder of the model."""
 
 
+class StatedEmbedder(ABC):
+    """An `Embedder`: one output of a `StatedModel`."""
+
+    def __init__(self, source: StatedModel, config: CacheConfig) -> None:
+        self.outputs: Final = source.outputs
+        self._source = source
+        self._config = config
+
+    @functools.cached_property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """Shape of one embedding, by embedding one clip of noise.
+
+        Raises:
+            AudioDecodeError, ModuleError: The front end or the model fails on noise.
+        """
+        import torch
+
+        # Not zeros: a front end may divide by a clip's loudness.
+        noise = np.random.default_rng(0).uniform(-0.5, 0.5, self._config.num_samples)
+        features = clip_features(
+            self._source.make_front_end(self._config),
+            noise.astype(np.float32),
+            len(noise),
+            sample_rate=self._config.sample_rate,
+            name="a clip of noise",
+        )
+        return tuple(self.embed(torch.from_numpy(features)[None]).shape[1:])
+
+    @abstractmethod
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Embed a batch; see `Embedder`."""
+
+
 class _CallableFrontEnd:
     """A front end around a function, or the waveform itself."""
 
@@ -154,25 +175,3 @@ class _CallableFrontEnd:
             "feature_extractor": self.identity,
             **library_versions("numpy", "soundfile", "soxr"),
         }
-
-
-def shape_by_noise(
-    model: StatedModel, config: CacheConfig, embed: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[int, ...]:
-    """Return the shape of one embedding, by embedding one clip of noise.
-
-    Raises:
-        AudioDecodeError, ModuleError: The front end or the model fails on noise.
-    """
-    import torch
-
-    # Not zeros: a front end may divide by a clip's loudness.
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, config.num_samples)
-    features = clip_features(
-        model.make_front_end(config),
-        noise.astype(np.float32),
-        len(noise),
-        sample_rate=config.sample_rate,
-        name="a clip of noise",
-    )
-    return tuple(embed(torch.from_numpy(features)[None]).shape[1:])
