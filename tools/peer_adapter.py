@@ -81,7 +81,7 @@ class PrefetchAdapter(Adapter):
 
     note = "lmdbcache: make_dataloader"
 
-    def loader(self, batch: int, workers: int, seed: int) -> Any:  # noqa: ARG002 - threads serve
+    def loader(self, batch: int, workers: int, seed: int) -> Any:
         if not hasattr(self, "dataset"):
             self.open()
         loader = make_dataloader(self.dataset, batch, shuffle=True, seed=seed)

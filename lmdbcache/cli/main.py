@@ -120,15 +120,15 @@ class _Commands(click.Group):
         """Return the help, escaped as each command's; see click."""
         return printable(super().get_help(ctx))
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names; see click."""
         return [*_MODULES]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, with its module imported; see click."""
         return command_of(cmd_name) if cmd_name in {*_MODULES, _CLEAR} else None
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under their headings; see click."""
         for panel, commands in COMMANDS.items():
             with formatter.section(panel):

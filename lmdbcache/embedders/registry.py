@@ -24,7 +24,6 @@ from lmdbcache.embedders.checkpoints import (
 from lmdbcache.embedders.families import FAMILIES
 from lmdbcache.embedders.transformers_family import (
     ModelFamily,
-    Settings,
     TransformersEmbedder,
     TransformersFrontEnd,
 )
@@ -50,13 +49,13 @@ class PretrainedModel:
     Args:
         checkpoint: Where its files are.
         family: Which kind of model it is.
-        settings: Its JSON files; None if they aren't on this machine, and the family is known from
-            the model's name on the Hub.
+        known: The same with its JSON files; None if they aren't on this machine, and the family is
+            known from the model's name on the Hub.
     """
 
     checkpoint: Checkpoint
-    family: ModelFamily
-    settings: Settings | None
+    family: type[ModelFamily]
+    known: ModelFamily | None
 
     @property
     def identity(self) -> str:
@@ -71,7 +70,7 @@ class PretrainedModel:
     @property
     def sample_rate(self) -> int:
         """Of the waveforms that it was trained with, in Hz."""
-        return self.settings.sample_rate if self.settings else self.family.sample_rate
+        return (self.known or self.family).sample_rate
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -85,7 +84,8 @@ class PretrainedModel:
             ConfigError: It has no such output, takes no clip of this duration, or the config's
                 front end is that of another kind of model.
         """
-        self.family.check_output(config.output, self.settings)
+        last = None if self.known is None else self.known.num_layers()
+        self.family.check_output(config.output, last)
         others = {family.front_end_id: family.name for family in FAMILIES}
         if config.front_end == UNSTATED_FRONT_END:
             raise ConfigError(
@@ -101,7 +101,7 @@ class PretrainedModel:
                 f"{self.identity} is a {self.family.name} model with the front end "
                 f"{self.front_end_id!r}; config_for(model) makes the right config"
             )
-        limit = self.family.max_samples(self.settings) if self.settings else None
+        limit = self.known.max_samples() if self.known else None
         # Another sample rate is the front end's to refuse.
         is_own_rate = config.sample_rate == self.sample_rate
         if limit is not None and is_own_rate and config.num_samples > limit:
@@ -112,10 +112,10 @@ class PretrainedModel:
 
     def embedding_shape(self, config: CacheConfig) -> tuple[int, ...] | None:
         """Return the shape of one embedding; None if no config.json here says it."""
-        if self.settings is None:
+        if self.known is None:
             return None
         try:
-            return self.family.embedding_shape(self.settings, config.output, config.num_samples)
+            return self.known.embedding_shape(config.output, config.num_samples)
         except (TypeError, ValueError, ZeroDivisionError):
             return None  # loading the model will say what is wrong with its sizes
 
@@ -296,7 +296,7 @@ def _by_files(checkpoint: Checkpoint, folder: Path) -> PretrainedModel:
     model_type = read_json(folder / "config.json").get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
-            return PretrainedModel(checkpoint, family, family.settings(folder))
+            return PretrainedModel(checkpoint, family, family.read(folder))
     known = "; ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
     raise ModelLoadError(
         f"{folder}: config.json says model_type {model_type!r}, which isn't among those that "
@@ -305,7 +305,7 @@ def _by_files(checkpoint: Checkpoint, folder: Path) -> PretrainedModel:
     )
 
 
-def _family_by_name(name: str) -> ModelFamily | None:
+def _family_by_name(name: str) -> type[ModelFamily] | None:
     last = name.rsplit("/", 1)[-1].lower()
     for family in FAMILIES:
         if last.startswith(family.hub_prefixes):

@@ -11,7 +11,6 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelFamily",
-    "Settings",
     "TransformersEmbedder",
     "TransformersFrontEnd",
     "load_errors",
@@ -41,9 +39,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A checkpoint's config.json and preprocessor_config.json.
+class ModelFamily(ABC):
+    """One kind of model: what identifies its embeddings, and how they are computed.
+
+    An instance is one checkpoint of it: its config.json and preprocessor_config.json.
 
     Args:
         folder: Where they lie.
@@ -52,10 +51,81 @@ class Settings:
         sample_rate: Of the waveforms that the model was trained with, in Hz.
     """
 
-    folder: Path
-    config: dict[str, Any]
-    preprocessor: dict[str, Any]
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    """Values of `model_type` in config.json."""
+    hub_prefixes: ClassVar[tuple[str, ...]]
+    """How the names of its models on the Hub begin, for where config.json isn't available."""
+    extractor_type: ClassVar[str]
+    """Class of the feature extractor in transformers."""
+    features_name: ClassVar[str] = "input_features"
+    """Name of the features in what the extractor returns."""
+    model_class: ClassVar[str]
+    """Class of the model in transformers."""
+    front_end_id: ClassVar[str]
+    """The value for `CacheConfig.front_end`."""
     sample_rate: int
+    """The default of preprocessor_config.json's sampling_rate, in Hz."""
+    outputs: ClassVar[tuple[str, ...]]
+    """The default one first; those of layers aren't listed."""
+    num_layers_key: ClassVar[str] = "num_hidden_layers"
+    """Name of the number of blocks in config.json."""
+    default_num_layers: ClassVar[int] = 12
+    has_equal_layers: ClassVar[bool] = True
+    """Whether all layers have one shape, so that they can be stacked."""
+    ends_with_norm: ClassVar[bool] = False
+    """Whether the last layer is the last hidden state, after the norm that follows the blocks."""
+    width_axis: ClassVar[int] = -1
+    """Where the width is in the shape of a clip's hidden states."""
+    takes_num_valid: ClassVar[bool] = True
+    """Whether the extractor gets the clip without the zeros that fill it up to the duration."""
+    implementation: ClassVar[str] = "numpy"
+    """What the extractor computes with."""
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], preprocessor: dict[str, Any], sample_rate: int
+    ) -> None:
+        self.folder, self.config, self.preprocessor = folder, config, preprocessor
+        self.sample_rate = sample_rate
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelFamily:
+        """Read a checkpoint's settings, checked against each other.
+
+        Raises:
+            ModelLoadError: They don't fit this family or each other.
+        """
+        config = read_json(folder / "config.json")
+        preprocessor = read_json(folder / "preprocessor_config.json")
+        kind = config.get("model_type")
+        if kind not in cls.model_types:
+            raise ModelLoadError(
+                f"{folder}: config.json says model_type {kind!r}; {cls.name} is "
+                f"{', '.join(cls.model_types)}"
+            )
+        extractor = preprocessor.get("feature_extractor_type", cls.extractor_type)
+        if extractor != cls.extractor_type:
+            raise ModelLoadError(
+                f"{folder}: preprocessor_config.json is for {extractor}; expected "
+                f"{cls.extractor_type}: take both files from the same model"
+            )
+        rate = preprocessor.get("sampling_rate", cls.sample_rate)
+        if type(rate) is not int or rate < 1:
+            raise ModelLoadError(
+                f"{folder}: sampling_rate is {rate!r} in preprocessor_config.json; expected a "
+                "whole number of Hz"
+            )
+        family = cls(folder, config, preprocessor, rate)
+        try:
+            family.max_samples()
+            family.num_layers()
+            family.check_settings()
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ModelLoadError(
+                f"{folder}: config.json or preprocessor_config.json has a value that can't be used "
+                f"({type(error).__name__}: {error}); save or download the checkpoint again"
+            ) from error
+        return family
 
     @property
     def model_type(self) -> str:
@@ -74,153 +144,74 @@ class Settings:
                 f"config.json takes {expected!r}; take both from the same model"
             )
 
-
-class ModelFamily(ABC):
-    """One kind of model: what identifies its embeddings, and how they are computed.
-
-    A family has no state: a model, its settings and the output are handed to its methods.
-    """
-
-    name: ClassVar[str]
-    model_types: ClassVar[tuple[str, ...]]
-    """Values of `model_type` in config.json."""
-    hub_prefixes: ClassVar[tuple[str, ...]]
-    """How the names of its models on the Hub begin, for where config.json isn't available."""
-    extractor_type: ClassVar[str]
-    """Class of the feature extractor in transformers."""
-    features_name: ClassVar[str] = "input_features"
-    """Name of the features in what the extractor returns."""
-    model_class: ClassVar[str]
-    """Class of the model in transformers."""
-    front_end_id: ClassVar[str]
-    """The value for `CacheConfig.front_end`."""
-    sample_rate: ClassVar[int]
-    """The default of preprocessor_config.json's sampling_rate, in Hz."""
-    outputs: ClassVar[tuple[str, ...]]
-    """The default one first; those of layers aren't listed."""
-    num_layers_key: ClassVar[str] = "num_hidden_layers"
-    """Name of the number of blocks in config.json."""
-    default_num_layers: ClassVar[int] = 12
-    has_equal_layers: ClassVar[bool] = True
-    """Whether all layers have one shape, so that they can be stacked."""
-    ends_with_norm: ClassVar[bool] = False
-    """Whether the last layer is the last hidden state, after the norm that follows the blocks."""
-    width_axis: ClassVar[int] = -1
-    """Where the width is in the shape of a clip's hidden states."""
-    takes_num_valid: ClassVar[bool] = True
-    """Whether the extractor gets the clip without the zeros that fill it up to the duration."""
-    implementation: ClassVar[str] = "numpy"
-    """What the extractor computes with."""
-
-    def settings(self, folder: Path) -> Settings:
-        """Read a checkpoint's settings, checked against each other.
-
-        Raises:
-            ModelLoadError: They don't fit this family or each other.
-        """
-        config = read_json(folder / "config.json")
-        preprocessor = read_json(folder / "preprocessor_config.json")
-        kind = config.get("model_type")
-        if kind not in self.model_types:
-            raise ModelLoadError(
-                f"{folder}: config.json says model_type {kind!r}; {self.name} is "
-                f"{', '.join(self.model_types)}"
-            )
-        extractor = preprocessor.get("feature_extractor_type", self.extractor_type)
-        if extractor != self.extractor_type:
-            raise ModelLoadError(
-                f"{folder}: preprocessor_config.json is for {extractor}; expected "
-                f"{self.extractor_type}: take both files from the same model"
-            )
-        rate = preprocessor.get("sampling_rate", self.sample_rate)
-        if type(rate) is not int or rate < 1:
-            raise ModelLoadError(
-                f"{folder}: sampling_rate is {rate!r} in preprocessor_config.json; expected a "
-                "whole number of Hz"
-            )
-        settings = Settings(folder, config, preprocessor, rate)
-        try:
-            self.max_samples(settings)
-            self.num_layers(settings)
-            self.check_settings(settings)
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise ModelLoadError(
-                f"{folder}: config.json or preprocessor_config.json has a value that can't be used "
-                f"({type(error).__name__}: {error}); save or download the checkpoint again"
-            ) from error
-        return settings
-
     @abstractmethod
-    def check_settings(self, settings: Settings) -> None:
+    def check_settings(self) -> None:
         """Check that the two files fit each other.
 
         Raises:
             ModelLoadError: They don't.
         """
 
-    def min_samples(self, settings: Settings) -> int:  # noqa: ARG002 - most take any length
+    def min_samples(self) -> int:
         """Return the length of the shortest clip that gives features, in samples."""
         return 1
 
-    def max_samples(self, settings: Settings) -> int | None:  # noqa: ARG002 - most take any length
+    def max_samples(self) -> int | None:
         """Return the length of the longest clip that the model takes; None: no limit."""
         return None
 
-    def num_layers(self, settings: Settings) -> int:
+    def num_layers(self) -> int:
         """Return the number of blocks; the layers are numbered from 0, their first input.
 
         Raises:
             TypeError: config.json has no whole number there.
         """
-        number = settings.config.get(self.num_layers_key, self.default_num_layers)
+        number = self.config.get(self.num_layers_key, self.default_num_layers)
         if type(number) is not int:
             raise TypeError(f"{self.num_layers_key} is {number!r}")
         return number
 
-    def check_output(self, output: str, settings: Settings | None) -> None:
+    @classmethod
+    def check_output(cls, output: str, last: int | None) -> None:
         """Check that the model has this output.
 
         Args:
             output: Its name.
-            settings: The checkpoint's; None where they aren't known: then any layer may be there.
+            last: The checkpoint's last layer; None where it isn't known: any may be there.
 
         Raises:
             ConfigError: It hasn't; the message has those that it has.
         """
-        if output in self.outputs:
+        if output in cls.outputs:
             return
         wanted = parse_output(output)
-        last = None if settings is None else self.num_layers(settings)
-        can_be = wanted.is_of_layers and (self.has_equal_layers or not wanted.is_stack)
+        can_be = wanted.is_of_layers and (cls.has_equal_layers or not wanted.is_stack)
         if can_be and (last is None or (wanted.layer or 0) <= last):
             return
         forms = ["layer:N", "layer:N/mean", "layer:N/valid_mean"]
-        if self.has_equal_layers:
+        if cls.has_equal_layers:
             forms += ["layers", "layers/mean", "layers/valid_mean"]
         raise ConfigError(
-            f"output: {output!r}; {self.name} gives {', '.join(self.outputs)}, and of its layers "
+            f"output: {output!r}; {cls.name} gives {', '.join(cls.outputs)}, and of its layers "
             f"{', '.join(forms)} (N from 0{'' if last is None else f' to {last}'})"
         )
 
-    def embedding_shape(
-        self, settings: Settings, output: str, num_samples: int
-    ) -> tuple[int, ...] | None:
+    def embedding_shape(self, output: str, num_samples: int) -> tuple[int, ...] | None:
         """Return the shape of one embedding; None if the settings don't say."""
         wanted = parse_output(output)
-        shape = self.state_shape(settings, wanted, num_samples)
+        shape = self.state_shape(wanted, num_samples)
         if shape is None:
             return None
         if wanted.pooling:
             shape = (shape[self.width_axis],)
-        return (self.num_layers(settings) + 1, *shape) if wanted.is_stack else shape
+        return (self.num_layers() + 1, *shape) if wanted.is_stack else shape
 
     @abstractmethod
-    def state_shape(
-        self, settings: Settings, wanted: OutputName, num_samples: int
-    ) -> tuple[int, ...] | None:
+    def state_shape(self, wanted: OutputName, num_samples: int) -> tuple[int, ...] | None:
         """Return the shape of one clip's result or layer before pooling; None if it isn't said."""
 
-    def import_transformers(self) -> Any:
+    @classmethod
+    def import_transformers(cls) -> Any:
         """Import transformers, once the packages that it needs are known to work.
 
         Raises:
@@ -231,73 +222,62 @@ class ModelFamily(ABC):
             import transformers
         except (ImportError, OSError) as error:
             raise MissingDependencyError(
-                f"running {self.name} needs torch and transformers ({error}); "
+                f"running {cls.name} needs torch and transformers ({error}); "
                 f"install them with: {install_line('audio')}"
             ) from error
         return transformers
 
-    def extractor_provenance(self) -> dict[str, str]:
+    @classmethod
+    def extractor_provenance(cls) -> dict[str, str]:
         """Return the implementation in use (key `feature_extractor`), and library versions."""
         return {
-            "feature_extractor": f"{self.extractor_type} ({self.implementation})",
+            "feature_extractor": f"{cls.extractor_type} ({cls.implementation})",
             **library_versions("transformers", "soundfile", "soxr"),
         }
 
     def features(
-        self,
-        extract: Callable[..., Any],
-        clip: NDArray[np.float32],
-        settings: Settings,  # noqa: ARG002 - most extractors have them already
-        num_samples: int,  # noqa: ARG002 - and pad to one length
+        self, extract: Callable[..., Any], clip: NDArray[np.float32], num_samples: int
     ) -> NDArray[np.float32]:
         """Compute the features of a clip that fills `num_samples` with its padding.
 
         Args:
             extract: The checkpoint's feature extractor, for arrays at its sample rate.
             clip: `(num_valid,)`, or `(num_samples,)` without `takes_num_valid`.
-            settings: The checkpoint's.
             num_samples: That length.
         """
         features: NDArray[np.float32] = extract(clip)[self.features_name][0]
         return features
 
-    def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
+    def load(self, checkpoint: Checkpoint) -> Any:
         """Load the model, frozen."""
         return load_weights(checkpoint, self)
 
     @abstractmethod
-    def feature_shape(self, model: Any, settings: Settings, num_samples: int) -> tuple[int, ...]:
+    def feature_shape(self, model: Any, num_samples: int) -> tuple[int, ...]:
         """Return the shape of one clip's features."""
 
-    def forward(
-        self, model: Any, features: torch.Tensor, settings: Settings, outputs: Collection[str]
-    ) -> ForwardPass:
+    def forward(self, model: Any, features: torch.Tensor, outputs: Collection[str]) -> ForwardPass:
         """Run the model once on a batch; no further than to the last layer that is asked for.
 
         Args:
             model: As `load` gives it.
             features: `(batch, *feature_shape)`, on its device.
-            settings: The checkpoint's.
             outputs: Those that `pick` will be asked for.
         """
         wanted = [parse_output(output) for output in outputs]
-        last = self.num_layers(settings)
+        last = self.num_layers()
         numbers = {number for one in wanted for number in one.layers(last)}
         is_named = self.ends_with_norm and last in numbers
         ends = not is_named and all(one.is_of_layers for one in wanted)
         hooked = numbers - {last} if is_named else numbers
         named: dict[str, torch.Tensor] = {}
         with captured_layers(self.blocks(model), hooked, ends=ends) as layers:
-            named = self.run(model, features, settings)
+            named = self.run(model, features)
         if is_named:
             layers[last] = named[LAST_HIDDEN_STATE]
-        return ForwardPass(named, layers, self.told_valid(features, settings))
+        return ForwardPass(named, layers, self.told_valid(features))
 
-    def told_valid(
-        self,
-        features: torch.Tensor,  # noqa: ARG002
-        settings: Settings,  # noqa: ARG002
-    ) -> list[int] | None:
+    def told_valid(self, features: torch.Tensor) -> list[int] | None:
         """Return how many samples of each clip aren't padding, where its features say so."""
         return None
 
@@ -307,23 +287,14 @@ class ModelFamily(ABC):
         return blocks
 
     @abstractmethod
-    def run(
-        self, model: Any, features: torch.Tensor, settings: Settings
-    ) -> dict[str, torch.Tensor]:
+    def run(self, model: Any, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Call the model on a batch, and return its results by name."""
 
-    def pick(
-        self,
-        found: ForwardPass,
-        settings: Settings,
-        output: str,
-        num_valid: Sequence[int],
-    ) -> torch.Tensor:
+    def pick(self, found: ForwardPass, output: str, num_valid: Sequence[int]) -> torch.Tensor:
         """Return an output of a forward pass, `(batch, *embedding_shape)`.
 
         Args:
             found: By `forward`, which was asked for it.
-            settings: The checkpoint's.
             output: Its name.
             num_valid: How many samples of each clip aren't padding.
         """
@@ -331,50 +302,36 @@ class ModelFamily(ABC):
 
         wanted = parse_output(output)
         if not wanted.is_of_layers:
-            return self._pooled(found, found.named[wanted.state], settings, wanted, num_valid)
+            return self._pooled(found, found.named[wanted.state], wanted, num_valid)
         picked = [
-            self._pooled(found, found.layers[number], settings, wanted, num_valid)
-            for number in wanted.layers(self.num_layers(settings))
+            self._pooled(found, found.layers[number], wanted, num_valid)
+            for number in wanted.layers(self.num_layers())
         ]
         return torch.stack(picked, dim=1) if wanted.is_stack else picked[0]
 
     def _pooled(
-        self,
-        found: ForwardPass,
-        state: torch.Tensor,
-        settings: Settings,
-        wanted: OutputName,
-        num_valid: Sequence[int],
+        self, found: ForwardPass, state: torch.Tensor, wanted: OutputName, num_valid: Sequence[int]
     ) -> torch.Tensor:
         if not wanted.pooling:
             return state
-        frames, num_steps = self.frames(state, settings, wanted)
+        frames, num_steps = self.frames(state, wanted)
         # The mean of a model that is told of the padding leaves it out.
         if wanted.pooling == "mean" and found.num_valid is None:
             return frames.float().mean(dim=1)
         counts = [
-            self.num_valid_steps(settings, wanted, count, num_steps)
-            for count in found.num_valid or num_valid
+            self.num_valid_steps(wanted, count, num_steps) for count in found.num_valid or num_valid
         ]
         return mean_of_valid(frames, num_steps, counts)
 
-    def frames(
-        self,
-        state: torch.Tensor,
-        settings: Settings,  # noqa: ARG002 - most have one token for each step
-        wanted: OutputName,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, int]:
+    def frames(self, state: torch.Tensor, wanted: OutputName) -> tuple[torch.Tensor, int]:
         """Return what a mean is taken of, `(batch, bands * steps, width)`, and `steps`."""
         return state, state.shape[1]
 
     @abstractmethod
-    def num_valid_steps(
-        self, settings: Settings, wanted: OutputName, num_valid: int, num_steps: int
-    ) -> int:
+    def num_valid_steps(self, wanted: OutputName, num_valid: int, num_steps: int) -> int:
         """Return how many of a clip's steps of time its own sound fills.
 
         Args:
-            settings: The checkpoint's.
             wanted: Says which state.
             num_valid: How many samples of the clip aren't padding.
             num_steps: Steps in all; more and fewer than one may be returned, and count as these.
@@ -398,17 +355,17 @@ class TransformersFrontEnd:
         ModelLoadError: The checkpoint's settings are missing or don't fit.
     """
 
-    def __init__(self, family: ModelFamily, checkpoint: Checkpoint, sample_rate: int) -> None:
+    def __init__(self, family: type[ModelFamily], checkpoint: Checkpoint, sample_rate: int) -> None:
         self.family = family
         self.checkpoint = checkpoint
         self.sample_rate = sample_rate
-        self._settings: Settings | None = None
+        self._known: ModelFamily | None = None
         self._extract: Callable[..., Any] | None = None
         if checkpoint.is_local:
-            self._read_settings()
+            self._read()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_settings": None, "_extract": None}
+        return {**self.__dict__, "_known": None, "_extract": None}
 
     @property
     def identity(self) -> str:
@@ -423,7 +380,7 @@ class TransformersFrontEnd:
     @property
     def min_samples(self) -> int:
         """The shortest clip that gives features, in samples."""
-        return self.family.min_samples(self._settings or self._read_settings())
+        return (self._known or self._read()).min_samples()
 
     def __call__(
         self, waveform: NDArray[np.float32], num_valid: int | None = None
@@ -445,7 +402,7 @@ class TransformersFrontEnd:
         check_waveform(waveform)
         clip = waveform[:num_valid]
         check_num_samples(len(clip), self.min_samples, self.sample_rate)
-        settings = self._settings or self._read_settings()
+        known = self._known or self._read()
         if self._extract is None:
             self._extract = self._load_extractor()
         import torch
@@ -453,7 +410,7 @@ class TransformersFrontEnd:
         # A copy: some extractors work on what they are given.
         clip = np.array(clip, dtype=np.float32)
         with torch.inference_mode():
-            features = self.family.features(self._extract, clip, settings, len(waveform))
+            features = known.features(self._extract, clip, len(waveform))
         return np.ascontiguousarray(features, dtype=np.float32)
 
     def provenance(self) -> dict[str, str]:
@@ -469,17 +426,17 @@ class TransformersFrontEnd:
             )
         return functools.partial(extractor, sampling_rate=self.sample_rate, return_tensors="np")
 
-    def _read_settings(self) -> Settings:
+    def _read(self) -> ModelFamily:
         self.checkpoint = fetch_checkpoint(self.checkpoint)
-        settings = self.family.settings(Path(self.checkpoint.location))
-        if settings.sample_rate != self.sample_rate:
+        known = self.family.read(Path(self.checkpoint.location))
+        if known.sample_rate != self.sample_rate:
             raise ConfigError(
                 f"sample_rate: {self.sample_rate} Hz, but {self.checkpoint.identity} was trained "
-                f"at {settings.sample_rate} Hz; use `sample_rate={settings.sample_rate}` (clips "
-                "are resampled to it)"
+                f"at {known.sample_rate} Hz; use `sample_rate={known.sample_rate}` (clips are "
+                "resampled to it)"
             )
-        self._settings = settings
-        return settings
+        self._known = known
+        return known
 
 
 class TransformersEmbedder:
@@ -505,7 +462,7 @@ class TransformersEmbedder:
 
     def __init__(
         self,
-        family: ModelFamily,
+        family: type[ModelFamily],
         checkpoint: Checkpoint,
         output: str | None = None,
         device: str | torch.device | None = None,
@@ -513,7 +470,6 @@ class TransformersEmbedder:
         *,
         num_samples: int = 0,
     ) -> None:
-        self.family = family
         self.output = output or family.outputs[0]
         family.check_output(self.output, None)
         check_compute_dtype(compute_dtype)
@@ -521,11 +477,11 @@ class TransformersEmbedder:
         self.num_samples = num_samples
         self.compute_dtype = compute_dtype
         self.checkpoint = fetch_checkpoint(checkpoint)
-        settings = family.settings(Path(self.checkpoint.location))
-        family.check_output(self.output, settings)
-        self._model = family.load(self.checkpoint, settings)
+        self.family = family.read(Path(self.checkpoint.location))
+        family.check_output(self.output, self.family.num_layers())
+        self._model = self.family.load(self.checkpoint)
         # What config.json leaves out is known now.
-        self._settings = replace(settings, config=self._model.config.to_dict())
+        self.family.config = self._model.config.to_dict()
         self.device = move_to_device(self._model, device)
 
     @property
@@ -541,10 +497,10 @@ class TransformersEmbedder:
     @property
     def embedding_shape(self) -> tuple[int, ...]:
         """Shape of one embedding."""
-        shape = self.family.embedding_shape(self._settings, self.output, self.num_samples)
+        shape = self.family.embedding_shape(self.output, self.num_samples)
         if shape is None:
             raise ModelLoadError(
-                f"{self._settings.folder}: config.json has sizes that {self.family.name} can't have"
+                f"{self.family.folder}: config.json has sizes that {self.family.name} can't have"
             )
         return shape
 
@@ -582,7 +538,7 @@ class TransformersEmbedder:
         """
         import torch
 
-        expected = self.family.feature_shape(self._model, self._settings, self.num_samples)
+        expected = self.family.feature_shape(self._model, self.num_samples)
         if tuple(features.shape[1:]) != expected:
             raise ConfigError(
                 f"features: shape {tuple(features.shape)}, but {self.checkpoint.identity} takes "
@@ -591,11 +547,11 @@ class TransformersEmbedder:
         picked: dict[str, torch.Tensor] = {}
         with torch.no_grad(), precision(self.device, self.compute_dtype):
             found = self.family.forward(
-                self._model, features.to(self.device, torch.float32), self._settings, outputs
+                self._model, features.to(self.device, torch.float32), outputs
             )
             counts = [self.num_samples] * len(features) if num_valid is None else num_valid
             for output in outputs:  # one by one to the CPU: a GPU's memory may hold no two
-                one = self.family.pick(found, self._settings, output, counts)
+                one = self.family.pick(found, output, counts)
                 picked[output] = one.to("cpu", torch.float32)
         return picked
 
@@ -611,7 +567,7 @@ class TransformersEmbedder:
 
 def load_weights(
     checkpoint: Checkpoint,
-    family: ModelFamily,
+    family: ModelFamily | type[ModelFamily],
     *,
     model_class: str | None = None,
     part: str = "",
@@ -666,7 +622,7 @@ def _key_name(key: str | tuple[str, ...]) -> str:
 
 
 @contextlib.contextmanager
-def load_errors(checkpoint: Checkpoint, family: ModelFamily) -> Iterator[None]:
+def load_errors(checkpoint: Checkpoint, family: ModelFamily | type[ModelFamily]) -> Iterator[None]:
     """Turn any exception inside into a `ModelLoadError` that names the checkpoint."""
     try:
         yield

@@ -13,7 +13,6 @@ from embedders.small_folders import VARIANTS, folder_of
 from lmdbcache import config_for
 from lmdbcache.embedders import FrontEnd, compute_features, find_model
 from lmdbcache.embedders.families import FAMILIES
-from lmdbcache.embedders.transformers_family import Settings
 from lmdbcache.errors import ConfigError
 
 DURATION = 1.0
@@ -101,13 +100,13 @@ def test_equals_transformers_by_hand(variant, share):
 
 def hidden_states(embedder, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What transformers gives with `output_hidden_states`, for a batch of features."""
-    family, model, settings = embedder.family, embedder._model, embedder._settings
+    family, model = embedder.family, embedder._model
     options = {"output_hidden_states": True}
     with torch.no_grad():
         if family.name == "CLAP":
             options["is_longer"] = torch.full((len(features), 1), model.config.enable_fusion)
             return model.audio_model(features, **options).hidden_states
-        lengths = family.told_valid(features, settings)
+        lengths = family.told_valid(features)
         if lengths is not None:
             features = features[:, :-1]
             positions = torch.arange(features.shape[1])
@@ -276,8 +275,8 @@ def test_half_precision_weights_compute_in_float32(variant, tmp_path):
 def test_shapes_of_the_published_models(family, model_type, config, output, shape, tmp_path):
     """Known from config.json, of which old ones leave out what is the default."""
     (found,) = [known for known in FAMILIES if known.name == family]
-    settings = Settings(tmp_path, {"model_type": model_type, **config}, {}, 16000)
-    assert found.embedding_shape(settings, output, 80000) == shape
+    model = found(tmp_path, {"model_type": model_type, **config}, {}, 16000)
+    assert model.embedding_shape(output, 80000) == shape
 
 
 def test_the_default_settings_are_those_of_transformers(tmp_path):
@@ -295,10 +294,9 @@ def test_the_default_settings_are_those_of_transformers(tmp_path):
     }
     for model_type, kind in classes.items():
         (family,) = [known for known in FAMILIES if model_type in known.model_types]
-        short = Settings(tmp_path, {"model_type": model_type}, {}, 16000)
-        full = Settings(tmp_path, kind().to_dict(), {"truncation": "rand_trunc"}, 16000)
-        family.check_settings(full)
+        short = family(tmp_path, {"model_type": model_type}, {}, 16000)
+        full = family(tmp_path, kind().to_dict(), {"truncation": "rand_trunc"}, 16000)
+        full.check_settings()
         for output in family.outputs:
-            assert family.embedding_shape(short, output, 80000) == family.embedding_shape(
-                full, output, 80000
-            )
+            shapes = [one.embedding_shape(output, 80000) for one in (short, full)]
+            assert shapes[0] == shapes[1]

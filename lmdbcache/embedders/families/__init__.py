@@ -1,6 +1,6 @@
 """The kinds of models that lmdbcache runs by itself: one module each, and this table.
 
-To add a family, write a module with a subclass of `ModelFamily` and add an instance of it here.
+To add a family, write a module with a subclass of `ModelFamily` and add it here.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from lmdbcache.embedders.families.audio_spectrogram_transformer import AST
 from lmdbcache.embedders.families.clap import CLAP
-from lmdbcache.embedders.families.wav2vec2 import WAV2VEC2
-from lmdbcache.embedders.families.whisper import WHISPER
+from lmdbcache.embedders.families.wav2vec2 import Wav2Vec2
+from lmdbcache.embedders.families.whisper import Whisper
 
 if TYPE_CHECKING:
     from lmdbcache.embedders.transformers_family import ModelFamily
 
 __all__ = ["FAMILIES"]
 
-FAMILIES: Final[tuple[ModelFamily, ...]] = (AST, WAV2VEC2, WHISPER, CLAP)
+FAMILIES: Final[tuple[type[ModelFamily], ...]] = (AST, Wav2Vec2, Whisper, CLAP)

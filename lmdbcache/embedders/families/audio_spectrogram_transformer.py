@@ -11,7 +11,6 @@ from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders.base import library_versions
 from lmdbcache.embedders.transformers_family import (
     ModelFamily,
-    Settings,
     TransformersEmbedder,
     TransformersFrontEnd,
 )
@@ -42,7 +41,7 @@ _SIZES: Final = {
 }
 
 
-class _ASTFamily(ModelFamily):
+class AST(ModelFamily):
     """AST's outputs, for hidden_size H and T tokens (768 and 1214 as published).
 
     - `pooler_output`, (H,): the mean of the CLS and the distillation token, after the last norm.
@@ -63,39 +62,35 @@ class _ASTFamily(ModelFamily):
     outputs = ("pooler_output", "last_hidden_state", "mean", "valid_mean")
     takes_num_valid = False  # stores hold embeddings of clips padded before the front end
 
-    def check_settings(self, settings: Settings) -> None:
+    def check_settings(self) -> None:
         for name in ("max_length", "num_mel_bins"):
-            settings.require(
+            self.require(
                 name,
-                found=settings.preprocessor.get(name, _SIZES[name]),
-                expected=settings.config.get(name, _SIZES[name]),
+                found=self.preprocessor.get(name, _SIZES[name]),
+                expected=self.config.get(name, _SIZES[name]),
             )
 
-    def min_samples(self, settings: Settings) -> int:
+    def min_samples(self) -> int:
         """Return one analysis window of 25 ms: 400 samples at 16 kHz."""
-        return int(settings.sample_rate * _WINDOW_MILLISECONDS / 1000)
+        return int(self.sample_rate * _WINDOW_MILLISECONDS / 1000)
 
-    def max_samples(self, settings: Settings) -> int:
+    def max_samples(self) -> int:
         """Return `max_length` frames of 10 ms: its extractor drops the frames beyond them."""
-        num_frames = int(settings.preprocessor.get("max_length", _SIZES["max_length"]))
-        return num_frames * settings.sample_rate * _HOP_MILLISECONDS // 1000
+        num_frames = int(self.preprocessor.get("max_length", _SIZES["max_length"]))
+        return num_frames * self.sample_rate * _HOP_MILLISECONDS // 1000
 
-    def state_shape(
-        self,
-        settings: Settings,
-        wanted: OutputName,
-        num_samples: int,  # noqa: ARG002 - frames are padded or cut to one number
-    ) -> tuple[int, ...] | None:
-        sizes = [settings.config.get(name, default) for name, default in _SIZES.items()]
+    def state_shape(self, wanted: OutputName, num_samples: int) -> tuple[int, ...] | None:
+        sizes = [self.config.get(name, default) for name, default in _SIZES.items()]
         if not all(type(size) is int and size > 0 for size in sizes):
             return None  # loading the model will say what is wrong
         hidden_size, patch, bin_step, _, num_bins, num_frames = sizes
         if wanted.state == "pooler_output":
             return (hidden_size,)
-        patches = ((num_bins - patch) // bin_step + 1) * _num_steps(num_frames, settings)
+        patches = ((num_bins - patch) // bin_step + 1) * self._num_steps(num_frames)
         return (patches + _NUM_SPECIAL_TOKENS, hidden_size)
 
-    def import_transformers(self) -> Any:
+    @classmethod
+    def import_transformers(cls) -> Any:
         transformers = super().import_transformers()
         if _uses_torchaudio():
             # transformers looks only whether torchaudio is installed, and imports it much later.
@@ -108,7 +103,8 @@ class _ASTFamily(ModelFamily):
                 ) from error
         return transformers
 
-    def extractor_provenance(self) -> dict[str, str]:
+    @classmethod
+    def extractor_provenance(cls) -> dict[str, str]:
         """Return which fbank is in use, and the versions it depends on.
 
         transformers takes torchaudio's kaldi fbank where torchaudio is installed and its own in
@@ -120,69 +116,45 @@ class _ASTFamily(ModelFamily):
         }
 
     def features(
-        self,
-        extract: Callable[..., Any],
-        clip: NDArray[np.float32],
-        settings: Settings,
-        num_samples: int,
+        self, extract: Callable[..., Any], clip: NDArray[np.float32], num_samples: int
     ) -> NDArray[np.float32]:
         """Compute what the extractor returns, to the bit, with less work per clip."""
         if not _uses_torchaudio():
-            return super().features(extract, clip, settings, num_samples)
+            return super().features(extract, clip, num_samples)
         import torch
 
         extractor = extract.func  # type: ignore[attr-defined]
-        fbank = _make_fbank(settings.sample_rate, extractor.num_mel_bins)
+        fbank = _make_fbank(self.sample_rate, extractor.num_mel_bins)
         frames = fbank(torch.from_numpy(clip))[: extractor.max_length].numpy()
         padded = np.zeros((extractor.max_length, extractor.num_mel_bins), np.float32)
         padded[: len(frames)] = frames
         return extractor.normalize(padded) if extractor.do_normalize else padded
 
-    def feature_shape(
-        self,
-        model: Any,
-        settings: Settings,  # noqa: ARG002
-        num_samples: int,  # noqa: ARG002
-    ) -> tuple[int, ...]:
+    def feature_shape(self, model: Any, num_samples: int) -> tuple[int, ...]:
         return (model.config.max_length, model.config.num_mel_bins)
 
     def blocks(self, model: Any) -> Sequence[Any]:
         blocks: Sequence[Any] = model.layers if hasattr(model, "layers") else model.encoder.layer
         return blocks
 
-    def run(
-        self,
-        model: Any,
-        features: torch.Tensor,
-        settings: Settings,  # noqa: ARG002
-    ) -> dict[str, torch.Tensor]:
+    def run(self, model: Any, features: torch.Tensor) -> dict[str, torch.Tensor]:
         result = model(features)
         return {name: result[name] for name in ("pooler_output", "last_hidden_state")}
 
-    def frames(
-        self,
-        state: torch.Tensor,
-        settings: Settings,
-        wanted: OutputName,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, int]:
+    def frames(self, state: torch.Tensor, wanted: OutputName) -> tuple[torch.Tensor, int]:
         """Return the patches without the special tokens: all steps of the first band first."""
-        return state[:, _NUM_SPECIAL_TOKENS:], _num_steps(
-            settings.config.get("max_length", _SIZES["max_length"]), settings
-        )
+        num_frames = self.config.get("max_length", _SIZES["max_length"])
+        return state[:, _NUM_SPECIAL_TOKENS:], self._num_steps(num_frames)
 
-    def num_valid_steps(
-        self,
-        settings: Settings,
-        wanted: OutputName,  # noqa: ARG002
-        num_valid: int,
-        num_steps: int,  # noqa: ARG002
-    ) -> int:
+    def num_valid_steps(self, wanted: OutputName, num_valid: int, num_steps: int) -> int:
         """Count the steps whose frames all lie within the clip."""
-        hop = settings.sample_rate * _HOP_MILLISECONDS // 1000
-        return _num_steps(1 + (num_valid - self.min_samples(settings)) // hop, settings)
+        hop = self.sample_rate * _HOP_MILLISECONDS // 1000
+        return self._num_steps(1 + (num_valid - self.min_samples()) // hop)
 
-
-AST: Final = _ASTFamily()
+    def _num_steps(self, num_frames: int) -> int:
+        """Return how many patches, one after the other, lie within so many frames."""
+        patch, step = (self.config.get(one, _SIZES[one]) for one in ("patch_size", "time_stride"))
+        return int((num_frames - patch) // step + 1)
 
 
 class ASTFrontEnd(TransformersFrontEnd):
@@ -217,14 +189,6 @@ class ASTEmbedder(TransformersEmbedder):
         compute_dtype: str = "float32",
     ) -> None:
         super().__init__(AST, checkpoint, output, device, compute_dtype)
-
-
-def _num_steps(num_frames: int, settings: Settings) -> int:
-    """Return how many patches, one after the other, lie within so many frames."""
-    patch, step = (
-        settings.config.get(name, _SIZES[name]) for name in ("patch_size", "time_stride")
-    )
-    return int((num_frames - patch) // step + 1)
 
 
 @functools.cache

@@ -6,11 +6,11 @@ one is refused: its extractor would take a random part.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lmdbcache.embedders.forward_pass import ForwardPass
 from lmdbcache.embedders.output_names import OutputName, parse_output
-from lmdbcache.embedders.transformers_family import ModelFamily, Settings
+from lmdbcache.embedders.transformers_family import ModelFamily
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CLAP"]
 
 
-class _CLAPFamily(ModelFamily):
+class CLAP(ModelFamily):
     """The audio half's outputs; the text half isn't loaded.
 
     - `pooler_output`, (H,): the mean over time and frequency.
@@ -43,44 +43,39 @@ class _CLAPFamily(ModelFamily):
     has_equal_layers = False
     width_axis = 0
 
-    def check_settings(self, settings: Settings) -> None:
-        found, model = settings.preprocessor, _audio_config(settings)
-        settings.require(
+    def check_settings(self) -> None:
+        found, model = self.preprocessor, self._audio_config
+        self.require(
             "feature_size",
             found=found.get("feature_size", 64),
             expected=model.get("num_mel_bins", 64),
         )
-        settings.require(
+        self.require(
             "truncation == 'fusion'",
             found=found.get("truncation", "fusion") == "fusion",
             expected=bool(model.get("enable_fusion", False)),
         )
 
-    def max_samples(self, settings: Settings) -> int:
-        return int(settings.preprocessor.get("max_length_s", 10) * settings.sample_rate)
+    def max_samples(self) -> int:
+        return int(self.preprocessor.get("max_length_s", 10) * self.sample_rate)
 
-    def num_layers(self, settings: Settings) -> int:
+    def num_layers(self) -> int:
         """Return the number of stages."""
-        return len(_audio_config(settings).get("depths", (2, 2, 6, 2)))
+        return len(self._audio_config.get("depths", (2, 2, 6, 2)))
 
-    def state_shape(
-        self,
-        settings: Settings,
-        wanted: OutputName,
-        num_samples: int,  # noqa: ARG002 - always 10 s
-    ) -> tuple[int, ...] | None:
-        config = _audio_config(settings)
+    def state_shape(self, wanted: OutputName, num_samples: int) -> tuple[int, ...] | None:
+        config = self._audio_config
         if wanted.state == "audio_embeds":
             # The whole model's setting wins over that of its audio half.
-            return (settings.config.get("projection_dim", config.get("projection_dim", 512)),)
+            return (self.config.get("projection_dim", config.get("projection_dim", 512)),)
         # Each stage but the last one halves rows and columns, and doubles the width.
-        halvings = self.num_layers(settings) - 1
+        halvings = self.num_layers() - 1
         if wanted.layer is not None:
             halvings = min(halvings, wanted.layer)
         channels = config.get("patch_embeds_hidden_size", 96) * 2**halvings
         if wanted.state == "pooler_output":
             return (channels,)
-        ratio = _num_parts(settings)
+        ratio = self._num_parts
         if ratio < 1:
             return None
         height = ratio * (config.get("spec_size", 256) // ratio)
@@ -92,25 +87,14 @@ class _CLAPFamily(ModelFamily):
         bins = rows // ratio
         return (channels, bins, rows // bins * columns) if bins else None
 
-    def feature_shape(
-        self,
-        model: Any,
-        settings: Settings,
-        num_samples: int,  # noqa: ARG002
-    ) -> tuple[int, ...]:
+    def feature_shape(self, model: Any, num_samples: int) -> tuple[int, ...]:
         return (
             4 if model.config.enable_fusion else 1,
-            self.max_samples(settings) // settings.preprocessor.get("hop_length", 480) + 1,
+            self.max_samples() // self.preprocessor.get("hop_length", 480) + 1,
             model.config.num_mel_bins,
         )
 
-    def forward(
-        self,
-        model: Any,
-        features: torch.Tensor,
-        settings: Settings,  # noqa: ARG002
-        outputs: Collection[str],
-    ) -> ForwardPass:
+    def forward(self, model: Any, features: torch.Tensor, outputs: Collection[str]) -> ForwardPass:
         import torch
 
         fuses = model.config.enable_fusion
@@ -124,48 +108,34 @@ class _CLAPFamily(ModelFamily):
             named["audio_embeds"] = model.audio_projection(result.pooler_output)
         return ForwardPass(named, dict(enumerate(result.hidden_states or ())))
 
-    def run(
-        self, model: Any, features: torch.Tensor, settings: Settings
-    ) -> dict[str, torch.Tensor]:
-        return self.forward(model, features, settings, ()).named
+    def run(self, model: Any, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.forward(model, features, ()).named
 
-    def frames(
-        self, state: torch.Tensor, settings: Settings, wanted: OutputName
-    ) -> tuple[torch.Tensor, int]:
+    def frames(self, state: torch.Tensor, wanted: OutputName) -> tuple[torch.Tensor, int]:
         """Return a feature map with its parts of time side by side, band after band."""
         if wanted.is_of_layers:  # the parts still lie one below the other
-            parts = _num_parts(settings)
+            parts = self._num_parts
             batch, channels, rows, columns = state.shape
             split = state.reshape(batch, channels, parts, rows // parts, columns)
             state = split.transpose(2, 3).reshape(batch, channels, rows // parts, parts * columns)
         return state.flatten(2).transpose(1, 2), state.shape[-1]
 
-    def num_valid_steps(
-        self,
-        settings: Settings,
-        wanted: OutputName,  # noqa: ARG002
-        num_valid: int,
-        num_steps: int,
-    ) -> int:
+    def num_valid_steps(self, wanted: OutputName, num_valid: int, num_steps: int) -> int:
         """Count the steps that begin in the clip, which is repeated as its settings say."""
-        length = self.max_samples(settings)
-        padding = settings.preprocessor.get("padding", "repeatpad")
+        length = self.max_samples()
+        padding = self.preprocessor.get("padding", "repeatpad")
         if padding == "repeat":
             return num_steps
         filled = num_valid * (length // num_valid) if padding == "repeatpad" else num_valid
         return -(-num_steps * filled // length)
 
+    @property
+    def _audio_config(self) -> dict[str, Any]:
+        is_whole = self.model_type == "clap"
+        return (self.config.get("audio_config") or {}) if is_whole else self.config
 
-CLAP: Final = _CLAPFamily()
-
-
-def _audio_config(settings: Settings) -> dict[str, Any]:
-    if settings.model_type != "clap":
-        return settings.config
-    return settings.config.get("audio_config") or {}
-
-
-def _num_parts(settings: Settings) -> int:
-    """Return into how many parts the spectrogram is cut, one below the other, to be a square."""
-    config = _audio_config(settings)
-    return int(config.get("spec_size", 256) // config.get("num_mel_bins", 64))
+    @property
+    def _num_parts(self) -> int:
+        """Into how many parts the spectrogram is cut, one below the other, to be a square."""
+        config = self._audio_config
+        return int(config.get("spec_size", 256) // config.get("num_mel_bins", 64))

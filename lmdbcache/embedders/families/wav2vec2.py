@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lmdbcache.embedders.transformers_family import (
-    ModelFamily,
-    Settings,
-    load_weights,
-)
+from lmdbcache.embedders.transformers_family import ModelFamily, load_weights
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -28,7 +24,7 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import Checkpoint
     from lmdbcache.embedders.output_names import OutputName
 
-__all__ = ["WAV2VEC2"]
+__all__ = ["Wav2Vec2"]
 
 _MODEL_CLASSES: Final = {
     "data2vec-audio": "Data2VecAudioModel",
@@ -45,7 +41,7 @@ _STRIDES: Final = (5, 2, 2, 2, 2, 2, 2)
 _UNUSED: Final = ("masked_spec_embed",)
 
 
-class _Wav2Vec2Family(ModelFamily):
+class Wav2Vec2(ModelFamily):
     """The outputs of wav2vec 2.0, HuBERT, WavLM, data2vec, UniSpeech and Conformer.
 
     - `mean`, (H,): the mean over time, of the clip's own frames if the model takes a mask.
@@ -65,38 +61,32 @@ class _Wav2Vec2Family(ModelFamily):
     sample_rate = 16000
     outputs = ("mean", "last_hidden_state", "valid_mean")
 
-    def check_settings(self, settings: Settings) -> None:
-        kernels, strides = _convolutions(settings)
+    def check_settings(self) -> None:
+        kernels, strides = self._convolutions
         sizes = (*kernels, *strides)
         if len(kernels) != len(strides) or not all(type(n) is int and n > 0 for n in sizes):
             raise ModelLoadError(
-                f"{settings.folder}: config.json has conv_kernel {kernels} and conv_stride "
+                f"{self.folder}: config.json has conv_kernel {kernels} and conv_stride "
                 f"{strides}; expected as many positive whole numbers in each"
             )
 
-    def state_shape(
-        self, settings: Settings, wanted: OutputName, num_samples: int
-    ) -> tuple[int, ...] | None:
-        size = settings.config.get("hidden_size", 768)
-        frames = _num_frames(settings, num_samples)
+    def state_shape(self, wanted: OutputName, num_samples: int) -> tuple[int, ...] | None:
+        size = self.config.get("hidden_size", 768)
+        frames = self._num_frames(num_samples)
         if wanted.is_of_layers:  # an adapter comes after them
             return (frames, size)
-        if settings.config.get("add_adapter"):
-            size = settings.config.get("output_hidden_size") or size
-        return (_num_output_frames(settings, frames), size)
+        if self.config.get("add_adapter"):
+            size = self.config.get("output_hidden_size") or size
+        return (self._num_output_frames(frames), size)
 
-    def min_samples(self, settings: Settings) -> int:
+    def min_samples(self) -> int:
         """Return what gives one frame: 400 samples at 16 kHz as published."""
-        return _samples_of(settings, 1)
+        return self._samples_of(1)
 
     def features(
-        self,
-        extract: Callable[..., Any],
-        clip: NDArray[np.float32],
-        settings: Settings,
-        num_samples: int,
+        self, extract: Callable[..., Any], clip: NDArray[np.float32], num_samples: int
     ) -> NDArray[np.float32]:
-        has_mask = _takes_mask(settings)
+        has_mask = self._takes_mask
         values: NDArray[np.float32] = extract(
             clip,
             padding="max_length",
@@ -106,38 +96,31 @@ class _Wav2Vec2Family(ModelFamily):
         ).input_values[0]
         if has_mask:
             # As frames: a float32 counts them exactly for days.
-            values = np.append(values, np.float32(_num_frames(settings, len(clip))))
+            values = np.append(values, np.float32(self._num_frames(len(clip))))
         return values
 
-    def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:
+    def load(self, checkpoint: Checkpoint) -> Any:
         # With a padded clip in the batch torch may choose another fused attention: the same clip
         # would then differ in the last bit with its neighbours.
-        options = {"attn_implementation": "eager"} if _takes_mask(settings) else {}
+        options = {"attn_implementation": "eager"} if self._takes_mask else {}
         return load_weights(
             checkpoint,
             self,
-            model_class=_MODEL_CLASSES[settings.model_type],
+            model_class=_MODEL_CLASSES[self.model_type],
             unused=_UNUSED,
             **options,
         )
 
-    def feature_shape(
-        self,
-        model: Any,  # noqa: ARG002
-        settings: Settings,
-        num_samples: int,
-    ) -> tuple[int, ...]:
-        return (num_samples + _takes_mask(settings),)
+    def feature_shape(self, model: Any, num_samples: int) -> tuple[int, ...]:
+        return (num_samples + self._takes_mask,)
 
-    def told_valid(self, features: torch.Tensor, settings: Settings) -> list[int] | None:
-        if not _takes_mask(settings):
+    def told_valid(self, features: torch.Tensor) -> list[int] | None:
+        if not self._takes_mask:
             return None
-        return [_samples_of(settings, int(count)) for count in features[:, -1].tolist()]
+        return [self._samples_of(int(count)) for count in features[:, -1].tolist()]
 
-    def run(
-        self, model: Any, features: torch.Tensor, settings: Settings
-    ) -> dict[str, torch.Tensor]:
-        lengths = self.told_valid(features, settings)
+    def run(self, model: Any, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        lengths = self.told_valid(features)
         if lengths is None:
             return {"last_hidden_state": model(features).last_hidden_state}
         values = features[:, :-1]
@@ -147,61 +130,49 @@ class _Wav2Vec2Family(ModelFamily):
             result = model(values, attention_mask=_mask(values, lengths))
         return {"last_hidden_state": result.last_hidden_state}
 
-    def num_valid_steps(
-        self,
-        settings: Settings,
-        wanted: OutputName,
-        num_valid: int,
-        num_steps: int,  # noqa: ARG002
-    ) -> int:
+    def num_valid_steps(self, wanted: OutputName, num_valid: int, num_steps: int) -> int:
         """Count the frames whose windows lie within the clip."""
-        frames = _num_frames(settings, num_valid)
-        return frames if wanted.is_of_layers else _num_output_frames(settings, frames)
+        frames = self._num_frames(num_valid)
+        return frames if wanted.is_of_layers else self._num_output_frames(frames)
 
+    @property
+    def _takes_mask(self) -> bool:
+        """Whether the model was trained with an attention mask.
 
-WAV2VEC2: Final = _Wav2Vec2Family()
+        Only layer-normalised ones were; preprocessor_config.json may say that such a model wasn't.
+        """
+        default = "layer" if self.model_type == "data2vec-audio" else "group"
+        is_layer = self.config.get("feat_extract_norm", default) == "layer"
+        return is_layer and bool(self.preprocessor.get("return_attention_mask", True))
 
+    @property
+    def _convolutions(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        config = self.config
+        kernels = tuple(config.get("conv_kernel", _KERNELS))
+        return kernels, tuple(config.get("conv_stride", _STRIDES))
 
-def _takes_mask(settings: Settings) -> bool:
-    """Return whether the model was trained with an attention mask.
+    def _num_frames(self, num_samples: int) -> int:
+        """Return how many frames the convolutions make of a waveform; 0 if it is too short."""
+        frames = num_samples
+        for kernel, stride in zip(*self._convolutions, strict=True):
+            if frames < kernel:
+                return 0
+            frames = (frames - kernel) // stride + 1
+        return frames
 
-    Only layer-normalised ones were; preprocessor_config.json may say that such a model wasn't.
-    """
-    default = "layer" if settings.model_type == "data2vec-audio" else "group"
-    is_layer = settings.config.get("feat_extract_norm", default) == "layer"
-    return is_layer and bool(settings.preprocessor.get("return_attention_mask", True))
+    def _samples_of(self, frames: int) -> int:
+        """Return the length of the shortest waveform that gives so many frames, in samples."""
+        samples = frames
+        for kernel, stride in reversed(list(zip(*self._convolutions, strict=True))):
+            samples = (samples - 1) * stride + kernel
+        return samples
 
-
-def _num_frames(settings: Settings, num_samples: int) -> int:
-    """Return how many frames the convolutions make of a waveform; 0 if it is too short."""
-    frames = num_samples
-    for kernel, stride in zip(*_convolutions(settings), strict=True):
-        if frames < kernel:
-            return 0
-        frames = (frames - kernel) // stride + 1
-    return frames
-
-
-def _samples_of(settings: Settings, frames: int) -> int:
-    """Return the length of the shortest waveform that gives so many frames, in samples."""
-    samples = frames
-    for kernel, stride in reversed(list(zip(*_convolutions(settings), strict=True))):
-        samples = (samples - 1) * stride + kernel
-    return samples
-
-
-def _num_output_frames(settings: Settings, frames: int) -> int:
-    """Return how many frames the model gives: fewer where an adapter follows."""
-    config = settings.config
-    if config.get("add_adapter"):
-        for _ in range(config.get("num_adapter_layers", 3)):
-            frames = (frames - 1) // config.get("adapter_stride", 2) + 1
-    return frames
-
-
-def _convolutions(settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    config = settings.config
-    return tuple(config.get("conv_kernel", _KERNELS)), tuple(config.get("conv_stride", _STRIDES))
+    def _num_output_frames(self, frames: int) -> int:
+        """Return how many frames the model gives: fewer where an adapter follows."""
+        if self.config.get("add_adapter"):
+            for _ in range(self.config.get("num_adapter_layers", 3)):
+                frames = (frames - 1) // self.config.get("adapter_stride", 2) + 1
+        return frames
 
 
 def _mask(like: torch.Tensor, lengths: list[int]) -> torch.Tensor:

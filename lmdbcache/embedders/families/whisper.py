@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from lmdbcache.embedders.transformers_family import (
-    ModelFamily,
-    Settings,
-    load_weights,
-)
+from lmdbcache.embedders.transformers_family import ModelFamily, load_weights
 from lmdbcache.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -23,12 +19,12 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import Checkpoint
     from lmdbcache.embedders.output_names import OutputName
 
-__all__ = ["WHISPER"]
+__all__ = ["Whisper"]
 
 _STRIDE: Final = 2  # of the encoder's second convolution
 
 
-class _WhisperFamily(ModelFamily):
+class Whisper(ModelFamily):
     """The encoder's outputs; the decoder isn't kept.
 
     - `mean`, (H,): the mean over all 1500 frames, as in `WhisperForAudioClassification`.
@@ -49,70 +45,46 @@ class _WhisperFamily(ModelFamily):
     ends_with_norm = True
     implementation = "torch"  # its numpy way is for where torch isn't installed
 
-    def check_settings(self, settings: Settings) -> None:
-        found, model = settings.preprocessor, settings.config
+    def check_settings(self) -> None:
+        found, model = self.preprocessor, self.config
         if found.get("dither", 0.0) != 0.0:
             raise ModelLoadError(
-                f"{settings.folder}: dither is {found['dither']} in preprocessor_config.json: it "
+                f"{self.folder}: dither is {found['dither']} in preprocessor_config.json: it "
                 "adds random numbers, so no two runs agree; set it to 0.0"
             )
-        settings.require(
+        self.require(
             "feature_size",
             found=found.get("feature_size", 80),
             expected=model.get("num_mel_bins", 80),
         )
-        settings.require(
+        self.require(
             "the number of frames (chunk_length * sampling_rate / hop_length)",
-            found=self.max_samples(settings) // found.get("hop_length", 160),
+            found=self.max_samples() // found.get("hop_length", 160),
             expected=_STRIDE * model.get("max_source_positions", 1500),
         )
 
-    def max_samples(self, settings: Settings) -> int:
-        return int(settings.preprocessor.get("chunk_length", 30) * settings.sample_rate)
+    def max_samples(self) -> int:
+        return int(self.preprocessor.get("chunk_length", 30) * self.sample_rate)
 
-    def state_shape(
-        self,
-        settings: Settings,
-        wanted: OutputName,  # noqa: ARG002
-        num_samples: int,  # noqa: ARG002 - always 30 s
-    ) -> tuple[int, ...] | None:
-        size = settings.config.get("d_model", 384)
-        return (settings.config.get("max_source_positions", 1500), size)
+    def state_shape(self, wanted: OutputName, num_samples: int) -> tuple[int, ...] | None:
+        size = self.config.get("d_model", 384)
+        return (self.config.get("max_source_positions", 1500), size)
 
-    def load(self, checkpoint: Checkpoint, settings: Settings) -> Any:  # noqa: ARG002
+    def load(self, checkpoint: Checkpoint) -> Any:
         # A classifier's checkpoint has no decoder, and needs none.
         return load_weights(checkpoint, self, part="encoder.").encoder
 
-    def feature_shape(
-        self,
-        model: Any,
-        settings: Settings,  # noqa: ARG002
-        num_samples: int,  # noqa: ARG002
-    ) -> tuple[int, ...]:
+    def feature_shape(self, model: Any, num_samples: int) -> tuple[int, ...]:
         return (model.config.num_mel_bins, _STRIDE * model.config.max_source_positions)
 
     def blocks(self, model: Any) -> Sequence[Any]:
         blocks: Sequence[Any] = model.layers
         return blocks
 
-    def run(
-        self,
-        model: Any,
-        features: torch.Tensor,
-        settings: Settings,  # noqa: ARG002
-    ) -> dict[str, torch.Tensor]:
+    def run(self, model: Any, features: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"last_hidden_state": model(features).last_hidden_state}
 
-    def num_valid_steps(
-        self,
-        settings: Settings,
-        wanted: OutputName,  # noqa: ARG002
-        num_valid: int,
-        num_steps: int,  # noqa: ARG002
-    ) -> int:
+    def num_valid_steps(self, wanted: OutputName, num_valid: int, num_steps: int) -> int:
         """Count as transformers does: a frame for each hop that begins in the clip, then half."""
-        frames = -(-num_valid // int(settings.preprocessor.get("hop_length", 160)))
+        frames = -(-num_valid // int(self.preprocessor.get("hop_length", 160)))
         return -(-frames // _STRIDE)
-
-
-WHISPER: Final = _WhisperFamily()

@@ -221,7 +221,7 @@ class NpzPart(Part):
         with self._archive.open(f"{name}.npy", "w") as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
 
-    def add(self, sample_ids: Sequence[str], embeddings: Embeddings) -> None:  # noqa: ARG002 - the names are there already
+    def add(self, sample_ids: Sequence[str], embeddings: Embeddings) -> None:
         """Write some embeddings."""
         for array in embeddings:
             self._file.write(np.ascontiguousarray(array, self._dtype).tobytes())
