@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import xxhash
 
@@ -17,7 +17,8 @@ from lmdbcache.config import DTYPES, CacheConfig
 from lmdbcache.embedders import AudioModel, PretrainedModel, known_model, ready_model
 from lmdbcache.errors import ExtractionError, MissingDependencyError
 from lmdbcache.extraction.clips import features_of
-from lmdbcache.extraction.pipeline import ExtractionRun, configs_of_one_pass, outputs_of
+from lmdbcache.extraction.one_pass import configs_of_one_pass, for_one_or_several
+from lmdbcache.extraction.pipeline import ExtractionRun, outputs_of
 from lmdbcache.extraction.space import (
     estimated_bytes,
     needed_bytes,
@@ -187,38 +188,7 @@ class ExtractionPlan(Report):
         return "\n".join([*lines, *(f"warning: {limit.message}" for limit in self.limits)])
 
 
-@overload
-def plan_extraction(
-    cache: EmbeddingCache,
-    config: CacheConfig,
-    clips: Clips | AudioDataset,
-    *,
-    model: str | os.PathLike[str] | AudioModel | None = ...,
-    batch_size: int = ...,
-    num_workers: int | None = ...,
-    device: str | None = ...,
-    share: RankShare | None = ...,
-    staging: str | os.PathLike[str] | None = ...,
-    trial_seconds: float = ...,
-) -> ExtractionPlan: ...
-
-
-@overload
-def plan_extraction(
-    cache: EmbeddingCache,
-    config: Sequence[CacheConfig],
-    clips: Clips | AudioDataset,
-    *,
-    model: str | os.PathLike[str] | AudioModel | None = ...,
-    batch_size: int = ...,
-    num_workers: int | None = ...,
-    device: str | None = ...,
-    share: RankShare | None = ...,
-    staging: str | os.PathLike[str] | None = ...,
-    trial_seconds: float = ...,
-) -> list[ExtractionPlan]: ...
-
-
+@for_one_or_several
 def plan_extraction(
     cache: EmbeddingCache,
     config: CacheConfig | Sequence[CacheConfig],
@@ -231,7 +201,7 @@ def plan_extraction(
     share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
     trial_seconds: float = 0.0,
-) -> ExtractionPlan | list[ExtractionPlan]:
+) -> list[ExtractionPlan]:
     """Return what `extract` would do and take, without doing it. Nothing is stored or downloaded.
 
     Args:
@@ -249,7 +219,7 @@ def plan_extraction(
             every other output and dtype; 0 doesn't load the model.
 
     Returns:
-        The plan; for several configs a list, one for each.
+        A plan for each config, without a list for one by itself.
 
     Raises:
         ConfigError: The model has no such output.
@@ -286,7 +256,7 @@ def plan_extraction(
         }
         choices = tuple(_choices(run, found, shapes))
         plans = [replace(plan, choices=choices, trial=trial, no_trial=reason) for plan in plans]
-    plans = [
+    return [
         replace(
             plan,
             limits=tuple(
@@ -300,7 +270,6 @@ def plan_extraction(
         )
         for plan, store in zip(plans, run.stores, strict=True)
     ]
-    return plans[0] if isinstance(config, CacheConfig) else plans
 
 
 def _plan_of(run: ExtractionRun, store: StoreToFill, model: AudioModel | None) -> ExtractionPlan:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias, overload
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from lmdbcache.audio import AudioSource, Clips, announced_samples, decoder_of, num_windows
 from lmdbcache.cache import ClipFailure, EmbeddingCache
@@ -39,6 +39,7 @@ from lmdbcache.extraction.clips import (
     features_of,
     pairs_of,
 )
+from lmdbcache.extraction.one_pass import configs_of_one_pass, for_one_or_several
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.space import Wanted, check_space
 from lmdbcache.extraction.staging import Staging
@@ -54,7 +55,6 @@ __all__ = [
     "ExtractionRun",
     "check_duration",
     "check_options",
-    "configs_of_one_pass",
     "extract",
     "outputs_of",
     "stored_of_share",
@@ -68,50 +68,7 @@ _IMPORTED_BY: Final = os.getpid()
 Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | None"]  # of one embedding, by output
 
 
-@overload
-def extract(
-    cache: EmbeddingCache,
-    config: CacheConfig,
-    clips: Clips | AudioDataset,
-    *,
-    model: str | os.PathLike[str] | AudioModel | None = ...,
-    front_end: FrontEnd | None = ...,
-    make_embedder: Callable[[], Embedder] | None = ...,
-    batch_size: int = ...,
-    num_workers: int | None = ...,
-    device: str | None = ...,
-    progress: Progress | None = ...,
-    dataset_root: str | Path = ...,
-    commit_seconds: float = ...,
-    recompute_changed: bool = ...,
-    share: RankShare | None = ...,
-    staging: str | os.PathLike[str] | None = ...,
-    stored: Collection[str] = ...,
-) -> ExtractionSummary: ...
-
-
-@overload
-def extract(
-    cache: EmbeddingCache,
-    config: Sequence[CacheConfig],
-    clips: Clips | AudioDataset,
-    *,
-    model: str | os.PathLike[str] | AudioModel | None = ...,
-    front_end: FrontEnd | None = ...,
-    make_embedder: Callable[[], Embedder] | None = ...,
-    batch_size: int = ...,
-    num_workers: int | None = ...,
-    device: str | None = ...,
-    progress: Progress | None = ...,
-    dataset_root: str | Path = ...,
-    commit_seconds: float = ...,
-    recompute_changed: bool = ...,
-    share: RankShare | None = ...,
-    staging: str | os.PathLike[str] | None = ...,
-    stored: Collection[str] = ...,
-) -> list[ExtractionSummary]: ...
-
-
+@for_one_or_several
 def extract(  # noqa: PLR0913
     cache: EmbeddingCache,
     config: CacheConfig | Sequence[CacheConfig],
@@ -130,7 +87,7 @@ def extract(  # noqa: PLR0913
     share: RankShare | None = None,
     staging: str | os.PathLike[str] | None = None,
     stored: Collection[str] = (),
-) -> ExtractionSummary | list[ExtractionSummary]:
+) -> list[ExtractionSummary]:
     """Store the embeddings of these clips; those that are stored already cost nothing.
 
     The clips, sorted by sample id, are cut into fixed batches; what is missing of each is decoded
@@ -176,7 +133,7 @@ def extract(  # noqa: PLR0913
             They keep their places in the fixed batches and aren't computed.
 
     Returns:
-        What was done, failures included; for several configs a list, one for each.
+        What was done, failures included: one for each config, without a list for one by itself.
 
     Raises:
         ConfigError: A config doesn't fit the model, several differ in another field, or an option
@@ -223,30 +180,7 @@ def extract(  # noqa: PLR0913
             commit_seconds=commit_seconds,
             recompute_changed=recompute_changed,
         )
-    summaries = run.summaries()
-    return summaries[0] if isinstance(config, CacheConfig) else summaries
-
-
-def configs_of_one_pass(config: CacheConfig | Sequence[CacheConfig]) -> list[CacheConfig]:
-    """Return the configs that one run fills.
-
-    Raises:
-        ConfigError: There is none or one twice, or they differ in more than `output` and `dtype`.
-    """
-    configs = [config] if isinstance(config, CacheConfig) else list(config)
-    if not configs:
-        raise ConfigError("config: an empty list; give a CacheConfig or several")
-    for number, one in enumerate(configs):
-        if one in configs[:number]:
-            raise ConfigError(f"config: {one.output!r} as {one.dtype} is in the list twice")
-        for field, (ours, first) in one.differences(configs[0]).items():
-            if field not in ("output", "dtype"):
-                raise ConfigError(
-                    f"{field}: {ours!r} and {first!r}; configs of one extraction share decoding "
-                    "and forward passes, and differ in `output` and `dtype` only. Extract the "
-                    "others in a separate call"
-                )
-    return configs
+    return run.summaries()
 
 
 def _fill(

@@ -7,14 +7,15 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeAlias, overload
+from typing import Any, Final, TypeAlias
 
 from lmdbcache.audio import AudioSource
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import AudioModel, device_of_rank, ready_model
 from lmdbcache.errors import ConfigError
-from lmdbcache.extraction.pipeline import check_duration, configs_of_one_pass, extract
+from lmdbcache.extraction.one_pass import configs_of_one_pass, for_one_or_several
+from lmdbcache.extraction.pipeline import check_duration, extract
 from lmdbcache.extraction.summary import ExtractionSummary
 
 __all__ = ["extract_stream"]
@@ -27,32 +28,7 @@ _ADDED: Final = (
 )
 
 
-@overload
-def extract_stream(
-    cache: EmbeddingCache,
-    config: CacheConfig,
-    clips: Stream,
-    *,
-    model: str | os.PathLike[str] | AudioModel | None = ...,
-    chunk_size: int = ...,
-    device: str | None = ...,
-    **options: Any,
-) -> ExtractionSummary: ...
-
-
-@overload
-def extract_stream(
-    cache: EmbeddingCache,
-    config: Sequence[CacheConfig],
-    clips: Stream,
-    *,
-    model: str | os.PathLike[str] | AudioModel | None = ...,
-    chunk_size: int = ...,
-    device: str | None = ...,
-    **options: Any,
-) -> list[ExtractionSummary]: ...
-
-
+@for_one_or_several  # type: ignore[arg-type]  # `options` has neither cache nor config
 def extract_stream(
     cache: EmbeddingCache,
     config: CacheConfig | Sequence[CacheConfig],
@@ -62,7 +38,7 @@ def extract_stream(
     chunk_size: int = 256,
     device: str | None = None,
     **options: Any,
-) -> ExtractionSummary | list[ExtractionSummary]:
+) -> list[ExtractionSummary]:
     """Run `extract` on clips that come one after the other and aren't kept.
 
     They are taken chunk by chunk; a chunk is extracted and committed before the next one is
@@ -81,7 +57,7 @@ def extract_stream(
         options: Others of `extract`. `progress` gets the clips of the chunks so far.
 
     Returns:
-        What was done, over all chunks; for several configs a list, one for each.
+        What was done, over all chunks: one for each config, without a list for one by itself.
 
     Raises:
         ConfigError: See `extract`, or `chunk_size` isn't a multiple of `batch_size`.
@@ -121,8 +97,7 @@ def extract_stream(
         )
         num_before += summaries[0].num_samples
         total = list(map(_sum, total, summaries)) or summaries
-    total = total or extract(cache, configs, {}, model=model, **options)
-    return total[0] if isinstance(config, CacheConfig) else total
+    return total or extract(cache, configs, {}, model=model, **options)
 
 
 def _chunks(clips: Stream, size: int) -> Iterator[list[Any]]:
