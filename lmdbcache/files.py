@@ -34,6 +34,7 @@ __all__ = [
     "existing_parent",
     "expand_user",
     "few",
+    "first_line",
     "flocked",
     "free_bytes",
     "is_old_temporary",
@@ -123,6 +124,12 @@ def readable_size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's class and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
 def few(items: Collection[object], most: int = 10) -> str:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
-from lmdbcache.files import is_url, without_secrets
+from lmdbcache.files import first_line, is_url, without_secrets
 from lmdbcache.machine import install_line
 
 __all__ = ["BytesSource", "FilePart", "RemoteEntry", "check_url", "list_url", "opened_url"]
@@ -188,8 +188,7 @@ def _fetched(url: str, offset: int, size: int | None) -> bytes:
 
 
 def _translated(url: str, error: Exception) -> RemoteError:
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
     return RemoteError(
-        f"{without_secrets(url)}: {reason}. Check the URL, the credentials and the connection"
+        f"{without_secrets(url)}: {first_line(error)}. Check the URL, the credentials and the "
+        "connection"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final
 
-from lmdbcache.cache import EmbeddingCache, read_store_info
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Option
 from lmdbcache.cli.console import counted, finish, print_table, progress_bar, say, say_some
 from lmdbcache.cli.options import (
@@ -17,6 +17,7 @@ from lmdbcache.cli.options import (
     Root,
     Store,
     find_folder,
+    stored_config,
     title_of,
 )
 from lmdbcache.cli.verify import clips_of_store
@@ -63,8 +64,8 @@ def audit_command(
     """
     cache = EmbeddingCache(root)
     folder = find_folder(cache, store)
-    config = read_store_info(folder).config
-    if config is None or cache.path(config) != folder:
+    config = stored_config(folder)
+    if cache.path(config) != folder:
         raise IntegrityError(f"{folder} isn't named after its config; was it renamed by hand?")
     with progress_bar("embedding again", shown=progress, first="loading torch") as report:
         found = audit(

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import click
 from click.core import ParameterSource
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, read_store_info
 from lmdbcache.cli.command import Option
-from lmdbcache.cli.options import Decoder, complete_store, find_store
+from lmdbcache.cli.options import Decoder, complete_store, find_folder, stored_config
 from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders import AudioModel, config_for, described_model
-from lmdbcache.errors import ConfigError, IntegrityError
+from lmdbcache.errors import ConfigError
 
 __all__ = ["ConfigChoice", "ConfigsChoice", "GivenConfig"]
 
@@ -116,7 +116,7 @@ class _ModelChoice:
         """
         if self.stored is not None:
             _check_alone(set(vars(self)) - {"model", "stored"})
-            config = _stored_config(cache, self.stored)
+            config = stored_config(find_folder(cache, self.stored))
             if dataset != config.namespace and _is_given("data_dir", "namespace"):
                 raise ConfigError(
                     f"--config {self.stored} is of the dataset {config.namespace!r}, not of "
@@ -134,8 +134,8 @@ class _ModelChoice:
             return self.model
         from lmdbcache.extraction import recorded_model
 
-        info = find_store(cache, self.stored)
-        return recorded_model(info.provenance) or _stored_config(cache, self.stored).model_name
+        info = read_store_info(find_folder(cache, self.stored))
+        return recorded_model(info.provenance) or stored_config(info.path).model_name
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class GivenConfig:
         """
         if self.stored is not None:
             _check_alone(set(vars(self)) - {"model", "stored"})
-            stored = _stored_config(cache, self.stored).to_dict()
+            stored = stored_config(find_folder(cache, self.stored)).to_dict()
             return {**stored, "namespace": stored.pop("dataset")}
         name = self.model_name or (model.identity if model is not None else None)
         given = {**vars(self), "model": None, "model_name": name}
@@ -295,10 +295,3 @@ def _check_alone(names: set[str]) -> None:
     given = [p.opts[0] for p in parameters if p.name in names and _is_given(p.name)]
     if given:
         raise ConfigError(f"--config takes all from the store; leave out {', '.join(given)}")
-
-
-def _stored_config(cache: EmbeddingCache, store: str) -> CacheConfig:
-    info = find_store(cache, store)
-    if info.config is None:
-        raise IntegrityError(f"--config {store}: {info.path} can't be read: {info.damage}")
-    return info.config

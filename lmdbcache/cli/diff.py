@@ -15,7 +15,6 @@ from lmdbcache.cache import (
     StoreComparison,
     compare_stores,
     is_store,
-    read_store_info,
 )
 from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import counted, print_json, print_table, progress_bar, say
@@ -27,6 +26,7 @@ from lmdbcache.cli.options import (
     complete_store,
     digits_of,
     find_folder,
+    stored_config,
     title_of,
 )
 from lmdbcache.config import CacheConfig
@@ -106,7 +106,7 @@ def _side(cache: EmbeddingCache, text: str) -> Path | CacheConfig:
 
 
 def _show_configs(sides: tuple[Path | CacheConfig, ...], *, as_json: bool) -> bool:
-    a, b = (s if isinstance(s, CacheConfig) else _config_of(s) for s in sides)
+    a, b = (s if isinstance(s, CacheConfig) else stored_config(s) for s in sides)
     differences = a.differences(b)
     if as_json:
         print_json(
@@ -121,13 +121,6 @@ def _show_configs(sides: tuple[Path | CacheConfig, ...], *, as_json: bool) -> bo
     else:
         say(f"the same config, {a.fingerprint}")
     return not differences
-
-
-def _config_of(store: Path) -> CacheConfig:
-    config = read_store_info(store).config
-    if config is None:
-        raise ConfigError(f"{store} has no config")
-    return config
 
 
 def _show_roots(sides: tuple[Path, Path], options: _Options, *, as_json: bool) -> bool:

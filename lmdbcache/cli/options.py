@@ -17,9 +17,10 @@ from lmdbcache.cache import (
     info_or_damage,
 )
 from lmdbcache.cli.command import Argument, Option
+from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, DatasetError
 from lmdbcache.files import expand_user
-from lmdbcache.storage import canonical_sample_id
+from lmdbcache.storage import EmbeddingReader, canonical_sample_id
 
 __all__ = [
     "All",
@@ -45,6 +46,7 @@ __all__ = [
     "find_folders",
     "find_store",
     "ids_in",
+    "stored_config",
     "title_of",
 ]
 
@@ -178,6 +180,16 @@ def title_of(store: Path | StoreInfo) -> str:
     """
     info = info_or_damage(store) if isinstance(store, Path) else store
     return f"{info.config.fingerprint} {info.config.title}" if info.config else info.path.name
+
+
+def stored_config(store: Path) -> CacheConfig:
+    """The config of the store in a folder.
+
+    Raises:
+        IntegrityError: It is damaged.
+    """
+    with EmbeddingReader(store, track_usage=False) as reader:
+        return reader.config
 
 
 def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import click
 
-from lmdbcache.cache import EmbeddingCache, read_store_info
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.cli.command import Argument, Option
 from lmdbcache.cli.console import counted, print_error, print_json, progress_bar, say, say_some
 from lmdbcache.cli.options import (
@@ -22,9 +22,10 @@ from lmdbcache.cli.options import (
     digits_of,
     find_folders,
     ids_in,
+    stored_config,
     title_of,
 )
-from lmdbcache.errors import CacheError, ConfigError, IntegrityError, RemoteError
+from lmdbcache.errors import CacheError, ConfigError, RemoteError
 from lmdbcache.exchange import PushReport, Remote, push
 from lmdbcache.files import readable_size
 
@@ -89,13 +90,10 @@ def push_command(
     failed = False
     for folder in chosen:
         try:
-            config = read_store_info(folder).config
-            if config is None:  # pragma: no cover - damage raises
-                raise IntegrityError(f"{folder} is damaged")
             with progress_bar(digits_of(folder), shown=progress) as bar:
                 report = push(
                     cache,
-                    config,
+                    stored_config(folder),
                     url,
                     writer=writer,
                     own=own,

@@ -26,12 +26,12 @@ from lmdbcache.cli.options import (
     Root,
     Store,
     digits_of,
-    find_store,
+    find_folder,
     ids_in,
+    stored_config,
 )
 from lmdbcache.cli.wording import in_options
 from lmdbcache.datasets import CLASS_LABELS, NAMESPACE
-from lmdbcache.errors import IntegrityError
 from lmdbcache.exchange import (
     FORMATS,
     ExportReport,
@@ -245,13 +245,11 @@ def export_command(
     Nothing is replaced without --overwrite. Exit code 3 if the disk is full.
     """
     cache = EmbeddingCache(root)
-    info = find_store(cache, store)
-    if info.config is None:
-        raise IntegrityError(info.damage or f"{info.path} is damaged")
-    with progress_bar(f"exporting {digits_of(info.path)}", shown=progress) as report_progress:
+    folder = find_folder(cache, store)
+    with progress_bar(f"exporting {digits_of(folder)}", shown=progress) as report_progress:
         report = export_embeddings(
             cache,
-            info.config,
+            stored_config(folder),
             out,
             format=format_,  # type: ignore[arg-type]
             classes=classes,

@@ -17,7 +17,6 @@ from lmdbcache.cache import (
     SourceReport,
     adopt_sources,
     check_sources,
-    read_store_info,
 )
 from lmdbcache.cli.command import Option, PathOrUrl
 from lmdbcache.cli.console import (
@@ -39,6 +38,7 @@ from lmdbcache.cli.options import (
     Stores,
     digits_of,
     find_folders,
+    stored_config,
     title_of,
 )
 from lmdbcache.errors import ConfigError, IntegrityError, NotRegularFileError
@@ -169,11 +169,11 @@ def clips_of_store(store: Path, data_dir: Path) -> Mapping[str, str]:
         DatasetError: The folder isn't such a dataset.
     """
     dataset = DatasetChoice(PathOrUrl(os.fspath(data_dir)))
-    config = read_store_info(store).config
-    if config is not None and config.namespace != dataset.namespace:
+    namespace = stored_config(store).namespace
+    if namespace != dataset.namespace:
         raise ConfigError(
-            f"--data: {digits_of(store)} holds embeddings of the dataset "
-            f"{config.namespace!r}, not of {dataset.namespace!r}"
+            f"--data: {digits_of(store)} holds embeddings of the dataset {namespace!r}, not of "
+            f"{dataset.namespace!r}"
         )
     return {sample_id: source for sample_id, source in dataset.clips() if isinstance(source, str)}
 

@@ -4,7 +4,6 @@ from .base import (
     FrontEnd as FrontEnd,
     clip_features as clip_features,
     compute_features as compute_features,
-    first_line as first_line,
 )
 from .checkpoint_files import weights_digest as weights_digest
 from .checkpoints import (

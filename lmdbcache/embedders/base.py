@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from lmdbcache.errors import AudioDecodeError, CacheError, ConfigError, FrontEndError
+from lmdbcache.files import first_line
 from lmdbcache.storage import has_masked_elements
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ __all__ = [
     "check_waveform",
     "clip_features",
     "compute_features",
-    "first_line",
     "front_end_name",
     "library_versions",
 ]
@@ -303,9 +303,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's class and the first line of its text."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

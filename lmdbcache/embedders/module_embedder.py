@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders.base import (
-    first_line,
-    library_versions,
-)
+from lmdbcache.embedders.base import library_versions
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
 from lmdbcache.embedders.module_weights import WatchedWeights
 from lmdbcache.embedders.stated_model import StatedEmbedder, StatedModel
@@ -22,6 +19,7 @@ from lmdbcache.errors import (
     MissingDependencyError,
     ModuleError,
 )
+from lmdbcache.files import first_line
 from lmdbcache.machine import install_line
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from lmdbcache.embedders.base import first_line, library_versions
+from lmdbcache.embedders.base import library_versions
 from lmdbcache.embedders.stated_model import StatedEmbedder, StatedModel
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError, ModuleError
+from lmdbcache.files import first_line
 from lmdbcache.machine import available_cores
 
 if TYPE_CHECKING:

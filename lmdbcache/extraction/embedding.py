@@ -11,9 +11,10 @@ import torch
 
 from lmdbcache.cache import ClipFailure
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, first_line, tolerance_of
+from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, tolerance_of
 from lmdbcache.errors import CacheError, ConfigError, ExtractionError, ModuleError
 from lmdbcache.extraction.decoding import FeatureBatch
+from lmdbcache.files import first_line
 
 __all__ = ["ForwardPasses", "check_gives", "embed_clips"]
 

@@ -26,7 +26,7 @@ from lmdbcache.errors import (
     MissingDependencyError,
     RemoteError,
 )
-from lmdbcache.files import is_url, replace_file, sync_file, without_secrets
+from lmdbcache.files import first_line, is_url, replace_file, sync_file, without_secrets
 from lmdbcache.machine import install_line
 
 __all__ = ["CONNECTIONS", "Remote", "in_parallel", "is_url", "without_secrets"]
@@ -212,7 +212,7 @@ class Remote:
             self._try(lambda system: self._put(system, self._path(path), data), path)
         except FileNotFoundError as error:
             raise RemoteError(
-                f"{self.place}/{path} can't be written: {_first_line(error)}. Is there such a "
+                f"{self.place}/{path} can't be written: {first_line(error)}. Is there such a "
                 "bucket or mount? It isn't made for you"
             ) from None
 
@@ -275,7 +275,7 @@ class Remote:
 
         def connect_anew(state: Any) -> None:
             error = state.outcome.exception()
-            _logger.info("%s/%s: %s; trying again", self.place, path, _first_line(error))
+            _logger.info("%s/%s: %s; trying again", self.place, path, first_line(error))
             if self._system is used[-1]:
                 self._system = None  # its connection may be the broken one
 
@@ -416,7 +416,7 @@ def _is_final(error: BaseException) -> bool:
 
 def _translated(error: Exception, place: str, tries: int) -> CacheFullError | RemoteError:
     """Return our error for what a file system raised."""
-    reason, kind = _first_line(error), type(error).__name__
+    reason, kind = first_line(error), type(error).__name__
     if isinstance(error, OSError) and error.errno in _FULL:
         return CacheFullError(f"{place}: the disk is full. Free space and go on")
     if "Credentials" in kind:
@@ -433,9 +433,3 @@ def _translated(error: Exception, place: str, tries: int) -> CacheFullError | Re
         )
     often = f", tried {tries} times" if tries > 1 else ""
     return RemoteError(f"{place}: {reason}{often}. Check the URL and the connection, and try again")
-
-
-def _first_line(error: BaseException) -> str:
-    """Return an error's type and the beginning of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
