@@ -10,26 +10,21 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdbcache.audio.containers import DamagedAudioError, PiecedFile, size_of
 from lmdbcache.audio.ffmpeg_decoder import read_by_ffmpeg, stream_by_ffmpeg
 from lmdbcache.audio.formats import check_decoder, is_readable
 from lmdbcache.audio.soundfile_decoder import read_by_soundfile, stream_by_soundfile
 from lmdbcache.audio.source import AudioSource, as_source, open_source, shown
-from lmdbcache.audio.waveform import fit
+from lmdbcache.audio.waveform import Recording, fit
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError, RemoteError
 from lmdbcache.machine import install_line
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from numpy.typing import NDArray
-
-    from lmdbcache.audio.waveform import Recording
 
 __all__ = [
     "DecodedClip",

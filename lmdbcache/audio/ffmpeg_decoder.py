@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdbcache.audio.containers import (
     DamagedAudioError,
@@ -19,11 +21,6 @@ from lmdbcache.audio.containers import (
 )
 from lmdbcache.audio.mpeg_frames import find_parts
 from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mono
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
 
 __all__ = ["read_by_ffmpeg", "seconds_by_ffmpeg", "stream_by_ffmpeg"]
 

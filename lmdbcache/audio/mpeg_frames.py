@@ -7,9 +7,10 @@ the first frame's bit rate: too short for a file of parts, and any length for a 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from lmdbcache.audio.containers import (
     DamagedAudioError,
@@ -19,9 +20,6 @@ from lmdbcache.audio.containers import (
     size_of,
     skip_tags,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["MPEGPart", "find_parts"]
 

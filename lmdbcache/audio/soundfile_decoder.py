@@ -7,12 +7,14 @@ file that reaches the duration isn't read any further.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdbcache.audio.containers import (
     DamagedAudioError,
@@ -29,11 +31,6 @@ from lmdbcache.audio.containers import (
 from lmdbcache.audio.mpeg_frames import find_parts
 from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mono
 from lmdbcache.machine import install_line
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
-
-    from numpy.typing import NDArray
 
 __all__ = ["read_by_soundfile", "stream_by_soundfile"]
 

@@ -6,24 +6,18 @@ beginning to its end. soxr's stream gives the bits of its resampling in one go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+import os
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdbcache.audio.containers import DamagedAudioError
 from lmdbcache.audio.decoding import failures_of, opened, streaming_packages
 from lmdbcache.audio.ffmpeg_decoder import seconds_by_ffmpeg
-from lmdbcache.audio.source import as_source
-from lmdbcache.audio.waveform import MixEnergy, fit
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-
-    from lmdbcache.audio.source import AudioSource
-    from lmdbcache.audio.waveform import Recording
+from lmdbcache.audio.source import AudioSource, as_source
+from lmdbcache.audio.waveform import MixEnergy, Recording, fit
 
 __all__ = ["AudioWindow", "WindowCutter", "announced_samples", "load_windows", "num_windows"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from lmdbcache.audio import shown
 from lmdbcache.datasets.base import ListedDataset, checked_folder, own_split_name
@@ -20,10 +22,6 @@ from lmdbcache.datasets.scanning import (
 )
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import is_url
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 __all__ = ["AudioFolder"]
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Final, Protocol, TypeAlias, runtime_checkable
 
-from lmdbcache.audio import shown
+from lmdbcache.audio import AudioSource, shown
 from lmdbcache.datasets.scanning import LeftOut, PassedOver, summary_of
 from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.files import expand_user, is_url
 from lmdbcache.storage import canonical_class, join_sample_id
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
-    from lmdbcache.audio import AudioSource
 
 __all__ = [
     "AudioDataset",

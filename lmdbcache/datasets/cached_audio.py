@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from lmdbcache.audio import decoder_of, load_clip, shown
 from lmdbcache.cache import ClipFailure, EmbeddingCache
+from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import AudioDataset, sample_id_of, source_of
 from lmdbcache.datasets.batches import Column, FetchedItems, column, stacked
 from lmdbcache.embedders import clip_features
@@ -19,11 +20,8 @@ from lmdbcache.errors import (
     ConfigError,
     SampleNotFoundError,
 )
+from lmdbcache.storage import Selection
 from lmdbcache.training import StoredEmbeddings, Targets, as_tensor, target_tensor
-
-if TYPE_CHECKING:
-    from lmdbcache.config import CacheConfig
-    from lmdbcache.storage import Selection
 
 __all__ = ["CachedAudioDataset", "collate_mixed"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lmdbcache.audio import shown
 from lmdbcache.datasets.base import ListedDataset, checked_folder
@@ -20,9 +21,6 @@ from lmdbcache.datasets.scanning import (
     usable_entries,
 )
 from lmdbcache.errors import DatasetError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["ESC50Folder"]
 

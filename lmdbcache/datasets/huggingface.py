@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from lmdbcache.audio import open_source, shown
 from lmdbcache.datasets.base import ListedDataset, own_split_name
@@ -30,11 +32,6 @@ from lmdbcache.datasets.scanning import (
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.files import expand_user
 from lmdbcache.machine import install_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
 
 __all__ = ["HuggingFaceDataset", "RowSource"]
 

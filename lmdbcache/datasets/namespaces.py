@@ -11,15 +11,13 @@ import hashlib
 import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from lmdbcache.audio import shown
+from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
+from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.errors import DatasetError
-
-if TYPE_CHECKING:
-    from lmdbcache.cache import EmbeddingCache
-    from lmdbcache.datasets.base import AudioDataset
 
 __all__ = ["PUBLISHED", "check_namespace", "derived_namespace", "namespace_of"]
 

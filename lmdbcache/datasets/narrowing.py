@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from lmdbcache.datasets.base import AudioDataset, Sample
 from lmdbcache.datasets.splits import (
     SPLITS,
     checked_split_method,
@@ -18,11 +20,6 @@ from lmdbcache.datasets.splits import (
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import few
 from lmdbcache.storage import canonical_class
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from lmdbcache.datasets.base import AudioDataset, Sample
 
 __all__ = [
     "NODE_SEED",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from lmdbcache.audio import shown
 from lmdbcache.datasets.audio_folder import AudioFolder
@@ -18,9 +19,6 @@ from lmdbcache.datasets.vegas import VEGASFolder, check_spelling
 from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user, is_url
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["ADAPTERS", "open_dataset"]
 

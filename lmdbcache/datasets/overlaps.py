@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from lmdbcache.datasets.base import Sample, sample_id_of, source_of
 from lmdbcache.datasets.scanning import content_digest
 from lmdbcache.files import few
 from lmdbcache.storage import Report
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Overlap", "OverlapReport", "overlap_audit"]
 

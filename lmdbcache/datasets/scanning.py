@@ -10,20 +10,16 @@ import contextlib
 import csv
 import os
 from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TextIO
+from pathlib import Path
+from typing import Final, TextIO
 
 import xxhash
 
-from lmdbcache.audio import is_audio, is_readable, list_url, open_source, shown
+from lmdbcache.audio import AudioSource, is_audio, is_readable, list_url, open_source, shown
 from lmdbcache.errors import DatasetError, RemoteError
 from lmdbcache.files import is_url
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from pathlib import Path
-
-    from lmdbcache.audio import AudioSource
 
 __all__ = [
     "Entry",

@@ -7,17 +7,14 @@ all classes, in the order of their labels: a clip or a class more moves many oth
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
+from lmdbcache.datasets.base import Sample
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.machine import install_line
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lmdbcache.datasets.base import Sample
 
 __all__ = ["NODE_RANK", "shuffled_classes", "sklearn_split"]
 

@@ -13,18 +13,15 @@ import logging
 import math
 import operator
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal
 
 import numpy as np
 import xxhash
 
+from lmdbcache.datasets.base import Sample
 from lmdbcache.datasets.sklearn_splits import NODE_RANK, shuffled_classes, sklearn_split
 from lmdbcache.errors import DatasetError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from lmdbcache.datasets.base import Sample
 
 __all__ = [
     "SPLITS",

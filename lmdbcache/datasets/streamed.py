@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import Any, Final
 
-from lmdbcache.audio import BytesSource, as_source
+from lmdbcache.audio import AudioSource, BytesSource, as_source
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.machine import install_line
 from lmdbcache.storage import canonical_class
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lmdbcache.audio import AudioSource
 
 __all__ = ["stream_clips"]
 

@@ -11,9 +11,11 @@ import itertools
 import json
 import os
 import tarfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from pathlib import Path
+from typing import Any, BinaryIO, Final
 
 from lmdbcache.audio import FilePart, is_audio, is_readable, opened_url, shown
 from lmdbcache.datasets.base import ListedDataset, checked_folder, own_split_name
@@ -21,10 +23,6 @@ from lmdbcache.datasets.namespaces import namespace_of
 from lmdbcache.datasets.scanning import PassedOver, entries_of, visible_entries
 from lmdbcache.errors import DatasetError, RemoteError
 from lmdbcache.files import expand_user, is_url, without_secrets
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 __all__ = ["TarShards"]
 

@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from lmdbcache.audio import shown
 from lmdbcache.datasets.base import ListedDataset
@@ -25,9 +26,6 @@ from lmdbcache.datasets.scanning import (
 )
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "CLASS_LABELS",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from lmdbcache.audio import shown
 from lmdbcache.datasets.base import ListedDataset, checked_folder, own_split_name
@@ -20,9 +21,6 @@ from lmdbcache.datasets.scanning import (
 )
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
 
 __all__ = ["VGGSoundFolder"]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from lmdbcache.audio import shown
 from lmdbcache.config import DEFAULT_FRONT_END, CacheConfig, ModelName
@@ -26,9 +27,6 @@ from lmdbcache.embedders.checkpoint_files import (
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, ModelLoadError
 from lmdbcache.files import expand_user
 from lmdbcache.machine import install_line
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "Checkpoint",

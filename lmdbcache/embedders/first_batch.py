@@ -6,14 +6,12 @@ Needs torch only through what it is given.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdbcache.errors import InvalidEmbeddingError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["NUM_REPEATS", "FirstBatches", "tolerance_of"]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmdbcache.audio import by_soundfile, with_decoder
 from lmdbcache.config import DEFAULT_MODEL_NAME, UNSTATED_FRONT_END, CacheConfig
-from lmdbcache.embedders.base import AudioModel
+from lmdbcache.embedders.base import AudioModel, Embedder, FrontEnd
 from lmdbcache.embedders.checkpoint_files import read_json
 from lmdbcache.embedders.checkpoints import (
     Checkpoint,
@@ -28,9 +28,6 @@ from lmdbcache.embedders.transformers_family import (
     TransformersFrontEnd,
 )
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
-
-if TYPE_CHECKING:
-    from lmdbcache.embedders.base import Embedder, FrontEnd
 
 __all__ = [
     "PretrainedModel",

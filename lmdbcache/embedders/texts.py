@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from lmdbcache.config import CacheConfig
+from lmdbcache.embedders.base import AudioModel
 from lmdbcache.embedders.families.clap import CLAP
 from lmdbcache.embedders.registry import PretrainedModel
 from lmdbcache.embedders.transformers_family import load_errors, load_weights
 from lmdbcache.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lmdbcache.config import CacheConfig
-    from lmdbcache.embedders.base import AudioModel
 
 __all__ = ["embed_texts"]
 

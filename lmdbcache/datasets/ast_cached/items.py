@@ -10,8 +10,9 @@ import copy
 import functools
 import logging
 import pickle
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence, ValuesView
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -19,9 +20,6 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from lmdbcache.audio import load_clip
 from lmdbcache.datasets.batches import column, stacked
 from lmdbcache.errors import DatasetError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence, ValuesView
 
 __all__ = [
     "DeferredAudio",

@@ -5,15 +5,13 @@ To add a family, write a module with a subclass of `ModelFamily` and add it here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lmdbcache.embedders.families.audio_spectrogram_transformer import AST
 from lmdbcache.embedders.families.clap import CLAP
 from lmdbcache.embedders.families.wav2vec2 import Wav2Vec2
 from lmdbcache.embedders.families.whisper import Whisper
-
-if TYPE_CHECKING:
-    from lmdbcache.embedders.transformers_family import ModelFamily
+from lmdbcache.embedders.transformers_family import ModelFamily
 
 __all__ = ["FAMILIES"]
 
