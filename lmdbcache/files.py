@@ -28,29 +28,6 @@ import platformdirs
 from lmdbcache.errors import ConfigError, NotRegularFileError
 from lmdbcache.machine import ROOT_VARIABLE
 
-__all__ = [
-    "check_file",
-    "check_folder",
-    "existing_parent",
-    "expand_user",
-    "few",
-    "first_line",
-    "flocked",
-    "free_bytes",
-    "is_old_temporary",
-    "is_temporary",
-    "is_url",
-    "occupy_standard_descriptors",
-    "open_file",
-    "read_file",
-    "readable_size",
-    "remove_entry",
-    "replace_file",
-    "sync_file",
-    "user_cache_folder",
-    "without_secrets",
-]
-
 _logger: Final = logging.getLogger(__name__)
 
 _KINDS: Final = {

@@ -8,21 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "NETWORK_VARIABLE",
-    "ROOT_VARIABLE",
-    "SKIP_VARIABLE",
-    "STATISTICS_VARIABLE",
-    "VARIABLES",
-    "Variable",
-    "available_cores",
-    "boot_id",
-    "dataset_root_variable",
-    "install_line",
-    "is_alive",
-    "memory_limit",
-]
-
 # The variables are named here and nowhere else.
 ROOT_VARIABLE: Final = "LMDBCACHE_ROOT"
 NETWORK_VARIABLE: Final = "LMDBCACHE_ALLOW_NETWORK"

@@ -34,6 +34,19 @@ def test_rooms_are_entered_by_their_doors():
     assert past_a_door == []
 
 
+def test_an_underscore_keeps_a_name_in_its_module():
+    """What another module may import is what has no underscore: no list says it again."""
+    private = [
+        f"{module.relative_to(PACKAGE)}: {alias.name}"
+        for module in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lmdbcache")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name != "__version__"
+    ]
+    assert private == []
+
+
 def test_there_are_few_rooms():
     """No more than 15 entries, dunder files and the typing mark aside."""
     entries = [

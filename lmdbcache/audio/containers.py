@@ -13,23 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Final, Literal, TypeAlias
 
-__all__ = [
-    "AudioData",
-    "DamagedAudioError",
-    "PiecedFile",
-    "announced_by_libsndfile",
-    "check_flac_length",
-    "check_media_file",
-    "cut_off",
-    "find_audio_data",
-    "find_links",
-    "is_flac",
-    "name_of_media",
-    "read_at",
-    "size_of",
-    "skip_tags",
-]
-
 
 class DamagedAudioError(Exception):
     """A file that doesn't hold what it announces; the message is the reason, without the name."""

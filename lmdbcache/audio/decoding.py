@@ -26,15 +26,6 @@ from lmdbcache.audio.waveform import Recording, fit
 from lmdbcache.errors import AudioDecodeError, MissingDependencyError, RemoteError
 from lmdbcache.machine import install_line
 
-__all__ = [
-    "DecodedClip",
-    "failures_of",
-    "load_clip",
-    "load_waveform",
-    "opened",
-    "streaming_packages",
-]
-
 
 class DecodedClip(NamedTuple):
     """A clip as `load_clip` decodes it.

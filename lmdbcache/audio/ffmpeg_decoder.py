@@ -22,8 +22,6 @@ from lmdbcache.audio.containers import (
 from lmdbcache.audio.mpeg_frames import find_parts
 from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mono
 
-__all__ = ["read_by_ffmpeg", "seconds_by_ffmpeg", "stream_by_ffmpeg"]
-
 _TOLERANCE_SECONDS: Final = 0.1
 _BLOCK_FRAMES: Final = 1 << 17
 # A playlist or a list of files must not lead to other files or to the network.

@@ -10,16 +10,6 @@ from typing import Final
 
 from lmdbcache.errors import ConfigError
 
-__all__ = [
-    "DECODERS",
-    "by_soundfile",
-    "check_decoder",
-    "decoder_of",
-    "is_audio",
-    "is_readable",
-    "with_decoder",
-]
-
 DECODERS: Final = ("soundfile", "ffmpeg")
 
 

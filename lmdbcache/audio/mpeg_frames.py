@@ -21,8 +21,6 @@ from lmdbcache.audio.containers import (
     skip_tags,
 )
 
-__all__ = ["MPEGPart", "find_parts"]
-
 _LAYER_III: Final = 1
 # By layer's bits; kbit/s of MPEG 1, then of MPEG 2 and 2.5.
 _BIT_RATES: Final = {

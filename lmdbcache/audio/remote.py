@@ -14,8 +14,6 @@ from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
 from lmdbcache.files import first_line, is_url, without_secrets
 from lmdbcache.machine import install_line
 
-__all__ = ["BytesSource", "FilePart", "RemoteEntry", "check_url", "list_url", "opened_url"]
-
 _S3: Final = ("s3", "s3a")
 _PACKAGES: Final = {
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),

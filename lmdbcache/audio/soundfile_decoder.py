@@ -32,8 +32,6 @@ from lmdbcache.audio.mpeg_frames import find_parts
 from lmdbcache.audio.waveform import Recording, frames_wanted, joined, mix_to_mono
 from lmdbcache.machine import install_line
 
-__all__ = ["read_by_soundfile", "stream_by_soundfile"]
-
 # An mp3's header may be off by a frame or two.
 _TOLERANCE_SECONDS: Final = 0.1
 _UNKNOWN_LENGTH: Final = 2**62

@@ -11,8 +11,6 @@ from typing import BinaryIO, Protocol, TypeAlias, runtime_checkable
 from lmdbcache.audio.remote import FilePart, check_url
 from lmdbcache.files import is_url
 
-__all__ = ["AudioSource", "Clips", "as_source", "open_source", "shown"]
-
 
 @runtime_checkable
 class AudioSource(Protocol):

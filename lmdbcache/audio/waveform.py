@@ -12,16 +12,6 @@ from numpy.typing import NDArray
 
 from lmdbcache.audio.containers import DamagedAudioError
 
-__all__ = [
-    "MixEnergy",
-    "Recording",
-    "fit",
-    "frames_wanted",
-    "is_digital_silence",
-    "joined",
-    "mix_to_mono",
-]
-
 # A rate beyond this comes from a damaged header, and would ask for gigabytes.
 _MAX_FILE_RATE: Final = 10_000_000
 

@@ -19,8 +19,6 @@ from lmdbcache.audio.ffmpeg_decoder import seconds_by_ffmpeg
 from lmdbcache.audio.source import AudioSource, as_source
 from lmdbcache.audio.waveform import MixEnergy, Recording, fit
 
-__all__ = ["AudioWindow", "WindowCutter", "announced_samples", "load_windows", "num_windows"]
-
 _MOST_SECONDS: Final = 1e7  # more is a header that leaves the length open
 
 

@@ -21,15 +21,6 @@ from lmdbcache.storage import (
     sample_id_of_key,
 )
 
-__all__ = [
-    "DEFAULT_TOLERANCE",
-    "Difference",
-    "StoreComparison",
-    "compare_stores",
-    "difference_of",
-    "largest_difference",
-]
-
 DEFAULT_TOLERANCE: Final = 1e-5
 _FEW: Final = 10
 _BYTES_AT_ONCE: Final = 4 << 20  # of float32 values, from each store

@@ -14,8 +14,6 @@ from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage import EmbeddingReader, Report, class_of
 
-__all__ = ["Coverage", "CoverageRow", "coverage_of", "left_out_counts", "shortfall"]
-
 _ALL: Final = "all"
 _PARTS: Final = ("train", "val", "test")
 

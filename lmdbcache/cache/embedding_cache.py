@@ -36,7 +36,7 @@ from lmdbcache.errors import (
     StorageError,
 )
 from lmdbcache.files import existing_parent, expand_user, user_cache_folder
-from lmdbcache.machine import ROOT_VARIABLE
+from lmdbcache.machine import ROOT_VARIABLE as ROOT_VARIABLE
 from lmdbcache.storage import (
     CompactionResult,
     EmbeddingWriter,
@@ -56,8 +56,6 @@ from lmdbcache.storage import (
     statistics_of,
     verify,
 )
-
-__all__ = ["ROOT_VARIABLE", "EmbeddingCache"]
 
 
 class EmbeddingCache:

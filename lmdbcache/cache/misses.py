@@ -39,19 +39,6 @@ from lmdbcache.storage import (
     write_lock,
 )
 
-__all__ = [
-    "FAILURES_NAME",
-    "ClipFailure",
-    "Explanation",
-    "MissReason",
-    "explain_config",
-    "explain_sample",
-    "log_misses",
-    "nearest_store",
-    "read_failures",
-    "update_failures",
-]
-
 _logger: Final = logging.getLogger("lmdbcache")
 
 

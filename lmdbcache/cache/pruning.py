@@ -19,15 +19,6 @@ from lmdbcache.storage import (
     writers_of,
 )
 
-__all__ = [
-    "PrunePlan",
-    "PrunePolicy",
-    "Verdict",
-    "leftovers_under",
-    "plan_pruning",
-    "prune",
-]
-
 _LONG_AGO: Final = datetime.fromtimestamp(0, timezone.utc)
 
 

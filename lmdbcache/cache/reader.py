@@ -9,8 +9,6 @@ import numpy.typing as npt
 from lmdbcache.cache.similarity import Nearest, nearest
 from lmdbcache.storage import EmbeddingReader as StoredReader
 
-__all__ = ["EmbeddingReader"]
-
 
 class EmbeddingReader(StoredReader):  # noqa: D101 - the base's, with one method more
     __doc__ = StoredReader.__doc__

@@ -13,8 +13,6 @@ from lmdbcache.errors import ConfigError, SampleNotFoundError
 from lmdbcache.files import few
 from lmdbcache.storage import EmbeddingReader, Positions, Selection, canonical_sample_id
 
-__all__ = ["Pool", "RecordingView", "pooled"]
-
 Pool = Literal["mean", "max"]
 
 

@@ -33,21 +33,6 @@ from lmdbcache.errors import (
 from lmdbcache.files import check_file, occupy_standard_descriptors, open_file
 from lmdbcache.storage import EmbeddingReader, sample_id_of_key, sample_key
 
-__all__ = [
-    "RECORD_FILES",
-    "SOURCES_NAME",
-    "THIS_STORE",
-    "Origin",
-    "Source",
-    "SourceRecorder",
-    "SourceRecords",
-    "Written",
-    "clip_lengths",
-    "count_origins",
-    "forget_sources",
-    "write_sources",
-]
-
 _logger: Final = logging.getLogger(__name__)
 
 SOURCES_NAME: Final = "sources.sqlite3"

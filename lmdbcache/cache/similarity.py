@@ -17,8 +17,6 @@ from lmdbcache.cache.views import HiddenStateView
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id
 
-__all__ = ["Nearest", "nearest"]
-
 _METRICS: Final = ("cosine", "l2")
 _BLOCK_BYTES: Final = 16 << 20  # of float32 values
 _QUERIES_AT_ONCE: Final = 256

@@ -17,20 +17,6 @@ from lmdbcache.cache.records import Source, SourceRecords, Written, forget_sourc
 from lmdbcache.errors import IntegrityError
 from lmdbcache.storage import EmbeddingReader, Progress, Report, class_of, recording_of, sample_key
 
-__all__ = [
-    "STATES",
-    "FoundSource",
-    "SourceReport",
-    "adopt_sources",
-    "changed_clips",
-    "check_sources",
-    "compare",
-    "num_suspects",
-    "read_source",
-    "recorded_sources",
-    "source_of",
-]
-
 SourceState = Literal["unchanged", "touched", "changed", "vanished", "unknown"]
 STATES: Final[tuple[SourceState, ...]] = get_args(SourceState)
 

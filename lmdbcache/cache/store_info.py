@@ -22,15 +22,6 @@ from lmdbcache.storage import (
     space_use,
 )
 
-__all__ = [
-    "StoreInfo",
-    "allocated_bytes",
-    "info_or_damage",
-    "is_store",
-    "read_store_info",
-    "users_of",
-]
-
 
 @dataclass(frozen=True)
 class StoreInfo(Report):

@@ -21,8 +21,6 @@ from lmdbcache.config import CacheConfig, is_published_ast
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage import EmbeddingReader, MappedFile, Positions, RowPart, Selection
 
-__all__ = ["HiddenStateView", "StoreView", "TokenLayout", "ViewSelection"]
-
 _AST_FRONT_END: Final = "ast-fbank/1"
 _BLOCK_ROWS: Final = 32
 

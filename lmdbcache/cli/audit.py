@@ -24,8 +24,6 @@ from lmdbcache.cli.verify import clips_of_store
 from lmdbcache.errors import IntegrityError
 from lmdbcache.extraction import AuditReport, audit
 
-__all__ = ["audit_command"]
-
 _FEW: Final = 10
 
 

@@ -19,8 +19,6 @@ from lmdbcache.cli.console import printable
 from lmdbcache.cli.wording import in_options
 from lmdbcache.errors import CacheError
 
-__all__ = ["Argument", "Command", "Option", "PathOrUrl", "command_from", "dashed_id"]
-
 PathOrUrl = NewType("PathOrUrl", str)
 
 _Given = tuple[str, Any, Any]  # name, hint, default

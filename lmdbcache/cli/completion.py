@@ -11,8 +11,6 @@ from click.shell_completion import get_completion_class
 
 from lmdbcache.cli.console import say
 
-__all__ = ["install_completion", "show_completion"]
-
 _NAME: Final = "lmdbcache"
 _VARIABLE: Final = "_LMDBCACHE_COMPLETE"
 # Shell → where its script goes, the file that the shell reads at start, and what that has to say.

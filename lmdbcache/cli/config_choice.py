@@ -17,8 +17,6 @@ from lmdbcache.config import DEFAULT_MODEL_NAME, CacheConfig
 from lmdbcache.embedders import AudioModel, config_for, described_model
 from lmdbcache.errors import ConfigError
 
-__all__ = ["ConfigChoice", "ConfigsChoice", "GivenConfig"]
-
 StoredConfig = Annotated[
     str | None,
     Option(

@@ -17,23 +17,6 @@ import click
 from lmdbcache.cli.tables import Table
 from lmdbcache.cli.wording import in_options
 
-__all__ = [
-    "DISK_FULL",
-    "LineFormatter",
-    "LineHandler",
-    "counted",
-    "finish",
-    "print_error",
-    "print_json",
-    "print_table",
-    "printable",
-    "progress_bar",
-    "say",
-    "say_some",
-    "speak_for",
-    "with_options",
-]
-
 DISK_FULL: Final = 3  # exit code
 _FEW: Final = 10  # lines of a list
 _speaker: Final[list[str]] = []

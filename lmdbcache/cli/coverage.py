@@ -15,8 +15,6 @@ from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json, Root
 from lmdbcache.datasets import NAMESPACE
 
-__all__ = ["coverage_command", "explain_command"]
-
 
 def coverage_command(
     dataset: DatasetChoice,

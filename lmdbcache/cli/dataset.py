@@ -14,8 +14,6 @@ from lmdbcache.cli.dataset_choice import DatasetChoice
 from lmdbcache.cli.options import Json
 from lmdbcache.datasets import LeftOut, Sample, overlap_audit, split_names, split_source
 
-__all__ = ["dataset_command", "partition_command"]
-
 _MOST_GROUPS: Final = 20
 
 

@@ -30,8 +30,6 @@ from lmdbcache.errors import DatasetError
 from lmdbcache.extraction import to_clips
 from lmdbcache.files import is_url, without_secrets
 
-__all__ = ["DatasetChoice"]
-
 _PART: Final = "Part of the dataset"
 _NODES: Final = "Nodes"
 _LAYOUT: Final = "Layout"

@@ -33,8 +33,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
 from lmdbcache.files import expand_user
 
-__all__ = ["diff_command"]
-
 Side = Annotated[
     str,
     Argument(

@@ -39,8 +39,6 @@ from lmdbcache.extraction import (
 )
 from lmdbcache.files import readable_size
 
-__all__ = ["extract_command"]
-
 _TRIAL_SECONDS: Final = 5.0
 
 

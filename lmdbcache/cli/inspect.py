@@ -49,8 +49,6 @@ from lmdbcache.storage import (
     statistics_of,
 )
 
-__all__ = ["info_command", "ls_command", "stats_command"]
-
 _FEW: int = 10
 
 

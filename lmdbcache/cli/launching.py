@@ -17,8 +17,6 @@ from lmdbcache.extraction import (
     share_from_environment,
 )
 
-__all__ = ["LaunchChoice"]
-
 _PANEL = "Several processes"
 _RAY_PANEL = "Ray"
 _logger = logging.getLogger(__name__)

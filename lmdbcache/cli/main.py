@@ -23,8 +23,6 @@ from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
 
-__all__ = ["COMMANDS", "EXAMPLES", "app", "command_of", "main"]
-
 # Panel of the help → command → the module that has it, as the function `<command>_command`.
 COMMANDS: Final = {
     "Fill": {

@@ -28,8 +28,6 @@ from lmdbcache.errors import CacheFullError, IntegrityError, StorageError
 from lmdbcache.files import readable_size
 from lmdbcache.storage import RepairReport, compact, plan_compaction, repair
 
-__all__ = ["compact_command", "repair_command", "say_findings"]
-
 KeptOnly = Annotated[bool, Option("--dry-run", help="Only show what would be kept.")]
 
 

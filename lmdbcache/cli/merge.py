@@ -21,8 +21,6 @@ from lmdbcache.errors import CacheFullError
 from lmdbcache.exchange import IntakeReport, MergeReport, Refusal, merge_stores
 from lmdbcache.files import readable_size
 
-__all__ = ["merge_command", "print_conflicts", "print_unresolved"]
-
 _FEW: int = 10
 
 

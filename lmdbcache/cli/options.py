@@ -22,35 +22,6 @@ from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, Datase
 from lmdbcache.files import expand_user
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id
 
-__all__ = [
-    "All",
-    "BatchSize",
-    "Classes",
-    "Decoder",
-    "Device",
-    "DryRun",
-    "IdsFile",
-    "Json",
-    "NumWorkers",
-    "OnDuplicateChoice",
-    "Progress",
-    "Root",
-    "Store",
-    "Stores",
-    "Tolerance",
-    "Yes",
-    "check_can_ask",
-    "complete_store",
-    "digits_of",
-    "find_folder",
-    "find_folders",
-    "find_store",
-    "ids_in",
-    "stored_config",
-    "title_of",
-]
-
-
 _HELP_WIDTH = 60
 
 

@@ -23,8 +23,6 @@ from lmdbcache.errors import ConfigError
 from lmdbcache.files import readable_size
 from lmdbcache.storage import Leftover
 
-__all__ = ["prune_command"]
-
 
 def prune_command(
     *,

@@ -35,8 +35,6 @@ from lmdbcache.exchange import (
 )
 from lmdbcache.files import few, readable_size
 
-__all__ = ["pull_command"]
-
 _FEW: int = 10
 
 

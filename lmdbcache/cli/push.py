@@ -29,8 +29,6 @@ from lmdbcache.errors import CacheError, ConfigError, RemoteError
 from lmdbcache.exchange import PushReport, Remote, push
 from lmdbcache.files import readable_size
 
-__all__ = ["push_command"]
-
 
 def push_command(
     url: Annotated[

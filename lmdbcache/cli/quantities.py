@@ -8,8 +8,6 @@ from typing import Final
 
 import click
 
-__all__ = ["age", "parse_moment", "parse_size"]
-
 _SECONDS: Final = {
     "s": 1,
     "m": 60,

@@ -36,8 +36,6 @@ from lmdbcache.storage import (
     split_sample_id,
 )
 
-__all__ = ["rm_command"]
-
 
 def rm_command(
     stores: Stores = None,

@@ -21,8 +21,6 @@ from lmdbcache.report import (
     write_report,
 )
 
-__all__ = ["report_command"]
-
 
 def report_command(
     stores: Annotated[

@@ -25,8 +25,6 @@ from lmdbcache.errors import CacheNotFoundError, ConfigError
 from lmdbcache.files import expand_user
 from lmdbcache.storage import Report
 
-__all__ = ["similar_command"]
-
 
 class Metric(str, Enum):
     """What is compared."""

@@ -12,8 +12,6 @@ import weakref
 from types import FrameType
 from typing import Any, Final
 
-__all__ = ["Stopped", "StopSignals"]
-
 # `timeout` and many wrappers signal the process and its group: the same news twice.
 _SAME_NEWS_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 0.05

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Final
 
-__all__ = ["FINGERPRINT", "Table", "width_of"]
-
 FINGERPRINT: Final = "fingerprint"  # a heading; its cells may be cut to their first digits
 _FEWEST_DIGITS: Final = 8
 _FEWEST_LETTERS: Final = 6

@@ -47,8 +47,6 @@ from lmdbcache.exchange import (
 from lmdbcache.files import readable_size
 from lmdbcache.storage import split_sample_id
 
-__all__ = ["export_command", "import_command"]
-
 _TYPES: dict[str, type] = {"sample_rate": int, "duration": float}
 
 

@@ -46,8 +46,6 @@ from lmdbcache.exchange import RemoteReport, is_url, verify_remote
 from lmdbcache.files import readable_size
 from lmdbcache.storage import IntegrityReport, verify
 
-__all__ = ["clips_of_store", "verify_command"]
-
 
 @dataclass(frozen=True)
 class SourceChoice:

@@ -8,8 +8,6 @@ import shlex
 from collections.abc import Iterable
 from typing import Any, Final
 
-__all__ = ["in_options"]
-
 _ARGUMENT: Final = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 _CALL: Final = re.compile(r"`cache\.(?P<method>[a-z]+)\(config\)`")
 # Arguments whose option has another name.

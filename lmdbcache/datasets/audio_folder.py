@@ -23,8 +23,6 @@ from lmdbcache.datasets.scanning import (
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import is_url
 
-__all__ = ["AudioFolder"]
-
 _LAYOUT: Final = "<root>/<class>/clip.wav"
 _SPLITS: Final = ("train", "val", "test")
 _VEGAS_AUDIO: Final = "audios"

@@ -18,16 +18,6 @@ from lmdbcache.errors import DatasetError, InvalidSampleIdError
 from lmdbcache.files import expand_user, is_url
 from lmdbcache.storage import canonical_class, join_sample_id
 
-__all__ = [
-    "AudioDataset",
-    "ListedDataset",
-    "Sample",
-    "checked_folder",
-    "own_split_name",
-    "sample_id_of",
-    "source_of",
-]
-
 Sample: TypeAlias = dict[str, Any]
 
 

@@ -10,8 +10,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Column", "FetchedItems", "column", "stacked"]
-
 # The values of those items that have a key, in order, `(n, ...)` or n of them; and which have it.
 Column: TypeAlias = tuple[Sequence[Any] | torch.Tensor, Sequence[bool]]
 

@@ -23,8 +23,6 @@ from lmdbcache.errors import (
 from lmdbcache.storage import Selection
 from lmdbcache.training import StoredEmbeddings, Targets, as_tensor, target_tensor
 
-__all__ = ["CachedAudioDataset", "collate_mixed"]
-
 OnDecodeError = Literal["raise", "skip"]
 
 

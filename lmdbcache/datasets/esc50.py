@@ -22,8 +22,6 @@ from lmdbcache.datasets.scanning import (
 )
 from lmdbcache.errors import DatasetError
 
-__all__ = ["ESC50Folder"]
-
 _TABLE: Final = Path("meta", "esc50.csv")
 _UNLISTED: Final = "not in the table of the dataset"
 _LAYOUT: Final = "<root>/meta/esc50.csv and <root>/audio/1-100032-A-0.wav"

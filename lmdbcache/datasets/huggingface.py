@@ -33,8 +33,6 @@ from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.files import expand_user
 from lmdbcache.machine import install_line
 
-__all__ = ["HuggingFaceDataset", "RowSource"]
-
 # Names of loaders, which many datasets share.
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
 _ROWS_AT_ONCE: Final = 32

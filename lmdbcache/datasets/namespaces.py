@@ -19,8 +19,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.errors import DatasetError
 
-__all__ = ["PUBLISHED", "check_namespace", "derived_namespace", "namespace_of"]
-
 # Namespaces of published datasets, each reserved for the adapter of this name.
 PUBLISHED: Final = ("vegas", "esc50", "vggsound")
 

@@ -21,18 +21,6 @@ from lmdbcache.errors import DatasetError
 from lmdbcache.files import few
 from lmdbcache.storage import canonical_class
 
-__all__ = [
-    "NODE_SEED",
-    "SPLIT_SEED",
-    "Narrowing",
-    "chosen_classes",
-    "first_of_each_class",
-    "split_names",
-    "split_of",
-    "split_seed",
-    "split_source",
-]
-
 # Part of what a split means: another number would move every clip.
 SPLIT_SEED: Final = 42
 NODE_SEED: Final = 42

@@ -20,8 +20,6 @@ from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user, is_url
 
-__all__ = ["ADAPTERS", "open_dataset"]
-
 # A new layout goes here. The folder layout is taken where no other is recognized.
 ADAPTERS: Final[dict[str, type[ListedDataset]]] = {
     adapter.kind: adapter

@@ -12,8 +12,6 @@ from lmdbcache.datasets.scanning import content_digest
 from lmdbcache.files import few
 from lmdbcache.storage import Report
 
-__all__ = ["Overlap", "OverlapReport", "overlap_audit"]
-
 _FEW = 5
 
 

@@ -21,25 +21,6 @@ from lmdbcache.audio import AudioSource, is_audio, is_readable, list_url, open_s
 from lmdbcache.errors import DatasetError, RemoteError
 from lmdbcache.files import is_url
 
-__all__ = [
-    "Entry",
-    "LeftOut",
-    "PassedOver",
-    "audio_below",
-    "audio_file_id",
-    "content_digest",
-    "entries_of",
-    "holds_audio",
-    "is_link_upward",
-    "leave_out_all",
-    "opened_table",
-    "pass_over",
-    "suffix_of",
-    "summary_of",
-    "usable_entries",
-    "visible_entries",
-]
-
 _PIECE_BYTES: Final = 1 << 20
 
 

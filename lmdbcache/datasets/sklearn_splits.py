@@ -16,8 +16,6 @@ from lmdbcache.datasets.base import Sample
 from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.machine import install_line
 
-__all__ = ["NODE_RANK", "shuffled_classes", "sklearn_split"]
-
 NODE_RANK: Final = "node_rank"
 
 # A smaller ratio means that there is no such split.

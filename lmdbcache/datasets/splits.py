@@ -23,18 +23,6 @@ from lmdbcache.datasets.base import Sample
 from lmdbcache.datasets.sklearn_splits import NODE_RANK, shuffled_classes, sklearn_split
 from lmdbcache.errors import DatasetError
 
-__all__ = [
-    "SPLITS",
-    "SPLIT_METHODS",
-    "checked_split_method",
-    "node_split",
-    "normalized_ratios",
-    "partition_samples",
-    "split_by_ratios",
-    "split_samples",
-    "whole_number",
-]
-
 SPLITS: Final = ("train", "val", "test")
 SPLIT_METHODS: Final = ("hash", "sklearn")
 

@@ -11,8 +11,6 @@ from lmdbcache.errors import DatasetError, MissingDependencyError
 from lmdbcache.machine import install_line
 from lmdbcache.storage import canonical_class
 
-__all__ = ["stream_clips"]
-
 _logger: Final = logging.getLogger(__name__)
 
 

@@ -24,8 +24,6 @@ from lmdbcache.datasets.scanning import PassedOver, entries_of, visible_entries
 from lmdbcache.errors import DatasetError, RemoteError
 from lmdbcache.files import expand_user, is_url, without_secrets
 
-__all__ = ["TarShards"]
-
 _SUFFIX: Final = ".tar"
 _CLASS_NAMES: Final = ("class", "class_name", "label", "category")
 _FILE_ID_NAMES: Final = ("file_id", "id")

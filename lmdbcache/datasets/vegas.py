@@ -27,14 +27,6 @@ from lmdbcache.datasets.scanning import (
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
 
-__all__ = [
-    "CLASS_LABELS",
-    "LABEL_TO_CLASS",
-    "NAMESPACE",
-    "VEGASFolder",
-    "check_spelling",
-]
-
 CLASS_LABELS: Final[dict[str, int]] = {
     "baby_cry": 0,
     "chainsaw": 1,

@@ -22,8 +22,6 @@ from lmdbcache.datasets.scanning import (
 from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
 
-__all__ = ["VGGSoundFolder"]
-
 _LAYOUT: Final = (
     "<root>/vggsound.csv (YouTube id, start second, label, split) and "
     "<root>/<any folder>/<YouTube id>_<start, six digits>.wav"

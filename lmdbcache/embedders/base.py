@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 
     from lmdbcache.config import CacheConfig
 
-__all__ = [
-    "AudioModel",
-    "Embedder",
-    "FrontEnd",
-    "as_features",
-    "check_num_samples",
-    "check_waveform",
-    "clip_features",
-    "compute_features",
-    "front_end_name",
-    "library_versions",
-]
-
 
 @runtime_checkable
 class FrontEnd(Protocol):

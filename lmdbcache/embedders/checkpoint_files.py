@@ -16,16 +16,6 @@ import xxhash
 from lmdbcache.audio import shown
 from lmdbcache.errors import ModelLoadError
 
-__all__ = [
-    "CONFIG_FILES",
-    "SAFETENSORS",
-    "TORCH_BIN",
-    "canonical_head",
-    "read_json",
-    "weight_files",
-    "weights_digest",
-]
-
 CONFIG_FILES: Final = ("config.json", "preprocessor_config.json")
 SAFETENSORS: Final = "*.safetensors"
 TORCH_BIN: Final = "pytorch_model*.bin"

@@ -28,18 +28,6 @@ from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, Mo
 from lmdbcache.files import expand_user
 from lmdbcache.machine import install_line
 
-__all__ = [
-    "Checkpoint",
-    "fetch_checkpoint",
-    "find_checkpoint",
-    "folder_provenance",
-    "identify",
-    "model_identity",
-    "moved_weights",
-    "settings_folder",
-    "weights_digest",
-]
-
 # Names of AST folders have always stood for AST's front end, in configs that don't state one.
 _AST_MODEL_TYPE: Final = "audio-spectrogram-transformer"
 _HUB_TIMEOUT_SECONDS: Final = 10.0

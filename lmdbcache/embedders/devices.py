@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["check_compute_dtype", "device_of_rank", "move_to_device", "precision"]
-
 
 def check_compute_dtype(compute_dtype: str) -> None:
     """Check that models can compute in it.

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from lmdbcache.errors import InvalidEmbeddingError
 
-__all__ = ["NUM_REPEATS", "FirstBatches", "tolerance_of"]
-
 NUM_REPEATS: Final = 8  # a small embedding comes through weak dropout unchanged now and then
 
 # Relative L2 distance of the same clip in another batch: float32 moves by about 1e-6, bfloat16 by

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ForwardPass", "captured_layers", "mean_of_valid"]
-
 
 @dataclass(frozen=True)
 class ForwardPass:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from lmdbcache.embedders.base import Embedder
 
-__all__ = ["ModuleEmbedder", "RunningModule", "no_real_numbers"]
-
 _DEFAULT_OUTPUT: Final = "embedding"
 
 

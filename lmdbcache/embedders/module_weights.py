@@ -21,8 +21,6 @@ from lmdbcache.files import few
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WatchedWeights", "module_digest"]
-
 _EXTRA_STATE: Final = "_extra_state"
 _COMPILED: Final = "_orig_mod"
 # What every scripted module has beside its own attributes.

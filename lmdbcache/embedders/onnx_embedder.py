@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from lmdbcache.config import CacheConfig
     from lmdbcache.embedders.base import Embedder
 
-__all__ = ["ONNXEmbedder"]
-
 _CHUNK_BYTES: Final = 1 << 20
 _DTYPES: Final = {
     "tensor(float)": np.float32,

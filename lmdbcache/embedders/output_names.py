@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["LAST_HIDDEN_STATE", "OutputName", "parse_output"]
-
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 _POOLINGS: Final = ("mean", "valid_mean")
 _LAYERED: Final = re.compile(r"(?:layer:(0|[1-9][0-9]{0,3})|layers)(?:/(mean|valid_mean))?")

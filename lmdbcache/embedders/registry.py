@@ -29,15 +29,6 @@ from lmdbcache.embedders.transformers_family import (
 )
 from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
 
-__all__ = [
-    "PretrainedModel",
-    "config_for",
-    "described_model",
-    "find_model",
-    "known_model",
-    "ready_model",
-]
-
 
 @dataclass(frozen=True)
 class PretrainedModel:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from lmdbcache.embedders.base import Embedder, FrontEnd
 
-__all__ = ["StatedEmbedder", "StatedModel"]
-
 _DECODING: Final = "soundfile+soxr-hq+mono-mean"
 _WAVEFORM: Final = "zero-pad+waveform/1"
 

@@ -14,8 +14,6 @@ from lmdbcache.embedders.registry import PretrainedModel
 from lmdbcache.embedders.transformers_family import load_errors, load_weights
 from lmdbcache.errors import ConfigError
 
-__all__ = ["embed_texts"]
-
 
 def embed_texts(
     model: AudioModel, config: CacheConfig, texts: Sequence[str]

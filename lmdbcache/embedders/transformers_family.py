@@ -30,14 +30,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = [
-    "ModelFamily",
-    "TransformersEmbedder",
-    "TransformersFrontEnd",
-    "load_errors",
-    "load_weights",
-]
-
 
 class ModelFamily(ABC):
     """One kind of model: what identifies its embeddings, and how they are computed.

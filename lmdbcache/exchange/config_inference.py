@@ -13,8 +13,6 @@ from lmdbcache.files import few
 from lmdbcache.storage import NUMPY_DTYPES
 from lmdbcache.training import HIDDEN, output_of_dimensions
 
-__all__ = ["Shape", "infer_config", "missing_fields"]
-
 Shape = tuple[int | None, ...]
 
 # What no default may stand in for: embeddings of another rate are other embeddings.

@@ -18,8 +18,7 @@ from lmdbcache.exchange.formats import FORMATS
 from lmdbcache.exchange.formats.base import Description, Embeddings, Part, Samples
 from lmdbcache.exchange.output import Output, local_output, shard_name, url_output
 from lmdbcache.exchange.selection import Selection
-from lmdbcache.exchange.sharing.remote import is_url, without_secrets
-from lmdbcache.files import expand_user, few
+from lmdbcache.files import expand_user, few, is_url, without_secrets
 from lmdbcache.machine import memory_limit
 from lmdbcache.storage import (
     RESERVE_BYTES,
@@ -30,8 +29,6 @@ from lmdbcache.storage import (
     portable,
     recording_of,
 )
-
-__all__ = ["ExportFormat", "ExportReport", "export_embeddings"]
 
 ExportFormat = Literal["pt", "safetensors", "npz", "parquet", "lance", "webdataset"]
 _SHARD_BYTES: Final = 128 << 20

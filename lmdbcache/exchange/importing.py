@@ -43,8 +43,6 @@ from lmdbcache.storage import (
 )
 from lmdbcache.training import HIDDEN, output_of_dimensions
 
-__all__ = ["ImportReport", "import_embeddings"]
-
 # What one value may fail with; the import goes on with the others.
 _UNUSABLE: Final = (CacheError, OSError, ValueError, IndexError, RuntimeError, TypeError)
 _FROM, _AT, _DIGEST = "imported_from", "imported_at", "weights_digest"

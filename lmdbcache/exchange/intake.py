@@ -58,8 +58,6 @@ from lmdbcache.storage import (
     sample_keys,
 )
 
-__all__ = ["Conflict", "Intake", "IntakeReport", "Refusal", "Rows"]
-
 _BATCH_BYTES: Final = 32 << 20
 _BATCH_RECORDS: Final = 2048
 _KEYS_AT_ONCE: Final = 512

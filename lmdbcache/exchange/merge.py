@@ -63,8 +63,6 @@ from lmdbcache.storage import (
     write_lock,
 )
 
-__all__ = ["MergeReport", "merge_stores"]
-
 _DEPTH: Final = 6  # of folders below a source
 # Open at once. Those after them meet what these have left.
 _STORES_AT_ONCE: Final = 128

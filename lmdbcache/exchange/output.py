@@ -12,11 +12,9 @@ from pathlib import Path
 from lmdbcache.errors import TransferError
 from lmdbcache.exchange.formats import FORMATS
 from lmdbcache.exchange.formats.lance import FOLDERS, VERSIONS
-from lmdbcache.exchange.sharing.remote import Remote, without_secrets
-from lmdbcache.files import remove_entry, sync_file
+from lmdbcache.exchange.sharing.remote import Remote
+from lmdbcache.files import remove_entry, sync_file, without_secrets
 from lmdbcache.storage import translated_errors
-
-__all__ = ["Output", "local_output", "shard_name", "url_output"]
 
 _SHARD: str = "embeddings-"
 

@@ -14,8 +14,6 @@ from lmdbcache.storage import (
     recording_of,
 )
 
-__all__ = ["Selection"]
-
 
 class Selection:
     """Some samples, or all.

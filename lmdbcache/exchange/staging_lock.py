@@ -20,8 +20,6 @@ from typing import Final
 from lmdbcache.errors import StorageError
 from lmdbcache.files import open_file, read_file
 
-__all__ = ["RUNNING_SUFFIX", "at_rest", "held_store"]
-
 _logger: Final = logging.getLogger(__name__)
 
 RUNNING_SUFFIX: Final = ".running"

@@ -23,15 +23,6 @@ from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.recordings import AllBut
 from lmdbcache.storage import EmbeddingReader, Progress, Report, recording_of
 
-__all__ = [
-    "AuditReport",
-    "AuditedSample",
-    "audit",
-    "computed_of",
-    "recorded_model",
-    "tolerance_for",
-]
-
 # Relative L2 distance. Another composition of the batch alone moves float32 by about 2e-7,
 # rounding to float16 by 3e-4 and to bfloat16 by 2e-3.
 _OF_STORED: Final = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}

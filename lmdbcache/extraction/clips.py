@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import Clip, FeatureBatches
     from lmdbcache.extraction.recordings import AllBut
 
-__all__ = ["AllBut", "counts_of_left_out", "distinct_clips", "features_of", "pairs_of", "to_clips"]
-
 
 def to_clips(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
     """Return (sample id, audio file or source) of each sample."""

@@ -35,18 +35,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import FrontEnd, clip_features
 from lmdbcache.errors import AudioDecodeError, CacheError, ExtractionError, FrontEndError
 
-__all__ = [
-    "Clip",
-    "FeatureBatch",
-    "FeatureBatches",
-    "features_in",
-    "note_audio",
-    "picklable",
-    "stacked_if_alike",
-    "start_method",
-    "worker_errors",
-]
-
 _logger: Final = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 600.0  # a worker that gives nothing for so long is stuck
 _QUIET: Final = 1e-4  # of full scale; models may take quieter clips for silence

@@ -16,8 +16,6 @@ from lmdbcache.errors import CacheError, ConfigError, ExtractionError, ModuleErr
 from lmdbcache.extraction.decoding import FeatureBatch
 from lmdbcache.files import first_line
 
-__all__ = ["ForwardPasses", "check_gives", "embed_clips"]
-
 _Rows = dict[int, torch.Tensor]
 _Errors = dict[int, Exception]
 _EmbedOutputs = Callable[..., Mapping[str, torch.Tensor]]

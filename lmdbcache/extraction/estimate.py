@@ -35,14 +35,6 @@ if TYPE_CHECKING:
     from lmdbcache.extraction.ranks import RankShare
     from lmdbcache.extraction.store_to_fill import StoreToFill
 
-__all__ = [
-    "Choice",
-    "ExtractionPlan",
-    "Limit",
-    "Trial",
-    "plan_extraction",
-]
-
 # One writer that stores in the order of the sample ids; docs/scaling.md says how it was measured.
 _WRITE_SECONDS_EACH: Final = 8e-6
 _WRITE_BYTES_PER_SECOND: Final = 220e6

@@ -45,8 +45,6 @@ from lmdbcache.files import existing_parent
 from lmdbcache.machine import install_line
 from lmdbcache.storage import OnDuplicate, Progress
 
-__all__ = ["extract_on_ray"]
-
 _logger: Final = logging.getLogger(__name__)
 
 _MOST_LEVEL: Final = logging.CRITICAL + 1

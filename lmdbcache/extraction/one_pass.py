@@ -10,8 +10,6 @@ from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError
 
-__all__ = ["configs_of_one_pass", "for_one_or_several"]
-
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
 

@@ -51,16 +51,6 @@ if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
     from lmdbcache.extraction.embedding import ForwardPasses
 
-__all__ = [
-    "ExtractionRun",
-    "check_duration",
-    "check_options",
-    "extract",
-    "outputs_of",
-    "stored_of_share",
-    "units_of",
-]
-
 _logger: Final = logging.getLogger(__name__)
 
 _IMPORTED_BY: Final = os.getpid()

@@ -13,8 +13,6 @@ from lmdbcache.errors import AudioDecodeError, ProvenanceMismatchError
 from lmdbcache.extraction.auditing import computed_of, recorded_model
 from lmdbcache.storage import EmbeddingReader
 
-__all__ = ["embed_clip", "embed_text"]
-
 _QUERY: Final = "query:clip"
 _Model = str | os.PathLike[str] | AudioModel | None
 

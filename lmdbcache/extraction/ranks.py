@@ -18,15 +18,6 @@ from typing import Any, Final
 from lmdbcache.errors import ConfigError
 from lmdbcache.machine import available_cores
 
-__all__ = [
-    "LAUNCHERS",
-    "RankShare",
-    "finish_with_other_ranks",
-    "is_on_several_machines",
-    "launched_by",
-    "share_from_environment",
-]
-
 _logger: Final = logging.getLogger(__name__)
 
 LAUNCHERS: Final = ("auto", "none", "slurm", "torchrun")

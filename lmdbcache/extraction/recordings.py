@@ -26,8 +26,6 @@ from lmdbcache.extraction.decoding import (
 )
 from lmdbcache.storage import window_id
 
-__all__ = ["AllBut", "RecordingBatches"]
-
 
 class AllBut:
     """Windows that needn't be computed: all but some.

@@ -12,15 +12,6 @@ from lmdbcache.errors import CacheFullError
 from lmdbcache.files import free_bytes, readable_size
 from lmdbcache.storage import NUMPY_DTYPES, RESERVE_BYTES
 
-__all__ = [
-    "Wanted",
-    "check_space",
-    "estimated_bytes",
-    "needed_bytes",
-    "value_bytes",
-    "ways_to_need_less",
-]
-
 # LMDB 0.9: a value goes to pages of its own if its node would take more than half a page.
 _PAGE_HEADER, _NODE_HEADER, _POINTER = 16, 8, 2
 _PAGE_NUMBER: Final = 8

@@ -24,8 +24,6 @@ from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.files import expand_user
 from lmdbcache.storage import check_local_for_writing, network_mount
 
-__all__ = ["Staging", "staging_folder"]
-
 _logger: Final = logging.getLogger(__name__)
 
 # A batch system may start a task again before the old one has committed and ended.

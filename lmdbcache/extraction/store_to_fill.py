@@ -34,8 +34,6 @@ from lmdbcache.storage import (
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["StoreOfWindowsToFill", "StoreToFill"]
-
 _logger: Final = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from lmdbcache.extraction.one_pass import configs_of_one_pass, for_one_or_severa
 from lmdbcache.extraction.pipeline import check_duration, extract
 from lmdbcache.extraction.summary import ExtractionSummary
 
-__all__ = ["extract_stream"]
-
 Stream: TypeAlias = Iterable[tuple[str, "str | os.PathLike[str] | AudioSource"]]
 
 _ADDED: Final = (

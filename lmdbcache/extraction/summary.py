@@ -18,8 +18,6 @@ from lmdbcache.storage import Report, as_stored
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
 
-__all__ = ["ExtractionSummary", "FrontEndTrials", "Outcomes", "warn_of_failures"]
-
 _logger: Final = logging.getLogger(__name__)
 
 _FRONT_END_TRIALS: Final = 32  # a front end that fails on so many first clips fails on all

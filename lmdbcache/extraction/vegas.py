@@ -18,8 +18,6 @@ from lmdbcache.extraction.pipeline import extract
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.training import TensorMapping
 
-__all__ = ["extract_or_load_ast_embeddings"]
-
 
 class _ASTCachedDataset(Protocol):
     """What `VEGASDataset` offers; another dataset may offer the same."""

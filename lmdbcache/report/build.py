@@ -12,8 +12,6 @@ from lmdbcache.files import replace_file
 from lmdbcache.report.figures import CacheReport, collect_report
 from lmdbcache.report.page import GENERATOR, page_of
 
-__all__ = ["build_report", "check_out", "write_report"]
-
 _HEAD_BYTES: Final = 2048
 
 

@@ -40,16 +40,6 @@ from lmdbcache.storage import (
     plan_compaction,
 )
 
-__all__ = [
-    "DEFAULT_MAX_SAMPLES",
-    "CacheReport",
-    "ClassSize",
-    "DatasetSplits",
-    "SplitCoverage",
-    "StoreFigures",
-    "collect_report",
-]
-
 DEFAULT_MAX_SAMPLES: Final = 30_000
 _MAX_FAILURES: Final = 200
 _MAX_UNREADABLE: Final = 100

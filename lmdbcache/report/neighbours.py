@@ -14,14 +14,6 @@ from lmdbcache.report.separability import Separability, separability_of
 from lmdbcache.report.vectors import Vectors
 from lmdbcache.storage import Progress, class_of, recording_of
 
-__all__ = [
-    "MAX_LISTED",
-    "Alike",
-    "Neighbours",
-    "Outlier",
-    "find_neighbours",
-]
-
 MAX_LISTED: Final = 100
 _NEAR_DEVIATIONS: Final = 4.0
 _LEAST_DEVIATION: Final = 0.25  # of log10: near-duplicates are at least ten times nearer than usual

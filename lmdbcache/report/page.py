@@ -22,8 +22,6 @@ from lmdbcache.storage import class_of
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["GENERATOR", "page_of"]
-
 GENERATOR: Final = "lmdbcache report"
 # Control characters and lone surrogates can't be shown; HTML changes or refuses them.
 _NOT_SHOWN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

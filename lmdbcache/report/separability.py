@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from lmdbcache.storage import recording_of, split_sample_id
 
-__all__ = ["ClassAccuracy", "Separability", "separability_of"]
-
 _NUM_FOLDS: Final = 5  # also the fewest files of a class that takes part
 _NUM_VOTING: Final = 5
 _MAX_CLASSIFIED: Final = 10_000  # of a fair sample: a second on two cores

@@ -16,17 +16,6 @@ import xxhash
 from lmdbcache.errors import CacheError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
 from lmdbcache.storage import EmbeddingReader, Progress, class_of
 
-__all__ = [
-    "MAX_POINTS",
-    "Distribution",
-    "EmbeddingMap",
-    "Vectors",
-    "distribution_of",
-    "in_stratified_order",
-    "map_of",
-    "read_vectors",
-]
-
 _BATCH_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 2 << 30  # of one store: some seconds from a disk, 550 hidden states of AST
 _POOLED_BYTES: Final = 512 << 20  # what the vectors may take in memory

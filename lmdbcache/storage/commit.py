@@ -19,8 +19,6 @@ from lmdbcache.storage.environment import Environment, last_key
 from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum, checksums
 
-__all__ = ["Batch", "checksums_in", "put_embeddings", "put_metadata", "transaction_in"]
-
 _logger: Final = logging.getLogger(__name__)
 
 

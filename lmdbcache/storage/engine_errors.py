@@ -21,8 +21,6 @@ from lmdbcache.errors import (
 from lmdbcache.files import few, free_bytes
 from lmdbcache.storage.reader_slots import holders
 
-__all__ = ["DAMAGE_REMEDY", "LOSS_REMEDY", "raise_translated", "translated_errors", "truncated"]
-
 _NAMED: Final = 4  # processes, in a message
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 DAMAGE_REMEDY: Final = (

@@ -35,16 +35,6 @@ from lmdbcache.storage.layout import CHECKSUMS_NAME, METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum
 from lmdbcache.storage.opening import check_still_whole, data_status, file_id, open_environment
 
-__all__ = [
-    "Environment",
-    "Holder",
-    "Snapshot",
-    "acquire",
-    "acquire_current",
-    "last_key",
-    "release",
-]
-
 _logger: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
 

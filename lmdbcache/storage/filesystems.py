@@ -17,19 +17,7 @@ from typing import Final
 
 from lmdbcache.errors import ReadOnlyCacheError, StorageError
 from lmdbcache.files import existing_parent
-from lmdbcache.machine import NETWORK_VARIABLE
-
-__all__ = [
-    "NETWORK_VARIABLE",
-    "Mount",
-    "check_local_for_reading",
-    "check_local_for_writing",
-    "find_mount",
-    "mount_of",
-    "network_mount",
-    "parse_mounts",
-]
-
+from lmdbcache.machine import NETWORK_VARIABLE as NETWORK_VARIABLE
 
 _logger: Final = logging.getLogger(__name__)
 

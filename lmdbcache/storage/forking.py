@@ -9,8 +9,6 @@ import os
 import threading
 from collections.abc import Callable
 
-__all__ = ["ForkGate", "no_fork", "process_id"]
-
 
 class ForkGate:
     """Held by a thread that is inside LMDB; a fork waits until none is. Reentrant, shared.

@@ -23,8 +23,6 @@ from lmdbcache.files import open_file
 from lmdbcache.machine import memory_limit
 from lmdbcache.storage.engine_errors import truncated
 
-__all__ = ["LARGE_VALUE_BYTES", "BatchBuffers", "MappedFile", "batch_buffers"]
-
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
 LARGE_VALUE_BYTES: Final = 64 << 10
 _REUSED_FROM_BYTES: Final = 1 << 20

@@ -42,19 +42,6 @@ from lmdbcache.storage.layout import (
 from lmdbcache.storage.pages.commit_record import record_commit
 from lmdbcache.storage.reader_slots import holders
 
-__all__ = [
-    "RESERVE_BYTES",
-    "check_room",
-    "create_generation",
-    "current_generation",
-    "point_at",
-    "publish_generation",
-    "remove_other_generations",
-    "remove_store",
-    "write_lock",
-    "writers_of",
-]
-
 # What a commit leaves free beyond what it writes.
 RESERVE_BYTES: Final = 16 << 20
 # A folder that is gone again this often after it was made can't be made.

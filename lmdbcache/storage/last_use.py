@@ -17,8 +17,6 @@ from lmdbcache.errors import CacheError
 from lmdbcache.files import open_file
 from lmdbcache.storage.generations import current_generation
 
-__all__ = ["LAST_USE_NAME", "last_used", "last_written", "touch"]
-
 LAST_USE_NAME: Final = "last_used"
 _SECONDS: Final = 3600.0  # between two touches by one process
 _touched: Final[dict[Path, float]] = {}

@@ -11,27 +11,6 @@ from typing import Final
 
 from lmdbcache.errors import InvalidSampleIdError
 
-__all__ = [
-    "CHECKSUMS_NAME",
-    "CURRENT_NAME",
-    "EXTRAS_NAME",
-    "FORMAT_VERSION",
-    "GENERATION_NAME",
-    "MAX_KEY_BYTES",
-    "METADATA_KEY",
-    "NUM_RESERVED_KEYS",
-    "STATISTICS_NAME",
-    "WRITER_LOCK_NAME",
-    "canonical_class",
-    "canonical_sample_id",
-    "class_of",
-    "join_sample_id",
-    "sample_id_of_key",
-    "sample_key",
-    "sample_keys",
-    "split_sample_id",
-]
-
 FORMAT_VERSION: Final = 1
 
 CURRENT_NAME: Final = "CURRENT"

@@ -19,8 +19,6 @@ from lmdbcache.errors import (
 )
 from lmdbcache.storage.layout import FORMAT_VERSION
 
-__all__ = ["StoreMetadata", "checksum", "checksums", "new_checksum", "portable"]
-
 _MAX_RECORD_BYTES: Final = 64 * 1024
 _LIMITS: Final[dict[str, Any]] = {
     "raw": False,

@@ -29,15 +29,6 @@ from lmdbcache.storage.pages.commit_record import contradiction, read_commit_rec
 from lmdbcache.storage.pages.meta_pages import MetaPage, newest, read_meta_pages
 from lmdbcache.storage.reader_slots import holders
 
-__all__ = [
-    "check_data_file",
-    "check_still_whole",
-    "data_status",
-    "file_id",
-    "file_problem",
-    "open_environment",
-]
-
 _logger: Final = logging.getLogger(__name__)
 
 _MAX_READERS: Final = 2048

@@ -61,8 +61,6 @@ from lmdbcache.storage.windows import (
     window_start,
 )
 
-__all__ = ["EmbeddingReader", "Positions", "Selection"]
-
 _T = TypeVar("_T")
 Positions = Sequence[int] | npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]

@@ -13,8 +13,6 @@ import lmdb
 from lmdbcache.files import check_file, occupy_standard_descriptors
 from lmdbcache.machine import is_alive
 
-__all__ = ["SlotUse", "holders", "others", "slot_use", "slots"]
-
 
 @dataclass(frozen=True)
 class SlotUse:

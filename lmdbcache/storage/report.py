@@ -9,8 +9,6 @@ from datetime import datetime
 from enum import Enum
 from typing import Any, ClassVar
 
-__all__ = ["Report", "plain"]
-
 
 class Report:
     """Base of the dataclasses that a call returns and a command prints.

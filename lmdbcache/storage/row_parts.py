@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from lmdbcache.errors import InvalidEmbeddingError
 
-__all__ = ["RowPart"]
-
 
 @dataclass(frozen=True)
 class RowPart:

@@ -13,8 +13,6 @@ from lmdbcache.storage.gather import MappedFile
 from lmdbcache.storage.pages.pages import UnreadablePagesError, read_free_pages
 from lmdbcache.storage.reader_slots import slots
 
-__all__ = ["SpaceUse", "space_use"]
-
 
 @dataclass(frozen=True)
 class SpaceUse:

@@ -43,20 +43,6 @@ from lmdbcache.storage.last_use import touch
 from lmdbcache.storage.layout import STATISTICS_NAME, class_of, sample_id_of_key
 from lmdbcache.storage.report import Report
 
-__all__ = [
-    "STATISTICS_VARIABLE",
-    "EpochStatistics",
-    "HitCounter",
-    "ReadCounts",
-    "ReadStatistics",
-    "add_reads",
-    "counts_of",
-    "family",
-    "join_family",
-    "reset_statistics",
-    "statistics_of",
-]
-
 _logger: Final = logging.getLogger(__name__)
 
 # "0" switches counting off.

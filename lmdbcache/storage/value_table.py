@@ -37,8 +37,6 @@ from lmdbcache.storage.row_parts import RowPart
 from lmdbcache.storage.statistics import HitCounter, counts_of
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
 
-__all__ = ["ValueTable", "find_rows", "key_or_empty", "stack", "table_number", "value_table"]
-
 _logger: Final = logging.getLogger(__name__)
 
 _READ_AT_ONCE: Final = 100_000  # samples; beyond, reading the table takes longer than a batch may

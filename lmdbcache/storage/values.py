@@ -13,15 +13,6 @@ import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
 
-__all__ = [
-    "NUMPY_DTYPES",
-    "as_stored",
-    "batch_array",
-    "check_shape",
-    "from_stored",
-    "has_masked_elements",
-]
-
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),

@@ -32,18 +32,6 @@ from lmdbcache.storage.pages.pages import UnreadablePagesError, read_table
 from lmdbcache.storage.value_table import ValueTable, key_or_empty, stack
 from lmdbcache.storage.values import from_stored
 
-__all__ = [
-    "Mismatch",
-    "Verify",
-    "check_mode",
-    "check_pages",
-    "has_samples",
-    "prepare",
-    "read_batch",
-    "read_one",
-    "stored_keys",
-]
-
 Verify = Literal["never", "first_read", "always"]
 
 _TRIES: Final = 5

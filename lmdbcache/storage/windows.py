@@ -16,20 +16,6 @@ import numpy.typing as npt
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import InvalidSampleIdError
 
-__all__ = [
-    "Windows",
-    "check_recording_id",
-    "check_window_key",
-    "first_window",
-    "first_windows_of",
-    "is_first_window",
-    "keys_of_windows",
-    "recording_of",
-    "window_id",
-    "window_range",
-    "window_start",
-]
-
 _FIRST: Final = "@00000.000000"
 _MAX_SECONDS: Final = 100_000
 _WINDOW: Final = re.compile(r"(.+)@([0-9]{5})\.([0-9]{6}):([^:]+)", re.DOTALL)

@@ -63,8 +63,6 @@ from lmdbcache.storage.windows import (
     window_range,
 )
 
-__all__ = ["EmbeddingWriter", "OnDuplicate", "check_on_duplicate"]
-
 OnDuplicate = Literal["skip", "overwrite", "error"]
 # Sample id → checksums of the embedding that is replaced, if there is one, and of the new one.
 BeforeCommit = Callable[[Mapping[str, tuple[bytes | None, bytes]]], None]

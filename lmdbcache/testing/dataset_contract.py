@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["DatasetContract"]
-
 _RATE = 16000
 _SECONDS = 0.1
 _MOST_CLIPS = 20  # decoded by a test

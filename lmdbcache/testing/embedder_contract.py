@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["EmbedderContract", "ModelContract"]
-
 _MIX: str = "the embeddings of a batch depend on more than each clip's own features"
 
 

@@ -16,18 +16,6 @@ from lmdbcache.embedders import clip_features
 from lmdbcache.errors import ConfigError
 from lmdbcache.storage import has_masked_elements
 
-__all__ = [
-    "Group",
-    "check_precision",
-    "copies_of",
-    "features_of",
-    "groups_by_shape",
-    "row_checksums",
-    "select_inputs",
-    "stacked",
-    "valid_counts",
-]
-
 # Rows of a batch, their positional inputs, their named inputs.
 Group = tuple[list[int], Sequence[Any], Mapping[str, Any]]
 

@@ -31,8 +31,6 @@ from lmdbcache.training.frozen_encoder import FrozenEncoder
 from lmdbcache.training.tensors import as_tensor
 from lmdbcache.training.write_back import WriteBack
 
-__all__ = ["CachedEncoder"]
-
 _logger: Final = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

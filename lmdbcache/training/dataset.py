@@ -31,16 +31,6 @@ from lmdbcache.storage import (
 from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor
 
-__all__ = [
-    "DTYPES",
-    "CollatedBatch",
-    "CopyThreads",
-    "EmbeddingDataset",
-    "EmbeddingSource",
-    "collate_embeddings",
-    "shared_memory",
-]
-
 DTYPES: Final = {
     "float32": torch.float32,
     "float16": torch.float16,

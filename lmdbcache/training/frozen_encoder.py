@@ -30,8 +30,6 @@ from lmdbcache.files import few
 from lmdbcache.storage import has_masked_elements
 from lmdbcache.training.batch_inputs import copies_of, groups_by_shape, row_checksums
 
-__all__ = ["FrozenEncoder"]
-
 
 class FrozenEncoder:
     """An encoder whose weights don't change, and that is built when it has to compute.

@@ -17,8 +17,6 @@ from lmdbcache.storage import EmbeddingReader
 from lmdbcache.training.dataset import CopyThreads, EmbeddingDataset, EmbeddingSource
 from lmdbcache.training.targets import Targets
 
-__all__ = ["EmbeddingLoader", "make_dataloader"]
-
 _LARGE_BATCH_BYTES: Final = 1 << 20
 _MAX_THREADS: Final = 4
 _STEP_BYTES: Final = 4 << 20  # small batches are fetched several at a time

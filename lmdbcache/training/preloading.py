@@ -16,8 +16,6 @@ from lmdbcache.files import readable_size
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id
 from lmdbcache.training.dataset import DTYPES, shared_memory
 
-__all__ = ["PreloadedEmbeddings", "preload"]
-
 _STEP_BYTES = 64 << 20
 
 

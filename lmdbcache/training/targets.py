@@ -14,8 +14,6 @@ from lmdbcache.files import few
 from lmdbcache.storage import canonical_sample_id, class_of, recording_of
 from lmdbcache.training.tensors import as_tensor
 
-__all__ = ["Targets", "target_tensor"]
-
 # One target for each sample, in order, or by sample id or class. Each is a number or an array.
 Targets: TypeAlias = "Sequence[Any] | torch.Tensor | npt.NDArray[Any] | Mapping[str, Any]"
 

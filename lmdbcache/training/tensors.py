@@ -12,8 +12,6 @@ import torch
 from lmdbcache.errors import InvalidSampleIdError
 from lmdbcache.storage import NUMPY_DTYPES, split_sample_id
 
-__all__ = ["TensorMapping", "as_tensor"]
-
 _BFLOAT16: Final = NUMPY_DTYPES["bfloat16"]
 
 

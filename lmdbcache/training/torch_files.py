@@ -21,18 +21,6 @@ from lmdbcache.storage import has_masked_elements
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "HIDDEN",
-    "MEAN",
-    "POOLED",
-    "output_of_dimensions",
-    "plain_tensor",
-    "read_tensor_dict",
-    "read_text_embeddings",
-    "read_torch_file",
-    "unwrapped",
-]
-
 POOLED: Final = "pooler_output"
 HIDDEN: Final = "last_hidden_state"
 MEAN: Final = "mean"

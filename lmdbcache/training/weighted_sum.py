@@ -6,8 +6,6 @@ import torch
 
 from lmdbcache.errors import ConfigError
 
-__all__ = ["WeightedSum"]
-
 
 class WeightedSum(torch.nn.Module):
     """The sum of a model's layers with softmax weights, which are learned with what follows.

@@ -20,8 +20,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, SampleNotFoundError
 from lmdbcache.storage import EmbeddingReader, EmbeddingWriter
 
-__all__ = ["Found", "StoredEmbeddings", "WriteBack", "find_stored"]
-
 _logger: Final = logging.getLogger(__name__)
 
 

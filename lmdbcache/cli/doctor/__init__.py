@@ -16,8 +16,6 @@ from lmdbcache.files import readable_size
 if TYPE_CHECKING:
     from lmdbcache.cli.doctor.findings import Finding
 
-__all__ = ["doctor_command"]
-
 
 def doctor_command(
     *,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Finding", "note", "ok", "problem"]
-
 
 @dataclass(frozen=True)
 class Finding:

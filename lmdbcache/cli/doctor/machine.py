@@ -15,8 +15,6 @@ from typing import Final
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.machine import available_cores
 
-__all__ = ["check_clock", "check_machine"]
-
 _LITTLE_ADDRESS_SPACE: Final = 8 << 30
 _FEW_FILES: Final = 1024
 _LITTLE_SHARED_MEMORY: Final = 1 << 30

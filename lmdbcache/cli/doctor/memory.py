@@ -14,8 +14,6 @@ from typing import Any, Final
 
 from lmdbcache.errors import StorageError
 
-__all__ = ["MemoryUse", "memory_of"]
-
 _FIELD: Final = re.compile(r"(\w+):\s+([0-9]+) kB")
 # 7f00-7f10 r--s 00000000 fe:00 4711   /path/data.mdb
 _MAPPING: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")

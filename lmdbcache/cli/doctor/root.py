@@ -16,8 +16,6 @@ from lmdbcache.files import existing_parent
 from lmdbcache.machine import NETWORK_VARIABLE, ROOT_VARIABLE
 from lmdbcache.storage import RESERVE_BYTES, Mount, mount_of
 
-__all__ = ["check_root"]
-
 _LITTLE_SPACE: Final = 1 << 30
 _FEW_INODES: Final = 1000
 _QUOTA_SECONDS: Final = 5

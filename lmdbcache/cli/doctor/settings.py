@@ -16,8 +16,6 @@ import click
 
 from lmdbcache.machine import VARIABLES, Variable
 
-__all__ = ["Setting", "settings"]
-
 # Options of `extract` whose defaults decide which store is meant, and how fast it is filled.
 _OPTIONS: Final = (
     *("model", "output", "sample_rate", "duration", "dtype", "compute_dtype", "decoder"),

@@ -13,8 +13,6 @@ from typing import Any, Final
 from lmdbcache.cli.doctor.findings import Finding, note, ok, problem
 from lmdbcache.machine import install_line
 
-__all__ = ["check_software"]
-
 _CORE: Final = ("lmdb", "numpy", "msgpack", "xxhash", "ml_dtypes")
 _AUDIO: Final = ("torch", "torchaudio", "transformers", "soundfile", "soxr")
 _SECONDS: Final = 180

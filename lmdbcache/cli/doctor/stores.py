@@ -18,8 +18,6 @@ from lmdbcache.storage import (
     writers_of,
 )
 
-__all__ = ["check_stores", "newest_file"]
-
 _MANY: Final = 0.8  # of the slots
 
 

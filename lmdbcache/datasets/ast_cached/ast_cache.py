@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from lmdbcache.datasets.base import Sample
     from lmdbcache.datasets.batches import Column
 
-__all__ = ["ASTCache", "item_id"]
-
 _OUTPUT_ORDER: Final = (POOLED, HIDDEN, MEAN)
 
 _logger = logging.getLogger(__name__)

@@ -40,8 +40,6 @@ from lmdbcache.training import (
     read_text_embeddings,
 )
 
-__all__ = ["ITEM_KEYS", "WITHOUT_EFFECT", "ASTCachedDataset"]
-
 ITEM_KEYS: Final = (
     *("audio_filename", "image_filename", "video_filename", "class_name", "video_id", "file_id"),
     *("sample_idx", "ytid", "start_second", "end_second", "caption"),

@@ -11,8 +11,6 @@ from lmdbcache.datasets.base import ListedDataset, Sample
 from lmdbcache.datasets.esc50 import ESC50Folder
 from lmdbcache.errors import DatasetError
 
-__all__ = ["ESC50Dataset"]
-
 
 class ESC50Dataset(ASTCachedDataset):
     """The ESC-50 clips under a folder, `meta/esc50.csv` and `audio/*.wav`.

@@ -21,16 +21,6 @@ from lmdbcache.audio import load_clip
 from lmdbcache.datasets.batches import column, stacked
 from lmdbcache.errors import DatasetError
 
-__all__ = [
-    "DeferredAudio",
-    "DeferredCounts",
-    "DeferredStack",
-    "LazyDict",
-    "Partial",
-    "check_partial",
-    "vegas_collate_fn",
-]
-
 
 @dataclass(slots=True)  # not frozen: one is made for each item, in half the time
 class DeferredAudio:

@@ -12,8 +12,6 @@ import numpy.typing as npt
 from lmdbcache.storage import EmbeddingReader, join_sample_id
 from lmdbcache.training import TensorMapping
 
-__all__ = ["EmbeddingOverlay", "StoredChunk", "StoredClass", "classes_in"]
-
 
 class EmbeddingOverlay(MutableMapping[str, Any]):
     """Embeddings in memory, by sample id, over a Mapping that stays as it is.

@@ -13,8 +13,6 @@ from lmdbcache.datasets.ast_cached.items import vegas_collate_fn
 from lmdbcache.datasets.base import ListedDataset
 from lmdbcache.datasets.vegas import CLASS_LABELS, LABEL_TO_CLASS, NAMESPACE, VEGASFolder
 
-__all__ = ["VEGASDataset", "create_vegas_dataloader"]
-
 _vegas_collate_fn = vegas_collate_fn  # the name by which older scripts import it
 
 

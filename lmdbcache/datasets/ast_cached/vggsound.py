@@ -11,8 +11,6 @@ from lmdbcache.datasets.base import ListedDataset, Sample
 from lmdbcache.datasets.vggsound import VGGSoundFolder
 from lmdbcache.errors import DatasetError
 
-__all__ = ["VGGSoundDataset"]
-
 
 class VGGSoundDataset(ASTCachedDataset):
     """The VGGSound clips under a folder: a table, and files `<YouTube id>_<start>.wav`.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-__all__ = ["ImageToTensor", "load_image", "load_video"]
-
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 

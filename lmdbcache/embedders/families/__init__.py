@@ -13,6 +13,4 @@ from lmdbcache.embedders.families.wav2vec2 import Wav2Vec2
 from lmdbcache.embedders.families.whisper import Whisper
 from lmdbcache.embedders.transformers_family import ModelFamily
 
-__all__ = ["FAMILIES"]
-
 FAMILIES: Final[tuple[type[ModelFamily], ...]] = (AST, Wav2Vec2, Whisper, CLAP)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import Checkpoint
     from lmdbcache.embedders.output_names import OutputName
 
-__all__ = ["AST", "ASTEmbedder", "ASTFrontEnd"]
-
 _WINDOW_MILLISECONDS: Final = 25.0
 _HOP_MILLISECONDS: Final = 10
 _NUM_SPECIAL_TOKENS: Final = 2  # CLS and distillation

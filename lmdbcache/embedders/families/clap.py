@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["CLAP"]
-
 
 class CLAP(ModelFamily):
     """The audio half's outputs; the text half isn't loaded.

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import Checkpoint
     from lmdbcache.embedders.output_names import OutputName
 
-__all__ = ["Wav2Vec2"]
-
 _MODEL_CLASSES: Final = {
     "data2vec-audio": "Data2VecAudioModel",
     "hubert": "HubertModel",

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lmdbcache.embedders.checkpoints import Checkpoint
     from lmdbcache.embedders.output_names import OutputName
 
-__all__ = ["Whisper"]
-
 _STRIDE: Final = 2  # of the encoder's second convolution
 
 

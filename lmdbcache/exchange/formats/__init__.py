@@ -18,8 +18,6 @@ from lmdbcache.exchange.formats.base import Embeddings, Part, Samples, Source
 from lmdbcache.exchange.formats.keys import KeyChoice
 from lmdbcache.files import few
 
-__all__ = ["FORMATS", "Format", "open_source"]
-
 _URL: Final = re.compile(r"[a-z][a-z0-9+]+:/")  # a Path has one slash
 _KNOWN: Final = (
     "a .pt file with a dict, a .safetensors, .npz, .parquet or .tar file, a Lance dataset, or a "

@@ -29,15 +29,6 @@ from lmdbcache.exchange.formats.base import (
 from lmdbcache.exchange.formats.keys import KeyChoice
 from lmdbcache.storage import split_sample_id
 
-__all__ = [
-    "TEXT_COLUMNS",
-    "ArrowFile",
-    "add_table",
-    "embedding_columns",
-    "embedding_schema",
-    "rows_at_once",
-]
-
 TEXT_COLUMNS: Final = "sample_id", "file_id", "class"
 _METADATA: Final = "lmdbcache"
 _EMBEDDINGS: Final = ("embedding", *EMBEDDINGS)

@@ -25,33 +25,6 @@ from lmdbcache.exchange.intake import Refusal
 from lmdbcache.machine import install_line
 from lmdbcache.storage import NUMPY_DTYPES, canonical_sample_id
 
-__all__ = [
-    "CHECKSUM",
-    "CLASSES",
-    "EMBEDDINGS",
-    "IDS",
-    "METADATA",
-    "Description",
-    "Embeddings",
-    "Entry",
-    "ForwardRows",
-    "Part",
-    "Rows",
-    "Samples",
-    "Source",
-    "check",
-    "checksum_in_file",
-    "describe",
-    "description_of_json",
-    "dtype_name",
-    "first_of",
-    "numbers",
-    "optional",
-    "read_files",
-    "text_list",
-    "without_bfloat16",
-]
-
 # Under one of these names lies what a dict holds among other things.
 EMBEDDINGS: Final = ("embeddings", "audio_embs", "embedding", "features")
 IDS: Final = ("sample_ids", "keys", "ids", "file_ids", "filenames", "file_names", "names")

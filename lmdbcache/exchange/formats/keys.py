@@ -10,17 +10,6 @@ from typing import Any, Final, Literal
 from lmdbcache.errors import InvalidSampleIdError, TransferError
 from lmdbcache.storage import join_sample_id
 
-__all__ = [
-    "KeyChoice",
-    "KeyOrder",
-    "KeyReader",
-    "file_id_in_class",
-    "is_numbered_clip",
-    "sample_id_in_class",
-    "with_colon",
-    "without_extension",
-]
-
 KeyOrder = Literal["auto", "file_id:class", "class:file_id"]
 _FILE_FIRST: Final = "file_id:class"
 _KEY_ORDERS: Final = ("auto", _FILE_FIRST, "class:file_id")

@@ -29,8 +29,6 @@ from lmdbcache.exchange.formats.base import (
 )
 from lmdbcache.exchange.formats.keys import KeyChoice
 
-__all__ = ["FOLDERS", "VERSIONS", "read", "write_dataset"]
-
 # What Lance makes in its folder; its manifests, which say which of the others count.
 VERSIONS: Final = "_versions"
 FOLDERS: Final = {"data", VERSIONS, "_transactions", "_indices", "_deletions"}

@@ -33,8 +33,6 @@ from lmdbcache.exchange.formats.keys import (
 from lmdbcache.files import few
 from lmdbcache.storage import canonical_class
 
-__all__ = ["MANIFEST", "read", "read_with_manifests"]
-
 MANIFEST: Final = "manifest.json"
 _ABOUT: Final = ("metadata.json", "config.json")
 _SUFFIXES: Final = (".npy", ".pt")

@@ -37,8 +37,6 @@ from lmdbcache.exchange.formats.base import (
 from lmdbcache.exchange.formats.keys import KeyChoice
 from lmdbcache.storage import NUMPY_DTYPES
 
-__all__ = ["NpzPart", "read", "read_npy_header"]
-
 # Of embeddings that lie one behind the other: the first dimension of each.
 _LENGTHS: Final = "lengths"
 _BLOCK_BYTES: Final = 8 << 20

@@ -25,8 +25,6 @@ from lmdbcache.exchange.formats.base import (
 )
 from lmdbcache.exchange.formats.keys import KeyChoice
 
-__all__ = ["ParquetPart", "read"]
-
 
 def read(path: Path, files: Sequence[Path], choice: KeyChoice) -> Source:
     """List the embeddings of one file or of several; they are read in order.

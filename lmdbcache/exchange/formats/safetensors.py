@@ -28,8 +28,6 @@ from lmdbcache.exchange.formats.base import (
 )
 from lmdbcache.exchange.formats.keys import KeyChoice
 
-__all__ = ["SafetensorsPart", "read"]
-
 _DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -29,8 +29,6 @@ from lmdbcache.exchange.formats.base import (
 )
 from lmdbcache.exchange.formats.keys import KeyChoice, KeyReader, file_id_in_class, is_numbered_clip
 
-__all__ = ["TorchPart", "read"]
-
 _SCALARS: Final = (str, bytes, bool, int, float, type(None))
 
 

@@ -39,8 +39,6 @@ from lmdbcache.exchange.formats.keys import KeyChoice
 from lmdbcache.exchange.formats.npz import read_npy_header
 from lmdbcache.storage import split_sample_id
 
-__all__ = ["WebDatasetPart", "key_of_sample_id", "read", "sample_id_of_key"]
-
 _ARRAYS: Final = ("npy", "embedding.npy", *(f"{name}.npy" for name in EMBEDDINGS))
 _CLASSES: Final = ("class", "class_name", "label", "category")
 _MOST_JSON: Final = 1 << 20

@@ -22,8 +22,6 @@ from lmdbcache.exchange.sharing.shards import ShardEntry, ShardHeader
 from lmdbcache.files import check_folder, flocked, open_file, read_file, replace_file
 from lmdbcache.storage import EXTRAS_NAME, translated_errors
 
-__all__ = ["FOLDER_NAME", "LocalFolder"]
-
 FOLDER_NAME: Final = "sharing"
 _LOCK_NAME: Final = "lock"
 _WRITER_NAME: Final = "writer"

@@ -47,25 +47,6 @@ from lmdbcache.exchange.sharing.shards import (
 from lmdbcache.files import few
 from lmdbcache.storage import sample_key
 
-__all__ = [
-    "FINGERPRINT",
-    "MANIFESTS_NAME",
-    "Manifest",
-    "Offer",
-    "SharedState",
-    "checked_writer",
-    "decode_manifest",
-    "encode_manifest",
-    "entry_bytes",
-    "find_fingerprint",
-    "in_manifests",
-    "manifest_path",
-    "read_header",
-    "read_state",
-    "shared_fingerprints",
-    "writer_of",
-]
-
 MANIFESTS_NAME: Final = "manifests"
 FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
 _FORMER_NAME: Final = "commits"  # where the first form of sharing kept its history

@@ -39,8 +39,6 @@ from lmdbcache.storage import (
     sample_id_of_key,
 )
 
-__all__ = ["PullReport", "pull"]
-
 _PAGE: Final = 4096
 # So many bytes come in the time that one more request takes.
 _GAP_BYTES: Final = 1 << 20

@@ -52,8 +52,6 @@ from lmdbcache.storage import (
     sample_key,
 )
 
-__all__ = ["PushReport", "push"]
-
 SHARD_BYTES: Final = 16 << 20  # of values
 # A push that is killed has no more than this to list again; its shards stay.
 _SHARDS_PER_MANIFEST: Final = 64

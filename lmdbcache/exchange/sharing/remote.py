@@ -26,10 +26,14 @@ from lmdbcache.errors import (
     MissingDependencyError,
     RemoteError,
 )
-from lmdbcache.files import first_line, is_url, replace_file, sync_file, without_secrets
+from lmdbcache.files import (
+    first_line,
+    is_url as is_url,
+    replace_file,
+    sync_file,
+    without_secrets,
+)
 from lmdbcache.machine import install_line
-
-__all__ = ["CONNECTIONS", "Remote", "in_parallel", "is_url", "without_secrets"]
 
 _logger: Final = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

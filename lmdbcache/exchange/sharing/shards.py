@@ -23,23 +23,6 @@ from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
 from lmdbcache.storage import NUMPY_DTYPES, checksums, sample_keys
 
-__all__ = [
-    "Embeddings",
-    "FORMAT",
-    "MAX_HEADER_BYTES",
-    "MAX_SHARD_FILE_BYTES",
-    "MAX_SHARD_SAMPLES",
-    "Shape",
-    "ShardEntry",
-    "ShardHeader",
-    "check_digest",
-    "check_format",
-    "checked_shape",
-    "decode_header",
-    "encode_json",
-    "encode_shard",
-]
-
 FORMAT: Final = 2  # of shards and manifests
 # These bound what a reader spends on a file before it knows that it is sound.
 MAX_SHARD_SAMPLES: Final = 10_000

@@ -20,8 +20,6 @@ from lmdbcache.exchange.sharing.remote import Remote, in_parallel
 from lmdbcache.exchange.sharing.shards import MAX_SHARD_FILE_BYTES
 from lmdbcache.storage import Report
 
-__all__ = ["RemoteReport", "SharedStoreReport", "check_shard", "verify_remote"]
-
 _SHARD_NAME: Final = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 

@@ -33,15 +33,6 @@ from lmdbcache.storage.pages.pages import (
 )
 from lmdbcache.storage.report import Report
 
-__all__ = [
-    "IntegrityReport",
-    "check_generation",
-    "check_values",
-    "metadata_findings",
-    "placed_values",
-    "structure_findings",
-]
-
 _MAX_FINDINGS: Final = 20
 _TRIES: Final = 5
 

@@ -30,8 +30,6 @@ from lmdbcache.storage.checks.checking import IntegrityReport, check_generation
 from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.pages.commit_record import read_commit_record
 
-__all__ = ["SKIP_VARIABLE", "check_first_opening", "is_known", "mark_known"]
-
 _logger: Final = logging.getLogger(__name__)
 
 # "1": open as it is; "values": check LMDB's structure alone.

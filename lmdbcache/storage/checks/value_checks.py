@@ -14,8 +14,6 @@ import numpy.typing as npt
 from lmdbcache.storage.metadata import checksum, new_checksum
 from lmdbcache.storage.pages.pages import EntryTable
 
-__all__ = ["CHECKSUM_BYTES", "CheckedValues", "Progress", "damaged_rows", "paired"]
-
 Progress = Callable[[int, int], None]
 
 CHECKSUM_BYTES: Final = 8

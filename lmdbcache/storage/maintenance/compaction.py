@@ -28,8 +28,6 @@ from lmdbcache.storage.generations import (
 )
 from lmdbcache.storage.report import Report
 
-__all__ = ["CompactionResult", "compact", "plan_compaction"]
-
 _logger: Final = logging.getLogger(__name__)
 
 _LOCK_FILE_BYTES: Final = 1 << 20

@@ -31,8 +31,6 @@ from lmdbcache.storage.metadata import StoreMetadata, checksum
 from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.windows import first_window, is_first_window, recording_of
 
-__all__ = ["DamagedStore", "data_file", "generation_to_repair", "unnamed_generations"]
-
 
 class DamagedStore:
     """What is sound in a damaged store, read without LMDB; use it in a `with` block.

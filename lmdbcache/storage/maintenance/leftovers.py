@@ -30,8 +30,6 @@ from lmdbcache.storage.report import Report
 from lmdbcache.storage.statistics import add_reads
 from lmdbcache.storage.value_table import table_number
 
-__all__ = ["Leftover", "find_leftovers", "is_abandoned", "remove_leftovers", "removing"]
-
 # What only lmdbcache makes: a folder with anything else in it is nobody's leftover.
 _STORE_NAME: Final = re.compile(r".*-[0-9a-f]{16}")
 _OWN_NAMES: Final = frozenset((WRITER_LOCK_NAME, LAST_USE_NAME, STATISTICS_NAME))

@@ -31,8 +31,6 @@ from lmdbcache.storage.maintenance.damaged_store import DamagedStore, generation
 from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.report import Report
 
-__all__ = ["RepairReport", "repair"]
-
 _COMMIT_BYTES: Final = 64 << 20
 
 

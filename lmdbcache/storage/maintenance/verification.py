@@ -20,8 +20,6 @@ from lmdbcache.storage.forking import no_fork
 from lmdbcache.storage.generations import current_generation, write_lock
 from lmdbcache.storage.pages.page_file import PageFile
 
-__all__ = ["verify"]
-
 
 def verify(store: str | Path, progress: Progress | None = None) -> IntegrityReport:
     """Check a store without trusting it: a damaged file can't take the process down.

@@ -24,14 +24,6 @@ from lmdbcache.storage.pages.meta_pages import (
     read_meta_pages,
 )
 
-__all__ = [
-    "contradiction",
-    "is_older_copy",
-    "read_commit_record",
-    "record_commit",
-    "trusted_meta",
-]
-
 _NAME: Final = "committed"
 _MAGIC: Final = b"lmdbcache last 1"
 _RESERVED: Final = b"\1"

@@ -10,16 +10,6 @@ import os
 import struct
 from typing import Final, NamedTuple
 
-__all__ = [
-    "META_BYTES",
-    "MetaPage",
-    "Tree",
-    "newest",
-    "parse_meta",
-    "parse_tree",
-    "read_meta_pages",
-]
-
 _HEADER: Final = struct.Struct("=QHHHHIIQQ")  # page, pad, flags, bounds, magic, version, map
 _TREE: Final = struct.Struct("=IHHQQQQQ")  # pad, flags, depth, 3 counts of pages, entries, root
 _END: Final = struct.Struct("=QQ")  # last page, transaction

@@ -21,8 +21,6 @@ from lmdbcache.storage.pages.commit_record import (
 )
 from lmdbcache.storage.pages.meta_pages import MetaPage, Tree, parse_tree, read_meta_pages
 
-__all__ = ["Entry", "PageFile"]
-
 _HEADER_BYTES: Final = 16
 _NODE: Final = struct.Struct("<HHHH")  # two halves of length or child, flags, length of the key
 _BRANCH, _LEAF = 0x01, 0x02

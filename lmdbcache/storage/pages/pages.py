@@ -18,15 +18,6 @@ import numpy.typing as npt
 from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.pages.meta_pages import META_BYTES, Tree, parse_meta
 
-__all__ = [
-    "UnreadablePagesError",
-    "EntryTable",
-    "find_hidden_keys",
-    "leaf_pages",
-    "read_free_pages",
-    "read_table",
-]
-
 _PAGE_HEADER_BYTES: Final = 16
 _NODE_HEADER_BYTES: Final = 8
 _BRANCH, _LEAF = 0x01, 0x02
