@@ -23,73 +23,48 @@ from lmdbcache.cli.stopping import Stopped, StopSignals
 from lmdbcache.errors import CacheError, CacheFullError
 from lmdbcache.files import occupy_standard_descriptors
 
-# Panel of the help → command → the module that has it, as the function `<command>_command`.
+# Panel of the help → command → the module that has it, as the function `<command>_command`, and
+# the arguments of the example that its help begins with.
 COMMANDS: Final = {
     "Fill": {
-        "extract": "extract",
-        "import": "transfer",
-        "export": "transfer",
-        "merge": "merge",
+        "extract": ("extract", "VEGAS --model ast --root VEGAS.cache"),
+        "import": ("transfer", "embeddings.pt --model ast --duration 5"),
+        "export": ("transfer", "257fd04a --format safetensors --out vegas.safetensors"),
+        "merge": ("merge", "node1.cache node2.cache --root VEGAS.cache"),
     },
     "Look": {
-        "ls": "inspect",
-        "info": "inspect",
-        "coverage": "coverage",
-        "explain": "coverage",
-        "stats": "inspect",
-        "diff": "diff",
-        "similar": "similar",
-        "report": "report",
+        "ls": ("inspect", "--root VEGAS.cache --sort size"),
+        "info": ("inspect", "257fd04a --root VEGAS.cache"),
+        "coverage": ("coverage", "VEGAS --model ast --root VEGAS.cache"),
+        "explain": ("coverage", "video_00001:dog --model ast"),
+        "stats": ("inspect", "257fd04a"),
+        "diff": ("diff", "257fd04a 65fa8934"),
+        "similar": ("similar", "video_00001:dog --k 10"),
+        "report": ("report", "--root VEGAS.cache --out vegas.html"),
     },
     "Trust": {
-        "verify": "verify",
-        "audit": "audit",
-        "repair": "maintain",
-        "doctor": "doctor",
+        "verify": ("verify", "--all"),
+        "audit": ("audit", "257fd04a --samples 50"),
+        "repair": ("maintain", "257fd04a --dry-run"),
+        "doctor": ("doctor", "--root VEGAS.cache"),
     },
     "Share": {
-        "push": "push",
-        "pull": "pull",
+        "push": ("push", "s3://bucket/embeddings 257fd04a"),
+        "pull": ("pull", "s3://bucket/embeddings 257fd04ad08e02f3"),
     },
     "Make room": {
-        "compact": "maintain",
-        "rm": "remove",
-        "prune": "prune",
+        "compact": ("maintain", "--all --dry-run"),
+        "rm": ("remove", "257fd04a --class dog --dry-run"),
+        "prune": ("prune", "--unused-since 90d --dry-run"),
     },
     "Datasets": {
-        "dataset": "dataset",
-        "partition": "dataset",
+        "dataset": ("dataset", "VEGAS"),
+        "partition": ("dataset", "VEGAS --num-nodes 10"),
     },
-}
-# What a command's help begins with.
-EXAMPLES: Final = {
-    "extract": "lmdbcache extract VEGAS --model ast --root VEGAS.cache",
-    "import": "lmdbcache import embeddings.pt --model ast --duration 5",
-    "export": "lmdbcache export 257fd04a --format safetensors --out vegas.safetensors",
-    "merge": "lmdbcache merge node1.cache node2.cache --root VEGAS.cache",
-    "ls": "lmdbcache ls --root VEGAS.cache --sort size",
-    "info": "lmdbcache info 257fd04a --root VEGAS.cache",
-    "coverage": "lmdbcache coverage VEGAS --model ast --root VEGAS.cache",
-    "explain": "lmdbcache explain video_00001:dog --model ast",
-    "stats": "lmdbcache stats 257fd04a",
-    "diff": "lmdbcache diff 257fd04a 65fa8934",
-    "similar": "lmdbcache similar video_00001:dog --k 10",
-    "report": "lmdbcache report --root VEGAS.cache --out vegas.html",
-    "verify": "lmdbcache verify --all",
-    "audit": "lmdbcache audit 257fd04a --samples 50",
-    "repair": "lmdbcache repair 257fd04a --dry-run",
-    "doctor": "lmdbcache doctor --root VEGAS.cache",
-    "push": "lmdbcache push s3://bucket/embeddings 257fd04a",
-    "pull": "lmdbcache pull s3://bucket/embeddings 257fd04ad08e02f3",
-    "compact": "lmdbcache compact --all --dry-run",
-    "rm": "lmdbcache rm 257fd04a --class dog --dry-run",
-    "prune": "lmdbcache prune --unused-since 90d --dry-run",
-    "dataset": "lmdbcache dataset VEGAS",
-    "partition": "lmdbcache partition VEGAS --num-nodes 10",
 }
 _CLEAR: Final = "clear"  # the same as rm, and not listed
 _KEPT: Final = "what was committed is kept, run the same command again to go on"
-_MODULES: Final = {name: module for panel in COMMANDS.values() for name, module in panel.items()}
+_OF_COMMAND: Final = {name: found for panel in COMMANDS.values() for name, found in panel.items()}
 
 
 @contextlib.contextmanager
@@ -120,11 +95,11 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names; see click."""
-        return [*_MODULES]
+        return [*_OF_COMMAND]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, with its module imported; see click."""
-        return command_of(cmd_name) if cmd_name in {*_MODULES, _CLEAR} else None
+        return command_of(cmd_name) if cmd_name in {*_OF_COMMAND, _CLEAR} else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under their headings; see click."""
@@ -136,20 +111,21 @@ class _Commands(click.Group):
         """Return what a shell offers: commands, or options of the group; see click."""
         if incomplete.startswith("-"):
             return super().shell_complete(ctx, incomplete)
-        names = [name for name in _MODULES if name.startswith(incomplete)]
+        names = [name for name in _OF_COMMAND if name.startswith(incomplete)]
         return [CompletionItem(name, help=_summary_of(name)) for name in names]
 
 
 def command_of(name: str) -> Command:
     """Return a command of `lmdbcache` with its options."""
     name = "rm" if name == _CLEAR else name
-    function = getattr(import_module(f"lmdbcache.cli.{_MODULES[name]}"), f"{name}_command")
-    return command_from(name, function, _docstring_of(name), EXAMPLES.get(name, ""))
+    module, arguments = _OF_COMMAND[name]
+    function = getattr(import_module(f"lmdbcache.cli.{module}"), f"{name}_command")
+    return command_from(name, function, _docstring_of(name), f"lmdbcache {name} {arguments}")
 
 
 def _docstring_of(name: str) -> str:
     """Read it from the source: the module isn't imported, or `python -OO` has dropped it."""
-    module = f"lmdbcache.cli.{_MODULES[name]}"
+    module = f"lmdbcache.cli.{_OF_COMMAND[name][0]}"
     loader: Any = find_spec(module).loader  # type: ignore[union-attr]
     _, _, text = (loader.get_source(module) or "").partition(f"\ndef {name}_command(")
     return inspect.cleandoc(text.split('"""', 2)[1]) if text else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbcache.cli.main import COMMANDS as ALL, EXAMPLES, command_of
+from lmdbcache.cli.main import COMMANDS as ALL, command_of
 
 COMMANDS = ["extract", "ls", "info", "coverage", "rm", "prune", "diff", "doctor"]
 COMMANDS += ["compact", "verify", "repair", "audit", "import", "export", "report", "similar"]
@@ -48,11 +48,12 @@ def test_help_of_each_command(cli, command):
 @pytest.mark.parametrize("name", [name for panel in ALL.values() for name in panel])
 def test_help_begins_with_an_example(name):
     """A line to type, with a command, options and arguments that there are."""
-    program, command, *arguments = shlex.split(EXAMPLES[name])
-    assert (program, command) == ("lmdbcache", name)
-    context = command_of(name).make_context(name, arguments)
-    assert f"\n\n  $ {EXAMPLES[name]}\n\n" in command_of(name).get_help(context)
-    assert len(EXAMPLES[name]) < 76
+    command = command_of(name)
+    program, named, *arguments = shlex.split(command.example)
+    assert (program, named) == ("lmdbcache", name)
+    context = command.make_context(name, arguments)
+    assert f"\n\n  $ {command.example}\n\n" in command.get_help(context)
+    assert len(command.example) < 76
 
 
 LIBRARIES = ["torch", "transformers", "torchaudio", "soundfile", "soxr", "tqdm"]
