@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from lmdbcache.errors import MissingDependencyError
 
 # The variables are named here and nowhere else.
 ROOT_VARIABLE: Final = "LMDBCACHE_ROOT"
@@ -73,6 +77,26 @@ def memory_limit() -> int:
     except (OSError, ValueError):
         memory = _NO_LIMIT
     return min(memory, cgroup_limit(_MEMBERSHIP, _MOUNT))
+
+
+@contextlib.contextmanager
+def needing(purpose: str, extra: str) -> Iterator[None]:
+    """Around an import: say what the package is for, and how it is installed.
+
+    Args:
+        purpose: Such as `"running a module"`.
+        extra: The extra that has it, such as `"audio"`.
+
+    Raises:
+        MissingDependencyError: It can't be imported.
+    """
+    try:
+        yield
+    except (ImportError, OSError) as error:  # OSError: a package without its shared library
+        raise MissingDependencyError(
+            f"{purpose} needs a package that can't be imported ({error}); install it with: "
+            f"{install_line(extra)}"
+        ) from error
 
 
 @functools.cache

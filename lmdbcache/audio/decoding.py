@@ -8,6 +8,7 @@ stays free of torch, and imports soundfile and soxr only where they are used.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ from lmdbcache.audio.formats import check_decoder, is_readable
 from lmdbcache.audio.soundfile_decoder import read_by_soundfile, stream_by_soundfile
 from lmdbcache.audio.source import AudioSource, as_source, open_source, shown
 from lmdbcache.audio.waveform import Recording, fit
-from lmdbcache.errors import AudioDecodeError, MissingDependencyError, RemoteError
-from lmdbcache.machine import install_line
+from lmdbcache.errors import AudioDecodeError, RemoteError
+from lmdbcache.machine import needing
 
 
 class DecodedClip(NamedTuple):
@@ -135,20 +136,13 @@ def streaming_packages(decoder: str) -> tuple[Callable[..., Iterator[Recording]]
 def _audio_packages(decoder: str) -> tuple[Any, Callable[..., Recording]]:
     """Soxr's resampling, and a function that reads a file's beginning."""
     check_decoder(decoder)
-    try:
+    is_ffmpeg = decoder == "ffmpeg"
+    with needing("decoding audio", "audio,ffmpeg" if is_ffmpeg else "audio"):
         import soxr
 
-        if decoder == "ffmpeg":
-            import av  # noqa: F401
-
-            return soxr.resample, lambda _, file, *wanted: read_by_ffmpeg(file, *wanted)
-        import soundfile  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: soundfile without its libsndfile
-        needed = "av and soxr" if decoder == "ffmpeg" else "soundfile and soxr"
-        extra = "audio,ffmpeg" if decoder == "ffmpeg" else "audio"
-        raise MissingDependencyError(
-            f"decoding audio needs {needed} ({error}); install them with: {install_line(extra)}"
-        ) from error
+        importlib.import_module("av" if is_ffmpeg else "soundfile")
+    if is_ffmpeg:
+        return soxr.resample, lambda _, file, *wanted: read_by_ffmpeg(file, *wanted)
     return soxr.resample, read_by_soundfile
 
 

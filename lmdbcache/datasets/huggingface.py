@@ -29,9 +29,9 @@ from lmdbcache.datasets.scanning import (
     leave_out_all,
     visible_entries,
 )
-from lmdbcache.errors import DatasetError, MissingDependencyError
+from lmdbcache.errors import DatasetError
 from lmdbcache.files import expand_user
-from lmdbcache.machine import install_line
+from lmdbcache.machine import needing
 
 # Names of loaders, which many datasets share.
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
@@ -235,13 +235,8 @@ class HuggingFaceDataset(ListedDataset):
 
 def _opened(source: Any) -> tuple[str, str, dict[str, Any]]:
     """(root, name, split → `Dataset`); a dataset without splits has one without a name."""
-    try:
+    with needing("a Hugging Face dataset", "huggingface"):
         import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Hugging Face datasets need the package datasets ({error}): "
-            f"{install_line('huggingface')}"
-        ) from error
     root = ""
     if isinstance(source, (str, os.PathLike)):
         root = os.path.abspath(expand_user(source))  # noqa: PTH100

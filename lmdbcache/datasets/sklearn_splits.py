@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 
 from lmdbcache.datasets.base import Sample
-from lmdbcache.errors import DatasetError, MissingDependencyError
-from lmdbcache.machine import install_line
+from lmdbcache.errors import DatasetError
+from lmdbcache.machine import needing
 
 NODE_RANK: Final = "node_rank"
 
@@ -100,12 +100,8 @@ def _class_and_file(sample: Sample) -> tuple[int, str, str]:
 def _divided(
     samples: Sequence[Sample], order: list[int], name: str, share: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    try:
+    with needing('split_method: "sklearn"', "sklearn"):
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'split_method: "sklearn" needs the package {error.name}: {install_line("sklearn")}'
-        ) from None
     classes = [_class_and_file(samples[index])[:2] for index in order]
     codes = {each: code for code, each in enumerate(sorted(set(classes)))}
     try:

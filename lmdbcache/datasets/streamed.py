@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from lmdbcache.audio import AudioSource, BytesSource, as_source
-from lmdbcache.errors import DatasetError, MissingDependencyError
-from lmdbcache.machine import install_line
+from lmdbcache.errors import DatasetError
+from lmdbcache.machine import needing
 from lmdbcache.storage import canonical_class
 
 _logger: Final = logging.getLogger(__name__)
@@ -32,13 +32,8 @@ def stream_clips(
         DatasetError: Not a streamed dataset, or a row lacks a column.
         MissingDependencyError: The package `datasets` isn't installed.
     """
-    try:
+    with needing("a Hugging Face dataset", "huggingface"):
         import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Hugging Face datasets need the package datasets ({error}): "
-            f"{install_line('huggingface')}"
-        ) from error
     if not isinstance(stream, datasets.IterableDataset):
         raise DatasetError(
             f"{type(stream).__name__} isn't a streamed dataset of one split; `open_dataset` takes "

@@ -24,9 +24,9 @@ from lmdbcache.embedders.checkpoint_files import (
     weight_files,
     weights_digest,
 )
-from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError, ModelLoadError
+from lmdbcache.errors import CacheError, ConfigError, ModelLoadError
 from lmdbcache.files import expand_user
-from lmdbcache.machine import install_line
+from lmdbcache.machine import needing
 
 # Names of AST folders have always stood for AST's front end, in configs that don't state one.
 _AST_MODEL_TYPE: Final = "audio-spectrogram-transformer"
@@ -338,12 +338,7 @@ def _unusable(name: str) -> ModelLoadError:
 
 
 def _hub() -> Any:
-    try:
+    with needing("looking up a model by its Hub name", "audio"):
         import huggingface_hub
         import huggingface_hub.errors
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"looking up a model by its Hub name needs huggingface_hub ({error}); "
-            f"install it with: {install_line('audio')}"
-        ) from error
     return huggingface_hub

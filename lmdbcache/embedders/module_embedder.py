@@ -16,11 +16,10 @@ from lmdbcache.embedders.stated_model import StatedEmbedder, StatedModel
 from lmdbcache.errors import (
     CacheError,
     ConfigError,
-    MissingDependencyError,
     ModuleError,
 )
 from lmdbcache.files import first_line
-from lmdbcache.machine import install_line
+from lmdbcache.machine import needing
 
 if TYPE_CHECKING:
     import torch
@@ -140,12 +139,8 @@ class RunningModule:
         allow_tf32: bool = False,
     ) -> None:
         check_compute_dtype(compute_dtype)
-        try:
+        with needing("running a module", "audio"):
             import torch
-        except (ImportError, OSError) as error:
-            raise MissingDependencyError(
-                f"running a module needs torch ({error}); install it with: {install_line('audio')}"
-            ) from error
         self.module: Final = module
         self._compute_dtype = compute_dtype
         self._allow_tf32 = allow_tf32

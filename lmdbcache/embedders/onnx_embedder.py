@@ -13,9 +13,9 @@ import xxhash
 
 from lmdbcache.embedders.base import library_versions
 from lmdbcache.embedders.stated_model import StatedEmbedder, StatedModel
-from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError, ModuleError
+from lmdbcache.errors import ConfigError, ModelLoadError, ModuleError
 from lmdbcache.files import first_line
-from lmdbcache.machine import available_cores
+from lmdbcache.machine import available_cores, needing
 
 if TYPE_CHECKING:
     import os
@@ -196,13 +196,8 @@ class _ONNXOutput(StatedEmbedder):
 
 
 def _load(path: Path, device: str | None) -> Any:
-    try:
+    with needing("running an ONNX file", "onnx"):
         import onnxruntime
-    except (ImportError, OSError) as error:
-        raise MissingDependencyError(
-            f"running an ONNX file needs onnxruntime ({error}); install it with: "
-            'pip install "lmdbcache[onnx]"'
-        ) from error
     kind, _, number = (device or "").partition(":")
     has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if kind not in ("", "cpu", "cuda") or (kind == "cuda" and not has_gpu):

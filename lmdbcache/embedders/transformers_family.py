@@ -22,9 +22,9 @@ from lmdbcache.embedders.checkpoints import Checkpoint, fetch_checkpoint
 from lmdbcache.embedders.devices import check_compute_dtype, move_to_device, precision
 from lmdbcache.embedders.forward_pass import ForwardPass, captured_layers, mean_of_valid
 from lmdbcache.embedders.output_names import LAST_HIDDEN_STATE, OutputName, parse_output
-from lmdbcache.errors import ConfigError, MissingDependencyError, ModelLoadError
+from lmdbcache.errors import ConfigError, ModelLoadError
 from lmdbcache.files import few
-from lmdbcache.machine import install_line
+from lmdbcache.machine import needing
 
 if TYPE_CHECKING:
     import torch
@@ -209,14 +209,9 @@ class ModelFamily(ABC):
         Raises:
             MissingDependencyError: One is missing or can't be imported; the message has the remedy.
         """
-        try:
+        with needing(f"running {cls.name}", "audio"):
             import torch  # noqa: F401 - transformers only finds out at first use
             import transformers
-        except (ImportError, OSError) as error:
-            raise MissingDependencyError(
-                f"running {cls.name} needs torch and transformers ({error}); "
-                f"install them with: {install_line('audio')}"
-            ) from error
         return transformers
 
     @classmethod

@@ -13,8 +13,8 @@ from lmdbcache.cache import ClipFailure, left_out_counts
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets import AudioDataset, Sample, source_of
 from lmdbcache.embedders import FrontEnd
-from lmdbcache.errors import DatasetError, InvalidSampleIdError, MissingDependencyError
-from lmdbcache.machine import install_line
+from lmdbcache.errors import DatasetError, InvalidSampleIdError
+from lmdbcache.machine import needing
 from lmdbcache.storage import canonical_sample_id, check_recording_id, first_window
 
 if TYPE_CHECKING:
@@ -107,13 +107,9 @@ def features_of(
         MissingDependencyError: torch is missing.
     """
     # torch is needed from here on, not for a run that has nothing to do.
-    try:
+    with needing("extraction", "audio"):
         from lmdbcache.extraction.decoding import FeatureBatches, worker_errors
         from lmdbcache.extraction.recordings import RecordingBatches
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"extraction needs the package {error.name}: {install_line('audio')}"
-        ) from error
     make: Callable[..., FeatureBatches] = FeatureBatches
     if config.window is not None:
         make = partial(RecordingBatches, batch_size=batch_size, stored=stored or {})

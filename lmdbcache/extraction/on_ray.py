@@ -42,7 +42,7 @@ from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.staging import staging_folder
 from lmdbcache.extraction.summary import ExtractionSummary
 from lmdbcache.files import existing_parent
-from lmdbcache.machine import install_line
+from lmdbcache.machine import install_line, needing
 from lmdbcache.storage import OnDuplicate, Progress
 
 _logger: Final = logging.getLogger(__name__)
@@ -455,12 +455,8 @@ def _connected(address: str | None) -> Iterator[Any]:
             'node of the cluster, or by `ray job submit`, with `address="auto"`'
         )
     _check_reachable(asked)
-    try:
+    with needing("extraction on Ray, on every node,", "ray"):
         import ray
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"extraction on Ray needs ray ({error}), on every node: {install_line('ray')}"
-        ) from error
     if ray.is_initialized():
         yield ray
         return

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lmdbcache.errors import DatasetError, MissingDependencyError
-from lmdbcache.machine import install_line
+from lmdbcache.errors import DatasetError
+from lmdbcache.machine import needing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,10 +48,8 @@ def load_image(path: str, transform: Callable[[Image], Any]) -> Any:
         DatasetError: The file isn't a picture that Pillow reads.
         MissingDependencyError: Pillow isn't installed.
     """
-    try:
+    with needing("a picture", "visual"):
         from PIL import Image
-    except ImportError as error:
-        raise _missing("Pillow", error) from error
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -77,10 +75,8 @@ def load_video(path: str, num_frames: int, size: tuple[int, int]) -> torch.Tenso
         DatasetError: The file gives no frames.
         MissingDependencyError: OpenCV isn't installed.
     """
-    try:
+    with needing("a video", "visual"):
         import cv2
-    except ImportError as error:
-        raise _missing("OpenCV", error) from error
     capture = cv2.VideoCapture(path)
     try:
         announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -122,9 +118,3 @@ def _decode_frames(
 def _to_unit_range(pixels: np.ndarray[Any, Any]) -> torch.Tensor:
     """uint8 (height, width, 3) → float32 (3, height, width) between 0 and 1."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
-
-
-def _missing(package: str, error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"{package} can't be imported ({error}); run: {install_line('visual')}"
-    )

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import xxhash
 
 from lmdbcache.config import WINDOW_FIELDS, CacheConfig
-from lmdbcache.errors import InvalidSampleIdError, MissingDependencyError, TransferError
+from lmdbcache.errors import InvalidSampleIdError, TransferError
 from lmdbcache.exchange.formats.keys import KeyChoice, KeyReader, sample_id_in_class
 from lmdbcache.exchange.intake import Refusal
-from lmdbcache.machine import install_line
+from lmdbcache.machine import needing
 from lmdbcache.storage import NUMPY_DTYPES, canonical_sample_id
 
 # Under one of these names lies what a dict holds among other things.
@@ -43,12 +43,8 @@ def optional(module: str, purpose: str, *, extra: str = "formats") -> Any:
     Raises:
         MissingDependencyError: It isn't installed.
     """
-    try:
+    with needing(purpose, extra):
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"{purpose} needs the package {error.name}: {install_line(extra)}"
-        ) from error
 
 
 # ---- what a file says about its embeddings
