@@ -101,11 +101,6 @@ class StoreComparison(Report):
         found = (self.num_only_a, self.num_only_b, self.num_different, self.num_other_shape)
         return not (self.config or self.provenance or any(found))
 
-    @property
-    def exit_code(self) -> int:
-        """1 if something differs."""
-        return 0 if self.is_equal else 1
-
 
 def compare_stores(
     a: str | Path,

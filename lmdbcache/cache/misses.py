@@ -122,11 +122,6 @@ class Explanation(Report):
         """Whether what was asked for is there."""
         return self.reason == MissReason.STORED
 
-    @property
-    def exit_code(self) -> int:
-        """1 if it isn't stored."""
-        return 0 if self.is_stored else 1
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; a config is given by its fingerprint."""
         values = super().to_dict()

@@ -164,11 +164,6 @@ class SourceReport(Report):
         """Whether no file is known to have changed or vanished."""
         return not (self.num("changed") or self.num("vanished"))
 
-    @property
-    def exit_code(self) -> int:
-        """1 if a file is known to have changed or vanished."""
-        return 0 if self.is_trusted else 1
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with the number of embeddings in each state."""
         return {**super().to_dict(), **{f"num_{state}": self.num(state) for state in STATES}}

@@ -59,11 +59,6 @@ class OverlapReport(Report):
         """Whether no two parts share a clip, as far as could be read."""
         return not self.overlaps
 
-    @property
-    def exit_code(self) -> int:
-        """1 if two parts share a clip."""
-        return int(not self.is_disjoint)
-
     def __str__(self) -> str:
         lines = list(map(str, self.overlaps))
         if self.is_disjoint:

@@ -96,11 +96,6 @@ class AuditReport(Report):
         """Whether every embedding could be compared and is what its clip gives."""
         return bool(self.samples) and not (self.drifted or self.failed)
 
-    @property
-    def exit_code(self) -> int:
-        """0, or 1 if an embedding drifted, failed, or none could be compared."""
-        return 0 if self.is_sound else 1
-
 
 def tolerance_for(config: CacheConfig) -> float:
     """Return the relative L2 distance that rounding explains, for this dtype and compute dtype."""

@@ -14,7 +14,7 @@ class Report:
     """Base of the dataclasses that a call returns and a command prints.
 
     A subclass is a dataclass, frozen or not; it overrides what it needs otherwise. `derived` names
-    the properties that `to_dict` adds to the fields.
+    the properties that `to_dict` adds to the fields; those called `is_…` say that all is well.
     """
 
     derived: ClassVar[tuple[str, ...]] = ()
@@ -22,7 +22,7 @@ class Report:
     @property
     def exit_code(self) -> int:
         """Exit status of a command that ends with this: 0, or 1 if something is left to do."""
-        return 0
+        return int(not all(getattr(self, name) for name in self.derived if name[:3] == "is_"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the derived properties as plain values for JSON."""

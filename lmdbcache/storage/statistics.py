@@ -45,8 +45,6 @@ from lmdbcache.storage.report import Report
 
 _logger: Final = logging.getLogger(__name__)
 
-# "0" switches counting off.
-
 _TOTALS_NAME: Final = "totals.json"
 _MAX_TOTALS_BYTES: Final = 1 << 20
 _SECONDS_BETWEEN: Final = 1.0

@@ -73,11 +73,6 @@ class RemoteReport(Report):
         """Whether everything is sound."""
         return all(store.is_sound for store in self.stores)
 
-    @property
-    def exit_code(self) -> int:
-        """0 if all is sound, else 1."""
-        return 0 if self.is_sound else 1
-
 
 def verify_remote(
     url: str,

@@ -32,7 +32,6 @@ from lmdbcache.storage.pages.commit_record import read_commit_record
 
 _logger: Final = logging.getLogger(__name__)
 
-# "1": open as it is; "values": check LMDB's structure alone.
 _LONG_BYTES: Final = 1 << 30
 _SECONDS_BETWEEN_NEWS: Final = 15.0
 _MARKER_NAME: Final = "checked"
