@@ -93,20 +93,26 @@ def serve(connection: socket.socket) -> None:
         child = os.fork()
         if not child:
             connection.close()
-            _be_the_command(**request)
+            be_the_command(**request, standard_input=f"{request['output']}.0")
         _, status = os.waitpid(child, 0)
         connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _be_the_command(
-    arguments: list[str], environment: dict[str, str], folder: str, output: str, prepare: str
+def be_the_command(
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str,
+    output: str,
+    prepare: str = "",
+    standard_input: str = os.devnull,
 ) -> None:
+    """Be `lmdbcache …` until the end of this process; see `CommandServer.run`."""
     code: Any = 70
     try:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        for descriptor, name in enumerate((f"{output}.0", f"{output}.1", f"{output}.2")):
+        for descriptor, name in enumerate((standard_input, f"{output}.1", f"{output}.2")):
             flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             opened = os.open(name, flags, 0o600)
             os.dup2(opened, descriptor)

@@ -5,7 +5,6 @@ Several commands may run at once, and any of them can be killed. No torch: a for
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -119,6 +118,9 @@ def serve(connection: socket.socket) -> None:
     import sshfs
     import tenacity
 
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from cli.command_server import be_the_command
+
     from lmdbcache.cli.main import command_of
     from lmdbcache.exchange import pull, push, verify_remote
 
@@ -132,7 +134,7 @@ def serve(connection: socket.socket) -> None:
             answer: int | None = os.fork()
             if not answer:
                 connection.close()
-                _be_the_command(**request["start"])
+                be_the_command(**request["start"], prepare=_PREPARE)
             running.add(answer or 0)
         else:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
@@ -143,46 +145,16 @@ def serve(connection: socket.socket) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _make_small(sizes: dict[str, Any]) -> None:
-    """Small shards, pieces and waits, so that a small store has many of them."""
-    from lmdbcache.exchange.sharing import pushing, remote
-
-    for module in (remote, pushing):
-        for name in sizes.keys() & vars(module).keys():
-            setattr(module, name, sizes[name])
-
-
-def _be_the_command(
-    arguments: list[str], environment: dict[str, str], folder: str, output: str
-) -> None:
-    import faulthandler
-
-    code: Any = 70
-    try:
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        for descriptor, name in enumerate((os.devnull, f"{output}.1", f"{output}.2")):
-            flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            opened = os.open(name, flags, 0o600)
-            os.dup2(opened, descriptor)
-            os.close(opened)
-        faulthandler.enable()
-        _make_small(json.loads(os.environ.pop(SIZES_VARIABLE, "{}")))
-        sys.argv = ["lmdbcache", *arguments]
-        from lmdbcache.cli import main
-
-        main()
-    except SystemExit as ended:
-        code = 0 if ended.code is None else ended.code
-    except BaseException:  # noqa: BLE001 - as Python itself would show it
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+# Small shards, pieces and waits, so that a small store has many of them.
+_PREPARE = f"""
+import faulthandler, json, os
+from lmdbcache.exchange.sharing import pushing, remote
+faulthandler.enable()
+sizes = json.loads(os.environ.pop({SIZES_VARIABLE!r}, "{{}}"))
+for module in (remote, pushing):
+    for name in sizes.keys() & vars(module).keys():
+        setattr(module, name, sizes[name])
+"""
 
 
 if __name__ == "__main__":
