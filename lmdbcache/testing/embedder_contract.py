@@ -1,12 +1,14 @@
 """What the extraction relies on in a front end and an embedder, as tests for pytest.
 
+from lmdbcache.testing import EmbedderContract, ModelContract
+
 class TestMyModel(EmbedderContract):
-def make(self):
-return MyFrontEnd(), MyEmbedder()
+    def make(self):
+        return MyFrontEnd(), MyEmbedder()
 
 class TestMyModule(ModelContract):
-def make_model(self):
-return ModuleEmbedder(MyNet(), name="my-net/1", sample_rate=16000)
+    def make_model(self):
+        return ModuleEmbedder(MyNet(), name="my-net/1", sample_rate=16000)
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from lmdbcache.storage import Report
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Report):
     """One line of the doctor's report.
 
     Args:
@@ -21,10 +23,6 @@ class Finding:
     level: Literal["ok", "note", "problem"]
     text: str
     remedy: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def ok(subject: str, text: str) -> Finding:

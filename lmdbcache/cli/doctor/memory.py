@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lmdbcache.errors import StorageError
+from lmdbcache.storage import Report
 
 _FIELD: Final = re.compile(r"(\w+):\s+([0-9]+) kB")
 # 7f00-7f10 r--s 00000000 fe:00 4711   /path/data.mdb
@@ -20,7 +21,7 @@ _MAPPING: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 
 
 @dataclass(frozen=True)
-class MemoryUse:
+class MemoryUse(Report):
     """One process's memory, in bytes.
 
     Args:
@@ -41,10 +42,6 @@ class MemoryUse:
     store_pages: int
     shared: int
     swapped: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def memory_of(pid: int) -> MemoryUse:

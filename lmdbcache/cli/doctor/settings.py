@@ -8,13 +8,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import click
 
 from lmdbcache.machine import VARIABLES, Variable
+from lmdbcache.storage import Report
 
 # Options of `extract` whose defaults decide which store is meant, and how fast it is filled.
 _OPTIONS: Final = (
@@ -25,7 +26,7 @@ _DEFAULT: Final = re.compile(r"default: (.*?)[.;]?$")
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Report):
     """One setting.
 
     Args:
@@ -39,10 +40,6 @@ class Setting:
     value: str
     origin: Literal["argument", "environment", "default"]
     meaning: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def settings(given_root: Path | None, root: Path) -> Iterator[Setting]:
