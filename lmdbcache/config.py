@@ -18,6 +18,7 @@ from lmdbcache.errors import ConfigError
 __all__ = [
     "DEFAULT_FRONT_END",
     "DEFAULT_MODEL_NAME",
+    "COMPUTE_DTYPES",
     "DTYPES",
     "UNSTATED_FRONT_END",
     "WINDOW_FIELDS",
@@ -38,7 +39,8 @@ UNSTATED_FRONT_END: Final = "unstated"
 
 WINDOW_FIELDS: Final = ("window", "hop", "last_window")
 
-DTYPES: Final = ("float32", "float16", "bfloat16")
+COMPUTE_DTYPES: Final = ("float32", "float16", "bfloat16")
+DTYPES: Final = (*COMPUTE_DTYPES, "int8")
 
 _DEFAULT_DURATION: Final = 5.0
 _LAST_WINDOWS: Final = ("pad", "drop", "align")
@@ -98,7 +100,8 @@ class CacheConfig:
         output: What is stored of the model's output: `"pooler_output"`, `"last_hidden_state"`,
             `"mean"` (over time), `"valid_mean"` (over the clip's own frames), a layer
             (`"layer:6"`, `"layer:6/mean"`), all of them (`"layers/mean"`), or a name of your own.
-        dtype: Stored dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        dtype: Stored dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"`: a scale for each
+            row, read back as float32.
         namespace: Name of the dataset, so that equal sample ids of two datasets don't meet in one
             store.
         front_end: Name of the decoding and feature rules. None: AST's for MIT's AST models and for
@@ -369,8 +372,9 @@ def _namespace(name: str, value: Any) -> str:
 def _dtype(name: str, value: Any) -> str:
     # torch.float16, numpy.dtype("float16") and "float16" all end in the same word.
     text = (getattr(value, "__name__", None) or str(value)).removeprefix("torch.").strip().lower()
-    if text not in DTYPES:
-        raise ConfigError(f"{name}: {value!r}; known are {', '.join(DTYPES)}")
+    known = COMPUTE_DTYPES if name == "compute_dtype" else DTYPES
+    if text not in known:
+        raise ConfigError(f"{name}: {value!r}; known are {', '.join(known)}")
     return text
 
 

@@ -180,7 +180,7 @@ def test_equal_dtypes_are_one_dtype(dtype):
         ("output", "x" * 129),
         ("dtype", "float64"),
         ("dtype", None),
-        ("dtype", torch.int8),
+        ("dtype", torch.int16),
         ("namespace", "a:b"),
         ("namespace", None),
         ("front_end", ""),

@@ -24,6 +24,7 @@ from lmdbcache.errors import (
     MissingLabelError,
     SampleNotFoundError,
 )
+from lmdbcache.storage import as_read, as_stored
 from lmdbcache.training import as_tensor
 
 LABELS = {"dog": 1, "drum": 0}
@@ -85,7 +86,7 @@ def test_tensor_mapping_pickles(reader, embeddings):
 
 @pytest.mark.parametrize("collate", [collate_embeddings, None])
 @pytest.mark.parametrize("labels", [None, LABELS, list(range(20))])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_dataloader_batches(cache, embeddings, collate, labels, dtype):
     """Our collate function and torch's default give the same batches, in order."""
     config = CacheConfig(dtype=dtype)
@@ -94,8 +95,7 @@ def test_dataloader_batches(cache, embeddings, collate, labels, dtype):
     dataset = EmbeddingDataset(cache.reader(config), list(embeddings), labels)
     assert len(dataset) == 20
     batches = list(DataLoader(dataset, batch_size=6, collate_fn=collate))
-    stacked = torch.stack([torch.from_numpy(value) for value in embeddings.values()])
-    stacked = stacked.to(getattr(torch, dtype))
+    stacked = as_tensor(as_read(as_stored("", list(embeddings.values()), dtype), dtype))
     if labels is not None:
         expected = [LABELS[i.split(":")[1]] for i in embeddings] if labels is LABELS else labels
         found = torch.cat([batch[1] for batch in batches])

@@ -171,7 +171,7 @@ class _Comparer:
     def __init__(self, a: EmbeddingReader, b: EmbeddingReader, found: StoreComparison) -> None:
         self._readers = (a, b)
         self._found = found
-        self._same_dtype = a.dtype == b.dtype
+        self._same_dtype = a.config.dtype == b.config.dtype
         self._pending: list[str] = []
         self._worst: list[tuple[float, float, str]] = []
         size = max(4 * int(np.prod([n or 1 for n in r.embedding_shape or ()])) for r in (a, b))

@@ -6,7 +6,6 @@ Only the bytes that a view needs are read: one row of 3 KB for CLS, where the wh
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,16 @@ import numpy.typing as npt
 from lmdbcache.cache.records import clip_lengths
 from lmdbcache.config import CacheConfig, is_published_ast
 from lmdbcache.errors import ConfigError
-from lmdbcache.storage import EmbeddingReader, MappedFile, Positions, RowPart, Selection
+from lmdbcache.storage import (
+    EmbeddingReader,
+    MappedFile,
+    Positions,
+    RowPart,
+    Selection,
+    decoded,
+    stored_form,
+    value_bytes,
+)
 
 _AST_FRONT_END: Final = "ast-fbank/1"
 _BLOCK_ROWS: Final = 32
@@ -348,14 +356,18 @@ class ViewSelection:
         num_steps: npt.NDArray[np.int64] | None,
     ) -> npt.NDArray[np.float32]:
         """Return means that are taken where the values lie, without a copy of them."""
-        dtype, row = self.view.dtype, self._row_shape
-        shape = (length // (math.prod(row) * dtype.itemsize), *row)
+        dtype, row = self.view.config.dtype, self._row_shape
+        stored_dtype, stored_row = stored_form(row, dtype)
+        shape = (length // value_bytes(row, dtype), *(size or 0 for size in stored_row))
         num_runs = self.view.part.num_runs
         means = [
             _mean(
-                file.value(offset, dtype, shape)[
-                    : None if num_steps is None else num_steps[place // num_runs]
-                ]
+                decoded(
+                    file.value(offset, stored_dtype, shape)[
+                        : None if num_steps is None else num_steps[place // num_runs]
+                    ],
+                    dtype,
+                )
             )
             for place, offset in enumerate(offsets.tolist())
         ]

@@ -47,7 +47,8 @@ def audit_command(
         float | None,
         Option(
             help="Largest relative L2 distance that isn't drift; default: 1e-5 for float32, 1e-3 "
-            "stored as float16, 1e-2 as bfloat16 or computed in float16, 3e-2 in bfloat16.",
+            "stored as float16, 1e-2 as bfloat16 or computed in float16, 3e-2 in bfloat16; as "
+            "int8 1.1 times the error that was measured.",
         ),
     ] = None,
     batch_size: BatchSize = 8,

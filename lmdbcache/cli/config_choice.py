@@ -149,7 +149,7 @@ class ConfigChoice(_ModelChoice):
             show_default=False,
         ),
     ] = None
-    dtype: Annotated[str, Option(help="Stored as float32, float16 or bfloat16.")] = "float32"
+    dtype: Annotated[str, Option(help="Stored as float32, float16, bfloat16 or int8.")] = "float32"
 
     def config(self, cache: EmbeddingCache, dataset: str) -> CacheConfig:
         """The config of this model's embeddings of a dataset; errors as for `of`."""
@@ -172,8 +172,8 @@ class ConfigsChoice(_ModelChoice):
     dtype: Annotated[
         list[str] | None,
         Option(
-            help="Stored as float32, float16 or bfloat16; default: float32. With several, each "
-            "output is stored as each of them.",
+            help="Stored as float32, float16, bfloat16 or int8; default: float32. With several, "
+            "each output is stored as each of them.",
             show_default=False,
         ),
     ] = None
@@ -234,7 +234,8 @@ class GivenConfig:
     dtype: Annotated[
         str | None,
         Option(
-            help="Stored as float32, float16 or bfloat16; default: as it is.", show_default=False
+            help="Stored as float32, float16, bfloat16 or int8; default: as it is.",
+            show_default=False,
         ),
     ] = None
     compute_dtype: Annotated[

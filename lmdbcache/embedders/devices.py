@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from lmdbcache.config import DTYPES
+from lmdbcache.config import COMPUTE_DTYPES
 from lmdbcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ def check_compute_dtype(compute_dtype: str) -> None:
     Raises:
         ConfigError: An unknown one.
     """
-    if compute_dtype not in DTYPES:
-        raise ConfigError(f"compute_dtype: {compute_dtype!r}; known are {', '.join(DTYPES)}")
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ConfigError(
+            f"compute_dtype: {compute_dtype!r}; known are {', '.join(COMPUTE_DTYPES)}"
+        )
 
 
 def move_to_device(module: torch.nn.Module, device: str | torch.device | None) -> torch.device:
@@ -73,7 +75,7 @@ def precision(
 
     Args:
         device: Where the computation runs.
-        compute_dtype: One of the names in `DTYPES`.
+        compute_dtype: One of the names in `COMPUTE_DTYPES`.
         allow_tf32: Leave a GPU's TF32 as the program has set it; it is switched off otherwise.
     """
     import torch

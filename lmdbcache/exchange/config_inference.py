@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lmdbcache.config import UNSTATED_FRONT_END, CacheConfig, canonical_value
+from lmdbcache.config import (
+    COMPUTE_DTYPES,
+    UNSTATED_FRONT_END,
+    CacheConfig,
+    canonical_value,
+)
 from lmdbcache.embedders import AudioModel
 from lmdbcache.errors import ConfigError
 from lmdbcache.exchange.formats.base import Description, Source
 from lmdbcache.files import few
-from lmdbcache.storage import NUMPY_DTYPES
 from lmdbcache.training import HIDDEN, output_of_dimensions
 
 Shape = tuple[int | None, ...]
@@ -116,12 +120,12 @@ class _Inference:
 
     def _assume_dtype(self) -> None:
         found = sorted({name for name in self._source.dtypes if name is not None})
-        if others := set(found) - set(NUMPY_DTYPES):
+        if others := set(found) - set(COMPUTE_DTYPES):
             entries = reversed(self._source.entries.values())
             first = {entry.dtype: entry.name for entry in entries}
             named = few([f"{name} ({first[name]})" for name in sorted(others)])
             self.problems.append(
-                f"dtype: {self._file} holds {named}; stores hold {', '.join(NUMPY_DTYPES)}. Give "
+                f"dtype: {self._file} holds {named}; stores hold {', '.join(COMPUTE_DTYPES)}. Give "
                 "`dtype`, which rounds them (float32 keeps 7 digits)"
             )
         elif len(found) > 1:

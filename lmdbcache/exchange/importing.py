@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,16 +29,17 @@ from lmdbcache.exchange.formats.keys import KeyChoice, KeyOrder
 from lmdbcache.exchange.intake import Intake, IntakeReport, Refusal, Rows
 from lmdbcache.files import existing_parent, few
 from lmdbcache.storage import (
-    NUMPY_DTYPES,
     RESERVE_BYTES,
     OnDuplicate,
     as_stored,
     check_room,
     check_shape,
     checksum,
+    encoded,
     is_first_window,
     sample_key,
     split_sample_id,
+    value_bytes,
 )
 from lmdbcache.training import HIDDEN, output_of_dimensions
 
@@ -270,8 +270,8 @@ def _check_room(intake: Intake, entries: list[Entry]) -> None:
     if report.on_duplicate != "overwrite":
         for key in intake.stored(list(new)):
             del new[key]
-    itemsize = NUMPY_DTYPES[report.config.dtype].itemsize
-    needed = sum(itemsize * math.prod(shape) for shape in new.values() if shape is not None)
+    dtype = report.config.dtype
+    needed = sum(value_bytes(shape, dtype) for shape in new.values() if shape is not None)
     if needed:
         check_room(existing_parent(report.path), needed + RESERVE_BYTES, "this import")
 
@@ -329,7 +329,7 @@ class _Entries:
             if not value.any():
                 report.zeros.append(entry.sample_id)
             key = sample_key(entry.sample_id)
-            yield key, checksum(key, value), value, entry.name
+            yield key, checksum(key, encoded(value, report.config.dtype)), value, entry.name
 
     def _read(self, entry: Entry) -> npt.NDArray[Any]:
         value = entry.load()

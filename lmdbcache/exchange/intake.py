@@ -51,11 +51,13 @@ from lmdbcache.storage import (
     check_window_key,
     checksum,
     checksums as checksums_of,
+    encoded,
     is_first_window,
     recording_of,
     sample_id_of_key,
     sample_key,
     sample_keys,
+    value_bytes,
 )
 
 _BATCH_BYTES: Final = 32 << 20
@@ -383,8 +385,8 @@ class Intake:
             is_sound = False
             with contextlib.suppress(InvalidSampleIdError, InvalidEmbeddingError):
                 keys = sample_keys(sample_ids)
-                values = list(as_stored("", embeddings, dtype, copy=False))
-                sums = checksums_of(keys, values)
+                block = as_stored("", embeddings, dtype, copy=False)
+                values, sums = list(block), checksums_of(keys, encoded(block, dtype))
                 is_sound = checksums is None or sums == list(checksums)
             if is_sound:
                 yield from zip(keys, sums, values, repeat(where))
@@ -393,7 +395,7 @@ class Intake:
             try:
                 key = sample_key(sample_id)
                 value = as_stored(sample_id, embedding, dtype, copy=False)
-                found = checksum(key, value)
+                found = checksum(key, encoded(value, dtype))
                 if checksums is not None and found != bytes(checksums[number]):
                     raise InvalidEmbeddingError("the value doesn't match its checksum")
             except (InvalidSampleIdError, InvalidEmbeddingError) as error:
@@ -660,7 +662,7 @@ class _Look:
         is_disputed = before is None and len(self.found.conflicts) > num_conflicts
         if is_disputed and self._asked.on_duplicate == "error":
             return 0  # which of them is right isn't for their order to decide
-        num_bytes = taken[1].nbytes
+        num_bytes = value_bytes(taken[1].shape, self._asked.config.dtype)
         if before is None:
             self.found.num_new += 1
             self.found.num_bytes += num_bytes
@@ -737,4 +739,4 @@ def _sound_value(reader: EmbeddingReader, key: bytes, expected: bytes) -> npt.ND
         value = reader[sample_id_of_key(key)]
     except IntegrityError:
         return None
-    return value if checksum(key, value) == expected else None
+    return value if checksum(key, encoded(value, reader.config.dtype)) == expected else None

@@ -54,6 +54,7 @@ from lmdbcache.storage import (
     check_pages,
     checksum,
     data_file,
+    encoded,
     from_stored,
     is_first_window,
     sample_id_of_key,
@@ -519,7 +520,7 @@ class _Source(ABC):
         """The stored buffer of a key, whether it is sound or not; None if it can't be read."""
 
     def value(self, key: bytes, name: str, expected: bytes) -> npt.NDArray[Any]:
-        """The embedding of a key and its sample id, in its stored form.
+        """The embedding of a key and its sample id.
 
         Raises:
             IntegrityError: It isn't what was written.
@@ -528,7 +529,10 @@ class _Source(ABC):
         if content is None or checksum(key, content) != expected:
             raise IntegrityError("the value doesn't match its checksum")
         dtype, shape = self.metadata.config.dtype, self.metadata.embedding_shape
-        return from_stored(name, content, dtype, shape, copy=False)
+        embedding = from_stored(name, content, dtype, shape, copy=False)
+        if dtype == "int8" and encoded(embedding, dtype).tobytes() != bytes(content):
+            raise IntegrityError("the int8 value isn't in its one form; docs/format.md has it")
+        return embedding
 
     def records(
         self, checksums: Mapping[str, bytes]

@@ -21,11 +21,12 @@ from lmdbcache.extraction.clips import features_of
 from lmdbcache.extraction.embedding import embed_clips
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.recordings import AllBut
-from lmdbcache.storage import EmbeddingReader, Progress, Report, recording_of
+from lmdbcache.storage import EmbeddingReader, Progress, Report, StoreMetadata, recording_of
 
 # Relative L2 distance. Another composition of the batch alone moves float32 by about 2e-7,
 # rounding to float16 by 3e-4 and to bfloat16 by 2e-3.
 _OF_STORED: Final = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+_MORE_THAN_MEASURED: Final = 1.1  # the error that int8 had when it was written
 _OF_COMPUTED: Final = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 # What decides an embedding's last bits, and is worth a word where it differs.
 _COMPARED: Final = (
@@ -97,9 +98,10 @@ class AuditReport(Report):
         return bool(self.samples) and not (self.drifted or self.failed)
 
 
-def tolerance_for(config: CacheConfig) -> float:
+def tolerance_for(metadata: StoreMetadata) -> float:
     """Return the relative L2 distance that rounding explains, for this dtype and compute dtype."""
-    return max(_OF_STORED[config.dtype], _OF_COMPUTED[config.compute_dtype])
+    config, of_int8 = metadata.config, _MORE_THAN_MEASURED * (metadata.quantization_error or 0.0)
+    return max(_OF_STORED.get(config.dtype, of_int8), _OF_COMPUTED[config.compute_dtype])
 
 
 def audit(  # noqa: PLR0913
@@ -132,7 +134,7 @@ def audit(  # noqa: PLR0913
         front_end: Waveform → features; None takes the model's.
         make_embedder: Builds the model; None takes `model`.
         seed: Another one picks other samples.
-        tolerance: Largest relative L2 distance; None takes `tolerance_for(config)`.
+        tolerance: Largest relative L2 distance; None takes `tolerance_for` the store.
         batch_size: Clips per forward pass.
         num_workers: Decoding processes; None chooses, 0 decodes in this process.
         device: Where the model runs; None takes a CUDA GPU if there is one.
@@ -145,10 +147,10 @@ def audit(  # noqa: PLR0913
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples: {num_samples}; it must be 1 or more")
-    limit = tolerance_for(config) if tolerance is None else tolerance
-    if not limit >= 0:
-        raise ConfigError(f"tolerance: {limit}; it must be 0 or more")
+    if tolerance is not None and not tolerance >= 0:
+        raise ConfigError(f"tolerance: {tolerance}; it must be 0 or more")
     with cache.reader(config, track_usage=False) as reader:
+        limit = tolerance_for(reader.metadata) if tolerance is None else tolerance
         paths, skipped = _pick(reader, num_samples, seed, clips or {}, data_dir)
         if not paths:
             return AuditReport(reader.path, limit, skipped=skipped)

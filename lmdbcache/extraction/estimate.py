@@ -22,12 +22,11 @@ from lmdbcache.extraction.pipeline import ExtractionRun, outputs_of
 from lmdbcache.extraction.space import (
     estimated_bytes,
     needed_bytes,
-    value_bytes,
     ways_to_need_less,
 )
 from lmdbcache.files import free_bytes, readable_size
 from lmdbcache.machine import memory_limit
-from lmdbcache.storage import Report
+from lmdbcache.storage import Report, value_bytes
 
 if TYPE_CHECKING:
     from lmdbcache.cache import EmbeddingCache

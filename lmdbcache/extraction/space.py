@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from lmdbcache.errors import CacheFullError
 from lmdbcache.files import free_bytes, readable_size
-from lmdbcache.storage import NUMPY_DTYPES, RESERVE_BYTES
+from lmdbcache.storage import RESERVE_BYTES, value_bytes
 
 # LMDB 0.9: a value goes to pages of its own if its node would take more than half a page.
 _PAGE_HEADER, _NODE_HEADER, _POINTER = 16, 8, 2
@@ -105,10 +105,5 @@ def ways_to_need_less(shape: tuple[int, ...], dtype: str) -> list[str]:
     if len(shape) > 1:
         ways.append("store less with `output='pooler_output'`")
     if dtype == "float32":
-        ways.append("store half with `dtype='float16'`")
+        ways.append("store half with `dtype='float16'`, a quarter with `dtype='int8'`")
     return ways
-
-
-def value_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Return the size of one embedding, without LMDB's pages."""
-    return math.prod(shape) * NUMPY_DTYPES[dtype].itemsize

@@ -82,10 +82,15 @@ from .statistics import (
 )
 from .values import (
     NUMPY_DTYPES as NUMPY_DTYPES,
+    as_read as as_read,
     as_stored as as_stored,
     check_shape as check_shape,
+    decoded as decoded,
+    encoded as encoded,
     from_stored as from_stored,
     has_masked_elements as has_masked_elements,
+    stored_form as stored_form,
+    value_bytes as value_bytes,
 )
 from .verified_reads import Verify as Verify, check_pages as check_pages
 from .windows import (

@@ -18,12 +18,13 @@ import numpy.typing as npt
 from lmdbcache.storage.environment import Environment, last_key
 from lmdbcache.storage.layout import METADATA_KEY
 from lmdbcache.storage.metadata import StoreMetadata, checksum, checksums
+from lmdbcache.storage.quantization import quantized_values
 
 _logger: Final = logging.getLogger(__name__)
 
 
 class Batch:
-    """Embeddings in stored form that are committed together, maybe in a thread."""
+    """Embeddings that are committed together, maybe in a thread; as `as_stored` gives them."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, npt.NDArray[Any]] = {}
@@ -32,6 +33,7 @@ class Batch:
         self.num_put = 0
         self.since = 0.0
         self.written = 0
+        self.quantization_error: float | None = None
         self.error: BaseException | None = None
         self._is_taken = threading.Lock()
         self._is_done = threading.Event()
@@ -172,16 +174,26 @@ def put_embeddings(
     environment: Environment,
     transaction: lmdb.Transaction,
     batch: Batch,
+    dtype: str,
     *,
     replaced: Collection[bytes],
 ) -> tuple[int, list[bytes]]:
-    """Put embeddings of the stored dtype in key order, each with its checksum.
+    """Put embeddings in key order, each with its checksum.
+
+    Args:
+        environment: Where.
+        transaction: Of it.
+        batch: The embeddings; it gets their checksums, and the error of their quantization.
+        dtype: The store's.
+        replaced: Keys whose embeddings are replaced.
 
     Returns:
         How many were put, and the keys that were there already and were left alone.
     """
     known, keys = batch.checksums, sorted(batch.values)
     values = list(map(batch.values.__getitem__, keys))
+    if dtype == "int8":
+        values, batch.quantization_error = quantized_values(values)
     pairs = zip(keys, values, strict=True)
     sums = (
         [known.get(key) or checksum(key, value) for key, value in pairs]

@@ -34,6 +34,8 @@ _CONFIG_FIELDS: Final = tuple(CacheConfig().to_dict())
 
 # Two values of one of these under one config mean different embeddings for the same clip.
 _NOT_TO_BE_MIXED: Final = ("weights_digest", "feature_extractor")
+# The largest relative L2 distance of an embedding from what int8 keeps of it.
+_QUANTIZATION_ERROR: Final = "quantization_error"
 # Folders of one machine: they mean nothing on another, and tell of its users.
 _OF_THIS_MACHINE: Final = ("checkpoint",)
 
@@ -121,7 +123,23 @@ class StoreMetadata:
                     "distinct `model_name`"
                 )
         # What is known of the store's first embeddings stays.
-        return replace(self, provenance={**provenance, **self.provenance})
+        both = replace(self, provenance={**provenance, **self.provenance})
+        theirs = StoreMetadata(self.config, provenance=provenance).quantization_error
+        return both.with_quantization_error(theirs)
+
+    @property
+    def quantization_error(self) -> float | None:
+        """Largest relative L2 distance of an embedding from what int8 keeps of it, if known."""
+        try:
+            return float(self.provenance[_QUANTIZATION_ERROR])
+        except (KeyError, ValueError):
+            return None
+
+    def with_quantization_error(self, error: float | None) -> StoreMetadata:
+        """A copy that states this error, if it is larger than what is stated."""
+        if error is None or error <= (self.quantization_error or 0.0):
+            return self
+        return replace(self, provenance={**self.provenance, _QUANTIZATION_ERROR: f"{error:.4g}"})
 
     def check_stated(self, provenance: Mapping[str, str], store: object) -> None:
         """Refuse embeddings of unstated weights where the store's own are known.

@@ -290,7 +290,10 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The stored dtype; bfloat16 is ml_dtypes' numpy dtype."""
+        """The dtype of what is read: the stored one, and float32 of int8.
+
+        bfloat16 is ml_dtypes' numpy dtype.
+        """
         return NUMPY_DTYPES[self.config.dtype]
 
     @property

@@ -28,14 +28,15 @@ import xxhash
 from lmdbcache.errors import InvalidEmbeddingError, InvalidSampleIdError
 from lmdbcache.files import open_file, replace_file
 from lmdbcache.storage.environment import Environment, Snapshot
-from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile
+from lmdbcache.storage.gather import LARGE_VALUE_BYTES, MappedFile, batch_buffers
 from lmdbcache.storage.layout import NUM_RESERVED_KEYS, sample_id_of_key, sample_key
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.opening import file_id
 from lmdbcache.storage.pages.pages import EntryTable, UnreadablePagesError, read_table
+from lmdbcache.storage.quantization import SCALE_BYTES, dequantized
 from lmdbcache.storage.row_parts import RowPart
 from lmdbcache.storage.statistics import HitCounter, counts_of
-from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
+from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored, stored_form
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -62,10 +63,11 @@ class ValueTable:
     Args:
         file: data.mdb.
         entries: Key, place and length of each value.
-        dtype: Of the embeddings.
+        dtype: Of the stored arrays.
         common_length: Bytes of each value if all are alike and as the metadata says; else each is
             read by itself.
-        shape: Of one embedding, if all are alike.
+        shape: Of one stored array, if all are alike.
+        is_quantized: Whether these are rows of int8 with a scale each.
         counter: Where values of a common length are counted; None: they aren't.
     """
 
@@ -74,6 +76,7 @@ class ValueTable:
     dtype: np.dtype[Any]
     common_length: int | None
     shape: tuple[int, ...]
+    is_quantized: bool = False
     counter: HitCounter | None = None
     known_rows: dict[str, int] = field(default_factory=dict)
     # Whether that has every sample; its length doesn't tell: ids have several spellings.
@@ -88,16 +91,17 @@ class ValueTable:
     @classmethod
     def of(cls, file: MappedFile, entries: EntryTable, metadata: StoreMetadata) -> ValueTable:
         """Return the table of these values, with what they have in common."""
-        dtype = NUMPY_DTYPES[metadata.config.dtype]
-        stored_shape = metadata.embedding_shape or ()
+        shape = (0,) if metadata.embedding_shape is None else metadata.embedding_shape
+        dtype, stored_shape = stored_form(shape, metadata.config.dtype)
         length = int(entries.lengths[0]) if len(entries.lengths) else 0
         expected = dtype.itemsize * math.prod(n for n in stored_shape if n)
         if None in stored_shape and length % expected == 0:
             stored_shape = (length // expected, *stored_shape[1:])
             expected = length
         alike = length > 0 and length == expected and bool((entries.lengths == length).all())
-        shape = tuple(n or 0 for n in stored_shape)
-        return cls(file, entries, dtype, length if alike else None, shape)
+        whole = tuple(n or 0 for n in stored_shape)
+        is_quantized = metadata.config.dtype == "int8"
+        return cls(file, entries, dtype, length if alike else None, whole, is_quantized)
 
     def rows_of(self, sample_ids: Sequence[str]) -> npt.NDArray[np.int64] | None:
         """Return the row of each sample, or None if one isn't stored."""
@@ -132,7 +136,7 @@ class ValueTable:
         if self._is_plainly_copied:
             # Not by `MappedFile.value`: a call is a tenth of a single read.
             view = np.ndarray(self.shape, self.dtype, self.file.mapped, offset)
-            copied: npt.NDArray[Any] = view.copy()
+            copied: npt.NDArray[Any] = dequantized(view) if self.is_quantized else view.copy()
             return copied
         whole: npt.NDArray[Any] = self.gather(np.array([row]))[0]
         return whole
@@ -143,14 +147,35 @@ class ValueTable:
         out: npt.NDArray[Any] | None = None,
         part: RowPart | None = None,
     ) -> npt.NDArray[Any]:
-        """Copy the values in these rows, or a part of each, into one array."""
+        """Copy the embeddings in these rows, or a part of each, into one array."""
+        return self.decoded(self.gather_stored(rows, out, part), out)
+
+    def gather_stored(
+        self,
+        rows: npt.NDArray[np.int64],
+        out: npt.NDArray[Any] | None = None,
+        part: RowPart | None = None,
+    ) -> npt.NDArray[Any]:
+        """Copy the values in these rows as they are stored; into `out` if these are embeddings."""
         places, length = self.places(rows, part)
         shape = (len(rows), *(self.shape if part is None else part.shape(self.shape)))
-        if out is None:
+        if out is None or self.is_quantized:
             return self.file.gather(places, length).view(self.dtype).reshape(shape)
         filled = batch_array(shape, self.dtype, out).reshape(-1).view(np.uint8)
         self.file.gather(places, length, filled.reshape(len(places), length))
         return out
+
+    def decoded(
+        self, values: npt.NDArray[Any], out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """Return what `gather_stored` gave as embeddings."""
+        if not self.is_quantized:
+            return values
+        shape = (*values.shape[:-1], values.shape[-1] - SCALE_BYTES)
+        if out is None:
+            num_bytes = NUMPY_DTYPES["int8"].itemsize * math.prod(shape)
+            out = batch_buffers.take(num_bytes).view(NUMPY_DTYPES["int8"]).reshape(shape)
+        return dequantized(values, batch_array(shape, NUMPY_DTYPES["int8"], out))
 
     def places(
         self, rows: npt.NDArray[np.int64], part: RowPart | None = None

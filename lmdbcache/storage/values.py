@@ -12,18 +12,26 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
+from lmdbcache.storage.quantization import (
+    LARGEST_MAGNITUDE,
+    SCALE_BYTES,
+    dequantized,
+    quantized,
+)
 
+# As embeddings are written and read; int8 is between that and the disk: see `stored_form`.
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype("<f4"),
 }
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("lmdbcache stores little-endian buffers and runs on little-endian machines")
 
 
 def as_stored(sample_id: str, embedding: Any, dtype: str, *, copy: bool = True) -> npt.NDArray[Any]:
-    """An embedding as a contiguous array of the stored dtype.
+    """An embedding as a contiguous array that can be stored; `encoded` gives the bytes.
 
     Args:
         sample_id: Named in errors.
@@ -72,7 +80,52 @@ def as_stored(sample_id: str, embedding: Any, dtype: str, *, copy: bool = True) 
             f"{float(np.abs(array).max()):.3g})"
             + ("; store float32 or bfloat16" if dtype == "float16" else "")
         )
+    if dtype == "int8":
+        stored_form(stored.shape, dtype)
+        if max(stored.max(), -stored.min()) > LARGEST_MAGNITUDE:
+            raise InvalidEmbeddingError(f"{sample_id}: a value beyond int8's scales; store float32")
     return stored
+
+
+def stored_form(
+    shape: Sequence[int | None], dtype: str
+) -> tuple[np.dtype[Any], tuple[int | None, ...]]:
+    """Return dtype and shape of the array that is stored of an embedding of this shape.
+
+    Raises:
+        InvalidEmbeddingError: int8 has one scale a row, and this shape has no rows of one length.
+    """
+    if dtype != "int8":
+        return NUMPY_DTYPES[dtype], tuple(shape)
+    if not shape or shape[-1] is None:
+        raise InvalidEmbeddingError(
+            f"embeddings of shape {tuple(shape)} have no rows of one length, which int8 has a "
+            "scale for; store float16"
+        )
+    return np.dtype(np.int8), (*shape[:-1], shape[-1] + SCALE_BYTES)
+
+
+def value_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Return the size of one stored embedding, without LMDB's pages."""
+    stored_dtype, stored_shape = stored_form(shape, dtype)
+    return stored_dtype.itemsize * math.prod(size or 0 for size in stored_shape)
+
+
+def encoded(embeddings: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return what `as_stored` gave, one embedding or several, as the array that is stored."""
+    return quantized(embeddings) if dtype == "int8" else embeddings
+
+
+def decoded(
+    values: npt.NDArray[Any], dtype: str, out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """Return stored arrays, or rows of them, as embeddings; of int8 a copy, which fills `out`."""
+    return dequantized(values, out) if dtype == "int8" else values
+
+
+def as_read(embeddings: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return what `as_stored` gave as it will be read back."""
+    return decoded(encoded(embeddings, dtype), dtype)
 
 
 def from_stored(
@@ -83,13 +136,12 @@ def from_stored(
     *,
     copy: bool = True,
 ) -> npt.NDArray[Any]:
-    """A stored buffer in its shape: an owned, writable copy, or a view of it.
+    """A stored buffer as an embedding in its shape: an owned, writable copy, or a view of it.
 
     Raises:
         IntegrityError: The buffer's length isn't that of an embedding of this store.
     """
-    wanted = NUMPY_DTYPES[dtype]
-    shape = stored_shape or ()
+    wanted, shape = stored_form((0,) if stored_shape is None else stored_shape, dtype)
     try:
         view: npt.NDArray[Any]
         if None in shape:
@@ -98,7 +150,8 @@ def from_stored(
         else:
             view = np.ndarray(shape, wanted, value)  # type: ignore[arg-type]
         if view.nbytes == len(value):
-            return view.copy() if copy else view
+            embedding = decoded(view, dtype)
+            return embedding.copy() if copy and embedding is view else embedding
     except (ValueError, TypeError):
         pass
     raise IntegrityError(

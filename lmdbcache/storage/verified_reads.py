@@ -8,7 +8,7 @@ the caller's own copy, so nothing can change between the look and the use.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -78,16 +78,21 @@ class _VerifiedValues:
         lost = [i for i in absent if key_or_empty(i) in self.without_value]
         return Mismatch(lost) if lost else absent
 
-    def mismatches(self, rows: npt.NDArray[np.int64], batch: npt.NDArray[Any]) -> list[int]:
-        """Positions in the batch of values that aren't as written."""
+    def copied(self, row: int) -> npt.NDArray[np.uint8]:
+        """One value as it is stored, owned."""
+        table = self.checked.table
+        offset, length = int(table.offsets[row]), int(table.lengths[row])
+        self.values.file.prepare([offset], length)
+        copy: npt.NDArray[np.uint8] = self.values.file.data[offset : offset + length].copy()
+        return copy
+
+    def mismatches(self, rows: npt.NDArray[np.int64], values: Iterable[Any]) -> list[int]:
+        """Positions of copied values that aren't as written."""
         if self.compared is not None and self.compared[rows].all():
             return []
-        raw = batch.reshape(-1).view(np.uint8).data
-        length = len(raw) // max(1, len(rows))
         keys, has_checksum = self.checked.table.keys, self.checked.has_checksum
         wrong = []
-        for index, row in enumerate(rows.tolist()):
-            value = raw[index * length : (index + 1) * length]
+        for index, (row, value) in enumerate(zip(rows.tolist(), values, strict=True)):
             expected = self.checksums[CHECKSUM_BYTES * row : CHECKSUM_BYTES * (row + 1)]
             if checksum(keys[row], value) != expected or not has_checksum[row]:
                 wrong.append(index)
@@ -209,15 +214,20 @@ def read_batch(
     rows = verified.rows_of(sample_ids)
     if rows.size and rows.min() < 0:
         return verified.absent(sample_ids, rows)
-    table, values = verified.checked.table, verified.values
-    if values.common_length:
-        batch = values.gather(rows, out)
+    values = verified.values
+    if length := values.common_length:
+        stored = values.gather_stored(rows, out)
+        # As bytes: not every dtype has a buffer of its own.
+        as_bytes = stored.reshape(-1).view(np.uint8).reshape(len(rows), length)
+        wrong = verified.mismatches(rows, as_bytes)
     else:
-        places = zip(table.offsets[rows].tolist(), table.lengths[rows].tolist(), strict=True)
-        views = [values.file.data[at : at + length] for at, length in places]
-        batch = stack(views, sample_ids, snapshot.metadata, out)
-    wrong = verified.mismatches(rows, batch)
-    return Mismatch([sample_ids[index] for index in wrong]) if wrong else batch
+        copies = list(map(verified.copied, rows.tolist()))
+        wrong = verified.mismatches(rows, copies)
+    if wrong:
+        return Mismatch([sample_ids[index] for index in wrong])
+    if length:
+        return values.decoded(stored, out)
+    return stack(copies, sample_ids, snapshot.metadata, out)
 
 
 def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str] | Mismatch:
@@ -226,15 +236,11 @@ def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str]
     rows = verified.rows_of([sample_id])
     if rows[0] < 0:
         return verified.absent([sample_id], rows)
-    table, values = verified.checked.table, verified.values
-    if values.common_length:
-        embedding = values.copy(int(rows[0]))
-    else:
-        offset, length = int(table.offsets[rows[0]]), int(table.lengths[rows[0]])
-        metadata = snapshot.metadata
-        view = values.file.data[offset : offset + length]
-        embedding = from_stored(sample_id, view, metadata.config.dtype, metadata.embedding_shape)
-    return Mismatch([sample_id]) if verified.mismatches(rows, embedding) else embedding
+    value, metadata = verified.copied(int(rows[0])), snapshot.metadata
+    embedding = from_stored(
+        sample_id, value, metadata.config.dtype, metadata.embedding_shape, copy=False
+    )
+    return Mismatch([sample_id]) if verified.mismatches(rows, [value]) else embedding
 
 
 def _meta_of(file: PageFile, transaction: int) -> MetaPage | None:

@@ -55,7 +55,7 @@ from lmdbcache.storage.generations import (
 from lmdbcache.storage.layout import sample_id_of_key, sample_key, sample_keys
 from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pages.commit_record import record_commit
-from lmdbcache.storage.values import as_stored, check_shape
+from lmdbcache.storage.values import as_read, as_stored, check_shape, stored_form
 from lmdbcache.storage.windows import (
     check_window_key,
     first_windows_of,
@@ -197,7 +197,7 @@ class EmbeddingWriter:
         Args:
             sample_id: `file_id:class`.
             embedding: numpy array or torch tensor (any device, with or without grad) of the
-                store's shape; cast to the stored dtype.
+                store's shape; cast to the stored dtype. int8 is made of float32.
 
         Returns:
             False if the sample is stored already and is skipped.
@@ -282,8 +282,8 @@ class EmbeddingWriter:
 
         Args:
             keys: `(n,)` keys, each once; see `sample_key`.
-            values: One for each, in the stored dtype.
-            checksums: `(n,)` checksums of the values; see `checksum`.
+            values: One for each, as `as_stored` gives them.
+            checksums: `(n,)` checksums of what `encoded` makes of them; see `checksum`.
 
         Raises:
             InvalidEmbeddingError: Another shape than the store's; here or at the commit.
@@ -365,13 +365,13 @@ class EmbeddingWriter:
                 self._commit_if_due()
 
     def uncommitted(self, sample_id: str) -> npt.NDArray[Any] | None:
-        """Return what waits to be committed of a sample, not to be changed; None if nothing."""
+        """Return what waits to be committed of a sample, as it will be read; not to be changed."""
         with self._usable():
             key, in_background = sample_key(sample_id), self._in_background
             value = self._pending.values.get(key)
             if value is None and in_background is not None:
                 value = in_background.values.get(key)
-            return value
+            return None if value is None else as_read(value, self._config.dtype)
 
     def discard(self) -> None:
         """Drop what was collected since the last commit."""
@@ -574,6 +574,7 @@ class EmbeddingWriter:
     def _check_shape(self, sample_id: str, shape: tuple[int, ...]) -> None:
         if self._shape is None:
             self._shape = (None, *shape[1:]) if self._ragged and shape else shape
+            stored_form(self._shape, self._config.dtype)  # refuses one without rows
         check_shape(sample_id, shape, self._shape)
 
     def _check_stated(self) -> None:
@@ -696,7 +697,9 @@ class EmbeddingWriter:
             before = checksums_in(environment, transaction, batch.values if asks else ())
             overwrites_all = self._on_duplicate == "overwrite"
             replaced = batch.values if overwrites_all else self._overwritten
-            written, duplicates = put_embeddings(environment, transaction, batch, replaced=replaced)
+            written, duplicates = put_embeddings(
+                environment, transaction, batch, self._config.dtype, replaced=replaced
+            )
             if duplicates and self._on_duplicate == "error":
                 batch.drop(duplicates)
                 names = few([sample_id_of_key(key) for key in duplicates], 3)
@@ -704,6 +707,7 @@ class EmbeddingWriter:
                     f"{len(duplicates)} samples ({names}) were stored in {self._store} by "
                     "another process; the rest is kept for the next commit"
                 )
+            metadata = metadata.with_quantization_error(batch.quantization_error)
             if metadata != stored:
                 put_metadata(environment, transaction, metadata)
             if self._before_commit is not None:

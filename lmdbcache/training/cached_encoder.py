@@ -19,7 +19,7 @@ import torch
 from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError, ProvenanceMismatchError
-from lmdbcache.storage import StoreMetadata, as_stored, canonical_sample_id
+from lmdbcache.storage import StoreMetadata, as_read, as_stored, canonical_sample_id
 from lmdbcache.training.batch_inputs import (
     check_precision,
     features_of,
@@ -404,4 +404,4 @@ class CachedEncoder(torch.nn.Module):
             raise InvalidEmbeddingError(
                 f"{'; '.join(refused[:3])}{more}. The other {len(kept)} of this batch are kept"
             )
-        return dict(zip(kept, rows if rows is not None else (), strict=True))
+        return dict(zip(kept, as_read(rows, dtype) if rows is not None else (), strict=True))

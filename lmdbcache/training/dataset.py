@@ -26,15 +26,18 @@ from lmdbcache.storage import (
     MappedFile,
     Selection,
     batch_buffers,
+    decoded,
     recording_of,
+    stored_form,
 )
 from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor
 
-DTYPES: Final = {
+DTYPES: Final = {  # of what is read
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "int8": torch.float32,  # read as such
 }
 
 
@@ -309,6 +312,10 @@ def fetch_batch(
     if in_background or pin_memory or is_worker or threads:
 
         def copy(file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> torch.Tensor:
+            if selection.reader.config.dtype == "int8":
+                return _dequantized(
+                    selection, file.gather(offsets, length), shared=is_worker, pinned=pin_memory
+                )
             raw = _memory(len(offsets) * length, shared=is_worker, pinned=pin_memory)
             _fill(raw.view(len(offsets), length), file, offsets, length, threads)
             return raw
@@ -326,6 +333,18 @@ def fetch_batch(
             return raw.view(DTYPES[metadata.config.dtype]).view(len(positions), *shape)
     batch = as_tensor(selection.get_batch(positions))
     return batch.pin_memory() if pin_memory else batch
+
+
+def _dequantized(
+    selection: Selection, values: npt.NDArray[Any], *, shared: bool, pinned: bool
+) -> torch.Tensor:
+    """Return the bytes of float32 embeddings, given stored ones of int8."""
+    hidden_size = (selection.reader.embedding_shape or ())[-1] or 0
+    dtype, stored_row = stored_form((hidden_size,), "int8")
+    rows = values.view(dtype).reshape(-1, stored_row[0] or 0)
+    raw = _memory(len(rows) * hidden_size * torch.float32.itemsize, shared=shared, pinned=pinned)
+    decoded(rows, "int8", raw.view(torch.float32).view(len(rows), hidden_size).numpy())
+    return raw
 
 
 def _memory(num_bytes: int, *, shared: bool, pinned: bool) -> torch.Tensor:

@@ -21,12 +21,12 @@ from lmdbcache import (
     window_id,
 )
 from lmdbcache.errors import ConfigError, SampleNotFoundError
-from lmdbcache.storage import NUMPY_DTYPES
+from lmdbcache.storage import NUMPY_DTYPES, as_read, as_stored
 
 NUM_WINDOWS = {"a:dog": 5, "b:cat": 1, "c:dog": 9}
 
 
-@pytest.fixture(params=["float32", "float16", "bfloat16"])
+@pytest.fixture(params=["float32", "float16", "bfloat16", "int8"])
 def config(request):
     return CacheConfig(window=1.0, model_name="m", front_end="f", dtype=request.param)
 
@@ -36,7 +36,8 @@ def fill(cache, config, shape):
     values, dice = {}, np.random.default_rng(0)
     with cache.writer(config) as writer:
         for recording, number in NUM_WINDOWS.items():
-            rows = dice.normal(size=(number, *shape)).astype(NUMPY_DTYPES[config.dtype])
+            rows = as_stored("", dice.normal(size=(number, *shape)), config.dtype)
+            rows = as_read(rows, config.dtype)
             values[recording] = rows.astype("f4")
             for k, row in enumerate(rows):
                 writer.put(window_id(recording, 16000 * k, 16000), row)

@@ -52,7 +52,7 @@ def stored():
     return {f"video_{n:05d}:x": row.astype(np.float32) for n, row in enumerate(rows)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 def test_equals_a_search_by_hand(tmp_path, monkeypatch, stored, metric, dtype):
     """Ids in order and scores, over blocks that don't divide the store, with ties by sample id."""

@@ -24,7 +24,7 @@ from lmdbcache import (
 from lmdbcache.config import DEFAULT_FRONT_END
 from lmdbcache.embedders import ASTEmbedder, ASTFrontEnd, find_checkpoint
 from lmdbcache.errors import ConfigError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.storage import NUMPY_DTYPES, Selection
+from lmdbcache.storage import NUMPY_DTYPES, Selection, as_read, as_stored
 
 HIDDEN = CacheConfig(output="last_hidden_state")
 NAMES = [f"{n:02d}:x" for n in range(10)]
@@ -64,11 +64,12 @@ def reader(cache, hidden):
 
 
 @pytest.mark.parametrize("width", [6, 700])  # inside pages, and more than 64 KiB a value
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_views_are_the_rows_that_their_name_says(cache, dtype, width):
     """Single rows bit for bit, means as close as the dtype allows, in the order asked for."""
     config = small_config(dtype)
-    hidden = np.random.default_rng(0).normal(size=(10, 50, width)).astype(NUMPY_DTYPES[dtype])
+    hidden = np.random.default_rng(0).normal(size=(10, 50, width))
+    hidden = as_read(as_stored("", hidden, dtype), dtype)
     with cache.writer(config) as writer:
         writer.put_batch(NAMES, hidden)
     with cache.reader(config) as reader:
@@ -79,7 +80,7 @@ def test_views_are_the_rows_that_their_name_says(cache, dtype, width):
 
 def check_view(view, expected):
     order, dtype = [3, 3, 9, 0], view.config.dtype
-    tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
+    tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2, "int8": 1e-6}[dtype]
     if view.name in ("cls", "distillation", "frames", "valid"):
         tolerance = 0
     assert view.embedding_shape == expected.shape[1:]

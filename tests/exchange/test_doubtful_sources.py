@@ -86,7 +86,7 @@ def test_doubles_are_named(bring, tmp_path):
         bring(root)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_zeros_are_counted(bring, stored, tmp_path, dtype):
     """They are imported, and it is said which."""
     arrays = {**values(), "video_00001:dog": np.zeros(8, "f4"), "video_00003:dog": -np.zeros(8)}

@@ -160,7 +160,7 @@ def test_embeddings_without_a_map(tmp_path, case, embeddings, options, says):
     assert sum(distribution_of(vectors.norms).counts) == len(embeddings)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_hidden_states_of_any_dtype_and_length_are_pooled(tmp_path, dtype):
     """A ragged store of hidden states: each embedding is the mean over its tokens."""
     generator = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from training.encoders import (
 
 from lmdbcache import CachedEncoder
 from lmdbcache.errors import InvalidSampleIdError
+from lmdbcache.storage import as_read, as_stored
 
 
 def test_returns_what_the_model_returns(encoder, model):
@@ -37,7 +38,7 @@ def test_returns_what_the_model_returns(encoder, model):
     assert (encoder.num_computed, encoder.num_hits) == (5, 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_same_bits_before_and_after_the_commit(cache, model, dtype):
     """Computed, waiting, and read from the store: one value, in float32 whatever is stored."""
     config = OWN.replace(dtype=dtype)
@@ -49,7 +50,8 @@ def test_same_bits_before_and_after_the_commit(cache, model, dtype):
     assert torch.equal(computed, waiting)
     assert torch.equal(computed, read)
     assert computed.dtype == torch.float32
-    assert torch.equal(computed, direct(range(5)).to(getattr(torch, dtype)).float())
+    expected = as_read(as_stored("", direct(range(5)), dtype), dtype).astype(np.float32)
+    assert torch.equal(computed, torch.from_numpy(expected))
     assert model.passes == [5]
 
 

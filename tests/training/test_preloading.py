@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from storage.child_processes import numbered
 from torch.utils.data import DataLoader
 
 from lmdbcache import CacheConfig, EmbeddingDataset, collate_embeddings
+from lmdbcache.config import COMPUTE_DTYPES, DTYPES
 from lmdbcache.errors import CacheFullError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.storage import as_read, as_stored
 from lmdbcache.training import make_dataloader, preload, preloading
+from lmdbcache.training.tensors import as_tensor
 
 SAMPLES = numbered(0, 50, size=300)
 
@@ -26,13 +30,15 @@ def reader(cache, config):
         yield reader
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("shape", [(), (7,), (3, 5)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [*product(DTYPES, [(7,), (3, 5)]), *product(COMPUTE_DTYPES, [()])],
+)
 def test_values_are_those_of_the_store(cache, dtype, shape, monkeypatch):
     """To the bit, in the order asked for, however many steps it takes."""
     monkeypatch.setattr(preloading, "_STEP_BYTES", 64)
     config = CacheConfig(dtype=dtype)
-    values = torch.randn(20, *shape).to(getattr(torch, dtype))
+    values = as_tensor(as_read(as_stored("", torch.randn(20, *shape), dtype), dtype))
     names = [f"{n:02d}:x" for n in range(20)]
     with cache.writer(config) as writer:
         writer.put_batch(names, values)

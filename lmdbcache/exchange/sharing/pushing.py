@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -41,7 +40,6 @@ from lmdbcache.exchange.sharing.shards import (
 from lmdbcache.exchange.sharing.verifying import check_shard
 from lmdbcache.files import few
 from lmdbcache.storage import (
-    NUMPY_DTYPES,
     EmbeddingReader,
     OnDuplicate,
     Report,
@@ -50,6 +48,7 @@ from lmdbcache.storage import (
     portable,
     sample_id_of_key,
     sample_key,
+    value_bytes,
 )
 
 SHARD_BYTES: Final = 16 << 20  # of values
@@ -322,21 +321,22 @@ class _Push:
         """Yield what is missing, as much as goes into one shard at a time."""
         part, held = _Part([], []), 0
         for sample_id, value in self._values():
-            is_full = held + value.nbytes > SHARD_BYTES or len(part.ids) == MAX_SHARD_SAMPLES
+            num_bytes = value_bytes(value.shape, self._reader.config.dtype)
+            is_full = held + num_bytes > SHARD_BYTES or len(part.ids) == MAX_SHARD_SAMPLES
             if part.ids and is_full:
                 yield part
                 part, held = _Part([], []), 0
             part.ids.append(sample_id)
             part.values.append(value)
-            held += value.nbytes
+            held += num_bytes
         if part.ids:
             yield part
 
     def _values(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """Yield the missing samples with their values, but for those that are damaged."""
         ids, is_ragged = iter(self._missing), None in self._shape
-        itemsize = NUMPY_DTYPES[self._reader.config.dtype].itemsize
-        num_bytes = itemsize * math.prod(filter(None, self._shape))
+        sizes = [size for size in self._shape if size is not None]
+        num_bytes = value_bytes(sizes, self._reader.config.dtype)
         # After each read this thread waits for those that upload.
         step = 1 if is_ragged else max(1, _READ_AT_ONCE_BYTES // num_bytes)
         while some := list(islice(ids, step)):

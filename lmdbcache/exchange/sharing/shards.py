@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,15 @@ import numpy.typing as npt
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
-from lmdbcache.storage import NUMPY_DTYPES, checksums, sample_keys
+from lmdbcache.storage import (
+    NUMPY_DTYPES,
+    checksums,
+    decoded,
+    encoded,
+    sample_keys,
+    stored_form,
+    value_bytes,
+)
 
 FORMAT: Final = 2  # of shards and manifests
 # These bound what a reader spends on a file before it knows that it is sound.
@@ -31,7 +38,7 @@ MAX_HEADER_BYTES: Final = 16 << 20
 
 _TENSOR: Final = "embeddings"
 _METADATA: Final = "lmdbcache"
-_DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 
 Shape = tuple[int | None, ...]
 Buffer = bytes | memoryview
@@ -145,7 +152,7 @@ class ShardHeader:
         tensor = {
             "data_offsets": [0, self._row_bytes * num_rows],
             "dtype": _DTYPES[self.config.dtype],
-            "shape": [num_rows, *self._row_shape],
+            "shape": [num_rows, *self._stored_row[1]],
         }
         metadata = {_METADATA: encode_json(about).decode()}
         text = encode_json({"__metadata__": metadata, _TENSOR: tensor})
@@ -171,19 +178,28 @@ class ShardHeader:
     @property
     def _row_bytes(self) -> int:
         """Bytes of one embedding, or of one step of its first dimension if that differs."""
-        return math.prod(self._row_shape) * NUMPY_DTYPES[self.config.dtype].itemsize
+        return value_bytes(self._row_shape, self.config.dtype)
+
+    @property
+    def _stored_row(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Dtype and shape of what is stored of one embedding, or of one step of it."""
+        dtype, shape = stored_form(self._row_shape, self.config.dtype)
+        return dtype, tuple(size or 0 for size in shape)
 
     def value(self, raw: Buffer) -> npt.NDArray[Any]:
         """Return one embedding of its bytes."""
-        flat = np.frombuffer(raw, NUMPY_DTYPES[self.config.dtype])
-        return flat.reshape([-1 if size is None else size for size in self.embedding_shape])
+        rows = self._rows(raw)
+        return rows if self.lengths is not None else rows[0]
+
+    def _rows(self, raw: Buffer) -> npt.NDArray[Any]:
+        dtype, shape = self._stored_row
+        return decoded(np.frombuffer(raw, dtype).reshape(-1, *shape), self.config.dtype)
 
     def values(self, data: Buffer) -> Embeddings:
-        """Return all embeddings of the file's bytes, as views of these."""
+        """Return all embeddings of the file's bytes, as views of these but for int8."""
         view = memoryview(data)
         if self.lengths is None:
-            flat = np.frombuffer(view[len(self.encoded) :], NUMPY_DTYPES[self.config.dtype])
-            return flat.reshape(-1, *self._row_shape)
+            return self._rows(view[len(self.encoded) :])
         return [self.value(view[first:last]) for first, last in self.bounds]
 
 
@@ -196,19 +212,22 @@ def encode_shard(
         config: Identity of their store.
         embedding_shape: Shape of one embedding; None in front if the first dimension differs.
         sample_ids: Canonical, each once, in any order; at most `MAX_SHARD_SAMPLES`.
-        embeddings: `(n, *embedding_shape)`, or an array for each sample, in the stored dtype.
+        embeddings: `(n, *embedding_shape)`, or an array for each sample, as a store gives them.
 
     Raises:
         ConfigError: They can't be a shard.
     """
     order = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index].encode())
     ids = tuple(sample_ids[index] for index in order)
-    values = [np.asarray(embeddings[index], order="C") for index in order]
+    given = [np.asarray(embeddings[index], order="C") for index in order]
+    values = [encoded(value, config.dtype) for value in given]
     found = tuple(checksums(sample_keys(ids), values))
     lengths = tuple(len(value) for value in values) if None in embedding_shape else None
     header = ShardHeader(config, embedding_shape, ids, found, lengths)
-    for sample_id, value, (first, last) in zip(ids, values, header.bounds, strict=True):
-        if value.dtype != NUMPY_DTYPES[config.dtype] or value.nbytes != last - first:
+    for sample_id, value, stored, (first, last) in zip(
+        ids, given, values, header.bounds, strict=True
+    ):
+        if value.dtype != NUMPY_DTYPES[config.dtype] or stored.nbytes != last - first:
             raise ConfigError(
                 f"{sample_id}: an embedding of shape {value.shape} and dtype {value.dtype}, the "
                 f"shard's are {embedding_shape} in {config.dtype}"
