@@ -64,8 +64,8 @@ class FeatureBatch:
             samples that came of each.
         error: What ends the whole run, such as a front end that can't be loaded.
         recording: Of windows: the sample id of the recording that all of these are windows of.
-        is_last: Whether nothing follows of the recording. Then `failures` says that it isn't whole,
-            and `silent` and `cancelled` hold it if all of it is.
+        is_last: Whether nothing follows of the recording; of one that is whole, this batch has its
+            first window, and `silent` and `cancelled` hold it if all of it is.
     """
 
     sample_ids: list[str] = field(default_factory=list)
@@ -101,11 +101,16 @@ class FeatureBatch:
             self.features = [features for _, features in sorted(pairs, key=lambda pair: pair[0])]
 
     @property
+    def finished(self) -> list[str]:
+        """The clips that are done with this unit and haven't failed; of windows: recordings."""
+        if not self.recording:
+            return self.sample_ids
+        return [self.recording] if self.is_last and not self.failures else []
+
+    @property
     def num_clips(self) -> int:
-        """Clips that are done with this unit, failed ones included; of windows: recordings."""
-        if self.recording:
-            return int(self.is_last)
-        return len(self.sample_ids) + len(self.failures)
+        """Number of clips that are done with this unit, failed ones included."""
+        return len(self.finished) + len(self.failures)
 
     def num_valid(self, positions: Iterable[int]) -> list[int] | None:
         """Return how many samples of these clips came from their files; None if it isn't known."""

@@ -43,9 +43,9 @@ from lmdbcache.extraction.one_pass import configs_of_one_pass, for_one_or_severa
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.space import Wanted, check_space
 from lmdbcache.extraction.staging import Staging
-from lmdbcache.extraction.store_to_fill import StoreOfWindowsToFill, StoreToFill
+from lmdbcache.extraction.store_to_fill import StoreToFill
 from lmdbcache.extraction.summary import ExtractionSummary, FrontEndTrials, warn_of_failures
-from lmdbcache.storage import Progress, first_window, recording_of
+from lmdbcache.storage import Progress, first_window
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
@@ -313,9 +313,8 @@ class ExtractionRun:
             for config in configs
         ]
         self.num_stores_on_disk = staged[0].num_stores if staged[0] else 1
-        kind = StoreOfWindowsToFill if has_windows else StoreToFill
         self.stores = [
-            kind(
+            StoreToFill(
                 cache,
                 config,
                 paths=self.paths,
@@ -523,7 +522,7 @@ class ExtractionRun:
             found = [
                 store.stored_windows(recording)
                 for store in self.stores
-                if isinstance(store, StoreOfWindowsToFill) and recording in store.missing
+                if recording in store.missing
             ]
             stored[recording] = frozenset.intersection(*found)
         return {recording: windows for recording, windows in stored.items() if windows}
@@ -591,21 +590,21 @@ class ExtractionRun:
             self.compute_seconds += time.perf_counter() - started
             failed: dict[str, ClipFailure] = {}
             for batch, _ in found.values():
-                batch.failures = list(map(self._of_a_clip, batch.failures))
+                batch.failures = [self._of_a_clip(one, unit) for one in batch.failures]
                 failed.update((failure.sample_id, failure) for failure in batch.failures)
             _log(failed.values())
             for store in stores:
                 batch, embeddings = found[store.config.output]
                 store.put(batch, embeddings)
 
-    def _of_a_clip(self, failure: ClipFailure) -> ClipFailure:
+    def _of_a_clip(self, failure: ClipFailure, unit: FeatureBatch) -> ClipFailure:
         """The failure with its path; that of a window is its recording's."""
-        clip = recording_of(failure.sample_id) if self.config.window else failure.sample_id
-        where = "" if clip == failure.sample_id else f"{failure.sample_id}: "
+        clip = unit.recording or failure.sample_id
+        where = f"{failure.sample_id}: " if unit.recording else ""
         return ClipFailure(clip, str(self.paths[clip]), where + failure.reason)
 
     def _finish(self, unit: FeatureBatch) -> None:
-        """Note clips that gave no features, and finish a recording with its last windows."""
+        """Note what became of the clips that nothing follows of."""
         _log(unit.failures)
         for store in self.stores:
             store.finish(unit)

@@ -46,8 +46,8 @@ class RecordingBatches(FeatureBatches):
     """The windows of recordings, in batches that never hold those of two.
 
     Batch j of a recording is its windows j * batch_size and following: a run that goes on where
-    another was killed computes the same batches, and leaves out those that are stored. Of the
-    first one the recording's first window is missing, until all others are stored.
+    another was killed computes the same batches, and leaves out those that are stored. The first
+    one comes behind all others: whoever finds the recording's first window finds all of it.
 
     Args:
         units: One recording each.
@@ -131,7 +131,7 @@ class _Recordings(torch.utils.data.IterableDataset[FeatureBatch]):
                 yield FeatureBatch(error=picklable(error))
 
     def _decoded(self, recording: str, given: str | AudioSource) -> Iterator[FeatureBatch]:
-        """Yield the batches to compute, and the last one, whether it is to be computed or not.
+        """Yield the batches to compute; the first one comes last, computed or not.
 
         Raises:
             CacheError: The front end can't be loaded.
@@ -147,30 +147,43 @@ class _Recordings(torch.utils.data.IterableDataset[FeatureBatch]):
             config.last_window,
             decoder_of(config.front_end),
         )
-        batch, is_silent = FeatureBatch(recording=recording), True
+        first = None
+        is_silent, is_cancelled = True, False
         try:
             for group in self._groups(recording, windows):
-                if batch.sample_ids:
-                    batch.is_last = False
-                    yield batch
-                batch = FeatureBatch(recording=recording)
                 is_silent &= not any(window.waveform.any() for _, window in group)
-                batch.silent = [recording] if is_silent else []
-                batch.cancelled = [recording] if group[-1][1].is_cancelled else []
-                if stored.issuperset(sample_id for sample_id, _ in group):
-                    continue
-                features = []
-                for sample_id, window in group:
-                    features.append(features_in(window, self._front_end, config, given))
-                    batch.sample_ids.append(sample_id)
-                    batch.sources[sample_id] = source._replace(num_valid=window.num_valid)
-                    note_audio(batch, sample_id, window.waveform)
-                batch.num_features, batch.features = len(features), stacked_if_alike(features)
+                is_cancelled = group[-1][1].is_cancelled
+                batch = FeatureBatch(recording=recording, is_last=first is None)
+                if not stored.issuperset(sample_id for sample_id, _ in group):
+                    self._add_features(batch, group, given, source)
+                if first is None:
+                    first = batch
+                elif batch.sample_ids:
+                    yield batch
         except (AudioDecodeError, InvalidSampleIdError) as error:
             failure = ClipFailure(recording, str(given), str(error))
-            batch = FeatureBatch(recording=recording, failures=[failure])
-            batch.num_front_end_errors = isinstance(error, FrontEndError)
-        yield batch
+            first = FeatureBatch(recording=recording, failures=[failure])
+            first.num_front_end_errors = isinstance(error, FrontEndError)
+        else:
+            assert first is not None  # there is at least one window
+            first.silent = [recording] if is_silent else []
+            first.cancelled = [recording] if is_cancelled else []
+        yield first
+
+    def _add_features(
+        self,
+        batch: FeatureBatch,
+        group: Sequence[tuple[str, AudioWindow]],
+        given: str | AudioSource,
+        source: Source,
+    ) -> None:
+        features = []
+        for sample_id, window in group:
+            features.append(features_in(window, self._front_end, self._config, given))
+            batch.sample_ids.append(sample_id)
+            batch.sources[sample_id] = source._replace(num_valid=window.num_valid)
+            note_audio(batch, sample_id, window.waveform)
+        batch.num_features, batch.features = len(features), stacked_if_alike(features)
 
     def _groups(
         self, recording: str, windows: Iterator[AudioWindow]

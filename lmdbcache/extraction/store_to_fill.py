@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,13 +22,7 @@ from lmdbcache.embedders import AudioModel, ModuleEmbedder, module_digest, moved
 from lmdbcache.errors import CacheError, InvalidEmbeddingError
 from lmdbcache.extraction.staging import Staging
 from lmdbcache.extraction.summary import Outcomes
-from lmdbcache.storage import (
-    EmbeddingReader,
-    EmbeddingWriter,
-    first_window,
-    is_first_window,
-    recording_of,
-)
+from lmdbcache.storage import EmbeddingReader, EmbeddingWriter, first_window, is_first_window
 
 if TYPE_CHECKING:
     from lmdbcache.extraction.decoding import FeatureBatch
@@ -39,6 +32,9 @@ _logger: Final = logging.getLogger(__name__)
 
 class StoreToFill:
     """One of the stores of a run.
+
+    With windows a clip is a recording, which is stored in full or missing: its first window is put
+    behind all others, as it says that they are there.
 
     Args:
         cache: Where to store.
@@ -79,6 +75,9 @@ class StoreToFill:
         self._reader: EmbeddingReader | None = None
         self._writer: EmbeddingWriter | None = None
         self._num_put = 0
+        self._failed: set[str] = set()
+        self._stored: dict[str, frozenset[str]] = {}  # windows of the missing recordings
+        self._outdated: set[str] = set()  # recordings with windows of another content
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -121,28 +120,21 @@ class StoreToFill:
 
     def _look_at_sources(self, *, recompute_changed: bool) -> None:
         """Count the cached clips whose file isn't as it was, or note those that changed."""
-        cached = {
-            self._stored_as(sample_id): source
-            for sample_id, source in self._paths.items()
-            if isinstance(source, str) and sample_id not in self.missing
+        clips = {
+            clip if self.config.window is None else first_window(clip): clip
+            for clip, source in self._paths.items()
+            if isinstance(source, str) and clip not in self.missing
         }
+        cached = {sample_id: str(self._paths[clip]) for sample_id, clip in clips.items()}
         if not cached:
             return
         if recompute_changed:
-            self.changed = set(map(self._clip_of, changed_clips(self.path, cached)))
+            self.changed = {clips[sample_id] for sample_id in changed_clips(self.path, cached)}
             return
         with suppress(CacheError):  # `check_sources` reports what is wrong with the records
             self.num_suspects = num_suspects(self.path, cached)
             if self._staging is not None:
                 self.num_suspects += num_suspects(self._staging.root_store, cached)
-
-    def _stored_as(self, clip: str) -> str:
-        """The sample id that is stored of a clip."""
-        return clip
-
-    def _clip_of(self, sample_id: str) -> str:
-        """The clip that a stored sample id is of."""
-        return sample_id
 
     def compare_weights(self, model: str | os.PathLike[str] | AudioModel) -> None:
         """Compare the weights of a model that won't run with those that filled the store.
@@ -219,9 +211,31 @@ class StoreToFill:
         )
         return self._writer
 
+    def stored_windows(self, recording: str) -> frozenset[str]:
+        """Return the windows that needn't be computed of a recording that is missing."""
+        if recording not in self._stored:
+            reader = self._open_reader()
+            found = [] if reader is None else reader.window_ids(recording)
+            path = self._paths[recording]
+            is_outdated = recording in self.changed
+            if found and isinstance(path, str) and not is_outdated:
+                is_outdated = bool(changed_clips(self.path, dict.fromkeys(found, path)))
+            if is_outdated:
+                self._outdated.add(recording)
+            self._stored[recording] = frozenset(() if is_outdated else found)
+        return self._stored[recording]
+
     def lacking(self, unit: FeatureBatch) -> tuple[str, ...]:
-        """Return the clips of a unit that are to be computed for this store."""
-        return tuple(one for one in unit.sample_ids if one in self.missing)
+        """Return what of a unit is to be computed for this store.
+
+        Of windows all or none: part of a batch would have other bits.
+        """
+        if not unit.recording:
+            return tuple(one for one in unit.sample_ids if one in self.missing)
+        if unit.recording not in self.missing or unit.recording in self._failed:
+            return ()
+        stored = self.stored_windows(unit.recording)
+        return () if stored.issuperset(unit.sample_ids) else tuple(unit.sample_ids)
 
     def put(self, batch: FeatureBatch, embeddings: Iterable[Any]) -> None:
         """Add what was computed together, to be stored together.
@@ -229,28 +243,44 @@ class StoreToFill:
         The rest of a unit, computed by another run, would be another batch.
 
         Args:
-            batch: The clips.
+            batch: The clips or windows.
             embeddings: Those of `batch.sample_ids`, in order.
         """
         writer = self._open_one()
+        if batch.recording in self._outdated:
+            writer.remove([batch.recording])
+            self._outdated.discard(batch.recording)
+        self._fail(batch.failures)
+        stored = self._stored.get(batch.recording, frozenset())
+        rows = zip(batch.sample_ids, embeddings, strict=True)
         with writer.together():
-            for sample_id, embedding in zip(batch.sample_ids, embeddings, strict=True):
+            for sample_id, embedding in sorted(rows, key=lambda row: is_first_window(row[0])):
+                clip = batch.recording or sample_id
+                if sample_id in stored or (is_first_window(sample_id) and clip in self._failed):
+                    continue
                 self._recorder.note(sample_id, batch.sources.get(sample_id))
                 try:
                     writer.put(sample_id, embedding)
                 except InvalidEmbeddingError as error:
-                    path = str(self._paths[sample_id])
-                    self.outcomes.failures.append(ClipFailure(sample_id, path, str(error)))
+                    self._fail([ClipFailure(clip, str(self._paths[clip]), str(error))])
                 else:
                     self._num_put += 1
-                    self.outcomes.note_stored(sample_id, embedding, batch)
+                    self.outcomes.note_stored(sample_id, embedding, batch.audio.get(sample_id))
         # What another run has stored before us is skipped.
         self.has_company |= writer.num_written + writer.num_pending < self._num_put
-        self.outcomes.note(batch.sample_ids, batch.failures)
 
     def finish(self, unit: FeatureBatch) -> None:
-        """Note what failed of a unit, all of which has been put."""
-        self.outcomes.note((), [one for one in unit.failures if one.sample_id in self.missing])
+        """Note what became of the clips that nothing follows of, all of which has been put."""
+        self._fail(unit.failures)
+        finished = self.missing.intersection(unit.finished) - self._failed
+        self.outcomes.note_finished(finished, unit)
+
+    def _fail(self, failures: Iterable[ClipFailure]) -> None:
+        """Note clips that failed, each with its first failure."""
+        for failure in failures:
+            if failure.sample_id not in self._failed and failure.sample_id in self.missing:
+                self._failed.add(failure.sample_id)
+                self.outcomes.note_failed(failure)
 
     def _open_one(self) -> EmbeddingWriter:
         if self._writer is None:
@@ -284,104 +314,9 @@ class StoreToFill:
                 )
 
     def count(self) -> None:
-        """Take down how many embeddings the writer has committed."""
+        """Take down how many clips, and windows in all, have been committed."""
         self.num_extracted = self._writer.num_written if self._writer else 0
-
-
-class StoreOfWindowsToFill(StoreToFill):
-    """A store of windows: its clips are recordings, which are stored in full or missing.
-
-    The first window of a recording is put behind all others, as it says that they are there.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._stored: dict[str, frozenset[str]] = {}  # windows of the missing recordings
-        self._outdated: set[str] = set()  # recordings with windows of another content
-        self._first: dict[str, tuple[Any, FeatureBatch]] = {}  # embeddings, and their batches
-        self._failed: set[str] = set()
-        self._finished: list[str] = []
-
-    def _stored_as(self, clip: str) -> str:
-        return first_window(clip)
-
-    def _clip_of(self, sample_id: str) -> str:
-        return recording_of(sample_id)
-
-    def stored_windows(self, recording: str) -> frozenset[str]:
-        """Return the windows that needn't be computed of a recording that is missing."""
-        if recording not in self._stored:
-            reader = self._open_reader()
-            found = [] if reader is None else reader.window_ids(recording)
-            path = self._paths[recording]
-            is_outdated = recording in self.changed
-            if found and isinstance(path, str) and not is_outdated:
-                is_outdated = bool(changed_clips(self.path, dict.fromkeys(found, path)))
-            if is_outdated:
-                self._outdated.add(recording)
-            self._stored[recording] = frozenset(() if is_outdated else found)
-        return self._stored[recording]
-
-    def lacking(self, unit: FeatureBatch) -> tuple[str, ...]:
-        """Return the windows of a batch, all or none: part of a batch would have other bits."""
-        if unit.recording not in self.missing or unit.recording in self._failed:
-            return ()
-        needed = set(unit.sample_ids).difference(self.stored_windows(unit.recording))
-        return tuple(unit.sample_ids) if needed else ()
-
-    def put(self, batch: FeatureBatch, embeddings: Iterable[Any]) -> None:
-        """Add what was computed together, but for the recording's first window."""
-        recording, rows = batch.recording, list(zip(batch.sample_ids, embeddings, strict=True))
-        writer = self._open_one()
-        if recording in self._outdated:
-            writer.remove([recording])
-            self._outdated.discard(recording)
-        self._fail(batch.failures)
-        stored = self._stored[recording]
-        with writer.together():
-            for sample_id, embedding in rows:
-                if is_first_window(sample_id):
-                    # A row of the batch would keep all of it.
-                    self._first[recording] = embedding.clone(), replace(batch, features=None)
-                elif sample_id not in stored:
-                    self._put(sample_id, embedding, batch)
-        self.has_company |= writer.num_written + writer.num_pending < self._num_put
-
-    def finish(self, unit: FeatureBatch) -> None:
-        """Behind the last batch of a recording: add its first window, if all others are there."""
-        recording = unit.recording
-        if not unit.is_last or recording not in self.missing:
-            return
-        first, batch = self._first.pop(recording, (None, unit))
-        self._fail(unit.failures)
-        if first is None or recording in self._failed:
-            return
-        with self._open_one().together():
-            self._put(first_window(recording), first, batch)
-        if recording not in self._failed:
-            self._finished.append(recording)
-            self.outcomes.note_finished(unit)
-
-    def _put(self, sample_id: str, embedding: Any, batch: FeatureBatch) -> None:
-        recording = recording_of(sample_id)
-        source = batch.sources.get(sample_id)
-        self._recorder.note(sample_id, source)
-        try:
-            self._open_one().put(sample_id, embedding)
-        except InvalidEmbeddingError as error:
-            self._fail([ClipFailure(recording, str(self._paths[recording]), str(error))])
-        else:
-            self._num_put += 1
-            self.outcomes.note_stored(sample_id, embedding, batch)
-
-    def _fail(self, failures: Iterable[ClipFailure]) -> None:
-        """Note recordings that aren't whole, each with its first failure."""
-        for failure in failures:
-            if failure.sample_id not in self._failed and failure.sample_id in self.missing:
-                self._failed.add(failure.sample_id)
-                self.outcomes.note((), [failure])
-
-    def count(self) -> None:
-        """Take down how many recordings, and windows in all, have been committed."""
-        self.num_extracted = len(self._finished) - len(self._not_stored(self._finished))
-        self.num_windows = self._writer.num_written if self._writer else 0
+        if self.config.window is not None:
+            self.num_windows = self.num_extracted
+            done = self.missing.intersection(self.outcomes.settled) - self._failed
+            self.num_extracted = len(done) - len(self._not_stored(done))

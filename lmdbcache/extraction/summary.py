@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -156,13 +156,8 @@ class Outcomes:
         """Number of clips that failed."""
         return len({failure.sample_id for failure in self.failures})
 
-    def note_stored(self, sample_id: str, embedding: Any, batch: FeatureBatch) -> None:
-        """Record a clip of a batch whose embedding is stored."""
-        if sample_id in batch.silent:
-            self.silent.append(sample_id)
-        if sample_id in batch.cancelled:
-            self.cancelled.append(sample_id)
-        audio = batch.audio.get(sample_id)
+    def note_stored(self, sample_id: str, embedding: Any, audio: int | None) -> None:
+        """Record an embedding that is stored, with the checksum of its waveform if it has one."""
         if audio is None:  # silent clips and copies of a clip may have equal embeddings
             return
         values = as_stored(sample_id, embedding, "float32", copy=False)
@@ -171,20 +166,20 @@ class Outcomes:
         if heard != audio:
             self._equal.setdefault(checksum, [first]).append(sample_id)
 
-    def note_finished(self, unit: FeatureBatch) -> None:
-        """Record a recording whose windows are all stored, see `FeatureBatch.is_last`."""
-        self.silent.extend(unit.silent)
-        self.cancelled.extend(unit.cancelled)
-        self.settled.add(unit.recording)
+    def note_finished(self, clips: Collection[str], unit: FeatureBatch) -> None:
+        """Record clips that are stored, see `FeatureBatch.finished`."""
+        self.silent.extend(clip for clip in unit.silent if clip in clips)
+        self.cancelled.extend(clip for clip in unit.cancelled if clip in clips)
+        self.settled.update(clips)
 
     def equal_embeddings(self) -> tuple[tuple[str, ...], ...]:
         """Return the sample ids that share one embedding although their clips sound different."""
         return tuple(sorted(tuple(sorted(group)) for group in self._equal.values()))
 
-    def note(self, sample_ids: Iterable[str], failures: Sequence[ClipFailure]) -> None:
-        """Record clips that are done, and clips that failed."""
-        self.failures += failures
-        self.settled.update(sample_ids, [failure.sample_id for failure in failures])
+    def note_failed(self, failure: ClipFailure) -> None:
+        """Record a clip that failed."""
+        self.failures.append(failure)
+        self.settled.add(failure.sample_id)
 
     def record_failures(self, store: Path) -> None:
         """Keep the list of failed clips with a store."""
