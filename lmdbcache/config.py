@@ -221,8 +221,17 @@ class CacheConfig:
 
     @property
     def title(self) -> str:
-        """Namespace, model and output for a reader: `vegas my-encoder/1 embedding`."""
-        return " ".join(filter(None, (self.namespace, self.model_alias, self.output)))
+        """Namespace, model, output and windows for a reader: `vegas my-encoder/1 embedding`."""
+        parts = (self.namespace, self.model_alias, self.output, self.windows)
+        return " ".join(filter(None, parts))
+
+    @property
+    def windows(self) -> str:
+        """How recordings are cut, in words: `5 s every 2.5 s align`; empty without windows."""
+        if self.window is None:
+            return ""
+        last = "" if self.last_window == _LAST_WINDOWS[0] else f" {self.last_window}"
+        return f"{self.window:g} s every {self.hop:g} s{last}"
 
     @property
     def slug(self) -> str:

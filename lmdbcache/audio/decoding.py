@@ -199,6 +199,8 @@ def _reason(error: BaseException) -> str:
         return f"it can't be fetched: {error}"
     text = getattr(error, "error_string", "") or getattr(error, "strerror", "") or str(error)
     text = " ".join(str(text).split()).rstrip(".")
+    if text.startswith("File does not exist"):  # libsndfile's word for an mp3 that is none
+        text = "Format not recognised"
     return f"not readable as audio: {text or type(error).__name__}"
 
 

@@ -183,10 +183,11 @@ class _Comparer:
 
     def run(self, progress: Progress) -> None:
         a, b = self._readers
-        found, total = self._found, len(a) + len(b)
+        found, total, most = self._found, len(a) + len(b), max(len(a), len(b))
         for done, (key, in_a, in_b) in enumerate(_merged(a, b)):
             if done % _ROWS_AT_ONCE == 0:
-                progress(found.num_only_a + found.num_only_b + 2 * found.num_common, total)
+                both = found.num_only_a + found.num_only_b + 2 * found.num_common
+                progress(both * most // total, most)
             if in_b is None:
                 found.num_only_a += 1
                 _name_a_few(found.only_a, key)
@@ -197,7 +198,7 @@ class _Comparer:
                 found.num_common += 1
                 self._compare(key, is_equal=in_a == in_b)
         self._read_pending()
-        progress(total, total)
+        progress(most, most)
         found.worst = [
             SampleDifference(sample_id, max_abs, cosine)
             for max_abs, cosine, sample_id in sorted(self._worst, reverse=True)

@@ -224,6 +224,7 @@ def explain_sample(
             for store in stores
             if store.config and store.path != path and _has(store, sample_id)
         ]
+        elsewhere.sort(key=lambda config: len(found.config.differences(config)))
         facts["stored_elsewhere"] = tuple(elsewhere)
         if elsewhere:
             named = _listed(found.config.differences(elsewhere[0]), "`{name}={stored!r}`")
@@ -293,7 +294,8 @@ def _nearest(file_id: str, names: list[str]) -> list[str]:
 
 
 def _described(config: CacheConfig) -> str:
-    return f"{config.title} ({config.sample_rate} Hz, {config.duration:g} s, {config.dtype})"
+    length = "" if config.window else f"{config.duration:g} s, "  # the title has that of windows
+    return f"{config.title} ({config.sample_rate} Hz, {length}{config.dtype})"
 
 
 def _named(config: CacheConfig) -> str:

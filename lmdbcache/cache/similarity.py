@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.cache.views import HiddenStateView
-from lmdbcache.errors import ConfigError, InvalidEmbeddingError
-from lmdbcache.storage import EmbeddingReader, canonical_sample_id
+from lmdbcache.errors import ConfigError, InvalidEmbeddingError, SampleNotFoundError
+from lmdbcache.storage import EmbeddingReader, canonical_sample_id, first_window
 
 _METRICS: Final = ("cosine", "l2")
 _BLOCK_BYTES: Final = 16 << 20  # of float32 values
@@ -80,6 +80,10 @@ def nearest(
         if isinstance(query, str):
             left_out = canonical_sample_id(query)
             holder = next((source for source in sources if left_out in source), sources[0])
+            if holder.config.window is not None and (first := first_window(left_out)) in holder:
+                raise SampleNotFoundError(
+                    f"{left_out!r} is a recording; search by one of its windows, such as {first!r}"
+                )
             query = holder[left_out]
         queries, is_one = _vectors(query, width, metric)
         most = k if left_out is None else k + 1

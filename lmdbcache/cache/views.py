@@ -213,7 +213,7 @@ class HiddenStateView(StoreView):
         self.name: Final = name
         self.layout: Final = layout or _known_layout(reader.config)
         stored = reader.embedding_shape
-        if stored is None or len(stored) != 2:
+        if stored is None or len(stored) != 2 or reader.config.output.startswith("layers"):
             raise ConfigError(
                 f"{reader.path} holds {reader.config.output} of shape {stored}; a view needs "
                 "hidden states of shape (tokens, hidden_size): output 'last_hidden_state'"

@@ -218,7 +218,7 @@ def progress_bar(
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
         TransferSpeedColumn() if in_bytes else RateColumn(),
         TimeRemainingColumn(),
     )

@@ -62,7 +62,7 @@ def coverage_command(
         if len(found.failed) < len(found.missing):
             say("`lmdbcache extract` with the same dataset and model computes what is missing")
         if found.failed:
-            say(f"{len(found.failed)} of the missing failed when last tried; no run fills them")
+            say(f"{len(found.failed)} of the missing failed when last tried: fix or exclude them")
         if list_missing:
             say("\n".join(found.missing))
     raise click.exceptions.Exit(
@@ -77,11 +77,22 @@ def explain_command(
         str | None,
         Argument(help="file_id:class; without it, the config as a whole."),
     ] = None,
-    namespace: Annotated[str, Option(help="The dataset's name in the config.")] = NAMESPACE,
+    namespace: Annotated[
+        str | None,
+        Option(
+            help="The dataset's name in the config; default: that of the only store that has the "
+            "rest of it, else vegas.",
+            show_default=False,
+        ),
+    ] = None,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Explain why a config, or a sample of it, isn't found. Exit code 0 if it is stored, else 1."""
     cache = EmbeddingCache(root)
-    found = cache.explain(choice.config(cache, namespace), sample_id)
+    config = choice.config(cache, NAMESPACE if namespace is None else namespace)
+    if namespace is None:
+        alike = [one for one in cache if one.replace(namespace=config.namespace) == config]
+        config = alike[0] if len(alike) == 1 else config
+    found = cache.explain(config, sample_id)
     finish(found, as_json=as_json)

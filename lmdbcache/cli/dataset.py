@@ -48,6 +48,7 @@ def dataset_command(
         return
     for name in ("splits", "folds"):
         facts[name] = ", ".join(f"{part}: {size}" for part, size in facts[name].items())
+    facts = {"layout": facts.pop("dataset"), **facts}
     rows = [(name.replace("_", " "), value) for name, value in facts.items() if value != ""]
     print_table(("field", "value"), rows, num_text_columns=2)
     say("")

@@ -34,11 +34,13 @@ from lmdbcache.cli.options import (
     Store,
     Yes,
     check_can_ask,
+    fields_of,
     find_folder,
     find_store,
     title_of,
 )
 from lmdbcache.cli.quantities import age
+from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError
 from lmdbcache.files import readable_size
 from lmdbcache.storage import (
@@ -85,9 +87,12 @@ def ls_command(
         found = f"none of {counted(len(everything), 'store')} has {text!r} in its name or config"
         say(f"{found}; {cache.root}" if everything else f"nothing is stored under {cache.root}")
         return
+    rows = [(_row(store), store.config) for store in stores]
+    has_windows = any(store.config and store.config.window for store in stores)
+    at = _HEADINGS.index("dtype")
     print_table(
-        _HEADINGS,
-        [_row(store) for store in stores],
+        (*_HEADINGS[:at], *(["hop"] * has_windows), *_HEADINGS[at:]),
+        [(*row[:at], *([_hop(one)] * has_windows), *row[at:]) for row, one in rows],
         num_text_columns=_HEADINGS.index("Hz"),
         optional=_OPTIONAL,
     )
@@ -133,6 +138,13 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
     )
 
 
+def _hop(config: CacheConfig | None) -> str:
+    """How far windows are apart, and what becomes of the last one unless it is padded."""
+    if config is None or config.hop is None:
+        return ""
+    return f"{config.hop:g} {config.last_window}".removesuffix(" pad")
+
+
 def info_command(store: Store, *, root: Root = None, as_json: Json = False) -> None:
     """Show one store: config, shape, provenance, samples per class, clips that failed.
 
@@ -164,7 +176,7 @@ def _print_info(info: StoreInfo, classes: Counter[str], failures: list[ClipFailu
         say(f"{'damaged' if info.is_damaged else 'unreadable'}: {info.damage}")
         return
     facts = {
-        **(info.config.to_dict() if info.config else {}),
+        **(fields_of(info.config) if info.config else {}),
         "embedding_shape": info.embedding_shape,
         "embeddings": info.num_embeddings,
         "size": readable_size(info.size_bytes),

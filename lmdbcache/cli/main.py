@@ -62,6 +62,8 @@ COMMANDS: Final = {
         "partition": ("dataset", "VEGAS --num-nodes 10"),
     },
 }
+# What a new user begins with, on a folder of audio files with one folder for each class.
+_FIRST: Final = ("dataset FOLDER", "extract FOLDER --model ast", "ls")
 _CLEAR: Final = "clear"  # the same as rm, and not listed
 _KEPT: Final = "what was committed is kept, run the same command again to go on"
 _OF_COMMAND: Final = {name: found for panel in COMMANDS.values() for name, found in panel.items()}
@@ -92,6 +94,11 @@ class _Commands(click.Group):
     def get_help(self, ctx: click.Context) -> str:
         """Return the help, escaped as each command's; see click."""
         return printable(super().get_help(ctx))
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what to begin with, then what the program does; see click."""
+        formatter.write("\n" + "".join(f"  $ lmdbcache {command}\n" for command in _FIRST))
+        super().format_help_text(ctx, formatter)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names; see click."""

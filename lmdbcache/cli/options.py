@@ -6,7 +6,7 @@ import contextlib
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 
@@ -161,6 +161,11 @@ def stored_config(store: Path) -> CacheConfig:
     """
     with EmbeddingReader(store, track_usage=False) as reader:
         return reader.config
+
+
+def fields_of(config: CacheConfig) -> dict[str, Any]:
+    """Return a config's fields as the options name them: on disk, `namespace` is `dataset`."""
+    return {"namespace" if k == "dataset" else k: v for k, v in config.to_dict().items()}
 
 
 def find_store(cache: EmbeddingCache, text: str) -> StoreInfo:

@@ -107,16 +107,19 @@ def similar_command(
     Every embedding is compared. A file or a text is embedded by the model that filled the store.
     """
     if (query is None) == (text is None):
-        raise ConfigError("give a sample id or an audio file, or --text, and not both")
+        raise ConfigError("give one of: a sample id, an audio file, --text")
+    if query is not None and ":" not in query and not expand_user(query).is_file():
+        raise ConfigError(f"{query} is neither a file that is there nor a sample id, file_id:class")
     with contextlib.ExitStack() as stack:
         readers = [
             stack.enter_context(EmbeddingReader(folder, track_usage=False))
             for folder in _chosen(root or [None], stored, is_view=view is not None)
         ]
         if not view and len(readers[0].embedding_shape or ()) > 1:
-            raise ConfigError(
-                f"{readers[0].path} holds hidden states; search a view of them: --view mean"
-            )
+            kind = "hidden states; search a view of them: --view mean"
+            if readers[0].config.output.startswith("layers"):
+                kind = "every layer; search a store of one, --output layer:6/mean"
+            raise ConfigError(f"{readers[0].path} holds {kind}")
         sources = [HiddenStateView(reader, view) for reader in readers] if view else readers
         wanted: Any = query
         if text is not None:

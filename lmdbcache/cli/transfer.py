@@ -26,6 +26,7 @@ from lmdbcache.cli.options import (
     Root,
     Store,
     digits_of,
+    fields_of,
     find_folder,
     ids_in,
     stored_config,
@@ -196,7 +197,7 @@ def _print_facts(report: ImportReport) -> None:
     print_table(("class", "embeddings"), report.classes.items())
     say("")
     facts: dict[str, object] = {
-        **report.config.to_dict(),
+        **fields_of(report.config),
         "embedding_shape": shape if shape is not None else "not known",
         "in the source": ", ".join(report.dtypes),
         "fingerprint": report.config.fingerprint,

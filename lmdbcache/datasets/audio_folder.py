@@ -85,12 +85,17 @@ class AudioFolder(ListedDataset):
         in a folder `audios` of a class, as in VEGAS, do. Audio files next to the folders are strays
         as long as they are fewer than the folders; else the root is a folder of clips.
         """
-        num_stray = sum(
+        num_stray = cls.num_stray(root, decoder)
+        return next(islice(_class_like(root, decoder), num_stray, None), None) is not None
+
+    @staticmethod
+    def num_stray(root: Path, decoder: str) -> int:
+        """Return how many audio files lie in the root itself."""
+        return sum(
             bool(audio_file_id(entry.name, decoder))
             for entry in visible_entries(root)
             if entry.is_file
         )
-        return next(islice(_class_like(root, decoder), num_stray, None), None) is not None
 
 
 def _class_like(root: str | Path, decoder: str) -> Iterator[Entry]:

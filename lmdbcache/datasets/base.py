@@ -186,6 +186,9 @@ class ListedDataset:
             raise DatasetError(f"{self.root}: {self.kind}: no clips found{why}")
         self.samples.sort(key=lambda sample: (sample["class_name"], sample["file_id"]))
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def __str__(self) -> str:
         classes = len({sample["class_name"] for sample in self.samples})
         text = f"{self.kind}: {len(self.samples)} clips of {classes} classes in {self.root}"

@@ -36,6 +36,7 @@ from lmdbcache.machine import needing
 # Names of loaders, which many datasets share.
 _LOADERS: Final = ("", "audiofolder", "parquet", "arrow", "csv", "json", "generator", "webdataset")
 _ROWS_AT_ONCE: Final = 32
+_EXPORTED: Final = "embeddings-"  # a file that `export` has written holds no audio
 _LABEL_NAMES: Final = ("label", "labels", "class", "class_name", "category", "target")
 _MULTILABEL: Final = "multilabel"
 
@@ -173,7 +174,8 @@ class HuggingFaceDataset(ListedDataset):
         folders = [root, *(Path(entry.path) for entry in visible_entries(root) if entry.is_folder)]
         names = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
         return any(
-            entry.name.endswith(".parquet") or entry.name in names
+            (entry.name.endswith(".parquet") and not entry.name.startswith(_EXPORTED))
+            or entry.name in names
             for folder in folders
             for entry in visible_entries(folder)
             if entry.is_file

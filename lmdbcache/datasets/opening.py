@@ -119,7 +119,8 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
     root = expand_user(folder)
     expected = "Layouts are " + "; ".join(f"{kind}: {a.layout}" for kind, a in ADAPTERS.items())
     if not root.is_dir():
-        raise DatasetError(f"{shown(root)} isn't a folder. {expected}")
+        reason = f"isn't a folder. {expected}" if root.exists() else "isn't there"
+        raise DatasetError(f"{shown(root)} {reason}")
     with_options = [k for k, adapter in ADAPTERS.items() if given.keys() <= _options_of(adapter)]
     if given and len(with_options) == 1:
         return with_options[0]
@@ -136,4 +137,11 @@ def _recognized(folder: str | os.PathLike[str], given: dict[str, Any], decoder: 
     for kind in last:
         if ADAPTERS[kind].recognizes(root, decoder):
             return kind
-    raise DatasetError(f"{shown(root)}: no dataset recognized. {expected}")
+    num_clips = AudioFolder.num_stray(root, decoder)
+    reason = "no dataset recognized"
+    if num_clips:
+        reason = (
+            f"{num_clips} audio files lie in it, and no folder of a class. Take the folder above "
+            f"it, of which {shown(root.resolve().name)} is a class (`classes`)"
+        )
+    raise DatasetError(f"{shown(root)}: {reason}. {expected}")

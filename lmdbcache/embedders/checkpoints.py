@@ -323,8 +323,9 @@ def _download(name: str, wanted: Sequence[str] = ()) -> None:
         remedy = "try again when the network is back"
         if isinstance(error, hub.errors.OfflineModeIsEnabled):
             reason, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+        here = " (the folder of that name has no config.json)" if Path(name).is_dir() else ""
         raise ModelLoadError(
-            f"{name}: not on this machine, and {reason}. Give a local checkpoint folder "
+            f"{name}: not on this machine{here}, and {reason}. Give a local checkpoint folder "
             f"(`model`); or download {name} on a machine with network (hf download) and set "
             f"HF_HOME to a copy of its cache; or {remedy}"
         ) from error

@@ -16,9 +16,8 @@ import xxhash
 from lmdbcache.cache import EmbeddingCache, compare, difference_of, recorded_sources
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
-from lmdbcache.errors import ConfigError
+from lmdbcache.errors import ConfigError, ModelLoadError
 from lmdbcache.extraction.clips import features_of
-from lmdbcache.extraction.embedding import embed_clips
 from lmdbcache.extraction.ranks import RankShare
 from lmdbcache.extraction.recordings import AllBut
 from lmdbcache.storage import EmbeddingReader, Progress, Report, StoreMetadata, recording_of
@@ -222,7 +221,16 @@ def _pick(
 
 
 def recorded_model(provenance: Mapping[str, str]) -> str | None:
-    """Return the folder of the checkpoint that filled a store, if it is still there."""
+    """Return the folder of the checkpoint that filled a store, if it is still there.
+
+    Raises:
+        ModelLoadError: A module or an ONNX file filled it: no name leads to that.
+    """
+    if "module" in provenance:
+        raise ModelLoadError(
+            f"a model made in Python ({provenance['module']}) filled this store, and no name leads "
+            "to it: pass the model itself to `extract`, `audit` or `embed_clip` in Python"
+        )
     folder = provenance.get("checkpoint")
     return folder if folder and (Path(folder) / "config.json").is_file() else None
 
@@ -238,6 +246,8 @@ def computed_of(
     progress: Progress | None = None,
 ) -> tuple[list[tuple[str, npt.NDArray[np.float32]]], dict[str, str]]:
     """Embed audio files: return (sample id, embedding) of each, and sample id → why it failed."""
+    from lmdbcache.extraction.embedding import embed_clips  # imports torch
+
     computed: list[tuple[str, npt.NDArray[np.float32]]] = []
     failed: dict[str, str] = {}
     ordered = sorted(paths.items())

@@ -154,7 +154,7 @@ class ExtractionPlan(Report):
     def __str__(self) -> str:
         needed = "bytes not known before the model is on this machine"
         if self.bytes_needed is not None:
-            needed = f"{readable_size(self.bytes_needed)} needed"
+            needed = f"{readable_size(self.bytes_needed)} needed, a reserve included"
         if self.bytes_needed_together is not None:
             needed += f", {readable_size(self.bytes_needed_together)} for all stores"
         counts = f"{self.num_cached} are cached, {self.num_missing} to extract"

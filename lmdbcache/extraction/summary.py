@@ -108,13 +108,13 @@ class ExtractionSummary(Report):
         """The other lines of the text."""
         lines = []
         for sample_ids, what in (
-            (self.silent, "are digital silence"),
-            (self.cancelled, "have channels that cancel when they are mixed to mono"),
-            (sum(self.equal, ()), "have the embedding of another one that sounds different"),
+            (self.silent, "digital silence"),
+            (self.cancelled, "channels that cancel when they are mixed to mono"),
+            (sum(self.equal, ()), "the embedding of another clip that sounds different"),
         ):
             if sample_ids:
                 named = few(sample_ids, _NUM_NAMED)
-                lines.append(f"{len(sample_ids)} of the extracted clips {what}: {named}")
+                lines.append(f"{what} in {len(sample_ids)} of the extracted clips: {named}")
         if self.left_out.get("count"):
             lines.append(f"{self.left_out['count']} files or rows of the dataset are left out")
         if self.moved_model:

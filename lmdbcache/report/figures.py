@@ -195,8 +195,8 @@ def collect_report(
         hit_rates: Name → hits and misses, such as those of a run; None takes what is recorded
             of each store.
         max_samples: Read the values of so many embeddings of a store at most.
-        progress: Called with the steps done and those to do: one for each embedding that is read,
-            one for each that is compared.
+        progress: Called with the embeddings done and those to do; reading one is half of it,
+            comparing it the other half.
 
     Raises:
         ConfigError: `max_samples` isn't 1 or more.
@@ -208,7 +208,7 @@ def collect_report(
     folders = cache.folders() if stores is None else [Path(store) for store in stores]
     infos = [info_or_damage(folder) for folder in folders]
     chosen, figures, done = list(datasets), [], 0
-    steps = [2 * min(max_samples, info.num_embeddings) for info in infos]
+    steps = [min(max_samples, info.num_embeddings) for info in infos]
     for info, num_steps in zip(infos, steps, strict=True):
         found = _Steps(progress, done, num_steps, sum(steps))
         figures.append(_figures_of(cache, info, chosen, max_samples, found))

@@ -205,4 +205,4 @@ def test_memory_is_bounded(make):
     tracemalloc.stop()
     assert found.num_different == 64
     assert peak < 48 << 20
-    assert done[-1] == (128, 128)
+    assert done[-1] == (64, 64)

@@ -238,11 +238,11 @@ def test_not_a_number(cli, data, options):
 
 
 def test_no_such_dataset(refused, options, tmp_path):
-    """A folder that isn't there, or isn't a dataset, is named with the expected layout."""
+    """A folder that isn't there is named, one that isn't a dataset with the expected layout."""
     for folder in (tmp_path / "nowhere", tmp_path):
         line = refused("extract", folder, *options)
         assert str(folder) in line
-        assert "audios" in line
+        assert ("audios" in line) == folder.exists()
 
 
 def test_root_that_is_a_file(refused, filled, data, options, tmp_path):

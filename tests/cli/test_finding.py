@@ -31,6 +31,15 @@ def test_explain(cli, cache, configs):
     assert parsed(result)["nearest_names"] == ["video_00001:dog"]
 
 
+def test_explain_finds_the_namespace(cli, cache, configs):
+    """Without --namespace the only store that has the rest of the config is meant."""
+    own = configs[0].replace(namespace="folder-birds", output="mean")
+    with cache.writer(own) as writer:
+        writer.put("a:b", np.ones(8))
+    assert cli("explain", *OPTIONS, "--output", "mean", "a:b").returncode == 0
+    assert cli("explain", *OPTIONS, "--output", "mean", "--namespace", "vegas").returncode == 1
+
+
 @pytest.mark.parametrize("file_id", ["---g-f_I2yQ_000030", "-abc", "--json-like", "-v"])
 def test_a_sample_id_that_begins_with_a_dash(cli, cache, configs, file_id):
     """Taken for an option, it is wrong usage with the `--` that helps, and that helps."""

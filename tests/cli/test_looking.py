@@ -314,3 +314,18 @@ def test_the_dataset_tells_stores_apart(cli, cache, configs):
     lines = cli("ls").stdout.splitlines()
     assert lines[0].split()[:3] == ["fingerprint", "namespace", "model"]
     assert [line.split()[1] for line in lines[1:5]].count("esc50") == 1
+
+
+def test_windows_tell_stores_apart(cli, refused, cache, configs):
+    """`ls` has a column for the hop, and each title its windows, where a store has some."""
+    assert "hop" not in cli("ls").stdout.splitlines()[0].split()
+    window = configs[0].replace(window=1.0, hop=0.5)
+    for config in (window, window.replace(last_window="align")):
+        with cache.writer(config) as writer:
+            writer.put("a@00000.000000:b", np.ones(8))
+    lines = cli("ls").stdout.splitlines()
+    assert sum("0.5 align" in line for line in lines) == 1
+    assert "mine pooler_output 1 s every 0.5 s\n" in cli("info", window.fingerprint).stdout
+    line = refused("similar", "a:b", "--config", window.fingerprint)
+    assert "a@00000.000000:b" in line  # a recording isn't searched for: a window is named
+    assert "nothing.wav" in refused("similar", "nothing.wav")

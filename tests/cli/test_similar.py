@@ -47,6 +47,15 @@ def test_hidden_states_are_searched_by_a_view(cli, refused, cache, configs):
     assert len(json.loads(result.stdout)["samples"]) == 5
 
 
+def test_a_store_of_a_module_needs_the_module(refused, cache, configs, data):
+    """No name leads to a model that Python code has made: none is looked for on the Hub."""
+    config = configs[0].replace(model_name="my-net/1")
+    with cache.writer(config, provenance={"module": "__main__.Net"}) as writer:
+        writer.put("a:x", np.ones(8))
+    clip = next(data.rglob("*.wav"))
+    assert "__main__.Net" in refused("similar", clip, "--config", config.fingerprint)
+
+
 @pytest.mark.parametrize("arguments", [[], ["a:x", "--text", "a dog"]])
 def test_one_query(refused, cache, arguments):
     """Neither none nor two."""

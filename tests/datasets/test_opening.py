@@ -75,18 +75,33 @@ def test_a_stray_file_beside_class_folders_hinders_nothing(tmp_path):
 
 
 def test_what_is_no_dataset(tmp_path):
-    """Nothing recognised names all layouts; so does a folder that isn't there."""
+    """Nothing recognised names all layouts, and counts the files of a flat folder."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "readme.txt").write_text("")
     write_audio(tmp_path / "flat" / "a.wav", tone("a"))
     write_audio(tmp_path / "audio-only" / "audio" / "a.wav", tone("a"))
     write_audio(tmp_path / "deep" / "a" / "b" / "c" / "x.wav", tone("a"))
-    for name in ("text", "flat", "audio-only", "deep", "nowhere"):
+    for name in ("text", "flat", "audio-only", "deep"):
         with pytest.raises(DatasetError) as caught:
             open_dataset(tmp_path / name)
         assert name in str(caught.value)
         assert all(f"{kind}: " in str(caught.value) for kind in ADAPTERS)
+        assert ("1 audio files" in str(caught.value)) == (name == "flat")
+    with pytest.raises(DatasetError, match="nowhere"):
+        open_dataset(tmp_path / "nowhere")
     assert open_dataset(tmp_path / "audio-only", "folder").sample_ids == ["a:audio"]
+
+
+def test_an_export_in_a_dataset_changes_nothing(tmp_path):
+    """Parquet files that `export` has written in a folder below are no audio of a table."""
+    for name in ("a", "b"):
+        write_audio(tmp_path / name / "1.wav", tone(name))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "embeddings-00001.parquet").write_bytes(b"PAR1")
+    assert (open_dataset(tmp_path).kind, len(open_dataset(tmp_path))) == ("folder", 2)
+    (tmp_path / "out" / "embeddings-00001.parquet").rename(tmp_path / "out" / "train.parquet")
+    with pytest.raises(DatasetError):
+        open_dataset(tmp_path)
 
 
 def test_a_table_says_vggsound(tmp_path):

@@ -197,9 +197,9 @@ def test_progress_goes_from_start_to_end(tmp_path):
     steps = []
     collect_report(cache, progress=lambda done, total: steps.append((done, total)))
     assert steps == sorted(steps)
-    assert steps[-1] == (120, 120)
+    assert steps[-1] == (60, 60)
     assert len({total for _, total in steps}) == 1
-    assert np.all(np.array(steps) <= 120)
+    assert np.all(np.array(steps) <= 60)
 
 
 def test_store_in_ruins_is_given_up(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ _OPTIONS: Final = (
     *("model", "output", "sample_rate", "duration", "dtype", "compute_dtype", "decoder"),
     *("batch_size", "num_workers", "device", "commit_seconds"),
 )
-_DEFAULT: Final = re.compile(r"default: (.*?)[.;]?$")
+_DEFAULT: Final = re.compile(r"default: (.*?)[.;]?(?:\. |$)")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from lmdbcache.errors import (
     RemoteError,
 )
 from lmdbcache.files import (
+    expand_user,
     first_line,
     is_url as is_url,
     replace_file,
@@ -343,9 +344,12 @@ def _started(action: Callable[..., _Result], *arguments: Any) -> Future[_Result]
 def _checked(url: str) -> str:
     protocol, colon, rest = str(url).partition("://")
     if not colon or not protocol or "::" in url or (not rest.strip("/") and protocol != "memory"):
+        example = "file:///mnt/shared"
+        if not colon and os.sep in url:
+            example = expand_user(url).absolute().as_uri()
         raise ConfigError(
-            f"{without_secrets(str(url))!r} isn't a place to share through; give a URL such as "
-            "s3://bucket/folder, ssh://host/folder or file:///mnt/shared"
+            f"{without_secrets(str(url))!r} isn't a place to share through; give a URL first, such "
+            f"as s3://bucket/folder, ssh://host/folder or {example}"
         )
     return f"{protocol.lower()}://{rest.rstrip('/')}"
 
