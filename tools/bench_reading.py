@@ -107,6 +107,7 @@ class Bench:
     def run(self) -> Figures:
         self.write()
         self.read_epochs()
+        self.read_dtypes()
         self.read_through_loaders()
         self.read_singles()
         self.read_preloaded()
@@ -182,6 +183,29 @@ class Bench:
             scale=1e6 / work.num_samples,
         )
         reader.close()
+
+    def read_dtypes(self) -> None:
+        """As float32 tensors, whatever is stored; a few batches of those with the largest rows."""
+        work = self.work
+        if len(work.shape) == 1:
+            return
+        cache = EmbeddingCache(self.folder / "dtypes")
+        keys = work.keys[: 8 * work.batch_size]
+        ways = {}
+        for dtype in ("float32", "float16", "int8"):
+            config = work.config.replace(dtype=dtype)
+            with cache.writer(config) as writer:
+                writer.put_batch(keys, self.embeddings[: len(keys)])
+            dataset = EmbeddingDataset(cache.reader(config), keys)
+            order = np.random.default_rng(1).permutation(len(keys)).reshape(-1, work.batch_size)
+
+            def epoch(dataset: Any = dataset, order: Any = order) -> None:
+                for batch in order.tolist():
+                    dataset.fetch(batch).float()
+
+            ways["ours" if dtype == "float32" else f"ours, {dtype}"] = epoch
+        self.compare("stored as float32, read as it, µs/sample", ways, scale=1e6 / len(keys))
+        shutil.rmtree(cache.root)
 
     def read_through_loaders(self) -> None:
         reader = self.cache.reader(self.work.config)

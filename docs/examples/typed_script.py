@@ -51,6 +51,8 @@ def experiment(data: Path, root: Path) -> float:
     one = mapping[dataset.sample_ids[0]]
     batch = reader.get_batch(dataset.sample_ids[:4])
     print(one.shape, batch.dtype, len(EmbeddingDataset(reader)))
+    with cache.reader(config) as opened:
+        print(opened.nearest(dataset.sample_ids[0], k=3).scores)
 
     probe = torch.nn.Linear(8, len(dataset.class_labels))
     optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import lmdb
 import numpy as np
@@ -60,6 +60,9 @@ from lmdbcache.storage.windows import (
     window_range,
     window_start,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _T = TypeVar("_T")
 Positions = Sequence[int] | npt.NDArray[np.int64]
@@ -142,7 +145,7 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
         EmbeddingReader.__init__(self, state["store"], config, verify, track_usage=track_usage)
         self.on_miss = state["on_miss"]
 
-    def __enter__(self) -> EmbeddingReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
