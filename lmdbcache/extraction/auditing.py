@@ -126,7 +126,8 @@ def audit(  # noqa: PLR0913
         cache: Where they are stored.
         config: Which store.
         num_samples: How many; which ones a hash of their ids decides.
-        clips: Sample id → audio file, for embeddings without a recorded source.
+        clips: Sample id → audio file, for embeddings without a recorded source; of windows the
+            recording's id will do.
         data_dir: Where the dataset is now; None looks where it was.
         model: Hub name or checkpoint folder; None takes the folder that the store was filled
             from, else `config.model_name`.
@@ -208,8 +209,9 @@ def _pick(
             if len(picked) >= num_samples:
                 return picked, skipped
             source = sources.get(sample_id)
-            if source is None and sample_id in clips:
-                picked[sample_id] = clips[sample_id]
+            given = clips.get(sample_id, clips.get(recording_of(sample_id)))
+            if source is None and given is not None:
+                picked[sample_id] = given
                 continue
             path = source.location(data_dir) if source is not None else ""
             state = compare(source, path) if source is not None else "unknown"

@@ -43,6 +43,18 @@ def test_the_same_model_agrees(run, check, clips, config, dtype, compute_dtype, 
     assert distances == sorted(distances, reverse=True)
 
 
+@pytest.mark.parametrize("output", ["layer:1/mean", "layers/mean", "layer:1", "valid_mean"])
+def test_layers_and_means_of_own_frames(run, check, config, output, tmp_path):
+    """Each is computed as the extraction does, for clips shorter than the duration as well."""
+    clips = write_tones(tmp_path / "data", 4)
+    write(Path(clips["video_00001:dog"]), tone(700.0, seconds=0.21))
+    config = config.replace(output=output)
+    run(clips, config)
+    report = check(config, batch_size=4)
+    assert report.is_sound
+    assert [sample.max_abs for sample in report.samples] == [0.0] * 4
+
+
 def test_perturbed_weights_are_found(run, check, clips, config, ast_folder):
     """A model whose weights moved by a ten-thousandth gives embeddings that are called drifted."""
     run(clips)

@@ -14,6 +14,7 @@ from extraction.clips import tone, write
 from lmdbcache import ModuleEmbedder, config_for, extract
 from lmdbcache.audio import load_clip
 from lmdbcache.errors import ConfigError
+from lmdbcache.extraction import audit
 from lmdbcache.storage import first_window, recording_of
 
 WINDOW, HOP, BATCH = 1600, 720, 4
@@ -258,3 +259,32 @@ def test_configs_whose_windows_differ_dont_share_a_pass(cache, config, recording
     other = config.replace(hop=WINDOW / 16000)
     with pytest.raises(ConfigError, match="^hop: "):
         extract(cache, [config, other], recordings, model=model())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_audit_computes_windows_again(cache, config, recordings, tmp_path, num_workers):
+    """Of whole recordings and of some; a wrong window, a damaged and a shorter file are named."""
+    path = tmp_path / "other.wav"
+    clips = {**recordings, "other:cat": str(path)}
+    write(path, tone(400, seconds=1.0))
+    options = {"model": model(), "batch_size": BATCH, "num_workers": num_workers}
+    extract(cache, config, clips, **options)
+    num_windows = sum(NUM_WINDOWS.values()) + 21
+    report = audit(cache, config, num_samples=1000, **options)
+    assert report.is_sound
+    assert [sample.max_abs for sample in report.samples] == [0.0] * num_windows
+    some = audit(cache, config, num_samples=9, **options)
+    assert some.is_sound
+    assert [sample.max_abs for sample in some.samples] == [0.0] * 9
+    wrong = ["long@00000.450000:dog", "a:b@c@00000.000000:dog"]
+    with cache.reader(config) as reader:
+        moved = reader.windows("exact:dog").sample_ids
+    with cache.writer(config, on_duplicate="overwrite", without_provenance=True) as writer:
+        writer.put_batch([*wrong, *moved], np.ones((10, 24)))  # their sources aren't known now
+    write(path, tone(400, seconds=0.5))
+    given = {**recordings, "exact:dog": recordings["short:cat"]}
+    report = audit(cache, config, num_samples=1000, clips=given, **options)
+    assert {sample.sample_id for sample in report.drifted} == {*wrong, moved[0]}
+    assert sorted(report.failed) == moved[1:]
+    assert {recording_of(sample_id) for sample_id in report.skipped} == {"other:cat"}
+    assert len(report.samples) == num_windows - 21 - 7
