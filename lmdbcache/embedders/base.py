@@ -239,8 +239,8 @@ def clip_features(
 
     Args:
         front_end: See `compute_features`.
-        waveform: float32 array (num_samples,), padded at its end.
-        num_valid: How many samples of it aren't padding.
+        waveform: See `compute_features`.
+        num_valid: See `compute_features`.
         sample_rate: Of the waveform, in Hz.
         name: What to call the clip in a message.
 

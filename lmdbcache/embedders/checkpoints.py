@@ -78,15 +78,7 @@ def model_identity(name_or_folder: str | os.PathLike[str]) -> str:
 
 
 def identify(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
-    """Return a checkpoint by its identity: a Hub name isn't looked up.
-
-    Args:
-        name_or_folder: `"ast"`, a Hub name, or a folder.
-
-    Raises:
-        ModelLoadError: A path that isn't a checkpoint folder.
-        ConfigError: A name that can't be a model's.
-    """
+    """Return a checkpoint by its identity, see `model_identity`: a Hub name isn't looked up."""
     folder = _local_folder(name_or_folder)
     if folder is None:
         name = _canonical(os.fspath(name_or_folder))

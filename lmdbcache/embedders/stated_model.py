@@ -65,9 +65,13 @@ class StatedModel(ABC):
             front_end, checked.front_end, checked.sample_rate, min_samples
         )
         self.identity: Final = checked.model_name
+        """The value for `CacheConfig.model_name`."""
         self.front_end_id: Final = checked.front_end
+        """The value for `CacheConfig.front_end`."""
         self.sample_rate: Final = checked.sample_rate
+        """Of the waveforms that the model takes, in Hz."""
         self.outputs: Final = tuple(outputs)
+        """The names that `output` can take, the default one first."""
         self._taken_by: Final = dict(outputs)
 
     def check(self, config: CacheConfig) -> None:

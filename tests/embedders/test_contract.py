@@ -27,46 +27,22 @@ class Pretrained(ModelContract):
         return find_model(folder_of(self.variant))
 
 
-class TestAST(Pretrained):
-    variant = "ast"
-
-
-class TestWav2Vec2(Pretrained):
-    variant = "wav2vec2"
-
-
-class TestMaskedWav2Vec2(Pretrained):
-    variant = "wav2vec2-masked"
-
-
-class TestHiddenStatesOfMaskedWav2Vec2(Pretrained):
-    variant = "wav2vec2-masked"
-    output = "last_hidden_state"
-
-
-class TestAdapter(Pretrained):
-    variant = "wav2vec2-adapter"
-
-
-class TestWavLM(Pretrained):
-    variant = "wavlm-masked"
-
-
-class TestConformer(Pretrained):
-    variant = "wav2vec2-conformer"
-
-
-class TestWhisper(Pretrained):
-    variant = "whisper"
-
-
-class TestCLAP(Pretrained):
-    variant = "clap"
-
-
-class TestFusedCLAP(Pretrained):
-    variant = "clap-fused"
-    output = "audio_embeds"
+# Name of the tests → the checkpoint, and an output other than its first one.
+VARIANTS = {
+    "AST": ("ast", None),
+    "Wav2Vec2": ("wav2vec2", None),
+    "MaskedWav2Vec2": ("wav2vec2-masked", None),
+    "HiddenStatesOfMaskedWav2Vec2": ("wav2vec2-masked", "last_hidden_state"),
+    "Adapter": ("wav2vec2-adapter", None),
+    "WavLM": ("wavlm-masked", None),
+    "Conformer": ("wav2vec2-conformer", None),
+    "Whisper": ("whisper", None),
+    "CLAP": ("clap", None),
+    "FusedCLAP": ("clap-fused", "audio_embeds"),
+}
+for name, (variant, output) in VARIANTS.items():
+    fields = {"variant": variant, "output": output}
+    globals()[f"Test{name}"] = type(f"Test{name}", (Pretrained,), fields)
 
 
 def energies(waveform: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from extraction.clips import RATE, tone, write
+from small_modules import Pooled, frames
 
 from lmdbcache import CacheConfig, EmbeddingCache, ModuleEmbedder, config_for, extract
 from lmdbcache.audio import load_waveform
@@ -16,23 +17,6 @@ from lmdbcache.testing import ModelContract
 
 DURATION = 0.5
 SECONDS = (0.5, 0.3, 0.7, 0.3, 0.21, 0.5)
-
-
-def frames(waveform: np.ndarray) -> np.ndarray:
-    return waveform[: len(waveform) // 80 * 80].reshape(-1, 80)
-
-
-class Pooled(torch.nn.Module):
-    """Features (batch, frames, 80) of any length → (batch, 8)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(80, 8)
-
-    def forward(self, features):
-        return self.layer(features).mean(dim=1)
 
 
 @pytest.fixture

@@ -9,20 +9,15 @@ import numpy as np
 import pytest
 import torch
 from extraction.clips import RATE, tone, write, write_tones
+from small_modules import Seeded
 
 from lmdbcache import ModuleEmbedder, config_for, extract
 from lmdbcache.errors import ExtractionError, InvalidEmbeddingError
 from lmdbcache.extraction.decoding import FeatureBatch
 
 
-class Net(torch.nn.Module):
+class Net(Seeded):
     """Waveforms → (batch, 8), pooled over frames."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(80, 8)
 
     def forward(self, waveforms):
         return self.layer(waveforms.unflatten(1, (-1, 80))).square().mean(dim=1)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import s3fs
-import torch
 from extraction.clips import write_tones
 from sharing.places import s3_client, s3_environment
 from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
+from small_modules import Seeded
 
 from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract, open_dataset
 from lmdbcache.datasets import TarShards, stream_clips
@@ -21,13 +21,7 @@ from lmdbcache.errors import ConfigError, DatasetError
 from lmdbcache.extraction import extract_stream, to_clips
 
 
-class Net(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(80, 8)
-
+class Net(Seeded):
     def forward(self, waveforms):
         return self.layer(waveforms.unflatten(1, (-1, 80))).mean(dim=1)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from extraction.clips import write, write_tones
 from extraction.processes import hold_after_puts
+from small_modules import Seeded
 
 from lmdbcache import EmbeddingCache, ModuleEmbedder, RankShare, config_for, extract
 from lmdbcache.errors import CacheFullError, ConfigError, InvalidEmbeddingError
@@ -18,14 +19,11 @@ from lmdbcache.exchange import merge_stores
 from lmdbcache.extraction import estimate, plan_extraction, space
 
 
-class Net(torch.nn.Module):
+class Net(Seeded):
     """Waveforms → frames and their mean. Counts clips; its last bits show the size of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(80, 8)
         self.num_clips = 0
 
     def forward(self, waveforms):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_modules import Pooled, frames
 from training.encoders import names_of, waveforms_of
 
 from lmdbcache import CacheConfig, CachedEncoder, EmbeddingCache, ModuleEmbedder, config_for
@@ -18,24 +19,6 @@ WAVEFORMS = [
     torch.from_numpy(np.random.default_rng(n).uniform(-0.5, 0.5, size).astype(np.float32))
     for n, size in enumerate(LENGTHS)
 ]
-
-
-def frames(waveform):
-    return waveform[: len(waveform) // 80 * 80].reshape(-1, 80)
-
-
-class Pooled(torch.nn.Module):
-    """Features (batch, frames, 80) of any length → (batch, 8)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(80, 8)
-        self.eval().requires_grad_(False)
-
-    def forward(self, features):
-        return self.layer(features).mean(dim=1)
 
 
 def by_hand(module=None):
