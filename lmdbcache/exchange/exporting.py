@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from lmdbcache.machine import memory_limit
 from lmdbcache.storage import (
     RESERVE_BYTES,
     EmbeddingReader,
+    Progress,
     Report,
     canonical_sample_id,
     check_room,
@@ -68,7 +69,7 @@ def export_embeddings(
     shard_bytes: int = _SHARD_BYTES,
     num_shards: int | None = None,
     shuffle: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ExportReport:
     """Write a store's embeddings to a file or a folder of shards; `import_embeddings` reads them.
 
@@ -305,9 +306,7 @@ def _available_memory() -> int:
 class _Export:
     """One export on its way."""
 
-    def __init__(
-        self, chosen: _Chosen, plan: _Plan, progress: Callable[[int, int], None] | None
-    ) -> None:
+    def __init__(self, chosen: _Chosen, plan: _Plan, progress: Progress | None) -> None:
         self._chosen = chosen
         self._plan = plan
         self._progress = progress

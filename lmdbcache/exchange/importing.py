@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +31,7 @@ from lmdbcache.files import existing_parent, few
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
+    Progress,
     as_stored,
     check_room,
     check_shape,
@@ -83,7 +84,7 @@ def import_embeddings(  # noqa: PLR0913 - what a file may leave open
     weights_digest: str | None = None,
     model: AudioModel | None = None,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ImportReport:
     """Bring the embeddings of a file or folder into a store.
 
@@ -299,7 +300,7 @@ class _Entries:
         self,
         intake: Intake,
         provenance: Mapping[str, str],
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> None:
         """Read and check them all, and store them."""
         done, total = 0, len(self.entries)

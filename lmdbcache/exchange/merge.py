@@ -9,7 +9,7 @@ import resource
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -49,6 +49,7 @@ from lmdbcache.storage import (
     DamagedStore,
     EmbeddingReader,
     OnDuplicate,
+    Progress,
     Report,
     StoreMetadata,
     check_pages,
@@ -107,7 +108,7 @@ def merge_stores(
     tolerance: float = DEFAULT_TOLERANCE,
     on_duplicate: OnDuplicate = "error",
     dry_run: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Merge stores into those of the same configs under one root.
 
@@ -158,7 +159,7 @@ class _Merge:
         on_duplicate: OnDuplicate,
         *,
         dry_run: bool,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> None:
         self.report = MergeReport()
         self._cache = cache

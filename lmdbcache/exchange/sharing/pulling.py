@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lmdbcache.exchange.sharing.shards import Embeddings, ShardHeader
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
+    Progress,
     check_room,
     checksum,
     is_first_window,
@@ -131,7 +132,7 @@ def pull(
     sample_ids: Iterable[str] | None = None,
     dry_run: bool = False,
     storage_options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PullReport:
     """Bring embeddings that were pushed to a place into a store.
 
@@ -220,7 +221,7 @@ class _Pull:
         report: PullReport,
         local: LocalFolder,
         state: SharedState,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> None:
         self._remote, self._cache, self._intake, self._report = remote, cache, intake, report
         self._local, self._state, self._progress = local, state, progress

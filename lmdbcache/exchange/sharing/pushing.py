@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
@@ -42,6 +42,7 @@ from lmdbcache.files import few
 from lmdbcache.storage import (
     EmbeddingReader,
     OnDuplicate,
+    Progress,
     Report,
     StoreMetadata,
     check_on_duplicate,
@@ -116,7 +117,7 @@ def push(
     repair: bool = False,
     dry_run: bool = False,
     storage_options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PushReport:
     """Share a store's embeddings through a folder or bucket: upload what it lacks.
 
@@ -302,7 +303,7 @@ class _Push:
 
     # ---- uploading
 
-    def upload(self, progress: Callable[[int, int], None] | None) -> None:
+    def upload(self, progress: Progress | None) -> None:
         """Upload what is missing, several shards at once, and list it in a manifest."""
         done = 0
         for _, uploaded in in_parallel(self._upload_part, self._parts()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -18,7 +18,7 @@ from lmdbcache.exchange.sharing.manifests import (
 )
 from lmdbcache.exchange.sharing.remote import Remote, in_parallel
 from lmdbcache.exchange.sharing.shards import MAX_SHARD_FILE_BYTES
-from lmdbcache.storage import Report
+from lmdbcache.storage import Progress, Report
 
 _SHARD_NAME: Final = re.compile(r"([0-9a-f]{64})\.safetensors")
 
@@ -79,7 +79,7 @@ def verify_remote(
     fingerprint: str | None = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> RemoteReport:
     """Compare every manifest and shard of a place with its digest; nothing is changed.
 
@@ -102,9 +102,7 @@ def verify_remote(
     return RemoteReport(remote.place, [_look_at(remote, one, progress) for one in found])
 
 
-def _look_at(
-    remote: Remote, fingerprint: str, progress: Callable[[int, int], None] | None
-) -> SharedStoreReport:
+def _look_at(remote: Remote, fingerprint: str, progress: Progress | None) -> SharedStoreReport:
     state = read_state(remote, fingerprint, LocalFolder(None))
     listed = remote.list_files(f"{fingerprint}/shards")
     sizes = {match[1]: n for name, n in listed.items() if (match := _SHARD_NAME.fullmatch(name))}

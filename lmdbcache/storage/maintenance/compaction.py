@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ import lmdb
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.files import open_file, sync_file
 from lmdbcache.storage.checks.first_opening import mark_known
+from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.engine_errors import translated_errors
 from lmdbcache.storage.environment import Environment, acquire, acquire_current, release
 from lmdbcache.storage.forking import no_fork
@@ -44,9 +44,7 @@ class CompactionResult(Report):
     num_embeddings: int
 
 
-def compact(
-    store: str | Path, *, progress: Callable[[int, int], None] | None = None
-) -> CompactionResult:
+def compact(store: str | Path, *, progress: Progress | None = None) -> CompactionResult:
     """Rewrite a store without its unused pages.
 
     Writers wait. Readers go on with the old generation until they refresh; its space is
@@ -115,9 +113,7 @@ def plan_compaction(store: str | Path) -> CompactionResult:
         release(environment)
 
 
-def _copy(
-    environment: Environment, store: Path, progress: Callable[[int, int], None] | None
-) -> tuple[Path, int]:
+def _copy(environment: Environment, store: Path, progress: Progress | None) -> tuple[Path, int]:
     # A writer killed between its meta page and the lock file leaves the two in disagreement;
     # an empty write transaction mends that.
     environment.begin_write().abort()
@@ -149,7 +145,7 @@ def _copy_pages(
     environment: Environment,
     snapshot: lmdb.Transaction,
     path: Path,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     size: int,
 ) -> None:
     """Let LMDB copy in a thread: its one long call reports nothing and can't be interrupted."""

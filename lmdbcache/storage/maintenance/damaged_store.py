@@ -17,7 +17,6 @@ from lmdbcache.storage.checks.checking import (
     placed_values,
     structure_findings,
 )
-from lmdbcache.storage.checks.value_checks import Progress
 from lmdbcache.storage.engine_errors import LOSS_REMEDY
 from lmdbcache.storage.generations import current_generation
 from lmdbcache.storage.layout import (
@@ -39,13 +38,12 @@ class DamagedStore:
 
     Args:
         path: The store's folder.
-        progress: Called with (values checked, values in all).
 
     Raises:
         IntegrityError: Nothing of it can be read, or the metadata record is lost.
     """
 
-    def __init__(self, path: Path, progress: Progress | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         generation = generation_to_repair(path)
         structure = structure_findings(generation)
         try:
@@ -55,9 +53,7 @@ class DamagedStore:
         try:
             self.metadata = _metadata(self._file, path)
             self._values = placed_values(self._file, is_sound=not structure)
-            self.findings: IntegrityReport = check_values(
-                self._file, self._values, structure, progress
-            )
+            self.findings: IntegrityReport = check_values(self._file, self._values, structure)
         except BaseException:
             self.__exit__()
             raise
