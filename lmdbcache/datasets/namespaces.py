@@ -11,13 +11,15 @@ import hashlib
 import logging
 import os
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lmdbcache.audio import shown
-from lmdbcache.cache import EmbeddingCache
 from lmdbcache.config import CacheConfig
 from lmdbcache.datasets.base import AudioDataset
 from lmdbcache.errors import DatasetError
+
+if TYPE_CHECKING:  # listing a dataset needs no cache
+    from lmdbcache.cache import EmbeddingCache
 
 # Namespaces of published datasets, each reserved for the adapter of this name.
 PUBLISHED: Final = ("vegas", "esc50", "vggsound")
