@@ -11,6 +11,7 @@ from typing import Any, Final
 from lmdbcache.datasets.base import AudioDataset, Sample
 from lmdbcache.datasets.splits import (
     SPLITS,
+    checked_num_nodes,
     checked_split_method,
     node_split,
     partition_samples,
@@ -93,7 +94,7 @@ class Narrowing:
         if self.num_nodes is None:
             raise DatasetError("`num_nodes`: how many nodes are there?")
         samples = self.of_classes(dataset)
-        nodes = self._nodes(samples, range(self._checked_num_nodes()))
+        nodes = self._nodes(samples, range(checked_num_nodes(self.num_nodes, self.node_split_id)))
         return [
             self._of_folds_and_split(samples, dataset, node) for node, samples in enumerate(nodes)
         ]
@@ -148,7 +149,7 @@ class Narrowing:
         """The samples of these nodes."""
         rule, size = self._rule(), self.samples_per_node
         if self.num_nodes is not None:
-            num_nodes = self._checked_num_nodes()
+            num_nodes = checked_num_nodes(self.num_nodes, self.node_split_id)
         elif size is None:
             raise DatasetError(
                 "node_split_id: a node of how many (`num_nodes`), or of how many samples of each "
@@ -168,16 +169,6 @@ class Narrowing:
             samples, num_nodes, **rule, seed=self.node_seed, split_method=self.split_method
         )
         return [nodes[node] for node in wanted]
-
-    def _checked_num_nodes(self) -> int:
-        nodes = whole_number("num_nodes", self.num_nodes, minimum=1)
-        if self.node_split_id is not None:
-            node = whole_number("node_split_id", self.node_split_id, minimum=0)
-            if node >= nodes:
-                raise DatasetError(
-                    f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
-                )
-        return nodes
 
     def _rule(self) -> dict[str, Any]:
         """Arguments of `partition_samples`, none for an even division."""

@@ -150,11 +150,7 @@ def node_split(
         )
     node = whole_number("node_split_id", node_split_id, minimum=0)
     if samples_per_node is None:
-        nodes = whole_number("num_nodes", num_nodes, minimum=1)
-        if node >= nodes:
-            raise DatasetError(
-                f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}"
-            )
+        nodes = checked_num_nodes(num_nodes, node)
         part = partition_samples(samples, nodes, seed=seed, split_method=split_method)[node]
         size = 1
     else:
@@ -239,6 +235,18 @@ def partition_samples(
         _chosen(samples, [parts[node] for parts in groups.values()], split_method)
         for node in range(nodes)
     ]
+
+
+def checked_num_nodes(num_nodes: Any, node: Any) -> int:
+    """Return a number of nodes among which a node is; None: which one doesn't matter.
+
+    Raises:
+        DatasetError: They aren't whole numbers, or there is no such node.
+    """
+    nodes = whole_number("num_nodes", num_nodes, minimum=1)
+    if node is not None and whole_number("node_split_id", node, minimum=0) >= nodes:
+        raise DatasetError(f"node_split_id: {node}; with num_nodes={nodes} it is 0 to {nodes - 1}")
+    return nodes
 
 
 def checked_split_method(split_method: str) -> str:

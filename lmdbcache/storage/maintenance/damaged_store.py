@@ -79,7 +79,7 @@ class DamagedStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.__exit__(None, None, None)
+        self._file.__exit__()
 
     def __len__(self) -> int:
         return len(self._rows)

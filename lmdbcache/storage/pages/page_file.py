@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Final, NamedTuple
 
 from lmdbcache.files import check_folder, open_file
@@ -67,12 +66,7 @@ class PageFile:
     def __enter__(self) -> PageFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
 
     def read(self, offset: int, length: int) -> bytes | None:
