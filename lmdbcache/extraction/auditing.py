@@ -19,7 +19,6 @@ from lmdbcache.embedders import AudioModel, Embedder, FrontEnd, ready_model
 from lmdbcache.errors import ConfigError, ModelLoadError
 from lmdbcache.extraction.clips import features_of
 from lmdbcache.extraction.ranks import RankShare
-from lmdbcache.extraction.recordings import AllBut
 from lmdbcache.storage import EmbeddingReader, Progress, Report, StoreMetadata, recording_of
 
 # Relative L2 distance. Another composition of the batch alone moves float32 by about 2e-7,
@@ -248,7 +247,9 @@ def computed_of(
     progress: Progress | None = None,
 ) -> tuple[list[tuple[str, npt.NDArray[np.float32]]], dict[str, str]]:
     """Embed audio files: return (sample id, embedding) of each, and sample id → why it failed."""
-    from lmdbcache.extraction.embedding import embed_clips  # imports torch
+    # They import torch.
+    from lmdbcache.extraction.embedding import embed_clips
+    from lmdbcache.extraction.recordings import AllBut
 
     computed: list[tuple[str, npt.NDArray[np.float32]]] = []
     failed: dict[str, str] = {}

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
+import numpy as np
+
 from lmdbcache.cache import (
     ClipFailure,
     EmbeddingCache,
@@ -23,6 +25,7 @@ from lmdbcache.cache import (
 from lmdbcache.errors import CacheError, ConfigError, MissingDependencyError
 from lmdbcache.machine import install_line
 from lmdbcache.report.neighbours import Neighbours, find_neighbours
+from lmdbcache.report.separability import Separability, layers_apart
 from lmdbcache.report.vectors import (
     Distribution,
     EmbeddingMap,
@@ -38,6 +41,7 @@ from lmdbcache.storage import (
     Report,
     class_of,
     plan_compaction,
+    recording_of,
 )
 
 DEFAULT_MAX_SAMPLES: Final = 30_000
@@ -74,18 +78,36 @@ class SplitCoverage(NamedTuple):
     by_class: dict[str, dict[str, tuple[int, int]]]
 
 
+class Recordings(NamedTuple):
+    """The recordings of a store of windows.
+
+    Args:
+        total: How many there are.
+        fewest: Windows of the shortest.
+        median: Windows of the median one.
+        most: Windows of the longest.
+    """
+
+    total: int
+    fewest: int
+    median: int
+    most: int
+
+
 class ClassSize(NamedTuple):
     """One class of a store.
 
     Args:
         name: The class.
         num_embeddings: Stored embeddings.
+        num_recordings: Their recordings; without windows as many.
         num_bytes: Size of their values, without keys and unused space.
         num_failed: Its clips that failed when last tried.
     """
 
     name: str
     num_embeddings: int
+    num_recordings: int
     num_bytes: int
     num_failed: int
 
@@ -108,6 +130,8 @@ class StoreFigures:
         values: Of the stored numbers; 0.1 % at either end are in the outermost bins.
         map: In two dimensions, or why not.
         paths: Sample id → audio file of the map's points, as far as they are recorded.
+        layers: Of a store of all layers, how well neighbors name the class by each one alone.
+        recordings: Of a store of windows.
         neighbours: Equal, nearly equal and far-off embeddings; how well neighbors name the class.
         num_unreadable: Samples that couldn't be read.
         unreadable: The first 100 of them with the reason.
@@ -128,6 +152,8 @@ class StoreFigures:
     values: Distribution | None = None
     map: EmbeddingMap | str = "Nothing to show."
     paths: Mapping[str, str] = field(default_factory=dict)
+    layers: list[Separability] = field(default_factory=list)
+    recordings: Recordings | None = None
     neighbours: Neighbours | None = None
     num_unreadable: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -286,11 +312,15 @@ def _figures_of(
         )
     except (CacheError, OSError) as error:
         return replace(figures, damage=str(error))
+    windows_of = Counter(map(recording_of, ordered)) if info.config.window else None
+    layers, classes = vectors.layers, np.array(vectors.classes, object)
     num_bad = len(vectors.unreadable) + len(vectors.not_finite)
     drawn = map_of(vectors)
     return replace(
         figures,
-        classes=_classes(ordered, failures, vectors.mean_bytes),
+        classes=_classes(ordered, windows_of or ordered, failures, vectors.mean_bytes),
+        layers=[] if layers is None else layers_apart(vectors.sample_ids, classes, layers),
+        recordings=_recordings(windows_of) if windows_of else None,
         bytes_are_estimated=None in (info.embedding_shape or ()),
         reclaimable_bytes=_reclaimable(info),
         coverage=coverage,
@@ -328,13 +358,23 @@ def _coverage_of(dataset: DatasetSplits, reader: EmbeddingReader) -> SplitCovera
     return SplitCoverage(dataset.name, in_all, {name: by_class[name] for name in ordered})
 
 
+def _recordings(windows_of: Counter[str]) -> Recordings:
+    numbers = sorted(windows_of.values())
+    return Recordings(len(numbers), numbers[0], numbers[len(numbers) // 2], numbers[-1])
+
+
 def _classes(
-    sample_ids: Sequence[str], failures: Sequence[ClipFailure], mean_bytes: float
+    sample_ids: Sequence[str],
+    recordings: Iterable[str],
+    failures: Sequence[ClipFailure],
+    mean_bytes: float,
 ) -> list[ClassSize]:
-    stored = Counter(map(class_of, sample_ids))
+    stored, recorded = Counter(map(class_of, sample_ids)), Counter(map(class_of, recordings))
     failed = Counter(class_of(failure.sample_id) for failure in failures)
     return [
-        ClassSize(name, stored[name], round(stored[name] * mean_bytes), failed[name])
+        ClassSize(
+            name, stored[name], recorded[name], round(stored[name] * mean_bytes), failed[name]
+        )
         for name in sorted({*stored, *failed}, key=lambda name: (-stored[name], name))
     ]
 

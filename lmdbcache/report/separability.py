@@ -25,6 +25,8 @@ class ClassAccuracy(NamedTuple):
         accuracy: Share of them that their neighbors give this class, 0 to 1.
         chance: The class's share of all samples: what a guess by frequency reaches.
         mistaken_for: The class that the others are given most often; None if there are none.
+        of_recordings: Share of the class's recordings whose windows are given this class most
+            often; None without windows.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ClassAccuracy(NamedTuple):
     accuracy: float
     chance: float
     mistaken_for: str | None
+    of_recordings: float | None = None
 
 
 class Separability(NamedTuple):
@@ -69,7 +72,8 @@ def separability_of(
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
 
-    sample_ids, classes = sample_ids[:_MAX_CLASSIFIED], classes[:_MAX_CLASSIFIED]
+    most = min(_MAX_CLASSIFIED, len(units))
+    sample_ids, classes = sample_ids[:most], classes[:most]
     files = np.array([split_sample_id(recording_of(name))[0] for name in sample_ids], object)
     num_files = Counter(name for name, _ in set(zip(classes, files, strict=True)))
     kept = np.array([num_files[name] >= _NUM_FOLDS for name in classes], bool)
@@ -79,18 +83,58 @@ def separability_of(
     names, expected = np.unique(classes[kept].astype(str), return_inverse=True)
     predicted = cross_val_predict(
         KNeighborsClassifier(_NUM_VOTING, algorithm="brute"),  # of unit vectors: by cosine
-        units[: len(kept)][kept],
+        units[:most][kept],
         expected,
         groups=np.unique(files[kept].astype(str), return_inverse=True)[1],
         cv=StratifiedGroupKFold(_NUM_FOLDS, shuffle=True, random_state=0),
     )
+    by_recording = _right_of_recordings(np.array(sample_ids, object)[kept], expected, predicted)
     rows = []
     for number, counts in enumerate(confusion_matrix(expected, predicted)):
         right, total = int(counts[number]), int(counts.sum())
         counts[number] = 0
         mistaken = str(names[counts.argmax()]) if counts.any() else None
         chance = total / len(expected)
-        rows.append(ClassAccuracy(str(names[number]), total, right / total, chance, mistaken))
+        row = ClassAccuracy(str(names[number]), total, right / total, chance, mistaken)
+        rows.append(row._replace(of_recordings=by_recording.get(number)))
     rows.sort(key=lambda row: (row.accuracy, row.name))
     mean = sum(row.accuracy for row in rows) / len(rows)
     return Separability(mean, 1 / len(rows), rows, len(num_files) - len(rows))
+
+
+def layers_apart(
+    sample_ids: Sequence[str], classes: npt.NDArray[Any], layers: npt.NDArray[np.float32]
+) -> list[Separability]:
+    """Classify by each layer alone.
+
+    Args:
+        sample_ids: See `separability_of`.
+        classes: See `separability_of`.
+        layers: `(n, layers, hidden_size)`.
+
+    Returns:
+        Of each layer, from the first; empty of fewer than two classes with five files or more.
+    """
+    found = []
+    for number in range(layers.shape[1]):
+        lengths = np.linalg.norm(layers[:, number], axis=1, keepdims=True)
+        units = (layers[:, number] / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+        found.append(separability_of(sample_ids, classes, units))
+    return [one for one in found if one is not None]
+
+
+def _right_of_recordings(
+    sample_ids: npt.NDArray[Any], expected: npt.NDArray[Any], predicted: npt.NDArray[Any]
+) -> dict[int, float]:
+    """Return class → share of its recordings whose windows vote for it; empty without windows."""
+    names, of_each = np.unique(
+        np.array(list(map(recording_of, sample_ids)), str), return_inverse=True
+    )
+    if len(names) == len(sample_ids):
+        return {}
+    votes = np.zeros((len(names), int(expected.max()) + 1), np.int64)
+    np.add.at(votes, (of_each, predicted), 1)
+    own = np.zeros(len(names), np.int64)
+    own[of_each] = expected
+    is_right = votes.argmax(axis=1) == own
+    return {number: float(is_right[own == number].mean()) for number in np.unique(own).tolist()}

@@ -21,6 +21,7 @@ _READ_BYTES: Final = 2 << 30  # of one store: some seconds from a disk, 550 hidd
 _POOLED_BYTES: Final = 512 << 20  # what the vectors may take in memory
 _NUM_VALUES: Final = 1_000_000  # kept for the histogram of values
 _NUM_PROBED: Final = 16
+_NUM_STACKED: Final = 2_000  # whose layers are kept apart: 80 MB of 13 layers of 768
 _MAX_UNREADABLE: Final = 1_000  # of a store in ruins; each is looked for by itself
 _NUM_BINS: Final = 60
 _PERCENTS: Final = (0, 1, 50, 99, 100)
@@ -65,6 +66,8 @@ class Vectors:
         norms: `(n,)`, float64: Euclidean norms of the pooled vectors.
         digests: `(n,)`: equal for embeddings of equal shape and bits.
         values: Up to a million of the stored numbers, float32, evenly from all embeddings.
+        layers: `(m, layers, hidden_size)`, float32: the first rows of a store of all layers, each
+            layer's mean over its tokens; None of other outputs.
         mean_bytes: Mean size of a stored embedding, in bytes.
         is_mean: Whether `pooled` holds means over tokens.
         unreadable: Why samples couldn't be read: sample id → reason.
@@ -76,6 +79,7 @@ class Vectors:
     norms: npt.NDArray[np.float64]
     digests: list[int]
     values: npt.NDArray[np.float32]
+    layers: npt.NDArray[np.float32] | None
     mean_bytes: float
     is_mean: bool
     unreadable: dict[str, str]
@@ -111,6 +115,8 @@ def read_vectors(
     step = max(1, min(1024, int(_BATCH_BYTES // mean_bytes)))
     rows: dict[str, tuple[npt.NDArray[np.float32], int]] = {}
     values: list[npt.NDArray[np.float32]] = []
+    with_layers = set(chosen[:_NUM_STACKED]) if reader.config.output.startswith("layers") else set()
+    stacks: dict[str, npt.NDArray[np.float32]] = {}
     not_finite: list[str] = []
     num_bytes = 0
     in_key_order = sorted(chosen)  # neighbours on disk
@@ -122,6 +128,9 @@ def read_vectors(
                 continue
             num_bytes += embedding.nbytes
             rows[sample_id] = (_pooled(wide), _digest(embedding))
+            if sample_id in with_layers:
+                each = wide.reshape(len(wide), -1, wide.shape[-1])
+                stacks[sample_id] = each.mean(axis=1, dtype=np.float32)
             flat = wide.reshape(-1)
             values.append(flat[:: math.ceil(flat.size / per_embedding)].copy())
         if progress is not None:
@@ -135,6 +144,7 @@ def read_vectors(
         norms=np.array(norms, np.float64),
         digests=[rows[sample_id][1] for sample_id in kept],
         values=np.concatenate(values) if values else np.empty(0, np.float32),
+        layers=np.stack([stacks[name] for name in kept if name in stacks]) if stacks else None,
         mean_bytes=num_bytes / len(kept) if kept else mean_bytes,
         is_mean=len(reader.embedding_shape or ()) > 1,
         unreadable=unreadable,

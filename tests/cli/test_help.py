@@ -68,6 +68,7 @@ ROOMS = ["datasets", "embedders", "exchange", "extraction", "report", "training"
         (["stats"], [f"lmdbcache.{room}" for room in ROOMS]),
         (["coverage", "VEGAS"], ["lmdbcache.exchange", "lmdbcache.training"]),
         (["verify", "--all"], []),
+        (["audit", "--help"], []),
         (["rm", "--all", "--yes"], ["lmdbcache.exchange", "lmdbcache.extraction"]),
     ],
 )

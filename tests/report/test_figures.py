@@ -280,6 +280,37 @@ def test_neighbors_name_classes_that_are_apart(tmp_path):
     assert [row.num_samples for row in mixed.classes] == [120, 120]
 
 
+def test_recordings_of_windows(tmp_path):
+    """Recordings and their windows are counted; a recording is what most of its windows are."""
+    generator, windows = np.random.default_rng(0), {}
+    clips = clustered(12, ["dog", "drum"], spread=0.05)
+    for number, (name, clip) in enumerate(clips.items()):
+        file_id, _, class_name = name.partition(":")
+        other = clips[f"{file_id}:{'dog' if class_name == 'drum' else 'drum'}"]
+        for second in range(3 + number % 2):  # the first window sounds like the other class
+            window = f"{file_id}@{second:05d}.000000:{class_name}"
+            windows[window] = (clip if second else other) + 0.01 * generator.normal(size=16)
+    (found,) = collect_report(store(tmp_path, windows, CONFIG.replace(window=1.0))).stores
+    assert found.recordings == (24, 3, 4, 4)
+    assert [row.num_recordings for row in found.classes] == [12, 12]
+    for row in found.neighbours.separability.classes:
+        assert row.accuracy < 0.8
+        assert row.of_recordings == 1
+
+
+def test_each_layer_by_itself(tmp_path):
+    """Of a store of all layers: one that holds the class, one that doesn't."""
+    generator = np.random.default_rng(0)
+    stacks = {
+        name: np.stack([generator.normal(size=16), embedding])
+        for name, embedding in clustered(12, ["dog", "drum"]).items()
+    }
+    (found,) = collect_report(store(tmp_path, stacks, CONFIG.replace(output="layers/mean"))).stores
+    noise, clusters = found.layers
+    assert noise.accuracy < 0.8
+    assert clusters.accuracy == 1
+
+
 def test_separability_of_classes_with_enough_files(tmp_path):
     """The rarer ones are counted; with one class left there is nothing to tell apart."""
     embeddings = {**clustered(9, ["dog", "drum"]), **clustered(4, ["cat"], seed=1)}
