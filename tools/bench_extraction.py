@@ -38,7 +38,7 @@ FULL_SIZE = {
 }
 
 
-def measure(*, quick: bool = False, num_clips: int = 8) -> dict[str, dict[str, float]]:
+def measure(*, quick: bool = False, num_clips: int = 4) -> dict[str, dict[str, float]]:
     """Clips per second of each way, by table row."""
     with tempfile.TemporaryDirectory(prefix="lmdbcache-bench-") as scratch:
         return _Bench(Path(scratch), quick=quick, num_clips=num_clips).run()
@@ -200,7 +200,7 @@ class _Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--clips", type=int, default=8, help="clips of each way and round")
+    parser.add_argument("--clips", type=int, default=4, help="clips of each way and round")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     text = json.dumps(
