@@ -154,3 +154,19 @@ def test_missing_sample_reaches_the_training_loop(reader, num_workers):
     with raises_in_worker(SampleNotFoundError, match="none:x"):
         list(DataLoader(dataset, batch_size=2, num_workers=num_workers))
     assert issubclass(InvalidEmbeddingError, ValueError)
+
+
+@pytest.mark.parametrize("shape", [(7,), (40, 512)])  # 512 bytes to 64 KiB, and more
+def test_int8_from_workers_and_threads(cache, shape):
+    """Rows of int8 become float32 in the memory that a worker or a thread hands over."""
+    config = CacheConfig(dtype="int8")
+    names = [f"{n:02d}:x" for n in range(20)]
+    given = np.random.default_rng(0).normal(size=(20, 4, *shape)).astype(np.float32)
+    with cache.writer(config) as writer:
+        writer.put_batch(names, given)
+    expected = torch.from_numpy(as_read(given, "int8"))
+    dataset = EmbeddingDataset(cache.reader(config), names)
+    in_worker = DataLoader(dataset, batch_size=6, num_workers=1, collate_fn=collate_embeddings)
+    assert torch.equal(torch.cat(list(in_worker)), expected)
+    in_thread = make_dataloader(cache.reader(config), batch_size=6, prefetch=2, num_threads=2)
+    assert torch.equal(torch.cat(list(in_thread)), expected)

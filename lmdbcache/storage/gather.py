@@ -22,6 +22,7 @@ from lmdbcache.errors import IntegrityError
 from lmdbcache.files import open_file
 from lmdbcache.machine import memory_limit
 from lmdbcache.storage.engine_errors import truncated
+from lmdbcache.storage.quantization import SCALE_BYTES, dequantized
 
 # From here on a loop of plain copies is as fast as one gather, and can fill a given buffer.
 LARGE_VALUE_BYTES: Final = 64 << 10
@@ -137,6 +138,27 @@ class MappedFile:
         for row, offset in zip(out, offsets.tolist(), strict=True):
             row[:] = self.data[offset : offset + length]
         return out
+
+    def dequantize(
+        self, offsets: npt.NDArray[np.int64], length: int, out: npt.NDArray[np.float32]
+    ) -> None:
+        """Fill an array with the rows of int8 that lie at these places.
+
+        Args:
+            offsets: (n,) places in the file.
+            length: Bytes of each value.
+            out: (..., hidden_size) C-contiguous, of as many rows as the n values have.
+        """
+        hidden_size = out.shape[-1]
+        shape = (length // (hidden_size + SCALE_BYTES), hidden_size + SCALE_BYTES)
+        rows = out.reshape(len(offsets), shape[0], hidden_size)
+        if length < LARGE_VALUE_BYTES:
+            stored = self.gather(offsets, length).view(np.int8)
+            dequantized(stored.reshape(len(offsets), *shape), rows)
+            return
+        self.prepare(offsets, length)
+        for row, offset in zip(rows, offsets.tolist(), strict=True):
+            dequantized(self.value(offset, np.dtype(np.int8), shape), row)
 
     def prepare(self, offsets: Sequence[int] | npt.NDArray[np.int64], length: int) -> None:
         """See that these values can be copied; if the memory can't hold the file, ask for them.

@@ -148,7 +148,12 @@ class ValueTable:
         part: RowPart | None = None,
     ) -> npt.NDArray[Any]:
         """Copy the embeddings in these rows, or a part of each, into one array."""
-        return self.decoded(self.gather_stored(rows, out, part), out)
+        if not self.is_quantized:
+            return self.gather_stored(rows, out, part)
+        shape = self.shape if part is None else part.shape(self.shape)
+        batch = _float32_array((len(rows), *shape[:-1], shape[-1] - SCALE_BYTES), out)
+        self.file.dequantize(*self.places(rows, part), batch)
+        return batch
 
     def gather_stored(
         self,
@@ -172,10 +177,7 @@ class ValueTable:
         if not self.is_quantized:
             return values
         shape = (*values.shape[:-1], values.shape[-1] - SCALE_BYTES)
-        if out is None:
-            num_bytes = NUMPY_DTYPES["int8"].itemsize * math.prod(shape)
-            out = batch_buffers.take(num_bytes).view(NUMPY_DTYPES["int8"]).reshape(shape)
-        return dequantized(values, batch_array(shape, NUMPY_DTYPES["int8"], out))
+        return dequantized(values, _float32_array(shape, out))
 
     def places(
         self, rows: npt.NDArray[np.int64], part: RowPart | None = None
@@ -185,6 +187,13 @@ class ValueTable:
         if part is None:
             return offsets, self.common_length or 0
         return part.places(offsets, self.shape, self.dtype.itemsize)
+
+
+def _float32_array(shape: tuple[int, ...], out: npt.NDArray[Any] | None) -> npt.NDArray[np.float32]:
+    dtype = np.dtype("<f4")
+    if out is not None:
+        return batch_array(shape, dtype, out)
+    return batch_buffers.take(dtype.itemsize * math.prod(shape)).view(dtype).reshape(shape)
 
 
 def value_table(

@@ -26,9 +26,8 @@ from lmdbcache.storage import (
     MappedFile,
     Selection,
     batch_buffers,
-    decoded,
     recording_of,
-    stored_form,
+    value_bytes,
 )
 from lmdbcache.training.targets import Targets, target_tensor
 from lmdbcache.training.tensors import as_tensor
@@ -313,9 +312,12 @@ def fetch_batch(
 
         def copy(file: MappedFile, offsets: npt.NDArray[np.int64], length: int) -> torch.Tensor:
             if selection.reader.config.dtype == "int8":
-                return _dequantized(
-                    selection, file.gather(offsets, length), shared=is_worker, pinned=pin_memory
-                )
+                hidden_size = (selection.reader.embedding_shape or ())[-1] or 1
+                rows = len(offsets) * length // value_bytes((hidden_size,), "int8")
+                memory = _memory(4 * rows * hidden_size, shared=is_worker, pinned=pin_memory)
+                out = memory.view(torch.float32).view(rows, hidden_size).numpy()
+                file.dequantize(offsets, length, out)
+                return memory
             raw = _memory(len(offsets) * length, shared=is_worker, pinned=pin_memory)
             _fill(raw.view(len(offsets), length), file, offsets, length, threads)
             return raw
@@ -333,18 +335,6 @@ def fetch_batch(
             return raw.view(DTYPES[metadata.config.dtype]).view(len(positions), *shape)
     batch = as_tensor(selection.get_batch(positions))
     return batch.pin_memory() if pin_memory else batch
-
-
-def _dequantized(
-    selection: Selection, values: npt.NDArray[Any], *, shared: bool, pinned: bool
-) -> torch.Tensor:
-    """Return the bytes of float32 embeddings, given stored ones of int8."""
-    hidden_size = (selection.reader.embedding_shape or ())[-1] or 0
-    dtype, stored_row = stored_form((hidden_size,), "int8")
-    rows = values.view(dtype).reshape(-1, stored_row[0] or 0)
-    raw = _memory(len(rows) * hidden_size * torch.float32.itemsize, shared=shared, pinned=pinned)
-    decoded(rows, "int8", raw.view(torch.float32).view(len(rows), hidden_size).numpy())
-    return raw
 
 
 def _memory(num_bytes: int, *, shared: bool, pinned: bool) -> torch.Tensor:
