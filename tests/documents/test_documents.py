@@ -102,8 +102,8 @@ AFTER_AN_EXTRACTION = {
 # These fill `VEGAS.cache`, by one and the same extraction; no other page writes there.
 EXTRACTING = {"README.md", "index.md"}
 
-# These speak of a bucket on a server that talks S3.
-WITH_A_BUCKET = {"streaming.md"}
+# These read from $PLACE, which is a folder, and a bucket on a server that talks S3.
+AT_A_PLACE = {"streaming.md"}
 
 # What follows the Python of these pages is what it prints; figures differ.
 WITH_OUTPUT = {"README.md"}
@@ -141,16 +141,27 @@ def stored() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path("VEGAS.cache").rglob("data.mdb")}
 
 
+PAGES = [page for page in DOCUMENTS if blocks(page, *RUN)]
+
+
 @pytest.mark.timeout(1200)  # the page on clusters starts twenty processes
 @pytest.mark.parametrize(
-    "page", [page for page in DOCUMENTS if blocks(page, *RUN)], ids=lambda page: page.name
+    ("page", "place"),
+    [(page, None) for page in PAGES]
+    + [
+        pytest.param(page, "s3://bucket", marks=pytest.mark.stress)
+        for page in PAGES
+        if page.name in AT_A_PLACE
+    ],
+    ids=lambda value: getattr(value, "name", value),
 )
-def test_the_code_of_a_page_runs(page, reader_at_home, program_server, request):
+def test_the_code_of_a_page_runs(page, place, reader_at_home, program_server, request, monkeypatch):
     """The Python and shell blocks of a page run, one after the other, in one folder."""
     if page.name in AFTER_AN_EXTRACTION:
         shutil.copytree(request.getfixturevalue("filled_cache"), "VEGAS.cache")
-    if page.name in WITH_A_BUCKET:
+    if place:
         request.getfixturevalue("with_a_bucket")
+    monkeypatch.setenv("PLACE", place or f"{reader_at_home.as_uri()}/bucket")
     found = stored()
     before = f"page = {page.read_text('utf-8')!r}\n" + of_page(BEGINNINGS, page)
     after = of_page(ENDINGS, page)
