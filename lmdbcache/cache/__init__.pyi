@@ -10,7 +10,11 @@ from .coverage import (
     coverage_of as coverage_of,
     left_out_counts as left_out_counts,
 )
-from .embedding_cache import ROOT_VARIABLE as ROOT_VARIABLE, EmbeddingCache as EmbeddingCache
+from .embedding_cache import (
+    ROOT_VARIABLE as ROOT_VARIABLE,
+    EmbeddingCache as EmbeddingCache,
+    EmbeddingReader as EmbeddingReader,
+)
 from .misses import (
     FAILURES_NAME as FAILURES_NAME,
     ClipFailure as ClipFailure,
@@ -26,7 +30,6 @@ from .pruning import (
     plan_pruning as plan_pruning,
     prune as prune,
 )
-from .reader import EmbeddingReader as EmbeddingReader
 from .recording_view import RecordingView as RecordingView
 from .records import (
     SOURCES_NAME as SOURCES_NAME,
@@ -39,7 +42,6 @@ from .records import (
     count_origins as count_origins,
     write_sources as write_sources,
 )
-from .similarity import Nearest as Nearest, nearest as nearest
 from .sources import (
     STATES as STATES,
     SourceReport as SourceReport,
@@ -61,6 +63,8 @@ from .store_info import (
 )
 from .views import (
     HiddenStateView as HiddenStateView,
+    Nearest as Nearest,
     TokenLayout as TokenLayout,
     ViewSelection as ViewSelection,
+    nearest as nearest,
 )

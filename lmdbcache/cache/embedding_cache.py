@@ -18,7 +18,6 @@ from lmdbcache.cache.misses import (
     log_misses,
     read_failures,
 )
-from lmdbcache.cache.reader import EmbeddingReader
 from lmdbcache.cache.store_info import (
     StoreInfo,
     allocated_bytes,
@@ -39,6 +38,7 @@ from lmdbcache.files import existing_parent, expand_user, user_cache_folder
 from lmdbcache.machine import ROOT_VARIABLE as ROOT_VARIABLE
 from lmdbcache.storage import (
     CompactionResult,
+    EmbeddingReader as EmbeddingReader,
     EmbeddingWriter,
     IntegrityReport,
     OnDuplicate,

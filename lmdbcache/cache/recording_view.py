@@ -72,6 +72,10 @@ class RecordingView(StoreView):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {self.pool!r})"
 
+    def reopened(self) -> RecordingView:
+        """Return the same view of another reader, see `EmbeddingReader.reopened`."""
+        return RecordingView(self.source.reopened(), self.pool)
+
     def select(self, sample_ids: Iterable[str] | None = None) -> RecordingSelection:
         """Return these recordings by position, for a training loop; None takes all."""
         return RecordingSelection(self, sample_ids)

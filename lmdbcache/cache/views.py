@@ -21,10 +21,12 @@ from lmdbcache.errors import ConfigError
 from lmdbcache.storage import (
     EmbeddingReader,
     MappedFile,
+    Nearest as Nearest,
     Positions,
     RowPart,
     Selection,
     decoded,
+    nearest as nearest,
     stored_form,
     value_bytes,
 )
@@ -175,6 +177,14 @@ class StoreView(Mapping[str, npt.NDArray[Any]], ABC):
         batch: npt.NDArray[Any] = self.select(sample_ids).get_batch(np.arange(len(sample_ids)))
         return batch
 
+    def close(self) -> None:
+        """Give back the reader's snapshot; reading again opens it again."""
+        self.reader.close()
+
+    @abstractmethod
+    def reopened(self) -> StoreView:
+        """Return the same view of another reader, see `EmbeddingReader.reopened`."""
+
     @abstractmethod
     def select(self, sample_ids: Iterable[str] | None = None) -> Any:
         """Return these samples by position, for a training loop; None takes all."""
@@ -275,6 +285,10 @@ class HiddenStateView(StoreView):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.reader!r}, {self.name!r})"
+
+    def reopened(self) -> HiddenStateView:
+        """Return the same view of another reader, see `EmbeddingReader.reopened`."""
+        return HiddenStateView(self.reader.reopened(), self.name, self.layout)
 
     def select(self, sample_ids: Iterable[str] | None = None) -> ViewSelection:
         """Return the view of these samples by position, for a training loop; None takes all."""

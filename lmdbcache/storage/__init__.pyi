@@ -72,6 +72,7 @@ from .reader_slots import (
 )
 from .report import Report as Report
 from .row_parts import RowPart as RowPart
+from .similarity import Nearest as Nearest, nearest as nearest
 from .space import space_use as space_use
 from .statistics import (
     EpochStatistics as EpochStatistics,

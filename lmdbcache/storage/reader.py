@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar, overload
 
 import lmdb
 import numpy as np
@@ -37,6 +37,7 @@ from lmdbcache.storage.metadata import StoreMetadata
 from lmdbcache.storage.pages.page_file import PageFile
 from lmdbcache.storage.pages.pages import EntryTable, UnreadablePagesError, leaf_pages
 from lmdbcache.storage.row_parts import RowPart
+from lmdbcache.storage.similarity import Nearest, nearest
 from lmdbcache.storage.statistics import add_reads, counts_of, family, join_family
 from lmdbcache.storage.value_table import ValueTable, find_rows, key_or_empty, stack, value_table
 from lmdbcache.storage.values import NUMPY_DTYPES, batch_array, from_stored
@@ -60,9 +61,6 @@ from lmdbcache.storage.windows import (
     window_range,
     window_start,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _T = TypeVar("_T")
 Positions = Sequence[int] | npt.NDArray[np.int64]
@@ -99,9 +97,6 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
     num_read = 0
     # Called with the reader and the samples of a read that it doesn't have.
     on_miss: Callable[[EmbeddingReader, Sequence[str]], None] | None = None
-
-    def __init_subclass__(cls) -> None:
-        ForkingPickler.register(cls, _reduce_for_child)
 
     def __init__(
         self,
@@ -145,7 +140,7 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
         EmbeddingReader.__init__(self, state["store"], config, verify, track_usage=track_usage)
         self.on_miss = state["on_miss"]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> EmbeddingReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,6 +159,10 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
             self._holder.drop()
 
     # ---- the snapshot
+
+    def reopened(self) -> EmbeddingReader:
+        """Return another reader of the store, at its newest commit, whose reads aren't counted."""
+        return EmbeddingReader(self._store, self.config, self.verify, track_usage=False)
 
     def refresh(self) -> bool:
         """Move to the newest commit.
@@ -566,6 +565,24 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
         self._check_windows()
         return (recording_of(sample_id) for sample_id in self if is_first_window(sample_id))
 
+    @overload
+    def nearest(self, query: str, k: int = 10, metric: str = "cosine") -> Nearest: ...
+    @overload
+    def nearest(
+        self, query: npt.ArrayLike, k: int = 10, metric: str = "cosine"
+    ) -> Nearest | list[Nearest]: ...
+    def nearest(
+        self, query: str | npt.ArrayLike, k: int = 10, metric: str = "cosine"
+    ) -> Nearest | list[Nearest]:
+        """Return the stored samples nearest to a query: see the function of this name.
+
+        Args:
+            query: One vector `(D,)`, several `(Q, D)`, or a stored sample's id.
+            k: How many samples.
+            metric: `"cosine"` similarity or `"l2"` distance.
+        """
+        return nearest([self], query, k, metric)
+
     def _check_windows(self) -> None:
         if self.config.window is None:
             raise ConfigError(f"{self._store} holds one embedding a clip: its config has no window")
@@ -645,14 +662,12 @@ class EmbeddingReader(Mapping[str, npt.NDArray[Any]]):
 
 def _reduce_for_child(reader: EmbeddingReader) -> tuple[Any, ...]:
     """How multiprocessing pickles a reader: with the place where the child's reads count."""
-    return _in_child, (type(reader), reader.__getstate__(), family())
+    return _in_child, (reader.__getstate__(), family())
 
 
-def _in_child(
-    kind: type[EmbeddingReader], state: dict[str, Any], folder: str | None
-) -> EmbeddingReader:
+def _in_child(state: dict[str, Any], folder: str | None) -> EmbeddingReader:
     join_family(folder)
-    reader = kind.__new__(kind)
+    reader = EmbeddingReader.__new__(EmbeddingReader)
     reader.__setstate__(state)
     return reader
 

@@ -17,6 +17,7 @@ from lmdbcache import (
     RecordingView,
     TokenLayout,
     make_dataloader,
+    nearest,
     preload,
     window_id,
 )
@@ -118,3 +119,32 @@ def _plain_reader(cache, config):
     with cache.writer(plain) as writer:
         writer.put("clip:dog", np.ones(3))
     return cache.reader(plain)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_the_nearest_recordings(cache, metric):
+    """A view's recordings are searched like samples, by their pooled values."""
+    config = CacheConfig(window=1.0, model_name="m", front_end="f")
+    means = {name: rows.mean(0) for name, rows in fill(cache, config, (7,)).items()}
+    with cache.reader(config) as reader:
+        ids, scores = nearest([RecordingView(reader)], "a:dog", 2, metric)
+    query = means.pop("a:dog")
+    scale = {name: np.linalg.norm(mean) * np.linalg.norm(query) for name, mean in means.items()}
+    expected = {
+        name: mean @ query / scale[name] if metric == "cosine" else np.linalg.norm(mean - query)
+        for name, mean in means.items()
+    }
+    assert ids == sorted(expected, key=expected.__getitem__, reverse=metric == "cosine")
+    np.testing.assert_allclose(scores, [expected[name] for name in ids], rtol=1e-5)
+
+
+def test_nearest_by_a_window_but_not_by_a_recording(cache):
+    """In a store of windows a window's id is a query; a recording's id has many vectors."""
+    config = CacheConfig(window=1.0, model_name="m", front_end="f")
+    fill(cache, config, (7,))
+    with cache.reader(config) as reader:
+        first, second = window_id("a:dog", 0, 16000), window_id("a:dog", 16000, 16000)
+        for query in (first, second):
+            assert query not in reader.nearest(query, 3).sample_ids
+        with pytest.raises(SampleNotFoundError, match=f"one of its windows, such as '{first}'"):
+            reader.nearest("a:dog")

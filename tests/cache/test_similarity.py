@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lmdbcache import CacheConfig, EmbeddingCache, EmbeddingReader, HiddenStateView, nearest
-from lmdbcache.cache import similarity
 from lmdbcache.errors import (
     CacheError,
     ConfigError,
@@ -14,7 +13,7 @@ from lmdbcache.errors import (
     InvalidSampleIdError,
     SampleNotFoundError,
 )
-from lmdbcache.storage import statistics_of
+from lmdbcache.storage import similarity, statistics_of
 
 CONFIG = CacheConfig(duration=1.0, model_name="mine")
 

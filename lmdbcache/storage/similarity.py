@@ -8,21 +8,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.cache.views import HiddenStateView
+from lmdbcache.config import CacheConfig
 from lmdbcache.errors import ConfigError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.storage import EmbeddingReader, canonical_sample_id, first_window
+from lmdbcache.storage.layout import canonical_sample_id
+from lmdbcache.storage.windows import first_window
 
 _METRICS: Final = ("cosine", "l2")
 _BLOCK_BYTES: Final = 16 << 20  # of float32 values
 _QUERIES_AT_ONCE: Final = 256
 
-_Source = EmbeddingReader | HiddenStateView
 _Floats = npt.NDArray[np.float64]
+
+
+class _Searchable(Protocol):
+    """Where is searched: an `EmbeddingReader`, or a view of one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> CacheConfig: ...
+    @property
+    def embedding_shape(self) -> tuple[int | None, ...] | None: ...
+    def reopened(self) -> _Searchable: ...
+    def close(self) -> None: ...
+    def select(self) -> Any: ...
+    def __contains__(self, sample_id: object, /) -> bool: ...
+    def __getitem__(self, sample_id: str, /) -> npt.NDArray[Any]: ...
 
 
 class Nearest(NamedTuple):
@@ -38,7 +55,7 @@ class Nearest(NamedTuple):
 
 
 def nearest(
-    readers: Sequence[EmbeddingReader | HiddenStateView],
+    readers: Sequence[_Searchable],
     query: str | npt.ArrayLike,
     k: int = 10,
     metric: str = "cosine",
@@ -74,13 +91,15 @@ def nearest(
     if not readers:
         raise ConfigError("readers: none; give the reader of each store to search")
     with contextlib.ExitStack() as stack:
-        sources = [_uncounted(reader, stack) for reader in readers]
+        sources = [reader.reopened() for reader in readers]
+        for source in sources:
+            stack.callback(source.close)
         width = _common_width(sources)
         left_out = None
         if isinstance(query, str):
             left_out = canonical_sample_id(query)
             holder = next((source for source in sources if left_out in source), sources[0])
-            if holder.config.window is not None and (first := first_window(left_out)) in holder:
+            if left_out not in holder and (first := first_window(left_out)) in holder:
                 raise SampleNotFoundError(
                     f"{left_out!r} is a recording; search by one of its windows, such as {first!r}"
                 )
@@ -95,17 +114,7 @@ def nearest(
     return found[0] if is_one else found
 
 
-def _uncounted(source: _Source, stack: contextlib.ExitStack) -> _Source:
-    """Open a source of the same store, at its newest commit, whose reads aren't counted."""
-    of = source.reader if isinstance(source, HiddenStateView) else source
-    reader = EmbeddingReader(of.path, of.config, of.verify, track_usage=False)
-    stack.callback(reader.close)
-    if isinstance(source, HiddenStateView):
-        return HiddenStateView(reader, source.name, source.layout)
-    return reader
-
-
-def _common_width(sources: Sequence[_Source]) -> int:
+def _common_width(sources: Sequence[_Searchable]) -> int:
     first, widths = sources[0], set[int]()
     for other in sources[1:]:
         if differences := first.config.differences(other.config):
@@ -152,7 +161,7 @@ def _vectors(query: npt.ArrayLike, width: int, metric: str) -> tuple[_Floats, bo
 _Best = tuple[list[str], npt.NDArray[np.float32]]  # sample ids, nearness
 
 
-def _search(source: _Source, queries: _Floats, k: int, metric: str) -> list[_Best]:
+def _search(source: _Searchable, queries: _Floats, k: int, metric: str) -> list[_Best]:
     """Return the k nearest of one source for each query; the higher its nearness, the nearer."""
     samples = source.select()
     scorer = _Scorer(queries, metric)
