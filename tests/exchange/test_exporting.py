@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 from exchange.old_caches import FACTS
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from small_disks import fill, small_disk
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings, import_embeddings
@@ -100,6 +100,7 @@ def test_there_and_back_with_anything(
     tmp_path, kind, dtype, ragged, shape, names, seed, shard_bytes
 ):
     """Any names, shapes, dtypes and shard sizes."""
+    assume(dtype != "int8" or not ragged or len(shape) > 1)  # int8 has no rows of several lengths
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir()
     config, cache = CacheConfig(dtype=dtype), EmbeddingCache(folder / "cache")
