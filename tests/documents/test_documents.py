@@ -282,7 +282,7 @@ def test_links_lead_somewhere(document):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """Built as by `make docs`: a link, an anchor or a docstring that is wrong ends the build."""
-    for package in ("material", "mkdocs_click", "mkdocs_jupyter", "mkdocstrings"):
+    for package in ("material", "mkdocs_click", "mkdocs_ipynb", "mkdocstrings"):
         pytest.importorskip(package, reason="the site needs the extra [docs]")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
