@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_ast import save_small_ast
+from storage.damage import data_file, flip_value
 from torch.utils.data import DataLoader
 from transformers import ASTModel
 
@@ -315,10 +316,7 @@ def test_a_verifying_reader_verifies_views(cache, hidden):
     """With verify="always" the whole value is compared: damage beside the view is noticed."""
     with cache.writer(small_config()) as writer:
         writer.put_batch(NAMES, hidden)
-    data = next(cache.path(small_config()).rglob("data.mdb"))
-    content = bytearray(data.read_bytes())
-    content[content.index(hidden[4, 49].tobytes())] ^= 1
-    data.write_bytes(content)
+    flip_value(data_file(cache, small_config()), hidden[4, 49])
     with cache.reader(small_config(), verify="always") as reader:
         view = HiddenStateView(reader, "cls")
         np.testing.assert_array_equal(view.get_batch(NAMES[:4]), hidden[:4, 0])

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from small_disks import empty, fill, small_disk
+from storage.damage import data_file, flip_value
 
 from lmdbcache import EmbeddingCache
 
@@ -142,11 +143,7 @@ def test_nothing_to_compact_or_clear(cli):
 def test_repair(cli, cache, configs):
     """It shows what would be dropped, asks, and leaves a sound store; exit code 0."""
     with cache.reader(configs[0]) as reader:
-        value = reader["video_00003:dog"].tobytes()
-    (database,) = cache.path(configs[0]).glob("gen-*/data.mdb")
-    content = bytearray(database.read_bytes())
-    content[content.rindex(value)] ^= 1
-    database.write_bytes(content)
+        flip_value(data_file(cache, configs[0]), reader["video_00003:dog"])
     name = configs[0].fingerprint
     planned = cli("repair", name, "--dry-run")
     assert "5 embeddings can be kept, 1 can't" in planned.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig
 from lmdbcache.cache import ClipFailure, update_failures
@@ -218,11 +219,7 @@ def test_verify(cli, cache, configs):
     assert result.stdout.count("sound, 6 embeddings") == 3
     assert all(report["is_sound"] for report in parsed(cli("verify", "--all", "--json")))
     with cache.reader(configs[0]) as reader:
-        value = reader["video_00003:dog"].tobytes()
-    (database,) = cache.path(configs[0]).glob("gen-*/data.mdb")
-    content = bytearray(database.read_bytes())
-    content[content.rindex(value)] ^= 1
-    database.write_bytes(content)
+        flip_value(data_file(cache, configs[0]), reader["video_00003:dog"])
     result = cli("verify", configs[0].fingerprint)
     assert result.returncode == 1
     assert "video_00003:dog" in result.stdout

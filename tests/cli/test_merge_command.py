@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 
 from lmdbcache import EmbeddingCache
 
@@ -63,10 +63,8 @@ def test_origins_are_shown(cli, cache, configs, tmp_path):
     assert str(other.path(configs[0])) in str(cache.explain(configs[0], "video_00009:dog"))
     assert cache.explain(configs[0], "video_00001:dog").origin is None
     assert cli("compact", name).returncode == 0
-    flipped = bytearray((path := data_file(cache, configs[0])).read_bytes())
     with cache.reader(configs[0]) as reader:
-        flipped[flipped.index(reader["video_00001:dog"].tobytes())] ^= 1
-    path.write_bytes(flipped)
+        flip_value(data_file(cache, configs[0]), reader["video_00001:dog"])
     assert cli("repair", name, "--yes").returncode == 0
     origins[0]["embeddings"] -= 1
     assert json.loads(cli("info", name, "--json").stdout)["origins"] == origins

@@ -16,6 +16,7 @@ import torch
 from exchange.old_caches import FACTS
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from small_disks import fill, small_disk
+from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings, import_embeddings
 from lmdbcache.errors import (
@@ -239,10 +240,7 @@ def test_other_files_are_never_replaced(filled, config, tmp_path):
 @pytest.mark.parametrize(("kind", "out"), OUTS)
 def test_a_damaged_value_is_not_exported(filled, config, embeddings, tmp_path, kind, out):
     """A flipped bit ends the export with the sample's name, and no file is left."""
-    (database,) = filled.path(config).glob("gen-*/data.mdb")
-    content = bytearray(database.read_bytes())
-    content[content.rindex(embeddings["video_00003:dog"].tobytes())] ^= 1
-    database.write_bytes(content)
+    flip_value(data_file(filled, config), embeddings["video_00003:dog"])
     with pytest.raises(IntegrityError, match="video_00003:dog"):
         export_embeddings(filled, config, tmp_path / out, format=kind)
     assert left_in(tmp_path) == ["cache"]
@@ -324,9 +322,7 @@ def test_flipped_bits_in_an_export(filled, config, embeddings, tmp_path):
     """What has checksums of its own, .npz and Parquet, is compared with them."""
     for out in ("x.npz", "x.parquet"):
         export_embeddings(filled, config, tmp_path / out, format=out.split(".")[1])
-        content = bytearray((tmp_path / out).read_bytes())
-        content[content.index(embeddings["video_00003:dog"].tobytes())] ^= 1
-        (tmp_path / out).write_bytes(content)
+        flip_value(tmp_path / out, embeddings["video_00003:dog"])
     with pytest.raises(TransferError):
         import_embeddings(tmp_path / "back", None, tmp_path / "x.npz")
     report = import_embeddings(tmp_path / "back", None, tmp_path / "x.parquet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from exchange.conftest import contents, numbered, same
+from storage.damage import data_file, flip_value
 
 from lmdbcache.cache import (
     THIS_STORE,
@@ -269,10 +270,7 @@ def test_others_replace_in_between(store, config, monkeypatch, is_theirs):
 def test_a_damaged_value_of_ours(store, config):
     """It is compared with nothing: told, or replaced if theirs are to be taken."""
     cache = store("target", numbered(0, 4))
-    path = cache.path(config) / "gen-000001" / "data.mdb"
-    content = bytearray(path.read_bytes())
-    content[content.index(numbered(2, 3)["clip_00002:drum"].tobytes()) + 3] ^= 1
-    path.write_bytes(content)
+    flip_value(data_file(cache, config), numbered(2, 3)["clip_00002:drum"], 3)
     intake = Intake(cache, config)
     add(intake, numbered(0, 4, seed=1))
     assert [r.sample_id for r in intake.report.refused] == ["clip_00002:drum"]

@@ -14,7 +14,7 @@ import pytest
 from exchange.conftest import contents, numbered, same
 from exchange.damaged_sources import merge_damaged
 from storage.child_processes import NOBODY, in_fork
-from storage.damage import cuts, data_file, flips, outcomes
+from storage.damage import cuts, data_file, flip_value, flips, outcomes
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.cache import (
@@ -295,11 +295,8 @@ def test_damaged_records_of_a_source(store, target, config):
 def test_a_damaged_value_comes_from_another_source(store, target, config):
     """Two sources have the same sample, one of them damaged: told, and taken from the other."""
     a, b = store("a", numbered(0, 6)), store("b", numbered(0, 4))
-    path = data_file(a, config)
-    content = bytearray(path.read_bytes())
     for name in ("clip_00001:dog", "clip_00005:dog"):
-        content[content.index(numbered(0, 6)[name].tobytes())] ^= 1
-    path.write_bytes(content)
+        flip_value(data_file(a, config), numbered(0, 6)[name])
     reports = merge_stores(target, [a.root, b.root])
     (report,) = reports.stores
     assert {r.sample_id for r in report.refused} == {"clip_00001:dog", "clip_00005:dog"}
@@ -374,9 +371,7 @@ def test_a_source_that_can_only_be_read(store, config):
         )
         path = data_file(damaged, config)
         (path.parent / "checked").unlink()
-        content = bytearray(path.read_bytes())
-        content[content.index(numbered(6, 7)["clip_00006:drum"].tobytes())] ^= 1
-        path.write_bytes(content)
+        flip_value(path, numbered(6, 7)["clip_00006:drum"])
         (folder / "overwrite").mkdir()
         for path in [*folder.rglob("*"), folder]:
             path.chmod(0o555 if path.is_dir() else 0o444)

@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 import pytest
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig, EmbeddingCache, export_embeddings, import_embeddings, window_id
 from lmdbcache.exchange import intake as intake_module, merge_stores, pull, push
@@ -104,11 +104,7 @@ def test_a_killed_intake_leaves_no_recording_that_looks_whole(
 
 def test_a_recording_whose_window_is_refused_is_missing(tmp_path, source, config):
     """Its other windows come in; the first, which says that all are there, doesn't."""
-    data = data_file(source, config)
-    at = data.read_bytes().rindex(np.full(600, 105, "f4").tobytes())
-    with data.open("r+b") as file:
-        file.seek(at + 9)
-        file.write(b"\x55")
+    flip_value(data_file(source, config), np.full(600, 105, "f4"))
     target = EmbeddingCache(tmp_path / "target")
     report = merge_stores(target, [source.root])
     assert report.exit_code == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report.clusters import CONFIG, clustered, store
+from storage.damage import data_file, flip_value
 
 from lmdbcache import EmbeddingCache, ReadStatistics, build_report
 from lmdbcache.cache import (
@@ -80,10 +81,7 @@ def test_flipped_value_is_named(tmp_path):
     """A value that doesn't match its checksum is listed; the others are in the report."""
     embeddings = clustered(10, ["dog", "drum"], hidden_size=600)
     cache = store(tmp_path / "cache", embeddings)
-    (database,) = cache.path(CONFIG).glob("gen-*/data.mdb")
-    content = bytearray(database.read_bytes())
-    content[content.rindex(embeddings["video_00003:dog"].tobytes())] ^= 1
-    database.write_bytes(content)
+    flip_value(data_file(cache, CONFIG), embeddings["video_00003:dog"])
     report = build_report(cache, out=tmp_path / "r.html")
     (found,) = report.stores
     assert not report.is_sound
@@ -207,11 +205,8 @@ def test_store_in_ruins_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors, "_MAX_UNREADABLE", 2)
     embeddings = clustered(10, ["dog"], hidden_size=600)
     cache = store(tmp_path / "cache", embeddings)
-    (database,) = cache.path(CONFIG).glob("gen-*/data.mdb")
-    content = bytearray(database.read_bytes())
     for embedding in list(embeddings.values())[:5]:
-        content[content.rindex(embedding.tobytes())] ^= 1
-    database.write_bytes(content)
+        flip_value(data_file(cache, CONFIG), embedding)
     (found,) = collect_report(cache).stores
     assert "2 embeddings and maybe more can't be read" in found.damage
     assert found.map == "Nothing to show."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import CacheError
@@ -24,6 +25,17 @@ def data_file(cache: EmbeddingCache, config: Any) -> Path:
     """data.mdb of the live generation."""
     store = cache.path(config)
     return store / (store / "CURRENT").read_text().strip() / "data.mdb"
+
+
+def flip_value(path: Path, value: npt.NDArray[Any], after: int = 0) -> int:
+    """Change a bit of a value's last copy, so many bytes after its beginning; returns where."""
+    at = path.read_bytes().rindex(value.tobytes()) + after
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    return at
 
 
 def flips(content: bytes, count: int, seed: int, *, reach: int | None = None) -> Iterator[bytes]:

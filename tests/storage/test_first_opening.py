@@ -12,7 +12,7 @@ import numpy as np
 import platformdirs
 import pytest
 from storage.child_processes import NOBODY, in_fork, numbered, peer_process, write
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.errors import IntegrityError
@@ -71,8 +71,7 @@ def test_own_store_is_never_checked(filled, config, checks):
 
 def test_damaged_value_of_a_copy_is_refused(copy, config, embeddings):
     """The error names the sample and what to do; the repaired copy opens."""
-    data = data_file(copy, config)
-    change(data, data.read_bytes().rindex(embeddings["video_00003:dog"].tobytes()))
+    flip_value(data_file(copy, config), embeddings["video_00003:dog"])
     for _ in range(2):
         with pytest.raises(IntegrityError, match="video_00003:dog"):
             copy.reader(config)["video_00001:dog"]
@@ -92,8 +91,7 @@ def test_another_machine_checks_again(filled, config, checks, monkeypatch):
 @pytest.mark.parametrize("setting", ["1", "values", "0"])
 def test_check_can_be_skipped(copy, config, embeddings, setting, monkeypatch):
     """All of it, or the values alone."""
-    data = data_file(copy, config)
-    change(data, data.read_bytes().rindex(embeddings["video_00003:dog"].tobytes()))
+    flip_value(data_file(copy, config), embeddings["video_00003:dog"])
     monkeypatch.setenv(first_opening.SKIP_VARIABLE, setting)
     if setting == "0":
         with pytest.raises(IntegrityError):

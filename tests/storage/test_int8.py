@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays
+from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
@@ -125,12 +126,7 @@ def test_a_flipped_bit_is_found(filled):
     """Verification compares the stored bytes, not what they are read as."""
     cache, expected = filled
     name = list(expected)[7]
-    stored = quantized(expected[name][None])[0].tobytes()
-    (data,) = cache.path(CONFIG).glob("gen-*/data.mdb")
-    content = bytearray(data.read_bytes())
-    at = content.index(stored)
-    content[at] ^= 1
-    data.write_bytes(content)
+    flip_value(data_file(cache, CONFIG), quantized(expected[name][None])[0])
     with cache.reader(CONFIG, verify="always") as reader:
         with pytest.raises(IntegrityError):
             reader[name]

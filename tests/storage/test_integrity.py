@@ -8,6 +8,7 @@ import lmdb
 import numpy as np
 import pytest
 from storage.child_processes import in_fork, numbered, peer_process, write_in_turns
+from storage.damage import flip_value
 
 from lmdbcache.errors import CacheError
 
@@ -59,9 +60,7 @@ def test_clean_store_is_sound(cache, config, store):
 @pytest.mark.parametrize("offset", [0, 1, 1799, 3599])
 def test_flipped_byte_in_a_value_is_found(cache, config, store, offset):
     """One bit of one value, and the sample is named; LMDB itself sees nothing."""
-    value = cache.reader(config)["7:dog"].tobytes()
-    at = store.read_bytes().index(value)
-    change(store, at + offset)
+    flip_value(store, cache.reader(config)["7:dog"], offset)
     report = cache.verify(config)
     assert not report.is_sound
     assert report.structure == ()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_disks import fill, small_disk
 from storage.child_processes import numbered, peer_process, write
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 from stress.page_kinds import byte_ranges
 
 from lmdbcache import EmbeddingCache
@@ -155,11 +155,7 @@ def test_repair_does_not_bring_back_what_was_removed(cache, config):
     remove(cache.root, config, gone)
     with cache.reader(config) as reader:
         kept = {name: reader[name] for name in reader}
-    path = data_file(cache, config)
-    content = bytearray(path.read_bytes())
-    victim = kept["clip_000040:x"].tobytes()
-    content[content.rindex(victim)] ^= 1
-    path.write_bytes(content)
+    flip_value(data_file(cache, config), kept["clip_000040:x"])
     report = cache.repair(config)
     assert report.dropped == ("clip_000040:x",)
     with cache.reader(config) as reader:
@@ -212,8 +208,8 @@ def test_repair_without_a_free_list_does_not_bring_back_what_was_removed(cache, 
     ranges = byte_ranges(bytes(content))
     for start, end in ranges["free list leaf"]:
         content[start:end] = bytes(end - start)
-    content[content.rindex(np.full(2048, 40, np.float32).tobytes())] ^= 1
     path.write_bytes(content)
+    flip_value(path, np.full(2048, 40, np.float32))
     assert cache.repair(config).is_repaired
     with cache.reader(config) as reader:
         assert not set(gone) & set(reader)

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 
 from lmdbcache.errors import CacheNotFoundError, IntegrityError
 from lmdbcache.storage.maintenance import repair as repair_module
@@ -43,7 +43,7 @@ def main_root(path):
 
 def test_damaged_value_is_dropped_and_recomputed(cache, config, data, values):
     """Only that sample is gone; the next `get_or_compute` computes it alone."""
-    overwrite(data, data.read_bytes().rindex(values["clip_007:x"].tobytes()) + 9, b"\x55")
+    flip_value(data, values["clip_007:x"])
     plan = cache.repair(config, dry_run=True)
     assert (plan.is_repaired, plan.dropped) == (False, ("clip_007:x",))
     assert data.exists()
@@ -166,7 +166,7 @@ def test_lost_metadata_is_refused(cache, config, data):
 
 def test_interrupted_repair_changes_nothing(cache, config, data, values, monkeypatch):
     """The old generation stays live until the new one is checked."""
-    overwrite(data, data.read_bytes().rindex(values["clip_007:x"].tobytes()) + 9, b"\x55")
+    flip_value(data, values["clip_007:x"])
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_open_readers_go_on(cache, config, data, values):
     """A reader keeps its snapshot, and moves to the repaired store when it looks."""
     with cache.reader(config) as reader:
         np.testing.assert_array_equal(reader["clip_001:x"], values["clip_001:x"])
-        overwrite(data, data.read_bytes().rindex(values["clip_007:x"].tobytes()) + 9, b"\x55")
+        flip_value(data, values["clip_007:x"])
         cache.repair(config)
         np.testing.assert_array_equal(reader["clip_002:x"], values["clip_002:x"])
         assert reader.refresh()

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from storage.child_processes import in_fork, peer_process, rewrite
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 
 from lmdbcache.errors import ConfigError, IntegrityError, SampleNotFoundError
 
@@ -21,10 +21,7 @@ def damaged(request, cache, config):
         for n in range(10):
             rows = n % 3 + 2 if request.param == "ragged" else 3
             writer.put(f"{n}:dog", np.full((rows, 300), n + 1))
-    data = data_file(cache, config)
-    content = bytearray(data.read_bytes())
-    content[content.rindex(np.full(300, 8, np.float32).tobytes()) + 5] ^= 1
-    data.write_bytes(content)
+    flip_value(data_file(cache, config), np.full(300, 8, np.float32), 5)
     return cache
 
 
@@ -81,11 +78,7 @@ def test_first_read_looks_once_and_always_always(cache, config):
     with cache.reader(config, verify="first_read") as once:
         always = cache.reader(config, verify="always")
         assert once["a:x"].tolist() == always["a:x"].tolist()
-        data = data_file(cache, config)
-        at = data.read_bytes().rindex(np.arange(700, dtype=np.float32).tobytes())
-        with data.open("r+b") as file:
-            file.seek(at + 40)
-            file.write(b"\x77")
+        flip_value(data_file(cache, config), np.arange(700, dtype=np.float32), 40)
         once["a:x"]
         with pytest.raises(IntegrityError):
             always["a:x"]

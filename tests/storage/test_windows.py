@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from storage.damage import data_file
+from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig, EmbeddingReader
 from lmdbcache.errors import ConfigError, InvalidSampleIdError, SampleNotFoundError
@@ -102,11 +102,9 @@ def test_a_recording_that_lost_a_window_is_missing(cache, config, filled, remove
 def test_repair_makes_a_recording_missing_that_lost_a_window(cache, config, filled, is_page):
     """A damaged value takes its recording's first window along; an unnamed loss takes all."""
     data = data_file(cache, config)
-    at = data.read_bytes().rindex(np.full(600, 5, "f4").tobytes())
-    with data.open("r+b") as file:
-        file.seek(at + 9)
-        file.write(b"\x55")
-        if is_page:  # a byte of its page's header
+    at = flip_value(data, np.full(600, 5, "f4"))
+    if is_page:  # a byte of its page's header
+        with data.open("r+b") as file:
             file.seek(at // 4096 * 4096 + 10)
             file.write(b"\xff")
     assert first_window("rec:dog") in cache.repair(config).dropped
