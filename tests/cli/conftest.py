@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,25 @@ def refused(cli):
         return line
 
     return refused
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """Run a command in a new process; gives its exit code and which of some modules it imports."""
+
+    def imported(modules, *arguments):
+        code = (
+            "import sys\nfrom lmdbcache.cli import main\n"
+            f"sys.argv = ['lmdbcache', *{list(map(str, arguments))!r}]\n"
+            "try: main()\nexcept SystemExit as stop: code = stop.code\n"
+            f"print(code, *({set(modules)!r} & sys.modules.keys()), file=sys.stderr)"
+        )
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+        code, *found = result.stderr.splitlines()[-1].split()
+        return int(code), set(found)
+
+    return imported
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ import lmdb
 import msgpack
 import numpy as np
 import pytest
-from storage.child_processes import peer_process
+from storage.child_processes import hold, hold_writer, let_go, peer_process
 
-from lmdbcache import EmbeddingCache
 from lmdbcache.cache import PrunePolicy, plan_pruning, prune
 from lmdbcache.cli.doctor.stores import check_stores
 from lmdbcache.cli.quantities import age, parse_moment, parse_size
@@ -215,28 +214,13 @@ def test_prune_looks_again_before_it_removes(cache, configs):
     with peer_process() as peer:
         make_older(cache, configs[0], 100)
         plan = plan_pruning(cache, PrunePolicy(used_before=parse_moment("90d")))
-        peer.call(open_writer, cache.root, configs[0])
+        peer.call(hold_writer, cache.root, configs[0])
         (kept,) = prune(cache, plan).kept
         assert str(peer.process.pid) in kept.reason
         peer.call(let_go)
 
 
-def read_one(root, config):
-    global held
-    held = EmbeddingCache(root).reader(config)
-    return len(held)
-
-
-def open_writer(root, config):
-    global held
-    held = EmbeddingCache(root).writer(config)
-
-
-def let_go():
-    held.close()
-
-
-@pytest.mark.parametrize("use", [read_one, open_writer])
+@pytest.mark.parametrize("use", [hold, hold_writer])
 def test_prune_keeps_what_is_in_use(cli, cache, configs, use):
     """A store that another process reads or writes is kept and named, unless --force."""
     for config in configs:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from small_disks import fill, small_disk
-from storage.child_processes import NOBODY, in_fork, peer_process, write
+from storage.child_processes import NOBODY, hold, in_fork, let_go, peer_process, write
 
 from lmdbcache import EmbeddingCache
 from lmdbcache.cli.doctor import machine, root, software
@@ -249,16 +249,6 @@ def test_damaged_copied_and_half_stores(filled, config, tmp_path):
     assert (finding.level, finding.remedy) == ("note", "lmdbcache prune --leftovers")
 
 
-def hold(root, config):
-    global held
-    held = EmbeddingCache(root).reader(config)
-    return len(held)
-
-
-def let_go():
-    held.close()
-
-
 def test_who_uses_a_store(filled, config):
     """Writers and readers are named; slots of killed readers, too."""
     name = filled.path(config).name
@@ -284,13 +274,6 @@ def test_who_uses_a_store(filled, config):
 # ---- memory
 
 
-def read_all(root, config):
-    global held
-    held = EmbeddingCache(root).reader(config)
-    for name in held:
-        assert held[name].shape
-
-
 def test_pages_of_a_store_are_not_the_process_s_own(cache, config):
     """Reading 32 MiB from a mapped store adds them to the store pages, not to the private ones."""
     values = {f"{n}:x": np.full(1 << 20, n, np.float32) for n in range(8)}
@@ -298,7 +281,7 @@ def test_pages_of_a_store_are_not_the_process_s_own(cache, config):
     with peer_process() as peer:
         peer.call(len, [])
         before = memory_of(peer.process.pid)
-        peer.call(read_all, cache.root, config)
+        peer.call(hold, cache.root, config, list(values))
         after = memory_of(peer.process.pid)
         peer.call(let_go)
     assert before.store_pages == 0

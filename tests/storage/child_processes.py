@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,26 @@ def open_database_files() -> list[str]:
 
 
 # ---- what peers do
+
+_held: list[Any] = []
+
+
+def hold(root: Any, config: Any, sample_ids: Iterable[str] = ()) -> int:
+    """Open a store until `let_go`, and read some of its samples; returns how many it has."""
+    _held.append(reader := EmbeddingCache(root).reader(config))
+    for sample_id in sample_ids:
+        reader[sample_id]
+    return len(reader)
+
+
+def hold_writer(root: Any, config: Any) -> None:
+    """Open a store's writer until `let_go`."""
+    _held.append(EmbeddingCache(root).writer(config))
+
+
+def let_go() -> None:
+    """Close what is held."""
+    _held.pop().close()
 
 
 def write(root: Any, config: Any, items: dict[str, Any], **options: Any) -> int:

@@ -7,25 +7,12 @@ import time
 
 import numpy as np
 import pytest
-from storage.child_processes import numbered, peer_process, write
+from storage.child_processes import hold, let_go, numbered, peer_process, write
 
 from lmdbcache.errors import StorageError
 from lmdbcache.storage import opening
 
 NUMBERS = numbered(0, 20)
-
-
-def hold(root, config):
-    """Open the store in this process, and keep it open."""
-    from lmdbcache import EmbeddingCache
-
-    global held
-    held = EmbeddingCache(root).reader(config)
-    return len(held)
-
-
-def let_go():
-    held.close()
 
 
 @pytest.fixture
