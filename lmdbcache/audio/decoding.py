@@ -156,8 +156,12 @@ def opened(path: str | os.PathLike[str] | AudioSource) -> Iterator[tuple[Any, Bi
         if isinstance(path, (str, os.PathLike)):
             yield os.fsencode(path), file
         else:
-            # soundfile would print each seek that the source's own file refuses.
-            yield PiecedFile(file, [(0, size_of(file))]), file
+            try:
+                # soundfile would print each seek that the source's own file refuses.
+                yield PiecedFile(file, [(0, size_of(file))]), file
+            finally:
+                if error := getattr(getattr(file, "raw", None), "error", None):
+                    raise error
 
 
 class _Content(io.BytesIO):

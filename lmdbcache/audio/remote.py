@@ -6,10 +6,12 @@ fsspec knows the kinds of URLs; it is imported when the first one is used.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, Final, NamedTuple
 
+from lmdbcache.audio.containers import Piece, PiecedFile, size_of
 from lmdbcache.errors import ConfigError, MissingDependencyError, RemoteError
 from lmdbcache.files import first_line, is_url, without_secrets
 from lmdbcache.machine import install_line
@@ -23,6 +25,7 @@ _PACKAGES: Final = {
     "hf": "huggingface_hub",
 }
 _READ_AHEAD_BYTES: Final = 1 << 20
+_AT_ONCE_BYTES: Final = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,87 @@ class FilePart:
     name: str | None = None
 
     def open_binary(self) -> BinaryIO:
-        """The clip's bytes, which are read at once.
+        """The clip as a file; of a URL what is small is read at once, and more as it is asked for.
 
         Raises:
             OSError: The file can't be read, or ends before the part does.
             RemoteError: The URL can't be read.
         """
-        if is_url(self.location):
-            content = _fetched(self.location, self.offset, self.size)
-        else:
-            with open(self.location, "rb") as file:  # noqa: PTH123 - a name may be no Path
-                file.seek(self.offset)
-                content = file.read(-1 if self.size is None else self.size)
+        if not is_url(self.location):
+            return self._piece(open(self.location, "rb"))  # noqa: PTH123 - a name may be no Path
+        if self.size is not None and self.size > _AT_ONCE_BYTES:
+            return self._piece(opened_url(self.location))
+        content = self._beginning()
+        if self.size is None and len(content) > _AT_ONCE_BYTES:
+            file = opened_url(self.location)
+            if file.seekable():
+                return self._piece(file, content)
+            file.close()
+            content = _fetched(self.location, self.offset, None)
         if self.size is not None and len(content) != self.size:
-            raise OSError(f"{len(content)} of {self.size} bytes are there; the file was cut")
+            raise _cut(len(content), self.size)
         return io.BytesIO(content)
+
+    def _beginning(self) -> bytes:
+        if self.size is not None:
+            return _fetched(self.location, self.offset, self.size)
+        try:
+            return _fetched(self.location, self.offset, _AT_ONCE_BYTES + 1)
+        except RemoteError:  # it may be empty, or the server gives no parts
+            return _fetched(self.location, self.offset, None)
+
+    def _piece(self, file: BinaryIO, content: bytes = b"") -> BinaryIO:
+        there = size_of(file) - self.offset
+        size = there if self.size is None else self.size
+        if there < size:
+            file.close()
+            raise _cut(max(0, there), size)
+        found = OpenedPart(
+            file, [content, (self.offset + len(content), self.offset + size)], self.location
+        )
+        return io.BufferedReader(found)
 
     def __str__(self) -> str:
         return self.name or without_secrets(self.location)
+
+
+class OpenedPart(PiecedFile):
+    """A file's part, which closes the file, and remembers an error of reading it.
+
+    libsndfile takes such an error for the end of the file.
+
+    Args:
+        file: The file.
+        pieces: See `PiecedFile`.
+        location: Its path or URL.
+    """
+
+    def __init__(self, file: BinaryIO, pieces: Sequence[Piece], location: str) -> None:
+        super().__init__(file, pieces)
+        self._location = location
+        self.error: Exception | None = None
+
+    def readinto(self, buffer: object) -> int:
+        """See `PiecedFile`.
+
+        Raises:
+            OSError: It can't be read.
+            RemoteError: The URL can't be read.
+        """
+        try:
+            return super().readinto(buffer)
+        except Exception as error:
+            self.error = _translated(self._location, error) if is_url(self._location) else error
+            raise self.error from error
+
+    def close(self) -> None:
+        """Close it with its file."""
+        self._file.close()
+        super().close()
+
+
+def _cut(found: int, size: int) -> OSError:
+    return OSError(f"{found} of {size} bytes are there; the file was cut")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ def read_source(given: object) -> tuple[Source | None, bytes | None]:
         if isinstance(given, (str, os.PathLike)):
             return _read_file(os.fspath(given))
         with given.open_binary() as file:  # type: ignore[attr-defined]
+            size = file.seek(0, os.SEEK_END)
+            if size > LARGEST_KEPT_BYTES:  # it may be at a URL: reading it twice takes long
+                return Source("", size, None, None), None
+            file.seek(0)
             return read_source(file.read())
     except Exception:  # noqa: BLE001 - decoding will say what is wrong with it
         return None, None

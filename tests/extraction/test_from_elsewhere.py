@@ -16,8 +16,10 @@ from sharing.server_fixtures import kept, moto  # noqa: F401 - fixtures
 from small_modules import Seeded
 
 from lmdbcache import EmbeddingCache, ModuleEmbedder, config_for, extract, open_dataset
+from lmdbcache.audio import load_waveform, remote
+from lmdbcache.cache import sources
 from lmdbcache.datasets import TarShards, stream_clips
-from lmdbcache.errors import ConfigError, DatasetError
+from lmdbcache.errors import AudioDecodeError, ConfigError, DatasetError
 from lmdbcache.extraction import extract_stream, to_clips
 
 
@@ -95,11 +97,15 @@ def values(cache, config):
         return {sample_id: value.tobytes() for sample_id, value in reader.items()}
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("place", ["tar", "tar in a bucket", "folder in a bucket"])
 def test_embeddings_are_those_of_local_files(
-    place, sounds, model, config, cache, tmp_path, request
+    place, is_streamed, sounds, model, config, cache, tmp_path, request, monkeypatch
 ):
     """From every place, decoded in a worker; what is stored is skipped by the next run."""
+    if is_streamed:  # as long recordings are
+        monkeypatch.setattr(remote, "_AT_ONCE_BYTES", 5000)
+        monkeypatch.setattr(sources, "LARGEST_KEPT_BYTES", 5000)
     here = EmbeddingCache(tmp_path / "here")
     expected = extract(here, config, open_dataset(sounds), model=model, batch_size=4)
     folder = sounds if place.startswith("folder") else shards_of(sounds, tmp_path / "shards")
@@ -141,6 +147,27 @@ def test_what_cant_be_fetched_is_a_failure(bucket, sounds, model, config, cache,
     body = (sounds / "dog" / "video_00003.wav").read_bytes()
     client.put_object(Bucket=name, Key="dog/video_00003.wav", Body=body)
     assert extract(cache, config, clips, model=model, num_workers=0).num_extracted == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # soundfile's
+@pytest.mark.parametrize("kept_bytes", [9000, 44])
+def test_a_connection_that_breaks_isnt_the_end_of_a_clip(sounds, kept_bytes):
+    """libsndfile would take the error for it; the reason is the connection's."""
+
+    class Breaking(io.FileIO):
+        def read(self, size=-1, /):
+            if self.tell() + size > kept_bytes:
+                raise ConnectionError("the line is cut")
+            return super().read(size)
+
+    class Source:
+        def open_binary(self):
+            file, size = Breaking(path), path.stat().st_size
+            return io.BufferedReader(remote.OpenedPart(file, [(0, size)], "s3://bucket/a.wav"), 512)
+
+    path = sounds / "dog" / "video_00000.wav"
+    with pytest.raises(AudioDecodeError, match="the line is cut"):
+        load_waveform(Source(), 16000, 10.0)
 
 
 def test_a_url_of_no_known_kind(model, config, cache):
