@@ -53,10 +53,12 @@ from lmdbcache.storage import (
     checksums as checksums_of,
     encoded,
     is_first_window,
+    is_what_is_stored,
     recording_of,
     sample_id_of_key,
     sample_key,
     sample_keys,
+    stored_form,
     value_bytes,
 )
 
@@ -675,7 +677,10 @@ class _Look:
 
     def _check_shape(self, number: int, value: npt.NDArray[Any]) -> None:
         if self._shape is None:  # the first of a new store decides
-            self._shape = (None, *value.shape[1:]) if self._ragged and value.shape else value.shape
+            shape: tuple[int | None, ...] = value.shape
+            shape = (None, *shape[1:]) if self._ragged and shape else shape
+            stored_form(shape, self._asked.config.dtype)  # refuses one without rows
+            self._shape = shape
         check_shape(self.rows.sample_id(number), value.shape, self._shape)
         self._fitting_shapes.add(value.shape)
 
@@ -739,4 +744,4 @@ def _sound_value(reader: EmbeddingReader, key: bytes, expected: bytes) -> npt.ND
         value = reader[sample_id_of_key(key)]
     except IntegrityError:
         return None
-    return value if checksum(key, encoded(value, reader.config.dtype)) == expected else None
+    return value if is_what_is_stored(key, value, reader.config.dtype, expected) else None

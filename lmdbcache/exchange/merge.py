@@ -55,9 +55,9 @@ from lmdbcache.storage import (
     check_pages,
     checksum,
     data_file,
-    encoded,
     from_stored,
     is_first_window,
+    is_what_is_stored,
     sample_id_of_key,
     sample_key,
     sample_keys,
@@ -531,7 +531,7 @@ class _Source(ABC):
             raise IntegrityError("the value doesn't match its checksum")
         dtype, shape = self.metadata.config.dtype, self.metadata.embedding_shape
         embedding = from_stored(name, content, dtype, shape, copy=False)
-        if dtype == "int8" and encoded(embedding, dtype).tobytes() != bytes(content):
+        if dtype == "int8" and not is_what_is_stored(key, embedding, dtype, expected):
             raise IntegrityError("the int8 value isn't in its one form; docs/format.md has it")
         return embedding
 

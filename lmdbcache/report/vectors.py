@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from lmdbcache.errors import CacheError, IntegrityError, InvalidEmbeddingError, SampleNotFoundError
-from lmdbcache.storage import EmbeddingReader, Progress, class_of
+from lmdbcache.storage import EmbeddingReader, Progress, class_of, value_bytes
 
 _BATCH_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 2 << 30  # of one store: some seconds from a disk, 550 hidden states of AST
@@ -126,7 +126,7 @@ def read_vectors(
             if not np.isfinite(wide).all():
                 not_finite.append(sample_id)
                 continue
-            num_bytes += embedding.nbytes
+            num_bytes += value_bytes(embedding.shape, reader.config.dtype)
             rows[sample_id] = (_pooled(wide), _digest(embedding))
             if sample_id in with_layers:
                 each = wide.reshape(len(wide), -1, wide.shape[-1])

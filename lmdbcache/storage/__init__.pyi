@@ -90,6 +90,7 @@ from .values import (
     encoded as encoded,
     from_stored as from_stored,
     has_masked_elements as has_masked_elements,
+    is_what_is_stored as is_what_is_stored,
     stored_form as stored_form,
     value_bytes as value_bytes,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -131,9 +132,10 @@ class StoreMetadata:
     def quantization_error(self) -> float | None:
         """Largest relative L2 distance of an embedding from what int8 keeps of it, if known."""
         try:
-            return float(self.provenance[_QUANTIZATION_ERROR])
+            error = float(self.provenance[_QUANTIZATION_ERROR])
         except (KeyError, ValueError):
             return None
+        return error if 0 <= error < math.inf else None  # it may be foreign
 
     def with_quantization_error(self, error: float | None) -> StoreMetadata:
         """A copy that states this error, if it is larger than what is stated."""
@@ -229,7 +231,7 @@ class StoreMetadata:
                 config = CacheConfig.from_dict(fields)
             return cls(
                 config=config,
-                embedding_shape=_shape(values["embedding_shape"]),
+                embedding_shape=_shape(values["embedding_shape"], config.dtype),
                 creation_time=str(values["creation_time"]),
                 dataset_root=str(values["dataset_root"]),
                 provenance={str(k): str(v) for k, v in values["provenance"].items()},
@@ -257,11 +259,12 @@ def _unpack_map(record: bytes, store: object) -> dict[str, Any]:
     return values
 
 
-def _shape(value: Any) -> tuple[int | None, ...] | None:
+def _shape(value: Any, dtype: str) -> tuple[int | None, ...] | None:
     if value is None:
         return None
     free_first = value[:1] == (None,)
     sizes = value[1:] if free_first else value
-    if not all(type(size) is int and size > 0 for size in sizes):
+    has_rows = bool(sizes) or dtype != "int8"
+    if not has_rows or not all(type(size) is int and size > 0 for size in sizes):
         raise ConfigError(f"embedding_shape: {value!r}")
     return tuple(value)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
+from lmdbcache.storage.metadata import checksum
 from lmdbcache.storage.quantization import (
     LARGEST_MAGNITUDE,
     SCALE_BYTES,
@@ -126,6 +127,16 @@ def decoded(
 def as_read(embeddings: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """Return what `as_stored` gave as it will be read back."""
     return decoded(encoded(embeddings, dtype), dtype)
+
+
+def is_what_is_stored(key: bytes, embedding: npt.NDArray[Any], dtype: str, expected: bytes) -> bool:
+    """Whether `encoded` makes bytes of this checksum of an embedding that was read.
+
+    Not where bytes or embedding have changed since, nor where another program has written int8 in
+    a form of its own.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # such a scale may be anything
+        return checksum(key, encoded(embedding, dtype)) == expected
 
 
 def from_stored(

@@ -237,10 +237,11 @@ def read_one(snapshot: Snapshot, sample_id: str) -> npt.NDArray[Any] | list[str]
     if rows[0] < 0:
         return verified.absent([sample_id], rows)
     value, metadata = verified.copied(int(rows[0])), snapshot.metadata
-    embedding = from_stored(
+    if verified.mismatches(rows, [value]):
+        return Mismatch([sample_id])
+    return from_stored(
         sample_id, value, metadata.config.dtype, metadata.embedding_shape, copy=False
     )
-    return Mismatch([sample_id]) if verified.mismatches(rows, [value]) else embedding
 
 
 def _meta_of(file: PageFile, transaction: int) -> MetaPage | None:

@@ -573,8 +573,9 @@ class EmbeddingWriter:
 
     def _check_shape(self, sample_id: str, shape: tuple[int, ...]) -> None:
         if self._shape is None:
-            self._shape = (None, *shape[1:]) if self._ragged and shape else shape
-            stored_form(self._shape, self._config.dtype)  # refuses one without rows
+            first: tuple[int | None, ...] = (None, *shape[1:]) if self._ragged and shape else shape
+            stored_form(first, self._config.dtype)  # refuses one without rows
+            self._shape = first
         check_shape(sample_id, shape, self._shape)
 
     def _check_stated(self) -> None:

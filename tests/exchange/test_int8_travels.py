@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from exchange.conftest import contents, numbered
 
-from lmdbcache import export_embeddings, import_embeddings
+from lmdbcache import CacheConfig, export_embeddings, import_embeddings
 from lmdbcache.exchange import merge_stores, pull, push
 
 
@@ -64,8 +64,8 @@ def test_exported_and_imported(filled, target, tmp_path, name):
     assert sums_of(target, config) == sums_of(cache, config)
 
 
-def test_a_value_in_another_form_is_refused(filled, target):
-    """A foreign writer's scale of 24 bits would have other bytes after the merge: it is named."""
+def test_a_value_in_another_form_is_refused(filled, target, tmp_path):
+    """A foreign writer's scale of 24 bits would have other bytes elsewhere: it is named."""
     import lmdb
     import xxhash
 
@@ -83,3 +83,15 @@ def test_a_value_in_another_form_is_refused(filled, target):
     (report,) = merge_stores(target, [cache.root]).stores
     assert [refusal.sample_id for refusal in report.refused] == [key.decode()]
     assert len(contents(target, config)) == 29
+    pushed = push(cache, config, f"file://{tmp_path}/hub")
+    assert (pushed.num_pushed, list(pushed.damaged)) == (29, [key.decode()])
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_imported_vectors_of_several_lengths_are_refused(target, tmp_path, dry_run):
+    """They have no rows of one length; a dry run says so, too."""
+    np.savez(tmp_path / "x.npz", **{f"{n}:x": np.ones(n, np.float32) for n in (3, 4)})
+    config = CacheConfig(dtype="int8")
+    path = tmp_path / "x.npz"
+    report = import_embeddings(target, config, path, ragged=True, dry_run=dry_run)
+    assert (report.num_new, len(report.refused)) == (0, 2)

@@ -208,12 +208,13 @@ def test_figures_of_a_distribution():
     assert found.percentiles["100 %"] == 9.0
 
 
-def test_bytes_are_those_of_all_embeddings(tmp_path):
+@pytest.mark.parametrize(("dtype", "row_bytes"), [("float32", 8 * 4), ("int8", 8 + 4)])
+def test_bytes_are_those_of_all_embeddings(tmp_path, dtype, row_bytes):
     """The mean size of a ragged store is taken over everything read, not over the first few."""
     generator = np.random.default_rng(0)
     embeddings = {f"{n}:x": generator.normal(size=(n + 1, 8)) for n in range(40)}
-    vectors = vectors_of(tmp_path, embeddings, ragged=True)
-    assert vectors.mean_bytes == pytest.approx(8 * 4 * (1 + 40) / 2)  # 1 to 40 tokens of 8 floats
+    vectors = vectors_of(tmp_path, embeddings, CONFIG.replace(dtype=dtype), ragged=True)
+    assert vectors.mean_bytes == pytest.approx(row_bytes * (1 + 40) / 2)  # 1 to 40 tokens of 8
 
 
 def test_coverage_by_split(tmp_path):

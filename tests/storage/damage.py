@@ -27,14 +27,14 @@ def data_file(cache: EmbeddingCache, config: Any) -> Path:
     return store / (store / "CURRENT").read_text().strip() / "data.mdb"
 
 
-def flip_value(path: Path, value: npt.NDArray[Any], after: int = 0) -> int:
-    """Change a bit of a value's last copy, so many bytes after its beginning; returns where."""
+def flip_value(path: Path, value: npt.NDArray[Any], after: int = 0, bits: int = 1) -> int:
+    """Change bits of a value's last copy, so many bytes after its beginning; returns where."""
     at = path.read_bytes().rindex(value.tobytes()) + after
     with path.open("r+b") as file:
         file.seek(at)
         (byte,) = file.read(1)
         file.seek(at)
-        file.write(bytes([byte ^ 1]))
+        file.write(bytes([byte ^ bits]))
     return at
 
 

@@ -10,6 +10,7 @@ from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
+from lmdbcache.storage import StoreMetadata
 from lmdbcache.storage.quantization import LARGEST_MAGNITUDE, dequantized, quantized
 
 CONFIG = CacheConfig(dtype="int8", output="last_hidden_state")
@@ -122,11 +123,14 @@ def test_the_largest_error_is_kept(cache):
         assert reader.metadata.quantization_error == pytest.approx(max(errors), rel=1e-3)
 
 
-def test_a_flipped_bit_is_found(filled):
-    """Verification compares the stored bytes, not what they are read as."""
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", ["element", "scale"])
+def test_a_flipped_bit_is_found(filled, part):
+    """Verification compares the stored bytes, before they are read as anything."""
     cache, expected = filled
     name = list(expected)[7]
-    flip_value(data_file(cache, CONFIG), quantized(expected[name][None])[0])
+    after, bits = (0, 1) if part == "element" else (expected[name].shape[-1] + 3, 0x40)
+    flip_value(data_file(cache, CONFIG), quantized(expected[name][None])[0], after, bits)
     with cache.reader(CONFIG, verify="always") as reader:
         with pytest.raises(IntegrityError):
             reader[name]
@@ -148,3 +152,29 @@ def test_what_has_no_scale_is_refused(cache, embedding, ragged):
     with cache.writer(CONFIG, ragged=ragged) as writer, pytest.raises(InvalidEmbeddingError):
         writer.put("a:x", embedding)
     assert CONFIG not in cache
+
+
+def test_a_refused_shape_is_not_the_stores(cache):
+    """What was refused doesn't decide the shape of a new store."""
+    for ragged in (False, True):
+        with cache.writer(CONFIG, ragged=ragged) as writer:
+            with pytest.raises(InvalidEmbeddingError):
+                writer.put_batch(["a:x", "b:x"], np.ones((2, 3) if ragged else 2))
+            assert writer.put("a:x", np.ones((2, 3)))
+            writer.discard()
+
+
+@pytest.mark.parametrize("shape", [(), (None,)])
+def test_metadata_of_a_shape_without_rows_is_damaged(shape):
+    """A foreign store that can't be int8 is refused as it is opened."""
+    record = StoreMetadata(CONFIG, shape).pack()
+    with pytest.raises(IntegrityError):
+        StoreMetadata.unpack(record, "store")
+
+
+@pytest.mark.parametrize("stated", ["nan", "inf", "-1", "unknown"])
+def test_a_foreign_error_that_is_no_number_counts_as_unknown(stated):
+    """Else no recomputed embedding would count as drifted."""
+    metadata = StoreMetadata(CONFIG, (3,), provenance={"quantization_error": stated})
+    assert metadata.quantization_error is None
+    assert metadata.with_quantization_error(0.25).quantization_error == 0.25

@@ -46,6 +46,7 @@ from lmdbcache.storage import (
     Report,
     StoreMetadata,
     check_on_duplicate,
+    is_what_is_stored,
     portable,
     sample_id_of_key,
     sample_key,
@@ -320,9 +321,16 @@ class _Push:
 
     def _parts(self) -> Iterator[_Part]:
         """Yield what is missing, as much as goes into one shard at a time."""
-        part, held = _Part([], []), 0
+        part, held, dtype = _Part([], []), 0, self._reader.config.dtype
         for sample_id, value in self._values():
-            num_bytes = value_bytes(value.shape, self._reader.config.dtype)
+            expected = self._missing[sample_id]
+            if dtype == "int8" and not is_what_is_stored(
+                sample_key(sample_id), value, dtype, expected
+            ):
+                text = "the int8 value isn't in its one form; docs/format.md has it"
+                self._report.damaged[sample_id] = text
+                continue
+            num_bytes = value_bytes(value.shape, dtype)
             is_full = held + num_bytes > SHARD_BYTES or len(part.ids) == MAX_SHARD_SAMPLES
             if part.ids and is_full:
                 yield part
