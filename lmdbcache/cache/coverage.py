@@ -60,6 +60,10 @@ class Coverage(Report):
     rows: tuple[CoverageRow, ...] = ()
     left_out: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        share = f"({100 * self.fraction:.1f} %)"
+        return f"{self.num_present:,} of {self.num_asked:,} samples {share}\n\n{self.table()}"
+
     @property
     def num_present(self) -> int:
         """Samples that are stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import io
 import logging
@@ -99,6 +100,17 @@ class _Commands(click.Group):
         """Write what to begin with, then what the program does; see click."""
         formatter.write("\n" + "".join(f"  $ lmdbcache {command}\n" for command in _FIRST))
         super().format_help_text(ctx, formatter)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that is named, or name the nearest; see click."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if near := difflib.get_close_matches(args[0], _OF_COMMAND, 1):
+                raise click.UsageError(f"{error.message} Did you mean {near[0]}?", ctx) from None
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names; see click."""

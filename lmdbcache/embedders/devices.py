@@ -44,9 +44,10 @@ def move_to_device(module: torch.nn.Module, device: str | torch.device | None) -
         chosen = torch.device(device)
         module.to(chosen)
     except (RuntimeError, AssertionError) as error:
+        usable = "'cpu', 'cuda' or 'cuda:0'" if torch.cuda.is_available() else "'cpu'"
         raise ConfigError(
             f"device: {str(device)!r} can't be used here ({str(error).splitlines()[0]}); "
-            "use 'cpu', 'cuda' or 'cuda:0'"
+            f"use {usable}"
         ) from error
     return chosen
 

@@ -32,11 +32,28 @@ def to_clips(samples: Iterable[Sample]) -> list[tuple[str, str | AudioSource]]:
 def pairs_of(
     clips: Clips | AudioDataset,
 ) -> Iterable[tuple[str, str | os.PathLike[str] | AudioSource]]:
-    """Return (sample id, audio file or source) of a dataset, a Mapping, or pairs."""
+    """Return (sample id, audio file or source) of a dataset, a Mapping, or pairs.
+
+    Raises:
+        DatasetError: Neither; such as the path of a folder.
+    """
     if isinstance(clips, Mapping):
         return clips.items()
     samples = getattr(clips, "samples", None)
-    return clips if samples is None else to_clips(samples)  # type: ignore[return-value]
+    if samples is not None:
+        return to_clips(samples)
+    if isinstance(clips, (str, os.PathLike)):
+        raise DatasetError(
+            f"clips: {clips!r} is a path; open the folder with `open_dataset`, or give pairs of a "
+            "sample id and an audio file"
+        )
+    return [_pair(clip) for clip in clips]  # type: ignore[union-attr]
+
+
+def _pair(clip: Any) -> tuple[str, str | os.PathLike[str] | AudioSource]:
+    if not isinstance(clip, Sequence) or isinstance(clip, str) or len(clip) != 2:
+        raise DatasetError(f"clips: {clip!r}; give (sample id, audio file) for each clip")
+    return clip[0], clip[1]
 
 
 def counts_of_left_out(clips: Clips | AudioDataset) -> dict[str, Any]:

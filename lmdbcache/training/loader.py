@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -191,11 +192,21 @@ class EmbeddingLoader:
 
     def _batch_bytes(self) -> int:
         if self._known_batch_bytes is None:
-            first = self.dataset[0]
-            embedding = first[0] if isinstance(first, tuple) else first
-            row_bytes = embedding.numel() * embedding.element_size()
+            row_bytes = self._stated_bytes()
+            if row_bytes is None:
+                first = self.dataset[0]
+                embedding = first[0] if isinstance(first, tuple) else first
+                row_bytes = embedding.numel() * embedding.element_size()
             self._known_batch_bytes = max(1, row_bytes * self.batch_size)
         return self._known_batch_bytes
+
+    def _stated_bytes(self) -> int | None:
+        """Return the size of one embedding if the source says it: a read counts as a hit."""
+        shape = getattr(self.dataset.reader, "embedding_shape", None)
+        dtype = getattr(self.dataset.reader, "dtype", None)
+        if shape is None or None in shape or not isinstance(dtype, np.dtype):
+            return None
+        return int(math.prod(shape) * dtype.itemsize)
 
     def _waiting(self) -> int:
         """Return how many fetches may wait for the training loop."""

@@ -79,7 +79,11 @@ def test_a_command_imports_what_it_needs(imported, arguments, unneeded, tmp_path
 
 def test_unknown_command_and_missing_argument(cli):
     """Wrong usage: exit code 2, what is wrong, where help is; no traceback."""
-    for arguments, word in ((["frobnicate"], "frobnicate"), (["info"], "STORE")):
+    for arguments, word in (
+        (["frobnicate"], "frobnicate"),
+        (["info"], "STORE"),
+        (["extrct"], "mean extract?"),
+    ):
         result = cli(*arguments)
         assert result.returncode == 2
         assert word in result.stderr

@@ -175,4 +175,4 @@ def test_plan_that_does_not_fit(cli, data, options):
     assert not plan["fits"]
     assert plan["num_missing"] == 6
     assert plan["seconds"] > 0
-    assert len(plan["choices"]) == 4 * 3  # outputs and dtypes
+    assert len(plan["choices"]) == 4 * 4  # outputs and dtypes

@@ -27,6 +27,8 @@ EXTRACT = command_of("extract").params
         ("give `progress=False`", "give --no-progress"),
         ("give `nothing_of_this=1`", "give `nothing_of_this=1`"),
         ("see `cache.repair(config)`", "see `lmdbcache repair`"),
+        ("duration: 0.0 s; give `hop: 1`", "--duration: 0.0 s; give `hop: 1`"),
+        ("dog: `model` is", "dog: --model is"),
         ("`VEGAS/dog/a.wav` is cut short", "`VEGAS/dog/a.wav` is cut short"),
     ],
 )

@@ -46,6 +46,13 @@ def test_first_run_stores_all_and_second_computes_nothing(run, stored, clips):
     assert second.compute_seconds == 0
 
 
+@pytest.mark.parametrize("given", ["VEGAS", ["a.wav"], [("a:b", "a.wav", 1)], [3]])
+def test_what_gives_no_clips(run, given):
+    """A folder's path, and files without sample ids, are refused."""
+    with pytest.raises(DatasetError):
+        run(given)
+
+
 def test_only_what_is_missing_is_computed(run, stored, clips, ast_folder):
     """A partly filled store keeps its embeddings and gets the others."""
     some = dict(list(clips.items())[3:7])

@@ -74,6 +74,13 @@ def test_each_sample_comes_once_an_epoch(source, batch_size, prefetch, shuffle):
         assert (flat(batches) == list(range(NUM_SAMPLES))) is not shuffle
 
 
+def test_an_epoch_counts_each_sample_once(stored, reader):
+    """Statistics count what the loop reads: the loader looks at no sample for itself."""
+    before = stored.statistics(CacheConfig()).hits
+    list(make_dataloader(reader, 10))
+    assert stored.statistics(CacheConfig()).hits - before == NUM_SAMPLES
+
+
 def test_order_depends_on_seed_and_epoch_alone(reader):
     """The same seed and epoch give the same batches whatever the prefetch; others differ."""
     orders = {}
