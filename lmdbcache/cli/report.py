@@ -66,6 +66,10 @@ def report_command(
         )
     if not as_json:
         write_report(report, out)
+        shown = {one.dataset for store in report.stores for one in store.coverage}
+        for folder in data or ():
+            if _name_of(folder) not in shown:
+                say(f"no store is of the dataset in {folder}: it isn't shown")
     finish(report, partial(_say_written, out), as_json=as_json)
 
 
@@ -77,10 +81,14 @@ def _say_written(out: Path, report: CacheReport) -> None:
     say(f"{out}: {found}, {state}; {readable_size(out.stat().st_size)}")
 
 
+def _name_of(folder: Path) -> str:
+    return folder.name or str(folder)
+
+
 def _by_split(folder: Path) -> DatasetSplits:
     choice = DatasetChoice(PathOrUrl(str(folder)))
     return DatasetSplits(
-        name=folder.name or str(folder),
+        name=_name_of(folder),
         namespace=choice.namespace,
         splits=choice.ids_by_split(each=True),
     )

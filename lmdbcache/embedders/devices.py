@@ -60,10 +60,12 @@ def device_of_rank(local_rank: int) -> str | None:
 
     Returns:
         None where there are fewer than two to choose from: a launcher often shows each process
-        only one GPU.
+        only one GPU. Also without torch: the model says what it needs.
     """
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return None
     num_gpus = torch.cuda.device_count()
     return f"cuda:{local_rank % num_gpus}" if num_gpus > 1 else None
 

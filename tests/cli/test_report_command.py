@@ -13,6 +13,8 @@ def test_report_with_a_dataset(cli, cache, configs, data, tmp_path):
     page = (tmp_path / "mine.html").read_text("utf-8")
     assert page.count("<h3>Coverage of") == 3
     assert "train (%)" in page
+    result = cli("report", "--data", data, "--out", "mine.html", root=tmp_path / "empty")
+    assert str(data) in result.stdout  # no store is of it
 
 
 def test_report_of_chosen_stores_as_json(cli, cache, configs, data, tmp_path):

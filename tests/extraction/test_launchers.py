@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 from hypothesis import given, strategies as st
@@ -183,6 +184,8 @@ def test_each_local_rank_has_a_gpu(num_gpus, expected, monkeypatch):
     """The launcher's choice stands where it shows one alone; more ranks than GPUs take turns."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
     assert device_of_rank(1) == device_of_rank(3) == expected
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert device_of_rank(1) is None  # without torch the model says what it needs
 
 
 @pytest.mark.parametrize(("device", "expected"), [(None, "cuda:1"), ("cpu", "cpu")])

@@ -102,7 +102,7 @@ def opened(browser, report):
 
 def section(page, dataset):
     """The store of this dataset."""
-    return page.locator("section.store").filter(has_text=f"dataset {dataset} ")
+    return page.locator("section.store").filter(has_text=f"namespace {dataset} ")
 
 
 def drawn(page, within, kind="map"):
