@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 
@@ -11,16 +12,18 @@ import pytest
 from storage.damage import data_file
 
 from lmdbcache import CacheConfig
-from lmdbcache.storage import MappedFile, gather
+from lmdbcache.storage import MappedFile, as_read, gather, value_bytes
 
-SHAPES = {"pooled": (300,), "hidden": (40, 512)}
+SHAPES = {"pooled": (300,), "hidden": (160, 512)}  # the latter 64 KiB and more in any dtype
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=itertools.product(SHAPES, ["float32", "int8"]), ids="-".join)
 def stored(request, cache):
     """A reader's config, ids and values."""
-    config = CacheConfig(output=request.param)
-    values = np.random.default_rng(0).random((24, *SHAPES[request.param]), dtype=np.float32)
+    output, dtype = request.param
+    config = CacheConfig(output=output, dtype=dtype)
+    values = np.random.default_rng(0).random((24, *SHAPES[output]), dtype=np.float32)
+    values = as_read(values, dtype)
     names = [f"clip_{number:02d}:x" for number in range(24)]
     with cache.writer(config) as writer:
         writer.put_batch(names, values)
@@ -69,7 +72,7 @@ def test_what_does_not_fit_is_asked_for(stored, cache, asked, monkeypatch):
     with cache.reader(config) as reader:
         read_in_all_ways(reader, names, values)
         lengths = {length for _, length in asked}
-        assert lengths == {values[0].nbytes}
+        assert lengths == {value_bytes(values[0].shape, config.dtype)}
         batches = [offsets for offsets, _ in asked if len(offsets) > 1]
         assert [len(set(offsets)) for offsets in batches] == [24, 24, 24]
         assert [len(offsets) for offsets, _ in asked].count(1) >= 24
