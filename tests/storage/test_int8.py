@@ -10,8 +10,13 @@ from storage.damage import data_file, flip_value
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import IntegrityError, InvalidEmbeddingError
-from lmdbcache.storage import StoreMetadata
-from lmdbcache.storage.quantization import LARGEST_MAGNITUDE, dequantized, quantized
+from lmdbcache.storage import StoreMetadata, quantization
+from lmdbcache.storage.quantization import (
+    LARGEST_MAGNITUDE,
+    dequantized,
+    quantized,
+    quantized_values,
+)
 
 CONFIG = CacheConfig(dtype="int8", output="last_hidden_state")
 SHAPES = {"pooled": (768,), "one number": (1,), "hidden states": (30, 64), "large": (300, 768)}
@@ -121,6 +126,18 @@ def test_the_largest_error_is_kept(cache):
         writer.put_batch(same, list(same.values()))
     with cache.reader(CONFIG) as reader:
         assert reader.metadata.quantization_error == pytest.approx(max(errors), rel=1e-3)
+
+
+def test_values_of_a_commit_are_quantized_block_by_block(monkeypatch):
+    """Each as by itself, whatever the others' shapes; the error is the largest of all blocks."""
+    monkeypatch.setattr(quantization, "_ELEMENTS_AT_ONCE", 80)
+    values = [*embeddings_of((3, 8), 6, ragged=True).values(), *embeddings_of((2, 8), 9).values()]
+    largest = max(quantized_values([value])[1] for value in values)
+    for given_values in (values, values[::-1]):
+        stored, error = quantized_values(given_values)
+        alone = [quantized(value).tobytes() for value in given_values]
+        assert [value.tobytes() for value in stored] == alone
+        assert error == largest
 
 
 @pytest.mark.filterwarnings("error")
