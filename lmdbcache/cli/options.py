@@ -19,10 +19,11 @@ from lmdbcache.cache import (
 from lmdbcache.cli.command import Argument, Option
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, DatasetError
-from lmdbcache.files import expand_user
+from lmdbcache.files import expand_user, few
 from lmdbcache.storage import EmbeddingReader, canonical_sample_id
 
 _HELP_WIDTH = 60
+_NUM_NAMED = 3  # stores in an error; `ls` has all
 
 
 def complete_store(context: click.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -211,7 +212,7 @@ def find_folder(cache: EmbeddingCache, text: str) -> Path:
     found = [store for store in stores if _means(text, store)]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(store.name for store in found or stores)
+    names = few([store.name for store in found or stores], _NUM_NAMED)
     if found:
         raise CacheNotFoundError(
             f"{text!r} matches {len(found)} stores under {cache.root}: {names}. Give more digits"

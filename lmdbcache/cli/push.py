@@ -126,8 +126,8 @@ def _folders(cache: EmbeddingCache, stores: list[str] | None, *, everything: boo
         raise ConfigError(f"there is no store under {cache.root}; is --root right?")
     if len(found) > 1:
         raise ConfigError(
-            f"which of {len(found)} stores under {cache.root}? Name them, or give --all: "
-            f"{', '.join(folder.name for folder in found)}"
+            f"which of {len(found)} stores under {cache.root}? Name them (see `lmdbcache ls`), or "
+            "give --all"
         )
     return found
 

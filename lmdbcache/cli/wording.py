@@ -17,6 +17,7 @@ _OTHER_NAMES: Final = {
     "classes": ("class_",),
     "namespace": ("given_namespace",),
     "table": ("csv",),
+    "format": ("format_",),
 }
 _AST: Final = "`model_name='ast'`", "`model='ast'`"
 

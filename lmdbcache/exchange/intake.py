@@ -265,7 +265,7 @@ class IntakeReport(Report):
             parts.append(f"{len(self.conflicts)} in conflict ({outcome})")
         if self.refused:
             parts.append(f"{len(self.refused)} refused")
-        return f"{self.path.name}: {', '.join(parts)}"
+        return f"{self.fingerprint} {self.config.title}: {', '.join(parts)}"
 
 
 class Intake:
