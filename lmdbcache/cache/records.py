@@ -422,7 +422,7 @@ def clip_lengths(reader: EmbeddingReader, sample_ids: Iterable[str]) -> dict[str
     Args:
         reader: Of a store.
         sample_ids: Which samples; those without a record are left out: embeddings that were
-            imported, pulled, written by hand or by a `CachedEncoder`, or extracted before lengths
+            imported, written by hand or by a `CachedEncoder`, or extracted or pushed before lengths
             were recorded.
 
     Returns:

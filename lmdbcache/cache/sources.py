@@ -292,7 +292,7 @@ def _adopted(
         path = clips.get(sample_id, clips.get(recording_of(sample_id)))
         if path is None:
             continue
-        if source is None or compare(source, path) == "touched":
+        if source is None or not source.path or compare(source, path) == "touched":
             now = source_of(path)
             if now is not None:
                 yield sample_id, checksum, checksum, now.below(root)

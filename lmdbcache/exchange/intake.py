@@ -139,6 +139,16 @@ class Rows(NamedTuple):
             [self.sources[number] for number in numbers],
         )
 
+    def with_lengths(self, lengths: Mapping[str, int]) -> Rows:
+        """Return rows that record the lengths of their clips (sample id → samples), if any."""
+        if not lengths:
+            return self
+        known = [lengths.get(self.sample_id(number)) for number in range(len(self.keys))]
+        unknown_file = Source("", 0, None, None)
+        return self._replace(
+            sources=[None if one is None else unknown_file._replace(num_valid=one) for one in known]
+        )
+
     def by(self, number: int) -> Origin:
         """Who computed the embedding at a position, as far as is known."""
         return self.origins[number] or Origin(self.where[number])

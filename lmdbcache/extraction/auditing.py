@@ -209,7 +209,7 @@ def _pick(
                 return picked, skipped
             source = sources.get(sample_id)
             given = clips.get(sample_id, clips.get(recording_of(sample_id)))
-            if source is None and given is not None:
+            if (source is None or not source.path) and given is not None:
                 picked[sample_id] = given
                 continue
             path = source.location(data_dir) if source is not None else ""

@@ -9,9 +9,10 @@ import pytest
 from sharing.shared_samples import put_manifest, ragged_embeddings, some_embeddings
 from sharing.shared_stores import assert_same, shard_file, share, stored
 
-from lmdbcache.cache import SourceRecords
+from lmdbcache import CacheConfig, EmbeddingCache, clip_lengths
+from lmdbcache.cache import Source, SourceRecorder, SourceRecords
 from lmdbcache.errors import CacheNotFoundError, ConfigError, IntegrityError
-from lmdbcache.exchange import Remote, pull
+from lmdbcache.exchange import Remote, merge_stores, pull, push
 from lmdbcache.exchange.sharing import pulling
 
 
@@ -291,3 +292,32 @@ def test_removing_a_store_removes_what_pulls_keep(remote, cache, config):
     assert list(cache.root.rglob("*.copy"))
     cache.clear(config)
     assert list(cache.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("window", [None, 1.0])
+def test_lengths_of_clips_come_along(remote, cache, config, tmp_path, window):
+    """Where they are known; neither a damaged list of them nor a missing one costs an embedding."""
+    config = CacheConfig(window=window) if window else config
+    names = [f"rec@0000{n}.000000:dog" if window else f"clip_{n}:dog" for n in range(5)]
+    lengths = {name: 16000 - 100 * number for number, name in enumerate(names) if number != 3}
+    here = EmbeddingCache(tmp_path / "here")
+    recorder = SourceRecorder(here.path(config))
+    with here.writer(config, before_commit=recorder) as writer:
+        for name in names[::-1]:
+            recorder.note(name, Source("", 0, None, None, num_valid=lengths.get(name)))
+            writer.put(name, np.ones(8))
+    push(here, config, remote.url)
+    assert pull(cache, config, remote.url).exit_code == 0
+    merged = EmbeddingCache(tmp_path / "merged")
+    merge_stores(merged, [cache.path(config)])
+    for each in (here, cache, merged):
+        with each.reader(config) as reader:
+            assert clip_lengths(reader, names) == lengths
+    (path,) = (tmp_path / "shared" / config.fingerprint / "lengths").iterdir()
+    for content, num_problems in ((path.read_bytes().replace(b"16", b"15"), 1), (None, 0)):
+        path.unlink() if content is None else path.write_bytes(content)
+        other = EmbeddingCache(tmp_path / f"other-{num_problems}")
+        report = pull(other, config, remote.url)
+        assert (report.num_new, len(report.problems)) == (5, num_problems)
+        with other.reader(config) as reader:
+            assert clip_lengths(reader, names) == {}

@@ -13,7 +13,12 @@ from sharing.shared_samples import ragged_embeddings, shard_of, some_embeddings
 
 from lmdbcache import CacheConfig
 from lmdbcache.errors import ConfigError, FormatVersionError, IntegrityError
-from lmdbcache.exchange.sharing.shards import decode_header, encode_shard
+from lmdbcache.exchange.sharing.shards import (
+    decode_header,
+    decode_lengths,
+    encode_shard,
+    lengths_file,
+)
 from lmdbcache.storage import checksum, sample_key
 
 
@@ -157,3 +162,18 @@ def test_what_cannot_be_a_shard_is_refused(config):
     ]:
         with pytest.raises(ConfigError):
             encode_shard(config, (4,), names, values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1,2]", "[1,2,3,4]", "[1,0,2]", "[80001,1,2]", "[true,1,2]", '["1",1,2]', "{}", "["],
+)
+def test_lengths_that_arent_the_clips_are_refused(config, content):
+    """One for each sample, null or 1 to the config's duration."""
+    entry, data = shard_of(config, some_embeddings(0, 3))
+    header = decode_header(data[: entry.header_bytes], entry.path)
+    name, good = lengths_file(entry, [1, None, 80000])
+    assert list(decode_lengths(good, name, header).values()) == [1, 80000]
+    bad = content.encode()
+    with pytest.raises(IntegrityError):
+        decode_lengths(bad, f"{entry.sha256}-{hashlib.sha256(bad).hexdigest()}.json", header)

@@ -27,7 +27,12 @@ from lmdbcache.exchange.sharing.manifests import (
     read_state,
 )
 from lmdbcache.exchange.sharing.remote import CONNECTIONS, Remote, in_parallel
-from lmdbcache.exchange.sharing.shards import Embeddings, ShardHeader
+from lmdbcache.exchange.sharing.shards import (
+    MAX_LENGTHS_BYTES,
+    Embeddings,
+    ShardHeader,
+    decode_lengths,
+)
 from lmdbcache.storage import (
     RESERVE_BYTES,
     OnDuplicate,
@@ -233,7 +238,9 @@ class _Pull:
         self._lock = Lock()  # of the counts, which several downloads add to
         self._bytes_done = self._bytes_in_all = 0
         self._is_over = False
-        self._first_windows: list[tuple[Offer, ShardHeader, dict[int, Any]]] = []
+        # By digest of a shard: names and bytes of the files with its clips' lengths.
+        self._lengths: dict[str, list[tuple[str, int]]] = {}
+        self._first_windows: list[tuple[Offer, ShardHeader, dict[int, Any], dict[str, int]]] = []
 
     def look(self, selection: Selection) -> list[_Wanted]:
         """Return the shards to fetch, so that all that is asked for is here or can be compared."""
@@ -255,14 +262,17 @@ class _Pull:
             CacheFullError: The disk can't hold them.
         """
         queue, lost = self.look(selection), set[str]()
+        for name, size in self._remote.list_files(f"{self._config.fingerprint}/lengths").items():
+            if size <= MAX_LENGTHS_BYTES:
+                self._lengths.setdefault(name[:64], []).append((name, size))
         try:
             while queue:
                 self._check_room(queue)
                 self._bytes_in_all += sum(map(self._size, queue))
                 missed: set[str] = set()
-                for wanted, embeddings in in_parallel(self._embeddings, queue):
+                for wanted, fetched in in_parallel(self._fetched, queue):
                     try:
-                        self._import(wanted, embeddings.result())
+                        self._import(wanted, *fetched.result())
                     except (IntegrityError, RemoteError) as error:
                         self._fail(wanted.offer, error)
                         missed.update(wanted.sample_ids)
@@ -360,6 +370,17 @@ class _Pull:
 
     # ---- one shard: in a thread
 
+    def _fetched(self, wanted: _Wanted) -> tuple[_Values, dict[str, int]]:
+        """Return the embeddings by row, and sample id → length of the clip, where that is known."""
+        embeddings, lengths = self._embeddings(wanted), dict[str, int]()
+        for name, size in self._lengths.get(wanted.offer.entry.sha256, []):
+            path = f"{self._config.fingerprint}/lengths/{name}"
+            try:
+                lengths |= decode_lengths(self._remote.read(path, 0, size), name, wanted.header)
+            except (IntegrityError, RemoteError) as error:
+                self._report.problems[f"lengths/{name}"] = str(error)
+        return embeddings, lengths
+
     def _embeddings(self, wanted: _Wanted) -> _Values:
         """Return the embeddings by row."""
         entry = wanted.offer.entry
@@ -415,18 +436,23 @@ class _Pull:
 
     # ---- into the store
 
-    def _import(self, wanted: _Wanted, embeddings: _Values) -> None:
+    def _import(self, wanted: _Wanted, embeddings: _Values, lengths: dict[str, int]) -> None:
         offer, header, rows = wanted.offer, wanted.header, wanted.rows
         if self._config.window is not None:  # see `Intake.add`
             first = [row for row in rows if is_first_window(header.sample_ids[row])]
             values = {row: np.array(embeddings[row]) for row in first}
-            self._first_windows.append((offer, header, values))
+            self._first_windows.append((offer, header, values, lengths))
             rows = [row for row in rows if row not in values]
-        self._add(offer, header, rows, _chosen(embeddings, rows))
+        self._add(offer, header, rows, _chosen(embeddings, rows), lengths)
         self._local.discard(offer.entry)
 
     def _add(
-        self, offer: Offer, header: ShardHeader, rows: Sequence[int], values: Embeddings
+        self,
+        offer: Offer,
+        header: ShardHeader,
+        rows: Sequence[int],
+        values: Embeddings,
+        lengths: Mapping[str, int],
     ) -> None:
         manifest = offer.manifest
         provenance = portable(manifest.provenance)
@@ -438,16 +464,16 @@ class _Pull:
             checksums=[header.checksums[row] for row in rows],
         )
         try:
-            self._intake.add(checked, provenance)
+            self._intake.add((one.with_lengths(lengths) for one in checked), provenance)
         except ProvenanceMismatchError as error:  # two writers with different weights, a new store
             self._refuse(manifest, error)
 
     def _finish_recordings(self, lost: set[str]) -> None:
         """Store the first windows of the recordings whose other windows are stored."""
         incomplete = set(map(recording_of, lost - self._stored().keys())) if lost else set()
-        for offer, header, values in self._first_windows:
+        for offer, header, values, lengths in self._first_windows:
             rows = [row for row in values if recording_of(header.sample_ids[row]) not in incomplete]
-            self._add(offer, header, rows, [values[row] for row in rows])
+            self._add(offer, header, rows, [values[row] for row in rows], lengths)
 
 
 def _chosen(embeddings: _Values, rows: list[int]) -> Embeddings:

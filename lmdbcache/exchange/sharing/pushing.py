@@ -12,9 +12,15 @@ from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
-from lmdbcache.cache import EmbeddingCache, SourceRecords
+from lmdbcache.cache import EmbeddingCache, SourceRecords, clip_lengths
 from lmdbcache.config import CacheConfig
-from lmdbcache.errors import ConfigError, IntegrityError, RemoteError, SampleNotFoundError
+from lmdbcache.errors import (
+    CacheError,
+    ConfigError,
+    IntegrityError,
+    RemoteError,
+    SampleNotFoundError,
+)
 from lmdbcache.exchange.selection import Selection
 from lmdbcache.exchange.sharing.local_folder import LocalFolder
 from lmdbcache.exchange.sharing.manifests import (
@@ -36,6 +42,7 @@ from lmdbcache.exchange.sharing.shards import (
     ShardEntry,
     ShardHeader,
     encode_shard,
+    lengths_file,
 )
 from lmdbcache.exchange.sharing.verifying import check_shard
 from lmdbcache.files import few
@@ -181,6 +188,7 @@ class _Part(NamedTuple):
 
     ids: list[str]
     values: list[npt.NDArray[Any]]
+    lengths: list[int | None]  # of their clips
 
 
 class _Push:
@@ -321,7 +329,7 @@ class _Push:
 
     def _parts(self) -> Iterator[_Part]:
         """Yield what is missing, as much as goes into one shard at a time."""
-        part, held, dtype = _Part([], []), 0, self._reader.config.dtype
+        part, held, dtype = _Part([], [], []), 0, self._reader.config.dtype
         for sample_id, value in self._values():
             expected = self._missing[sample_id]
             if dtype == "int8" and not is_what_is_stored(
@@ -333,13 +341,19 @@ class _Push:
             num_bytes = value_bytes(value.shape, dtype)
             is_full = held + num_bytes > SHARD_BYTES or len(part.ids) == MAX_SHARD_SAMPLES
             if part.ids and is_full:
-                yield part
-                part, held = _Part([], []), 0
+                yield self._with_lengths(part)
+                part, held = _Part([], [], []), 0
             part.ids.append(sample_id)
             part.values.append(value)
             held += num_bytes
         if part.ids:
-            yield part
+            yield self._with_lengths(part)
+
+    def _with_lengths(self, part: _Part) -> _Part:
+        known: Mapping[str, int] = {}
+        with contextlib.suppress(CacheError):  # `check_sources` reports what is wrong with them
+            known = clip_lengths(self._reader, part.ids)
+        return part._replace(lengths=[known.get(one) for one in part.ids])
 
     def _values(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """Yield the missing samples with their values, but for those that are damaged."""
@@ -370,6 +384,9 @@ class _Push:
         entry, data = encode_shard(self._reader.config, self._shape, part.ids, part.values)
         part.values.clear()  # `data` has them
         self._local.keep(entry.sha256, data[: entry.header_bytes])
+        if any(part.lengths):
+            name, lengths = lengths_file(entry, part.lengths)
+            self._remote.write(f"{self._folder}/lengths/{name}", lengths)
         if self._listed.get(entry.name) != entry.num_bytes:
             self._upload(entry, data)
         return entry

@@ -35,6 +35,7 @@ FORMAT: Final = 2  # of shards and manifests
 MAX_SHARD_SAMPLES: Final = 10_000
 MAX_SHARD_FILE_BYTES: Final = 1 << 30
 MAX_HEADER_BYTES: Final = 16 << 20
+MAX_LENGTHS_BYTES: Final = 1 << 20
 
 _TENSOR: Final = "embeddings"
 _METADATA: Final = "lmdbcache"
@@ -264,6 +265,36 @@ def decode_header(data: bytes, name: str) -> ShardHeader:
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{name} isn't a shard of embeddings ({error!r:.200})") from None
     return header
+
+
+def lengths_file(entry: ShardEntry, lengths: Sequence[int | None]) -> tuple[str, bytes]:
+    """Return the name and the bytes of the file with the clips' lengths beside a shard.
+
+    Args:
+        entry: The shard.
+        lengths: How many samples of its clip each embedding was computed from, where known; in the
+            order of its sample ids.
+    """
+    data = encode_json(lengths)
+    return f"{entry.sha256}-{hashlib.sha256(data).hexdigest()}.json", data
+
+
+def decode_lengths(data: bytes, name: str, header: ShardHeader) -> dict[str, int]:
+    """Read a file of `lengths_file`: return sample id → length.
+
+    Raises:
+        IntegrityError: It isn't one of this shard.
+    """
+    check_digest(data, name[-69:-5], name)
+    try:
+        found = dict(zip(header.sample_ids, json.loads(data), strict=True))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{name} has no lengths of a shard ({error!r:.200})") from None
+    known = {sample_id: length for sample_id, length in found.items() if length is not None}
+    longest = header.config.num_samples
+    if not all(type(length) is int and 0 < length <= longest for length in known.values()):
+        raise IntegrityError(f"{name} has lengths that aren't 1 to {longest}")
+    return known
 
 
 def check_digest(data: Buffer, sha256: str, name: str) -> None:
