@@ -161,6 +161,7 @@ def test_a_flipped_bit_is_found(filled, part):
         (np.float32(1), False),
         (np.ones(3, np.float32), True),
         (np.full(3, np.finfo(np.float32).max), False),
+        (np.full(3, np.finfo(np.float32).min), False),
         (np.array([1, np.inf]), False),
     ],
 )
@@ -195,3 +196,11 @@ def test_a_foreign_error_that_is_no_number_counts_as_unknown(stated):
     metadata = StoreMetadata(CONFIG, (3,), provenance={"quantization_error": stated})
     assert metadata.quantization_error is None
     assert metadata.with_quantization_error(0.25).quantization_error == 0.25
+
+
+def test_of_two_errors_the_larger_is_stated():
+    """A merge brings larger errors along, and doesn't replace them by smaller ones."""
+    small, large = ({"quantization_error": error} for error in ("0.25", "0.5"))
+    for ours, theirs in ((small, large), (large, small)):
+        metadata = StoreMetadata(CONFIG, (3,), provenance=ours).with_provenance(theirs, "store")
+        assert metadata.quantization_error == 0.5
