@@ -394,16 +394,15 @@ class SourceRecorder:
             self._noted.pop(sample_id, None)
         self._written = set(committed)
         noted = self._noted
+        records = [
+            (sample_id, replaced, checksum, noted[sample_id])
+            for sample_id, (replaced, checksum) in committed.items()
+            if sample_id in noted
+        ]
+        if not records:
+            return
         try:
-            write_sources(
-                self._store,
-                [
-                    (sample_id, replaced, checksum, noted[sample_id])
-                    for sample_id, (replaced, checksum) in committed.items()
-                    if sample_id in noted
-                ],
-                busy_seconds=self._seconds,
-            )
+            write_sources(self._store, records, busy_seconds=self._seconds)
             self._seconds = _PATIENCE_SECONDS
         except (IntegrityError, StorageError) as error:
             self._seconds = 0.0  # until it works again
@@ -422,8 +421,8 @@ def clip_lengths(reader: EmbeddingReader, sample_ids: Iterable[str]) -> dict[str
     Args:
         reader: Of a store.
         sample_ids: Which samples; those without a record are left out: embeddings that were
-            imported, written by hand or by a `CachedEncoder`, or extracted or pushed before lengths
-            were recorded.
+            imported, written by hand or by a `CachedEncoder` without `num_valid`, or extracted or
+            pushed before lengths were recorded.
 
     Returns:
         Sample id → number of samples, at the config's sample rate.

@@ -343,7 +343,8 @@ class CachedEncoder(torch.nn.Module):
         wanted, positions = list(position_of), list(position_of.values())
         chosen, further, num_valid = self._chosen(inputs, positions, wanted, len(sample_ids))
         self._frozen.build()
-        if num_valid is not None and self._frozen.takes_num_valid:
+        has_own_frames = self.config.output.endswith("valid_mean") and self._frozen.takes_num_valid
+        if num_valid is not None and has_own_frames:
             further["num_valid"] = torch.tensor(num_valid, dtype=torch.long)
         self._check_provenance()
         self._write_back.open_writer(self._provenance())
@@ -352,7 +353,10 @@ class CachedEncoder(torch.nn.Module):
             chosen = [stacked(one) for one in chosen]
         embeddings = self._frozen.run(chosen, further, wanted)
         self.num_computed += len(wanted)
-        rows = self._store(wanted, embeddings)
+        lengths: dict[str, int] = {}
+        if num_valid is not None and inputs.num_valid is not None:  # and not taken for granted
+            lengths = dict(zip(wanted, num_valid, strict=True))
+        rows = self._store(wanted, embeddings, lengths)
         return {position: rows[name] for position, name in zip(missing, names, strict=True)}
 
     def _chosen(
@@ -370,14 +374,16 @@ class CachedEncoder(torch.nn.Module):
         counts = None
         if front_end is not None and chosen:
             num_valid = None if inputs.num_valid is None else select(inputs.num_valid)
-            if self.config.output.endswith("valid_mean"):
-                is_known = num_valid is not None or not inputs.are_features
-                counts = valid_counts(chosen[0], num_valid) if is_known else None
+            is_wanted = self.config.output.endswith("valid_mean") and not inputs.are_features
+            if num_valid is not None or is_wanted:
+                counts = valid_counts(chosen[0], num_valid)
             if not inputs.are_features:
                 chosen[0] = features_of(chosen[0], front_end, self.config, wanted, num_valid)
         return chosen, further, counts
 
-    def _store(self, names: list[str], embeddings: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
+    def _store(
+        self, names: list[str], embeddings: torch.Tensor, lengths: Mapping[str, int]
+    ) -> dict[str, npt.NDArray[Any]]:
         dtype = self.config.dtype
         refused: list[str] = []
         kept, rows = names, None
@@ -392,7 +398,7 @@ class CachedEncoder(torch.nn.Module):
                     refused.append(str(error))
             kept, rows = list(good), np.stack(list(good.values())) if good else None
         if rows is not None:
-            self._write_back.add(kept, rows)
+            self._write_back.add(kept, rows, lengths)
         if refused:
             more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
             raise InvalidEmbeddingError(

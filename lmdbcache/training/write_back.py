@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmdbcache.cache import EmbeddingCache
+from lmdbcache.cache import EmbeddingCache, Source, SourceRecorder
 from lmdbcache.config import CacheConfig
 from lmdbcache.errors import CacheError, CacheNotFoundError, ConfigError, SampleNotFoundError
 from lmdbcache.storage import EmbeddingReader, EmbeddingWriter
@@ -208,17 +208,27 @@ class WriteBack:
         if self._writer is None:
             cache, config = self.stored.cache, self.stored.config
             cache.check_writable(config)
+            self._recorder = SourceRecorder(cache.path(config))
             self._writer = cache.writer(
-                config, provenance=provenance, commit_seconds=self._commit_seconds
+                config,
+                provenance=provenance,
+                commit_seconds=self._commit_seconds,
+                before_commit=self._recorder,
             )
             self._writer.check_provenance()
 
-    def add(self, sample_ids: Sequence[str], embeddings: npt.NDArray[Any]) -> None:
+    def add(
+        self,
+        sample_ids: Sequence[str],
+        embeddings: npt.NDArray[Any],
+        lengths: Mapping[str, int],
+    ) -> None:
         """Have these committed before long; from now on `find` has them.
 
         Args:
             sample_ids: `(n,)`.
             embeddings: `(n, *embedding_shape)`, stored dtype.
+            lengths: Sample id → how many samples of its clip aren't padding, where that is known.
 
         Raises:
             InvalidEmbeddingError: Another shape than the store's.
@@ -228,6 +238,10 @@ class WriteBack:
             return
         if self._since is None:
             self._since = time.monotonic()
+        for sample_id, length in lengths.items():
+            if 0 < length <= self.stored.config.num_samples:
+                source = Source("", 0, None, None, num_valid=length)
+                self._recorder.note(sample_id, source)
         try:
             self._writer.put_batch(sample_ids, embeddings)
         finally:

@@ -107,6 +107,9 @@ def test_a_cached_encoder_computes_the_same(cache, clips, variant, tmp_path):
         folder = tmp_path / str(len(more))
         with CachedEncoder(EmbeddingCache(folder), config, folder_of(variant)) as encoder:
             found = encoder(given, sample_ids=list(LENGTHS), **more)
+            encoder.flush()
+            with encoder.cache.reader(config) as reader:
+                assert clip_lengths(reader, LENGTHS) == (LENGTHS if more else {})
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
