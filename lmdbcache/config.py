@@ -221,8 +221,12 @@ class CacheConfig:
 
     @property
     def title(self) -> str:
-        """Namespace, model, output and windows for a reader: `vegas my-encoder/1 embedding`."""
-        parts = (self.namespace, self.model_alias, self.output, self.windows)
+        """Namespace, model, output, and a length or dtype that isn't the default."""
+        length = self.windows
+        if self.window is None and self.duration != _DEFAULT_DURATION:
+            length = f"{self.duration:g} s"
+        dtype = "" if self.dtype == "float32" else self.dtype
+        parts = (self.namespace, self.model_alias, self.output, length, dtype)
         return " ".join(filter(None, parts))
 
     @property

@@ -347,3 +347,13 @@ def test_a_name_that_knows_its_front_end():
     assert config == CacheConfig(model_name="own@0123abcd", front_end="own/1")
     assert type(config.model_name) is str
     assert CacheConfig(model_name=name, front_end="other/2").front_end == "other/2"
+
+
+def test_a_title_names_what_distinguishes_stores():
+    """Namespace, model and output; length, windows and dtype where they aren't the default."""
+    config = CacheConfig(model_name="m", namespace="v")
+    assert config.title == "v m pooler_output"
+    assert config.replace(duration=3, dtype="int8").title == "v m pooler_output 3 s int8"
+    windows = config.replace(window=2.0, hop=0.5)
+    assert windows.title == "v m pooler_output 2 s every 0.5 s"
+    assert windows.replace(last_window="align").title.endswith("every 0.5 s align")

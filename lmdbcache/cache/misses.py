@@ -294,8 +294,9 @@ def _nearest(file_id: str, names: list[str]) -> list[str]:
 
 
 def _described(config: CacheConfig) -> str:
-    length = "" if config.window else f"{config.duration:g} s, "  # the title has that of windows
-    return f"{config.title} ({config.sample_rate} Hz, {length}{config.dtype})"
+    length = config.windows or f"{config.duration:g} s"
+    plain = " ".join(filter(None, (config.namespace, config.model_alias, config.output)))
+    return f"{plain} ({config.sample_rate} Hz, {length}, {config.dtype})"
 
 
 def _named(config: CacheConfig) -> str:

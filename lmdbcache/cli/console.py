@@ -127,6 +127,7 @@ def print_table(
     *,
     num_text_columns: int = 1,
     optional: Sequence[str] = (),
+    last: Sequence[str] = (),
 ) -> None:
     """A table as wide as the terminal; in a pipe as wide as it needs. Numbers go to the right.
 
@@ -135,12 +136,14 @@ def print_table(
         rows: Cells of each row.
         num_text_columns: How many columns, from the left, are text.
         optional: Headings of what a narrow terminal leaves out, the least important first.
+        last: The same of what is left out where not even wrapped text fits.
     """
     table = Table(
         headings,
         [[printable(cell) for cell in row] for row in rows],
         num_text_columns=num_text_columns,
         optional=optional,
+        last=last,
         room=_columns_of(sys.stdout),
     )
     heading, *lines = table.lines()

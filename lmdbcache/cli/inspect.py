@@ -94,7 +94,8 @@ def ls_command(
         (*_HEADINGS[:at], *(["hop"] * has_windows), *_HEADINGS[at:]),
         [(*row[:at], *([_hop(one)] * has_windows), *row[at:]) for row, one in rows],
         num_text_columns=_HEADINGS.index("Hz"),
-        optional=_OPTIONAL,
+        optional=[*_alike(rows), *_OPTIONAL],
+        last=[name for name in ("Hz", "dtype") if name not in _alike(rows)],
     )
     total = sum(store.size_bytes for store in stores)
     say(f"{counted(len(stores), 'store')}, {readable_size(total)} under {cache.root}")
@@ -104,7 +105,7 @@ _HEADINGS = (
     *("fingerprint", "namespace", "model", "output", "Hz", "s", "dtype", "embeddings", "size"),
     *("created", "written", "read"),
 )
-_OPTIONAL = ("created", "written", "Hz", "dtype", "read", "size")
+_OPTIONAL = ("created", "written", "read", "size")
 _SORT_KEYS: dict[Order, Callable[[StoreInfo], float]] = {
     Order.SIZE: lambda store: store.size_bytes,
     Order.USED: lambda store: store.last_touched.timestamp() if store.last_touched else 0.0,
@@ -136,6 +137,13 @@ def _row(store: StoreInfo) -> tuple[object, ...]:
         readable_size(store.size_bytes),
         *times,
     )
+
+
+def _alike(rows: list[tuple[tuple[object, ...], CacheConfig | None]]) -> list[str]:
+    """The headings of a config's fields that distinguish no two stores."""
+    fields = {(config.sample_rate, config.dtype) for _, config in rows if config}
+    each = zip(*fields, strict=True)
+    return [name for name, found in zip(("Hz", "dtype"), each, strict=False) if len(set(found)) < 2]
 
 
 def _hop(config: CacheConfig | None) -> str:

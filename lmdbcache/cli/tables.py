@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Final
@@ -66,6 +66,7 @@ class Table:
         rows: Cells of each row.
         num_text_columns: How many columns, from the left, are text; numbers go to the right.
         optional: Headings of what may be left out, the least important first.
+        last: The same of what is left out where not even wrapped text fits.
         room: Columns of the terminal; None for any number.
     """
 
@@ -76,6 +77,7 @@ class Table:
         *,
         num_text_columns: int = 1,
         optional: Sequence[str] = (),
+        last: Sequence[str] = (),
         room: int | None = None,
     ) -> None:
         rows = [[" ".join(cell.splitlines()) for cell in row] for row in rows]
@@ -86,7 +88,7 @@ class Table:
         self._num_rows = len(rows)
         self.hidden: list[str] = []
         if room is not None:
-            self._fit(room, optional)
+            self._fit(room, optional, last)
 
     def lines(self) -> Iterator[str]:
         """Yield the headings, then the rows."""
@@ -103,20 +105,25 @@ class Table:
         width = sum(column.width for column in self._columns)
         return width + len(_GAP) * (len(self._columns) - 1) - room
 
-    def _fit(self, room: int, optional: Sequence[str]) -> None:
+    def _fit(self, room: int, optional: Sequence[str], last: Sequence[str]) -> None:
         for column in self._columns:
             if self._excess(room) > 0 and column.heading == FINGERPRINT:
                 _shorten(column)
-        for heading in optional:
-            if self._excess(room) > 0:
-                self._columns = [c for c in self._columns if c.heading != heading]
-                self.hidden.append(heading)
+        self._leave_out(optional, lambda: self._excess(room) > 0)
         texts = [c for c in self._columns if c.is_text and c.heading != FINGERPRINT]
+        spare = sum(column.width - column.least for column in texts)
+        self._leave_out(last, lambda: self._excess(room) > spare)
         for words in _WORDS:
             for column in texts:
                 column.words = words
             self._narrow(room, [(column.least, column) for column in texts])
         self._narrow(room, [(_FEWEST_LETTERS, column) for column in texts])
+
+    def _leave_out(self, headings: Sequence[str], is_too_wide: Callable[[], bool]) -> None:
+        for heading in headings:
+            if is_too_wide():
+                self._columns = [c for c in self._columns if c.heading != heading]
+                self.hidden.append(heading)
 
     def _narrow(self, room: int, columns: list[tuple[int, _Column]]) -> None:
         """Take from the widest, down to a least width of each."""
