@@ -97,7 +97,7 @@ def announced_samples(
         decoder: See `load_clip`.
     """
     path = as_source(path)
-    if not isinstance(path, str):  # it would be fetched as a whole
+    if not isinstance(path, str):  # it may have to be fetched
         return 0
     try:
         with opened(path) as (readable, file):

@@ -268,7 +268,7 @@ def decode_header(data: bytes, name: str) -> ShardHeader:
 
 
 def lengths_file(entry: ShardEntry, lengths: Sequence[int | None]) -> tuple[str, bytes]:
-    """Return the name and the bytes of the file with the clips' lengths beside a shard.
+    """Return the name and the bytes of the file with the clips' lengths of a shard.
 
     Args:
         entry: The shard.
