@@ -1,7 +1,7 @@
 """Rows of float32 as int8 with one scale for each: a quarter of the bytes.
 
 Stored rows are `(*rows, hidden_size + 4)` int8: the elements, then the four bytes of the row's
-scale, a little-endian float32. An element stands for itself times the scale.
+scale, a little-endian float32. A number is its element times the scale.
 
 The scale is the row's largest magnitude / 127, rounded up to 17 significant bits. So each product
 is exact in float32, on every machine, and rows that were read back quantize to the bytes they came

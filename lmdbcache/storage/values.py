@@ -133,7 +133,7 @@ def is_what_is_stored(key: bytes, embedding: npt.NDArray[Any], dtype: str, expec
     """Whether `encoded` makes bytes of this checksum of an embedding that was read.
 
     Not where bytes or embedding have changed since, nor where another program has written int8 in
-    a form of its own.
+    another form.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # such a scale may be anything
         return checksum(key, encoded(embedding, dtype)) == expected
