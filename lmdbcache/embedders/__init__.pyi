@@ -19,8 +19,8 @@ from .families.audio_spectrogram_transformer import (
     ASTFrontEnd as ASTFrontEnd,
 )
 from .first_batch import (
-    NUM_REPEATS as NUM_REPEATS,
     FirstBatches as FirstBatches,
+    num_repeats as num_repeats,
     tolerance_of as tolerance_of,
 )
 from .module_embedder import (

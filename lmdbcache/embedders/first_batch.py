@@ -5,6 +5,7 @@ Needs torch only through what it is given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from lmdbcache.errors import InvalidEmbeddingError
 
-NUM_REPEATS: Final = 8  # a small embedding comes through weak dropout unchanged now and then
+_REPEATS, _REPEATS_OF_A_SMALL_ONE, _SMALL = 2, 8, 64
 
 # Relative L2 distance of the same clip in another batch: float32 moves by about 1e-6, bfloat16 by
 # 1e-2; dropout and statistics of the batch by several percent.
@@ -41,6 +42,11 @@ def tolerance_of(module: Any, compute_dtype: str, *, may_use_tf32: bool = False)
     if any("quantized" in type(part).__module__ for part in parts):
         tolerance = _QUANTIZED_TOLERANCE
     return tolerance
+
+
+def num_repeats(embedding: Any) -> int:
+    """Return how often a clip is embedded again: a small one may come through dropout unchanged."""
+    return _REPEATS if math.prod(embedding.shape) >= _SMALL else _REPEATS_OF_A_SMALL_ONE
 
 
 class FirstBatches:

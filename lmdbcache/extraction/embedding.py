@@ -11,7 +11,7 @@ import torch
 
 from lmdbcache.cache import ClipFailure
 from lmdbcache.config import CacheConfig
-from lmdbcache.embedders import NUM_REPEATS, Embedder, FirstBatches, tolerance_of
+from lmdbcache.embedders import Embedder, FirstBatches, num_repeats, tolerance_of
 from lmdbcache.errors import CacheError, ConfigError, ExtractionError, ModuleError
 from lmdbcache.extraction.decoding import FeatureBatch
 from lmdbcache.files import first_line
@@ -279,7 +279,7 @@ class _OutputPasses:
         self._first_batches.compare(heard, model)
         number = max(range(len(groups)), key=lambda one: len(groups[one][0]))
         positions, features = groups[number]
-        copies = min(NUM_REPEATS, len(positions))
+        repeats = num_repeats(next(iter(rows.values())))
         together = [position for position in positions if position in rows]
         if len(together) < len(positions):
             together = together[-1:]  # embedded one by one, as some fail
@@ -290,7 +290,7 @@ class _OutputPasses:
                 features,
                 batch.num_valid([position]),
                 (number, positions.index(position)),
-                copies,
+                repeats,
             ),
             tolerance_of(
                 getattr(self._forward.embedder, "module", None), self._config.compute_dtype
@@ -303,7 +303,7 @@ class _OutputPasses:
         features: torch.Tensor,
         num_valid: list[int] | None,
         place: tuple[int, int],
-        copies: int,
+        repeats: int,
     ) -> torch.Tensor:
         """Embeddings of one clip, as often as a batch can have it or at least so many times.
 
@@ -311,11 +311,12 @@ class _OutputPasses:
             features: Of its group.
             num_valid: How many samples of the clip aren't padding.
             place: The number of the group, and the row in it.
-            copies: How often a batch can have it.
+            repeats: How often at least.
         """
+        copies = min(repeats, len(features))
         batch = torch.cat([features[place[1]][None]] * copies)
         counts = None if num_valid is None else num_valid * copies
-        keys = [(*place, time) for time in range(-(-NUM_REPEATS // copies))]
+        keys = [(*place, time) for time in range(-(-repeats // copies))]
         return torch.cat([self._forward(batch, counts, self._config.output, key) for key in keys])
 
 

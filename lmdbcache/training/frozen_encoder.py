@@ -13,7 +13,6 @@ import torch
 
 from lmdbcache.config import CacheConfig
 from lmdbcache.embedders import (
-    NUM_REPEATS,
     AudioModel,
     FirstBatches,
     FrontEnd,
@@ -22,6 +21,7 @@ from lmdbcache.embedders import (
     folder_provenance,
     moved_weights,
     no_real_numbers,
+    num_repeats,
     ready_model,
     tolerance_of,
 )
@@ -309,12 +309,13 @@ class FrozenEncoder:
         checksums = row_checksums(inputs[0]) if inputs else []
         heard = {one: embeddings[row] for row, one in enumerate(checksums) if one is not None}
         self._first_batches.compare(heard, name)
-        number = min(NUM_REPEATS, len(embeddings))
+        repeats = num_repeats(embeddings[0])
+        number = min(repeats, len(embeddings))
 
         def embed_again(row: int) -> torch.Tensor:
             copies = [copies_of(value, row, number) for value in inputs]
             further = {key: copies_of(value, row, number) for key, value in named.items()}
-            times = range(-(-NUM_REPEATS // number))
+            times = range(-(-repeats // number))
             return torch.cat([self._forward(copies, further, number) for _ in times])
 
         on_gpu = self.device is not None and self.device.type == "cuda"

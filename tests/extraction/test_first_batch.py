@@ -80,6 +80,20 @@ class BatchAsTime(Net):
         return self.recurrent(hidden)[0].mean(dim=1)
 
 
+class WideDropout(Dropout):
+    """So many numbers that a clip is embedded again twice only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(80, 96)
+
+
+class WideMixing(SlightMixing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(80, 96)
+
+
 class Constant(Net):
     def forward(self, waveforms):
         return torch.ones(len(waveforms), 8)
@@ -114,7 +128,7 @@ def run(cache):
 MIXING = [BatchStatistics, BatchStatisticsOverTime, Attention, SlightMixing, BatchAsTime]
 
 
-@pytest.mark.parametrize("module", [Dropout, Noise, Constant, *MIXING])
+@pytest.mark.parametrize("module", [Dropout, WideDropout, WideMixing, Noise, Constant, *MIXING])
 def test_what_answers_differently_is_refused(run, cache, clips, module):
     """Random, mixing the clips of a batch, or deaf: our error, and nothing is stored."""
     with pytest.raises(InvalidEmbeddingError, match=module.__name__):
