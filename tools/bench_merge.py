@@ -83,7 +83,7 @@ def beside_write(*, quick: bool = False) -> dict[str, dict[str, float]]:
                 figures.setdefault(f"{way}, s", []).append(seconds(run))
                 figures.setdefault(f"{way}, CPU s", []).append(time.process_time() - cpu)
     found = {way: statistics.median(values) for way, values in figures.items()}
-    return {f"merging beside writing, {number:,} × (768,)": found}
+    return {f"merging next to writing, {number:,} × (768,)": found}
 
 
 def filled(
