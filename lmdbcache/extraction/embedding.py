@@ -316,7 +316,7 @@ class _OutputPasses:
         copies = min(repeats, len(features))
         batch = torch.cat([features[place[1]][None]] * copies)
         counts = None if num_valid is None else num_valid * copies
-        keys = [(*place, time) for time in range(-(-repeats // copies))]
+        keys = [(*place, copies, time) for time in range(-(-repeats // copies))]
         return torch.cat([self._forward(batch, counts, self._config.output, key) for key in keys])
 
 
